@@ -1,0 +1,201 @@
+"""The two calls: attention like SDPA's, and attention over a quantized cache."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .config import TurboConfig
+from .errors import InputError, ShapeError
+from .guard import guarded_bits
+from .kv.cache import KVCache
+from .validation import (
+    check_finite,
+    check_floats,
+    check_lengths,
+    check_mask,
+    check_qkv,
+    check_query,
+    check_softmax,
+    check_window,
+)
+
+# Backend -> module with `prefill` and `attend_cache`, imported when first used.
+_MODULES = {"reference": ("turboattention.reference.prefill", "turboattention.reference.decode")}
+
+
+def turbo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    config: TurboConfig | None = None,
+    backend: str = "auto",
+) -> Any:
+    """Attention in INT8 over tensors at hand: FlashQ stage 1 and SAS, never stage 2.
+
+    A drop-in for `torch.nn.functional.scaled_dot_product_attention`, with two differences: causal
+    masks are aligned to the bottom right (SDPA's own flag is top-left; they differ where Lq and Lk
+    do), and groups of query heads share a KV head by shape, without a flag.
+
+    Args:
+        q: [B, Hq, Lq, D]. float32, bfloat16, float16 (or float64), any strides; D a multiple of 8 up to 256.
+        k, v: [B, Hkv, Lk, D] of the same dtype and device; Hkv divides Hq.
+        attn_mask: bool (True attends) or additive float, broadcastable to [B, Hq, Lq, Lk].
+        is_causal: query i sees keys up to `Lk - Lq + i`. May be combined with `attn_mask`.
+        scale: factor of the logits, `1 / sqrt(D)` by default.
+        window_size: with `is_causal`, a query sees the last `window_size` keys, its own position
+            included; without, the keys fewer than `window_size` positions away on either side.
+        softcap: logits become `softcap * tanh(logits / softcap)`, before masks.
+        return_lse: also return the log-sum-exp of the logits.
+        config: `TurboConfig()` by default; its `bits` do not matter here.
+        backend: "auto", or one of `turboattention.backends()`, which then runs or raises.
+
+    Returns:
+        [B, Hq, Lq, D] in the inputs' dtype; with `return_lse` also float32 [B, Hq, Lq] (natural
+        log; float64 for float64 inputs). Rows with nothing to attend give 0 and -inf.
+
+    Raises:
+        ShapeError, DtypeError, ConfigError, InputError, NonFiniteError, UnsupportedError
+        (gradients), BackendError.
+    """
+    check_qkv(q, k, v)
+    check_softmax(scale, softcap)
+    check_window(window_size)
+    mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    chosen = dispatch.choose(backend)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_finite(name, x)
+    out, lse = importlib.import_module(_MODULES[chosen.name][0]).prefill(
+        q,
+        k,
+        v,
+        config=config or TurboConfig(),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+    )
+    return (out, lse) if return_lse else out
+
+
+def turbo_attention_with_kvcache(
+    q: Tensor,
+    cache: KVCache,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Attention over a quantized cache, appending new tokens if there are any.
+
+    Prefill, chunked prefill and decode alike: compressed blocks are read in their packed form, the
+    buffer and the call's own tokens as INT8; then the tokens are stored.
+
+    Args:
+        q: [B, Hq, Lq, D], dtypes as in `turbo_attention`.
+        cache: where the past is; it takes `k_new`, `v_new`.
+        k_new, v_new: [B, Hkv, T, D] or None.
+        lengths: int64 [B], how many of the T tokens each sequence takes (left-aligned); by default
+            all. With lengths, Lq must be T: query row i belongs to token i, and rows from
+            `lengths[b]` on give 0. What stands in padding, of q too, is never read.
+        attn_mask: broadcastable to [B, Hq, Lq, Lk], Lk = `len(cache)` after appending; column j is
+            position j of each sequence.
+        is_causal: bottom-right aligned, per sequence.
+        scale, softcap, return_lse, backend: as in `turbo_attention`.
+        window_size: as in `turbo_attention`; by default the cache's own.
+
+    Returns:
+        As `turbo_attention`.
+
+    Raises:
+        As `turbo_attention`; the cache is then unchanged. Warns `GuardWarning` (see guard.py).
+    """
+    if (k_new is None) != (v_new is None):
+        raise InputError(f"v_new: expected {'a tensor, as k_new is' if v_new is None else 'None, as k_new is'}")
+    check_floats(q=q, **({} if k_new is None else {"k_new": k_new, "v_new": v_new}))
+    check_query((cache.batch_size, cache.num_kv_heads, cache.head_dim), q)
+    check_softmax(scale, softcap)
+    check_window(window_size)
+    window_size = cache.window_size if window_size is None else window_size
+    _check_window_kept(cache, window_size)
+    chosen = dispatch.choose(backend)
+    counts = _new_tokens(q, k_new, lengths)
+    ends = cache.seq_lens + counts
+    mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], int(ends.max()) if len(ends) else 0)
+    row = torch.arange(q.shape[2]).expand(q.shape[0], -1)
+    # With lengths, query i is token i; otherwise the last query stands at the last key.
+    positions = row + (cache.seq_lens if lengths is not None else ends - q.shape[2])[:, None]
+    valid = row < counts[:, None] if lengths is not None else torch.ones_like(row, dtype=torch.bool)
+    check_finite("q", q, valid.sum(1))
+    staged, bits = None, None
+    if k_new is not None and v_new is not None:
+        staged = cache.stage(k_new, v_new, lengths)
+        bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new))
+    out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
+        q,
+        cache,
+        staged,
+        head_bits=bits,
+        positions=positions,
+        valid=valid,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+    )
+    if staged is not None:
+        cache.commit(staged, bits)
+    return (out, lse) if return_lse else out
+
+
+def _new_tokens(q: Tensor, k_new: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """int64 [B]: tokens each sequence takes."""
+    if k_new is None:
+        if lengths is not None:
+            raise InputError("lengths: expected None without k_new and v_new, got a tensor")
+        return torch.zeros(len(q), dtype=torch.int64)
+    if lengths is not None and (k_new.dim() != 4 or q.shape[2] != k_new.shape[2]):
+        raise ShapeError(f"q: expected as many rows as k_new has tokens, with lengths, got {q.shape[2]} rows")
+    return check_lengths(lengths, len(q), k_new.shape[2])
+
+
+def _check_window_kept(cache: KVCache, window_size: int | None) -> None:
+    if cache.window_size is not None and (window_size is None or window_size > cache.window_size):
+        raise InputError(
+            f"window_size: expected at most the cache's own {cache.window_size} (older blocks are released), "
+            f"got {window_size}"
+        )
+
+
+def backends() -> dict[str, dispatch.Backend]:
+    """What is usable on this machine, and why the others are not, by name."""
+    return dispatch.backends()
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *_: Any, backend: str = "auto", **__: Any) -> dispatch.Explanation:
+    """Which backend `turbo_attention` would take for this call, and why; printable.
+
+    Takes the arguments of `turbo_attention` and raises what it would raise for the tensors.
+    """
+    check_qkv(q, k, v)
+    return dispatch.explain_choice(backend)

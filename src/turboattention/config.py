@@ -1,0 +1,146 @@
+"""`TurboConfig`: every choice that changes a number, in one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+WIDTHS = (2, 3, 4, 8)
+
+Bits = int | tuple[int, int] | Literal["mixed"]
+
+_CHOICES = {
+    "softmax": ("sas", "sas2", "exp"),
+    "row_max": ("block", "running"),
+    "p_scale": ("static", "tile"),
+    "rescale": ("exact", "sas"),
+    "guard": ("adapt", "warn", "off"),
+}
+
+
+@dataclass(frozen=True)
+class TurboConfig:
+    """What is computed. `TurboConfig()` is what users should have; `TurboConfig.paper()` is the paper.
+
+    Every field changes results, none changes speed alone. Raises `ConfigError` for a value out of
+    range.
+    """
+
+    bits: Bits = 4
+    """Width of stored codes: 8, 4, 3 or 2; ``(k_bits, v_bits)``; or ``"mixed"``: per layer the
+    `low_bit_fraction` of KV heads with the lowest priority take 2 bits, the others 4."""
+
+    block_size: int = 64
+    """Tokens per tile and per compressed block, B. A multiple of 16 from 16 to 256."""
+
+    softmax: Literal["sas", "sas2", "exp"] = "sas"
+    """Exponential of the attention weights: the paper's SAS (table and cubic), its base-2 form
+    (exponent bits and cubic), or exact."""
+
+    sas_threshold: float = -6.0
+    """Weights whose logit lies further than this below the maximum are zero. Negative."""
+
+    row_max: Literal["block", "running"] = "block"
+    """Maximum that weights are taken against: of the current block only, or of all blocks so far."""
+
+    p_scale: Literal["static", "tile"] = "static"
+    """INT8 scale of the weights: 1/127, or the tile's largest weight / 119. Static also sums the
+    normalizer from the quantized weights."""
+
+    rescale: Literal["exact", "sas"] = "exact"
+    """Exponential used when partial results are rescaled to a new maximum."""
+
+    smooth_k: bool = True
+    """Subtract a per-channel mean of K (of the sequence's first block) from every later key."""
+
+    rotate: bool = True
+    """Rotate Q, K and V by a signed block Hadamard matrix before quantizing."""
+
+    token_scales: bool = True
+    """Stage-1 scales per token (row), not per tile; 8 bits each where stored."""
+
+    sink_tokens: int = 64
+    """The first tokens of each sequence that stay INT8. A multiple of `block_size`, or 0."""
+
+    search: bool = True
+    """Below 4 bits, search each channel's range for the least squared error instead of min-max."""
+
+    low_bit_fraction: float = 0.5
+    """Share of KV heads that take 2 bits under ``bits="mixed"``."""
+
+    stored_prefill: bool = False
+    """Read complete earlier blocks in stored form even where the call's own INT8 tiles are at
+    hand, so that results do not depend on how a prompt was cut into calls."""
+
+    guard: Literal["adapt", "warn", "off"] = "adapt"
+    """At a cache's first compressed block, compare with exact attention: give heads beyond the
+    bound more bits and warn, only warn, or do nothing."""
+
+    flush_lag: int = 0
+    """Tokens by which compression lags behind a full buffer, so that rejected speculative tokens
+    can be cropped without reaching compressed blocks."""
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("smooth_k", "rotate", "token_scales", "search", "stored_prefill"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        size = self.block_size
+        if not _is_int(size) or size % 16 or not 16 <= size <= 256:
+            raise ConfigError(f"block_size: expected a multiple of 16 from 16 to 256, got {size!r}")
+        if not _is_int(self.sink_tokens) or self.sink_tokens < 0 or self.sink_tokens % size:
+            raise ConfigError(
+                f"sink_tokens: expected 0 or a multiple of block_size ({size}), got {self.sink_tokens!r}"
+            )
+        if not _is_int(self.flush_lag) or self.flush_lag < 0:
+            raise ConfigError(f"flush_lag: expected an integer of at least 0, got {self.flush_lag!r}")
+        if not -80 <= self.sas_threshold < 0:
+            raise ConfigError(f"sas_threshold: expected a number from -80 to below 0, got {self.sas_threshold!r}")
+        if not 0 <= self.low_bit_fraction <= 1:
+            raise ConfigError(f"low_bit_fraction: expected a number from 0 to 1, got {self.low_bit_fraction!r}")
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> TurboConfig:
+        """TurboAttention as published (arXiv 2412.08585): the row to compare with.
+
+        Tile-wide scales for Q, K, V and the weights, running maximum, SAS everywhere, min-max
+        stage 2, one universal buffer scale; no smoothing, rotation, sink block, search or guard.
+        """
+        published: dict[str, Any] = {
+            "row_max": "running",
+            "p_scale": "tile",
+            "rescale": "sas",
+            "smooth_k": False,
+            "rotate": False,
+            "token_scales": False,
+            "sink_tokens": 0,
+            "search": False,
+            "guard": "off",
+        }
+        return cls(**(published | overrides))
+
+    def replace(self, **changes: Any) -> TurboConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    @property
+    def kv_bits(self) -> tuple[int, int]:
+        """(K, V) widths of a head that is not assigned 2 bits: 4 under ``"mixed"``."""
+        if self.bits == "mixed":
+            return (4, 4)
+        return self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)  # type: ignore[return-value]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_bits(bits: object) -> None:
+    pair = bits if isinstance(bits, tuple) and len(bits) == 2 else (bits, bits)
+    if bits != "mixed" and not all(_is_int(b) and b in WIDTHS for b in pair):
+        raise ConfigError(f'bits: expected 8, 4, 3, 2, a pair of these for (K, V), or "mixed", got {bits!r}')

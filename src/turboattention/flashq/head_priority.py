@@ -1,0 +1,44 @@
+"""Which heads may take 2 bits: priority = gap x std (paper section 3.2, numerics.md section 3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ShapeError
+
+
+def head_priority(k: Tensor) -> Tensor:
+    """The paper's importance of each KV head, from keys before smoothing and rotation.
+
+    Args:
+        k: [B, Hkv, L, D] float, L >= 1.
+
+    Returns:
+        float [Hkv], the mean over the batch of `gap * std`: `gap` is max - min over the whole head,
+        `std` the population standard deviation over channels of each channel's own max - min.
+    """
+    if k.dim() != 4 or 0 in k.shape:
+        raise ShapeError(f"k: expected a non-empty [batch, kv_heads, tokens, head_dim], got shape {tuple(k.shape)}")
+    k = k if k.dtype == torch.float64 else k.to(torch.float32)
+    high, low = k.amax(2), k.amin(2)
+    gap = high.amax(-1) - low.amin(-1)
+    spread = (high - low).std(-1, correction=0)
+    return (gap * spread).mean(0)
+
+
+def assign_head_bits(priority: Tensor, low_bit_fraction: float = 0.5) -> Tensor:
+    """int64 [Hkv]: 2 for the `floor(fraction * Hkv)` heads of lowest priority, 4 for the others.
+
+    Ties go by index, the lower index first to 2 bits.
+    """
+    if priority.dim() != 1:
+        raise ShapeError(f"priority: expected [kv_heads], got shape {tuple(priority.shape)}")
+    if not 0 <= low_bit_fraction <= 1:
+        raise ConfigError(f"low_bit_fraction: expected a number from 0 to 1, got {low_bit_fraction!r}")
+    count = math.floor(low_bit_fraction * len(priority))
+    bits = torch.full_like(priority, 4, dtype=torch.int64)
+    bits[torch.argsort(priority, stable=True)[:count]] = 2
+    return bits

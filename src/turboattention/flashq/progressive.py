@@ -1,0 +1,92 @@
+"""Stage 2: INT8 codes to 8, 4, 3 or 2 bits per channel, in integers (numerics.md section 2).
+
+`step = max(1, ceil((hi - lo) / (2^bits - 1)))`, `zero = lo`,
+`code = clip(round_half_even((X8 - zero) / step), 0, 2^bits - 1)`, `X8' = code step + zero`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import WIDTHS
+from ..errors import ConfigError, DtypeError, ShapeError
+
+# Steps tried by the search, in 16ths of the min-max step. Few: each costs passes over the block.
+_SHRINKS = (16, 15, 14, 13, 12, 11, 10, 9, 8)
+
+
+def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Compress one tile of INT8 codes.
+
+    Args:
+        codes: int8 [..., T, D]; all T rows are one tile. Values within +-119.
+        bits: 8, 4, 3 or 2. At 8 bits nothing is lost.
+        search: below 4 bits, keep the step and zero of least squared error over shrunken ranges
+            and shifts instead of min-max. The format does not change.
+
+    Returns:
+        code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 80) and zero, int8 [..., 1, D].
+
+    Raises:
+        ConfigError, DtypeError, ShapeError.
+    """
+    if bits not in WIDTHS:
+        raise ConfigError(f"bits: expected one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
+    if codes.dtype != torch.int8:
+        raise DtypeError(f"codes: expected int8, got {codes.dtype}")
+    if codes.dim() < 2 or codes.shape[-2] == 0:
+        raise ShapeError(f"codes: expected [..., tokens, channels] with at least one token, got {tuple(codes.shape)}")
+    values = codes.to(torch.int16)
+    levels = (1 << bits) - 1
+    low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
+    step = ((high - low + (levels - 1)) // levels).clamp_(min=1)
+    zero = low
+    if search and bits < 4:
+        step, zero = _search(values, low, high, levels, step)
+    return _encode(values, step, zero, levels).to(torch.uint8), step.to(torch.int8), zero.to(torch.int8)
+
+
+def progressive_dequantize(code: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """`code * step + zero` as int8, shaped like `code`."""
+    return (code.to(torch.int16) * step.to(torch.int16) + zero.to(torch.int16)).to(torch.int8)
+
+
+def _encode(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """`clip(round_half_even((values - zero) / step), 0, levels)` as int16.
+
+    Float32 division of integers this small rounds to a tie only where the quotient is one, so the
+    rounding is exact.
+    """
+    quotient = (values - zero).to(torch.float32) / step.to(torch.float32)
+    return quotient.round_().clamp_(0, levels).to(torch.int16)
+
+
+def _search(values: Tensor, low: Tensor, high: Tensor, levels: int, widest: Tensor) -> tuple[Tensor, Tensor]:
+    """The (step, zero) of least squared error among shrunken, centred and shifted ranges.
+
+    Candidates: steps of 16/16 down to 8/16 of the min-max step (rounded up), each with its range
+    centred on the data and shifted by a quarter of a step either way. Both ends of a range stay
+    inside int8. Ties keep the earlier candidate, min-max first.
+    """
+    best_step, best_zero = widest, low
+    best_error = _squared_error(values, widest, low, levels)
+    middle = low + high
+    for shrink in _SHRINKS:
+        step = ((widest * shrink + 15) // 16).clamp_(min=1)
+        for quarter in (0, -1, 1):
+            zero = torch.div(2 * middle - 2 * step * levels + quarter * step, 4, rounding_mode="floor")
+            # step * levels is at most 240, so the clamp to int8's top never pushes zero below -113.
+            zero = torch.minimum(zero, 127 - step * levels).clamp_(min=-128)
+            error = _squared_error(values, step, zero, levels)
+            better = error < best_error
+            best_step = torch.where(better, step, best_step)
+            best_zero = torch.where(better, zero, best_zero)
+            best_error = torch.where(better, error, best_error)
+    return best_step, best_zero
+
+
+def _squared_error(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """Sum over the tile of the squared difference, int32 (at most 238^2 * 256 < 2^24)."""
+    difference = _encode(values, step, zero, levels) * step + zero - values
+    return difference.to(torch.int32).square_().sum(-2, keepdim=True, dtype=torch.int32)

@@ -1,0 +1,89 @@
+"""Stage 1: floats to INT8, symmetric, by tile or by token (numerics.md section 1).
+
+Codes stay within +-119, not 127: stage 2 rounds to a step, and what it gives back then still fits
+INT8.
+
+A token's scale lives on a grid of 4 mantissa bits, rounded up, so that its ratio to a power of two
+above it is exactly 8 bits (`kv.layout`): nothing is rounded a second time when a block is
+compressed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import DtypeError, ShapeError
+
+CODE_MAX = 119
+
+# Scales below this are treated as this: codes of denormal-sized rows come out as zero instead of
+# overflowing the division.
+SMALLEST_SCALE = 2.0**-100
+
+_MANTISSA_STEP = 1 << 19  # float32 has 23 mantissa bits; 4 are kept
+
+
+def quantize_int8(x: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Quantize each tile of `block_size` rows of a head with one scale.
+
+    Args:
+        x: [B, H, L, D] float (16-bit floats are taken as float32).
+        block_size: rows a tile; the last tile may be shorter and is scaled by its own rows.
+
+    Returns:
+        codes int8 [B, H, L, D] within +-119, and scales [B, H, ceil(L / block_size)], float32
+        (float64 for float64 input): `s = max|X| / 119` and `codes = round_half_even(X / s)`. An
+        all-zero tile has scale 1.
+
+    Raises:
+        ShapeError, DtypeError.
+    """
+    if x.dim() != 4:
+        raise ShapeError(f"x: expected [batch, heads, tokens, head_dim], got shape {tuple(x.shape)}")
+    if block_size < 1:
+        raise ShapeError(f"block_size: expected at least 1, got {block_size}")
+    x = compute_dtype(x)
+    peaks = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    scales = torch.stack([t.amax(-1) for t in peaks.split(block_size, -1)], -1) if x.shape[2] else peaks
+    scales = _safe(scales / CODE_MAX)
+    rows = scales.repeat_interleave(block_size, -1)[..., : x.shape[2], None]
+    return (x / rows).round_().to(torch.int8), scales
+
+
+def dequantize_int8(codes: Tensor, scales: Tensor, block_size: int = 64) -> Tensor:
+    """Inverse of `quantize_int8`: [B, H, L, D] in the dtype of `scales`."""
+    rows = scales.repeat_interleave(block_size, -1)[..., : codes.shape[2], None]
+    return codes.to(scales.dtype) * rows
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row of [..., D] with a scale of its own.
+
+    Returns codes int8 [..., D] within +-119 and scales [...]: `max|row| / 119` rounded up to 4
+    mantissa bits, so representable in bfloat16. An all-zero row has scale 1.
+    """
+    x = compute_dtype(x)
+    scales = _safe(round_up_to_grid(x.abs().amax(-1) / CODE_MAX))
+    return (x / scales[..., None]).round_().to(torch.int8), scales
+
+
+def round_up_to_grid(scales: Tensor) -> Tensor:
+    """The smallest float with 4 mantissa bits that is not below each (non-negative) scale."""
+    single = scales.to(torch.float32)
+    # Conversion from float64 may have rounded down; one step up then keeps codes within range.
+    single = torch.where(single.to(scales.dtype) < scales, torch.nextafter(single, single.new_tensor(torch.inf)), single)
+    bits = single.view(torch.int32)
+    bits = (bits + (_MANTISSA_STEP - 1)) & -_MANTISSA_STEP
+    return bits.view(torch.float32).to(scales.dtype)
+
+
+def compute_dtype(x: Tensor) -> Tensor:
+    """float64 stays, other floats become float32."""
+    if not x.is_floating_point():
+        raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _safe(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales.clamp(min=SMALLEST_SCALE))

@@ -1,0 +1,175 @@
+"""The guard against silent corruption: a cache's first compressed blocks against exact attention.
+
+Low-bit caches have failed on real models without a sign. So when a cache compresses its first
+block, sampled queries attend its tokens once exactly and once as they would be stored, head by
+head. A head whose relative error is beyond the bound of its width gets the next wider one, and the
+user is told in one line (numerics.md, The guard).
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .errors import GuardWarning
+from .kv.cache import KVCache
+from .kv.pages import Tiles, decode_pages
+from .kv.staging import Stage
+from .kv.store import Flush
+from .reference.exact import exact_attention
+
+BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 1.0}
+"""Largest relative error of a head's output, by width: about twice what clean data gives."""
+
+_WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
+_QUERIES = 32  # sampled rows a head
+_TOKENS = 512  # keys looked at
+
+
+def guarded_bits(
+    cache: KVCache, staged: Stage, q: Tensor, positions: Tensor, valid: Tensor, new: tuple[Tensor, Tensor]
+) -> Tensor | None:
+    """Widths int64 [2, Hkv] for the blocks that committing `staged` compresses first; None where it
+    compresses none, or the guard is off.
+
+    q [B, Hq, Lq, D] with positions int64 and valid bool [B, Lq]; `new` are the call's k, v
+    [B, Hkv, T, D]. Widths given by the user are never changed, only warned about.
+    """
+    flush = cache.pending_flush(staged)
+    if cache.config.guard == "off" or not cache.freezes_widths(flush):
+        return None
+    planned = cache.planned_bits(staged, flush)
+    sample = _Sample(cache, staged, flush, q, positions, valid, new)
+    first = errors = sample.errors(planned)
+    bits, beyond = planned, _beyond(errors, planned)
+    failing = beyond.clone()
+    if cache.config.guard == "adapt" and not cache.widths_given:
+        while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
+            bits = _widen(bits, beyond)
+            errors = sample.errors(bits)
+            beyond = _beyond(errors, bits)
+    if bool(failing.any()):
+        warnings.warn(_message(cache, failing, beyond, first, planned, bits), GuardWarning, stacklevel=4)
+    return bits
+
+
+def bound_of(bits: Tensor) -> Tensor:
+    """Bound per head for widths int64 [2, Hkv]: that of the narrower of K and V."""
+    return torch.tensor([BOUNDS[int(b)] for b in bits.amin(0)], dtype=torch.float64)
+
+
+def _beyond(errors: Tensor, bits: Tensor) -> Tensor:
+    return ~(errors <= bound_of(bits))
+
+
+def _widen(bits: Tensor, heads: Tensor) -> Tensor:
+    """The narrower of K and V (both, if equal) one step wider, for the chosen heads."""
+    wider = torch.tensor([[_WIDER[int(b)] for b in row] for row in bits])
+    return torch.where(heads & (bits == bits.amin(0)), wider, bits)
+
+
+def _message(
+    cache: KVCache, failing: Tensor, beyond: Tensor, errors: Tensor, planned: Tensor, bits: Tensor
+) -> str:
+    heads = failing.nonzero().flatten().tolist()
+    worst = max(heads, key=lambda head: float(errors[head]))
+    what = f"{cache.label or 'cache'}: KV heads {', '.join(map(str, heads))} lose too much in the quantized cache"
+    how = (
+        f"head {worst} has relative error {float(errors[worst]):.2f} at K {int(planned[0, worst])} and V "
+        f"{int(planned[1, worst])} bits, bound {float(bound_of(planned)[worst]):.2f}"
+    )
+    if torch.equal(bits, planned):
+        return f"{what} ({how}); widths kept as configured"
+    widths = ", ".join(f"{head}: {int(bits[0, head])}/{int(bits[1, head])}" for head in heads)
+    rest = beyond.nonzero().flatten().tolist()
+    still = f"; heads {', '.join(map(str, rest))} stay beyond their bound even so" if rest else ""
+    return f"{what} ({how}); raised to K/V bits {widths}{still}"
+
+
+class _Sample:
+    """Queries, exact keys and values, and what they become when stored."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        staged: Stage,
+        flush: Flush,
+        q: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        new: tuple[Tensor, Tensor],
+    ):
+        # Sequences whose first compressed block is among these; of ragged ones, those that begin
+        # like the first.
+        batch = flush.batch[flush.block == cache.sink_blocks].unique()
+        start = staged.start[batch]
+        self.batch = batch[start == start[0]]
+        self.cache, self.staged, self.flush = cache, staged, flush
+        self.sinks = cache.page_tiles(0, cache.sink_blocks) if int(start[0]) else None
+        self.length = staged.lengths[self.batch].clamp(max=_TOKENS)
+        self.q, self.positions = self._queries(q, positions, valid)
+        self.exact = self._frame(*self._with_new(*self._floats(staged.tiles), *new))
+        self.wanted = self._attend(self.exact)
+
+    def errors(self, bits: Tensor) -> Tensor:
+        """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
+        stored = self.staged.stored.map(torch.clone)
+        size = self.cache.config.block_size
+        for part in self.cache.encode(self.flush, bits):
+            tiles, batch = decode_pages(part.layout, part.pages), part.flush.batch
+            block = part.flush.block - self.staged.start[batch] // size
+            at = batch.to(part.pages.device), slice(None), block.to(part.pages.device)
+            for name in ("k8", "v8", "k_scale", "v_scale"):
+                target = getattr(stored, name).unflatten(2, (-1, size))
+                target[at] = getattr(tiles, name).to(target.dtype)
+        got = self._attend(self._frame(*self._floats(stored)))
+        group = self.q.shape[1] // self.cache.num_kv_heads
+        lost, whole = ((x.unflatten(1, (-1, group)) ** 2).sum((0, 2, 3, 4)) for x in (got - self.wanted, self.wanted))
+        return (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf).cpu()
+
+    def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to `_QUERIES` rows spread over the later half of the tokens looked at."""
+        inside = valid & (positions < int(self.length.max()))
+        useful = (inside & (positions >= int(self.length.max()) // 2))[self.batch].all(0)
+        rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
+        rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(_QUERIES, len(rows))).long()]
+        chosen = q.index_select(0, self.batch.to(q.device)).index_select(2, rows.to(q.device))
+        return chosen, positions[self.batch][:, rows]
+
+    def _floats(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """Stage-frame tiles [B, H, W, D] as floats in the model's space."""
+        k, v = tiles.floats()
+        return self._restore(k, self.staged.start), self.cache.restore(v)
+
+    def _restore(self, k: Tensor, start: Tensor) -> Tensor:
+        mean = self.staged.k_mean
+        if mean is not None:
+            smoothed = start[:, None] + torch.arange(k.shape[2]) >= self.cache.mean_from
+            k = k + mean.to(k.dtype)[:, :, None] * smoothed.to(k.device)[:, None, :, None]
+        return self.cache.restore(k)
+
+    def _with_new(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> tuple[Tensor, Tensor]:
+        """The call's own tokens as they came, in place of their INT8 form."""
+        counts = self.staged.lengths - self.staged.before
+        batch, token = (torch.arange(k_new.shape[2]) < counts[:, None]).nonzero(as_tuple=True)
+        row = (self.staged.before - self.staged.start)[batch] + token
+        k, v = k.clone(), v.clone()
+        k[batch, :, row], v[batch, :, row] = (x[batch, :, token].to(k.dtype) for x in (k_new, v_new))
+        return k, v
+
+    def _frame(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen sequences with their sink pages in front, as many tokens as are looked at."""
+        if self.sinks is not None:
+            sink_k, sink_v = (x.transpose(1, 2).flatten(2, 3) for x in self.sinks.floats())
+            k = torch.cat((self._restore(sink_k, torch.zeros_like(self.staged.start)), k), 2)
+            v = torch.cat((self.cache.restore(sink_v), v), 2)
+        at = self.batch.to(k.device)
+        return k[at][:, :, : int(self.length.max())], v[at][:, :, : int(self.length.max())]
+
+    def _attend(self, frame: tuple[Tensor, Tensor]) -> Tensor:
+        k, v = frame
+        keys = torch.arange(k.shape[2])
+        mask = (keys <= self.positions[..., None]) & (keys < self.length[:, None, None])
+        return exact_attention(self.q, k, v, attn_mask=mask[:, None])[0]

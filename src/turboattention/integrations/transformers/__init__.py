@@ -1,0 +1,15 @@
+"""Hugging Face transformers (5.16 to 5.23): ``attn_implementation="turbo"`` and a quantized cache.
+
+    enable()                                   # registers "turbo"; disable() undoes it
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="turbo")
+    model.generate(**inputs, past_key_values=TurboCache(model.config))
+
+Without a `TurboCache`, "turbo" runs on the model's own full-precision cache. Nothing is patched on import.
+"""
+
+from __future__ import annotations
+
+from .cache import TurboCache
+from .registry import disable, enable
+
+__all__ = ["TurboCache", "disable", "enable"]

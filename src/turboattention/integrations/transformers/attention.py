@@ -1,0 +1,81 @@
+"""The attention function of "turbo": reads the layer's handle if there is one, else attends densely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import TurboConfig
+from ...errors import UnsupportedError
+from .call import Call
+from .dense import attend_dense
+from .layer import layer_of
+from .masks import MaskPlan, read_mask
+
+
+def turbo_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    config: TurboConfig | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, Hq, Lq, D] queries -> ([B, Lq, Hq, D], no weights).
+
+    With a `TurboCache`, `key` carries its layer, which attends over the packed cache and appends.
+    """
+    _refuse(module, dropout, kwargs)
+    _refuse_gradients(query, key, value)
+    if key.shape[3] != value.shape[3]:
+        raise UnsupportedError(
+            f"value: expected the keys' head_dim ({key.shape[3]}), got {value.shape[3]}: "
+            "multi-head latent attention (MLA) is not supported"
+        )
+    plan = read_mask(attention_mask)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    window = _window(plan, causal, sliding_window)
+    layer = layer_of(key)
+    if layer is None:
+        call = Call(scaling, softcap, window, s_aux, config, backend)
+        out = attend_dense(query, key, value, plan, causal, call)
+    else:
+        call = Call(scaling, softcap, window, s_aux, backend=layer.backend)
+        out = layer.attend(module, query, plan, causal, call)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _window(plan: MaskPlan | None, causal: bool, sliding_window: int | None) -> int | None:
+    """The mask is the truth where it says; a mask of padding alone leaves it to the layer."""
+    if plan is not None and (plan.from_function or not plan.is_causal):
+        return plan.window
+    return sliding_window if causal or plan is not None else None
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise UnsupportedError(f"dropout: expected 0 (call model.eval()), got {dropout}")
+    if kwargs.get("output_attentions"):
+        raise UnsupportedError('output_attentions: attn_implementation="turbo" never forms the weights; use "eager"')
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedError('position_bias: not supported by attn_implementation="turbo"')
+    if kwargs.get("cache") is not None:
+        raise UnsupportedError('cache: continuous batching is not supported by attn_implementation="turbo"')
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise UnsupportedError(
+            'gradients: attn_implementation="turbo" is for inference; call it under torch.no_grad()'
+        )

@@ -1,0 +1,218 @@
+"""`TurboCache`: transformers' `past_key_values`, quantized."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ...config import TurboConfig
+from ...errors import ConfigError, InputError
+from .layer import TurboLayer
+from .model import ModelShape, layer_windows
+
+
+class TurboCache(Cache):
+    """A quantized KV cache for models loaded with ``attn_implementation="turbo"``.
+
+    Works wherever transformers takes a `Cache`: greedy and sampled decoding, beams,
+    `num_return_sequences`, left-padded batches, assisted and prompt-lookup decoding, chunked
+    prefill. Attention reads the packed cache; padding is not stored.
+
+    Args:
+        model_config: ``model.config``.
+        config: `TurboConfig()` by default.
+        head_bits: widths per layer, each as `KVCache` takes them ([Hkv] or [2, Hkv]).
+        k_mean: calibrated means of K per layer, each float [Hkv, D].
+        max_tokens: tokens per sequence to reserve memory for; more may follow.
+        backend: as in `turbo_attention_with_kvcache`.
+
+    Raises:
+        UnsupportedError: MLA, encoder-decoder models, linear attention.
+        ConfigError, InputError: arguments out of range.
+
+    Example:
+        >>> enable()
+        >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="turbo")
+        >>> model.generate(**inputs, past_key_values=TurboCache(model.config))
+    """
+
+    layers: list[TurboLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model_config: Any,
+        config: TurboConfig | None = None,
+        *,
+        head_bits: Sequence[Any] | Tensor | None = None,
+        k_mean: Sequence[Tensor | None] | Tensor | None = None,
+        max_tokens: int | None = None,
+        backend: str = "auto",
+    ):
+        if config is not None and not isinstance(config, TurboConfig):
+            raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
+        windows = layer_windows(model_config)
+        bits, means = (_per_layer(x, n, len(windows)) for x, n in ((head_bits, "head_bits"), (k_mean, "k_mean")))
+        layers = [
+            TurboLayer(
+                index,
+                window,
+                config=config,
+                head_bits=bits[index],
+                k_mean=means[index],
+                max_tokens=max_tokens,
+                model=ModelShape.of(model_config),
+                backend=backend,
+            )
+            for index, window in enumerate(windows)
+        ]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.prompt_ids: Tensor | None = None
+
+    @classmethod
+    def from_layers(cls, layers: list[TurboLayer], prompt_ids: Tensor | None = None) -> TurboCache:
+        """A cache of existing layers."""
+        cache = object.__new__(cls)
+        Cache.__init__(cache, layers=layers)  # type: ignore[arg-type]
+        cache.prompt_ids = prompt_ids
+        return cache
+
+    def __repr__(self) -> str:
+        return (
+            f"TurboCache(layers={len(self.layers)}, batch_size={self.batch_size}, length={self.get_seq_length()}, "
+            f"nbytes={self.nbytes})"
+        )
+
+    # -- transformers -------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The arguments back, with a handle for the attention function, which stores them."""
+        if not 0 <= layer_idx < len(self.layers):
+            raise InputError(
+                f"past_key_values: expected a TurboCache made for this model, which has a layer {layer_idx}; "
+                f"got one made for {len(self.layers)} layers"
+            )
+        if layer_idx:
+            self.layers[layer_idx - 1].check_settled()
+        else:
+            self.check_level()
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def batch_size(self) -> int:
+        """-1 before the first forward."""
+        return max((layer.batch_size for layer in self.layers), default=-1)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def check_level(self) -> None:
+        """All layers stand at the same length: no forward was broken off."""
+        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized}
+        for layer in self.layers:
+            layer.check_settled()
+        if len(lengths) > 1:
+            raise InputError(
+                f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
+                f"halfway. crop({min(lengths)}) goes back to before it, reset() empties the cache"
+            )
+
+    # -- what it holds --------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte allocated, of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that the same tokens would take at 16 bits: 2 * 2 * tokens * Hkv * D, summed over layers.
+
+        Sliding layers count the tokens inside their window, as transformers' own cache keeps them.
+        """
+        return sum(layer.fp16_nbytes for layer in self.layers)
+
+    @property
+    def bits_per_element(self) -> float:
+        """`nbytes * 8` over the elements held; infinite while empty."""
+        return self.nbytes * 16 / self.fp16_nbytes if self.fp16_nbytes else float("inf")
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """int64 [B]: tokens of each sequence, padding left out."""
+        kv = next((layer.kv for layer in self.layers if layer.kv is not None), None)
+        return torch.zeros(0, dtype=torch.int64) if kv is None else kv.seq_lens
+
+    # -- copies and files -------------------------------------------------------------------------------
+
+    def clone(self) -> TurboCache:
+        """An independent cache with the same content; compressed blocks are shared. `copy.deepcopy` does this."""
+        return type(self).from_layers([layer.clone() for layer in self.layers], self.prompt_ids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurboCache:
+        return self.clone()
+
+    def save(self, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
+        """Write the whole cache to one safetensors file.
+
+        Args:
+            input_ids: the tokens it was made from, int64 [B, L]; kept as `prompt_ids`.
+        """
+        from .storage import save_cache
+
+        save_cache(self, path, input_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model_config: Any = None,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+    ) -> TurboCache:
+        """Read what `save` wrote, for a prompt that begins with the same tokens.
+
+        Args:
+            model_config: ``model.config``, to check now that the file is this model's; the first
+                forward checks it in any case.
+
+        Raises:
+            FormatError: the file is damaged, foreign or of another version.
+            InputError: it is another model's.
+        """
+        from .storage import load_cache
+
+        return load_cache(cls, path, model_config, device, backend)
+
+    def check_prompt(self, input_ids: Tensor) -> int:
+        """Tokens of `input_ids` [B, L] that this cache already holds, from its beginning.
+
+        Raises:
+            InputError: it was saved with other tokens, or without any.
+        """
+        if self.prompt_ids is None:
+            raise InputError("prompt_ids: expected a cache saved with input_ids, got one saved without")
+        stored = self.prompt_ids[:, : self.get_seq_length()]
+        given = input_ids[:, : stored.shape[1]].cpu()
+        if given.shape != stored.shape or not torch.equal(given, stored):
+            raise InputError(
+                f"input_ids: expected a prompt that begins with the {stored.shape[1]} tokens of the cache, got another one"
+            )
+        return stored.shape[1]
+
+
+def _per_layer(values: Any, name: str, count: int) -> list[Any]:
+    if values is None:
+        return [None] * count
+    if not isinstance(values, (Sequence, Tensor)) or len(values) != count:
+        got = len(values) if isinstance(values, (Sequence, Tensor)) else type(values).__name__
+        raise ConfigError(f"{name}: expected one entry for each of the {count} layers, got {got}")
+    return list(values)

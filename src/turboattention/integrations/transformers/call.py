@@ -1,0 +1,76 @@
+"""One attention call of a model, translated to this package's functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...api import turbo_attention, turbo_attention_with_kvcache
+from ...config import TurboConfig
+from ...kv.cache import KVCache
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer asks for besides tensors and masks.
+
+    scale: factor of the logits; softcap: their cap; window: tokens a query sees, itself included;
+    sinks: learned sink logits [Hq], an extra column of the softmax without a value.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
+    config: TurboConfig | None = None
+    backend: str = "auto"
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """[B, Hq, Lq, D] over full-precision keys; causal is bottom-right aligned."""
+        result = turbo_attention(
+            query, key, value, mask, is_causal, self.scale, config=self.config, **self._shared(is_causal)
+        )
+        return self._with_sinks(result)
+
+    def cached(
+        self,
+        query: Tensor,
+        cache: KVCache,
+        new: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """[B, Hq, Lq, D] over the packed cache, which takes the `new` keys and values with it."""
+        key, value = new if new is not None else (None, None)
+        result = turbo_attention_with_kvcache(
+            query,
+            cache,
+            key,
+            value,
+            lengths=lengths,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=self.scale,
+            **self._shared(is_causal),
+        )
+        return self._with_sinks(result)
+
+    def _shared(self, is_causal: bool) -> dict[str, Any]:
+        return {
+            "window_size": self.window if is_causal else None,
+            "softcap": self.softcap,
+            "return_lse": self.sinks is not None,
+            "backend": self.backend,
+        }
+
+    def _with_sinks(self, result: Any) -> Tensor:
+        """A softmax with one more column of logit s is the plain one times sigmoid(lse - s)."""
+        if self.sinks is None:
+            return result
+        out, lse = result
+        share = torch.sigmoid(lse.float() - self.sinks.float().to(lse.device)[None, :, None])
+        return (out * share[..., None]).to(out.dtype)

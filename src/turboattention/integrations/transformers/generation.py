@@ -1,0 +1,249 @@
+"""Running a causal language model token by token, on its own cache or on a quantized one.
+
+`model.generate` does the same for users; here prefill and decode are apart, so that they can be
+timed, watched, forked and fed with given tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from ...config import TurboConfig
+from ...errors import InputError
+from .cache import TurboCache
+from .registry import NAME, disable, enable
+
+PREFILL_CHUNK = 4096
+"""Tokens of a prompt that go through the model at once; bounds the memory of longer prompts."""
+
+Progress = Callable[[int, int], None]
+"""Called with the layers done and the layers to do."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in evaluation mode, and its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    own_attention: str
+
+    @property
+    def context(self) -> int | None:
+        """Tokens it was made for; None where its config does not say."""
+        size = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return size if isinstance(size, int) else None
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        ids = self.model.generation_config.eos_token_id
+        return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def use(self, attention: str) -> None:
+        if self.model.config._attn_implementation != attention:
+            self.model.set_attn_implementation(attention)
+
+    def new_cache(self, config: TurboConfig | None) -> TurboCache | DynamicCache:
+        """A quantized cache, or without `config` the model's own."""
+        config_of_model = self.model.config
+        return DynamicCache(config=config_of_model) if config is None else TurboCache(config_of_model, config)
+
+    def load_cache(self, path: Path) -> TurboCache:
+        """A saved cache of this model, with the tokens it was made from in `prompt_ids`.
+
+        Raises:
+            FormatError, InputError: damaged, of another model, or saved without its tokens.
+        """
+        cache = TurboCache.load(path, self.model.config, device=self.model.device)
+        if cache.prompt_ids is None or cache.prompt_ids.shape[0] != 1:
+            raise InputError(f"cache: expected one prompt and its tokens in {path}, got a file without them")
+        return cache
+
+
+def load(name: str, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
+    """A model from a folder, the local cache of the hub, or the hub.
+
+    Raises:
+        InputError: there is no such model, or it cannot be loaded.
+    """
+    options: dict[str, Any] = {"local_files_only": _local_only(name)}
+    with _quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        except Exception as error:  # every library below raises kinds of its own
+            raise InputError(f"model: {name} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        raise InputError(f"model: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+    model = model.to(device).eval()
+    return LanguageModel(name, model, tokenizer, model.config._attn_implementation)
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """``attn_implementation="turbo"`` is registered inside."""
+    enable()
+    try:
+        yield
+    finally:
+        disable()
+
+
+class Run:
+    """One sequence on its way through a model: what is cached, and the logits of the next token."""
+
+    def __init__(self, language: LanguageModel, cache: TurboCache | DynamicCache):
+        self.language, self.cache = language, cache
+        self.logits = torch.empty(0)
+
+    def fork(self) -> Run:
+        """An independent run in the same state. Quantized caches only."""
+        assert isinstance(self.cache, TurboCache)
+        other = Run(self.language, self.cache.clone())
+        other.logits = self.logits
+        return other
+
+    def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> None:
+        """Process the prompt, or what of it the cache does not hold yet."""
+        pieces = [ids[at : at + PREFILL_CHUNK] for at in range(0, len(ids), PREFILL_CHUNK)]
+        with _layer_progress(self.language.model, len(pieces), progress):
+            for piece in pieces:
+                self._forward(piece)
+
+    def advance(self, token: int) -> None:
+        """Take one more token."""
+        self._forward([token])
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[int]) -> None:
+        model = self.language.model
+        self.language.use(NAME if isinstance(self.cache, TurboCache) else self.language.own_attention)
+        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        tokens = torch.tensor([ids], device=model.device)
+        out = model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **options)
+        self.logits = out.logits[0, -1].float().cpu()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses a token: the likeliest at temperature 0, else at random among the `top_p` likeliest."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+
+    def __call__(self, logits: Tensor) -> int:
+        if self.temperature == 0:
+            return int(logits.argmax())
+        odds, order = torch.softmax(logits / self.temperature, -1).sort(descending=True)
+        # The first token that reaches top_p still counts: what stands before it is below.
+        odds = odds.where(odds.cumsum(-1) - odds < self.top_p, 0.0)
+        return int(order[torch.multinomial(odds, 1, generator=self.generator)])
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Tokens that a run gave (an end token included), and the seconds of all but the first."""
+
+    tokens: list[int]
+    ended: bool
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed; None without a second token."""
+        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds else None
+
+
+def generate(
+    run: Run, limit: int, pick: Callable[[Tensor], int] | None = None, on_token: Callable[[int], None] | None = None
+) -> Generation:
+    """Up to `limit` tokens after a prefill. `on_token` sees each before the run takes it; its time is not counted."""
+    pick = pick or Sampler()
+    token, tokens, seconds = pick(run.logits), [], 0.0
+    while True:
+        tokens.append(token)
+        if on_token:
+            on_token(token)
+        ended = token in run.language.stop_tokens
+        if ended or len(tokens) == limit:
+            return Generation(tokens, ended, seconds)
+        start = time.perf_counter()
+        run.advance(token)
+        token = pick(run.logits)
+        seconds += time.perf_counter() - start
+
+
+def _local_only(name: str) -> bool:
+    """Whether to look at this machine alone. Asks the hub once, where loading would retry for long."""
+    if Path(name).is_dir():
+        return True
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"model: there is no folder {name}, and no such model on the hub: {_first_line(error)}") from error
+    except Exception:  # not reachable, by whichever client: the local cache of the hub may have it
+        return True
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers loads without log lines and progress bars of its own."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _layer_progress(model: Any, passes: int, progress: Progress | None) -> Iterator[None]:
+    """Calls `progress` after each decoder layer, where the model has a list of them."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if progress is None or layers is None:
+        yield
+        return
+    done = 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        progress(done, passes * len(layers))
+
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,311 @@
+"""One layer of a `TurboCache`: `update` holds the new keys and values back until attention takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from ...config import TurboConfig
+from ...errors import InputError, ShapeError, UnsupportedError
+from ...kv.cache import KVCache
+from .call import Call
+from .masks import MaskPlan
+from .model import ModelShape
+from .ragged import pack_index, put_back, take, take_columns, take_rows
+
+_HANDLE = "_turbo_layer"
+
+
+def layer_of(key: Tensor) -> TurboLayer | None:
+    """The layer whose `update` returned this tensor."""
+    return getattr(key, _HANDLE, None)
+
+
+class TurboLayer(CacheLayerMixin):
+    """A quantized `KVCache` behind transformers' cache layer interface.
+
+    Lengths towards transformers count every position, padding included, also in sliding layers;
+    the `KVCache` holds tokens only. `valid` (bool [B, length] on the CPU, None while there is no
+    padding) translates.
+
+    `update` stores nothing yet: it returns its own arguments with a handle to the layer on them.
+    The attention function finds the handle and calls `attend`, which attends and appends in one go.
+    """
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        index: int,
+        window: int | None = None,
+        *,
+        config: TurboConfig | None = None,
+        head_bits: Any = None,
+        k_mean: Tensor | None = None,
+        max_tokens: int | None = None,
+        model: ModelShape | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.index, self.window, self.backend = index, window, backend
+        self.config, self.model = config or TurboConfig(), model
+        self.kv: KVCache | None = None
+        self.valid: Tensor | None = None
+        self.record_past = False
+        self._head_bits, self._k_mean, self._max_tokens = head_bits, k_mean, max_tokens
+        self._stored = 0
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._checked: object = None
+
+    def __repr__(self) -> str:
+        return f"TurboLayer(index={self.index}, length={self.get_seq_length()}, window={self.window}, kv={self.kv})"
+
+    # -- what transformers asks -------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        return self._stored + (self._pending[0].shape[2] if self._pending is not None else 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self.check_settled()
+        return self._stored + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Keep, in sliding layers, what a crop of everything the last forward added would need."""
+        self.record_past = True
+
+    # -- new tokens -------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        self.kv = KVCache(
+            batch,
+            heads,
+            head_dim,
+            config=self.config,
+            head_bits=self._head_bits,
+            max_tokens=self._max_tokens,
+            device=key_states.device,
+            dtype=key_states.dtype,
+            window_size=self.window,
+            k_mean=self._k_mean,
+        )
+        self.kv.label = f"layer {self.index}"
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.check_settled()
+        self._check_new(key_states, value_states)
+        if self.kv is None:
+            self.lazy_initialization(key_states, value_states)
+        self._pending = key_states, value_states
+        setattr(key_states, _HANDLE, self)
+        return key_states, value_states
+
+    def attend(self, module: nn.Module, query: Tensor, plan: MaskPlan | None, is_causal: bool, call: Call) -> Tensor:
+        """query [B, Hq, Lq, D] over what is stored and what `update` brought, which is then stored.
+
+        Without new tokens (layers that share another's keys) the queries are the last ones stored.
+        """
+        pending, self._pending = self._pending, None
+        new = query.shape[2] if pending is None else pending[0].shape[2]
+        past = self._stored - new if pending is None else self._stored
+        if query.shape[2] != new or past < 0:
+            raise UnsupportedError(
+                f"query: expected the {new} new tokens of layer {self.index}, got {query.shape[2]}; "
+                "cross-attention through the cache is not supported"
+            )
+        self._check_model(module)
+        known = self._known(past + new)
+        valid = _valid_now(plan, known[:, :past], new)
+        assert self.kv is not None
+        if self.window is not None:
+            self.kv.window_size = self.window + (new if self.record_past else 0)
+        out = self._attend(query, pending, plan, valid, is_causal, call)
+        if pending is not None:
+            self._stored = past + new
+            self.valid = None if bool(valid.all()) else valid
+        return out
+
+    def _attend(
+        self,
+        query: Tensor,
+        pending: tuple[Tensor, Tensor] | None,
+        plan: MaskPlan | None,
+        valid: Tensor,
+        is_causal: bool,
+        call: Call,
+    ) -> Tensor:
+        """Pack this call's valid tokens, attend, and put the results back. `valid`: [B, past + new]."""
+        assert self.kv is not None
+        causal = plan.is_causal if plan is not None else is_causal
+        mask = plan.matrix if plan is not None else None
+        if mask is not None and not bool(valid.all()):
+            mask = take_columns(mask, valid, False if mask.dtype == torch.bool else float("-inf"))
+        own = valid[:, valid.shape[1] - query.shape[2] :]
+        if bool(own.all()):
+            return call.cached(query, self.kv, pending, None, mask, causal)
+        index, lengths = pack_index(own, "left" if pending is not None else "right")
+        if not index.shape[1]:
+            return torch.zeros_like(query)
+        if mask is not None:
+            mask = take_rows(mask, index)
+        if pending is not None:
+            pending = take(pending[0], index), take(pending[1], index)
+        out = call.cached(
+            take(query, index), self.kv, pending, lengths if pending is not None else None, mask, causal
+        )
+        return put_back(out, index, own)
+
+    # -- changing what is stored --------------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
+        self.check_settled()
+        keep = tokens_to_remove if tokens_to_remove > 0 else self._stored + tokens_to_remove
+        if self.kv is None or keep >= self._stored:
+            return
+        keep = max(keep, 0)
+        left = self._known(self._stored)[:, :keep]
+        self.kv.crop(left.sum(-1))
+        self._stored, self.valid = keep, (None if bool(left.all()) else left)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.check_settled()
+        if self.kv is not None:
+            index = beam_idx.cpu()
+            self.kv.reorder(index)
+            self.valid = None if self.valid is None else self.valid[index]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.kv is not None:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.kv is not None:
+            self.reorder_cache(torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()])
+
+    def reset(self) -> None:
+        self.kv = self.valid = self._pending = None
+        self._stored, self.is_initialized = 0, False
+
+    def offload(self) -> None:
+        raise UnsupportedError("offload: a TurboCache is not offloaded")
+
+    def prefetch(self) -> None:
+        raise UnsupportedError("prefetch: a TurboCache is not offloaded")
+
+    def clone(self) -> TurboLayer:
+        """An independent layer with the same content; compressed blocks are shared."""
+        self.check_settled()
+        copy = object.__new__(TurboLayer)
+        copy.__dict__.update(self.__dict__)
+        copy.kv = None if self.kv is None else self.kv.clone()
+        return copy
+
+    def restore(self, kv: KVCache, stored: int, valid: Tensor | None) -> None:
+        """Take what a file held."""
+        self.kv, self._stored, self.valid = kv, stored, valid
+        self.is_initialized = True
+
+    # -- what it holds ------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.kv is None else self.kv.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        held = 0 if self.kv is None else self.kv.nbytes
+        return held + (0 if self.valid is None else self.valid.nbytes)
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes of the same tokens at 16 bits; of a sliding layer those inside the window."""
+        if self.kv is None:
+            return 0
+        tokens = self.kv.seq_lens
+        if self.window is not None:
+            tokens = tokens.clamp(max=self.window)
+        return 2 * 2 * int(tokens.sum()) * self.kv.num_kv_heads * self.kv.head_dim
+
+    # -- checks ---------------------------------------------------------------------------------------
+
+    def check_settled(self) -> None:
+        """No tokens of an earlier `update` are left over.
+
+        Raises:
+            InputError: attention never took them.
+        """
+        if self._pending is not None:
+            raise InputError(
+                f'attn_implementation: expected "turbo" with a TurboCache, but no "turbo" attention took the '
+                f"{self._pending[0].shape[2]} new tokens of layer {self.index}. Load the model with "
+                'attn_implementation="turbo" (after enable()); this architecture may also change keys after the '
+                "cache, which a TurboCache cannot follow. reset() empties the cache"
+            )
+
+    def _check_new(self, key: Tensor, value: Tensor) -> None:
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise UnsupportedError("gradients: a TurboCache is for inference; call the model under torch.no_grad()")
+        if key.dim() != 4 or key.shape != value.shape:
+            raise UnsupportedError(
+                f"value_states: expected the shape of key_states {tuple(key.shape)}, got {tuple(value.shape)}: "
+                "multi-head latent attention (MLA) is not supported by a TurboCache"
+            )
+        kv = self.kv
+        if kv is None:
+            return
+        expected, got = (kv.batch_size, kv.num_kv_heads, kv.head_dim), (key.shape[0], key.shape[1], key.shape[3])
+        if expected != got:
+            hint = "; repeat it with batch_repeat_interleave()" if expected[1:] == got[1:] else ""
+            raise ShapeError(
+                f"key_states: expected (batch, KV heads, head_dim) = {expected} as in layer {self.index} of the "
+                f"TurboCache, got {got}{hint}"
+            )
+
+    def _check_model(self, module: nn.Module) -> None:
+        config = getattr(module, "config", None)
+        if self.model is not None and config is not None and config is not self._checked:
+            self.model.check(config)
+            self._checked = config
+
+    def _known(self, length: int) -> Tensor:
+        """bool [B, length]: which stored positions are tokens."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(1, length, dtype=torch.bool).expand(self.batch_size, -1)
+
+
+def _valid_now(plan: MaskPlan | None, known: Tensor, new: int) -> Tensor:
+    """bool [B, past + new]: the tokens after this call. `known` [B, past] are those stored before.
+
+    Raises:
+        InputError: the mask does not fit what is stored.
+    """
+    batch, past = known.shape
+    if plan is not None and plan.width != past + new:
+        raise InputError(
+            f"attention_mask: expected {past + new} positions ({past} in the TurboCache and {new} new), got {plan.width}"
+        )
+    visible = plan.visible if plan is not None else None
+    if visible is None:
+        visible = torch.ones(1, past + new, dtype=torch.bool)
+    visible = visible.expand(batch, -1)
+    hidden = known & ~visible[:, :past] if plan is not None and plan.is_causal else torch.zeros(1)
+    shown = visible[:, :past] & ~known
+    if bool(hidden.any()) or bool(shown.any()):
+        hides = bool(hidden.any())
+        row = int((hidden if hides else shown).any(-1).nonzero()[0])
+        raise InputError(
+            f"attention_mask: expected the same padding as when the TurboCache stored its {past} positions, got a mask "
+            f"that {'hides tokens stored' if hides else 'shows padding, which is not stored,'} in row {row}"
+        )
+    return torch.cat([known, visible[:, past:]], 1)

@@ -1,0 +1,179 @@
+"""The mask function of "turbo", and what the attention function reads from a mask.
+
+transformers builds one mask per forward and kind of layer and hands it to every layer. "turbo" builds
+- bool [B, Lk] for causal and sliding-window masks: which key positions are tokens (not padding), and
+- bool [B, 1, Lq, Lk] for every other pattern (chunked, packed, prefix, bidirectional, static caches).
+Both carry their `MaskPlan`, so that it is worked out once per forward rather than once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_overlay,
+)
+
+from ...errors import InputError, ShapeError
+
+_PLAN = "_turbo_plan"
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """What one mask says.
+
+    mask: bool [B, Lk], the tokens among which attention is causal (bottom-right aligned, within
+        `window` if that is set); or bool or additive [B or 1, 1 or H, Lq, Lk].
+    window: tokens that a query sees, itself included, as the mask function was told; None: all.
+    from_function: `turbo_mask` made it, so that `window` is known, not merely absent.
+    """
+
+    mask: Tensor
+    window: int | None = None
+    from_function: bool = False
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask.dim() == 2
+
+    @property
+    def width(self) -> int:
+        """Key positions that the mask speaks of, past ones and padding included."""
+        return self.mask.shape[-1]
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """bool [B, Lk] on the CPU: positions that some query may see; None where all are."""
+        shown = self.mask if self.is_causal else shown_by(self.mask).any(2).any(1)
+        return None if bool(shown.all()) else shown.cpu()
+
+    @cached_property
+    def matrix(self) -> Tensor | None:
+        """The mask [B or 1, 1 or H, Lq, Lk] as `turbo_attention` takes it; None where all is shown."""
+        if self.is_causal:
+            return None
+        shown = shown_by(self.mask)
+        if self.mask.dtype == torch.bool:
+            return None if bool(shown.all()) else shown
+        return torch.where(shown, self.mask, float("-inf"))
+
+
+def shown_by(mask: Tensor) -> Tensor:
+    """bool: where a boolean mask is True, or an additive one is above the "hidden" values in use."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def read_mask(mask: Tensor | None) -> MaskPlan | None:
+    """The plan of whatever stands in for the mask at a layer: ours, or one the user passed."""
+    if mask is None:
+        return None
+    plan = getattr(mask, _PLAN, None)
+    if plan is not None:
+        return plan
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ShapeError(f"attention_mask: expected a tensor [B, Lk] or [B, 1, Lq, Lk], got {got}")
+    if mask.dim() == 2 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        mask = mask.to(torch.bool)
+    return MaskPlan(mask)
+
+
+def turbo_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' mask interface (see `transformers.masking_utils.sdpa_mask` for the arguments).
+
+    `allow_is_causal_skip=False` means that the caller needs the full matrix, and gets it.
+    """
+    causal, window = _causal_window(mask_function)
+    ends_together = kv_offset + kv_length == int(q_offset) + q_length
+    if causal and ends_together and allow_is_causal_skip:
+        tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
+        return _with_plan(tokens, window)
+    if mask_function is bidirectional_mask_function:
+        tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
+        return _with_plan(tokens[:, None, None, :].expand(-1, 1, q_length, -1), None)
+    matrix = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,  # type: ignore[arg-type]
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        device=device,
+        **kwargs,
+    )
+    assert matrix is not None
+    return _with_plan(matrix, None)
+
+
+def _with_plan(mask: Tensor, window: int | None) -> Tensor:
+    setattr(mask, _PLAN, MaskPlan(mask, window, from_function=True))
+    return mask
+
+
+def _tokens(
+    attention_mask: Tensor | None, batch: int, kv_length: int, kv_offset: int, device: torch.device | str
+) -> Tensor:
+    """bool [B, kv_length]: which of the positions from `kv_offset` on are tokens."""
+    if attention_mask is None:
+        return torch.ones(batch, kv_length, dtype=torch.bool, device=device)
+    if attention_mask.shape[-1] < kv_offset + kv_length:
+        raise InputError(
+            f"attention_mask: expected one column for each of the {kv_offset + kv_length} past and new positions, "
+            f"got {attention_mask.shape[-1]}"
+        )
+    tokens = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    # A view would be shared with the caller, who may change it before the next forward.
+    return tokens.expand(batch, -1).clone()
+
+
+def _causal_window(mask_function: Callable) -> tuple[bool, int | None]:
+    """Whether a mask function is causal and nothing else, and its sliding window.
+
+    transformers composes a sliding window as a closure over (overlay, causal). It is recognized by
+    the code objects of its parts; anything unrecognized is evaluated as a matrix, which is always right.
+    """
+    if mask_function is causal_mask_function:
+        return True, None
+    parts = _closure(mask_function, "mask_functions")
+    if getattr(mask_function, "__code__", None) is not _AND_CODE or not isinstance(parts, tuple) or len(parts) != 2:
+        return False, None
+    overlay, base = parts
+    window = _closure(overlay, "sliding_window")
+    if getattr(overlay, "__code__", None) is _WINDOW_CODE and base is causal_mask_function and isinstance(window, int):
+        return True, window
+    return False, None
+
+
+def _closure(function: Callable, name: str) -> Any:
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None or name not in code.co_freevars:
+        return None
+    return cells[code.co_freevars.index(name)].cell_contents
+
+
+_AND_CODE = and_masks(causal_mask_function).__code__
+_WINDOW_CODE = sliding_window_overlay(1).__code__

@@ -1,0 +1,196 @@
+"""Stage 1 of new tokens: rotate, smooth, quantize, and lay them behind what is buffered.
+
+The result is a `Stage`: INT8 tiles aligned to block boundaries, from each sequence's first open
+block on. Attention reads it, compression cuts full blocks from it; nothing here changes a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from ..flashq import quantize_int8, quantize_tokens, rotate
+from ..flashq.symmetric import CODE_MAX, SMALLEST_SCALE
+from .pages import Tiles
+
+# The first tokens of a sequence are odd in real models (attention sinks); the mean leaves them out.
+MEAN_SKIPS = 4
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """What stage 1 needs to know of the sequences that it extends.
+
+    lengths: int64 [B] tokens so far; start: int64 [B] position of the first open block;
+    open_tiles: the buffered tokens from there on, or None where nothing is;
+    k_mean: float32 [B, H, D] (rotated space), zero while unknown; k_mean_fixed: it came from
+    calibration and holds from the first token on; universal: float32 [2, B, H], the paper's buffer
+    scales of K and V, zero before the first append; or None with token scales.
+    """
+
+    lengths: Tensor
+    start: Tensor
+    open_tiles: Tiles | None
+    k_mean: Tensor | None
+    k_mean_fixed: bool
+    universal: Tensor | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """INT8 tiles [B, H, W, D] from position `start[b]` on; W is a multiple of the block size.
+
+    `lengths` int64 [B] counts all tokens, the new ones included; rows past them are zero.
+    `tiles` is what attention reads. `stored` is what the cache keeps: the same, but for the
+    paper's universal buffer scale.
+    """
+
+    before: Tensor
+    lengths: Tensor
+    start: Tensor
+    tiles: Tiles
+    stored: Tiles
+    k_mean: Tensor | None
+    universal: Tensor | None
+
+
+def fresh_state(
+    config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> SequenceState:
+    """Empty sequences; `dtype` float32 or float64 is what stage 1 computes in."""
+    lengths = torch.zeros(batch, dtype=torch.int64)
+    mean = torch.zeros(batch, heads, head_dim, dtype=dtype, device=device) if config.smooth_k else None
+    universal = None if config.token_scales else torch.zeros(2, batch, heads, dtype=dtype, device=device)
+    return SequenceState(lengths, lengths, None, mean, False, universal)
+
+
+def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, counts: Tensor) -> Stage:
+    """Quantize `counts[b]` left-aligned tokens of k, v [B, H, T, D] (float32 or float64) behind `state`."""
+    device, size = k.device, config.block_size
+    after = state.lengths + counts
+    width = max(size, _round_up(int((after - state.start).max()) if len(after) else 0, size))
+    valid = (torch.arange(k.shape[2]) < counts[:, None]).to(device)
+    k, v = (torch.where(valid[:, None, :, None], x, 0.0) for x in (k, v))
+    if config.rotate:
+        k, v = rotate(k), rotate(v)
+    place = _Placement(state, counts, width, device)
+    if config.token_scales:
+        mean = state.k_mean
+        if config.smooth_k:
+            k, mean = _smooth(config, state, k, counts, after, place)
+        tiles = place.tiles(quantize_tokens(k), quantize_tokens(v))
+        return Stage(state.lengths, after, state.start, tiles, tiles, mean, None)
+    return _stage_by_tile(config, state, k, v, counts, after, place)
+
+
+def _smooth(
+    config: TurboConfig, state: SequenceState, k: Tensor, counts: Tensor, after: Tensor, place: _Placement
+) -> tuple[Tensor, Tensor]:
+    """Subtract the mean from every key past the first block; learn it where that block fills now."""
+    mean = state.k_mean
+    assert mean is not None
+    if state.k_mean_fixed:
+        return k - mean[:, :, None].to(k.dtype), mean
+    size = config.block_size
+    filled = (state.lengths < size) & (after >= size)
+    if bool(filled.any()):
+        # From the first block's INT8 values as stored: the same however its tokens arrived.
+        codes, scales = place.fill(place.open("k8", "k_scale"), *quantize_tokens(k))
+        first = (codes[:, :, MEAN_SKIPS:size].to(scales.dtype) * scales[:, :, MEAN_SKIPS:size, None]).mean(2)
+        mean = torch.where(filled.to(k.device)[:, None, None], first, mean)
+    positions = state.lengths[:, None] + torch.arange(k.shape[2])
+    smoothed = (positions >= size).to(k.device)[:, None, :, None]
+    return torch.where(smoothed, k - mean[:, :, None].to(k.dtype), k), mean
+
+
+def _stage_by_tile(
+    config: TurboConfig,
+    state: SequenceState,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    after: Tensor,
+    place: _Placement,
+) -> Stage:
+    """The paper's stage 1: a scale per tile, and one universal scale for what stays in the buffer."""
+    mean, size = state.k_mean, config.block_size
+    if config.smooth_k:
+        k, mean = _smooth(config, state, k, counts, after, place)
+    universal = state.universal
+    assert universal is not None
+    first = (state.lengths == 0).to(k.device)[:, None]
+    peaks = torch.stack([x.abs().amax((-2, -1)) / CODE_MAX if x.shape[2] else universal[0] * 0 for x in (k, v)])
+    universal = torch.where(first, torch.where(peaks > 0, peaks.clamp(min=SMALLEST_SCALE), 1.0), universal)
+
+    # Rows of blocks that begin among the new tokens are tiles of their own; older blocks, and for
+    # the cache also blocks that stay incomplete, hold universally scaled rows.
+    starts_here = state.lengths[:, None] <= place.block_starts(size)
+    complete = place.block_starts(size) + size <= after[:, None]
+    own_attended = starts_here & (complete | (state.lengths == 0)[:, None])
+    sides = []
+    for x, scale, names in ((k, universal[0], ("k8", "k_scale")), (v, universal[1], ("v8", "v_scale"))):
+        open_rows = place.open(*names)
+        codes = (x / scale[:, :, None, None]).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8)
+        general = place.fill(open_rows, codes, scale[:, :, None].expand(codes.shape[:3]))
+        (floats,) = place.scatter([x.new_zeros(*x.shape[:2], place.width, x.shape[3])], [x])
+        tile_codes, tile_scales = quantize_int8(floats, size)
+        by_tile = tile_codes, tile_scales.repeat_interleave(size, -1)
+        sides.append([_choose(own, by_tile, general, size) for own in (own_attended, starts_here & complete)])
+    attended, stored = (Tiles(ks[0], vs[0], ks[1], vs[1]) for ks, vs in zip(*sides, strict=True))
+    return Stage(state.lengths, after, state.start, attended, stored, mean, universal)
+
+
+def _choose(
+    blocks: Tensor, yes: tuple[Tensor, Tensor], no: tuple[Tensor, Tensor], size: int
+) -> tuple[Tensor, Tensor]:
+    rows = blocks.repeat_interleave(size, 1).to(yes[0].device)[:, None]
+    return torch.where(rows[..., None], yes[0], no[0]), torch.where(rows, yes[1], no[1])
+
+
+class _Placement:
+    """Where new tokens go: row `lengths[b] - start[b] + t` of the stage, for `t < counts[b]`."""
+
+    def __init__(self, state: SequenceState, counts: Tensor, width: int, device: torch.device):
+        self.state, self.width = state, width
+        longest = int(counts.max()) if len(counts) else 0
+        batch, token = (torch.arange(longest) < counts[:, None]).nonzero(as_tuple=True)
+        row = (state.lengths - state.start)[batch] + token
+        self._batch, self._token, self._row = (x.to(device) for x in (batch, token, row))
+
+    def block_starts(self, size: int) -> Tensor:
+        """Positions int64 [B, W / size] at which the stage's blocks begin."""
+        return self.state.start[:, None] + torch.arange(0, self.width, size)
+
+    def open(self, codes: str, scales: str) -> tuple[Tensor, Tensor] | None:
+        """The buffered rows of one side."""
+        tiles = self.state.open_tiles
+        return None if tiles is None else (getattr(tiles, codes), getattr(tiles, scales))
+
+    def fill(self, open_rows: tuple[Tensor, Tensor] | None, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffered rows, then new ones: codes [B, H, W, D] and scales [B, H, W]."""
+        batch, heads, _, head_dim = codes.shape
+        out_codes = codes.new_zeros(batch, heads, self.width, head_dim)
+        out_scales = scales.new_zeros(batch, heads, self.width)
+        if open_rows is not None:
+            rows = min(self.width, open_rows[0].shape[2])
+            out_codes[:, :, :rows] = open_rows[0][:, :, :rows]
+            out_scales[:, :, :rows] = open_rows[1][:, :, :rows].to(scales.dtype)
+        out_codes, out_scales = self.scatter([out_codes, out_scales], [codes, scales])
+        return out_codes, out_scales
+
+    def scatter(self, targets: list[Tensor], sources: list[Tensor]) -> list[Tensor]:
+        for target, source in zip(targets, sources, strict=True):
+            target[self._batch, :, self._row] = source[self._batch, :, self._token]
+        return targets
+
+    def tiles(self, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> Tiles:
+        k8, k_scale = self.fill(self.open("k8", "k_scale"), *k)
+        v8, v_scale = self.fill(self.open("v8", "v_scale"), *v)
+        return Tiles(k8, v8, k_scale, v_scale)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,168 @@
+"""The compressed past of a batch of sequences: their page tables over shared pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from .layout import WIDEST, PageLayout
+from .pages import Tiles, decode_pages, encode_pages
+from .pool import PagePool
+
+EVICTED = -1
+
+
+@dataclass(frozen=True)
+class Flush:
+    """Full blocks about to become pages.
+
+    batch, block: int64 [N] (CPU), which sequence and which of its blocks each row of `tiles`
+    [N, H, B, D] is, ordered by sequence, then block.
+    """
+
+    batch: Tensor
+    block: Tensor
+    tiles: Tiles
+
+    def where(self, chosen: Tensor) -> Flush:
+        """The rows that a bool [N] picks."""
+        rows = chosen.to(self.tiles.k8.device)
+        return Flush(self.batch[chosen], self.block[chosen], self.tiles.map(lambda x: x[rows]))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Blocks as bytes: `pages` uint8 [N, page_bytes] in `layout`, for the N rows of `flush`."""
+
+    layout: PageLayout
+    flush: Flush
+    pages: Tensor
+
+
+class PageStore:
+    """Per sequence a list of page numbers, block by block: sink pages first, then compressed ones."""
+
+    def __init__(self, config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device):
+        self.config = config
+        self.device = device
+        self.tables: list[list[int]] = [[] for _ in range(batch)]
+        self.sink_blocks = config.sink_tokens // config.block_size
+        sink_layout = PageLayout.uniform(heads, head_dim, config.block_size, WIDEST, config.token_scales)
+        self.sinks = PagePool(sink_layout, device)
+        self.compressed: PagePool | None = None
+        self.head_bits: Tensor | None = None
+
+    def freeze(self, head_bits: Tensor) -> None:
+        """Fix the widths int64 [2, Hkv] of every page behind the sinks."""
+        self.head_bits = head_bits.clone()
+        self.compressed = PagePool(self.layout_for(head_bits), self.device)
+
+    def layout_for(self, head_bits: Tensor) -> PageLayout:
+        sink, (k_bits, v_bits) = self.sinks.layout, head_bits.tolist()
+        return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales)
+
+    def reserve(self, tokens: int) -> None:
+        """Memory for `tokens` of every sequence, once widths are frozen."""
+        blocks = tokens // self.config.block_size
+        self.sinks.reserve(len(self.tables) * min(blocks, self.sink_blocks))
+        if self.compressed is not None:
+            self.compressed.reserve(len(self.tables) * max(0, blocks - self.sink_blocks))
+
+    @property
+    def nbytes(self) -> int:
+        """All slabs of both pools, and the tables at 4 bytes an entry."""
+        pools = self.sinks.nbytes + (self.compressed.nbytes if self.compressed else 0)
+        return pools + sum(4 * len(table) for table in self.tables)
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [B]: blocks of each sequence that are pages, evicted ones included."""
+        return torch.tensor([len(table) for table in self.tables], dtype=torch.int64)
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def encode(self, flush: Flush, head_bits: Tensor | None) -> list[Encoded]:
+        """The bytes of full blocks, sinks and others apart; `head_bits` where there are others."""
+        parts, sink = [], flush.block < self.sink_blocks
+        for is_sink, chosen in ((True, flush.where(sink)), (False, flush.where(~sink))):
+            if len(chosen.batch):
+                layout = self.sinks.layout
+                if not is_sink:
+                    assert head_bits is not None
+                    layout = self.layout_for(head_bits)
+                parts.append(Encoded(layout, chosen, encode_pages(layout, chosen.tiles, self.config.search)))
+        return parts
+
+    def append(self, parts: list[Encoded]) -> None:
+        """Store what `encode` gave, behind each sequence's pages."""
+        for part in parts:
+            pool = self.sinks if int(part.flush.block[0]) < self.sink_blocks else self.compressed
+            assert pool is not None
+            pages = pool.allocate(len(part.pages))
+            pool.write(pages, part.pages)
+            for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
+                self.tables[sequence].append(page)
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def tiles(self, first: int, last: int) -> Tiles:
+        """INT8 tiles [B, n, H, block, D] of blocks `first` to `last` (exclusive); scale 0 where no page is."""
+        split = min(max(self.sink_blocks, first), last)
+        parts = []
+        for pool, begin, end in ((self.sinks, first, split), (self.compressed or self.sinks, split, last)):
+            if begin < end:
+                pages = [page for table in self.tables for page in _entries(table, begin, end)]
+                tiles = decode_pages(pool.layout, pool.gather(pages))
+                parts.append(tiles.map(lambda x: x.unflatten(0, (len(self.tables), -1))))
+        return parts[0] if len(parts) == 1 else Tiles.cat(parts, 1)
+
+    def present(self, blocks: int) -> Tensor:
+        """bool [B, blocks]: which blocks are pages that can be read."""
+        rows = [[page != EVICTED for page in _entries(table, 0, blocks)] for table in self.tables]
+        return torch.tensor(rows, dtype=torch.bool).view(len(self.tables), blocks)
+
+    # -- changing -----------------------------------------------------------------------------
+
+    def truncate(self, counts: list[int]) -> None:
+        """Keep the first `counts[b]` blocks of each sequence."""
+        for table, count in zip(self.tables, counts, strict=True):
+            self._release(table, count, len(table))
+            del table[count:]
+
+    def evict(self, before: list[int]) -> None:
+        """Release the blocks in front of block `before[b]`; their places in the tables stay."""
+        for table, end in zip(self.tables, before, strict=True):
+            end = min(end, len(table))
+            # Blocks are released from the front, so the last one tells whether any is left to do.
+            if end > 0 and table[end - 1] != EVICTED:
+                self._release(table, 0, end)
+                table[:end] = [EVICTED] * end
+
+    def select(self, index: list[int]) -> PageStore:
+        """Sequences `index[0], index[1], ...` over the same pools; no page is copied."""
+        chosen = object.__new__(PageStore)
+        chosen.__dict__ = {**self.__dict__, "tables": [list(self.tables[i]) for i in index]}
+        for table in chosen.tables:
+            self.sinks.retain(table[: self.sink_blocks])
+            if self.compressed is not None:
+                self.compressed.retain(table[self.sink_blocks :])
+        return chosen
+
+    def __del__(self) -> None:
+        for table in self.__dict__.get("tables", ()):
+            self._release(table, 0, len(table))
+
+    def _release(self, table: list[int], begin: int, end: int) -> None:
+        split = min(max(self.sink_blocks, begin), end)
+        self.sinks.release(table[begin:split])
+        if self.compressed is not None:
+            self.compressed.release(table[split:end])
+
+
+def _entries(table: list[int], begin: int, end: int) -> list[int]:
+    """`table[begin:end]`, filled up with `EVICTED` where the table is shorter."""
+    entries = table[begin:end]
+    return entries + [EVICTED] * (end - begin - len(entries))

@@ -1,0 +1,38 @@
+"""Bits per KV head: given by the user, or decided once when the first block is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import WIDTHS, TurboConfig
+from ..errors import ConfigError
+from ..flashq import assign_head_bits, head_priority
+
+HeadBits = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
+
+def parse_head_bits(head_bits: HeadBits | None, heads: int) -> Tensor | None:
+    """int64 [2, Hkv] (row 0 K, row 1 V) from [Hkv] widths for both, or [2, Hkv]."""
+    if head_bits is None:
+        return None
+    bits = torch.as_tensor(head_bits, dtype=torch.int64).cpu()
+    if bits.shape == (heads,):
+        bits = bits.expand(2, heads)
+    if bits.shape != (2, heads):
+        raise ConfigError(f"head_bits: expected shape ({heads},) or (2, {heads}), got {tuple(bits.shape)}")
+    if not all(int(b) in WIDTHS for b in bits.flatten()):
+        raise ConfigError(f"head_bits: expected widths of {', '.join(map(str, WIDTHS))}, got {bits.tolist()}")
+    return bits.contiguous()
+
+
+def decide_head_bits(config: TurboConfig, k: Tensor, v: Tensor) -> Tensor:
+    """int64 [2, Hkv] under `config.bits`, from the first blocks [N, Hkv, B, D] before smoothing and
+    rotation. Only ``"mixed"`` looks at them: K and V are scored apart."""
+    heads = k.shape[1]
+    if config.bits == "mixed":
+        return torch.stack([assign_head_bits(head_priority(x), config.low_bit_fraction).cpu() for x in (k, v)])
+    k_bits, v_bits = config.kv_bits
+    return torch.tensor([[k_bits] * heads, [v_bits] * heads])

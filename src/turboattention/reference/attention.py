@@ -1,0 +1,72 @@
+"""The loop over blocks that prefill and decode share (numerics.md section 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from ..errors import ConfigError
+from .online_softmax import Accumulator, online_softmax_update
+from .queries import Queries, quantize_queries
+from .sources import Source
+from .visibility import Visibility
+
+# Scores held at a time; a bound on memory, and about what stays in a cache.
+_SCORES_AT_ONCE = 1 << 21
+
+
+def attend(
+    config: TurboConfig, q: Tensor, source: Source, seen: Visibility, scale: float, softcap: float | None, kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Queries q [B, Hq, Lq, D] (finite) over a source of INT8 tiles: out [B, Hq, Lq, D], lse [B, Hq, Lq].
+
+    Integer products are computed in floating point, where they are exact: at most
+    256 * 119 * 127 < 2^24.
+    """
+    queries = quantize_queries(config, q, kv_heads, scale, source.k_mean)
+    state = Accumulator.empty(queries.codes)
+    size, group = config.block_size, queries.codes.shape[2]
+    at_once = max(1, _SCORES_AT_ONCE // max(1, size * q.shape[0] * q.shape[1] * q.shape[2]))
+    for first in range(0, source.blocks, at_once):
+        last = min(first + at_once, source.blocks)
+        rows = seen.rows(first * size, last * size, size)
+        if rows.start == rows.stop:
+            continue
+        for tiles, own in source.views(first, last):
+            logits = _logits(queries, tiles.k8, tiles.k_scale, rows)
+            _add_mean(logits, queries, rows, first, size, source.mean_from)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            logits = seen.apply(logits, first * size, rows, group, own)
+            v8 = tiles.v8.transpose(1, 2).to(logits.dtype)
+            online_softmax_update(config, state, rows, logits, v8, tiles.v_scale.transpose(1, 2).to(logits.dtype))
+    return state.finish()
+
+
+def _logits(queries: Queries, k8: Tensor, k_scale: Tensor, rows: slice) -> Tensor:
+    """`s_Q s_K scale (Q8 K8^T)`: [B, H, n, g, r, T] from tiles [B, n, H, T, D]."""
+    codes = queries.codes[:, :, :, rows]
+    keys = k8.transpose(1, 2).to(codes.dtype)
+    product = codes.flatten(2, 3)[:, :, None] @ keys.transpose(-1, -2)
+    unit = queries.scale[:, :, None, :, rows, None] * k_scale.transpose(1, 2).to(codes.dtype)[:, :, :, None, None]
+    return product.unflatten(3, codes.shape[2:4]).mul_(unit)
+
+
+def _add_mean(logits: Tensor, queries: Queries, rows: slice, first: int, size: int, mean_from: int) -> None:
+    """Add `scale q . mu` for the blocks whose keys are stored without their mean: true logits are
+    what softcap, lse and keys stored with it need."""
+    if queries.mean_logit is not None:
+        start = max(0, -(-mean_from // size) - first)
+        logits[:, :, start:] += queries.mean_logit[:, :, None, :, rows, None]
+
+
+def reference_scale(scale: float | None, head_dim: int) -> float:
+    """`1 / sqrt(D)` unless given."""
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
+def check_runnable(config: TurboConfig) -> None:
+    """Refuse combinations that contradict each other in attention."""
+    if config.stored_prefill and config.flush_lag:
+        raise ConfigError(f"flush_lag: expected 0 with stored_prefill, got {config.flush_lag}")

@@ -1,0 +1,49 @@
+"""Attention over a cache: its pages in stored form, then the buffer and new tokens as INT8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..flashq.symmetric import compute_dtype
+from ..kv.cache import KVCache
+from ..kv.staging import Stage
+from .attention import attend, reference_scale
+from .sources import Source
+from .visibility import Visibility
+
+
+def attend_cache(
+    q: Tensor,
+    cache: KVCache,
+    staged: Stage | None,
+    *,
+    head_bits: Tensor | None,
+    positions: Tensor,
+    valid: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Checked inputs -> out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
+
+    `staged` holds tokens about to be appended, attended as INT8. positions, valid: int64 and bool
+    [B, Lq]; rows that are not valid give 0 and -inf, whatever q holds there. `head_bits` are the
+    widths that committing `staged` would freeze (read under `stored_prefill` alone).
+    """
+    config, size = cache.config, cache.config.block_size
+    state = staged if staged is not None else cache.state(q.device)
+    source = Source(state, cache if int(cache.page_counts.sum()) else None, size, cache.mean_from)
+    if config.stored_prefill and staged is not None:
+        source.read_back(cache, staged, head_bits)
+    # Before all keys, under a causal mask: such a row sees nothing.
+    seen = Visibility(positions, state.lengths, is_causal, window_size, attn_mask, q.shape[1])
+    rows = valid.to(q.device)[:, None, :, None]
+    clean = torch.where(rows, compute_dtype(q), 0.0)
+    kv_heads = cache.num_kv_heads
+    out, lse = attend(config, clean, source, seen, reference_scale(scale, q.shape[3]), softcap, kv_heads)
+    out = torch.where(rows, cache.restore(out), 0.0).to(q.dtype)
+    lse = torch.where(rows[..., 0], lse, -torch.inf)
+    return out, lse if q.dtype == torch.float64 else lse.float()

@@ -1,0 +1,52 @@
+"""Exact attention in float64: what every error is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .visibility import Visibility
+
+
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`softmax(scale q k^T) v` without tiles or quantization.
+
+    Args:
+        q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lk, D], any floating dtype. Hkv divides Hq.
+        attn_mask, is_causal, window_size, softcap: as in `turboattention.turbo_attention`.
+        lengths: int64 [B], how many keys of each sequence count (bottom-right alignment ends there).
+
+    Returns:
+        float64 out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log). Rows with nothing to attend
+        give 0 and -inf.
+    """
+    q, k, v = (x.to(torch.float64) for x in (q, k, v))
+    batch, heads, queries, head_dim = q.shape
+    keys, group = k.shape[2], heads // k.shape[1]
+    ends = torch.full((batch,), keys) if lengths is None else lengths.cpu()
+    scores = q.unflatten(1, (-1, group)) @ k[:, :, None].transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = Visibility(ends[:, None] - queries + torch.arange(queries), ends, is_causal, window_size, attn_mask, heads)
+    scores = seen.apply(scores[:, :, None], 0, slice(0, queries), group)[:, :, 0]
+    peak = scores.amax(-1, keepdim=True) if keys else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    weights = torch.exp(scores - torch.where(peak == -torch.inf, 0.0, peak))
+    total = weights.sum(-1, keepdim=True)
+    out = weights @ torch.where(_used(ends, keys, k), v, 0.0)[:, :, None] / torch.where(total == 0, 1.0, total)
+    return out.flatten(1, 2), (peak + total.log()).squeeze(-1).flatten(1, 2)
+
+
+def _used(ends: Tensor, keys: int, k: Tensor) -> Tensor:
+    """Padding may hold anything, NaN too: 0 * NaN must not reach a sum."""
+    return (torch.arange(keys) < ends[:, None]).to(k.device)[:, None, :, None]

@@ -1,0 +1,118 @@
+"""Online softmax over quantized blocks: weights, their INT8 form, and the running result.
+
+Shapes: B batch, H KV heads, n blocks at a time, g query heads a KV head, r query rows, T tokens a
+block, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import TurboConfig
+from ..flashq.symmetric import CODE_MAX
+from ..softmax import exponential
+
+STATIC_LEVELS = 127
+
+
+@dataclass
+class Accumulator:
+    """Running maximum and normalizer [B, H, g, Lq], and unnormalized output [B, H, g, Lq, D]."""
+
+    peak: Tensor
+    total: Tensor
+    out: Tensor
+
+    @classmethod
+    def empty(cls, codes: Tensor) -> Accumulator:
+        """For queries like `codes` [B, H, g, Lq, D]."""
+        rows = codes.shape[:-1]
+        return cls(codes.new_full(rows, -torch.inf), codes.new_zeros(rows), torch.zeros_like(codes))
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log); 0 and -inf where nothing was seen."""
+        seen = self.total > 0
+        out = self.out / torch.where(seen, self.total, 1.0)[..., None]
+        lse = torch.where(seen, self.peak + self.total.clamp(min=1e-45).log(), -torch.inf)
+        return torch.where(seen[..., None], out, 0.0).flatten(1, 2), lse.flatten(1, 2)
+
+
+def online_softmax_update(
+    config: TurboConfig, state: Accumulator, rows: slice, scores: Tensor, v8: Tensor, v_scale: Tensor
+) -> None:
+    """Fold n blocks into `state` (numerics.md section 6).
+
+    Args:
+        scores: logits [B, H, n, g, r, T], -inf where unseen, for the query rows of the slice.
+        v8: INT8 values held in float [B, H, n, T, D]; v_scale: [B, H, n, T].
+    """
+    part = Accumulator(state.peak[:, :, :, rows], state.total[:, :, :, rows], state.out[:, :, :, rows])
+    block_peak = scores.amax(-1)
+    if config.row_max == "running":
+        # The maximum after each block is what its weights are taken against.
+        reference = torch.maximum(block_peak.cummax(2).values, part.peak[:, :, None])
+    else:
+        reference = block_peak
+    weights = exponential(config)(scores - _finite(reference)[..., None])
+    total, out = _weighted_values(config, weights, v8, v_scale)
+    fold = _fold_in_turn if config.row_max == "running" else _fold_at_once
+    fold(config, part, reference, total, out)
+
+
+def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Per block: sum of the weights [B, H, n, g, r], and weights times values [B, H, n, g, r, D]."""
+    # Token scales of V go into the weights, relative to the block's largest.
+    largest = v_scale.amax(-1, keepdim=True)
+    relative = v_scale / torch.where(largest > 0, largest, 1.0)
+    largest = largest[..., None, None]
+    if config.p_scale == "static":
+        levels = weights * STATIC_LEVELS
+        total = levels.round().sum(-1) / STATIC_LEVELS
+        codes = (levels * relative[:, :, :, None, None]).round_()
+        unit = largest / STATIC_LEVELS
+    else:
+        total = weights.sum(-1)
+        weights = weights * relative[:, :, :, None, None]
+        p_scale = _tile_scale(weights, config.block_size)
+        codes = (weights / p_scale[..., None]).round_()
+        unit = largest * p_scale[..., None]
+    product = codes.flatten(3, 4) @ v8
+    return total, product.unflatten(3, codes.shape[3:5]) * unit
+
+
+def _tile_scale(weights: Tensor, tile: int) -> Tensor:
+    """`s_P = max(P~ tile) / 119` of each tile of query rows, per row [B, H, n, g, r]."""
+    rows = weights.shape[-2]
+    peaks = F.pad(weights.amax(-1), (0, -rows % tile)).unflatten(-1, (-1, tile)).amax(-1)
+    scale = torch.where(peaks > 0, peaks / CODE_MAX, 1.0)
+    return scale.repeat_interleave(tile, -1)[..., :rows]
+
+
+def _fold_at_once(config: TurboConfig, state: Accumulator, peak: Tensor, total: Tensor, out: Tensor) -> None:
+    """Blocks taken against their own maximum are independent: one rescale for all of them."""
+    rescale = torch.exp if config.rescale == "exact" else exponential(config)
+    new_peak = torch.maximum(state.peak, peak.amax(2))
+    old = rescale(state.peak - _finite(new_peak))
+    each = rescale(peak - _finite(new_peak)[:, :, None])
+    state.total.mul_(old).add_((total * each).sum(2))
+    state.out.mul_(old[..., None]).add_((out * each[..., None]).sum(2))
+    state.peak.copy_(new_peak)
+
+
+def _fold_in_turn(config: TurboConfig, state: Accumulator, peak: Tensor, total: Tensor, out: Tensor) -> None:
+    """Blocks taken against the running maximum: rescale by how far each one moved it."""
+    rescale = torch.exp if config.rescale == "exact" else exponential(config)
+    for j in range(peak.shape[2]):
+        old = rescale(state.peak - _finite(peak[:, :, j]))
+        state.total.mul_(old).add_(total[:, :, j])
+        state.out.mul_(old[..., None]).add_(out[:, :, j])
+        state.peak.copy_(peak[:, :, j])
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """A maximum to subtract: 0 where nothing was seen, so that -inf stays -inf and not NaN."""
+    return torch.where(peak == -torch.inf, 0.0, peak)

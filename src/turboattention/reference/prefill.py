@@ -1,0 +1,44 @@
+"""Attention without a cache: stage 1 only, over the INT8 tiles of the call's own keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from ..flashq import rotate
+from ..flashq.symmetric import compute_dtype
+from ..kv.staging import fresh_state, stage
+from .attention import attend, reference_scale
+from .sources import Source
+from .visibility import Visibility
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: TurboConfig,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32.
+
+    Never applies stage 2. Causal is bottom-right aligned.
+    """
+    batch, heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    k, v = compute_dtype(k), compute_dtype(v)
+    empty = fresh_state(config, batch, kv_heads, head_dim, k.device, k.dtype)
+    staged = stage(config, empty, k, v, torch.full((batch,), keys))
+    source = Source(staged, None, config.block_size, config.block_size)
+    positions = (keys - queries + torch.arange(queries)).expand(batch, -1)
+    seen = Visibility(positions, staged.lengths, is_causal, window_size, attn_mask, heads)
+    out, lse = attend(config, q, source, seen, reference_scale(scale, head_dim), softcap, kv_heads)
+    if config.rotate:
+        out = rotate(out, inverse=True)
+    return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()

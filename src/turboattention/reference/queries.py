@@ -1,0 +1,44 @@
+"""Stage 1 of the queries: rotated, quantized, with what smoothing took off their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from ..flashq import quantize_int8, rotate
+from ..flashq.symmetric import compute_dtype
+
+
+@dataclass(frozen=True)
+class Queries:
+    """INT8 queries, grouped by KV head.
+
+    codes: integers held in float [B, Hkv, g, Lq, D] (products of such are exact); scale
+    [B, Hkv, g, Lq]: the logit of one unit of a product with an INT8 key, key scale apart;
+    mean_logit [B, Hkv, g, Lq]: `scale q . mu`, what keys stored without their mean lack, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    mean_logit: Tensor | None
+
+
+def quantize_queries(config: TurboConfig, q: Tensor, kv_heads: int, scale: float, k_mean: Tensor | None) -> Queries:
+    """Queries q [B, Hq, Lq, D], every row finite; `k_mean` [B, Hkv, D] in the rotated space."""
+    q = compute_dtype(q)
+    if config.rotate:
+        q = rotate(q)
+    group = q.shape[1] // kv_heads
+    # One row a tile with token scales; else the paper's tiles, counted from the call's first row.
+    tile = 1 if config.token_scales else config.block_size
+    codes, scales = quantize_int8(q, tile)
+    rows = scales.repeat_interleave(tile, -1)[..., : q.shape[2]] if tile > 1 else scales
+    mean_logit = None
+    if k_mean is not None:
+        mean_logit = scale * torch.einsum("bhgld,bhd->bhgl", q.unflatten(1, (-1, group)), k_mean.to(q.dtype))
+    return Queries(
+        codes.to(q.dtype).unflatten(1, (-1, group)), (rows * scale).unflatten(1, (-1, group)), mean_logit
+    )

@@ -1,0 +1,87 @@
+"""Where attention reads INT8 tiles from: freshly staged tokens, and the pages of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..kv.cache import KVCache
+from ..kv.pages import Tiles, decode_pages
+from ..kv.staging import SequenceState, Stage
+
+
+class Source:
+    """Blocks of one batch: pages where a cache has them, then open INT8 blocks.
+
+    lengths: int64 [B]; k_mean: [B, H, D] or None; mean_from: the first position whose key is
+    stored without the mean.
+    """
+
+    def __init__(self, stage: Stage | SequenceState, cache: KVCache | None, size: int, mean_from: int):
+        tiles = stage.tiles if isinstance(stage, Stage) else stage.open_tiles
+        self.lengths, self.k_mean = stage.lengths, stage.k_mean
+        self.mean_from = mean_from
+        self._cache, self._size = cache, size
+        self._first_open = stage.start // size
+        self._open = None if tiles is None else _in_blocks(tiles, size)
+        self._stored: Tiles | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-int(self.lengths.max()) // self._size) if len(self.lengths) else 0
+
+    def read_back(self, cache: KVCache, stage: Stage, head_bits: Tensor | None) -> None:
+        """Keep complete open blocks in stored form too, for queries that stand behind them."""
+        assert self._open is not None
+        stored = self._open.map(torch.clone)
+        for part in cache.encode(cache.pending_flush(stage), head_bits):
+            tiles, batch = decode_pages(part.layout, part.pages), part.flush.batch
+            at = batch.to(part.pages.device), (part.flush.block - self._first_open[batch]).to(part.pages.device)
+            for name in ("k8", "v8", "k_scale", "v_scale"):
+                target = getattr(stored, name)
+                target[at] = getattr(tiles, name).to(target.dtype)
+        self._stored = stored
+
+    def views(self, first: int, last: int) -> Iterator[tuple[Tiles, bool | None]]:
+        """Tiles [B, n, H, T, D] of blocks `first` to `last`, and which queries read them: all
+        (None), those in the block (True), those behind it (False)."""
+        if self._stored is None:
+            yield self._tiles(first, last, self._open), None
+        else:
+            yield self._tiles(first, last, self._stored), False
+            yield self._tiles(first, last, self._open), True
+
+    def _tiles(self, first: int, last: int, opened: Tiles | None) -> Tiles:
+        lowest, highest = int(self._first_open.min()), int(self._first_open.max())
+        if self._cache is not None and (last <= lowest or opened is None):
+            return self._cache.page_tiles(first, last)
+        assert opened is not None
+        if lowest == highest and first >= lowest:
+            return opened.map(lambda x: x[:, first - lowest : last - lowest])
+        assert self._cache is not None
+        count = opened.k8.shape[1]
+        index = torch.arange(first, last) - self._first_open[:, None]
+        is_open = ((index >= 0) & (index < count)).to(opened.k8.device)
+        rows = torch.arange(len(index))[:, None], index.clamp(0, count - 1)
+        picked, pages = opened.map(lambda x: x[rows]), self._cache.page_tiles(first, last)
+        return Tiles(
+            torch.where(is_open[:, :, None, None, None], picked.k8, pages.k8),
+            torch.where(is_open[:, :, None, None, None], picked.v8, pages.v8),
+            torch.where(is_open[:, :, None, None], picked.k_scale, pages.k_scale),
+            torch.where(is_open[:, :, None, None], picked.v_scale, pages.v_scale),
+        )
+
+
+def _in_blocks(tiles: Tiles, size: int) -> Tiles:
+    """[B, H, W, ...] -> [B, W / T, H, T, ...]; a width that is no multiple is filled up with zeros."""
+
+    def cut(x: Tensor) -> Tensor:
+        missing = -x.shape[2] % size
+        if missing:
+            x = torch.cat((x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])), 2)
+        return x.unflatten(2, (-1, size)).transpose(1, 2)
+
+    return tiles.map(cut)

@@ -1,0 +1,165 @@
+"""The tensor contract, checked once at the boundary: which argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import TurboConfig
+from .errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
+
+MAX_HEAD_DIM = 256
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_sizes(
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_tokens: int | None,
+    window_size: int | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """The constructor arguments of a cache."""
+    limits = {"batch_size": (batch_size, 0), "num_kv_heads": (num_kv_heads, 1)}
+    limits |= {"max_tokens": (max_tokens, 0)} if max_tokens is not None else {}
+    for name, (value, least) in limits.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    check_head_dim("head_dim", head_dim)
+    check_window(window_size)
+    if dtype is not None and dtype not in FLOATS:
+        raise DtypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    if not isinstance(head_dim, int) or head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ShapeError(f"{name}: expected a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim!r}")
+
+
+def check_window(window_size: int | None) -> None:
+    if window_size is not None and (not isinstance(window_size, int) or window_size < 1):
+        raise ConfigError(f"window_size: expected an integer of at least 1, got {window_size!r}")
+
+
+def check_mean(k_mean: Tensor | None, config: TurboConfig, heads: int, head_dim: int) -> Tensor | None:
+    """A calibrated mean of K: finite float [Hkv, D], only where keys are smoothed."""
+    if k_mean is None:
+        return None
+    if not config.smooth_k:
+        raise ConfigError("k_mean: expected none, because smooth_k is off, got a tensor")
+    if k_mean.shape != (heads, head_dim):
+        raise ShapeError(f"k_mean: expected shape ({heads}, {head_dim}), got {tuple(k_mean.shape)}")
+    check_finite("k_mean", k_mean)
+    return k_mean.detach().clone()
+
+
+def check_new(
+    expected: tuple[int, int, int], device: torch.device | None, k: Tensor, v: Tensor, lengths: Tensor | None
+) -> Tensor:
+    """New tokens of a cache of (batch, heads, head_dim); returns how many each sequence takes, int64 [B]."""
+    batch, heads, head_dim = expected
+    check_floats(k=k, v=v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != expected:
+            raise ShapeError(f"{name}: expected shape ({batch}, {heads}, tokens, {head_dim}), got {tuple(x.shape)}")
+    if k.shape != v.shape:
+        raise ShapeError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if device is not None and k.device != device:
+        raise DtypeError(f"k: expected a tensor on {device}, as the cache is, got {k.device}")
+    counts = check_lengths(lengths, batch, k.shape[2])
+    check_finite("k", k, counts)
+    check_finite("v", v, counts)
+    return counts
+
+
+def check_lengths(lengths: Tensor | None, batch: int, tokens: int) -> Tensor:
+    """int64 [B] on the CPU, each from 0 to `tokens`; None means all of them."""
+    if lengths is None:
+        return torch.full((batch,), tokens, dtype=torch.int64)
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise DtypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ShapeError(f"lengths: expected shape ({batch},), got {tuple(lengths.shape)}")
+    lengths = lengths.to("cpu", torch.int64)
+    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= tokens:
+        raise InputError(f"lengths: expected values from 0 to {tokens}, got {lengths.tolist()}")
+    return lengths.clone()
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes [B, Hq, Lq, D], [B, Hkv, Lk, D] twice; Hkv divides Hq."""
+    check_floats(q=q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ShapeError(f"{name}: expected [batch, heads, tokens, head_dim], got shape {tuple(x.shape)}")
+    if k.shape != v.shape:
+        raise ShapeError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    check_query((k.shape[0], k.shape[1], k.shape[3]), q)
+
+
+def check_query(expected: tuple[int, int, int], q: Tensor) -> None:
+    """A query against keys of (batch, KV heads, head_dim)."""
+    batch, heads, head_dim = expected
+    if q.dim() != 4 or (q.shape[0], q.shape[3]) != (batch, head_dim):
+        raise ShapeError(f"q: expected shape ({batch}, heads, tokens, {head_dim}), as the keys have, got {tuple(q.shape)}")
+    check_head_dim("q", head_dim)
+    if not heads or not q.shape[1] or q.shape[1] % heads:
+        raise ShapeError(f"q: expected a number of heads that is a multiple of the {heads} KV heads, got {q.shape[1]}")
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """One floating dtype and device, no gradients."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in FLOATS:
+            raise DtypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.dtype != first.dtype or x.device != first.device:
+            raise DtypeError(
+                f"{name}: expected {first.dtype} on {first.device}, as {first_name} is, got {x.dtype} on {x.device}"
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise UnsupportedError(
+                f"{name}: expected a tensor without gradients (quantized attention has no backward pass; "
+                "use torch.no_grad()), got requires_grad=True"
+            )
+
+
+def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
+    """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk]; returned with four dimensions."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise DtypeError(f"attn_mask: expected bool or a floating-point dtype, got {mask.dtype}")
+    full = (batch, heads, queries, keys)
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if mask.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
+        raise ShapeError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
+    if mask.is_floating_point() and bool((mask.isnan() | (mask == torch.inf)).any()):
+        raise NonFiniteError("attn_mask: expected finite values or -inf, got NaN or +inf")
+    return mask.reshape(shape)
+
+
+def check_softmax(scale: float | None, softcap: float | None) -> None:
+    if scale is not None and not (isinstance(scale, (int, float)) and scale == scale and abs(scale) != float("inf")):
+        raise ConfigError(f"scale: expected a finite number, got {scale!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < float("inf")):
+        raise ConfigError(f"softcap: expected a positive number, got {softcap!r}")
+
+
+def check_finite(name: str, x: Tensor, counts: Tensor | None = None) -> None:
+    """No NaN or infinity in [B, H, T, D], or in the first `counts[b]` tokens of each sequence.
+
+    A sum is cheap and finite whenever the values are sane; only a suspicious one is looked into.
+    """
+    if bool(x.sum(dtype=torch.float32 if x.dtype != torch.float64 else None).isfinite()):
+        return
+    bad = ~x.isfinite()
+    if counts is not None:
+        bad &= (torch.arange(x.shape[2]) < counts[:, None]).to(x.device)[:, None, :, None]
+    if bool(bad.any()):
+        kind = "NaN" if bool((x.isnan() & bad).any()) else "infinity"
+        raise NonFiniteError(f"{name}: expected finite values, got {kind} in {int(bad.sum())} of {x.numel()} elements")

@@ -1,0 +1,114 @@
+"""Trains the bundled model: `python training/train.py --books BOOKS --out DIR [--minutes 60]`.
+
+Everything is a function of the seed and of how many steps fit the time. The length of the rows
+grows with the share of the time spent, so that most tokens are cheap and the last ones are as
+long as the context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from data import Mixture
+from model import Llama, Shape, huggingface_config, huggingface_weights
+from safetensors.torch import save_file
+from tokenizer import END, train_tokenizer
+
+# (share of the time at which it begins, row length)
+CURRICULUM = ((0.0, 256), (0.2, 512), (0.55, 1024), (0.72, 2048), (0.86, 4096))
+WARMUP = 0.01
+COOLDOWN_START = 0.4
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    tokenizer = train_tokenizer((options.books / "train.txt").read_text(encoding="utf-8"))
+    tokenizer.save(str(options.out / "tokenizer.json"))
+    mixture = Mixture(options.books / "train.txt", tokenizer, options.task_fraction, options.seed)
+    print(f"{len(mixture.books):,} tokens of books", flush=True)
+
+    model = Llama(Shape()).to(device)
+    step = torch.compile(model, dynamic=False) if options.compile else model
+    optimizers = make_optimizers(model)
+    start, last, seen, count, average = time.monotonic(), 0.0, 0, 0, math.nan
+    while (share := (time.monotonic() - start) / (60 * options.minutes)) < 1:
+        length = max(n for begin, n in CURRICULUM if share >= begin)
+        tokens, targets, weights = (
+            t.to(device) for t in mixture.batch(max(1, options.batch_tokens // length), length)
+        )
+        loss = step(tokens, targets, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, peak in optimizers:
+            optimizer.param_groups[0]["lr"] = peak * schedule(share)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seen, count = seen + tokens.numel(), count + 1
+        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
+        if share - last > 0.01:
+            last = share
+            rate = seen / (time.monotonic() - start)
+            print(f"{share:6.1%} step {count} length {length} loss {average:.4f} {rate:,.0f} tok/s", flush=True)
+            export(model, options.out)
+    export(model, options.out)
+    print(json.dumps({"steps": count, "tokens": seen, "minutes": options.minutes, "loss": average}))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--books", type=Path, required=True, help="folder with train.txt")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget")
+    parser.add_argument("--batch-tokens", type=int, default=8_192)
+    parser.add_argument("--task-fraction", type=float, default=0.4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args()
+
+
+def make_optimizers(model: Llama) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices of the layers, AdamW for the embedding and the norms; with peak rates."""
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim == 1 or p is model.embed_tokens.weight]
+    muon = torch.optim.Muon(matrices, lr=1.0, momentum=0.95, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
+    return [(muon, 4e-3), (adam, 3e-3)]
+
+
+def schedule(share: float) -> float:
+    """Warm-up, plateau, then linearly down to 2 % of the peak."""
+    if share < WARMUP:
+        return share / WARMUP + 1e-3
+    return 1.0 if share < COOLDOWN_START else max(0.02, (1 - share) / (1 - COOLDOWN_START))
+
+
+def export(model: Llama, out: Path) -> None:
+    """The Hugging Face files: weights, config, tokenizer settings."""
+    save_file(huggingface_weights(model), out / "model.safetensors", metadata={"format": "pt"})
+    files = {
+        "config.json": huggingface_config(model.shape),
+        "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END,
+            "eos_token": END,
+            "pad_token": END,
+            "model_max_length": model.shape.context,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
