@@ -19,7 +19,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 define install
 @$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) torch==$(TORCH)
 @$(TORCH_HERE) > $(PIN)
-$(PIP_INSTALL) --quiet --constraint $(PIN) --editable '.[all,$(1)]'
+@echo "Installing turboattention[all,$(1)] around $$(cat $(PIN))"
+@$(PIP_INSTALL) --quiet --constraint $(PIN) --editable '.[all,$(1)]'
 @$(TORCH_HERE) | diff $(PIN) -
 @touch $@
 endef
@@ -76,4 +77,4 @@ model: $(READY) ## train the bundled model anew: make model BOOKS=folder-with-tr
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov .coverage .hypothesis .import_linter_cache .pytest_cache .ruff_cache
-	find src tests training -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,7 +1,8 @@
 """Trains the bundled model: `python training/train.py --books BOOKS --out DIR [--minutes 60]`.
 
-Everything is a function of the seed and of how many steps fit the time. The length of the rows
-grows with the share of the time spent, so that most tokens are cheap and the last ones are as
+Everything is a function of the seed and of how many steps fit the budget, which is counted in
+processor time, so that a busy machine makes training longer and not worse. The length of the rows
+grows with the share of the budget spent: most tokens are cheap, and the last ones stand in rows as
 long as the context.
 """
 
@@ -16,11 +17,12 @@ from pathlib import Path
 import torch
 from data import Mixture
 from model import Llama, Shape, huggingface_config, huggingface_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizer import END, train_tokenizer
+from tokenizers import Tokenizer
 
 # (share of the time at which it begins, row length)
-CURRICULUM = ((0.0, 256), (0.2, 512), (0.55, 1024), (0.72, 2048), (0.86, 4096))
+CURRICULUM = ((0.0, 512), (0.45, 1024), (0.7, 2048), (0.85, 4096))
 WARMUP = 0.01
 COOLDOWN_START = 0.4
 
@@ -31,16 +33,22 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    tokenizer = train_tokenizer((options.books / "train.txt").read_text(encoding="utf-8"))
+    books = (options.books / "train.txt").read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_file(str(options.init / "tokenizer.json")) if options.init else train_tokenizer(books)
     tokenizer.save(str(options.out / "tokenizer.json"))
     mixture = Mixture(options.books / "train.txt", tokenizer, options.task_fraction, options.seed)
     print(f"{len(mixture.books):,} tokens of books", flush=True)
 
-    model = Llama(Shape()).to(device)
+    model = Llama(Shape())
+    if options.init:
+        weights = load_file(options.init / "model.safetensors")
+        model.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
+    model.to(device)
     step = torch.compile(model, dynamic=False) if options.compile else model
     optimizers = make_optimizers(model)
-    start, last, seen, count, average = time.monotonic(), 0.0, 0, 0, math.nan
-    while (share := (time.monotonic() - start) / (60 * options.minutes)) < 1:
+    clock = time.monotonic if device.type == "cuda" else lambda: time.process_time() / torch.get_num_threads()
+    start, last, seen, count, average = clock(), 0.0, 0, 0, math.nan
+    while (share := (clock() - start) / (60 * options.minutes)) < 1:
         length = max(n for begin, n in CURRICULUM if share >= begin)
         tokens, targets, weights = (
             t.to(device) for t in mixture.batch(max(1, options.batch_tokens // length), length)
@@ -56,7 +64,7 @@ def main() -> None:
         average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
         if share - last > 0.01:
             last = share
-            rate = seen / (time.monotonic() - start)
+            rate = seen / (clock() - start)
             print(f"{share:6.1%} step {count} length {length} loss {average:.4f} {rate:,.0f} tok/s", flush=True)
             export(model, options.out)
     export(model, options.out)
@@ -67,7 +75,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--books", type=Path, required=True, help="folder with train.txt")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget")
+    parser.add_argument("--minutes", type=float, default=60.0, help="budget: processor time a thread (on a GPU, wall-clock time)")
+    parser.add_argument("--init", type=Path, help="folder of an earlier run to go on from (weights and tokenizer)")
     parser.add_argument("--batch-tokens", type=int, default=8_192)
     parser.add_argument("--task-fraction", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)

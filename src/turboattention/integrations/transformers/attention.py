@@ -76,6 +76,4 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
 
 def _refuse_gradients(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise UnsupportedError(
-            'gradients: attn_implementation="turbo" is for inference; call it under torch.no_grad()'
-        )
+        raise UnsupportedError('gradients: attn_implementation="turbo" is for inference; call it under torch.no_grad()')

@@ -87,10 +87,11 @@ def load(name: str, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
     options: dict[str, Any] = {"local_files_only": _local_only(name)}
     with _quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+            model, info = loaded
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except Exception as error:  # every library below raises kinds of its own
-            raise InputError(f"model: {name} cannot be loaded: {_first_line(error)}") from error
+            raise InputError(_why_not(name, error)) from error
     if info["missing_keys"]:
         raise InputError(f"model: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
     model = model.to(device).eval()
@@ -120,6 +121,20 @@ class Run:
         other = Run(self.language, self.cache.clone())
         other.logits = self.logits
         return other
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        if isinstance(self.cache, TurboCache):
+            return self.cache.nbytes
+        return sum(x.nbytes for x in _own_tensors(self.cache))
+
+    @property
+    def kv_bytes_fp16(self) -> int:
+        """Bytes of the same keys and values at 2 bytes each."""
+        if isinstance(self.cache, TurboCache):
+            return self.cache.fp16_nbytes
+        return sum(2 * x.numel() for x in _own_tensors(self.cache))
 
     def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> None:
         """Process the prompt, or what of it the cache does not hold yet."""
@@ -192,17 +207,27 @@ def generate(
         seconds += time.perf_counter() - start
 
 
+def _own_tensors(cache: DynamicCache) -> list[Tensor]:
+    """Keys and values of every layer that has some."""
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return [x for x in held if isinstance(x, Tensor)]
+
+
 def _local_only(name: str) -> bool:
     """Whether to look at this machine alone. Asks the hub once, where loading would retry for long."""
     if Path(name).is_dir():
         return True
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         HfApi().model_info(name, timeout=10)
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"model: there is no folder {name}, and no such model on the hub: {_first_line(error)}") from error
+    except HFValidationError as error:
+        raise InputError(
+            f"model: expected a folder or a name such as org/model, got {name!r}: no such folder"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"model: {name} is no folder here, and no public model on the hub") from error
     except Exception:  # not reachable, by whichever client: the local cache of the hub may have it
         return True
     return False
@@ -244,6 +269,12 @@ def _layer_progress(model: Any, passes: int, progress: Progress | None) -> Itera
             hook.remove()
 
 
-def _first_line(error: Exception) -> str:
+def _why_not(name: str, error: Exception) -> str:
+    """One line on a model that does not load."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"model: {name} is no folder here, and the hub could not be reached for it"
+    if not (folder / "config.json").is_file():
+        return f"model: expected a model's folder with a config.json, got {name}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return f"model: {name} cannot be loaded: {lines[0] if lines else type(error).__name__}"

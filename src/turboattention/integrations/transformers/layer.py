@@ -159,9 +159,7 @@ class TurboLayer(CacheLayerMixin):
             mask = take_rows(mask, index)
         if pending is not None:
             pending = take(pending[0], index), take(pending[1], index)
-        out = call.cached(
-            take(query, index), self.kv, pending, lengths if pending is not None else None, mask, causal
-        )
+        out = call.cached(take(query, index), self.kv, pending, lengths if pending is not None else None, mask, causal)
         return put_back(out, index, own)
 
     # -- changing what is stored --------------------------------------------------------------------

@@ -64,7 +64,9 @@ def layer_windows(config: Any) -> list[int | None]:
     """
     text = text_config(config)
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "add_cross_attention", False):
-        raise UnsupportedError("model_config: encoder-decoder models and cross-attention need a cache of their own kind")
+        raise UnsupportedError(
+            "model_config: encoder-decoder models and cross-attention need a cache of their own kind"
+        )
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
     # transformers' own cache knows which kind of state each layer keeps, in every release.
@@ -82,7 +84,9 @@ def layer_windows(config: Any) -> list[int | None]:
                 "sliding-window attention layers only"
             )
         else:
-            chunked = types[index] == "chunked_attention" if types else bool(getattr(text, "attention_chunk_size", None))
+            chunked = (
+                types[index] == "chunked_attention" if types else bool(getattr(text, "attention_chunk_size", None))
+            )
             windows.append(None if chunked else getattr(layer, "sliding_window", None))
     # A layer whose keys later layers read again must keep what its own window no longer needs.
     return [None] * len(windows) if shares_keys(text) else windows
@@ -90,7 +94,9 @@ def layer_windows(config: Any) -> list[int | None]:
 
 def shares_keys(text: Any) -> bool:
     """Whether some layers attend to the keys of others."""
-    return bool(getattr(text, "num_kv_shared_layers", None)) or "reuse" in (getattr(text, "kv_sharing_modes", None) or [])
+    return bool(getattr(text, "num_kv_shared_layers", None)) or "reuse" in (
+        getattr(text, "kv_sharing_modes", None) or []
+    )
 
 
 def _number(config: Any, name: str) -> int | None:

@@ -82,7 +82,9 @@ def _read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dic
             if not isinstance(header, dict) or header.get("kind") != KIND:
                 raise FormatError(f"path: expected a file written by TurboCache.save, got another kind of file: {path}")
             if header.get("version") != VERSION:
-                raise FormatError(f"path: expected version {VERSION} of the format, got {header.get('version')}: {path}")
+                raise FormatError(
+                    f"path: expected version {VERSION} of the format, got {header.get('version')}: {path}"
+                )
             return header, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"path: expected a file written by TurboCache.save, got a damaged one: {path}") from error

@@ -1,0 +1,73 @@
+"""``--save-cache`` and ``--load-cache``: a long prompt's cache, kept for next time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..integrations.transformers.cache import TurboCache
+    from ..integrations.transformers.generation import LanguageModel
+
+
+def check_target(path: Path) -> None:
+    """Raises InputError now for a file that could not be written after a long prompt."""
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"--save-cache: expected a file, got the folder {path}")
+    if not folder.is_dir():
+        raise InputError(f"--save-cache: {path} cannot be written: there is no folder {folder}")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"--save-cache: {path} cannot be written: no permission")
+
+
+def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:
+    import torch
+
+    try:
+        cache.save(path, input_ids=torch.tensor([list(ids)]))
+    except OSError as error:
+        raise InputError(f"--save-cache: {path} cannot be written: {error.strerror or error}") from error
+
+
+def load(language: LanguageModel, path: Path) -> tuple[TurboCache, list[int]]:
+    """A saved cache and the tokens it was made from.
+
+    Raises:
+        FormatError, InputError: no such file, damaged, of another model, or without tokens.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"--load-cache: expected a file, got {path}: {'a folder' if path.is_dir() else 'no such file'}"
+        )
+    if not os.access(path, os.R_OK):
+        raise InputError(f"--load-cache: {path} cannot be read: no permission")
+    cache = language.load_cache(path)
+    assert cache.prompt_ids is not None
+    return cache, cache.prompt_ids[0].tolist()
+
+
+def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
+    """Crops the cache to what it shares with the prompt `ids`: the number of its tokens that stay.
+
+    At least one token of the prompt is left to process, since the next one depends on it. The end
+    of the cached text may turn into other tokens in a longer prompt, so a shorter match is fine;
+    less than half is taken for another text.
+
+    Raises:
+        InputError: the prompt is another text.
+    """
+    shared = next((i for i, (a, b) in enumerate(zip(cached, ids, strict=False)) if a != b), min(len(cached), len(ids)))
+    if 2 * shared < len(cached):
+        raise InputError(
+            f"--load-cache: expected a prompt that begins like the cached one ({len(cached):,} tokens), "
+            f"got one that shares {shared:,} of its tokens"
+        )
+    kept = min(shared, len(ids) - 1)
+    if kept < len(cached):
+        cache.crop(kept - len(cached))
+    return kept

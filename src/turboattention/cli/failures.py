@@ -1,0 +1,55 @@
+"""How a command fails: one line on stderr, and an exit code.
+
+2 for what was asked for (options, files, models), 1 for what went wrong inside, 130 for Ctrl-C.
+``TURBOATTENTION_DEBUG=1`` shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import TurboError
+from .missing import INSTALL, missing_package
+
+DEBUG = "TURBOATTENTION_DEBUG"
+
+
+class CleanGroup(TyperGroup):
+    """A group of commands whose errors are one line."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except Exception as error:
+            if os.environ.get(DEBUG, "") not in ("", "0") and not _is_usage(error):
+                raise
+            message, code = describe(error)
+            # A file name that is no valid text must not break the message about it.
+            line = " ".join(f"error: {message}".split()).encode("utf-8", "backslashreplace").decode()
+            typer.echo(line, err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """What to say about an error, and the exit code."""
+    if isinstance(error, TurboError):
+        return str(error), 2
+    if _is_usage(error):
+        return error.format_message(), 2  # type: ignore[attr-defined]
+    if isinstance(error, typer.Abort):
+        return "aborted", 1
+    if isinstance(error, ModuleNotFoundError) and (package := missing_package(error)):
+        return f"this command needs the package {package}: {INSTALL}", 1
+    return f"{type(error).__name__}: {error} ({DEBUG}=1 shows where)", 1
+
+
+def _is_usage(error: Exception) -> bool:
+    """A click error: a wrong option, a missing value. Releases of typer bring click under different names."""
+    return hasattr(error, "format_message")

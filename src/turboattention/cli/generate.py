@@ -1,0 +1,252 @@
+"""``turboattention generate``: text from a language model on a quantized KV cache, or beside its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..bundled import model_path
+from ..errors import InputError
+from . import cache_file
+from .comparison import compare
+from .comparison_view import as_json, show
+from .device import Dtype, choose, use_threads
+from .output import note, print_json, results
+from .plain import Start, continue_text
+from .progress import Bars
+from .prompt import check_length, read_prompt
+from .settings import Guard, Preset, Setting, make_setting
+from .stream import printable
+
+if TYPE_CHECKING:
+    from ..integrations.transformers.generation import LanguageModel
+
+INPUT, QUANTIZING, SAMPLING, MACHINE = "Input", "Quantization", "Sampling", "Machine and output"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options, checked against each other."""
+
+    settings: list[Setting]
+    prompt: str | None
+    limit: int
+    temperature: float
+    top_p: float
+    seed: int
+    compare: bool
+    json: bool
+    save_cache: Path | None
+    load_cache: Path | None
+
+
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A model's folder, or its name on the hub. By default the bundled one.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text to continue.", rich_help_panel=INPUT)
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A UTF-8 file with the text to continue; - is stdin.", rich_help_panel=INPUT),
+    ] = None,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo", help="Continue the text that ships with the package (4k tokens).", rich_help_panel=INPUT
+        ),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="New tokens at most.", rich_help_panel=INPUT)] = 128,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTH",
+            help="Stored width: 8, 4, 3, 2, mixed, or K,V such as 4,3. By default 4. With --compare it may be "
+            "repeated; --demo --compare takes 4, 3 and mixed.",
+            rich_help_panel=QUANTIZING,
+            show_default=False,
+        ),
+    ] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="The defaults, or the method as published.", rich_help_panel=QUANTIZING)
+    ] = None,
+    guard: Annotated[
+        Guard | None,
+        typer.Option(help="What to do about heads that quantize badly. By default adapt.", rich_help_panel=QUANTIZING),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also run the model's own attention and cache, and show both side by side.",
+            rich_help_panel=QUANTIZING,
+        ),
+    ] = False,
+    save_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Keep the prompt's cache in this file.", rich_help_panel=QUANTIZING),
+    ] = None,
+    load_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Start from a kept cache; without a prompt, continue its own.",
+            rich_help_panel=QUANTIZING,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel=SAMPLING)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest tokens of this share.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", rich_help_panel=SAMPLING)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
+    ] = Dtype.auto,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", rich_help_panel=MACHINE)] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of text.", rich_help_panel=MACHINE)
+    ] = False,
+) -> None:
+    """Continue a text on a quantized KV cache; with --compare, beside the model's own.
+
+    Example: turboattention generate --demo --compare --bits 4 --bits 3
+    """
+    request = Request(
+        settings=_settings(bits, preset, guard, demo, compare, load_cache),
+        prompt=read_prompt(prompt, file, demo),
+        limit=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        compare=compare,
+        json=json,
+        save_cache=save_cache,
+        load_cache=load_cache,
+    )
+    _check(request)
+    _run(request, model or str(model_path()), device, dtype, threads)
+
+
+def _settings(
+    bits: list[str] | None,
+    preset: Preset | None,
+    guard: Guard | None,
+    demo: bool,
+    compare: bool,
+    load_cache: Path | None,
+) -> list[Setting]:
+    if load_cache is not None and (bits or preset or guard):
+        raise InputError(
+            "--load-cache: expected no --bits, --preset or --guard with it: the file says how it is quantized"
+        )
+    if not bits:
+        bits = ["4", "3", "mixed"] if demo and compare else ["4"]
+    if len(bits) > 1 and not compare:
+        raise InputError(f"--bits: expected one value without --compare, got {len(bits)}")
+    return [make_setting(text, preset or Preset.default, guard) for text in bits]
+
+
+def _check(request: Request) -> None:
+    """Raises InputError for options that exclude each other, before anything long begins."""
+    if request.prompt is None and (request.compare or request.load_cache is None):
+        raise InputError("prompt: expected --prompt TEXT, --file PATH or --demo, got none")
+    if request.compare and (request.save_cache or request.load_cache):
+        raise InputError("--compare: expected no --save-cache or --load-cache with it")
+    if request.compare and request.temperature:
+        raise InputError("--compare: expected --temperature 0 (the likeliest token each time)")
+    if not 0 < request.top_p <= 1:
+        raise InputError(f"--top-p: expected a share above 0 and up to 1, got {request.top_p}")
+    if request.top_p < 1 and not request.temperature:
+        raise InputError("--top-p: expected --temperature above 0 with it, got 0")
+    if not request.limit and (request.compare or not request.save_cache):
+        raise InputError("--max-new-tokens: expected at least 1 (0 is for --save-cache alone), got 0")
+    if request.save_cache is not None:
+        cache_file.check_target(request.save_cache)
+
+
+def _run(request: Request, name: str, device: str, dtype: Dtype, threads: int | None) -> None:
+    bars = Bars(hidden=request.json)
+    with bars.task("Loading the model"):
+        from ..integrations.transformers import generation
+
+        use_threads(threads)
+        language = generation.load(name, *choose(device, dtype))
+    with generation.enabled():
+        if request.compare:
+            _compare(request, language, bars)
+        else:
+            _continue(request, language, bars)
+
+
+def _compare(request: Request, language: LanguageModel, bars: Bars) -> None:
+    assert request.prompt is not None
+    ids = language.encode(request.prompt)
+    check_length(len(ids), request.limit, language.context)
+    comparison = compare(language, ids, request.settings, request.limit, bars)
+    if request.json:
+        print_json(_facts(language) | as_json(comparison))
+    else:
+        show(comparison, request.prompt, _facts(language), results())
+
+
+def _continue(request: Request, language: LanguageModel, bars: Bars) -> None:
+    import torch
+
+    from ..integrations.transformers.generation import Sampler
+
+    start = _start(request, language)
+    sampler = Sampler(request.temperature, request.top_p, torch.Generator().manual_seed(request.seed))
+    write = None if request.json else _write
+    result = continue_text(language, start, request.limit, sampler, bars, save_to=request.save_cache, write=write)
+    if request.json:
+        print_json(_facts(language) | result.as_json())
+        return
+    if request.limit:
+        typer.echo()
+    note(result.summary())
+
+
+def _start(request: Request, language: LanguageModel) -> Start:
+    if request.load_cache is None:
+        assert request.prompt is not None
+        ids = language.encode(request.prompt)
+        check_length(len(ids), request.limit, language.context)
+        cache = language.new_cache(request.settings[0].config)
+        return Start(ids, cache)  # type: ignore[arg-type]
+    cache, cached = cache_file.load(language, request.load_cache)
+    ids = cached if request.prompt is None else language.encode(request.prompt)
+    check_length(len(ids), request.limit, language.context)
+    return Start(ids, cache, cache_file.reuse(cache, cached, ids))
+
+
+def _write(text: str) -> None:
+    typer.echo(printable(text), nl=False)
+
+
+def _facts(language: LanguageModel) -> dict[str, Any]:
+    import torch
+
+    from .. import explain
+
+    model = language.model
+    probe = torch.empty(1, 1, 1, 64, device=model.device, dtype=model.dtype)
+    return {
+        "model": language.name,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": explain(probe, probe, probe).backend,
+        "threads": torch.get_num_threads(),
+        "context": language.context,
+    }

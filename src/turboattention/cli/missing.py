@@ -1,0 +1,29 @@
+"""Packages that the library does without and commands need."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+INSTALL = 'pip install "turboattention[all]"'
+
+OPTIONAL = {
+    "typer": "the command line",
+    "rich": "the command line",
+    "transformers": "generate, and models in general",
+    "matplotlib": "plots",
+}
+"""Packages and what needs them."""
+
+_BEHIND = {"tokenizers": "transformers", "huggingface_hub": "transformers"}
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """The optional package that could not be imported; None where the error is about something else."""
+    package = (error.name or "").partition(".")[0]
+    package = _BEHIND.get(package, package)
+    return package if package in OPTIONAL else None
+
+
+def missing() -> list[str]:
+    """The optional packages that are not installed."""
+    return [name for name in OPTIONAL if find_spec(name) is None]

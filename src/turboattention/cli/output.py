@@ -1,0 +1,81 @@
+"""What commands print: results to stdout, as a table or JSON; all else to stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ..errors import GuardWarning
+
+
+def results() -> Console:
+    """Where results go: stdout."""
+    return Console(highlight=False)
+
+
+def notices() -> Console:
+    """Where progress, warnings and notes go: stderr."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=plain))
+
+
+def never_fail_on_characters() -> None:
+    """A character that the terminal's encoding lacks is shown as "?" instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def note(text: str, kind: str = "note") -> None:
+    """One line on stderr."""
+    notices().print(f"{kind}: {text}", style="yellow" if kind == "warning" else "dim", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def guard_warnings(*, show: bool) -> Iterator[list[str]]:
+    """Collects what the guard says, and shows it at once where wanted."""
+    said: list[str] = []
+
+    def take(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, GuardWarning):
+            said.append(str(message))
+            if show:
+                note(str(message), "warning")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GuardWarning)
+        warnings.showwarning = take
+        yield said
+
+
+def bytes_text(count: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.{2 if size < 10 else 1}f} {unit}"
+
+
+def share_text(share: float | None) -> str:
+    """0.984 -> "98.4%". Only all of them is 100%."""
+    if share is None:
+        return "–"
+    return "100%" if share == 1 else f"{min(share * 100, 99.9):.1f}%"
+
+
+def number_text(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,110 @@
+"""Generation on a quantized cache alone: text as it comes, then what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import cache_file
+from .output import bytes_text, guard_warnings, number_text
+from .progress import Bars
+from .stream import TokenText
+
+if TYPE_CHECKING:
+    from ..config import TurboConfig
+    from ..integrations.transformers.cache import TurboCache
+    from ..integrations.transformers.generation import LanguageModel, Sampler
+
+
+@dataclass(frozen=True)
+class Start:
+    """A prompt, and the cache that takes it; the first `reused` tokens are there already."""
+
+    ids: list[int]
+    cache: TurboCache
+    reused: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a generation gave. `kv_bytes` are allocated, `kv_bytes_fp16` the same elements at 2 bytes."""
+
+    text: str
+    tokens: list[int]
+    ended: bool
+    prompt_tokens: int
+    reused_tokens: int
+    prefill_seconds: float
+    decode_tokens_per_second: float | None
+    kv_bytes: int
+    kv_bytes_fp16: int
+    config: TurboConfig
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        ratio = self.kv_bytes_fp16 / self.kv_bytes
+        figures = {"new_tokens": len(self.tokens), "ratio": ratio, "bits_per_element": 16 / ratio}
+        return asdict(self) | figures
+
+    def summary(self) -> str:
+        reused = f" ({self.reused_tokens:,} from the cache)" if self.reused_tokens else ""
+        ratio = self.kv_bytes_fp16 / self.kv_bytes
+        speed = f" at {number_text(self.decode_tokens_per_second)} tokens/s" if self.decode_tokens_per_second else ""
+        return (
+            f"prompt of {self.prompt_tokens:,} tokens{reused} in {self.prefill_seconds:.2f} s, "
+            f"{len(self.tokens):,} new{speed}; KV cache {bytes_text(self.kv_bytes)}, "
+            f"{ratio:.2f}x below FP16 ({16 / ratio:.2f} bits per element)"
+        )
+
+
+def continue_text(
+    language: LanguageModel,
+    start: Start,
+    limit: int,
+    sampler: Sampler,
+    bars: Bars,
+    *,
+    save_to: Path | None = None,
+    write: Callable[[str], None] | None = None,
+) -> Result:
+    """Process the prompt, save its cache where wanted, then generate up to `limit` tokens into `write`."""
+    from ..integrations.transformers.generation import Generation, Run, generate
+
+    run = Run(language, start.cache)
+    with guard_warnings(show=write is not None) as said:
+        with bars.task("Reading the prompt") as update:
+            begun = time.perf_counter()
+            run.prefill(start.ids[start.reused :], update)
+            seconds = time.perf_counter() - begun
+        if save_to is not None:
+            with bars.task("Saving the cache"):
+                cache_file.save(start.cache, start.ids, save_to)
+        stream = TokenText(language.decode, write or _nowhere)
+        generation = generate(run, limit, sampler, stream.add) if limit else Generation([], ended=False, seconds=0.0)
+        stream.finish()
+    return Result(
+        text=language.decode(generation.tokens),
+        tokens=generation.tokens,
+        ended=generation.ended,
+        prompt_tokens=len(start.ids),
+        reused_tokens=start.reused,
+        prefill_seconds=seconds,
+        decode_tokens_per_second=generation.tokens_per_second,
+        kv_bytes=run.kv_bytes,
+        kv_bytes_fp16=run.kv_bytes_fp16,
+        config=_config_of(start.cache),
+        warnings=list(dict.fromkeys(said)),
+    )
+
+
+def _config_of(cache: TurboCache) -> TurboConfig:
+    """What its first layer was made with, or what a file said."""
+    layer = cache.layers[0]
+    return layer.config if layer.kv is None else layer.kv.config
+
+
+def _nowhere(_: str) -> None:
+    pass

@@ -1,0 +1,55 @@
+"""Where a prompt comes from, and whether it can be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..bundled import text as bundled_text
+from ..errors import InputError
+
+
+def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
+    """The prompt's text; None where none was given.
+
+    Raises:
+        InputError: more than one was given, the file cannot be read, or there is nothing in it.
+    """
+    given = [
+        name for name, value in (("--prompt", prompt), ("--file", file), ("--demo", demo or None)) if value is not None
+    ]
+    if len(given) > 1:
+        raise InputError(f"prompt: expected one of --prompt, --file and --demo, got {' and '.join(given)}")
+    if not given:
+        return None
+    text = prompt if prompt is not None else bundled_text() if demo else _read(str(file))
+    if not text.strip():
+        raise InputError(f"{given[0]}: expected some text, got none")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{given[0]}: expected UTF-8 text, got other bytes")
+    return text
+
+
+def _read(file: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"--file: {file} cannot be read: {reason}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--file: expected UTF-8 text, got other bytes in {file} at offset {error.start}") from error
+
+
+def check_length(tokens: int, new_tokens: int, context: int | None) -> None:
+    """Raises InputError if a prompt does not leave room for what is to follow."""
+    if not tokens:
+        raise InputError("prompt: expected at least one token, got none")
+    if context is None or tokens + new_tokens <= context:
+        return
+    room = max(context - new_tokens, 0)
+    raise InputError(
+        f"prompt: expected at most {room:,} tokens (the model's context of {context:,} less {new_tokens:,} new ones), "
+        f"got {tokens:,}"
+    )

@@ -1,0 +1,55 @@
+"""From ``--bits``, ``--preset`` and ``--guard`` to configurations with names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ..config import WIDTHS, Bits, TurboConfig
+from ..errors import ConfigError
+
+
+class Preset(str, Enum):
+    default = "default"
+    paper = "paper"
+
+
+class Guard(str, Enum):
+    adapt = "adapt"
+    warn = "warn"
+    off = "off"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration, what was typed for its bits, and how a table names it."""
+
+    bits: str
+    label: str
+    config: TurboConfig
+
+
+def make_setting(bits: str, preset: Preset = Preset.default, guard: Guard | None = None) -> Setting:
+    """Raises ConfigError for bits that there are not."""
+    make = TurboConfig.paper if preset is Preset.paper else TurboConfig
+    widths = parse_bits(bits)
+    config = make(bits=widths) if guard is None else make(bits=widths, guard=guard.value)
+    label = bits_label(widths)
+    return Setting(bits, f"paper {label}" if preset is Preset.paper else label, config)
+
+
+def parse_bits(text: str) -> Bits:
+    """ "4" -> 4, "4,3" -> (4, 3), "mixed" -> "mixed"."""
+    if text.strip().lower() == "mixed":
+        return "mixed"
+    parts = text.split(",")
+    widths = [int(part) for part in parts if part.strip().isdecimal() and int(part) in WIDTHS]
+    if len(widths) != len(parts) or len(parts) > 2:
+        raise ConfigError(f"--bits: expected 8, 4, 3, 2, mixed, or two widths for K,V such as 4,3; got {text!r}")
+    return widths[0] if len(widths) == 1 else (widths[0], widths[1])
+
+
+def bits_label(bits: Bits) -> str:
+    if bits == "mixed":
+        return "mixed"
+    return f"K{bits[0]} V{bits[1]}" if isinstance(bits, tuple) else f"{bits} bits"

@@ -1,0 +1,202 @@
+"""Caches as safetensors files: `KVCache.save` and `load`, and the same for several in one file.
+
+Metadata carries the format's name and version, the rotation's number and everything else that is
+needed to read the bytes. Anything that does not fit is a `FormatError`; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from ..errors import FormatError, TurboError
+from ..flashq.rotation import ROTATION_ID
+from .buffer import Int8Buffer
+from .cache import KVCache
+from .layout import FORMAT_NAME, FORMAT_VERSION
+from .pool import PagePool
+from .store import EVICTED, PageStore
+
+
+def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
+    """One cache to one file. The file appears whole or not at all."""
+    write_file(path, cache_tensors(cache, ""), {"cache": cache_metadata(cache)})
+
+
+def load_cache(path: str | os.PathLike[str], device: torch.device | str | None = None) -> KVCache:
+    """What `save_cache` wrote, on `device` (CPU by default). Raises `FormatError`."""
+    tensors, metadata = read_file(path)
+    if not isinstance(metadata.get("cache"), dict):
+        raise FormatError(f"path: expected a file with one cache, got {sorted(metadata)} in {os.fspath(path)}")
+    return cache_from_tensors(tensors, metadata["cache"], "", device)
+
+
+def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Tensors and JSON metadata under this format's header, written beside `path` and then moved there."""
+    from safetensors.torch import save_file
+
+    header = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
+    temporary = f"{os.fspath(path)}.partial"
+    try:
+        save_file(tensors, temporary, metadata=header | {"content": json.dumps(metadata)})
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inverse of `write_file`. Raises FileNotFoundError, or `FormatError` for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist")
+    try:
+        with safe_open(name, framework="pt") as file:
+            header = file.metadata() or {}
+            _check_header(header, name)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, json.loads(header["content"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, TurboError):
+            raise
+        raise FormatError(f"path: expected a saved cache, got {name}, which cannot be read ({error})") from error
+
+
+def cache_metadata(cache: KVCache) -> dict[str, Any]:
+    """What is needed besides tensors; JSON."""
+    return {
+        "config": dataclasses.asdict(cache.config),
+        "num_kv_heads": cache.num_kv_heads,
+        "head_dim": cache.head_dim,
+        "dtype": None if cache.dtype is None else str(cache.dtype).removeprefix("torch."),
+        "window_size": cache.window_size,
+        "max_tokens": cache.max_tokens,
+        "label": cache.label,
+        "widths_given": cache.widths_given,
+    }
+
+
+def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
+    """The cache's tensors by name, each name behind `prefix`; pages that sequences share stand once."""
+    tensors = {"lengths": cache.seq_lens}
+    optional = {"head_bits": cache.head_bits, "given_mean": cache._given_mean}
+    store, buffer = cache._store, cache._buffer
+    if store is not None and buffer is not None:
+        tensors |= {f"buffer.{name}": getattr(buffer, name) for name in Int8Buffer.TENSORS}
+        optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
+        columns = max((len(table) for table in store.tables), default=0)
+        table = torch.full((cache.batch_size, columns), EVICTED - 1, dtype=torch.int32)
+        for row, pages in zip(table, store.tables, strict=True):
+            row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        split = store.sink_blocks
+        for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
+            used = part[part >= 0].unique()
+            part[part >= 0] = torch.searchsorted(used, part[part >= 0]).to(torch.int32)
+            if pool is not None and len(used):
+                tensors[name] = pool.gather(used.tolist())
+        tensors["table"] = table
+    tensors |= {name: x for name, x in optional.items() if x is not None}
+    return {prefix + name: x.contiguous().cpu() for name, x in tensors.items()}
+
+
+def cache_from_tensors(
+    tensors: dict[str, Tensor], metadata: dict[str, Any], prefix: str, device: torch.device | str | None = None
+) -> KVCache:
+    """Inverse of `cache_tensors` and `cache_metadata`. Raises `FormatError` where they do not fit."""
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    try:
+        return _build(own, metadata, torch.device(device or "cpu"))
+    except FormatError:
+        raise
+    except (TurboError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise FormatError(f"cache: expected tensors that fit their metadata, got a mismatch ({error!r})") from error
+
+
+def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.device) -> KVCache:
+    fields = dict(metadata["config"])
+    if isinstance(fields["bits"], list):
+        fields["bits"] = tuple(fields["bits"])
+    lengths = own["lengths"]
+    cache = KVCache(
+        len(lengths),
+        metadata["num_kv_heads"],
+        metadata["head_dim"],
+        config=TurboConfig(**fields),
+        head_bits=own["head_bits"] if metadata["widths_given"] else None,
+        max_tokens=metadata["max_tokens"],
+        device=device if "table" in own else None,
+        dtype=None if metadata["dtype"] is None else getattr(torch, metadata["dtype"]),
+        window_size=metadata["window_size"],
+        k_mean=own.get("given_mean"),
+    )
+    cache.label = metadata["label"]
+    _check("lengths", lengths, torch.zeros(len(lengths), dtype=torch.int64))
+    if "table" in own:
+        assert cache._store is not None and cache._buffer is not None
+        for name in Int8Buffer.TENSORS:
+            _copy(f"buffer.{name}", own, getattr(cache._buffer, name))
+        for name, target in (("k_mean", cache._k_mean), ("universal", cache._universal)):
+            if target is not None:
+                _copy(name, own, target)
+        _restore_pages(cache._store, own)
+        open_tokens = lengths - cache.page_counts * cache.config.block_size
+        if bool(((open_tokens < 0) | (open_tokens > cache._buffer.capacity)).any()):
+            raise FormatError(f"lengths: expected them to fit the pages, got {lengths.tolist()}")
+    elif bool(lengths.any()):
+        raise FormatError(f"lengths: expected zeros without pages, got {lengths.tolist()}")
+    cache._lengths = lengths
+    return cache
+
+
+def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
+    if "frozen_bits" in own:
+        store.freeze(own["frozen_bits"])
+    table, split = own["table"], store.sink_blocks
+    numbers = []
+    for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
+        highest = int(part.max()) if part.numel() else EVICTED
+        content = own.get(name)
+        count = 0 if content is None else len(content)
+        if highest >= count or (count and pool is None):
+            raise FormatError(f"table: expected page numbers below {count} of {name}, got {highest}")
+        new = _restore_pool(pool, name, content) if pool is not None and content is not None else []
+        numbers.append([[new[page] if page >= 0 else page for page in row] for row in part.tolist()])
+        if pool is not None:
+            pool.retain(page for row in numbers[-1] for page in row)
+            pool.release(new)  # the count that allocating gave
+    for sinks, pages, target in zip(*numbers, store.tables, strict=True):
+        target.extend(page for page in sinks + pages if page >= EVICTED)
+
+
+def _restore_pool(pool: PagePool, name: str, content: Tensor) -> list[int]:
+    _check(name, content, torch.empty(len(content), pool.layout.page_bytes, dtype=torch.uint8))
+    pages = pool.allocate(len(content))
+    pool.write(pages, content)
+    return pages
+
+
+def _copy(name: str, own: dict[str, Tensor], target: Tensor) -> None:
+    if name not in own:
+        raise FormatError(f"{name}: expected a tensor of that name, got none")
+    _check(name, own[name], target)
+    target.copy_(own[name])
+
+
+def _check(name: str, x: Tensor, like: Tensor) -> None:
+    if x.dtype != like.dtype or x.shape != like.shape:
+        raise FormatError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {x.dtype} {tuple(x.shape)}")
+
+
+def _check_header(header: dict[str, str], name: str) -> None:
+    expected = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
+    for key, value in expected.items():
+        if header.get(key) != value:
+            raise FormatError(f"path: expected a saved cache with {key} {value}, got {header.get(key)!r} in {name}")
