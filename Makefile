@@ -45,7 +45,7 @@ setup: $(READY) ## create .venv with the package and what its tests need
 
 demo: $(READY) ## the bundled model over a long text, full precision beside the quantized cache
 	$(BIN)/turboattention doctor
-	$(BIN)/turboattention generate --demo --compare
+	$(BIN)/turboattention generate --demo --compare --max-new-tokens 32
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -q --durations=10

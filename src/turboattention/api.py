@@ -130,7 +130,8 @@ def turbo_attention_with_kvcache(
         As `turbo_attention`; the cache is then unchanged. Warns `GuardWarning` (see guard.py).
     """
     if (k_new is None) != (v_new is None):
-        raise InputError(f"v_new: expected {'a tensor, as k_new is' if v_new is None else 'None, as k_new is'}")
+        want, have = ("a tensor", "None") if v_new is None else ("None", "a tensor")
+        raise InputError(f"v_new: expected {want}, as k_new is, got {have}")
     check_floats(q=q, **({} if k_new is None else {"k_new": k_new, "v_new": v_new}))
     check_query((cache.batch_size, cache.num_kv_heads, cache.head_dim), q)
     check_softmax(scale, softcap)
@@ -146,9 +147,10 @@ def turbo_attention_with_kvcache(
     positions = row + (cache.seq_lens if lengths is not None else ends - q.shape[2])[:, None]
     valid = row < counts[:, None] if lengths is not None else torch.ones_like(row, dtype=torch.bool)
     check_finite("q", q, valid.sum(1))
+    _check_pages_kept(cache, positions, valid, window_size)
     staged, bits = None, None
     if k_new is not None and v_new is not None:
-        staged = cache.stage(k_new, v_new, lengths)
+        staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"))
         bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new))
     out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
         q,
@@ -184,6 +186,21 @@ def _check_window_kept(cache: KVCache, window_size: int | None) -> None:
         raise InputError(
             f"window_size: expected at most the cache's own {cache.window_size} (older blocks are released), "
             f"got {window_size}"
+        )
+
+
+def _check_pages_kept(cache: KVCache, positions: Tensor, valid: Tensor, window_size: int | None) -> None:
+    """No query row may reach back to blocks that the cache's window has released."""
+    if cache.window_size is None or window_size is None or not positions.numel():
+        return
+    earliest = torch.where(valid, positions, torch.iinfo(torch.int64).max).amin(1)
+    block = torch.arange(int(cache.page_counts.max()))
+    reached = block >= ((earliest - window_size + 1).clamp(min=0) // cache.config.block_size)[:, None]
+    gone = reached & (block < cache.page_counts[:, None]) & ~cache.readable_pages(len(block))
+    if bool(gone.any()):
+        raise InputError(
+            f"q: expected rows whose window of {window_size} keys the cache still holds (older blocks are released), "
+            f"got rows from position {int(earliest[gone.any(1)].min())} on"
         )
 
 

@@ -99,9 +99,9 @@ class TurboConfig:
             )
         if not _is_int(self.flush_lag) or self.flush_lag < 0:
             raise ConfigError(f"flush_lag: expected an integer of at least 0, got {self.flush_lag!r}")
-        if not -80 <= self.sas_threshold < 0:
+        if not _is_number(self.sas_threshold) or not -80 <= self.sas_threshold < 0:
             raise ConfigError(f"sas_threshold: expected a number from -80 to below 0, got {self.sas_threshold!r}")
-        if not 0 <= self.low_bit_fraction <= 1:
+        if not _is_number(self.low_bit_fraction) or not 0 <= self.low_bit_fraction <= 1:
             raise ConfigError(f"low_bit_fraction: expected a number from 0 to 1, got {self.low_bit_fraction!r}")
 
     @classmethod
@@ -138,6 +138,10 @@ class TurboConfig:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_bits(bits: object) -> None:

@@ -9,6 +9,8 @@ from .config import TurboConfig
 from .errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
 
 MAX_HEAD_DIM = 256
+LARGEST = 1e18
+"""Magnitude from which on products of queries and keys could overflow float32."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,7 +40,7 @@ def check_head_dim(name: str, head_dim: int) -> None:
 
 
 def check_window(window_size: int | None) -> None:
-    if window_size is not None and (not isinstance(window_size, int) or window_size < 1):
+    if window_size is not None and (not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 1):
         raise ConfigError(f"window_size: expected an integer of at least 1, got {window_size!r}")
 
 
@@ -55,21 +57,29 @@ def check_mean(k_mean: Tensor | None, config: TurboConfig, heads: int, head_dim:
 
 
 def check_new(
-    expected: tuple[int, int, int], device: torch.device | None, k: Tensor, v: Tensor, lengths: Tensor | None
+    expected: tuple[int, int, int],
+    device: torch.device | None,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    names: tuple[str, str] = ("k", "v"),
 ) -> Tensor:
-    """New tokens of a cache of (batch, heads, head_dim); returns how many each sequence takes, int64 [B]."""
+    """New tokens of a cache of (batch, heads, head_dim); returns how many each sequence takes, int64 [B].
+
+    `names` is what messages call k and v."""
     batch, heads, head_dim = expected
-    check_floats(k=k, v=v)
-    for name, x in (("k", k), ("v", v)):
+    sides = dict(zip(names, (k, v), strict=True))
+    check_floats(**sides)
+    for name, x in sides.items():
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != expected:
             raise ShapeError(f"{name}: expected shape ({batch}, {heads}, tokens, {head_dim}), got {tuple(x.shape)}")
     if k.shape != v.shape:
-        raise ShapeError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+        raise ShapeError(f"{names[1]}: expected the shape of {names[0]}, {tuple(k.shape)}, got {tuple(v.shape)}")
     if device is not None and k.device != device:
-        raise DtypeError(f"k: expected a tensor on {device}, as the cache is, got {k.device}")
+        raise DtypeError(f"{names[0]}: expected a tensor on {device}, as the cache is, got {k.device}")
     counts = check_lengths(lengths, batch, k.shape[2])
-    check_finite("k", k, counts)
-    check_finite("v", v, counts)
+    for name, x in sides.items():
+        check_finite(name, x, counts)
     return counts
 
 
@@ -151,15 +161,14 @@ def check_softmax(scale: float | None, softcap: float | None) -> None:
 
 
 def check_finite(name: str, x: Tensor, counts: Tensor | None = None) -> None:
-    """No NaN or infinity in [B, H, T, D], or in the first `counts[b]` tokens of each sequence.
-
-    A sum is cheap and finite whenever the values are sane; only a suspicious one is looked into.
-    """
-    if bool(x.sum(dtype=torch.float32 if x.dtype != torch.float64 else None).isfinite()):
+    """No NaN, infinity or value beyond `LARGEST` in [B, H, T, D], or in the first `counts[b]` tokens
+    of each sequence. The extremes are cheap; only suspicious ones are looked into."""
+    if not x.numel() or bool(torch.stack(x.aminmax()).double().abs().amax() <= LARGEST):
         return
-    bad = ~x.isfinite()
+    bad = ~(x.double().abs() <= LARGEST)
     if counts is not None:
         bad &= (torch.arange(x.shape[2]) < counts[:, None]).to(x.device)[:, None, :, None]
     if bool(bad.any()):
-        kind = "NaN" if bool((x.isnan() & bad).any()) else "infinity"
+        kinds = {"NaN": x.isnan(), "infinity": x.isinf(), f"a magnitude above {LARGEST:.0e}": bad}
+        kind = next(kind for kind, found in kinds.items() if bool((found & bad).any()))
         raise NonFiniteError(f"{name}: expected finite values, got {kind} in {int(bad.sum())} of {x.numel()} elements")

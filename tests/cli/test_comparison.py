@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from turboattention import TurboConfig
 from turboattention.cli.comparison import Comparison, compare, first_difference, same_tokens
+from turboattention.cli.output import guard_warnings
 from turboattention.cli.progress import Bars
 from turboattention.cli.settings import make_setting
+from turboattention.errors import GuardWarning
 from turboattention.integrations.transformers import TurboCache, generation
 
 from .conftest import TEXT
@@ -108,16 +111,20 @@ def test_speeds_are_measured(comparison: Comparison) -> None:
         assert outcome.decode_tokens_per_second > 0
 
 
-def test_the_guard_is_quoted(language: generation.LanguageModel, ids: list[int]) -> None:
-    """Random weights at 2 bits without rotation, smoothing and search are beyond its bound."""
-    from turboattention.cli.settings import Setting
+def test_what_the_guard_says_is_kept_once(
+    language: generation.LanguageModel, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = generation.Run.prefill
 
-    config = TurboConfig(bits=2, rotate=False, smooth_k=False, search=False, token_scales=False, guard="warn")
-    with generation.enabled():
-        compared = compare(language, ids, [Setting("2", "2 bits", config)], 4, Bars(hidden=True))
-    said = compared.rows[0].warnings
-    assert said == list(dict.fromkeys(said))
-    assert all("\n" not in line for line in said)
+    def warn(self: generation.Run, *arguments: object) -> None:
+        prefill(self, *arguments)
+        for _ in range(2):
+            warnings.warn("layer 0, head 1: 8 bits", GuardWarning, stacklevel=1)
+
+    monkeypatch.setattr(generation.Run, "prefill", warn)
+    with generation.enabled(), guard_warnings(show=False):
+        compared = compare(language, ids[:20], [make_setting("4")], 2, Bars(hidden=True))
+    assert compared.rows[0].warnings == ["layer 0, head 1: 8 bits"]
 
 
 @given(tokens, tokens)

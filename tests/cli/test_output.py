@@ -10,7 +10,14 @@ from turboattention.errors import GuardWarning
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536, "1.50 KiB"), (16_252_928, "15.5 MiB"), (3 << 50, "3072.0 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1536, "1.50 KiB"),
+        (16_252_928, "15.5 MiB"),
+        (3 << 50, "3072.0 TiB"),
+    ],
 )
 def test_bytes(count: int, text: str) -> None:
     assert bytes_text(count) == text

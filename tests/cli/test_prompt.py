@@ -23,9 +23,9 @@ def test_one_of_three_places(tmp_path: Path) -> None:
 def test_empty(tmp_path: Path, text: str) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(text)
-    with pytest.raises(InputError, match="^--prompt: expected some text, got none$"):
+    with pytest.raises(InputError, match=r"^--prompt: expected some text, got none$"):
         read_prompt(text, None, demo=False)
-    with pytest.raises(InputError, match="^--file: expected some text, got none$"):
+    with pytest.raises(InputError, match=r"^--file: expected some text, got none$"):
         read_prompt(None, str(file), demo=False)
 
 
@@ -49,7 +49,7 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(InputError, match="prompt.txt cannot be read: Permission denied"):
+    with pytest.raises(InputError, match=r"prompt\.txt cannot be read: Permission denied"):
         read_prompt(None, str(tmp_path / "prompt.txt"), demo=False)
 
 
@@ -68,7 +68,9 @@ def test_bytes_on_the_command_line_that_are_no_text() -> None:
 def test_length() -> None:
     check_length(384, 128, 512)
     check_length(10_000, 128, None)
-    with pytest.raises(InputError, match=r"at most 3,968 tokens \(the model's context of 4,096 less 128 new ones\), got 3,969"):
+    with pytest.raises(
+        InputError, match=r"at most 3,968 tokens \(the model's context of 4,096 less 128 new ones\), got 3,969"
+    ):
         check_length(3969, 128, 4096)
     with pytest.raises(InputError, match="at most 0 tokens"):
         check_length(1, 600, 512)

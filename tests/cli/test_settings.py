@@ -9,7 +9,16 @@ from turboattention.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("text", "bits"),
-    [("8", 8), ("4", 4), (" 3 ", 3), ("2", 2), ("mixed", "mixed"), ("MIXED", "mixed"), ("4,3", (4, 3)), ("8, 2", (8, 2))],
+    [
+        ("8", 8),
+        ("4", 4),
+        (" 3 ", 3),
+        ("2", 2),
+        ("mixed", "mixed"),
+        ("MIXED", "mixed"),
+        ("4,3", (4, 3)),
+        ("8, 2", (8, 2)),
+    ],
 )
 def test_bits(text: str, bits: object) -> None:
     assert parse_bits(text) == bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -232,7 +233,7 @@ def _start(request: Request, language: LanguageModel) -> Start:
 
 
 def _write(text: str) -> None:
-    typer.echo(printable(text), nl=False)
+    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def _facts(language: LanguageModel) -> dict[str, Any]:

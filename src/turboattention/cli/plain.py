@@ -56,8 +56,13 @@ class Result:
         return (
             f"prompt of {self.prompt_tokens:,} tokens{reused} in {self.prefill_seconds:.2f} s, "
             f"{len(self.tokens):,} new{speed}; KV cache {bytes_text(self.kv_bytes)}, "
-            f"{ratio:.2f}x below FP16 ({16 / ratio:.2f} bits per element)"
+            f"{size_text(ratio)} ({16 / ratio:.2f} bits per element)"
         )
+
+
+def size_text(ratio: float) -> str:
+    """How a size compares with FP16. A cache of few tokens is larger: its blocks are not full."""
+    return f"{ratio:.2f}x below FP16" if ratio >= 1 else f"{1 / ratio:.2f}x above FP16 (few tokens)"
 
 
 def continue_text(

@@ -134,7 +134,9 @@ def _recall(rng: random.Random, budget: int, measure: Measure, questions: int, _
     line_cost = max(measure(f"{key}={value}\n") for key, value in list(table.items())[:50])
     budget -= measure(head) + measure(middle) + questions * line_cost
     lines = _fill((f"{key}={value}\n" for key, value in table.items()), budget, measure)
-    asked = rng.sample(keys[: len(lines)], min(questions, len(lines)))
+    # A line longer than any that room was kept for is not asked.
+    short = [key for key, line in zip(keys, lines, strict=False) if measure(line) <= line_cost]
+    asked = rng.sample(short, min(questions, len(short)))
     spans: list[Span] = [(head + "".join(lines) + middle, False)]
     for key in asked:
         spans += [(f"{key}=", False), (f"{table[key]}\n", True)]
@@ -209,6 +211,8 @@ def _arithmetic(rng: random.Random, budget: int, measure: Measure, questions: in
     head = "Sums.\n"
     longest = "".join(addition(9999, 9999))
     budget -= measure(head) + questions * measure(longest)
+    if budget < 0:
+        raise ValueError(f"budget: expected room for {questions} questions, {-budget} more than it is")
     shown = _fill(("".join(problem()) for _ in iter(int, 1)), budget, measure) if budget > measure(longest) else []
     spans: list[Span] = [(head + "".join(shown), False)]
     for _ in range(questions):

@@ -52,5 +52,4 @@ def _pack_plane(code: Tensor, width: int) -> Tensor:
 def _unpack_plane(packed: Tensor, width: int) -> Tensor:
     if width == 8:
         return packed
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-2) >> shifts[:, None]) & ((1 << width) - 1)).flatten(-2)
+    return torch.cat([(packed >> shift) & ((1 << width) - 1) for shift in range(0, 8, width)], -1)

@@ -18,19 +18,32 @@ ROTATION_ID = 1
 _SIGN_BITS = 0x9E3779B97F4A7C15  # the golden ratio's first 64 bits
 
 
-@functools.lru_cache(maxsize=32)
 def rotation_matrix(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthogonal [D, D]: row vectors are rotated by `x @ R` and back by `x @ R.T`."""
+    return (_signed_hadamard(head_dim, device) * _norm(head_dim)).to(dtype)
+
+
+def rotate(x: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the last dimension of `x` (float32 or float64), or undo it.
+
+    Summed in float64, where sums of float32 values are exact unless these are 2^20 apart: the order
+    of summation depends on how many rows a matrix product has, and a row's result must not.
+    """
+    head_dim = x.shape[-1]
+    matrix = _signed_hadamard(head_dim, x.device)
+    return ((x.double() @ (matrix.T if inverse else matrix)) * _norm(head_dim)).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _signed_hadamard(head_dim: int, device: torch.device) -> Tensor:
+    """Signs times blocks of the Hadamard matrix, entries -1, 0 and 1, float64."""
     block = head_dim & -head_dim
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < block:
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
-    matrix = torch.block_diag(*[hadamard * block**-0.5] * (head_dim // block))
     signs = torch.tensor([1.0 - 2.0 * (_SIGN_BITS >> (c % 64) & 1) for c in range(head_dim)], dtype=torch.float64)
-    return (signs[:, None] * matrix).to(device, dtype)
+    return (signs[:, None] * torch.block_diag(*[hadamard] * (head_dim // block))).to(device)
 
 
-def rotate(x: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate the last dimension of `x` (float32 or float64), or undo it."""
-    matrix = rotation_matrix(x.shape[-1], x.dtype, x.device)
-    return x @ (matrix.T if inverse else matrix)
+def _norm(head_dim: int) -> float:
+    return (head_dim & -head_dim) ** -0.5

@@ -152,10 +152,13 @@ class KVCache:
         """
         self.commit(self.stage(k, v, lengths))
 
-    def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Stage:
-        """Check new tokens and quantize them to INT8, without changing the cache."""
+    def stage(
+        self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")
+    ) -> Stage:
+        """Check new tokens (called by `names` in messages) and quantize them to INT8, without
+        changing the cache."""
         shape = (self.batch_size, self.num_kv_heads, self.head_dim)
-        counts = check_new(shape, self.device, k, v, lengths)
+        counts = check_new(shape, self.device, k, v, lengths, names)
         self._allocate(k.device)
         if self.dtype is None:
             self.dtype = k.dtype

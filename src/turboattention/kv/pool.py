@@ -31,7 +31,6 @@ class PagePool:
         self._kept: set[int] = set()
         self._next_page = 0
         self._next_slab = 0
-        self._blank = torch.zeros(layout.page_bytes, dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +80,8 @@ class PagePool:
 
     def gather(self, pages: Iterable[int]) -> Tensor:
         """uint8 [N, page_bytes]; a negative number (an evicted page) gives zeros."""
-        return torch.stack([self._pages[page] if page >= 0 else self._blank for page in pages])
+        blank = torch.zeros(self.layout.page_bytes, dtype=torch.uint8, device=self.device)
+        return torch.stack([self._pages[page] if page >= 0 else blank for page in pages])
 
     def _add_slab(self, pages: int) -> int:
         slab = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=self.device)

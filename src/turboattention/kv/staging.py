@@ -100,7 +100,8 @@ def _smooth(
         # From the first block's INT8 values as stored: the same however its tokens arrived.
         codes, scales = place.fill(place.open("k8", "k_scale"), *quantize_tokens(k))
         first = (codes[:, :, MEAN_SKIPS:size].to(scales.dtype) * scales[:, :, MEAN_SKIPS:size, None]).mean(2)
-        mean = torch.where(filled.to(k.device)[:, None, None], first, mean)
+        # Rounded as the cache will hold it, also where this call computes in float64.
+        mean = torch.where(filled.to(k.device)[:, None, None], first.float().to(mean.dtype), mean)
     positions = state.lengths[:, None] + torch.arange(k.shape[2])
     smoothed = (positions >= size).to(k.device)[:, None, :, None]
     return torch.where(smoothed, k - mean[:, :, None].to(k.dtype), k), mean

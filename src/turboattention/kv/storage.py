@@ -7,6 +7,7 @@ needed to read the bytes. Anything that does not fit is a `FormatError`; nothing
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from typing import Any
@@ -42,9 +43,10 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
     from safetensors.torch import save_file
 
     header = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
+    content = json.dumps(metadata)
     temporary = f"{os.fspath(path)}.partial"
     try:
-        save_file(tensors, temporary, metadata=header | {"content": json.dumps(metadata)})
+        save_file(tensors, temporary, metadata=header | {"content": content, "digest": _digest(content)})
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -63,7 +65,10 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
             header = file.metadata() or {}
             _check_header(header, name)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        return tensors, json.loads(header["content"])
+        metadata = json.loads(header["content"])
+        if not isinstance(metadata, dict) or header["digest"] != _digest(header["content"]):
+            raise FormatError(f"path: expected a saved cache, got {name}, whose metadata was altered")
+        return tensors, metadata
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         if isinstance(error, TurboError):
             raise
@@ -146,6 +151,8 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
         for name, target in (("k_mean", cache._k_mean), ("universal", cache._universal)):
             if target is not None:
                 _copy(name, own, target)
+            elif name in own:
+                raise FormatError(f"{name}: expected none under this configuration, got a tensor")
         _restore_pages(cache._store, own)
         open_tokens = lengths - cache.page_counts * cache.config.block_size
         if bool(((open_tokens < 0) | (open_tokens > cache._buffer.capacity)).any()):
@@ -162,11 +169,10 @@ def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
     table, split = own["table"], store.sink_blocks
     numbers = []
     for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
-        highest = int(part.max()) if part.numel() else EVICTED
-        content = own.get(name)
+        content, used = own.get(name), part[part >= 0].unique()
         count = 0 if content is None else len(content)
-        if highest >= count or (count and pool is None):
-            raise FormatError(f"table: expected page numbers below {count} of {name}, got {highest}")
+        if not torch.equal(used, torch.arange(count, dtype=used.dtype)) or (count and pool is None):
+            raise FormatError(f"table: expected all of {count} {name}, got page numbers {used.tolist()}")
         new = _restore_pool(pool, name, content) if pool is not None and content is not None else []
         numbers.append([[new[page] if page >= 0 else page for page in row] for row in part.tolist()])
         if pool is not None:
@@ -193,6 +199,10 @@ def _copy(name: str, own: dict[str, Tensor], target: Tensor) -> None:
 def _check(name: str, x: Tensor, like: Tensor) -> None:
     if x.dtype != like.dtype or x.shape != like.shape:
         raise FormatError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {x.dtype} {tuple(x.shape)}")
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _check_header(header: dict[str, str], name: str) -> None:

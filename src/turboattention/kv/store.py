@@ -67,7 +67,8 @@ class PageStore:
     def reserve(self, tokens: int) -> None:
         """Memory for `tokens` of every sequence, once widths are frozen."""
         blocks = tokens // self.config.block_size
-        self.sinks.reserve(len(self.tables) * min(blocks, self.sink_blocks))
+        held = sum(len(table[: self.sink_blocks]) for table in self.tables)
+        self.sinks.reserve(len(self.tables) * min(blocks, self.sink_blocks) - held)
         if self.compressed is not None:
             self.compressed.reserve(len(self.tables) * max(0, blocks - self.sink_blocks))
 

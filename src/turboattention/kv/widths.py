@@ -18,14 +18,20 @@ def parse_head_bits(head_bits: HeadBits | None, heads: int) -> Tensor | None:
     """int64 [2, Hkv] (row 0 K, row 1 V) from [Hkv] widths for both, or [2, Hkv]."""
     if head_bits is None:
         return None
-    bits = torch.as_tensor(head_bits, dtype=torch.int64).cpu()
+    try:
+        bits = torch.as_tensor(head_bits).cpu()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"head_bits: expected integers, got {head_bits!r}") from error
+    if bits.is_floating_point() or bits.dtype == torch.bool:
+        raise ConfigError(f"head_bits: expected integers, got {bits.dtype}")
+    bits = bits.to(torch.int64)
     if bits.shape == (heads,):
         bits = bits.expand(2, heads)
     if bits.shape != (2, heads):
         raise ConfigError(f"head_bits: expected shape ({heads},) or (2, {heads}), got {tuple(bits.shape)}")
     if not all(int(b) in WIDTHS for b in bits.flatten()):
         raise ConfigError(f"head_bits: expected widths of {', '.join(map(str, WIDTHS))}, got {bits.tolist()}")
-    return bits.contiguous()
+    return bits.clone(memory_format=torch.contiguous_format)
 
 
 def decide_head_bits(config: TurboConfig, k: Tensor, v: Tensor) -> Tensor:

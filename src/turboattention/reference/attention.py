@@ -28,8 +28,7 @@ def attend(
     state = Accumulator.empty(queries.codes)
     size, group = config.block_size, queries.codes.shape[2]
     at_once = max(1, _SCORES_AT_ONCE // max(1, size * q.shape[0] * q.shape[1] * q.shape[2]))
-    for first in range(0, source.blocks, at_once):
-        last = min(first + at_once, source.blocks)
+    for first, last in source.runs(at_once):
         rows = seen.rows(first * size, last * size, size)
         if rows.start == rows.stop:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -33,11 +34,23 @@ class Source:
         """Blocks of the longest sequence."""
         return -(-int(self.lengths.max()) // self._size) if len(self.lengths) else 0
 
+    def runs(self, at_once: int) -> Iterator[tuple[int, int]]:
+        """All blocks, in runs of up to `at_once` that are pages for every sequence, or for some, or
+        for none: reading is cheapest where nothing has to be mixed."""
+        if not self.blocks:
+            return
+        bounds = sorted({0, int(self._first_open.min()), int(self._first_open.max()), self.blocks})
+        for begin, end in itertools.pairwise(bounds):
+            for first in range(begin, end, at_once):
+                yield first, min(first + at_once, end)
+
     def read_back(self, cache: KVCache, stage: Stage, head_bits: Tensor | None) -> None:
         """Keep complete open blocks in stored form too, for queries that stand behind them."""
         assert self._open is not None
-        stored = self._open.map(torch.clone)
-        for part in cache.encode(cache.pending_flush(stage), head_bits):
+        stored, flush = self._open.map(torch.clone), cache.pending_flush(stage)
+        if head_bits is None and cache.freezes_widths(flush):
+            head_bits = cache.planned_bits(stage, flush)
+        for part in cache.encode(flush, head_bits):
             tiles, batch = decode_pages(part.layout, part.pages), part.flush.batch
             at = batch.to(part.pages.device), (part.flush.block - self._first_open[batch]).to(part.pages.device)
             for name in ("k8", "v8", "k_scale", "v_scale"):

@@ -41,7 +41,7 @@ class TurboCache(Cache):
         >>> model.generate(**inputs, past_key_values=TurboCache(model.config))
     """
 
-    layers: list[TurboLayer]  # type: ignore[assignment]
+    layers: list[TurboLayer]
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class TurboCache(Cache):
         given = input_ids[:, : stored.shape[1]].cpu()
         if given.shape != stored.shape or not torch.equal(given, stored):
             raise InputError(
-                f"input_ids: expected a prompt that begins with the {stored.shape[1]} tokens of the cache, got another one"
+                f"input_ids: expected a prompt that begins with the {stored.shape[1]} tokens of the cache, got another"
             )
         return stored.shape[1]
 

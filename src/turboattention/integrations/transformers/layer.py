@@ -14,7 +14,7 @@ from ...kv.cache import KVCache
 from .call import Call
 from .masks import MaskPlan
 from .model import ModelShape
-from .ragged import pack_index, put_back, take, take_columns, take_rows
+from .padding import attend_tokens, valid_after
 
 _HANDLE = "_turbo_layer"
 
@@ -117,63 +117,34 @@ class TurboLayer(CacheLayerMixin):
         pending, self._pending = self._pending, None
         new = query.shape[2] if pending is None else pending[0].shape[2]
         past = self._stored - new if pending is None else self._stored
-        if query.shape[2] != new or past < 0:
+        if self.kv is None or query.shape[2] != new or past < 0:
             raise UnsupportedError(
                 f"query: expected the {new} new tokens of layer {self.index}, got {query.shape[2]}; "
                 "cross-attention through the cache is not supported"
             )
         self._check_model(module)
-        known = self._known(past + new)
-        valid = _valid_now(plan, known[:, :past], new)
-        assert self.kv is not None
+        known = None if self.valid is None else self.valid[:, :past]
+        valid = valid_after(plan, known, past, new, self.batch_size)
         if self.window is not None:
             self.kv.window_size = self.window + (new if self.record_past else 0)
-        out = self._attend(query, pending, plan, valid, is_causal, call)
+        out = attend_tokens(query, self.kv, pending, plan, valid, is_causal, call)
         if pending is not None:
-            self._stored = past + new
-            self.valid = None if bool(valid.all()) else valid
+            self._stored, self.valid = past + new, valid
         return out
-
-    def _attend(
-        self,
-        query: Tensor,
-        pending: tuple[Tensor, Tensor] | None,
-        plan: MaskPlan | None,
-        valid: Tensor,
-        is_causal: bool,
-        call: Call,
-    ) -> Tensor:
-        """Pack this call's valid tokens, attend, and put the results back. `valid`: [B, past + new]."""
-        assert self.kv is not None
-        causal = plan.is_causal if plan is not None else is_causal
-        mask = plan.matrix if plan is not None else None
-        if mask is not None and not bool(valid.all()):
-            mask = take_columns(mask, valid, False if mask.dtype == torch.bool else float("-inf"))
-        own = valid[:, valid.shape[1] - query.shape[2] :]
-        if bool(own.all()):
-            return call.cached(query, self.kv, pending, None, mask, causal)
-        index, lengths = pack_index(own, "left" if pending is not None else "right")
-        if not index.shape[1]:
-            return torch.zeros_like(query)
-        if mask is not None:
-            mask = take_rows(mask, index)
-        if pending is not None:
-            pending = take(pending[0], index), take(pending[1], index)
-        out = call.cached(take(query, index), self.kv, pending, lengths if pending is not None else None, mask, causal)
-        return put_back(out, index, own)
 
     # -- changing what is stored --------------------------------------------------------------------
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
         self.check_settled()
-        keep = tokens_to_remove if tokens_to_remove > 0 else self._stored + tokens_to_remove
+        removed = int(tokens_to_remove)
+        keep = removed if removed > 0 else self._stored + removed
         if self.kv is None or keep >= self._stored:
             return
         keep = max(keep, 0)
-        left = self._known(self._stored)[:, :keep]
-        self.kv.crop(left.sum(-1))
-        self._stored, self.valid = keep, (None if bool(left.all()) else left)
+        left = None if self.valid is None else self.valid[:, :keep]
+        self.kv.crop(keep if left is None else left.sum(1))
+        self._stored, self.valid = keep, (None if left is None or bool(left.all()) else left)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.check_settled()
@@ -204,7 +175,7 @@ class TurboLayer(CacheLayerMixin):
         """An independent layer with the same content; compressed blocks are shared."""
         self.check_settled()
         copy = object.__new__(TurboLayer)
-        copy.__dict__.update(self.__dict__)
+        copy.__dict__ = dict(self.__dict__)
         copy.kv = None if self.kv is None else self.kv.clone()
         return copy
 
@@ -274,36 +245,3 @@ class TurboLayer(CacheLayerMixin):
         if self.model is not None and config is not None and config is not self._checked:
             self.model.check(config)
             self._checked = config
-
-    def _known(self, length: int) -> Tensor:
-        """bool [B, length]: which stored positions are tokens."""
-        if self.valid is not None:
-            return self.valid
-        return torch.ones(1, length, dtype=torch.bool).expand(self.batch_size, -1)
-
-
-def _valid_now(plan: MaskPlan | None, known: Tensor, new: int) -> Tensor:
-    """bool [B, past + new]: the tokens after this call. `known` [B, past] are those stored before.
-
-    Raises:
-        InputError: the mask does not fit what is stored.
-    """
-    batch, past = known.shape
-    if plan is not None and plan.width != past + new:
-        raise InputError(
-            f"attention_mask: expected {past + new} positions ({past} in the TurboCache and {new} new), got {plan.width}"
-        )
-    visible = plan.visible if plan is not None else None
-    if visible is None:
-        visible = torch.ones(1, past + new, dtype=torch.bool)
-    visible = visible.expand(batch, -1)
-    hidden = known & ~visible[:, :past] if plan is not None and plan.is_causal else torch.zeros(1)
-    shown = visible[:, :past] & ~known
-    if bool(hidden.any()) or bool(shown.any()):
-        hides = bool(hidden.any())
-        row = int((hidden if hides else shown).any(-1).nonzero()[0])
-        raise InputError(
-            f"attention_mask: expected the same padding as when the TurboCache stored its {past} positions, got a mask "
-            f"that {'hides tokens stored' if hides else 'shows padding, which is not stored,'} in row {row}"
-        )
-    return torch.cat([known, visible[:, past:]], 1)

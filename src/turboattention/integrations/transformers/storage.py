@@ -1,111 +1,115 @@
-"""A `TurboCache` as one safetensors file: the layers' packed bytes, padding, and how to recognize it."""
+"""A `TurboCache` as one safetensors file: every layer's packed bytes, the padding, and whose it is."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import FormatError, InputError, TurboError
-from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors
+from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 from .cache import TurboCache
 from .layer import TurboLayer
 from .model import ModelShape
 
-KIND = "turboattention TurboCache"
 VERSION = 1
-_KEY = "turboattention"
+_KIND = "turbo_cache"
 _VALID, _PROMPT = "valid", "prompt_ids"
 
 
 def save_cache(cache: TurboCache, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
     """Write `cache`; the file appears whole or not at all."""
-    for layer in cache.layers:
-        layer.check_settled()
     cache.check_level()
+    if cache.get_seq_length() == 0:
+        raise InputError("past_key_values: expected a TurboCache that holds tokens, got an empty one")
     tensors: dict[str, Tensor] = {}
     for layer in cache.layers:
         if layer.kv is not None:
             tensors |= cache_tensors(layer.kv, _prefix(layer.index))
     valid = next((layer.valid for layer in cache.layers if layer.valid is not None), None)
     if valid is not None:
-        tensors[_VALID] = valid.to(torch.uint8)
+        tensors[_VALID] = valid.to(torch.uint8).contiguous()
     if input_ids is not None:
-        tensors[_PROMPT] = _checked_prompt(input_ids, cache)
-    header = {"kind": KIND, "version": VERSION, "model": _model(cache), "length": cache.get_seq_length()}
-    header["layers"] = [
-        {"window": layer.window, "kv": None if layer.kv is None else cache_metadata(layer.kv)} for layer in cache.layers
-    ]
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    partial = f"{os.fspath(path)}.partial"
-    save_file(tensors, partial, metadata={_KEY: json.dumps(header)})
-    os.replace(partial, path)
+        tensors[_PROMPT] = _checked_prompt(input_ids, cache).cpu().contiguous()
+    model = cache.layers[0].model
+    content = {
+        "version": VERSION,
+        "model": None if model is None else asdict(model),
+        "length": cache.get_seq_length(),
+        "layers": [
+            {"window": layer.window, "kv": None if layer.kv is None else cache_metadata(layer.kv)}
+            for layer in cache.layers
+        ],
+    }
+    write_file(path, tensors, {_KIND: content})
 
 
 def load_cache(
     cls: type[TurboCache], path: str | os.PathLike[str], model_config: Any, device: torch.device | str, backend: str
 ) -> TurboCache:
     """Read what `save_cache` wrote."""
-    header, tensors = _read(path, device)
+    tensors, metadata = read_file(path)
+    content = metadata.get(_KIND)
+    if not isinstance(content, dict):
+        raise FormatError(f"path: expected a file written by TurboCache.save, got {sorted(metadata)} in {path}")
+    if content.get("version") != VERSION:
+        raise FormatError(f"path: expected version {VERSION} of a TurboCache, got {content.get('version')} in {path}")
     try:
-        model = None if header["model"] is None else ModelShape(**header["model"])
-        if model is not None and model_config is not None:
-            model.check(model_config)
-        valid, prompt = tensors.get(_VALID), tensors.get(_PROMPT)
-        valid = None if valid is None else valid.to("cpu", torch.bool)
-        layers = []
-        for index, entry in enumerate(header["layers"]):
-            layer = TurboLayer(index, entry["window"], model=model, backend=backend)
-            if entry["kv"] is not None:
-                kv = cache_from_tensors(tensors, entry["kv"], _prefix(index))
-                kv.label = f"layer {index}"
-                _check_lengths(kv.seq_lens, valid, header["length"])
-                layer.restore(kv, header["length"], valid)
-            layers.append(layer)
+        model = None if content["model"] is None else ModelShape(**content["model"])
+        valid = tensors[_VALID].to(torch.bool) if _VALID in tensors else None
+        layers = [
+            _layer(index, entry, tensors, content["length"], valid, model, device, backend)
+            for index, entry in enumerate(content["layers"])
+        ]
     except TurboError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise FormatError(f"path: expected a file written by TurboCache.save, got a damaged one: {path}") from error
-    return cls.from_layers(layers, None if prompt is None else prompt.cpu())
+    if model is not None and model_config is not None:
+        model.check(model_config)
+    return cls.from_layers(layers, tensors.get(_PROMPT))
 
 
-def _read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            if not isinstance(header, dict) or header.get("kind") != KIND:
-                raise FormatError(f"path: expected a file written by TurboCache.save, got another kind of file: {path}")
-            if header.get("version") != VERSION:
-                raise FormatError(
-                    f"path: expected version {VERSION} of the format, got {header.get('version')}: {path}"
-                )
-            return header, {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"path: expected a file written by TurboCache.save, got a damaged one: {path}") from error
-
-
-def _check_lengths(seq_lens: Tensor, valid: Tensor | None, length: int) -> None:
-    expected = torch.full_like(seq_lens, length) if valid is None else valid.sum(-1)
-    if (valid is not None and valid.shape[1] != length) or not torch.equal(seq_lens, expected):
-        raise FormatError("length: expected the layers' tokens to agree with the padding stored, got another number")
+def _layer(
+    index: int,
+    entry: dict[str, Any],
+    tensors: dict[str, Tensor],
+    length: int,
+    valid: Tensor | None,
+    model: ModelShape | None,
+    device: torch.device | str,
+    backend: str,
+) -> TurboLayer:
+    if entry["kv"] is None:
+        return TurboLayer(index, entry["window"], model=model, backend=backend)
+    kv = cache_from_tensors(tensors, entry["kv"], _prefix(index), device)
+    expected = torch.full_like(kv.seq_lens, length) if valid is None else valid.sum(-1)
+    if (valid is not None and valid.shape[1] != length) or not torch.equal(kv.seq_lens, expected):
+        raise FormatError(
+            f"{_prefix(index)}lengths: expected them to agree with the padding, got {kv.seq_lens.tolist()}"
+        )
+    layer = TurboLayer(
+        index,
+        entry["window"],
+        config=kv.config,
+        head_bits=kv.head_bits if kv.widths_given else None,
+        k_mean=tensors.get(f"{_prefix(index)}given_mean"),
+        max_tokens=kv.max_tokens,
+        model=model,
+        backend=backend,
+    )
+    layer.restore(kv, length, valid)
+    return layer
 
 
 def _checked_prompt(input_ids: Tensor, cache: TurboCache) -> Tensor:
     rows = cache.batch_size
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or (rows >= 0 and input_ids.shape[0] != rows):
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.shape[0] != rows:
         raise InputError(f"input_ids: expected integers [{rows}, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
     return input_ids.to(torch.int64)
-
-
-def _model(cache: TurboCache) -> dict[str, Any] | None:
-    model = next((layer.model for layer in cache.layers), None)
-    return None if model is None else asdict(model)
 
 
 def _prefix(index: int) -> str:

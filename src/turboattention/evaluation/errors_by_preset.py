@@ -1,0 +1,60 @@
+"""Quantization error of the presets on synthetic tensors: the tables of docs/numerics.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..api import turbo_attention_with_kvcache
+from ..config import TurboConfig
+from ..kv.cache import KVCache
+from ..reference.exact import exact_attention
+from .synthetic import long_context_sink, synthetic_qkv
+
+LAST_ROWS = 64
+
+PRESETS: dict[str, TurboConfig] = {
+    "tiles (paper)": TurboConfig.paper(),
+    "+ K smoothing": TurboConfig.paper(smooth_k=True),
+    "+ rotation": TurboConfig.paper(smooth_k=True, rotate=True),
+    "+ token scales, no sink block": TurboConfig(search=False, sink_tokens=0, guard="off"),
+    "+ sink block": TurboConfig(search=False, guard="off"),
+    "+ search (default)": TurboConfig(guard="off"),
+}
+"""Rows of the table, from the paper's preset to the default."""
+
+LONG_CONTEXT: dict[str, TurboConfig] = {
+    "running max, tile-wide s_P": TurboConfig(bits=8, row_max="running", p_scale="tile", guard="off"),
+    "running max, static 1/127": TurboConfig(bits=8, row_max="running", guard="off"),
+    "block-local max (default)": TurboConfig(bits=8, guard="off"),
+}
+"""Columns of the long-context table; stage 2 is off, so that only the softmax differs."""
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Frobenius norm of the difference over that of `wanted`, in float64."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def preset_error(kind: str, bits: int, config: TurboConfig) -> tuple[float, float]:
+    """Relative error of the attention output over the last 64 rows (causal, 1,024 tokens, D = 128).
+
+    Returns (storage, whole): exact attention over what the cache stores, and the whole integer path.
+    """
+    q, k, v = (torch.from_numpy(x) for x in synthetic_qkv(kind))
+    q = q[:, :, -LAST_ROWS:]
+    wanted, _ = exact_attention(q, k, v, is_causal=True)
+    cache = KVCache(1, k.shape[1], k.shape[3], config=config.replace(bits=bits))
+    cache.append(k.float(), v.float())
+    stored, _ = exact_attention(q, *cache.dequantize(), is_causal=True)
+    whole = turbo_attention_with_kvcache(q.float(), cache, backend="reference")
+    return relative_error(stored, wanted), relative_error(whole, wanted)
+
+
+def long_context_error(tokens: int, gap: float, config: TurboConfig) -> float:
+    """Relative error of one decode query whose first key takes much of the attention."""
+    q, k, v = (torch.from_numpy(x) for x in long_context_sink(tokens, gap))
+    wanted, _ = exact_attention(q, k, v)
+    cache = KVCache(1, 1, k.shape[3], config=config)
+    cache.append(k.float(), v.float())
+    return relative_error(turbo_attention_with_kvcache(q.float(), cache, backend="reference"), wanted)
