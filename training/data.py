@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+
 from turboattention.evaluation import tasks
 
 # Random keys, values and words cannot be predicted; they are trained on only so far that the
@@ -59,7 +60,12 @@ class Mixture:
     def _episode(self, budget: int, tokens: list[int], weights: list[float]) -> None:
         (task,) = self.random.choices(list(TASK_SHARE), list(TASK_SHARE.values()))
         self.episode_seed += 1
-        questions = {"recall": budget // 40, "needle": min(4, budget // 160), "copy": budget // 160, "arithmetic": budget // 80}
+        questions = {
+            "recall": budget // 40,
+            "needle": min(4, budget // 160),
+            "copy": budget // 160,
+            "arithmetic": budget // 80,
+        }
         episode = tasks.generate(
             task,
             self.episode_seed,

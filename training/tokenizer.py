@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from turboattention.evaluation import tasks
 
 VOCAB_SIZE = 2048

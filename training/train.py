@@ -50,9 +50,7 @@ def main() -> None:
     start, last, seen, count, average = clock(), 0.0, 0, 0, math.nan
     while (share := (clock() - start) / (60 * options.minutes)) < 1:
         length = max(n for begin, n in CURRICULUM if share >= begin)
-        tokens, targets, weights = (
-            t.to(device) for t in mixture.batch(max(1, options.batch_tokens // length), length)
-        )
+        tokens, targets, weights = (t.to(device) for t in mixture.batch(max(1, options.batch_tokens // length), length))
         loss = step(tokens, targets, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -75,7 +73,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--books", type=Path, required=True, help="folder with train.txt")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60.0, help="budget: processor time a thread (on a GPU, wall-clock time)")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="budget: processor time a thread (on a GPU, wall-clock time)"
+    )
     parser.add_argument("--init", type=Path, help="folder of an earlier run to go on from (weights and tokenizer)")
     parser.add_argument("--batch-tokens", type=int, default=8_192)
     parser.add_argument("--task-fraction", type=float, default=0.4)

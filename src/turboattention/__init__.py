@@ -25,7 +25,20 @@ _LAZY = {
     "errors": "errors",
 }
 
-__all__ = ["__version__", *sorted(_LAZY)]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "KVCache",
+    "TurboConfig",
+    "__version__",
+    "backends",
+    "bundled",
+    "errors",
+    "explain",
+    "flashq",
+    "integrations",
+    "sas",
+    "turbo_attention",
+    "turbo_attention_with_kvcache",
+]
 
 if TYPE_CHECKING:
     from . import bundled, errors, flashq, integrations

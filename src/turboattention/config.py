@@ -94,9 +94,7 @@ class TurboConfig:
         if not _is_int(size) or size % 16 or not 16 <= size <= 256:
             raise ConfigError(f"block_size: expected a multiple of 16 from 16 to 256, got {size!r}")
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0 or self.sink_tokens % size:
-            raise ConfigError(
-                f"sink_tokens: expected 0 or a multiple of block_size ({size}), got {self.sink_tokens!r}"
-            )
+            raise ConfigError(f"sink_tokens: expected 0 or a multiple of block_size ({size}), got {self.sink_tokens!r}")
         if not _is_int(self.flush_lag) or self.flush_lag < 0:
             raise ConfigError(f"flush_lag: expected an integer of at least 0, got {self.flush_lag!r}")
         if not _is_number(self.sas_threshold) or not -80 <= self.sas_threshold < 0:
@@ -133,7 +131,7 @@ class TurboConfig:
         """(K, V) widths of a head that is not assigned 2 bits: 4 under ``"mixed"``."""
         if self.bits == "mixed":
             return (4, 4)
-        return self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)  # type: ignore[return-value]
+        return self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
 
 
 def _is_int(value: object) -> bool:

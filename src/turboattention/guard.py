@@ -70,9 +70,7 @@ def _widen(bits: Tensor, heads: Tensor) -> Tensor:
     return torch.where(heads & (bits == bits.amin(0)), wider, bits)
 
 
-def _message(
-    cache: KVCache, failing: Tensor, beyond: Tensor, errors: Tensor, planned: Tensor, bits: Tensor
-) -> str:
+def _message(cache: KVCache, failing: Tensor, beyond: Tensor, errors: Tensor, planned: Tensor, bits: Tensor) -> str:
     heads = failing.nonzero().flatten().tolist()
     worst = max(heads, key=lambda head: float(errors[head]))
     what = f"{cache.label or 'cache'}: KV heads {', '.join(map(str, heads))} lose too much in the quantized cache"

@@ -40,7 +40,9 @@ def check_head_dim(name: str, head_dim: int) -> None:
 
 
 def check_window(window_size: int | None) -> None:
-    if window_size is not None and (not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 1):
+    if window_size is not None and (
+        not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 1
+    ):
         raise ConfigError(f"window_size: expected an integer of at least 1, got {window_size!r}")
 
 
@@ -113,7 +115,9 @@ def check_query(expected: tuple[int, int, int], q: Tensor) -> None:
     """A query against keys of (batch, KV heads, head_dim)."""
     batch, heads, head_dim = expected
     if q.dim() != 4 or (q.shape[0], q.shape[3]) != (batch, head_dim):
-        raise ShapeError(f"q: expected shape ({batch}, heads, tokens, {head_dim}), as the keys have, got {tuple(q.shape)}")
+        raise ShapeError(
+            f"q: expected shape ({batch}, heads, tokens, {head_dim}), as the keys have, got {tuple(q.shape)}"
+        )
     check_head_dim("q", head_dim)
     if not heads or not q.shape[1] or q.shape[1] % heads:
         raise ShapeError(f"q: expected a number of heads that is a multiple of the {heads} KV heads, got {q.shape[1]}")

@@ -124,7 +124,7 @@ def test_selected_sequences_share_pages():
     other.truncate([0, 0, 3])
     assert torch.equal(store.tiles(0, 1).k8[0, 0], content.tiles.k8[0])
     assert torch.equal(other.tiles(0, 1).k8[2, 0], content.tiles.k8[0])
-    other.tables[1].append(0)
+    other.tables[1].append(EVICTED)
     assert store.counts.tolist() == [3, 1]  # tables are copies
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+
 from turboattention.evaluation.errors_by_preset import LONG_CONTEXT, PRESETS, long_context_error, preset_error
 from turboattention.evaluation.synthetic import KINDS
 

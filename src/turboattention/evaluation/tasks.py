@@ -14,6 +14,7 @@ gives the same text on every machine.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def _copy(rng: random.Random, budget: int, measure: Measure, questions: int, _: 
 
 
 def _arithmetic(rng: random.Random, budget: int, measure: Measure, questions: int, _: str | None) -> list[Span]:
-    def problem() -> Span:
+    def problem() -> tuple[str, str]:
         digits = rng.randint(2, 4)
         low, high = 10 ** (digits - 1), 10**digits
         return addition(rng.randrange(low, high), rng.randrange(low, high))
@@ -213,10 +214,10 @@ def _arithmetic(rng: random.Random, budget: int, measure: Measure, questions: in
     budget -= measure(head) + questions * measure(longest)
     if budget < 0:
         raise ValueError(f"budget: expected room for {questions} questions, {-budget} more than it is")
-    shown = _fill(("".join(problem()) for _ in iter(int, 1)), budget, measure) if budget > measure(longest) else []
+    problems = ("".join(problem()) for _count in itertools.count())
+    shown = _fill(problems, budget, measure) if budget > measure(longest) else []
     spans: list[Span] = [(head + "".join(shown), False)]
-    for _ in range(questions):
-        question, answer = problem()
+    for question, answer in (problem() for _count in range(questions)):
         spans += [(question, False), (answer, True)]
     return spans
 

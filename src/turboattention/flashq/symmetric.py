@@ -72,7 +72,9 @@ def round_up_to_grid(scales: Tensor) -> Tensor:
     """The smallest float with 4 mantissa bits that is not below each (non-negative) scale."""
     single = scales.to(torch.float32)
     # Conversion from float64 may have rounded down; one step up then keeps codes within range.
-    single = torch.where(single.to(scales.dtype) < scales, torch.nextafter(single, single.new_tensor(torch.inf)), single)
+    single = torch.where(
+        single.to(scales.dtype) < scales, torch.nextafter(single, single.new_tensor(torch.inf)), single
+    )
     bits = single.view(torch.int32)
     bits = (bits + (_MANTISSA_STEP - 1)) & -_MANTISSA_STEP
     return bits.view(torch.float32).to(scales.dtype)

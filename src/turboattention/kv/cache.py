@@ -13,6 +13,7 @@ from ..errors import InputError, ShapeError
 from ..flashq import rotate
 from ..validation import check_mean, check_new, check_sizes
 from .buffer import Int8Buffer
+from .cropping import check_crop, rows_behind
 from .pages import Tiles
 from .staging import SequenceState, Stage, fresh_state, stage
 from .store import Encoded, Flush, PageStore
@@ -152,9 +153,7 @@ class KVCache:
         """
         self.commit(self.stage(k, v, lengths))
 
-    def stage(
-        self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")
-    ) -> Stage:
+    def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")) -> Stage:
         """Check new tokens (called by `names` in messages) and quantize them to INT8, without
         changing the cache."""
         shape = (self.batch_size, self.num_kv_heads, self.head_dim)
@@ -243,7 +242,11 @@ class KVCache:
 
     def readable_pages(self, blocks: int) -> Tensor:
         """bool [B, blocks]: which blocks are pages that have not been evicted."""
-        return torch.zeros(self.batch_size, blocks, dtype=torch.bool) if self._store is None else self._store.present(blocks)
+        return (
+            torch.zeros(self.batch_size, blocks, dtype=torch.bool)
+            if self._store is None
+            else self._store.present(blocks)
+        )
 
     def restore(self, x: Tensor) -> Tensor:
         """From the stored (rotated) space back to the model's."""
@@ -272,18 +275,10 @@ class KVCache:
         target = torch.minimum(target, self._lengths)
         if self._store is None or self._buffer is None or torch.equal(target, self._lengths):
             return
-        size, counts = self.config.block_size, self.page_counts
-        kept = torch.minimum(target // size, counts)
-        self._check_evicted(target, kept)
-        reopened = (kept < counts) & (target > kept * size)
-        rows = self._buffer.tiles()
-        if bool(reopened.any()):
-            at = kept.clamp(max=int(counts.max()) - 1)
-            blocks = Tiles.cat([self.page_tiles(int(b), int(b) + 1) for b in at.unique()], 1)
-            chosen = torch.searchsorted(at.unique(), at)
-            pages = blocks.map(lambda x: x[torch.arange(self.batch_size), chosen])
-            rows = _where(reopened, _pad_tokens(pages, self._buffer.capacity), rows)
-        self._buffer.take(rows, torch.zeros_like(target), target - kept * size)
+        kept = torch.minimum(target // self.config.block_size, self.page_counts)
+        check_crop(self._store, self._lengths, target, kept, self.window_size)
+        rows = rows_behind(self._store, self._buffer, target, kept)
+        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size)
         self._store.truncate(kept.tolist())
         self._lengths = target.clone()
 
@@ -352,38 +347,6 @@ class KVCache:
         first = (self._lengths - self.window_size + 1) // self.config.block_size - 1
         self._store.evict(first.clamp(min=0).tolist())
 
-    def _check_evicted(self, target: Tensor, kept: Tensor) -> None:
-        if self.window_size is None:
-            return
-        needed = (target - self.window_size + 1).clamp(min=0) // self.config.block_size
-        present = self.readable_pages(int(self.page_counts.max()))
-        last = torch.minimum(kept + (target > kept * self.config.block_size), self.page_counts)
-        columns = torch.arange(present.shape[1])
-        wanted = (columns >= needed[:, None]) & (columns < last[:, None])
-        if bool((wanted & ~present).any()):
-            raise InputError(
-                f"length: expected a crop of at most {self.config.block_size} tokens behind a window of "
-                f"{self.window_size} (older blocks were released), got {target.tolist()} of {self._lengths.tolist()}"
-            )
-
 
 def _single(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()
-
-
-def _pad_tokens(tiles: Tiles, length: int) -> Tiles:
-    """Zero rows added to [B, H, n, ...] up to `length` tokens."""
-
-    def pad(x: Tensor) -> Tensor:
-        out = x.new_zeros(*x.shape[:2], length, *x.shape[3:])
-        out[:, :, : x.shape[2]] = x
-        return out
-
-    return tiles.map(pad)
-
-
-def _where(chosen: Tensor, yes: Tiles, no: Tiles) -> Tiles:
-    """Per sequence, one or the other."""
-    pairs = ((yes.k8, no.k8), (yes.v8, no.v8), (yes.k_scale, no.k_scale), (yes.v_scale, no.v_scale))
-    mask = chosen.to(yes.k8.device)
-    return Tiles(*(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))

@@ -46,7 +46,15 @@ def encode_pages(layout: PageLayout, tiles: Tiles, search: bool) -> Tensor:
     pages = torch.zeros(count, layout.page_bytes, dtype=torch.uint8, device=device)
     sides = (
         (tiles.k8, tiles.k_scale, layout.k_groups, layout.k_steps, layout.k_token_scales, layout.k_scales, _key_lines),
-        (tiles.v8, tiles.v_scale, layout.v_groups, layout.v_steps, layout.v_token_scales, layout.v_scales, _value_lines),
+        (
+            tiles.v8,
+            tiles.v_scale,
+            layout.v_groups,
+            layout.v_steps,
+            layout.v_token_scales,
+            layout.v_scales,
+            _value_lines,
+        ),
     )
     for codes, scales, groups, steps, token_scales, head_scales, lines in sides:
         codes, scale, exponents = _common_scale(codes, scales, layout.token_scales)
@@ -129,7 +137,11 @@ def _decode_codes(
     layout: PageLayout, pages: Tensor, groups: tuple[Group, ...], coded: tuple[int, ...], steps: int, restore
 ) -> Tensor:
     parts, taken, count = [], 0, len(coded)
-    table = pages[:, steps : steps + 2 * count * layout.head_dim].view(torch.int8).unflatten(1, (2, count, 1, layout.head_dim))
+    table = (
+        pages[:, steps : steps + 2 * count * layout.head_dim]
+        .view(torch.int8)
+        .unflatten(1, (2, count, 1, layout.head_dim))
+    )
     for group in groups:
         heads = len(group.heads)
         packed = pages[:, group.offset : group.offset + heads * group.head_bytes]

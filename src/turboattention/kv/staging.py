@@ -144,9 +144,7 @@ def _stage_by_tile(
     return Stage(state.lengths, after, state.start, attended, stored, mean, universal)
 
 
-def _choose(
-    blocks: Tensor, yes: tuple[Tensor, Tensor], no: tuple[Tensor, Tensor], size: int
-) -> tuple[Tensor, Tensor]:
+def _choose(blocks: Tensor, yes: tuple[Tensor, Tensor], no: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
     rows = blocks.repeat_interleave(size, 1).to(yes[0].device)[:, None]
     return torch.where(rows[..., None], yes[0], no[0]), torch.where(rows, yes[1], no[1])
 

@@ -102,7 +102,10 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
         for row, pages in zip(table, store.tables, strict=True):
             row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
         split = store.sink_blocks
-        for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
+        for name, pool, part in (
+            ("sinks", store.sinks, table[:, :split]),
+            ("pages", store.compressed, table[:, split:]),
+        ):
             used = part[part >= 0].unique()
             part[part >= 0] = torch.searchsorted(used, part[part >= 0]).to(torch.int32)
             if pool is not None and len(used):

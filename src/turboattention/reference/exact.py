@@ -35,7 +35,9 @@ def exact_attention(
     batch, heads, queries, head_dim = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
     ends = torch.full((batch,), keys) if lengths is None else lengths.cpu()
-    scores = q.unflatten(1, (-1, group)) @ k[:, :, None].transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    scores = (
+        q.unflatten(1, (-1, group)) @ k[:, :, None].transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    )
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     seen = Visibility(ends[:, None] - queries + torch.arange(queries), ends, is_causal, window_size, attn_mask, heads)

@@ -41,6 +41,4 @@ def quantize_queries(config: TurboConfig, q: Tensor, kv_heads: int, scale: float
         # In float64, so that its float32 form does not depend on how many rows are summed at once.
         product = torch.einsum("bhgld,bhd->bhgl", q.unflatten(1, (-1, group)).double(), k_mean.double())
         mean_logit = (scale * product).to(q.dtype)
-    return Queries(
-        codes.to(q.dtype).unflatten(1, (-1, group)), (rows * scale).unflatten(1, (-1, group)), mean_logit
-    )
+    return Queries(codes.to(q.dtype).unflatten(1, (-1, group)), (rows * scale).unflatten(1, (-1, group)), mean_logit)

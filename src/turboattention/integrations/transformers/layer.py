@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy as shallow_copy
 from typing import Any
 
 import torch
@@ -174,10 +175,9 @@ class TurboLayer(CacheLayerMixin):
     def clone(self) -> TurboLayer:
         """An independent layer with the same content; compressed blocks are shared."""
         self.check_settled()
-        copy = object.__new__(TurboLayer)
-        copy.__dict__ = dict(self.__dict__)
-        copy.kv = None if self.kv is None else self.kv.clone()
-        return copy
+        other = shallow_copy(self)
+        other.kv = None if self.kv is None else self.kv.clone()
+        return other
 
     def restore(self, kv: KVCache, stored: int, valid: Tensor | None) -> None:
         """Take what a file held."""

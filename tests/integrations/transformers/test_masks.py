@@ -1,0 +1,139 @@
+"""What the mask function of "turbo" says is what transformers' own mask says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    padding_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+from turboattention.errors import InputError, ShapeError
+from turboattention.integrations.transformers.masks import read_mask, turbo_mask
+
+
+def meaning(mask: torch.Tensor, queries: int) -> torch.Tensor:
+    """bool [B, 1, Lq, Lk]: what attention makes of a mask."""
+    plan = read_mask(mask)
+    if not plan.is_causal:
+        return plan.mask
+    keys = plan.width
+    position, key = keys - queries + torch.arange(queries)[:, None], torch.arange(keys)
+    seen = key <= position
+    if plan.window is not None:
+        seen = seen & (key > position - plan.window)
+    return (seen & plan.mask[:, None, :])[:, None]
+
+
+@given(
+    past=st.integers(0, 12),
+    new=st.integers(1, 8),
+    window=st.none() | st.integers(1, 9),
+    padding=st.lists(st.integers(0, 20), min_size=2, max_size=2),
+    offset=st.integers(0, 3),
+    spare=st.integers(0, 4),
+    skip=st.booleans(),
+)
+def test_causal_and_sliding_masks(past, new, window, padding, offset, spare, skip):
+    """Dynamic caches (keys end with the queries), sliding ones (an offset) and static ones (spare keys)."""
+    offset = min(offset, past)
+    tokens = torch.ones(2, past + new, dtype=torch.bool)
+    for row, pads in enumerate(padding):
+        tokens[row, : min(pads, past + new - 1)] = False
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    options = {
+        "batch_size": 2,
+        "q_length": new,
+        "kv_length": past + new - offset + spare,
+        "q_offset": past,
+        "kv_offset": offset,
+        "mask_function": function,
+        "attention_mask": tokens,
+        "local_size": window,
+    }
+    expected = sdpa_mask(**options, allow_is_causal_skip=False)
+    result = turbo_mask(**options, allow_is_causal_skip=skip)
+    assert result.dim() == (2 if skip and not spare else 4)
+    # Rows of padded queries may say anything: their results are dropped.
+    real = tokens[:, None, past:, None]
+    assert torch.equal(meaning(result, new) & real, expected & real)
+
+
+FUNCTIONS = {
+    "chunked": chunked_causal_mask_function(4, torch.tensor([0, 2])),
+    "packed": and_masks(causal_mask_function, packed_sequence_mask_function(torch.arange(10).expand(2, -1) // 4)),
+    "prefix": or_masks(causal_mask_function, lambda b, h, q, kv: kv < 3),
+    "window or prefix": or_masks(sliding_window_causal_mask_function(3), lambda b, h, q, kv: kv < 2),
+    "causal and padding": and_masks(causal_mask_function, padding_mask_function(torch.arange(10).expand(2, -1) > 1)),
+    "bidirectional": bidirectional_mask_function,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_other_patterns_become_matrices(name, padded):
+    tokens = torch.ones(2, 10, dtype=torch.bool)
+    tokens[1, :2] = not padded
+    options = {"batch_size": 2, "q_length": 10, "kv_length": 10, "mask_function": FUNCTIONS[name]}
+    result = turbo_mask(**options, attention_mask=tokens)
+    expected = sdpa_mask(**options, attention_mask=tokens, allow_is_causal_skip=False)
+    assert torch.equal(result, expected)
+    assert not read_mask(result).is_causal
+
+
+def test_a_window_counts_the_query():
+    """transformers and this package mean the same by a window of w: w keys, the query's own among them."""
+    mask = turbo_mask(1, 9, 9, mask_function=sliding_window_causal_mask_function(4))
+    assert read_mask(mask).window == 4
+    assert meaning(mask, 9)[0, 0].sum(-1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
+
+
+def test_a_plan_is_independent_of_the_callers_mask():
+    tokens = torch.ones(1, 6, dtype=torch.bool)
+    plan = read_mask(turbo_mask(1, 6, 6, attention_mask=tokens))
+    tokens[:] = False
+    assert plan.visible is None
+
+
+def test_masks_narrower_than_the_keys_are_refused():
+    with pytest.raises(InputError, match=r"attention_mask: expected one column for each of the 7 .* got 2"):
+        turbo_mask(1, 2, 7, q_offset=5, attention_mask=torch.ones(1, 2, dtype=torch.bool))
+
+
+class TestMasksOfTheUser:
+    def test_additive_matrices(self):
+        mask = torch.tensor([[0.0, -torch.inf, torch.finfo(torch.float32).min, -3.0]])[None, None]
+        plan = read_mask(mask)
+        assert plan.visible.tolist() == [[True, False, False, True]]
+        assert plan.matrix.tolist() == [[[[0.0, -torch.inf, -torch.inf, -3.0]]]]
+
+    def test_boolean_matrices(self):
+        mask = torch.tensor([[True, False], [True, True]])[None, None]
+        assert read_mask(mask).visible is None
+        assert torch.equal(read_mask(mask).matrix, mask)
+        assert read_mask(torch.ones_like(mask)).matrix is None
+
+    def test_integers_are_read_as_booleans(self):
+        assert read_mask(torch.tensor([[0, 1, 2]])).visible.tolist() == [[False, True, True]]
+
+    def test_no_mask(self):
+        assert read_mask(None) is None
+
+    @pytest.mark.parametrize("mask", [torch.ones(2, 3, 4), "mask"])
+    def test_anything_else_is_refused(self, mask):
+        with pytest.raises(ShapeError, match=r"attention_mask: expected a tensor \[B, Lk\]"):
+            read_mask(mask)
+
+    def test_a_plan_of_padding_does_not_know_a_window(self):
+
+        assert not read_mask(torch.ones(1, 3, dtype=torch.bool)).from_function

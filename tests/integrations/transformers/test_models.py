@@ -1,0 +1,75 @@
+"""Every supported shape of model, with and without a `TurboCache`, in one go, in pieces and padded.
+
+Where the core is replaced by an exact stand-in, "turbo" must equal eager attention to rounding; with
+the core itself, to what INT8 leaves.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from turboattention import TurboConfig
+from turboattention.integrations.transformers import TurboCache
+
+# Small blocks, so that short texts fill several, and windows of 24 release some.
+CLOSE = TurboConfig(bits=8, block_size=16, sink_tokens=16, softmax="exp", guard="off")
+LENGTH, PIECES = 90, [60, 1, 1, 20, 1, 7]
+MODELS = ["llama", "qwen3", "phi3", "mistral", "gemma2", "gemma3", "gpt_oss", "llama4", "gemma3n"]
+CACHES = {
+    "turbo": lambda model: TurboCache(model.config, CLOSE),
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=LENGTH + 11),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request, tiny):
+    return tiny(request.param)
+
+
+@pytest.fixture(params=CACHES)
+def cache(request, model):
+    return CACHES[request.param](model)
+
+
+def test_equals_eager_in_pieces(exact_core, model, cache, forward, tokens):
+    ids = tokens(2, LENGTH)
+    expected = forward(model, "eager", ids)
+    result = forward(model, "turbo", ids, PIECES, cache)
+    torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_equals_eager_without_a_cache(exact_core, model, forward, tokens):
+    ids = tokens(2, LENGTH)
+    torch.testing.assert_close(forward(model, "turbo", ids), forward(model, "eager", ids), rtol=2e-4, atol=2e-4)
+
+
+def test_a_padded_batch_equals_its_rows_alone(exact_core, model, cache, forward, tokens, padded):
+    rows = [tokens(1, 70), tokens(1, 41, seed=1), tokens(1, 18, seed=2)]
+    ids, mask = padded(rows)
+    result = forward(model, "turbo", ids, [50, 1, 19], cache, mask)
+    for i, row in enumerate(rows):
+        alone = forward(model, "eager", row)
+        torch.testing.assert_close(result[i : i + 1, -row.shape[1] :], alone, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["turbo", "dynamic"])
+def test_int8_stays_close_to_eager(kind, model, forward, tokens, distance):
+    # Top-1 routing among experts can flip at a near tie, which no attention can help.
+    bound = 0.1 if "experts" in str(model.config) else 0.05
+    ids = tokens(2, LENGTH)
+    expected = forward(model, "eager", ids)
+    result = forward(model, "turbo", ids, PIECES, CACHES[kind](model))
+    assert distance(result, expected) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models(dtype, tiny, forward, tokens, distance):
+    ids = tokens(1, 40)
+    expected = forward(tiny("llama"), "eager", ids)
+    half = tiny("llama", dtype=str(dtype).removeprefix("torch."))
+    result = forward(half, "turbo", ids, [30, 10], TurboCache(half.config, CLOSE))
+    assert result.dtype == dtype
+    assert distance(result.float(), expected) < 0.1

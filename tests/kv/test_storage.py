@@ -1,0 +1,295 @@
+"""Saved caches: the same after loading, and every file that is not one is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import turboattention as ta
+from safetensors import safe_open
+from safetensors.torch import save_file
+from turboattention.errors import FormatError
+from turboattention.kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
+
+from .tools import PLAIN, attend, content, filled, live_pages, tokens
+
+CASES = {
+    "default": dict(lengths=[200, 64, 0, 131]),
+    "3 bits": dict(lengths=[200], config=PLAIN.replace(bits=3)),
+    "mixed": dict(lengths=[150, 130], config=PLAIN.replace(bits="mixed")),
+    "pair of widths": dict(lengths=[150], config=PLAIN.replace(bits=(4, 2))),
+    "paper": dict(lengths=[150, 20], config=ta.TurboConfig.paper()),
+    "given widths": dict(lengths=[150], head_bits=[[4, 2], [8, 3]]),
+    "given widths, no pages yet": dict(lengths=[5], head_bits=[[4, 2], [8, 3]]),
+    "given mean": dict(lengths=[150], k_mean=torch.arange(32.0).view(2, 16)),
+    "window": dict(lengths=[400, 90], window_size=70),
+    "lag, no sinks": dict(lengths=[150, 3], config=PLAIN.replace(flush_lag=20, sink_tokens=0)),
+    "no tokens": dict(lengths=[0, 0]),
+    "max_tokens, bf16": dict(lengths=[130], max_tokens=500, dtype=torch.bfloat16),
+}
+
+
+def saved(tmp_path: Path, **case) -> tuple[ta.KVCache, Path]:
+    cache, *_ = filled(case.pop("lengths"), **case)
+    cache.label = "layer 3"
+    path = tmp_path / "cache.safetensors"
+    cache.save(path)
+    return cache, path
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_loading_gives_the_same_cache(case, tmp_path):
+    cache, path = saved(tmp_path, **case)
+    loaded = ta.KVCache.load(path)
+    assert content(loaded) == content(cache)
+    assert (loaded.label, loaded.max_tokens, loaded.widths_given) == ("layer 3", cache.max_tokens, cache.widths_given)
+    assert live_pages(loaded) == live_pages(cache)
+    for got, want in zip((*loaded.dequantize(), *attend(loaded)), (*cache.dequantize(), *attend(cache)), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_loaded_cache_goes_on_like_the_saved_one(case, tmp_path):
+    cache, path = saved(tmp_path, **case)
+    loaded = ta.KVCache.load(str(path))
+    for each in (cache, loaded):
+        each.append(*tokens(each.batch_size, 2, 130, 16, seed=4))
+        each.crop(torch.tensor([100] * each.batch_size) if each.window_size is None else each.seq_lens - 30)
+        each.reorder(torch.arange(each.batch_size).flip(0))
+    assert content(loaded) == content(cache)
+
+
+def test_a_cache_that_never_saw_a_token(tmp_path):
+    path = tmp_path / "new"
+    ta.KVCache(2, 3, 24, head_bits=[4, 2, 2], dtype=torch.float16).save(path)
+    loaded = ta.KVCache.load(path)
+    assert (loaded.batch_size, loaded.num_kv_heads, loaded.head_dim, loaded.dtype) == (2, 3, 24, torch.float16)
+    assert loaded.device is None
+    loaded.append(*tokens(2, 3, 130, 24))
+    assert loaded.head_bits.tolist() == [[4, 2, 2]] * 2
+
+
+def test_shared_pages_are_written_once(tmp_path):
+    cache, _ = saved(tmp_path, lengths=[200, 130])
+    cache.reorder(torch.tensor([0, 0, 1, 0]))
+    tensors = cache_tensors(cache, "")
+    assert len(tensors["sinks"]) == 2
+    assert len(tensors["pages"]) == 2 + 1
+    cache.save(tmp_path / "beams")
+    loaded = ta.KVCache.load(tmp_path / "beams")
+    assert content(loaded) == content(cache)
+    assert live_pages(loaded) == live_pages(cache) == 5
+    loaded.crop(torch.tensor([0, 200, 130, 200]))
+    assert content(loaded)["sequences"][1] == content(cache)["sequences"][1]
+
+
+def test_several_caches_in_one_file(tmp_path):
+    """As a model's layers are stored: prefixes keep them apart, 1 from 11 too."""
+    caches = {f"{n}.": filled([70 + n, 3], seed=n)[0] for n in (1, 11)}
+    tensors = {name: x for prefix, cache in caches.items() for name, x in cache_tensors(cache, prefix).items()}
+    write_file(tmp_path / "two", tensors, {prefix: cache_metadata(cache) for prefix, cache in caches.items()})
+    tensors, metadata = read_file(tmp_path / "two")
+    for prefix, cache in caches.items():
+        assert content(cache_from_tensors(tensors, metadata[prefix], prefix)) == content(cache)
+
+
+def test_saving_replaces_a_file_as_a_whole(tmp_path, monkeypatch):
+    cache, path = saved(tmp_path, lengths=[70])
+    before = path.read_bytes()
+    other, *_ = filled([130])
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        other.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    monkeypatch.undo()
+    other.save(path)
+    assert content(ta.KVCache.load(path)) == content(other)
+
+
+# -- files that are not a cache ------------------------------------------------------------------------
+
+
+def parts(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata())  # noqa: SIM118
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^path: expected a saved cache, got .*nowhere, which does not exist$"):
+        ta.KVCache.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 0.5, -1])
+def test_a_truncated_file(keep, tmp_path):
+    _, path = saved(tmp_path, lengths=[200])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)] if isinstance(keep, float) else whole[:keep])
+    with pytest.raises(FormatError, match=r"^path: expected a saved cache, got .* which cannot be read"):
+        ta.KVCache.load(path)
+
+
+@pytest.mark.parametrize("noise", [b"not a file of tensors at all", b"\x00" * 1000, b"\xff" * 1000])
+def test_noise(noise, tmp_path):
+    (tmp_path / "noise").write_bytes(noise)
+    with pytest.raises(FormatError, match="cannot be read"):
+        ta.KVCache.load(tmp_path / "noise")
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(FormatError, match="cannot be read"):
+        ta.KVCache.load(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_foreign_safetensors_file(metadata, tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model", metadata=metadata)
+    with pytest.raises(FormatError, match=r"^path: expected a saved cache with format turboattention-kv, got .* in "):
+        ta.KVCache.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("key, value", [("version", "2"), ("version", "0"), ("rotation", "7"), ("format", "else")])
+def test_another_version(key, value, tmp_path):
+    _, path = saved(tmp_path, lengths=[70])
+    tensors, metadata = parts(path)
+    save_file(tensors, path, metadata=metadata | {key: value})
+    with pytest.raises(FormatError, match=rf"^path: expected a saved cache with {key} .*, got '{value}' in "):
+        ta.KVCache.load(path)
+
+
+@pytest.mark.parametrize("key", ["version", "content", "digest", "rotation"])
+def test_a_header_with_a_part_missing(key, tmp_path):
+    _, path = saved(tmp_path, lengths=[70])
+    tensors, metadata = parts(path)
+    del metadata[key]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(FormatError):
+        ta.KVCache.load(path)
+
+
+@pytest.mark.parametrize("field", ["rotate", "smooth_k", "search", "bits", "sink_tokens", "softmax"])
+def test_altered_metadata(field, tmp_path):
+    """Also a value that reads well, and would make nonsense of the bytes."""
+    _, path = saved(tmp_path, lengths=[200])
+    tensors, metadata = parts(path)
+    body = json.loads(metadata["content"])
+    values = {"rotate": False, "smooth_k": False, "search": False, "bits": 3, "sink_tokens": 0, "softmax": "exp"}
+    body["cache"]["config"][field] = values[field]
+    save_file(tensors, path, metadata=metadata | {"content": json.dumps(body)})
+    with pytest.raises(FormatError, match=r"whose metadata was altered$"):
+        ta.KVCache.load(path)
+
+
+@pytest.mark.parametrize("body", ["[]", "null", "{", "{}", '{"cache": 3}', '{"layers": []}'])
+def test_other_content_under_a_good_header(body, tmp_path):
+    import hashlib
+
+    _, path = saved(tmp_path, lengths=[70])
+    tensors, metadata = parts(path)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    save_file(tensors, path, metadata=metadata | {"content": body, "digest": digest})
+    with pytest.raises(FormatError, match=r"^path: "):
+        ta.KVCache.load(path)
+
+
+# -- tensors that do not fit their metadata (as another program might write them) -------------------------------
+
+
+def broken(change, **case) -> None:
+    cache, *_ = filled(**({"lengths": [200, 131]} | case))
+    tensors, metadata = cache_tensors(cache, ""), cache_metadata(cache)
+    metadata = json.loads(json.dumps(metadata))
+    change(tensors, metadata)
+    with pytest.raises(FormatError):
+        cache_from_tensors(tensors, metadata, "")
+
+
+def set_config(name, value):
+    def change(_, metadata):
+        metadata["config"][name] = value
+
+    return change
+
+
+def set_field(name, value):
+    def change(_, metadata):
+        metadata[name] = value
+
+    return change
+
+
+def set_tensor(name, make):
+    def change(tensors, _):
+        tensors[name] = make(tensors[name])
+
+    return change
+
+
+def drop(name):
+    def change(tensors, metadata):
+        del (tensors if name in tensors else metadata)[name]
+
+    return change
+
+
+MISFITS = {
+    "heads": set_field("num_kv_heads", 3),
+    "head_dim": set_field("head_dim", 24),
+    "head_dim as text": set_field("head_dim", "16"),
+    "dtype": set_field("dtype", "nn"),
+    "unknown dtype": set_field("dtype", "float7"),
+    "window": set_field("window_size", -1),
+    "block size": set_config("block_size", 32),
+    "bits": set_config("bits", 7),
+    "token scales": set_config("token_scales", False),
+    "smoothing": set_config("smooth_k", False),
+    "sinks": set_config("sink_tokens", 0),
+    "more sinks": set_config("sink_tokens", 128),
+    "unknown setting": set_config("colour", "red"),
+    "no config": drop("config"),
+    "no lengths": drop("lengths"),
+    "no buffer": drop("buffer.k8"),
+    "no mean": drop("k_mean"),
+    "no pages": drop("pages"),
+    "no sinks": drop("sinks"),
+    "no widths": drop("frozen_bits"),
+    "lengths too long": set_tensor("lengths", lambda x: x + 64),
+    "lengths too short": set_tensor("lengths", lambda x: x - 64),
+    "lengths as float": set_tensor("lengths", lambda x: x.double()),
+    "fewer sequences": set_tensor("lengths", lambda x: x[:1]),
+    "page numbers": set_tensor("table", lambda x: x + 1),
+    "a page unused": set_tensor("table", lambda x: x.clamp(max=0)),
+    "table of one row": set_tensor("table", lambda x: x[:1]),
+    "short pages": set_tensor("pages", lambda x: x[:, :-16].contiguous()),
+    "fewer pages": set_tensor("pages", lambda x: x[:-1]),
+    "pages of another dtype": set_tensor("pages", lambda x: x.to(torch.int8)),
+    "widths of one head": set_tensor("frozen_bits", lambda x: x[:, :1]),
+    "other widths": set_tensor("frozen_bits", lambda x: x - 1),
+    "buffer shape": set_tensor("buffer.v8", lambda x: x[:, :, :-1].contiguous()),
+    "scale dtype": set_tensor("buffer.k_scale", lambda x: x.float()),
+    "mean shape": set_tensor("k_mean", lambda x: x[:, :1]),
+}
+
+
+@pytest.mark.parametrize("change", MISFITS.values(), ids=MISFITS)
+def test_misfits_are_refused(change):
+    broken(change)
+
+
+def test_what_is_not_broken_loads():
+    """The frame of the test above: without a change there is no error."""
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        broken(lambda *_: None)
+
+
+def test_lengths_without_pages_are_refused():
+    cache = ta.KVCache(2, 2, 16)
+    with pytest.raises(FormatError, match=r"^lengths: expected zeros without pages, got \[3, 0\]$"):
+        cache_from_tensors({"lengths": torch.tensor([3, 0])}, cache_metadata(cache), "")
