@@ -17,7 +17,7 @@ from turboattention.evaluation import tasks
 CONTEXT_WEIGHT = 0.1
 
 # How a generated document is drawn. Copying is what induction heads learn from first.
-TASK_SHARE = {"recall": 0.35, "needle": 0.2, "copy": 0.2, "arithmetic": 0.25}
+TASK_SHARE = {"recall": 0.35, "needle": 0.15, "copy": 0.35, "arithmetic": 0.15}
 
 SHORTEST = 192  # tokens: the smallest budget that holds one question of every task
 
@@ -60,10 +60,11 @@ class Mixture:
     def _episode(self, budget: int, tokens: list[int], weights: list[float]) -> None:
         (task,) = self.random.choices(list(TASK_SHARE), list(TASK_SHARE.values()))
         self.episode_seed += 1
+        # About half of a row of look-ups or copies is answers: that is where induction is learned.
         questions = {
-            "recall": budget // 40,
+            "recall": budget // 20,
             "needle": min(4, budget // 160),
-            "copy": budget // 160,
+            "copy": budget // 40,
             "arithmetic": budget // 80,
         }
         episode = tasks.generate(

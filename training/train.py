@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--init", type=Path, help="folder of an earlier run to go on from (weights and tokenizer)")
     parser.add_argument("--batch-tokens", type=int, default=8_192)
-    parser.add_argument("--task-fraction", type=float, default=0.4)
+    parser.add_argument("--task-fraction", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

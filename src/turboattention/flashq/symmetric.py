@@ -11,6 +11,7 @@ compressed.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DtypeError, ShapeError
@@ -45,7 +46,7 @@ def quantize_int8(x: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
         raise ShapeError(f"block_size: expected at least 1, got {block_size}")
     x = compute_dtype(x)
     peaks = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
-    scales = torch.stack([t.amax(-1) for t in peaks.split(block_size, -1)], -1) if x.shape[2] else peaks
+    scales = F.pad(peaks, (0, -x.shape[2] % block_size)).unflatten(-1, (-1, block_size)).amax(-1)
     scales = _safe(scales / CODE_MAX)
     rows = scales.repeat_interleave(block_size, -1)[..., : x.shape[2], None]
     return (x / rows).round_().to(torch.int8), scales

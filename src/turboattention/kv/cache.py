@@ -124,11 +124,12 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Every byte allocated: pages (used and free), tables, buffer, means, scales, lengths.
+        """Every byte allocated: pages (used and free), tables, buffer, means, scales, widths, lengths.
 
         Pages that clones share are counted by each of them.
         """
-        parts = (self._store, self._buffer, self._k_mean, self._universal, self._lengths)
+        given = (self._given_bits, self._given_mean)
+        parts = (self._store, self._buffer, self._k_mean, self._universal, self._lengths, *given)
         return sum(part.nbytes for part in parts if part is not None)
 
     @property

@@ -59,8 +59,10 @@ def online_softmax_update(
         reference = block_peak
     weights = exponential(config)(scores - _finite(reference)[..., None])
     total, out = _weighted_values(config, weights, v8, v_scale)
-    fold = _fold_in_turn if config.row_max == "running" else _fold_at_once
-    fold(config, part, reference, total, out)
+    if config.row_max == "running":
+        _fold_in_turn(config, part, reference, total, out, block_peak > -torch.inf)
+    else:
+        _fold_at_once(config, part, reference, total, out)
 
 
 def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,11 +105,14 @@ def _fold_at_once(config: TurboConfig, state: Accumulator, peak: Tensor, total: 
     state.peak.copy_(new_peak)
 
 
-def _fold_in_turn(config: TurboConfig, state: Accumulator, peak: Tensor, total: Tensor, out: Tensor) -> None:
-    """Blocks taken against the running maximum: rescale by how far each one moved it."""
+def _fold_in_turn(
+    config: TurboConfig, state: Accumulator, peak: Tensor, total: Tensor, out: Tensor, seen: Tensor
+) -> None:
+    """Blocks taken against the running maximum: rescale by how far each one moved it. A block that
+    a row does not see is none of its blocks: it costs no rescale (SAS at 0 is not 1)."""
     rescale = torch.exp if config.rescale == "exact" else exponential(config)
     for j in range(peak.shape[2]):
-        old = rescale(state.peak - _finite(peak[:, :, j]))
+        old = torch.where(seen[:, :, j], rescale(state.peak - _finite(peak[:, :, j])), 1.0)
         state.total.mul_(old).add_(total[:, :, j])
         state.out.mul_(old[..., None]).add_(out[:, :, j])
         state.peak.copy_(peak[:, :, j])

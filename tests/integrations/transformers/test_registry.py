@@ -76,7 +76,6 @@ def test_config_and_backend_apply_without_a_turbo_cache(tiny, forward, tokens, d
     ("statement", "imported"),
     [
         ("import turboattention.integrations", False),
-        ("import turboattention.integrations.transformers", True),
         ("import turboattention as ta; ta.integrations.transformers.enable", True),
     ],
 )

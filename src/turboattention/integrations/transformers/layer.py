@@ -144,6 +144,7 @@ class TurboLayer(CacheLayerMixin):
             return
         keep = max(keep, 0)
         left = None if self.valid is None else self.valid[:, :keep]
+        self.kv.window_size = self.window
         self.kv.crop(keep if left is None else left.sum(1))
         self._stored, self.valid = keep, (None if left is None or bool(left.all()) else left)
 

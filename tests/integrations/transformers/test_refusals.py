@@ -1,0 +1,173 @@
+"""What cannot work is refused, by name, and before it gives wrong tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BartConfig, DeepseekV3Config, LlamaConfig, Qwen3NextConfig
+
+from turboattention import TurboConfig
+from turboattention.errors import ConfigError, InputError, ShapeError, TurboError, UnsupportedError
+from turboattention.integrations.transformers import TurboCache
+from turboattention.integrations.transformers.attention import turbo_attention_forward
+
+SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
+
+
+class TestOtherAttention:
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("layers", [1, 3])
+    def test_is_noticed_before_it_could_matter(self, attention, layers, tiny, tokens):
+        model = tiny("llama", num_hidden_layers=layers)
+        model.set_attn_implementation(attention)
+        ids, settings = tokens(1, 8), {"past_key_values": TurboCache(model.config), "max_new_tokens": 4}
+        with pytest.raises(InputError, match=r'attn_implementation: expected "turbo".* layer 0'):
+            model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+    def test_nothing_else_can_be_done_with_the_cache(self, tiny, tokens, forward, tmp_path):
+        model = tiny("llama", num_hidden_layers=1)
+        cache = TurboCache(model.config)
+        forward(model, "eager", tokens(1, 8), [8], cache)
+        for action in (
+            lambda: cache.crop(-1),
+            lambda: cache.reorder_cache(torch.tensor([0])),
+            lambda: cache.get_mask_sizes(1, 0),
+            lambda: cache.save(tmp_path / "cache"),
+            cache.clone,
+        ):
+            with pytest.raises(InputError, match="attn_implementation"):
+                action()
+        cache.reset()
+        forward(model, "turbo", tokens(1, 8), [8], cache)
+
+    def test_keys_changed_behind_the_cache_are_noticed(self, tiny, tokens, forward, monkeypatch):
+        """Some architectures transform what `update` returns; the handle is then gone."""
+        model = tiny("llama")
+        original = TurboCache.update
+        monkeypatch.setattr(TurboCache, "update", lambda *args: tuple(x * 1 for x in original(*args)))
+        with pytest.raises(InputError, match="change keys after the cache"):
+            forward(model, "turbo", tokens(1, 8), [8], TurboCache(model.config))
+
+
+class TestModels:
+    def test_latent_attention(self):
+        config = DeepseekV3Config(num_hidden_layers=2)
+        with pytest.raises(UnsupportedError, match="MLA"):
+            TurboCache(config)
+
+    def test_encoder_decoder(self):
+        with pytest.raises(UnsupportedError, match="encoder-decoder"):
+            TurboCache(BartConfig())
+
+    def test_cross_attention(self):
+        config = LlamaConfig(num_hidden_layers=2)
+        config.add_cross_attention = True
+        with pytest.raises(UnsupportedError, match="cross-attention"):
+            TurboCache(config)
+
+    def test_linear_attention(self):
+        with pytest.raises(UnsupportedError, match="layer 0 needs a LinearAttentionLayer"):
+            TurboCache(Qwen3NextConfig(num_hidden_layers=4))
+
+    def test_keys_and_values_of_different_width(self, tiny):
+        cache = TurboCache(tiny("llama").config)
+        with pytest.raises(UnsupportedError, match="MLA"):
+            cache.update(torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 32), 0)
+        with pytest.raises(UnsupportedError, match="MLA"):
+            turbo_attention_forward(
+                torch.nn.Module(), torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 32), None
+            )
+
+    @pytest.mark.parametrize("config", ["llama", None, torch.nn.Linear(1, 1)])
+    def test_not_a_config(self, config):
+        with pytest.raises(InputError, match=r"model_config: expected a transformers config \(model.config\)"):
+            TurboCache(config)
+
+    def test_not_a_turbo_config(self, tiny):
+        with pytest.raises(ConfigError, match="config: expected a TurboConfig"):
+            TurboCache(tiny("llama").config, {"bits": 4})
+
+
+class TestACacheOfAnotherModel:
+    def test_with_fewer_layers(self, tiny, forward, tokens):
+        cache = TurboCache(tiny("llama", num_hidden_layers=2).config)
+        with pytest.raises(InputError, match="num_hidden_layers=3"):
+            forward(tiny("llama"), "turbo", tokens(1, 4), [4], cache)
+
+    def test_with_other_heads(self, tiny, forward, tokens):
+        cache = TurboCache(tiny("llama").config)
+        with pytest.raises(InputError, match="num_key_value_heads=4"):
+            forward(tiny("llama", num_key_value_heads=4), "turbo", tokens(1, 4), [4], cache)
+
+    def test_layers_that_do_not_exist(self, tiny):
+        cache = TurboCache(tiny("llama").config)
+        with pytest.raises(InputError, match="has a layer 3; got one made for 3 layers"):
+            cache.update(torch.ones(1, 2, 1, 64), torch.ones(1, 2, 1, 64), 3)
+
+    def test_another_batch(self, tiny, forward, tokens):
+        model = tiny("llama")
+        cache = TurboCache(model.config, SMALL)
+        forward(model, "turbo", tokens(1, 8), [8], cache)
+        with pytest.raises(ShapeError, match=r"\(1, 2, 64\).*got \(4, 2, 64\); repeat it with batch_repeat_interleave"):
+            forward(model, "turbo", tokens(4, 9), [1], cache)
+
+
+class TestCalls:
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_gradients(self, cached, tiny, tokens):
+        model = tiny("llama")
+        model.set_attn_implementation("turbo")
+        with pytest.raises(UnsupportedError, match=r"gradients: .*no_grad"):
+            model(tokens(1, 4), past_key_values=TurboCache(model.config) if cached else None)
+
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [("dropout", 0.1), ("output_attentions", True), ("position_bias", torch.ones(1)), ("cache", object())],
+    )
+    def test_arguments(self, argument, value):
+        x = torch.ones(1, 2, 3, 8)
+        with pytest.raises(UnsupportedError, match=argument):
+            turbo_attention_forward(torch.nn.Module(), x, x, x, None, **{argument: value})
+
+    def test_queries_that_are_not_the_new_tokens(self, tiny):
+        model = tiny("llama")
+        cache = TurboCache(model.config, SMALL)
+        key, value = cache.update(torch.ones(1, 2, 5, 64), torch.ones(1, 2, 5, 64), 0)
+        with pytest.raises(UnsupportedError, match="cross-attention"):
+            turbo_attention_forward(torch.nn.Module(), torch.ones(1, 4, 3, 64), key, value, None)
+
+    def test_head_dims_the_core_cannot_take(self, tokens):
+        config = LlamaConfig(
+            vocab_size=96, hidden_size=40, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, head_dim=10
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="turbo").eval()
+        with pytest.raises(ShapeError, match="head_dim"), torch.no_grad():
+            model(tokens(1, 4), past_key_values=TurboCache(model.config))
+
+    def test_offloading(self, tiny):
+        layer = TurboCache(tiny("llama").config).layers[0]
+        for action in (layer.offload, layer.prefetch):
+            with pytest.raises(UnsupportedError, match="offload"):
+                action()
+
+
+def test_a_forward_that_broke_off_is_noticed(tiny, forward, tokens, monkeypatch):
+    """A layer failed in the middle: earlier layers hold tokens that later ones lack."""
+    model, ids = tiny("llama"), tokens(1, 30)
+    cache = TurboCache(model.config, SMALL)
+    forward(model, "turbo", ids, [20], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1].kv, "stage", lambda *_: (_ for _ in ()).throw(ShapeError("k: broken")))
+        with pytest.raises(ShapeError, match="broken"):
+            forward(model, "turbo", ids, [5], cache)
+    with pytest.raises(InputError, match=r"layers of equal length, got \[20, 25\].*crop\(20\)"):
+        forward(model, "turbo", ids, [5], cache)
+    cache.crop(20)
+    result = forward(model, "turbo", ids, [5], cache)
+    fresh = TurboCache(model.config, SMALL)
+    expected = forward(model, "turbo", ids, [20, 5], fresh)[:, 20:]
+    assert float((result - expected).norm() / expected.norm()) < 0.1
+
+
+def test_every_refusal_is_a_turbo_error():
+    assert all(issubclass(error, TurboError) for error in (ConfigError, InputError, ShapeError, UnsupportedError))
