@@ -49,9 +49,9 @@ def test_attention_after_a_crop_is_attention_over_the_prefix(place):
         assert not bool(got.any())
         assert bool((lse == -torch.inf).all())
         return
-    # What is left is the error of INT8 queries and weights.
-    assert relative_error(got, want) < 0.03
-    assert torch.allclose(lse.double(), want_lse, rtol=0, atol=0.03)
+    # What is left is the error of INT8 queries and weights: half a unit of 119 on logits up to 14.
+    assert relative_error(got, want) < 0.08
+    assert torch.allclose(lse.double(), want_lse, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if p <= LENGTH and p not in CUTS_COMPRESSED])

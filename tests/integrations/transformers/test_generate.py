@@ -71,11 +71,14 @@ def test_equals_eager(exact_core, way, model, generate):
         torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("draft_attention", ["eager", "turbo"])
-def test_assisted_decoding_equals_eager(exact_core, draft_attention, model, generate, assistant):
+@pytest.mark.parametrize(
+    ("name", "draft"), [("llama", "eager"), ("llama", "turbo"), ("mistral", "turbo"), ("gemma3", "turbo")]
+)
+def test_assisted_decoding_equals_eager(exact_core, name, draft, tiny, generate, assistant):
+    model = tiny(name)
     expected = generate(model, "eager", None, rows=1, max_new_tokens=30)
-    draft = assistant(model, draft_attention)
-    result = generate(model, "turbo", TurboCache(model.config), rows=1, max_new_tokens=30, assistant_model=draft)
+    options = {"rows": 1, "max_new_tokens": 30, "assistant_model": assistant(model, draft)}
+    result = generate(model, "turbo", TurboCache(model.config), **options)
     assert torch.equal(result.sequences, expected.sequences)
 
 

@@ -15,6 +15,7 @@ from .layer import layer_of
 from .masks import MaskPlan, read_mask
 
 
+@torch.compiler.disable
 def turbo_attention_forward(
     module: nn.Module,
     query: Tensor,

@@ -88,6 +88,7 @@ def read_mask(mask: Tensor | None) -> MaskPlan | None:
     return MaskPlan(mask)
 
 
+@torch.compiler.disable
 def turbo_mask(
     batch_size: int,
     q_length: int,

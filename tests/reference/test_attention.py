@@ -1,0 +1,318 @@
+"""Attention without a cache: against an independent model number by number, and against exact attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import turboattention as ta
+from turboattention.reference.exact import exact_attention
+
+from ..helpers import bits_of, normals, qkv, relative_error
+from . import model
+
+# Error of INT8 queries, keys, values and weights on normal data: about 0.01. A wrong mask, scale or head is 0.3 and more.
+QUANTIZED = 0.03
+
+
+def outlying(q, k, v):
+    """Offset key channels, a sink, loud value channels: what rotation, smoothing and token scales are for."""
+    k[..., 1] += 8.0
+    k[:, :, 0] *= 3.0
+    v[..., 2] *= 6.0
+    v[:, :, 5:6] *= 20.0
+    return q, k, v
+
+
+# -- the formulas, tiny tolerance --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries, keys, head_dim", [(3, 3, 8), (5, 70, 16), (130, 130, 8), (4, 200, 24), (70, 65, 16)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_number_by_the_formulas(queries, keys, head_dim, causal):
+    q, k, v = outlying(*qkv(1, 2, 1, queries, max(keys, 6), head_dim, dtype=torch.float64))
+    k, v = k[:, :, :keys], v[:, :, :keys]
+    got, lse = ta.turbo_attention(q, k, v, is_causal=causal, return_lse=True)
+    sequence = model.stage1(k[0, 0].numpy(), v[0, 0].numpy())
+    for head in range(2):
+        for i in range(queries):
+            seen = torch.ones(keys, dtype=torch.bool)
+            if causal:
+                seen = torch.arange(keys) <= keys - queries + i
+            want, want_lse = model.attend(q[0, head, i].numpy(), sequence, seen.numpy(), head_dim**-0.5)
+            # float64 on both sides; orders of summation differ.
+            assert torch.allclose(got[0, head, i], torch.from_numpy(want), rtol=0, atol=1e-9)
+            assert float(lse[0, head, i]) == pytest.approx(want_lse, abs=1e-10)
+
+
+def test_softcap_bias_and_scale_by_the_formulas():
+    q, k, v = outlying(*qkv(1, 2, 1, 3, 140, 16, dtype=torch.float64))
+    bias = normals(1, 2, 3, 140, dtype=torch.float64)
+    got, lse = ta.turbo_attention(q, k, v, attn_mask=bias, softcap=5.0, scale=0.7, return_lse=True)
+    sequence = model.stage1(k[0, 0].numpy(), v[0, 0].numpy())
+    for head in range(2):
+        for i in range(3):
+            seen = torch.ones(140, dtype=torch.bool).numpy()
+            want, want_lse = model.attend(q[0, head, i].numpy(), sequence, seen, 0.7, 5.0, bias[0, head, i].numpy())
+            assert torch.allclose(got[0, head, i], torch.from_numpy(want), rtol=0, atol=1e-9)
+            assert float(lse[0, head, i]) == pytest.approx(want_lse, abs=1e-10)
+
+
+@pytest.mark.parametrize("config", [ta.TurboConfig(), ta.TurboConfig.paper()], ids=["default", "paper"])
+def test_float32_follows_float64(config):
+    """Codes may differ by one where a quotient is on a rounding tie; sums by float32's rounding."""
+    q, k, v = qkv(2, 4, 2, 100, 170, 32)
+    got, lse = ta.turbo_attention(q, k, v, is_causal=True, config=config, return_lse=True)
+    want, want_lse = ta.turbo_attention(q.double(), k.double(), v.double(), is_causal=True, config=config, return_lse=True)
+    assert (got.dtype, lse.dtype, want.dtype, want_lse.dtype) == (torch.float32,) * 2 + (torch.float64,) * 2
+    assert float((got - want).abs().flatten().median()) < 1e-6
+    assert relative_error(got, want) < 1e-3
+    assert float((lse - want_lse).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_are_computed_in_float32(dtype):
+    q, k, v = qkv(1, 4, 2, 70, 130, 16, dtype=dtype)
+    got, lse = ta.turbo_attention(q, k, v, is_causal=True, return_lse=True)
+    want, want_lse = ta.turbo_attention(q.float(), k.float(), v.float(), is_causal=True, return_lse=True)
+    assert (got.dtype, lse.dtype) == (dtype, torch.float32)
+    assert torch.equal(got, want.to(dtype))
+    assert torch.equal(bits_of(lse), bits_of(want_lse))
+
+
+# -- exact attention, quantization's tolerance ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [ta.TurboConfig(), ta.TurboConfig.paper(), ta.TurboConfig(softmax="exp")], ids=["default", "paper", "exp"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 2), (6, 1), (8, 2)])
+def test_group_ratios(config, causal, heads, kv_heads):
+    q, k, v = qkv(2, heads, kv_heads, 90, 150, 32)
+    want, want_lse = exact_attention(q, k, v, is_causal=causal)
+    got, lse = ta.turbo_attention(q, k, v, is_causal=causal, config=config, return_lse=True)
+    assert relative_error(got, want) < QUANTIZED
+    for b in range(2):
+        for h in range(heads):
+            assert relative_error(got[b, h], want[b, h]) < 2 * QUANTIZED
+    assert float((lse - want_lse).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 80, 96, 128, 256])
+def test_head_dims(head_dim):
+    q, k, v = qkv(1, 2, 1, 40, 100, head_dim)
+    got = ta.turbo_attention(q, k, v, is_causal=True)
+    assert relative_error(got, exact_attention(q, k, v, is_causal=True)[0]) < QUANTIZED
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 64), (1, 193), (65, 65), (64, 127), (3, 200), (127, 130)])
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 100])
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_and_odd_lengths(queries, keys, window, causal):
+    q, k, v = qkv(1, 4, 2, queries, keys, 16)
+    want, want_lse = exact_attention(q, k, v, is_causal=causal, window_size=window)
+    got, lse = ta.turbo_attention(q, k, v, is_causal=causal, window_size=window, return_lse=True)
+    assert relative_error(got, want) < QUANTIZED
+    assert float((lse - want_lse).abs().max()) < 0.04
+
+
+@pytest.mark.parametrize("softcap", [0.5, 2.0, 30.0])
+@pytest.mark.parametrize("config", [ta.TurboConfig(), ta.TurboConfig.paper()], ids=["default", "paper"])
+def test_softcap(softcap, config):
+    q, k, v = qkv(1, 4, 2, 70, 130, 16)
+    q, k = 3 * q, k + 1.0  # smoothing must not change what the cap sees
+    want, want_lse = exact_attention(q, k, v, is_causal=True, softcap=softcap)
+    got, lse = ta.turbo_attention(q, k, v, is_causal=True, softcap=softcap, config=config, return_lse=True)
+    assert relative_error(got, want) < 0.06  # logits are three times larger
+    assert float((lse - want_lse).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.5, -0.3, 0.0, 1])
+def test_scale(scale):
+    q, k, v = qkv(1, 2, 2, 20, 90, 16)
+    want, want_lse = exact_attention(q, k, v, scale=scale)
+    got, lse = ta.turbo_attention(q, k, v, scale=scale, return_lse=True)
+    assert relative_error(got, want) < (QUANTIZED if abs(scale) < 1 else 0.1)
+    assert float((lse - want_lse).abs().max()) < (0.03 if abs(scale) < 1 else 0.15)
+
+
+MASK_SHAPES = [(), (1,), (90,), (70, 1), (70, 90), (1, 90), (1, 1, 70, 90), (2, 1, 1, 90), (1, 4, 70, 90), (4, 1, 1), (2, 4, 70, 90), (2, 1, 70, 1)]
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["bool", "additive", "additive, causal"])
+def test_masks_of_all_shapes(shape, kind):
+    q, k, v = qkv(2, 4, 2, 70, 90, 16)
+    mask = normals(*shape, seed=11)
+    mask = mask > -0.5 if kind == "bool" else torch.where(mask > 1.2, -torch.inf, mask)
+    causal = kind == "additive, causal"
+    full = mask.expand(2, 4, 70, 90)
+    want, want_lse = exact_attention(q, k, v, full, causal)
+    got, lse = ta.turbo_attention(q, k, v, mask, causal, return_lse=True)
+    if bool(want.any()):
+        assert relative_error(got, want) < QUANTIZED
+    else:
+        assert not bool(got.any())
+    empty = want_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    assert not bool(got[empty].any())
+    assert float((lse - want_lse)[~empty].abs().max() if bool((~empty).any()) else 0) < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_mask_may_have_another_dtype(dtype):
+    q, k, v = qkv(1, 2, 2, 20, 70, 16)
+    mask = normals(20, 70).bfloat16().to(dtype)
+    want = ta.turbo_attention(q, k, v, mask.float())
+    assert torch.equal(ta.turbo_attention(q, k, v, mask), want)
+
+
+@pytest.mark.parametrize("queries, keys", [(5, 9), (9, 5), (100, 70), (70, 200), (65, 64), (200, 1)])
+def test_causal_is_aligned_to_the_bottom_right(queries, keys):
+    q, k, v = qkv(1, 2, 2, queries, keys, 16)
+    got, lse = ta.turbo_attention(q, k, v, is_causal=True, return_lse=True)
+    want, want_lse = exact_attention(q, k, v, is_causal=True)
+    blind = max(0, queries - keys)
+    assert not bool(got[:, :, :blind].any())
+    assert bool((lse[:, :, :blind] == -torch.inf).all())
+    assert bool(lse[:, :, blind:].isfinite().all())
+    assert relative_error(got, want) < QUANTIZED
+    mask = torch.arange(keys) <= keys - queries + torch.arange(queries)[:, None]
+    assert torch.allclose(ta.turbo_attention(q, k, v, mask), got, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [ta.TurboConfig(), ta.TurboConfig.paper()], ids=["default", "paper"])
+def test_rows_with_nothing_to_attend(config):
+    q, k, v = qkv(2, 4, 2, 70, 90, 16)
+    mask = torch.ones(70, 90, dtype=torch.bool)
+    mask[3] = mask[64:66] = False
+    got, lse = ta.turbo_attention(q, k, v, mask, config=config, return_lse=True)
+    dead = ~mask.any(-1)
+    assert not bool(got[:, :, dead].any())
+    assert bool((lse[:, :, dead] == -torch.inf).all())
+    whole, whole_lse = ta.turbo_attention(q, k, v, config=config, return_lse=True)
+    if config.p_scale == "static":  # the paper's weights share a scale over rows
+        assert torch.equal(got[:, :, ~dead], whole[:, :, ~dead])
+    assert torch.equal(lse[:, :, ~dead], whole_lse[:, :, ~dead])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 9), (2, 2, 0, 9), (2, 2, 5, 0), (1, 2, 0, 0)])
+@pytest.mark.parametrize("config", [ta.TurboConfig(), ta.TurboConfig.paper()], ids=["default", "paper"])
+def test_empty_dimensions(shape, config):
+    batch, heads, queries, keys = shape
+    q, k, v = qkv(batch, 2 * heads, heads, queries, keys, 16)
+    for causal in (False, True):
+        got, lse = ta.turbo_attention(q, k, v, is_causal=causal, config=config, return_lse=True)
+        assert got.shape == q.shape
+        assert lse.shape == q.shape[:3]
+        assert not bool(got.any())
+        assert bool((lse == -torch.inf).all())
+
+
+# -- what must not matter ------------------------------------------------------------------------------------
+
+
+def test_strides_do_not_matter():
+    q, k, v = qkv(2, 4, 2, 70, 90, 16)
+    want = ta.turbo_attention(q, k, v, is_causal=True)
+    wide = torch.full((2, 90, 2, 40), torch.nan)
+    wide[..., 8:24] = v.transpose(1, 2)
+    got = ta.turbo_attention(
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        k.transpose(2, 3).contiguous().transpose(2, 3),
+        wide[..., 8:24].transpose(1, 2),
+        is_causal=True,
+    )
+    assert torch.equal(got, want)
+    one = qkv(1, 2, 1, 5, 9, 8)
+    spread = [x.expand(3, -1, -1, -1) for x in one]
+    assert torch.equal(ta.turbo_attention(*spread)[2:], ta.turbo_attention(*one))
+
+
+def test_inputs_are_left_alone():
+    tensors = qkv(1, 4, 2, 70, 90, 16)
+    before = [x.clone() for x in tensors]
+    ta.turbo_attention(*tensors, attn_mask=torch.zeros(70, 90), is_causal=True, softcap=3.0)
+    for x, y in zip(tensors, before, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_batch_composition_does_not_matter():
+    q, k, v = qkv(3, 4, 2, 70, 150, 32)
+    whole, whole_lse = ta.turbo_attention(q, k, v, is_causal=True, return_lse=True)
+    for b in range(3):
+        got, lse = ta.turbo_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], is_causal=True, return_lse=True)
+        # Only the order in which blocks are summed may differ.
+        assert torch.allclose(got, whole[b : b + 1], rtol=1e-5, atol=1e-6)
+        assert torch.allclose(lse, whole_lse[b : b + 1], rtol=0, atol=1e-5)
+
+
+def test_head_permutations():
+    q, k, v = qkv(1, 6, 3, 20, 90, 16)
+    order = torch.tensor([2, 0, 1])
+    queries = torch.tensor([4, 5, 0, 1, 2, 3])
+    want = ta.turbo_attention(q, k, v, is_causal=True)[:, queries]
+    assert torch.equal(ta.turbo_attention(q[:, queries], k[:, order], v[:, order], is_causal=True), want)
+
+
+def test_query_rows_are_independent():
+    """With token scales a row's result is its own (the paper's query tiles share a scale)."""
+    q, k, v = qkv(1, 2, 1, 70, 130, 16)
+    whole = ta.turbo_attention(q, k, v)
+    for i in (0, 1, 64, 69):
+        assert torch.allclose(ta.turbo_attention(q[:, :, i : i + 1], k, v), whole[:, :, i : i + 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [ta.TurboConfig(), ta.TurboConfig.paper()], ids=["default", "paper"])
+def test_the_number_of_threads_does_not_matter(config):
+    q, k, v = qkv(1, 4, 2, 70, 200, 32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(ta.turbo_attention(q, k, v, is_causal=True, config=config, return_lse=True))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("at_once", [1, 64 * 4 * 70, 2**21])
+@pytest.mark.parametrize("config", [ta.TurboConfig(), ta.TurboConfig.paper()], ids=["default", "paper"])
+def test_how_many_blocks_are_held_does_not_matter(at_once, config, monkeypatch):
+    q, k, v = qkv(1, 4, 2, 70, 300, 16)
+    want = ta.turbo_attention(q, k, v, is_causal=True, config=config)
+    monkeypatch.setattr("turboattention.reference.attention._SCORES_AT_ONCE", at_once)
+    got = ta.turbo_attention(q, k, v, is_causal=True, config=config)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_smoothing_does_not_show_in_lse():
+    """A constant offset of all keys moves lse by scale q . offset, and the output not at all."""
+    q, k, v = qkv(1, 2, 2, 20, 150, 16, dtype=torch.float64)
+    offset = 5 * normals(16, seed=7, dtype=torch.float64)
+    got, lse = ta.turbo_attention(q, k + offset, v, return_lse=True)
+    want, want_lse = exact_attention(q, k + offset, v)
+    assert relative_error(got, want) < 0.05
+    assert float((lse - want_lse).abs().max()) < 0.1
+    assert float(want_lse.abs().max()) > 10
+
+
+def test_options_of_the_configuration_change_results():
+    """No field is silently ignored."""
+    q, k, v = outlying(*qkv(1, 4, 2, 70, 200, 32))
+    base = ta.turbo_attention(q, k, v, is_causal=True)
+    for change in (
+        {"softmax": "sas2"}, {"softmax": "exp"}, {"sas_threshold": -2.0}, {"row_max": "running"}, {"p_scale": "tile"},
+        {"rescale": "sas"}, {"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"block_size": 32},
+    ):  # fmt: skip
+        got = ta.turbo_attention(q, k, v, is_causal=True, config=ta.TurboConfig(**change))
+        assert not torch.equal(got, base), change
+        # A running maximum and tile-wide scales cost accuracy here; a wrong formula costs far more.
+        assert relative_error(got, exact_attention(q, k, v, is_causal=True)[0]) < 0.35, change
+
+
+@pytest.mark.parametrize("change", [{"bits": 2}, {"search": False}, {"guard": "off"}, {"flush_lag": 7}, {"sink_tokens": 0}, {"stored_prefill": True}], ids=str)
+def test_storage_options_do_not(change):
+    """Without a cache there is no stage 2."""
+    tensors = qkv(1, 4, 2, 70, 200, 32)
+    assert torch.equal(ta.turbo_attention(*tensors, config=ta.TurboConfig(**change)), ta.turbo_attention(*tensors))
