@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import pytest
+
 import turboattention as ta
 from turboattention.errors import ConfigError
 
@@ -94,6 +95,12 @@ def test_sinks_follow_the_block_size():
     assert ta.TurboConfig(block_size=32, sink_tokens=32).sink_tokens == 32
     with pytest.raises(ConfigError, match=r"^sink_tokens: expected 0 or a multiple of block_size \(128\), got 64$"):
         ta.TurboConfig(block_size=128)
+
+
+def test_stored_prefill_excludes_a_lag():
+    """Blocks that are complete are then stored; with a lag they are not yet."""
+    with pytest.raises(ConfigError, match=r"^flush_lag: expected 0 with stored_prefill, got 4$"):
+        ta.TurboConfig(stored_prefill=True, flush_lag=4)
 
 
 def test_unknown_fields_are_refused():

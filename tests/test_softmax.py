@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 import turboattention as ta
 from turboattention.config import TurboConfig
 from turboattention.errors import DtypeError

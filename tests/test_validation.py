@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 import turboattention as ta
 from turboattention import errors
 from turboattention.validation import LARGEST, check_finite, check_lengths
@@ -116,8 +117,16 @@ ATTENTION = {
     "softcap": (dict(softcap=0.0), errors.ConfigError, "softcap: expected a positive number, got 0.0"),
     "softcap inf": (dict(softcap=float("inf")), errors.ConfigError, "softcap: expected a positive number, got inf"),
     "window": (dict(window_size=0), errors.ConfigError, "window_size: expected an integer of at least 1, got 0"),
-    "window float": (dict(window_size=2.0), errors.ConfigError, "window_size: expected an integer of at least 1, got 2.0"),
-    "window bool": (dict(window_size=True), errors.ConfigError, "window_size: expected an integer of at least 1, got True"),
+    "window float": (
+        dict(window_size=2.0),
+        errors.ConfigError,
+        "window_size: expected an integer of at least 1, got 2.0",
+    ),
+    "window bool": (
+        dict(window_size=True),
+        errors.ConfigError,
+        "window_size: expected an integer of at least 1, got True",
+    ),
     "backend": (
         dict(backend="cuda"),
         errors.InputError,
@@ -144,7 +153,9 @@ def test_head_dims_refused(head_dim):
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_gradients_are_refused_by_name(name):
     inputs = {"q": X, "k": X, "v": X, name: X.clone().requires_grad_()}
-    with pytest.raises(errors.UnsupportedError, match=rf"^{name}: expected a tensor without gradients .* got requires_grad=True$"):
+    with pytest.raises(
+        errors.UnsupportedError, match=rf"^{name}: expected a tensor without gradients .* got requires_grad=True$"
+    ):
         ta.turbo_attention(**inputs)
     with torch.no_grad():
         assert ta.turbo_attention(**inputs).shape == X.shape
@@ -170,7 +181,9 @@ def test_values_that_would_overflow_are_refused(name):
     x = torch.randn(1, 1, 3, 8)
     broken = x.clone()
     broken[0, 0, 1] = torch.tensor([3e38, -3e38] * 4)  # the sum is zero
-    with pytest.raises(errors.NonFiniteError, match=rf"^{name}: expected finite values, got a magnitude above 1e\+18 in 8 "):
+    with pytest.raises(
+        errors.NonFiniteError, match=rf"^{name}: expected finite values, got a magnitude above 1e\+18 in 8 "
+    ):
         ta.turbo_attention(**{"q": x, "k": x, "v": x, name: broken})
 
 
@@ -222,7 +235,11 @@ CACHES = {
     "batch": (dict(batch_size=-1), errors.ConfigError, "batch_size: expected an integer of at least 0, got -1"),
     "batch float": (dict(batch_size=1.0), errors.ConfigError, "batch_size: expected an integer of at least 0, got 1.0"),
     "heads": (dict(num_kv_heads=0), errors.ConfigError, "num_kv_heads: expected an integer of at least 1, got 0"),
-    "heads bool": (dict(num_kv_heads=True), errors.ConfigError, "num_kv_heads: expected an integer of at least 1, got True"),
+    "heads bool": (
+        dict(num_kv_heads=True),
+        errors.ConfigError,
+        "num_kv_heads: expected an integer of at least 1, got True",
+    ),
     "max_tokens": (dict(max_tokens=-5), errors.ConfigError, "max_tokens: expected an integer of at least 0, got -5"),
     "head_dim": (
         dict(head_dim=20),
@@ -273,7 +290,11 @@ APPENDS = {
         "k: expected shape (2, 4, tokens, 16), got (2, 4, 16)",
     ),
     "v": ((X, zeros(2, 4, 5, 8)), errors.ShapeError, "v: expected shape (2, 4, tokens, 16), got (2, 4, 5, 8)"),
-    "tokens": ((X, zeros(2, 4, 6, 16)), errors.ShapeError, "v: expected the shape of k, (2, 4, 5, 16), got (2, 4, 6, 16)"),
+    "tokens": (
+        (X, zeros(2, 4, 6, 16)),
+        errors.ShapeError,
+        "v: expected the shape of k, (2, 4, 5, 16), got (2, 4, 6, 16)",
+    ),
     "dtypes": (
         (X, X.double()),
         errors.DtypeError,
@@ -327,7 +348,9 @@ def test_lengths_need_tokens_and_a_row_each():
     cache = ta.KVCache(2, 4, 16)
     with pytest.raises(errors.InputError, match=r"^lengths: expected None without k_new and v_new, got a tensor$"):
         ta.turbo_attention_with_kvcache(X, cache, lengths=torch.tensor([1, 1]))
-    with pytest.raises(errors.ShapeError, match=r"^q: expected as many rows as k_new has tokens, with lengths, got 3 rows$"):
+    with pytest.raises(
+        errors.ShapeError, match=r"^q: expected as many rows as k_new has tokens, with lengths, got 3 rows$"
+    ):
         ta.turbo_attention_with_kvcache(X[:, :, :3], cache, X, X, lengths=torch.tensor([1, 1]))
 
 
@@ -347,8 +370,16 @@ def test_a_window_wider_than_the_cache_s():
 @pytest.mark.parametrize(
     "index, error, message",
     [
-        (torch.tensor([[0]]), errors.ShapeError, r"^index: expected a vector of integers, got torch.int64 of shape \(1, 1\)$"),
-        (torch.tensor([0.0]), errors.ShapeError, r"^index: expected a vector of integers, got torch.float32 of shape \(1,\)$"),
+        (
+            torch.tensor([[0]]),
+            errors.ShapeError,
+            r"^index: expected a vector of integers, got torch.int64 of shape \(1, 1\)$",
+        ),
+        (
+            torch.tensor([0.0]),
+            errors.ShapeError,
+            r"^index: expected a vector of integers, got torch.float32 of shape \(1,\)$",
+        ),
         (torch.tensor([0, 2]), errors.InputError, r"^index: expected values from 0 to 1, got \[0, 2\]$"),
         (torch.tensor([-1]), errors.InputError, r"^index: expected values from 0 to 1, got \[-1\]$"),
     ],

@@ -97,6 +97,8 @@ class TurboConfig:
             raise ConfigError(f"sink_tokens: expected 0 or a multiple of block_size ({size}), got {self.sink_tokens!r}")
         if not _is_int(self.flush_lag) or self.flush_lag < 0:
             raise ConfigError(f"flush_lag: expected an integer of at least 0, got {self.flush_lag!r}")
+        if self.flush_lag and self.stored_prefill:
+            raise ConfigError(f"flush_lag: expected 0 with stored_prefill, got {self.flush_lag!r}")
         if not _is_number(self.sas_threshold) or not -80 <= self.sas_threshold < 0:
             raise ConfigError(f"sas_threshold: expected a number from -80 to below 0, got {self.sas_threshold!r}")
         if not _is_number(self.low_bit_fraction) or not 0 <= self.low_bit_fraction <= 1:

@@ -51,7 +51,7 @@ def guarded_bits(
             errors = sample.errors(bits)
             beyond = _beyond(errors, bits)
     if bool(failing.any()):
-        warnings.warn(_message(cache, failing, beyond, first, planned, bits), GuardWarning, stacklevel=4)
+        warnings.warn(_message(cache, failing, beyond, first, planned, bits), GuardWarning, stacklevel=3)
     return bits
 
 

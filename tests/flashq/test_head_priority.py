@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from turboattention.errors import ConfigError, ShapeError
 from turboattention.flashq import assign_head_bits, head_priority
 

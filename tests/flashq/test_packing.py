@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from turboattention.errors import ShapeError
 from turboattention.flashq import pack_codes, unpack_codes
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from turboattention.errors import ConfigError, DtypeError, ShapeError
 from turboattention.flashq import progressive_dequantize, progressive_quantize
 
@@ -162,7 +163,12 @@ def test_leading_dimensions_are_tiles_of_their_own(search, seed):
     [
         (torch.zeros(4, 8, dtype=torch.int8), 5, ConfigError, r"^bits: expected one of 2, 3, 4, 8, got 5$"),
         (torch.zeros(4, 8), 4, DtypeError, r"^codes: expected int8, got torch.float32$"),
-        (torch.zeros(8, dtype=torch.int8), 4, ShapeError, r"^codes: expected \[\.\.\., tokens, channels\] .*, got \(8,\)$"),
+        (
+            torch.zeros(8, dtype=torch.int8),
+            4,
+            ShapeError,
+            r"^codes: expected \[\.\.\., tokens, channels\] .*, got \(8,\)$",
+        ),
         (torch.zeros(0, 8, dtype=torch.int8), 4, ShapeError, r"at least one token, got \(0, 8\)$"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from turboattention.flashq import rotate, rotation_matrix
 from turboattention.flashq.rotation import ROTATION_ID
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from turboattention.errors import DtypeError, ShapeError
 from turboattention.flashq import dequantize_int8, quantize_int8, quantize_tokens
 
@@ -134,9 +135,19 @@ def test_empty_tensors(shape):
 @pytest.mark.parametrize(
     "x, size, error, message",
     [
-        (torch.zeros(2, 3, 4), 64, ShapeError, r"^x: expected \[batch, heads, tokens, head_dim\], got shape \(2, 3, 4\)$"),
+        (
+            torch.zeros(2, 3, 4),
+            64,
+            ShapeError,
+            r"^x: expected \[batch, heads, tokens, head_dim\], got shape \(2, 3, 4\)$",
+        ),
         (torch.zeros(1, 1, 2, 8), 0, ShapeError, r"^block_size: expected at least 1, got 0$"),
-        (torch.zeros(1, 1, 2, 8, dtype=torch.int8), 64, DtypeError, r"^x: expected a floating-point tensor, got torch.int8$"),
+        (
+            torch.zeros(1, 1, 2, 8, dtype=torch.int8),
+            64,
+            DtypeError,
+            r"^x: expected a floating-point tensor, got torch.int8$",
+        ),
     ],
 )
 def test_refusals(x, size, error, message):
@@ -174,7 +185,7 @@ def test_any_token_stays_within_119_on_the_grid(values, double):
     peak = float(x.abs().max())
     assert int(codes.to(torch.int16).abs().max()) <= 119
     assert scale.dtype == x.dtype
-    assert float(scale) == formulas.grid_up(float((x.abs().max() / 119)))
+    assert float(scale) == formulas.grid_up(float(x.abs().max() / 119))
     assert torch.equal(scale.to(torch.bfloat16).to(x.dtype), scale)
     if peak > 2.0**-92:
         # Up by less than one of 16 steps between powers of two (and float32's own rounding).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from turboattention.kv.buffer import Int8Buffer
 from turboattention.kv.pages import Tiles
 

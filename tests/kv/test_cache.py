@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 import turboattention as ta
 from turboattention.errors import NonFiniteError, TurboError
 
@@ -58,7 +59,9 @@ def test_given_widths_are_there_from_the_start():
     assert cache.head_bits.tolist() == [[4, 2], [4, 2]]
 
 
-@pytest.mark.parametrize("config, frozen_at", [(PLAIN, 128), (PLAIN.replace(sink_tokens=0), 64), (PLAIN.replace(flush_lag=10), 138)])
+@pytest.mark.parametrize(
+    "config, frozen_at", [(PLAIN, 128), (PLAIN.replace(sink_tokens=0), 64), (PLAIN.replace(flush_lag=10), 138)]
+)
 def test_widths_are_frozen_at_the_first_full_block_behind_the_sinks(config, frozen_at):
     k, v = tokens(1, 2, frozen_at, 16)
     cache = ta.KVCache(1, 2, 16, config=config.replace(bits=(3, 2)))

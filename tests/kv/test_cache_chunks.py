@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import turboattention as ta
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import turboattention as ta
 
 from .tools import PLAIN, append_range, attend, content, filled, sequence_content, tokens
 
@@ -25,7 +26,8 @@ def ragged(draw, most: int = 300) -> tuple[list[int], list[list[int]]]:
     """Lengths of one to three sequences, and for each the ends of its chunks, as many for all."""
     lengths = draw(st.lists(st.sampled_from((0, 1, 3, 7, 63, 64, 65, 127, 130, 193, most)), min_size=1, max_size=3))
     chunks = draw(st.integers(1, 6))
-    cuts = [sorted(draw(st.lists(st.integers(0, n), min_size=chunks - 1, max_size=chunks - 1))) + [n] for n in lengths]
+    cut = [draw(st.lists(st.integers(0, n), min_size=chunks - 1, max_size=chunks - 1)) for n in lengths]
+    cuts = [[*sorted(places), n] for places, n in zip(cut, lengths, strict=True)]
     return lengths, cuts
 
 
@@ -49,7 +51,10 @@ def test_chunked_append_is_whole_append(config, drawn):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("head_dim, dtype", [(8, torch.float32), (64, torch.bfloat16), (96, torch.float32), (128, torch.float16), (24, torch.float64)])
+@pytest.mark.parametrize(
+    "head_dim, dtype",
+    [(8, torch.float32), (64, torch.bfloat16), (96, torch.float32), (128, torch.float16), (24, torch.float64)],
+)
 def test_token_by_token_is_whole_append(head_dim, dtype):
     k, v = tokens(1, 2, 140, head_dim, dtype=dtype)
     whole, pieces = (ta.KVCache(1, 2, head_dim, config=PLAIN.replace(bits=3)) for _ in range(2))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import turboattention as ta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import turboattention as ta
 from turboattention.reference.exact import exact_attention
 
 from ..helpers import normals, relative_error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 import turboattention as ta
 
 from .tools import PLAIN, filled, tokens

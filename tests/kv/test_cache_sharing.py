@@ -6,9 +6,10 @@ import gc
 
 import pytest
 import torch
-import turboattention as ta
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import turboattention as ta
 
 from .tools import PLAIN, append_range, attend, content, filled, live_pages, pool_bytes, sequence_content, tokens
 
@@ -50,7 +51,7 @@ def test_a_clone_shares_pages():
 
 
 def test_memory_is_released_when_the_last_clone_dies():
-    cache, k, v = filled([200])
+    cache, *_ = filled([200])
     copy = cache.clone()
     copy.append(*tokens(1, 2, 130, 16, seed=3))
     pool, own = cache._store.compressed, live_pages(copy)
@@ -107,7 +108,6 @@ def test_reordered_sequences_are_what_they_were(index):
     cache, *_ = filled([200, 64, 131])
     before = [sequence_content(cache, b) for b in range(3)]
     pages = live_pages(cache)
-    out, lse = attend(cache, seed=1)
     cache.reorder(torch.tensor(index, dtype=torch.int64))
     assert cache.batch_size == len(index)
     assert [sequence_content(cache, b) for b in range(len(index))] == [before[i] for i in index]

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from turboattention.errors import ConfigError
 from turboattention.kv.layout import FORMAT_NAME, FORMAT_VERSION, PageLayout
 

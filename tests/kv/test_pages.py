@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from turboattention.flashq import quantize_tokens
 from turboattention.kv.layout import PageLayout
 from turboattention.kv.pages import Tiles, decode_pages, encode_pages
@@ -175,7 +176,14 @@ def test_token_scale_bytes_by_hand():
     pages = encode_pages(layout, block, False)
     assert pages[0, layout.k_scales : layout.k_scales + 4].tolist() == [0, 0, 0, 0x40]  # 2.0
     assert exponent_bytes(layout, pages)[:6] == [4, 16, 1, 32, 240, 168]
-    assert decode_pages(layout, pages).k_scale.flatten().tolist()[:6] == [1.75, 1.0, 1.9375, 0.5, 2.0**-14, 1.5 * 2.0**-10]
+    assert decode_pages(layout, pages).k_scale.flatten().tolist()[:6] == [
+        1.75,
+        1.0,
+        1.9375,
+        0.5,
+        2.0**-14,
+        1.5 * 2.0**-10,
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(16, 31), st.integers(-14, 0)), min_size=16, max_size=16), st.integers(-80, 80))

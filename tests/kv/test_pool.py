@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from turboattention.kv.layout import PageLayout
 from turboattention.kv.pool import PagePool
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 import turboattention as ta
 from turboattention.flashq import quantize_tokens, rotate
 from turboattention.kv.staging import MEAN_SKIPS, fresh_state, stage

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import turboattention as ta
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+import turboattention as ta
 from turboattention.errors import FormatError
 from turboattention.kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 
@@ -97,7 +98,7 @@ def test_several_caches_in_one_file(tmp_path):
 
 
 def test_saving_replaces_a_file_as_a_whole(tmp_path, monkeypatch):
-    cache, path = saved(tmp_path, lengths=[70])
+    _, path = saved(tmp_path, lengths=[70])
     before = path.read_bytes()
     other, *_ = filled([130])
 

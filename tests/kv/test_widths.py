@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+
 from turboattention.config import TurboConfig
 from turboattention.errors import ConfigError
 from turboattention.kv.widths import decide_head_bits, parse_head_bits

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import turboattention as ta
 from torch import Tensor
+
+import turboattention as ta
 
 from ..helpers import normals
 
 PLAIN = ta.TurboConfig(guard="off")
 
 
-def tokens(batch: int, heads: int, length: int, head_dim: int, seed: int = 0, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+def tokens(
+    batch: int, heads: int, length: int, head_dim: int, seed: int = 0, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
     """k, v [B, H, L, D]; some channels and tokens stand out, as in real models."""
     k, v = (normals(batch, heads, length, head_dim, seed=2 * seed + i) for i in range(2))
     k[..., 1] += 6.0

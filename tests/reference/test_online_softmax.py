@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from turboattention.config import TurboConfig
 from turboattention.reference.online_softmax import Accumulator, online_softmax_update
 from turboattention.softmax import exponential
@@ -71,7 +72,10 @@ def test_row_by_row(config):
                         codes, sums = (relative / unit).round(), weights.sum(-1)
                     else:
                         unit = 1 / 127
-                        codes, sums = (weights * 127 * (v_scale[b, h, n] / largest)).round(), (weights * 127).round().sum(-1) / 127
+                        codes, sums = (
+                            (weights * 127 * (v_scale[b, h, n] / largest)).round(),
+                            (weights * 127).round().sum(-1) / 127,
+                        )
                     product = codes @ v8[b, h, n] * largest * unit
                     for r in range(R):
                         new = max(peak[r], reference[r])
@@ -86,7 +90,9 @@ def test_row_by_row(config):
                     assert float(lse[b, h * G + g, r]) == pytest.approx(peak[r] + math.log(total[r]), abs=1e-12)
 
 
-@pytest.mark.parametrize("config", [DEFAULT, PAPER, DEFAULT.replace(softmax="sas2"), PAPER.replace(rescale="exact")], ids=str)
+@pytest.mark.parametrize(
+    "config", [DEFAULT, PAPER, DEFAULT.replace(softmax="sas2"), PAPER.replace(rescale="exact")], ids=str
+)
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5), (2, 5), (4, 5)])
 def test_how_many_blocks_at_a_time_does_not_matter(config, cuts):
     scores, v8, v_scale = inputs(5)

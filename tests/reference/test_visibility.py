@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from turboattention.reference.exact import exact_attention
 from turboattention.reference.visibility import Visibility
 
@@ -23,7 +24,10 @@ def sees(position: int, key: int, length: int, causal: bool, window: int | None)
 def decide(positions, lengths, keys, causal, window) -> torch.Tensor:
     """bool [B, Lq, Lk]."""
     return torch.tensor(
-        [[[sees(p, k, n, causal, window) for k in range(keys)] for p in row] for row, n in zip(positions, lengths, strict=True)]
+        [
+            [[sees(p, k, n, causal, window) for k in range(keys)] for p in row]
+            for row, n in zip(positions, lengths, strict=True)
+        ]
     ).view(len(positions), len(positions[0]), keys)
 
 
@@ -115,7 +119,9 @@ def one_by_one(q, k, v, lengths, causal, window, softcap, scale, mask):
                 total = sum(math.exp(x) for x in logits)
                 if total > 0:
                     lse[b, h, i] = math.log(total)
-                    out[b, h, i] = sum(v[b, h // group, j] * (math.exp(x) / total) for x, j in zip(logits, keys, strict=True))
+                    out[b, h, i] = sum(
+                        v[b, h // group, j] * (math.exp(x) / total) for x, j in zip(logits, keys, strict=True)
+                    )
     return out, lse
 
 

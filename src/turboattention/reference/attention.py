@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..errors import ConfigError
 from .online_softmax import Accumulator, online_softmax_update
 from .queries import Queries, quantize_queries
 from .sources import Source
@@ -63,9 +62,3 @@ def _add_mean(logits: Tensor, queries: Queries, rows: slice, first: int, size: i
 def reference_scale(scale: float | None, head_dim: int) -> float:
     """`1 / sqrt(D)` unless given."""
     return head_dim**-0.5 if scale is None else float(scale)
-
-
-def check_runnable(config: TurboConfig) -> None:
-    """Refuse combinations that contradict each other in attention."""
-    if config.stored_prefill and config.flush_lag:
-        raise ConfigError(f"flush_lag: expected 0 with stored_prefill, got {config.flush_lag}")

@@ -40,6 +40,7 @@ def exact_attention(
     )
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    attn_mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
     seen = Visibility(ends[:, None] - queries + torch.arange(queries), ends, is_causal, window_size, attn_mask, heads)
     scores = seen.apply(scores[:, :, None], 0, slice(0, queries), group)[:, :, 0]
     peak = scores.amax(-1, keepdim=True) if keys else scores.new_full((*scores.shape[:-1], 1), -torch.inf)

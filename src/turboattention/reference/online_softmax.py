@@ -58,6 +58,10 @@ def online_softmax_update(
     else:
         reference = block_peak
     weights = exponential(config)(scores - _finite(reference)[..., None])
+    v_scale = v_scale[:, :, :, None, None].expand_as(weights)
+    if config.stored_prefill:
+        # Relative to what each row sees: what stands behind it may not be there in another call.
+        v_scale = torch.where(scores > -torch.inf, v_scale, 0.0)
     total, out = _weighted_values(config, weights, v8, v_scale)
     if config.row_max == "running":
         _fold_in_turn(config, part, reference, total, out, block_peak > -torch.inf)
@@ -66,19 +70,20 @@ def online_softmax_update(
 
 
 def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Per block: sum of the weights [B, H, n, g, r], and weights times values [B, H, n, g, r, D]."""
+    """Per block: sum of the weights [B, H, n, g, r], and weights times values [B, H, n, g, r, D].
+
+    v_scale: like `weights`, [B, H, n, g, r, T]."""
     # Token scales of V go into the weights, relative to the block's largest.
     largest = v_scale.amax(-1, keepdim=True)
     relative = v_scale / torch.where(largest > 0, largest, 1.0)
-    largest = largest[..., None, None]
     if config.p_scale == "static":
         levels = weights * STATIC_LEVELS
         total = levels.round().sum(-1) / STATIC_LEVELS
-        codes = (levels * relative[:, :, :, None, None]).round_()
+        codes = (levels * relative).round_()
         unit = largest / STATIC_LEVELS
     else:
         total = weights.sum(-1)
-        weights = weights * relative[:, :, :, None, None]
+        weights = weights * relative
         p_scale = _tile_scale(weights, config.block_size)
         codes = (weights / p_scale[..., None]).round_()
         unit = largest * p_scale[..., None]

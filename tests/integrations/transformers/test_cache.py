@@ -121,6 +121,22 @@ def test_rows(model, filled, forward, tokens):
         torch.testing.assert_close(result[i : i + 1], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_rows_take_their_padding_along(model, forward, tokens, padded):
+    rows = [tokens(1, 30), tokens(1, 21, seed=1)]
+    ids, mask = padded(rows)
+    cache = TurboCache(model.config, SMALL)
+    forward(model, "turbo", ids[:, :24], [24], cache, mask[:, :24])
+    cache.reorder_cache(torch.tensor([1, 0, 1]))
+    swapped, swapped_mask = ids[[1, 0, 1]], mask[[1, 0, 1]]
+    result = forward(model, "turbo", swapped, [6], cache, swapped_mask)
+    assert cache.seq_lens.tolist() == [21, 30, 21]
+    cache.crop(-26)
+    assert (cache.get_seq_length(), cache.seq_lens.tolist()) == (4, [0, 4, 0])
+    alone = forward(model, "turbo", rows[1], [15, 6], TurboCache(model.config, SMALL))[:, 15:]
+    for row in (0, 2):
+        torch.testing.assert_close(result[row], alone[0], rtol=1e-6, atol=1e-6)
+
+
 def test_repeat_and_select(filled):
     rows = [contents(filled, i) for i in range(3)]
     filled.batch_repeat_interleave(2)

@@ -73,3 +73,17 @@ def test_low_precision_models(dtype, tiny, forward, tokens, distance):
     result = forward(half, "turbo", ids, [30, 10], TurboCache(half.config, CLOSE))
     assert result.dtype == dtype
     assert distance(result.float(), expected) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["turbo", "static"])
+def test_compiled_models(kind, tiny, forward, tokens):
+    """transformers compiles models over static caches on its own (on GPUs); attention stays outside the graph."""
+    model, ids = tiny("llama", num_hidden_layers=1), tokens(1, 20)
+    expected = forward(model, "turbo", ids, [19, 1], CACHES[kind](model))
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(model, backend="eager"), CACHES[kind](model)
+    with torch.no_grad():
+        parts = [
+            compiled(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 18), (18, 19), (19, 20))
+        ]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)

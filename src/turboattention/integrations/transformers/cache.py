@@ -89,7 +89,8 @@ class TurboCache(Cache):
 
     # -- transformers -------------------------------------------------------------------------------
 
-    def update(
+    @torch.compiler.disable
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The arguments back, with a handle for the attention function, which stores them."""
@@ -103,6 +104,10 @@ class TurboCache(Cache):
         else:
             self.check_level()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row `i` what row `beam_idx[i]` was; compressed blocks are shared."""
+        super().reorder_cache(beam_idx.cpu())  # once, not in every layer
 
     @property
     def batch_size(self) -> int:

@@ -1,0 +1,307 @@
+"""The guard: heads that stage 2 would ruin get more bits, and the user is told once."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import turboattention as ta
+from turboattention.errors import GuardWarning, NonFiniteError
+from turboattention.guard import BOUNDS, _widen, bound_of
+
+from .helpers import qkv, relative_error
+from .kv.tools import content
+
+
+def hard(
+    heads: tuple[int, ...], batch: int = 1, length: int = 200, kv_heads: int = 4, group: int = 1, gain: float = 40.0
+):
+    """q, k, v of normal values, where the keys of some heads swing by `gain` along a direction that
+    no query looks at: exact attention does not notice, a step that covers the swing hides the rest."""
+    q, k, v = qkv(batch, kv_heads * group, kv_heads, length, length, 64)
+    swing = torch.where(torch.arange(length) % 2 == 0, -gain, gain)
+    q[..., 0] = 0
+    for head in heads:
+        q[:, head * group : (head + 1) * group] *= 3
+        k[:, head, :, 0] += swing
+    return q, k, v
+
+
+def run(tensors, config=None, label: str | None = "layer 3", **options) -> tuple[ta.KVCache, list[str]]:
+    """One prefill; the cache and what was said."""
+    q, k, v = tensors
+    cache = ta.KVCache(k.shape[0], k.shape[1], k.shape[3], config=config, **options)
+    cache.label = label
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ta.turbo_attention_with_kvcache(q, cache, k, v)
+    assert all(w.category is GuardWarning for w in caught)
+    return cache, [str(w.message) for w in caught]
+
+
+def in_steps(cache: ta.KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: int) -> None:
+    """One call for every `step` tokens."""
+    for start in range(0, q.shape[2], step):
+        part = [x[:, :, start : start + step] for x in (q, k, v)]
+        ta.turbo_attention_with_kvcache(part[0], cache, *part[1:])
+
+
+# -- what it does ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("group", [1, 2])
+def test_hard_heads_get_more_bits_and_are_named_once(bits, group):
+    cache, said = run(hard((1, 3), group=group), ta.TurboConfig(bits=bits))
+    wide = [[bits, 8, bits, 8]] * 2
+    assert cache.head_bits.tolist() == wide
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert said[0].startswith("layer 3: KV heads 1, 3 lose too much in the quantized cache (head ")
+    assert f"at K {bits} and V {bits} bits, bound {BOUNDS[bits]:.2f}); raised to K/V bits 1: 8/8, 3: 8/8" in said[0]
+    assert cache._store.compressed.layout.k_bits == tuple(wide[0])
+
+
+def test_two_bits():
+    cache, said = run(hard((1,)), ta.TurboConfig(bits=2))
+    assert cache.head_bits.tolist() == [[2, 8, 2, 2]] * 2
+    assert "at K 2 and V 2 bits, bound 1.00); raised to K/V bits 1: 8/8" in said[0]
+
+
+def measured(monkeypatch, errors: list[dict[int, float]]) -> None:
+    """Let the error of head h at narrower width w be `errors[h][w]`."""
+
+    def by_width(_, bits: torch.Tensor) -> torch.Tensor:
+        found = [error[int(width)] for error, width in zip(errors, bits.amin(0), strict=True)]
+        return torch.tensor(found, dtype=torch.float64)
+
+    monkeypatch.setattr("turboattention.guard._Sample.errors", by_width)
+
+
+def test_bits_go_up_only_as_far_as_needed(monkeypatch):
+    errors = [{2: 1.0}, {2: 1.01, 3: 0.6}, {2: 1.1, 3: 0.61, 4: 0.3}, {2: 9.0, 3: 9.0, 4: 0.31, 8: 0.06}]
+    measured(monkeypatch, errors)
+    cache, said = run(hard(()), ta.TurboConfig(bits=2))
+    assert cache.head_bits.tolist() == [[2, 3, 4, 8]] * 2
+    assert said == [
+        "layer 3: KV heads 1, 2, 3 lose too much in the quantized cache (head 3 has relative error 9.00 at K 2 and V 2 "
+        "bits, bound 1.00); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; heads 3 stay beyond their bound even so"
+    ]
+
+
+def test_an_error_that_is_not_a_number_is_beyond_every_bound(monkeypatch):
+    measured(monkeypatch, [{4: 0.1}, {4: float("nan"), 8: 0.01}, {4: 0.1}, {4: 0.1}])
+    cache, said = run(hard(()))
+    assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
+    assert len(said) == 1
+
+
+def test_the_narrower_of_keys_and_values_goes_up_first():
+    bits = torch.tensor([[4, 2, 8, 8, 3], [2, 4, 8, 4, 3]])
+    chosen = torch.tensor([True, True, True, True, False])
+    assert _widen(bits, chosen).tolist() == [[4, 3, 8, 8, 3], [3, 4, 8, 8, 3]]
+    cache, _ = run(hard((0,)), ta.TurboConfig(bits=(3, 8)))
+    assert cache.head_bits.tolist() == [[8, 3, 3, 3], [8, 8, 8, 8]]
+
+
+def test_bounds():
+    assert BOUNDS == {8: 0.05, 4: 0.3, 3: 0.6, 2: 1.0}
+    assert bound_of(torch.tensor([[8, 4, 2], [8, 3, 4]])).tolist() == [0.05, 0.6, 1.0]
+
+
+def test_more_bits_help():
+    tensors = hard((1,))
+    guarded, _ = run(tensors)
+    plain, _ = run(tensors, ta.TurboConfig(guard="off"))
+    errors = [relative_error(cache.dequantize()[0][:, 1], tensors[1][:, 1]) for cache in (guarded, plain)]
+    assert errors[0] < errors[1] / 4
+
+
+def test_warn_keeps_the_widths():
+    cache, said = run(hard((1,)), ta.TurboConfig(guard="warn"))
+    assert cache.head_bits.tolist() == [[4] * 4] * 2
+    assert len(said) == 1
+    assert said[0].startswith("layer 3: KV heads 1 lose too much")
+    assert said[0].endswith("widths kept as configured")
+
+
+def test_off_is_silent():
+    cache, said = run(hard((1,)), ta.TurboConfig(guard="off"))
+    assert cache.head_bits.tolist() == [[4] * 4] * 2
+    assert said == []
+
+
+def test_given_widths_are_never_changed():
+    given = [[4, 4, 2, 2], [4, 8, 2, 2]]
+    cache, said = run(hard((0, 1)), head_bits=given)
+    assert cache.head_bits.tolist() == given
+    assert len(said) == 1
+    assert "KV heads 0, 1 lose" in said[0]
+    assert said[0].endswith("widths kept as configured")
+
+
+def test_heads_that_eight_bits_do_not_help_are_named():
+    cache, said = run(hard((1,), gain=2000.0))
+    assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
+    assert said[0].endswith("raised to K/V bits 1: 8/8; heads 1 stay beyond their bound even so")
+
+
+def test_a_cache_without_a_label():
+    _, said = run(hard((1,)), label=None)
+    assert said[0].startswith("cache: KV heads 1 lose")
+
+
+def test_the_warning_points_at_the_caller():
+    q, k, v = hard((1,))
+    with pytest.warns(GuardWarning) as caught:
+        ta.turbo_attention_with_kvcache(q, ta.KVCache(1, 4, 64), k, v)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_mixed_widths_are_raised_from_what_they_are():
+    tensors = hard((1,), gain=120.0)
+    planned, _ = run(tensors, ta.TurboConfig(bits="mixed", guard="off"))
+    cache, said = run(tensors, ta.TurboConfig(bits="mixed"))
+    others = [0, 2, 3]
+    assert cache.head_bits[:, others].tolist() == planned.head_bits[:, others].tolist()
+    assert int(cache.head_bits[:, 1].min()) > int(planned.head_bits[:, 1].min())
+    assert len(said) == 1
+
+
+# -- when it looks -----------------------------------------------------------------------------------
+
+
+def test_it_looks_at_the_first_compressed_block_only():
+    q, k, v = hard((), length=400)
+    cache = ta.KVCache(1, 4, 64)
+    ta.turbo_attention_with_kvcache(q[:, :, :200], cache, k[:, :, :200], v[:, :, :200])
+    q, k, v = hard((1,), length=400)
+    ta.turbo_attention_with_kvcache(q[:, :, 200:], cache, k[:, :, 200:], v[:, :, 200:])  # a warning would be an error
+    assert cache.head_bits.tolist() == [[4] * 4] * 2
+
+
+def test_a_second_block_does_not_warn_again():
+    q, k, v = hard((1,), length=400)
+    cache = ta.KVCache(1, 4, 64)
+    with pytest.warns(GuardWarning) as caught:
+        in_steps(cache, q, k, v, 100)
+    assert len(caught) == 1
+    assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
+
+
+@pytest.mark.parametrize("step", [1, 16, 63, 65])
+def test_small_calls_are_guarded_when_the_block_fills(step):
+    q, k, v = hard((1,), length=130, gain=120.0)  # few queries are there to notice
+    cache = ta.KVCache(1, 4, 64)
+    with pytest.warns(GuardWarning, match="KV heads 1 lose") as caught:
+        in_steps(cache, q, k, v, step)
+    assert len(caught) == 1
+    assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
+
+
+def test_appending_alone_is_not_guarded():
+    """There are no queries to compare with."""
+    _, k, v = hard((1,))
+    cache = ta.KVCache(1, 4, 64)
+    cache.append(k, v)
+    assert cache.head_bits.tolist() == [[4] * 4] * 2
+
+
+@pytest.mark.parametrize("lengths", [[200, 130], [30, 200], [127, 129]])
+def test_ragged_batches(lengths):
+    q, k, v = hard((1,), batch=2, gain=120.0)
+    for row, length in enumerate(lengths):
+        q[row, :, length:] = k[row, :, length:] = v[row, :, length:] = torch.nan
+    cache = ta.KVCache(2, 4, 64)
+    with pytest.warns(GuardWarning, match="KV heads 1 lose") as caught:
+        ta.turbo_attention_with_kvcache(q, cache, k, v, lengths=torch.tensor(lengths))
+    assert len(caught) == 1
+    assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
+
+
+def test_without_sinks_the_first_block_is_the_first_page():
+    q, k, v = hard((1,), length=64)
+    cache, said = run((q, k, v), ta.TurboConfig(sink_tokens=0))
+    assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
+    assert len(said) == 1
+
+
+def test_stored_prefill_reads_the_raised_widths():
+    """The same call already attends what will be stored."""
+    q, k, v = hard((1,), length=257)
+    cache = ta.KVCache(1, 4, 64, config=ta.TurboConfig(stored_prefill=True))
+    with pytest.warns(GuardWarning):
+        got = ta.turbo_attention_with_kvcache(q, cache, k, v)
+    assert relative_error(got[:, :, -1:], ta.turbo_attention_with_kvcache(q[:, :, -1:], cache)) < 1e-5
+
+
+# -- silence on clean data (a warning is an error in this suite) ------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, "mixed", (4, 2)], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_normal_data(bits, head_dim):
+    q, k, v = qkv(2, 4, 4, 200, 200, head_dim)
+    cache = ta.KVCache(2, 4, head_dim, config=ta.TurboConfig(bits=bits))
+    ta.turbo_attention_with_kvcache(q, cache, k, v)
+    assert cache.head_bits is not None
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_offset_channels_and_a_huge_first_token(bits):
+    """What smoothing, rotation, sinks and token scales are there for."""
+    q, k, v = qkv(1, 4, 2, 200, 200, 64)
+    k[..., :4] += 15.0
+    k[:, :, 0] *= 20.0
+    v[:, :, 0] *= 0.05
+    ta.turbo_attention_with_kvcache(q, ta.KVCache(1, 2, 64, config=ta.TurboConfig(bits=bits)), k, v)
+
+
+@pytest.mark.parametrize("place", [0, 70, 150])
+def test_one_huge_token(place):
+    q, k, v = qkv(1, 4, 2, 200, 200, 64)
+    k[:, :, place] *= 10
+    v[:, :, place] *= 1e4
+    cache = ta.KVCache(1, 2, 64)
+    out = ta.turbo_attention_with_kvcache(q, cache, k, v)
+    assert all(bool(x.isfinite().all()) for x in (out, *cache.dequantize()))
+    assert cache.head_bits.tolist() == [[4, 4]] * 2
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_heads_without_variance(bits):
+    q, k, v = qkv(1, 4, 4, 200, 200, 64)
+    k[:, 0], v[:, 1], k[:, 2], v[:, 2] = 3.0, 0.0, 0.0, -2.0
+    cache = ta.KVCache(1, 4, 64, config=ta.TurboConfig(bits=bits))
+    out = ta.turbo_attention_with_kvcache(q, cache, k, v)
+    assert cache.head_bits.tolist() == [[bits] * 4] * 2
+    assert not bool(out[:, 1].any())
+
+
+# -- failures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q", "k_new", "v_new"])
+def test_non_finite_values_come_before_the_guard(name):
+    q, k, v = hard((1,))
+    tensors = {"q": q, "k_new": k, "v_new": v}
+    tensors[name][0, 1, 100, 3] = torch.nan
+    cache = ta.KVCache(1, 4, 64)
+    with pytest.raises(NonFiniteError, match=rf"^{name}: "):
+        ta.turbo_attention_with_kvcache(tensors.pop("q"), cache, **tensors)
+    assert len(cache) == 0
+    assert cache.head_bits is None
+
+
+def test_a_warning_made_an_error_leaves_the_cache_as_it_was():
+    q, k, v = hard((1,))
+    cache = ta.KVCache(1, 4, 64)
+    cache.append(k[:, :, :100], v[:, :, :100])
+    before = content(cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GuardWarning)
+        with pytest.raises(GuardWarning):
+            ta.turbo_attention_with_kvcache(q[:, :, 100:], cache, k[:, :, 100:], v[:, :, 100:])
+    assert content(cache) == before
