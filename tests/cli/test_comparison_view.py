@@ -75,7 +75,7 @@ def test_the_prompt_is_one_line_with_its_end() -> None:
 
 def test_what_ran_and_what_the_guard_said() -> None:
     shown = " ".join(render([OTHER], 80).split())
-    assert "Model tiny in float32 on cpu (2 CPU threads), quantized attention on the reference backend." in shown
+    assert "Model tiny in float32 on cpu (CPU threads: 2), quantized attention on the reference backend." in shown
     assert "4 bits: layer 1, head 0: 8 bits" in shown
 
 

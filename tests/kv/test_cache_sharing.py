@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import turboattention as ta
 
-from .tools import PLAIN, append_range, attend, content, filled, live_pages, pool_bytes, sequence_content, tokens
+from .tools import PLAIN, append_range, content, filled, live_pages, pool_bytes, sequence_content, tokens
 
 CHANGES = {
     "append": lambda cache: cache.append(*tokens(cache.batch_size, 2, 70, 16, seed=5)),

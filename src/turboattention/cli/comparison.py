@@ -124,9 +124,11 @@ def _run(
             update(len(fork.seen), limit)
 
         generation = generate(run, limit, on_token=on_token)
+    # Measured now: a copy shares memory with the run, and its own tokens would count.
+    outcome = _outcome(language, label, run, generation, seconds)
     with bars.task(f"{label}: fed the own cache's text") as update:
         ranked_first = fork.follow(update)
-    return _outcome(language, label, run, generation, seconds), ranked_first
+    return outcome, ranked_first
 
 
 class _ForkAtDifference:

@@ -53,7 +53,7 @@ def show(comparison: Comparison, prompt: str, facts: dict[str, Any], console: Co
 def facts_line(facts: dict[str, Any]) -> str:
     """What ran, in one sentence."""
     return (
-        f"Model {facts['model']} in {facts['dtype']} on {facts['device']} ({facts['threads']} CPU threads), "
+        f"Model {facts['model']} in {facts['dtype']} on {facts['device']} (CPU threads: {facts['threads']}), "
         f"quantized attention on the {facts['backend']} backend."
     )
 

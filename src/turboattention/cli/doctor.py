@@ -43,7 +43,7 @@ def _facts(machine: Machine) -> Table:
         "turboattention": machine.turboattention,
         "packages": ", ".join(versions),
         "Python": f"{machine.python} on {machine.platform}",
-        "CPU": f"{machine.cpu}, {machine.cores} cores for this process, {machine.threads} threads used",
+        "CPU": f"{machine.cpu}, cores for this process: {machine.cores}, threads used: {machine.threads}",
         "instructions": _features(machine),
         "memory": _memory(machine),
         "GPU": "; ".join(machine.gpus) or "none that torch can use",

@@ -132,9 +132,12 @@ def test_rows_take_their_padding_along(model, forward, tokens, padded):
     assert cache.seq_lens.tolist() == [21, 30, 21]
     cache.crop(-26)
     assert (cache.get_seq_length(), cache.seq_lens.tolist()) == (4, [0, 4, 0])
+    again = forward(model, "turbo", swapped, [20, 6], cache, swapped_mask)[:, 20:]
+    assert cache.seq_lens.tolist() == [21, 30, 21]
     alone = forward(model, "turbo", rows[1], [15, 6], TurboCache(model.config, SMALL))[:, 15:]
     for row in (0, 2):
         torch.testing.assert_close(result[row], alone[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(again[row], alone[0], rtol=1e-6, atol=1e-6)
 
 
 def test_repeat_and_select(filled):

@@ -107,7 +107,9 @@ class TurboCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `i` what row `beam_idx[i]` was; compressed blocks are shared."""
-        super().reorder_cache(beam_idx.cpu())  # once, not in every layer
+        index = beam_idx.cpu()  # once, not in every layer
+        for layer in self.layers:
+            layer.reorder_cache(index)
 
     @property
     def batch_size(self) -> int:

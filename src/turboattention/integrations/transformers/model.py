@@ -73,7 +73,6 @@ def layer_windows(config: Any) -> list[int | None]:
     layers = DynamicCache(config=text).layers
     if not layers:
         return [None] * int(text.num_hidden_layers)
-    types = getattr(text, "layer_types", None)
     windows = []
     for index, layer in enumerate(layers):
         if type(layer).__name__ == "DummyLayer":
@@ -84,10 +83,8 @@ def layer_windows(config: Any) -> list[int | None]:
                 "sliding-window attention layers only"
             )
         else:
-            chunked = (
-                types[index] == "chunked_attention" if types else bool(getattr(text, "attention_chunk_size", None))
-            )
-            windows.append(None if chunked else getattr(layer, "sliding_window", None))
+            # Chunked attention has its chunk's size here: its queries see no further back than that.
+            windows.append(getattr(layer, "sliding_window", None))
     # A layer whose keys later layers read again must keep what its own window no longer needs.
     return [None] * len(windows) if shares_keys(text) else windows
 
