@@ -93,8 +93,9 @@ def test_refused_by_name(name, value):
 
 def test_sinks_follow_the_block_size():
     assert ta.TurboConfig(block_size=32, sink_tokens=32).sink_tokens == 32
-    with pytest.raises(ConfigError, match=r"^sink_tokens: expected 0 or a multiple of block_size \(128\), got 64$"):
-        ta.TurboConfig(block_size=128)
+    assert ta.TurboConfig(block_size=128).sink_tokens == 128  # the default, rounded up
+    with pytest.raises(ConfigError, match=r"^sink_tokens: expected 0 or a multiple of block_size \(128\), got 96$"):
+        ta.TurboConfig(block_size=128, sink_tokens=96)
 
 
 def test_stored_prefill_excludes_a_lag():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import dispatch
 from .config import TurboConfig
-from .errors import InputError, ShapeError
+from .errors import ConfigError, InputError, ShapeError
 from .guard import guarded_bits
 from .kv.cache import KVCache
 from .validation import (
@@ -69,6 +69,8 @@ def turbo_attention(
         ShapeError, DtypeError, ConfigError, InputError, NonFiniteError, UnsupportedError
         (gradients), BackendError.
     """
+    if config is not None and not isinstance(config, TurboConfig):
+        raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
     check_window(window_size)

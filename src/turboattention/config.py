@@ -62,7 +62,8 @@ class TurboConfig:
     """Stage-1 scales per token (row), not per tile; 8 bits each where stored."""
 
     sink_tokens: int = 64
-    """The first tokens of each sequence that stay INT8. A multiple of `block_size`, or 0."""
+    """The first tokens of each sequence that stay INT8: 0 or a multiple of `block_size` (the default
+    is rounded up to one)."""
 
     search: bool = True
     """Below 4 bits, search each channel's range for the least squared error instead of min-max."""
@@ -93,6 +94,8 @@ class TurboConfig:
         size = self.block_size
         if not _is_int(size) or size % 16 or not 16 <= size <= 256:
             raise ConfigError(f"block_size: expected a multiple of 16 from 16 to 256, got {size!r}")
+        if self.sink_tokens == 64 and _is_int(self.sink_tokens):
+            object.__setattr__(self, "sink_tokens", -(-64 // size) * size)
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0 or self.sink_tokens % size:
             raise ConfigError(f"sink_tokens: expected 0 or a multiple of block_size ({size}), got {self.sink_tokens!r}")
         if not _is_int(self.flush_lag) or self.flush_lag < 0:

@@ -146,6 +146,10 @@ def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: 
     """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk]; returned with four dimensions."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise DtypeError(f"attn_mask: expected a tensor, got {type(mask).__name__}")
+    if torch.is_grad_enabled() and mask.requires_grad:
+        raise UnsupportedError("attn_mask: expected a tensor without gradients, got requires_grad=True")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise DtypeError(f"attn_mask: expected bool or a floating-point dtype, got {mask.dtype}")
     full = (batch, heads, queries, keys)

@@ -32,7 +32,7 @@ def counted(cache: ta.KVCache) -> int:
     """Bytes of every storage that the cache keeps alive, and its tables at 4 bytes an entry."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache, set())}
     tables = cache._store.tables if cache._store is not None else []
-    return sum(storages.values()) + sum(4 * len(table) for table in tables)
+    return sum(storages.values())
 
 
 OPTIONS = {

@@ -184,17 +184,28 @@ def test_altered_metadata(field, tmp_path):
     values = {"rotate": False, "smooth_k": False, "search": False, "bits": 3, "sink_tokens": 0, "softmax": "exp"}
     body["cache"]["config"][field] = values[field]
     save_file(tensors, path, metadata=metadata | {"content": json.dumps(body)})
-    with pytest.raises(FormatError, match=r"whose metadata was altered$"):
+    with pytest.raises(FormatError, match=r"whose content was altered$"):
+        ta.KVCache.load(path)
+
+
+@pytest.mark.parametrize("place", range(1, 12))
+def test_one_flipped_bit_anywhere(place, tmp_path):
+    """A damaged page would otherwise be read as other keys, without a sign."""
+    _, path = saved(tmp_path, lengths=[200])
+    content = bytearray(path.read_bytes())
+    content[len(content) * place // 12] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FormatError):
         ta.KVCache.load(path)
 
 
 @pytest.mark.parametrize("body", ["[]", "null", "{", "{}", '{"cache": 3}', '{"layers": []}'])
 def test_other_content_under_a_good_header(body, tmp_path):
-    import hashlib
+    from turboattention.kv.storage import _digest
 
     _, path = saved(tmp_path, lengths=[70])
     tensors, metadata = parts(path)
-    digest = hashlib.sha256(body.encode()).hexdigest()
+    digest = _digest(body, tensors)
     save_file(tensors, path, metadata=metadata | {"content": body, "digest": digest})
     with pytest.raises(FormatError, match=r"^path: "):
         ta.KVCache.load(path)

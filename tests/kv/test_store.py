@@ -56,7 +56,7 @@ def test_tables_and_counts():
     assert [len(table) for table in store.tables] == [3, 1]
     assert store.sinks.nbytes == 2 * store.sinks.layout.page_bytes
     assert store.compressed.nbytes == 2 * store.compressed.layout.page_bytes
-    assert store.nbytes == store.sinks.nbytes + store.compressed.nbytes + 4 * 4 + BITS.nbytes
+    assert store.nbytes == store.sinks.nbytes + store.compressed.nbytes + BITS.nbytes
 
 
 def test_tiles_are_what_was_appended():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..errors import InputError, ShapeError
+from ..errors import ConfigError, InputError, ShapeError
 from ..flashq import rotate
 from ..validation import check_mean, check_new, check_sizes
 from .buffer import Int8Buffer
@@ -58,6 +58,8 @@ class KVCache:
         k_mean: Tensor | None = None,
     ):
         check_sizes(batch_size, num_kv_heads, head_dim, max_tokens, window_size, dtype)
+        if config is not None and not isinstance(config, TurboConfig):
+            raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
         self.config = config or TurboConfig()
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.window_size, self.max_tokens, self.dtype = window_size, max_tokens, dtype
@@ -124,7 +126,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Every byte allocated: pages (used and free), tables, buffer, means, scales, widths, lengths.
+        """Every byte of tensors: pages (used and free), buffer, means, scales, widths, lengths.
 
         Pages that clones share are counted by each of them.
         """
@@ -270,7 +272,10 @@ class KVCache:
         Raises:
             InputError: negative, or where a sliding window has released what would be needed.
         """
-        target = torch.as_tensor(length, dtype=torch.int64).cpu().expand(self.batch_size)
+        target = torch.as_tensor(length).cpu()
+        if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (self.batch_size,)):
+            raise InputError(f"length: expected an integer or int64 [{self.batch_size}], got {length!r}")
+        target = target.to(torch.int64).expand(self.batch_size)
         if bool((target < 0).any()):
             raise InputError(f"length: expected at least 0, got {int(target.min())}")
         target = torch.minimum(target, self._lengths)
@@ -321,7 +326,7 @@ class KVCache:
         state = self.state(device)
         self._k_mean, self._universal = state.k_mean, state.universal
         self._buffer = Int8Buffer(
-            batch, self.num_kv_heads, c.block_size + c.flush_lag, self.head_dim, c.token_scales, device
+            batch, self.num_kv_heads, c.block_size - 1 + c.flush_lag, self.head_dim, c.token_scales, device
         )
         self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device)
 

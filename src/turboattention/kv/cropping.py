@@ -53,7 +53,8 @@ def check_crop(store: PageStore, lengths: Tensor, target: Tensor, kept: Tensor, 
 
 
 def _pad_tokens(x: Tensor, length: int) -> Tensor:
-    """Zero rows added to [B, H, n, ...] up to `length` tokens."""
+    """[B, H, n, ...] cut or filled up with zero rows to `length` tokens."""
     out = x.new_zeros(*x.shape[:2], length, *x.shape[3:])
-    out[:, :, : x.shape[2]] = x
+    rows = min(length, x.shape[2])
+    out[:, :, :rows] = x[:, :, :rows]
     return out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..errors import FormatError, TurboError
+from ..errors import FormatError, InputError, TurboError
 from ..flashq.rotation import ROTATION_ID
 from .buffer import Int8Buffer
 from .cache import KVCache
@@ -44,9 +44,12 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
 
     header = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
     content = json.dumps(metadata)
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise InputError(f"path: expected a file in a folder that exists, got {os.fspath(path)}")
     temporary = f"{os.fspath(path)}.partial"
     try:
-        save_file(tensors, temporary, metadata=header | {"content": content, "digest": _digest(content)})
+        save_file(tensors, temporary, metadata=header | {"content": content, "digest": _digest(content, tensors)})
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -66,8 +69,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
             _check_header(header, name)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = json.loads(header["content"])
-        if not isinstance(metadata, dict) or header["digest"] != _digest(header["content"]):
-            raise FormatError(f"path: expected a saved cache, got {name}, whose metadata was altered")
+        if not isinstance(metadata, dict) or header["digest"] != _digest(header["content"], tensors):
+            raise FormatError(f"path: expected a saved cache, got {name}, whose content was altered")
         return tensors, metadata
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         if isinstance(error, TurboError):
@@ -204,8 +207,14 @@ def _check(name: str, x: Tensor, like: Tensor) -> None:
         raise FormatError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {x.dtype} {tuple(x.shape)}")
 
 
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()
+def _digest(content: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of everything in the file: a damaged page would otherwise be read as other keys."""
+    digest = hashlib.sha256(content.encode())
+    for name in sorted(tensors):
+        x = tensors[name].contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_header(header: dict[str, str], name: str) -> None:

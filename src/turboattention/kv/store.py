@@ -74,10 +74,10 @@ class PageStore:
 
     @property
     def nbytes(self) -> int:
-        """All slabs of both pools, the widths, and the tables at 4 bytes an entry."""
+        """All slabs of both pools, and the widths."""
         pools = self.sinks.nbytes + (self.compressed.nbytes if self.compressed else 0)
         widths = self.head_bits.nbytes if self.head_bits is not None else 0
-        return pools + widths + sum(4 * len(table) for table in self.tables)
+        return pools + widths
 
     @property
     def counts(self) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.masking_utils import (
 )
 
 from turboattention.errors import InputError, ShapeError
+from turboattention.integrations.transformers.attention import turbo_attention_forward
 from turboattention.integrations.transformers.masks import read_mask, turbo_mask
 
 
@@ -137,3 +138,35 @@ class TestMasksOfTheUser:
     def test_a_plan_of_padding_does_not_know_a_window(self):
 
         assert not read_mask(torch.ones(1, 3, dtype=torch.bool)).from_function
+
+
+class TestWhereAWindowComesFrom:
+    """The mask is the truth where "turbo" made it; a mask of padding alone leaves it to the layer."""
+
+    @pytest.fixture
+    def attend(self, exact_core):
+        q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+
+        def run(mask, window=None, causal=None):
+            module = torch.nn.Module()
+            options = {"sliding_window": window, "is_causal": causal}
+            return turbo_attention_forward(module, q, k, v, mask, **options)[0]
+
+        return run
+
+    def test_the_mask(self, attend):
+        windowed = turbo_mask(1, 9, 9, mask_function=sliding_window_causal_mask_function(4))
+        full = turbo_mask(1, 9, 9)
+        assert torch.equal(attend(windowed), attend(windowed, window=4))
+        assert torch.equal(attend(full), attend(full, window=4))
+        assert not torch.equal(attend(full), attend(windowed))
+
+    def test_the_layer(self, attend):
+        windowed = attend(turbo_mask(1, 9, 9, mask_function=sliding_window_causal_mask_function(4)))
+        assert torch.equal(attend(None, window=4), windowed)
+        assert torch.equal(attend(torch.ones(1, 9, dtype=torch.bool), window=4), windowed)
+
+    def test_neither_without_causality(self, attend):
+        everything = turbo_mask(1, 9, 9, mask_function=bidirectional_mask_function)
+        assert torch.equal(attend(None, window=4, causal=False), attend(everything))
+        assert not torch.equal(attend(None), attend(everything))
