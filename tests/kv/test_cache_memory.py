@@ -31,7 +31,6 @@ def tensors_of(thing: object, seen: set[int]) -> list[torch.Tensor]:
 def counted(cache: ta.KVCache) -> int:
     """Bytes of every storage that the cache keeps alive, and its tables at 4 bytes an entry."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache, set())}
-    tables = cache._store.tables if cache._store is not None else []
     return sum(storages.values())
 
 
