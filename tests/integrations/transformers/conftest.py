@@ -105,6 +105,15 @@ def tiny() -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for the other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def turbo() -> Iterator[None]:
     """ "turbo" is registered in every test, and gone behind it."""
