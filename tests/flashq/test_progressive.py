@@ -123,6 +123,20 @@ def test_search_is_never_worse_than_min_max(codes, bits):
     assert bool((squared(codes, bits, True) <= squared(codes, bits, False)).all())
 
 
+@pytest.mark.parametrize(
+    "bits, values, step, zero",
+    [
+        (3, [-17, 6, 11, 9, 8, -13, -15], 4, -18),  # zero -16 has the same error
+        (2, [19, -12, 4, -7], 10, -14),  # as has -9
+        (2, [0, 1, 2, 3], 1, 0),  # min-max is exact already
+    ],
+)
+def test_equal_candidates_keep_the_earlier_one(bits, values, step, zero):
+    """By hand: the shift down is tried before the shift up."""
+    _, got_step, got_zero = progressive_quantize(torch.tensor(values, dtype=torch.int8)[:, None], bits, search=True)
+    assert (int(got_step), int(got_zero)) == (step, zero)
+
+
 @pytest.mark.parametrize("bits", [3, 2])
 def test_search_helps_on_normal_data(bits):
     codes = random_codes(64, 128)

@@ -201,6 +201,12 @@ def test_float64_between_two_floats_is_rounded_up(value):
     assert float(scale) >= min(value / 119, 2.0**127)
 
 
+def test_a_float64_just_above_the_grid():
+    """As float32 its quotient is 1, which is on the grid, but below it."""
+    _, scale = quantize_tokens(torch.tensor([[119 * (1 + 1e-10)]], dtype=torch.float64))
+    assert float(scale) == 1.0625
+
+
 @pytest.mark.parametrize("value", [2.0**-149, 1e-40, 2.0**-110, 3.4e38, -3.4e38])
 def test_extreme_magnitudes(value):
     codes, scales = quantize_tokens(torch.tensor([[value, 0.0]]))

@@ -158,6 +158,18 @@ def test_paper_stores_the_rest_under_the_universal_scale():
         assert torch.equal(codes[0, :, 128:150].float(), (x[0, :, 128:] / universal[:, None, None]).round())
 
 
+def test_paper_buffers_what_is_stored_not_what_is_attended():
+    k, v = tokens(1, 2, 150, 16)
+    cache = ta.KVCache(1, 2, 16, config=PAPER)
+    cache.append(k, v)
+    buffer = cache._buffer.tiles()
+    for side, codes, scales, x in ((0, buffer.k8, buffer.k_scale, k), (1, buffer.v8, buffer.v_scale, v)):
+        universal = x[0].abs().amax((1, 2)) / 119
+        assert torch.equal(cache._universal[side, 0], universal)
+        assert torch.equal(scales[0, :, :22], universal[:, None].expand(2, 22))
+        assert torch.equal(codes[0, :, :22].float(), (x[0, :, 128:] / universal[:, None, None]).round())
+
+
 def test_paper_clamps_later_outliers_to_119():
     k, v = torch.rand(1, 1, 10, 8) - 0.5, torch.rand(1, 1, 10, 8) - 0.5
     k[0, 0, 0, 0], v[0, 0, 0, 0] = 1.19, 1.19
