@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import dispatch
 from .config import TurboConfig
-from .errors import ConfigError, InputError, ShapeError
+from .errors import InputError, ShapeError
 from .guard import guarded_bits
 from .kv.cache import KVCache
 from .validation import (
+    check_config,
     check_finite,
     check_floats,
     check_lengths,
@@ -69,8 +70,7 @@ def turbo_attention(
         ShapeError, DtypeError, ConfigError, InputError, NonFiniteError, UnsupportedError
         (gradients), BackendError.
     """
-    if config is not None and not isinstance(config, TurboConfig):
-        raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
+    config = check_config(config)
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
     check_window(window_size)
@@ -82,7 +82,7 @@ def turbo_attention(
         q,
         k,
         v,
-        config=config or TurboConfig(),
+        config=config,
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,

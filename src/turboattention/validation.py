@@ -14,6 +14,13 @@ LARGEST = 1e18
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_config(config: TurboConfig | None) -> TurboConfig:
+    """The config given, or the default."""
+    if config is not None and not isinstance(config, TurboConfig):
+        raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
+    return config or TurboConfig()
+
+
 def check_sizes(
     batch_size: int,
     num_kv_heads: int,

@@ -29,7 +29,7 @@ def tensors_of(thing: object, seen: set[int]) -> list[torch.Tensor]:
 
 
 def counted(cache: ta.KVCache) -> int:
-    """Bytes of every storage that the cache keeps alive, and its tables at 4 bytes an entry."""
+    """Bytes of every storage that the cache keeps alive."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache, set())}
     return sum(storages.values())
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..errors import ConfigError, InputError, ShapeError
+from ..errors import InputError, ShapeError
 from ..flashq import rotate
-from ..validation import check_mean, check_new, check_sizes
+from ..validation import check_config, check_mean, check_new, check_sizes
 from .buffer import Int8Buffer
 from .cropping import check_crop, rows_behind
 from .pages import Tiles
@@ -58,9 +58,7 @@ class KVCache:
         k_mean: Tensor | None = None,
     ):
         check_sizes(batch_size, num_kv_heads, head_dim, max_tokens, window_size, dtype)
-        if config is not None and not isinstance(config, TurboConfig):
-            raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
-        self.config = config or TurboConfig()
+        self.config = check_config(config)
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.window_size, self.max_tokens, self.dtype = window_size, max_tokens, dtype
         self.label: str | None = None
