@@ -12,25 +12,46 @@ READY := $(VENV)/ready
 READY_DEV := $(VENV)/ready-dev
 PIN := $(VENV)/torch-pin.txt
 
+# The extension is built beside the sources, where the tests and the editable install find it.
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+IN_PLACE := build/in-place
+BUILT := $(IN_PLACE)/ready
+SANITIZED := build/sanitized
+OLDEST_TRANSFORMERS := 5.16.0
+OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
+
 TORCH_HERE = $(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'
+SITE = $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-# $(call install,EXTRA): the package in place, with all it can use and EXTRA, around the torch that is there.
+# $(call install,EXTRA): the package in place, with all it can use and EXTRA, around the torch that is there. It leaves
+# the extension to `make build`, which builds again only what changed. The package is found by its path alone: the
+# import hook that comes with the path would hide a copy of the package that PYTHONPATH names.
 define install
 @$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) torch==$(TORCH)
 @$(TORCH_HERE) > $(PIN)
 @echo "Installing turboattention[all,$(1)] around $$(cat $(PIN))"
-@$(PIP_INSTALL) --quiet --constraint $(PIN) --editable '.[all,$(1)]'
+@$(PIP_INSTALL) --quiet --constraint $(PIN) --editable '.[all,$(1)]' \
+	  --config-settings=editable.mode=inplace --config-settings=wheel.cmake=false
+@cd "$$($(SITE))" && sed -i.hooked '/^import /d' _editable_*turboattention.pth && rm _editable_*.hooked
 @$(TORCH_HERE) | diff $(PIN) -
 @touch $@
 endef
 
+# $(call extension,BUILD-FOLDER,PACKAGE-FOLDER,OPTIONS): the extension, from BUILD-FOLDER into PACKAGE-FOLDER.
+define extension
+@$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTURBO_IN_PLACE=$(CURDIR)/$(2) $(3) > /dev/null
+@$(BIN)/cmake --build $(1)
+endef
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test coverage lint lint-code lint-format lint-types lint-imports format model clean
+.PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
+  lint-types lint-imports format model clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,23 +64,58 @@ $(READY_DEV): pyproject.toml $(READY)
 
 setup: $(READY) ## create .venv with the package and what its tests need
 
-demo: $(READY) ## the bundled model over a long text, full precision beside the quantized cache
+build: $(READY) ## build the CPU extension in place; nothing where there is no C++ compiler
+	$(call extension,$(IN_PLACE),src/turboattention)
+	@touch $(BUILT)
+
+$(BUILT): CMakeLists.txt $(CPP) $(READY)
+	@$(MAKE) --no-print-directory build
+
+demo: $(BUILT) ## the bundled model over a long text, full precision beside the quantized cache
 	$(BIN)/turboattention doctor
 	$(BIN)/turboattention generate --demo --compare --max-new-tokens 32
 
-test: $(READY) ## run the tests
+# One thread, as far as the caller does not say: small tensors gain nothing from more.
+test coverage sanitize test-transformers-oldest: export OMP_NUM_THREADS ?= 1
+
+test: $(BUILT) ## run the tests
 	$(BIN)/python -m pytest -q --durations=10
 
-coverage: $(READY) ## run the tests and list the lines that none of them reaches
+coverage: $(BUILT) ## run the tests and list the lines that none of them reaches
 	$(BIN)/python -m pytest -q --cov=src
 
-lint: lint-code lint-format lint-types lint-imports ## every static check, the same as pre-commit and CI
+# The tests see a copy of the package that has the sanitized extension. The sanitizer's runtime has to be in the process
+# first, and the C++ runtime with it, or it could not follow exceptions. A report goes past pytest, which ends with it.
+sanitize: $(READY) ## test the CPU kernels under the address and undefined-behaviour sanitizers (gcc)
+	@mkdir -p $(SANITIZED)
+	@rm -rf $(SANITIZED)/package
+	@cp -R src $(SANITIZED)/package
+	@rm -f $(SANITIZED)/package/turboattention/_cpu*.so
+	$(call extension,$(SANITIZED),$(SANITIZED)/package/turboattention,-DTURBO_SANITIZE=ON)
+	LD_PRELOAD="$$(ldd $(SANITIZED)/package/turboattention/_cpu*.so | awk '/libasan|libstdc/ { printf "%s ", $$3 }')" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -q --capture=sys -o pythonpath=$(SANITIZED)/package tests/kernels/cpu
+
+test-transformers-oldest: $(BUILT) $(OLDEST)/ready ## test the integration with the oldest transformers
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations
+
+# The packages that this release wants older than .venv has them come with it, and shadow those of .venv.
+$(OLDEST)/ready: $(READY)
+	@rm -rf $(OLDEST)
+	@$(PIP_INSTALL) --quiet --target $(OLDEST) --no-deps transformers==$(OLDEST_TRANSFORMERS)
+	@$(PIP_INSTALL) --quiet --target $(OLDEST) --upgrade --constraint $(PIN) 'huggingface-hub<2'
+	@touch $@
+
+lint: lint-code lint-format lint-cpp lint-types lint-imports ## every static check, the same as pre-commit and CI
 
 lint-code: $(READY_DEV)
 	$(BIN)/ruff check
 
 lint-format: $(READY_DEV)
 	$(BIN)/ruff format --check
+
+lint-cpp: $(READY_DEV)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 lint-types: $(READY_DEV)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
@@ -70,11 +126,13 @@ lint-imports: $(READY_DEV)
 format: $(READY_DEV) ## format the code and mend what can be mended safely
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 model: $(READY) ## train the bundled model anew: make model BOOKS=folder-with-train.txt
 	@test -n "$(BOOKS)" || { echo 'BOOKS: expected a folder with train.txt, as in make model BOOKS=books'; exit 2; }
 	$(BIN)/python training/train.py --books '$(BOOKS)' --out '$(MODEL)'
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
-	rm -rf build dist htmlcov .coverage .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf build dist htmlcov src/turboattention/_cpu*.so
+	rm -rf .coverage .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
@@ -16,16 +17,26 @@ from turboattention.evaluation import tasks
 # model knows their form. Answers can, and carry the full weight.
 CONTEXT_WEIGHT = 0.1
 
-# How a generated document is drawn. Copying is what induction heads learn from first.
-TASK_SHARE = {"recall": 0.35, "needle": 0.15, "copy": 0.35, "arithmetic": 0.15}
+# How a generated document is drawn.
+TASK_SHARE = {"recall": 0.3, "needle": 0.25, "copy": 0.25, "arithmetic": 0.2}
 
-SHORTEST = 192  # tokens: the smallest budget that holds one question of every task
+# The smallest budgets in tokens. Looking up and copying are learned from tables of a few lines,
+# where a guess is right often enough to show the way; in long ones they are not found at all.
+SHORTEST = {"recall": 70, "needle": 192, "copy": 128, "arithmetic": 192}
 
 
 class Mixture:
     """Draws `batch(size, length)` of tokens, targets and weights, from a seed."""
 
-    def __init__(self, books: Path, tokenizer: Tokenizer, task_fraction: float, seed: int = 0):
+    def __init__(
+        self,
+        books: Path,
+        tokenizer: Tokenizer,
+        task_fraction: float,
+        seed: int = 0,
+        shares: dict[str, float] | None = None,
+    ):
+        self.shares = TASK_SHARE if shares is None else shares
         self.text = books.read_text(encoding="utf-8")
         self.tokenizer = tokenizer
         self.task_fraction = task_fraction
@@ -51,30 +62,31 @@ class Mixture:
         tokens: list[int] = []
         weights: list[float] = []
         while len(tokens) < length:
-            # Half the rows are one long document, the others several shorter ones.
-            room = length - len(tokens)
-            budget = room if self.random.random() < 0.5 else self.random.randint(0, room)
-            self._episode(max(SHORTEST, budget), tokens, weights)
+            self._episode(length - len(tokens), tokens, weights)
         return np.array(tokens[:length]), np.array(weights[:length], np.float32)
 
-    def _episode(self, budget: int, tokens: list[int], weights: list[float]) -> None:
-        (task,) = self.random.choices(list(TASK_SHARE), list(TASK_SHARE.values()))
+    def _episode(self, room: int, tokens: list[int], weights: list[float]) -> None:
+        """One document: as long as the room, or of any length up to it, in equal shares."""
+        (task,) = self.random.choices(list(self.shares), list(self.shares.values()))
+        shortest = SHORTEST[task]
+        budget = max(shortest, room)
+        if self.random.random() < 0.5:
+            budget = int(math.exp(self.random.uniform(math.log(shortest), math.log(budget))))
         self.episode_seed += 1
-        # About half of a row of look-ups or copies is answers: that is where induction is learned.
+        # About half of a table is asked back: that is where induction is learned.
         questions = {
-            "recall": budget // 20,
-            "needle": min(4, budget // 160),
-            "copy": budget // 40,
+            "recall": budget // 18,
+            "needle": min(4, budget // 256),
+            "copy": budget // 45,
             "arithmetic": budget // 80,
         }
-        episode = tasks.generate(
-            task,
-            self.episode_seed,
-            budget,
-            measure=self._measure,
-            questions=max(1, questions[task]),
-            prose=self._passage(),
-        )
+        asked, prose = max(1, questions[task]), self._passage()
+        try:
+            episode = tasks.generate(
+                task, self.episode_seed, budget, measure=self._measure, questions=asked, prose=prose
+            )
+        except ValueError:  # the first line drawn was longer than a small budget: draw again
+            return
         tokens.append(0)
         weights.append(CONTEXT_WEIGHT)
         for text, is_answer in episode.spans:

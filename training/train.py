@@ -22,7 +22,12 @@ from tokenizer import END, train_tokenizer
 from tokenizers import Tokenizer
 
 # (share of the time at which it begins, row length)
-CURRICULUM = ((0.0, 512), (0.45, 1024), (0.7, 2048), (0.85, 4096))
+CURRICULUM = ((0.0, 256), (0.1, 512), (0.4, 1024), (0.65, 2048), (0.85, 4096))
+
+# First only looking up and copying, in short rows: induction heads form there within a few million
+# tokens, and everything that is exact over a distance builds on them.
+INDUCTION_SHARE = 0.1
+INDUCTION = {"recall": 0.5, "copy": 0.5}
 WARMUP = 0.01
 COOLDOWN_START = 0.4
 
@@ -36,7 +41,9 @@ def main() -> None:
     books = (options.books / "train.txt").read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_file(str(options.init / "tokenizer.json")) if options.init else train_tokenizer(books)
     tokenizer.save(str(options.out / "tokenizer.json"))
-    mixture = Mixture(options.books / "train.txt", tokenizer, options.task_fraction, options.seed)
+    source = options.books / "train.txt"
+    mixture = Mixture(source, tokenizer, options.task_fraction, options.seed)
+    induction = Mixture(source, tokenizer, 1.0, options.seed + 500, INDUCTION)
     print(f"{len(mixture.books):,} tokens of books", flush=True)
 
     model = Llama(Shape())
@@ -45,12 +52,14 @@ def main() -> None:
         model.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
     model.to(device)
     step = torch.compile(model, dynamic=False) if options.compile else model
-    optimizers = make_optimizers(model)
+    optimizers = make_optimizers(model, options.peak)
     clock = time.monotonic if device.type == "cuda" else lambda: time.process_time() / torch.get_num_threads()
     start, last, seen, count, average = clock(), 0.0, 0, 0, math.nan
     while (share := (clock() - start) / (60 * options.minutes)) < 1:
         length = max(n for begin, n in CURRICULUM if share >= begin)
-        tokens, targets, weights = (t.to(device) for t in mixture.batch(max(1, options.batch_tokens // length), length))
+        source = mixture if options.skip_induction or share >= INDUCTION_SHARE else induction
+        size = max(2, options.batch_tokens // length)
+        tokens, targets, weights = (t.to(device) for t in source.batch(size, length))
         loss = step(tokens, targets, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -78,19 +87,21 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--init", type=Path, help="folder of an earlier run to go on from (weights and tokenizer)")
     parser.add_argument("--batch-tokens", type=int, default=8_192)
+    parser.add_argument("--skip-induction", action="store_true", help="begin with the whole mixture at once")
+    parser.add_argument("--peak", type=float, default=4e-3, help="peak learning rate of the matrices")
     parser.add_argument("--task-fraction", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
 
-def make_optimizers(model: Llama) -> list[tuple[torch.optim.Optimizer, float]]:
+def make_optimizers(model: Llama, peak: float) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms; with peak rates."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim == 1 or p is model.embed_tokens.weight]
     muon = torch.optim.Muon(matrices, lr=1.0, momentum=0.95, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-    return [(muon, 4e-3), (adam, 3e-3)]
+    return [(muon, peak), (adam, 0.75 * peak)]
 
 
 def schedule(share: float) -> float:

@@ -17,7 +17,7 @@ _LAZY = {
     "backends": "api",
     "explain": "api",
     "TurboConfig": "config",
-    "KVCache": "kv.cache",
+    "KVCache": "api",  # not kv.cache: with it comes dispatch, which gives caches their fastest quantizer
     "sas": "softmax",
     "flashq": "flashq",
     "integrations": "integrations",

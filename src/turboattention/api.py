@@ -26,7 +26,10 @@ from .validation import (
 )
 
 # Backend -> module with `prefill` and `attend_cache`, imported when first used.
-_MODULES = {"reference": ("turboattention.reference.prefill", "turboattention.reference.decode")}
+_MODULES = {
+    "cpu": ("turboattention.execution.cpu", "turboattention.execution.cpu"),
+    "reference": ("turboattention.reference.prefill", "turboattention.reference.decode"),
+}
 
 
 def turbo_attention(
@@ -75,7 +78,7 @@ def turbo_attention(
     check_softmax(scale, softcap)
     check_window(window_size)
     mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    chosen = dispatch.choose(backend)
+    chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device))
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_finite(name, x)
     out, lse = importlib.import_module(_MODULES[chosen.name][0]).prefill(
@@ -140,7 +143,7 @@ def turbo_attention_with_kvcache(
     check_window(window_size)
     window_size = cache.window_size if window_size is None else window_size
     _check_window_kept(cache, window_size)
-    chosen = dispatch.choose(backend)
+    chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device))
     counts = _new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
     mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], int(ends.max()) if len(ends) else 0)
@@ -211,10 +214,27 @@ def backends() -> dict[str, dispatch.Backend]:
     return dispatch.backends()
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *_: Any, backend: str = "auto", **__: Any) -> dispatch.Explanation:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    config: TurboConfig | None = None,
+    backend: str = "auto",
+) -> dispatch.Explanation:
     """Which backend `turbo_attention` would take for this call, and why; printable.
 
-    Takes the arguments of `turbo_attention` and raises what it would raise for the tensors.
+    Takes the arguments of `turbo_attention` and raises what it would raise for all but their values.
     """
+    config = check_config(config)
     check_qkv(q, k, v)
-    return dispatch.explain_choice(backend)
+    check_softmax(scale, softcap)
+    check_window(window_size)
+    check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return dispatch.explain_choice(backend, dispatch.Call(config, q.dtype, q.device))

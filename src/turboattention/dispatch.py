@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 from dataclasses import dataclass
 
-from .errors import BackendError, InputError
+import torch
+
+from .config import TurboConfig
+from .errors import BackendError, InputError, UnsupportedError
+from .kv import quantizer
 
 
 @dataclass(frozen=True)
@@ -29,38 +36,94 @@ class Explanation:
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.others.items()])
 
 
-# Fastest first: what "auto" tries.
-_FOUND = (
-    Backend("triton", False, "this version has no Triton kernels"),
-    Backend("cpu", False, "this version has no C++ extension"),
-    Backend("reference", True, "plain PyTorch, runs on any device"),
-)
+@dataclass(frozen=True)
+class Call:
+    """What of a call decides who can run it."""
+
+    config: TurboConfig
+    dtype: torch.dtype
+    device: torch.device
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend by name: whether it is usable here, and why."""
-    return {backend.name: backend for backend in _FOUND}
+    """Every backend by name, fastest first: whether it is usable here, and why."""
+    found = (
+        Backend("triton", False, "this version has no Triton kernels"),
+        _cpu(),
+        Backend("reference", True, "plain PyTorch, runs on any device"),
+    )
+    return {backend.name: backend for backend in found}
 
 
-def choose(name: str) -> Backend:
-    """The backend for `name`; "auto" is the fastest usable one.
+def choose(name: str, call: Call | None = None) -> Backend:
+    """The backend for `name`; "auto" is the fastest usable one that computes `call`.
 
     Raises:
-        InputError: an unknown name. BackendError: a backend named explicitly that cannot run here;
-            only "auto" ever falls back.
+        InputError: an unknown name. BackendError: a backend named explicitly that cannot run here.
+        UnsupportedError: one that does not compute this call. Only "auto" ever falls back.
     """
     found = backends()
     if name == "auto":
-        return next(backend for backend in found.values() if backend.usable)
+        return next(backend for backend in found.values() if backend.usable and not _refusal(backend.name, call))
     if name not in found:
         raise InputError(f'backend: expected "auto" or one of {", ".join(sorted(found))}, got {name!r}')
     if not found[name].usable:
         raise BackendError(f"backend: expected one that can run here, got {name!r} ({found[name].reason})")
+    refusal = _refusal(name, call)
+    if refusal:
+        raise UnsupportedError(f"backend: expected one that computes this call, got {name!r} ({refusal})")
     return found[name]
 
 
-def explain_choice(name: str) -> Explanation:
+def explain_choice(name: str, call: Call | None = None) -> Explanation:
     """What `choose` decides, in words."""
-    chosen = choose(name)
-    others = {b.name: b.reason for b in backends().values() if not b.usable}
+    chosen = choose(name, call)
+    others = {}
+    for backend in backends().values():
+        against = backend.reason if not backend.usable else _refusal(backend.name, call)
+        if against:
+            others[backend.name] = against
     return Explanation(chosen.name, chosen.reason, others)
+
+
+def _refusal(name: str, call: Call | None) -> str | None:
+    """Why a usable backend does not compute a call, or None."""
+    if name != "cpu" or call is None:
+        return None
+    if call.device.type != "cpu":
+        return f"the tensors are on {call.device}"
+    return importlib.import_module("turboattention.kernels.cpu.attention").refusal(call.config, call.dtype)
+
+
+def _cpu() -> Backend:
+    try:
+        return _cpu_with(os.environ.get("TURBOATTENTION_ISA"))
+    except ValueError as error:  # an instruction set that is not here
+        return Backend("cpu", False, str(error))
+
+
+@functools.cache
+def _cpu_with(isa: str | None) -> Backend:
+    try:
+        kernels = importlib.import_module("turboattention.kernels.cpu")
+    except ImportError as error:
+        missing = "turboattention._cpu" in str(error)
+        reason = "its C++ extension was not built (there was no compiler)" if missing else str(error)
+        return Backend("cpu", False, reason)
+    return Backend("cpu", True, f"C++ kernels for {kernels.in_use()}")
+
+
+def _quantizer(device: torch.device) -> quantizer.Quantizer | None:
+    """Stage 1 and the page codec of caches on a device, where kernels have them."""
+    return _cpu_quantizer() if device.type == "cpu" else None
+
+
+@functools.cache
+def _cpu_quantizer() -> quantizer.Quantizer | None:
+    try:
+        return importlib.import_module("turboattention.kernels.cpu.quantize")  # type: ignore[return-value]
+    except ImportError:
+        return None  # not built
+
+
+quantizer.install(_quantizer)

@@ -11,6 +11,7 @@ import torch
 
 from turboattention import TurboConfig, bundled
 from turboattention.cli.plain import size_text
+from turboattention.dispatch import choose
 from turboattention.errors import InputError
 from turboattention.integrations.transformers import generation
 
@@ -69,7 +70,7 @@ def test_json(run: Run, model: Path, language, expected) -> None:
     assert data["decode_tokens_per_second"] > 0
     facts = {name: data[name] for name in ("model", "device", "dtype", "backend", "context")}
     assert facts == {
-        "model": str(model), "device": "cpu", "dtype": "float32", "backend": "reference", "context": CONTEXT,
+        "model": str(model), "device": "cpu", "dtype": "float32", "backend": choose("auto").name, "context": CONTEXT,
     }  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def test_compare_several_settings(run: Run, model: Path, expected) -> None:
     assert [setting["bits"] for setting in data["settings"]] == ["4", "3", "mixed"]
     assert data["settings"][0]["tokens"] == expected.tokens
     assert data["own"]["new_tokens"] == 8
-    assert data["backend"] == "reference"
+    assert data["backend"] == choose("auto").name
     for setting in data["settings"]:
         assert setting["kv_bytes"] < data["own"]["kv_bytes"]
         assert setting["kv_bytes_fp16"] == data["own"]["kv_bytes_fp16"]

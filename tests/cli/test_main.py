@@ -40,7 +40,7 @@ def test_help_lists_the_commands(run, arguments: list[str]) -> None:
     assert "doctor" in ran.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "doctor"])
+@pytest.mark.parametrize("command", ["bench", "generate", "doctor"])
 def test_each_command_has_help_and_json(run, command: str) -> None:
     assert "--json" in run(command, "--help").stdout
 

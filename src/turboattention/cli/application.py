@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .doctor import doctor
 from .failures import CleanGroup
 from .generate import generate
@@ -41,4 +42,5 @@ def root(
 
 
 app.command()(generate)
+app.command()(bench)
 app.command()(doctor)

@@ -162,8 +162,7 @@ class KVCache:
         self._allocate(k.device)
         if self.dtype is None:
             self.dtype = k.dtype
-        compute = torch.float64 if k.dtype == torch.float64 else torch.float32
-        return stage(self.config, self.state(k.device), k.to(compute), v.to(compute), counts)
+        return stage(self.config, self.state(k.device), k, v, counts)
 
     def commit(self, staged: Stage, head_bits: Tensor | None = None) -> None:
         """Store what `stage` gave; `head_bits` int64 [2, Hkv] overrides widths not frozen yet."""
@@ -230,6 +229,11 @@ class KVCache:
             k_mean_fixed=self._given_mean is not None,
             universal=self._universal,
         )
+
+    @property
+    def store(self) -> PageStore | None:
+        """The pages, for kernels that read them in place; None before the first tokens."""
+        return self._store
 
     @property
     def page_counts(self) -> Tensor:

@@ -73,6 +73,10 @@ class PagePool:
             if not any(page in self._counts for page in members):
                 self._drop(slab, members)
 
+    def address(self, page: int) -> int:
+        """Where a page's bytes stand in memory; 0 for a negative number (an evicted page)."""
+        return self._pages[page].data_ptr() if page >= 0 else 0
+
     def write(self, pages: Sequence[int], content: Tensor) -> None:
         """Fill pages with rows of uint8 [N, page_bytes]."""
         for page, row in zip(pages, content, strict=True):

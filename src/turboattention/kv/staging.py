@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..flashq import quantize_int8, quantize_tokens, rotate
-from ..flashq.symmetric import CODE_MAX, SMALLEST_SCALE
+from ..flashq import quantize_int8, rotate
+from ..flashq.symmetric import CODE_MAX, SMALLEST_SCALE, compute_dtype
 from .pages import Tiles
+from .quantizer import Quantizer, quantizer_for
 
 # The first tokens of a sequence are odd in real models (attention sinks); the mean leaves them out.
 MEAN_SKIPS = 4
@@ -68,43 +69,65 @@ def fresh_state(
 
 
 def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, counts: Tensor) -> Stage:
-    """Quantize `counts[b]` left-aligned tokens of k, v [B, H, T, D] (float32 or float64) behind `state`."""
-    device, size = k.device, config.block_size
+    """Quantize `counts[b]` left-aligned tokens of k, v [B, H, T, D] behind `state`.
+
+    Computed in float32, or in float64 where k and v are.
+    """
+    size = config.block_size
     after = state.lengths + counts
     width = max(size, _round_up(int((after - state.start).max()) if len(after) else 0, size))
-    valid = (torch.arange(k.shape[2]) < counts[:, None]).to(device)
-    k, v = (torch.where(valid[:, None, :, None], x, 0.0) for x in (k, v))
-    if config.rotate:
-        k, v = rotate(k), rotate(v)
-    place = _Placement(state, counts, width, device)
-    if config.token_scales:
-        mean = state.k_mean
-        if config.smooth_k:
-            k, mean = _smooth(config, state, k, counts, after, place)
-        tiles = place.tiles(quantize_tokens(k), quantize_tokens(v))
-        return Stage(state.lengths, after, state.start, tiles, tiles, mean, None)
-    return _stage_by_tile(config, state, k, v, counts, after, place)
+    place = _Placement(state, counts, width, k.device)
+    if not config.token_scales:
+        return _stage_by_tile(config, state, k, v, counts, after, place)
+    quantizer, tiles = quantizer_for(k.device, k.dtype), place.opened(k)
+    values = _Side(quantizer, state, v, config.rotate, tiles.v8, tiles.v_scale)
+    values.quantize(torch.zeros_like(counts), counts, None, 0)
+    keys = _Side(quantizer, state, k, config.rotate, tiles.k8, tiles.k_scale)
+    mean = _quantize_keys(config, keys, counts, after)
+    return Stage(state.lengths, after, state.start, tiles, tiles, mean, None)
 
 
-def _smooth(
-    config: TurboConfig, state: SequenceState, k: Tensor, counts: Tensor, after: Tensor, place: _Placement
-) -> tuple[Tensor, Tensor]:
-    """Subtract the mean from every key past the first block; learn it where that block fills now."""
-    mean = state.k_mean
+@dataclass(frozen=True)
+class _Side:
+    """New keys or values x [B, H, T, D], and the stage's rows that they are quantized into."""
+
+    quantizer: Quantizer
+    state: SequenceState
+    x: Tensor
+    rotate: bool
+    codes: Tensor
+    scales: Tensor
+
+    def quantize(self, begin: Tensor, end: Tensor, mean: Tensor | None, mean_from: int) -> None:
+        """Tokens `begin[b] .. end[b]`, less their mean from position `mean_from` on."""
+        first, row = self.state.lengths, self.state.lengths - self.state.start
+        self.quantizer.quantize_tokens(
+            self.x, (begin, end), first, mean, mean_from, self.rotate, self.codes, self.scales, row
+        )
+
+
+def _quantize_keys(config: TurboConfig, keys: _Side, counts: Tensor, after: Tensor) -> Tensor | None:
+    """Quantize the keys, those past the first block without their mean, which is learned where that
+    block fills now; returns the mean."""
+    state, size = keys.state, config.block_size
+    mean, none = state.k_mean, torch.zeros_like(counts)
+    if not config.smooth_k:
+        keys.quantize(none, counts, None, 0)
+        return mean
     assert mean is not None
     if state.k_mean_fixed:
-        return k - mean[:, :, None].to(k.dtype), mean
-    size = config.block_size
+        keys.quantize(none, counts, mean, 0)
+        return mean
     filled = (state.lengths < size) & (after >= size)
-    if bool(filled.any()):
-        # From the first block's INT8 values as stored: the same however its tokens arrived.
-        codes, scales = place.fill(place.open("k8", "k_scale"), *quantize_tokens(k))
-        first = (codes[:, :, MEAN_SKIPS:size].to(scales.dtype) * scales[:, :, MEAN_SKIPS:size, None]).mean(2)
-        # Rounded as the cache will hold it, also where this call computes in float64.
-        mean = torch.where(filled.to(k.device)[:, None, None], first.float().to(mean.dtype), mean)
-    positions = state.lengths[:, None] + torch.arange(k.shape[2])
-    smoothed = (positions >= size).to(k.device)[:, None, :, None]
-    return torch.where(smoothed, k - mean[:, :, None].to(k.dtype), k), mean
+    if not bool(filled.any()):
+        keys.quantize(none, counts, mean, size)
+        return mean
+    # From the first block's INT8 values as stored: the same however its tokens arrived.
+    split = torch.minimum((size - state.lengths).clamp(min=0), counts)
+    keys.quantize(none, split, None, 0)
+    mean = keys.quantizer.first_block_mean(keys.codes, keys.scales, MEAN_SKIPS, size, filled, mean)
+    keys.quantize(split, counts, mean, size)
+    return mean
 
 
 def _stage_by_tile(
@@ -117,9 +140,20 @@ def _stage_by_tile(
     place: _Placement,
 ) -> Stage:
     """The paper's stage 1: a scale per tile, and one universal scale for what stays in the buffer."""
+    valid = (torch.arange(k.shape[2]) < counts[:, None]).to(k.device)[:, None, :, None]
+    k, v = (torch.where(valid, compute_dtype(x), 0.0) for x in (k, v))
+    if config.rotate:
+        k, v = rotate(k), rotate(v)
     mean, size = state.k_mean, config.block_size
     if config.smooth_k:
-        k, mean = _smooth(config, state, k, counts, after, place)
+        # Quantized by token only to learn the mean.
+        rows = place.opened(k)
+        keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, rows.k8, rows.k_scale)
+        mean = _quantize_keys(config, keys, counts, after)
+        assert mean is not None
+        positions = state.lengths[:, None] + torch.arange(k.shape[2])
+        smoothed = (positions >= (0 if state.k_mean_fixed else size)).to(k.device)[:, None, :, None]
+        k = torch.where(smoothed, k - mean[:, :, None].to(k.dtype), k)
     universal = state.universal
     assert universal is not None
     first = (state.lengths == 0).to(k.device)[:, None]
@@ -185,10 +219,18 @@ class _Placement:
             target[self._batch, :, self._row] = source[self._batch, :, self._token]
         return targets
 
-    def tiles(self, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> Tiles:
-        k8, k_scale = self.fill(self.open("k8", "k_scale"), *k)
-        v8, v_scale = self.fill(self.open("v8", "v_scale"), *v)
-        return Tiles(k8, v8, k_scale, v_scale)
+    def opened(self, like: Tensor) -> Tiles:
+        """Buffered rows, then zeros, for tokens like `like` [B, H, T, D]."""
+        batch, heads, _, head_dim = like.shape
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        k8, v8 = (torch.zeros(batch, heads, self.width, head_dim, dtype=torch.int8, device=like.device) for _ in "kv")
+        k_scale, v_scale = (torch.zeros(batch, heads, self.width, dtype=dtype, device=like.device) for _ in "kv")
+        tiles, buffered = Tiles(k8, v8, k_scale, v_scale), self.state.open_tiles
+        if buffered is not None:
+            rows = min(self.width, buffered.k8.shape[2])
+            for name in ("k8", "v8", "k_scale", "v_scale"):
+                getattr(tiles, name)[:, :, :rows] = getattr(buffered, name)[:, :, :rows]
+        return tiles
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from .layout import WIDEST, PageLayout
-from .pages import Tiles, decode_pages, encode_pages
+from .pages import Tiles
 from .pool import PagePool
+from .quantizer import quantizer_for
 
 EVICTED = -1
 
@@ -54,6 +55,7 @@ class PageStore:
         self.sinks = PagePool(sink_layout, device)
         self.compressed: PagePool | None = None
         self.head_bits: Tensor | None = None
+        self._addresses: Tensor | None = None
 
     def freeze(self, head_bits: Tensor) -> None:
         """Fix the widths int64 [2, Hkv] of every page behind the sinks."""
@@ -95,14 +97,17 @@ class PageStore:
                 if not is_sink:
                     assert head_bits is not None
                     layout = self.layout_for(head_bits)
-                parts.append(Encoded(layout, chosen, encode_pages(layout, chosen.tiles, self.config.search)))
+                tiles, quantizer = chosen.tiles, quantizer_for(self.device)
+                sides = tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
+                parts.append(Encoded(layout, chosen, quantizer.encode_pages(layout, *sides, self.config.search)))
         return parts
 
     def append(self, parts: list[Encoded]) -> None:
         """Store what `encode` gave, behind each sequence's pages."""
+        if parts:
+            self._addresses = None
         for part in parts:
-            pool = self.sinks if int(part.flush.block[0]) < self.sink_blocks else self.compressed
-            assert pool is not None
+            pool = self._pool_of(int(part.flush.block[0]))
             pages = pool.allocate(len(part.pages))
             pool.write(pages, part.pages)
             for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
@@ -117,9 +122,23 @@ class PageStore:
         for pool, begin, end in ((self.sinks, first, split), (self.compressed or self.sinks, split, last)):
             if begin < end:
                 pages = [page for table in self.tables for page in _entries(table, begin, end)]
-                tiles = decode_pages(pool.layout, pool.gather(pages))
+                tiles = Tiles(*quantizer_for(self.device).decode_pages(pool.layout, pool.gather(pages)))
                 parts.append(tiles.map(lambda x: x.unflatten(0, (len(self.tables), -1))))
         return parts[0] if len(parts) == 1 else Tiles.cat(parts, 1)
+
+    def addresses(self) -> Tensor:
+        """int64 [B, P]: where the bytes of every page stand in memory, for kernels; 0 where no page is."""
+        if self._addresses is None:
+            widest = max(map(len, self.tables), default=0)
+            rows = [[self._pool_of(j).address(page) for j, page in enumerate(table)] for table in self.tables]
+            padded = [row + [0] * (widest - len(row)) for row in rows]
+            self._addresses = torch.tensor(padded, dtype=torch.int64).view(len(self.tables), widest)
+        return self._addresses
+
+    def _pool_of(self, block: int) -> PagePool:
+        pool = self.sinks if block < self.sink_blocks else self.compressed
+        assert pool is not None
+        return pool
 
     def present(self, blocks: int) -> Tensor:
         """bool [B, blocks]: which blocks are pages that can be read."""
@@ -130,6 +149,7 @@ class PageStore:
 
     def truncate(self, counts: list[int]) -> None:
         """Keep the first `counts[b]` blocks of each sequence."""
+        self._addresses = None
         for table, count in zip(self.tables, counts, strict=True):
             self._release(table, count, len(table))
             del table[count:]
@@ -140,13 +160,15 @@ class PageStore:
             end = min(end, len(table))
             # Blocks are released from the front, so the last one tells whether any is left to do.
             if end > 0 and table[end - 1] != EVICTED:
+                self._addresses = None
                 self._release(table, 0, end)
                 table[:end] = [EVICTED] * end
 
     def select(self, index: list[int]) -> PageStore:
         """Sequences `index[0], index[1], ...` over the same pools; no page is copied."""
         chosen = object.__new__(PageStore)
-        chosen.__dict__ = {**self.__dict__, "tables": [list(self.tables[i]) for i in index]}
+        tables = [list(self.tables[i]) for i in index]
+        chosen.__dict__ = {**self.__dict__, "tables": tables, "_addresses": None}
         for table in chosen.tables:
             self.sinks.retain(table[: self.sink_blocks])
             if self.compressed is not None:

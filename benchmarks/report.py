@@ -1,0 +1,89 @@
+"""Writes measured figures into the documentation: `python benchmarks/report.py`, with --check to only compare.
+
+Reads every JSON file under benchmarks/results/, and replaces what stands between the markers of README.md and
+docs/performance.md. Plots go to docs/ as PNG. No figure is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tables import Result, full, result_of, summary
+
+from turboattention.cli.bench_files import write_plot
+from turboattention.cli.bench_view import facts_line
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+PAGES = {"README.md": summary, "docs/performance.md": full}
+DRAWN = ("sdpa", "sdpa-bf16", "ggml-f16", "ggml-q4_0")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail where a page differs from the files")
+    check = parser.parse_args().check
+    results = load(RESULTS)
+    stale = [name for name in PAGES if not update(ROOT, name, results, check=check)]
+    if check:
+        print("\n".join(f"{name}: differs from benchmarks/results; run python benchmarks/report.py" for name in stale))
+        return 1 if stale else 0
+    for path in draw(results, ROOT / "docs"):
+        print(path)
+    return 0
+
+
+def load(folder: Path) -> list[Result]:
+    """Results by file name."""
+    return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+
+
+def section(name: str, results: Sequence[Result]) -> str:
+    """What stands between the markers of a page."""
+    up = "../" * name.count("/")
+    text = PAGES[name](results).replace("(RESULTS/", f"({up}benchmarks/results/")
+    return f"{BEGIN}\n{text}\n{END}"
+
+
+def current(text: str) -> str | None:
+    """The section as it stands, markers included; None for a page without them."""
+    begin, end = text.find(BEGIN), text.find(END)
+    return text[begin : end + len(END)] if 0 <= begin < end else None
+
+
+def update(root: Path, name: str, results: Sequence[Result], *, check: bool) -> bool:
+    """Whether the page already said this; otherwise, and unless `check`, it does now."""
+    page = root / name
+    text = page.read_text(encoding="utf-8")
+    old, new = current(text), section(name, results)
+    if old is None or old == new:
+        return True
+    if not check:
+        page.write_text(text.replace(old, new), encoding="utf-8")
+    return False
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """One plot a file: causal prefill and INT4 decode at head_dim 128."""
+    drawn = []
+    for result in results:
+        rows = [
+            replace(row, rivals=[rival for rival in row.rivals if rival.peer in DRAWN])
+            for row in result.rows
+            if row.shape["head_dim"] == 128
+            and ((row.work == "prefill" and row.shape["causal"]) or (row.work == "decode" and row.bits == "4 bits"))
+        ]
+        path = folder / f"performance-{result.path.stem}.png"
+        if write_plot(path, rows, facts_line(result.facts)):
+            drawn.append(path)
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from targets import TARGETS
+
+from turboattention.benchmarking.records import Row, rows_of
+from turboattention.cli.bench_view import time_text
+
+NOTHING = "Nothing has been measured yet."
+PEERS = {
+    "sdpa": "SDPA fp32",
+    "sdpa-folded": "SDPA fp32, heads as rows",
+    "sdpa-bf16": "SDPA bf16",
+    "sdpa-bf16-folded": "SDPA bf16, heads as rows",
+    "dequantize": "dequantize + SDPA",
+    "int4": "own INT4",
+    "ggml-f16": "ggml f16",
+    "ggml-q8_0": "ggml q8_0",
+    "ggml-q4_0": "ggml q4_0",
+}
+SHORT = ("sdpa", "sdpa-bf16", "ggml-f16", "ggml-q8_0", "ggml-q4_0")
+"""Peers that the summary shows."""
+
+
+class Result(NamedTuple):
+    """One file: `rows` of attention, `models` of whole models."""
+
+    path: Path
+    facts: dict[str, Any]
+    rows: list[Row]
+    models: list[dict[str, Any]]
+
+
+def result_of(path: Path, document: dict[str, Any]) -> Result:
+    return Result(path, document["facts"], rows_of(document), document.get("end_to_end", []))
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The README's section: prefill and decode at head_dim 128, memory, and whole models."""
+    parts = []
+    for result in results:
+        rows = [row for row in result.rows if row.shape["head_dim"] == 128]
+        longest = _longest(rows)
+        parts += [
+            heading(result),
+            ratios([row for row in rows if row.work == "prefill" and row.shape["causal"]], SHORT),
+            ratios([row for row in rows if row.work == "decode" and row.shape["keys"] == longest], SHORT),
+            memory([row for row in rows if row.work == "memory"]),
+            models(result.models),
+        ]
+    return "\n\n".join(part for part in parts if part) or NOTHING
+
+
+def full(results: Sequence[Result]) -> str:
+    """Everything measured, and the targets beside it."""
+    parts = [targets(results)]
+    for result in results:
+        rows = result.rows
+        parts += [heading(result), ratios([row for row in rows if row.work == "prefill"], tuple(PEERS))]
+        parts += [ratios([row for row in rows if row.work == "decode"], tuple(PEERS))]
+        parts += [steps(rows), compress(rows), memory(rows), models(result.models)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def heading(result: Result) -> str:
+    facts = result.facts
+    ggml = f", ggml {facts['ggml']}" if facts.get("ggml") else ""
+    commit = f", commit {facts['commit'][:12]}" if facts.get("commit") else ""
+    peaks = "".join(f", {name} {value:,.0f}" for name, value in facts.get("peaks", {}).items())
+    return (
+        f"**{facts['cpu']}**, {facts['threads']} thread{'s' * (facts['threads'] != 1)}, backend `{facts['backend']}`, "
+        f"turboattention {facts['turboattention']}, torch {facts['torch']}{ggml}{commit}{peaks} "
+        f"([{result.path.name}](RESULTS/{result.path.name}))"
+    )
+
+
+def targets(results: Sequence[Result]) -> str:
+    lines = ["| work | floor | aim | measured |", "|---|---|---|---|"]
+    for target in TARGETS:
+        cells = []
+        for result in results:
+            found = target.measured(result.rows)
+            if found is not None:
+                text, reached = found
+                cells.append(text + ("" if reached else " (below the floor)"))
+        lines.append(f"| {target.work} | {target.floor} | {target.aim or '–'} | {'<br>'.join(cells) or '–'} |")
+    return "\n".join(lines)
+
+
+def ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """How much faster TurboAttention is than each peer: medians, and p20 to p80 where there is room."""
+    rows = [row for row in rows if row.refused is None]
+    if not rows:
+        return ""
+    present = [name for name in names if any(rival.peer == name for row in rows for rival in row.rivals)]
+    work = rows[0].work
+    heads = f"{rows[0].shape['heads']}/{rows[0].shape['kv_heads']} heads"
+    columns = [f"{work}, {heads}", "head_dim", "time", "GOPS", *(f"× {PEERS[name]}" for name in present)]
+    lines = [_line(columns), _line(["---"] * len(columns))]
+    for row in rows:
+        assert row.seconds is not None
+        what = row.bits or ("causal" if row.shape["causal"] else "full")
+        cells = [f"{what}, {row.shape['keys']:,}", str(row.shape["head_dim"])]
+        cells += [time_text(row.seconds.median), f"{row.gops:,.0f}"]
+        lines.append(_line(cells + [_ratio(row, name) for name in present]))
+    return "\n".join(lines)
+
+
+def _ratio(row: Row, name: str) -> str:
+    rival = next((rival for rival in row.rivals if rival.peer == name), None)
+    if rival is None:
+        return "–"
+    if rival.ratio is None:
+        return "refused"
+    return f"{rival.ratio.median:.2f} ({rival.ratio.p20:.2f} to {rival.ratio.p80:.2f})"
+
+
+def steps(rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if row.work == "steps" and row.seconds is not None]
+    lines = [_line(["bits", "tokens", "step", "at a flush", "slowest"]), _line(["---"] * 5)]
+    for row in rows:
+        assert row.seconds is not None
+        flush, worst = (f"{row.figures[name]:.2f}x" for name in ("flush_over_median", "worst_over_median"))
+        lines.append(_line([row.bits or "", f"{row.shape['keys']:,}", time_text(row.seconds.median), flush, worst]))
+    return "\n".join(lines) if rows else ""
+
+
+def compress(rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if row.work == "compress" and row.seconds is not None]
+    columns = ["bits", "tokens", "compress a block", "decode step", "a token's part", "append one by one"]
+    lines = [_line(columns), _line(["---"] * len(columns))]
+    for row in rows:
+        assert row.seconds is not None
+        f = row.figures
+        share = f"{f['share']:.2%} ({f['share_p20']:.2%} to {f['share_p80']:.2%})"
+        cells = [row.bits or "", f"{row.shape['keys']:,}", time_text(row.seconds.median)]
+        lines.append(_line([*cells, time_text(f["decode_seconds"]), share, f"{f['single_append_share']:.1%}"]))
+    return "\n".join(lines) if rows else ""
+
+
+def memory(rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if row.work == "memory"]
+    lines = [_line(["KV cache", "tokens", "below FP16", "bits per element"]), _line(["---"] * 4)]
+    for row in rows:
+        ratio, bits = row.figures["below_fp16"], row.figures["bits_per_element"]
+        lines.append(_line([row.bits or "", f"{row.shape['keys']:,}", f"{ratio:.2f}x", f"{bits:.2f}"]))
+    return "\n".join(lines) if rows else ""
+
+
+def models(entries: Sequence[dict[str, Any]]) -> str:
+    columns = ["whole model, context", "bits", "own cache, tokens/s", "TurboCache, tokens/s", "faster", "KV below FP16"]
+    lines = [_line(columns), _line(["---"] * len(columns))]
+    for entry in entries:
+        ratio = entry["ratio"]
+        speeds = [f"{entry[f'{name}_tokens_per_second']:.2f}" for name in ("sdpa", "turbo")]
+        faster = f"{ratio['median']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
+        below = f"{entry['fp16_bytes'] / entry['turbo_cache_bytes']:.2f}x"
+        lines.append(_line([f"{entry['context']:,}", entry["bits"], *speeds, faster, below]))
+    return "\n".join(lines) if entries else ""
+
+
+def _longest(rows: Sequence[Row]) -> int:
+    return max((row.shape["keys"] for row in rows if row.work == "decode"), default=0)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

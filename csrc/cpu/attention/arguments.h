@@ -1,0 +1,60 @@
+// What attention is given: plain pointers and sizes. B sequences, H KV heads, G query heads a KV head,
+// Lq query rows, D channels; blocks are 64 tokens.
+#pragma once
+
+#include <cstdint>
+
+namespace turbo {
+
+constexpr int kBlock = 64;
+constexpr int kMaxHeadDim = 256;
+
+// Byte offsets of one head's half (K or V) of a page; step and zero are -1 at 8 bits.
+struct HeadPlace {
+    std::int64_t bits, codes, step, zero;
+};
+
+// A page's layout: places [H][2] (K, V), sections of scales. token_scales is -1 without them.
+struct PagePlan {
+    const HeadPlace* places;
+    std::int64_t token_scales[2];
+    std::int64_t scales[2];
+};
+
+struct AttendArgs {
+    std::int64_t batch, heads, group, queries, head_dim;
+    // Queries, rotated and quantized: int8 [B, H, G, Lq, D]; units and mean_logits [B, H, G, Lq].
+    const std::int8_t* q;
+    const float* q_unit;
+    const float* mean_logit;             // or null
+    const std::int64_t* first_position;  // [B], where query row 0 stands
+    const std::int64_t* valid_rows;      // [B], rows behind are left alone: 0 and -inf
+    const std::int64_t* lengths;         // [B], keys of each sequence
+    std::int64_t mean_from;              // first block whose keys are stored without the mean
+    // Pages: addresses [B, page_stride] (0 where evicted), counts [B].
+    const std::uint64_t* pages;
+    const std::int64_t* page_counts;
+    std::int64_t page_stride, sink_blocks;
+    PagePlan sinks, compressed;
+    // Open rows from position start[b] (a multiple of 64) on: int8 rows of D, one scale a row.
+    const std::int8_t* open[2];
+    const float* open_scale[2];
+    const std::int64_t* start;
+    std::int64_t open_stride_batch, open_stride_head;  // in rows
+    // Softmax.
+    std::int64_t softmax;  // 0 sas, 1 sas2, 2 exp
+    float threshold;
+    float softcap;                // 0 for none
+    std::int64_t causal, window;  // window 0 for none
+    // Mask: kind 0 none, 1 bytes (nonzero attends), 2 float32 (added); element strides of b, h, q, k.
+    std::int64_t mask_kind;
+    const void* mask;
+    std::int64_t mask_stride[4];
+    std::int64_t mask_keys;  // how many keys the mask covers
+    // Results: float32 [B, H, G, Lq, D], [B, H, G, Lq].
+    float* out;
+    float* lse;
+    std::int64_t threads;
+};
+
+}  // namespace turbo

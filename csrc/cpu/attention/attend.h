@@ -1,0 +1,150 @@
+// Attention as tasks: tiles of query rows, and for few rows also runs of blocks, merged afterwards.
+// How work is cut depends on shapes alone, so that results do not depend on the number of threads.
+#pragma once
+
+constexpr int kRowsATask = 256;  // their output stays in the second-level cache
+constexpr int kBlocksASplit = 16;
+
+struct Plan {
+    std::int64_t tile, tiles, splits, blocks_a_split;
+};
+
+inline Plan plan_of(const AttendArgs& a, std::int64_t blocks) {
+    const std::int64_t tile = std::max<std::int64_t>(1, std::min(a.queries, kRowsATask / a.group));
+    const std::int64_t tiles = (a.queries + tile - 1) / tile;
+    if (tiles > 1) return {tile, tiles, 1, blocks};
+    return {tile, 1, std::max<std::int64_t>(1, (blocks + kBlocksASplit - 1) / kBlocksASplit), kBlocksASplit};
+}
+
+// Writes a row: normalized, with its log-sum-exp; 0 and -inf where nothing was seen.
+inline void finish_row(const AttendArgs& a, std::int64_t at, float peak, float total, const float* out) {
+    float* target = a.out + at * a.head_dim;
+    if (!(total > 0)) {
+        fill(target, a.head_dim, 0.0f);
+        a.lse[at] = -std::numeric_limits<float>::infinity();
+        return;
+    }
+    const float over = 1.0f / total;
+    for (std::int64_t c = 0; c < a.head_dim; ++c) target[c] = out[c] * over;
+    a.lse[at] = peak + std::log(total);
+}
+
+// Adds the runs of blocks of a row up, in their order.
+inline void merge_row(const Running* parts, std::int64_t count, int row, int wide, float& peak, float& total,
+                      float* out) {
+    peak = -std::numeric_limits<float>::infinity(), total = 0.0f;
+    for (std::int64_t s = 0; s < count; ++s) peak = std::max(peak, parts[s].peak[row]);
+    fill(out, wide, 0.0f);
+    if (peak == -std::numeric_limits<float>::infinity()) return;
+    for (std::int64_t s = 0; s < count; ++s) {
+        const Running& part = parts[s];
+        alignas(64) float factor[16];
+        f_store(factor, f_exp(f_set(part.peak[row] - peak)));
+        if (factor[0] == 0.0f) continue;
+        total += part.total[row] * factor[0];
+        const float* from = part.out + static_cast<std::size_t>(row) * wide;
+        for (int c = 0; c < wide; c += 16) f_store(out + c, f_fma(f_load(from + c), f_set(factor[0]), f_load(out + c)));
+    }
+}
+
+struct Scratch {
+    FewScratch few;
+    ManyScratch many;
+};
+
+template <class Level>
+inline void run_task(const AttendArgs& a, const Task& task, const Level& level, Scratch& scratch, Running& state) {
+    const std::int64_t rows = (task.last_query - task.first_query) * a.group;
+    fill(state.peak, rows, -std::numeric_limits<float>::infinity());
+    fill(state.total, rows, 0.0f);
+    fill(state.out, rows * state.wide, 0.0f);
+    if (!rows) return;
+    // By the task's full size, so that a ragged batch takes one path.
+    if (std::min<std::int64_t>(a.queries, kRowsATask) * a.group <= kFewRows)
+        run_few_rows(a, task, level, scratch.few, state);
+    else
+        run_many_rows(a, task, level, scratch.many, state);
+}
+
+template <class Level>
+inline void attend_with(const AttendArgs& a, const Level& level) {
+    std::int64_t blocks = 0;
+    for (std::int64_t b = 0; b < a.batch; ++b) blocks = std::max(blocks, (a.lengths[b] + kBlock - 1) / kBlock);
+    const Plan plan = plan_of(a, blocks);
+    const int wide = padded(a.head_dim), rows_a_task = static_cast<int>(plan.tile * a.group);
+    const std::int64_t tasks = a.batch * a.heads * plan.tiles * plan.splits;
+    const std::size_t floats = (static_cast<std::size_t>(rows_a_task) * (wide + 2) + 15) / 16 * 16;
+    // One result a task where runs of blocks are merged, else one a thread.
+    Buffer<float> kept(plan.splits > 1 ? floats * tasks : 0);
+    Buffer<Running> parts(plan.splits > 1 ? tasks : 0);
+    const auto place = [&](float* at) {
+        const std::int64_t out = static_cast<std::int64_t>(rows_a_task) * wide;
+        return Running{at + out, at + out + rows_a_task, at, wide};
+    };
+    const auto for_rows = [&](const Task& task, auto&& body) {
+        const std::int64_t queries = task.last_query - task.first_query;
+        for (int row = 0; row < queries * a.group; ++row) {
+            const std::int64_t i = task.first_query + row % queries, g = row / queries;
+            body(row, ((task.b * a.heads + task.h) * a.group + g) * a.queries + i);
+        }
+    };
+    const auto task_of = [&](std::int64_t index) {
+        const std::int64_t split = index % plan.splits, rest = index / plan.splits;
+        // The last tiles see most under a causal mask: they go first.
+        const std::int64_t tile = plan.tiles - 1 - rest / (a.batch * a.heads);
+        const std::int64_t bh = rest % (a.batch * a.heads);
+        Task task{bh / a.heads, bh % a.heads, tile * plan.tile, 0, split * plan.blocks_a_split, 0};
+        task.last_query = std::min({(tile + 1) * plan.tile, a.queries, a.valid_rows[task.b]});
+        task.last_query = std::max(task.last_query, task.first_query);
+        const std::int64_t own = (a.lengths[task.b] + kBlock - 1) / kBlock;
+        task.last_block = std::min(own, task.first_block + plan.blocks_a_split);
+        return task;
+    };
+    parallel_for(tasks, static_cast<int>(a.threads), [&](std::int64_t index) {
+        static thread_local Buffer<float> own;
+        static thread_local Buffer<Scratch> scratch(1);
+        const Task task = task_of(index);
+        if (plan.splits > 1) {
+            parts[index] = place(&kept[floats * index]);
+            run_task(a, task, level, scratch[0], parts[index]);
+            return;
+        }
+        own.hold(floats);
+        Running state = place(&own[0]);
+        run_task(a, task, level, scratch[0], state);
+        for_rows(task, [&](int row, std::int64_t at) {
+            finish_row(a, at, state.peak[row], state.total[row], state.out + static_cast<std::size_t>(row) * wide);
+        });
+    });
+    if (plan.splits > 1)
+        parallel_for(a.batch * a.heads, static_cast<int>(a.threads), [&](std::int64_t bh) {
+            alignas(64) float out[kMaxHeadDim];
+            for_rows(task_of(bh * plan.splits), [&](int row, std::int64_t at) {
+                float peak, total;
+                merge_row(&parts[bh * plan.splits], plan.splits, row, wide, peak, total, out);
+                finish_row(a, at, peak, total, out);
+            });
+        });
+    // Rows of padding: zero, and nothing seen.
+    for (std::int64_t b = 0; b < a.batch; ++b)
+        for (std::int64_t head = 0; head < a.heads * a.group; ++head)
+            for (std::int64_t i = a.valid_rows[b]; i < a.queries; ++i)
+                finish_row(a, (b * a.heads * a.group + head) * a.queries + i, 0.0f, 0.0f, nullptr);
+}
+
+template <Softmax Form>
+inline void attend_as(const AttendArgs& a) {
+    const Exponential exponential(a.threshold);
+    if (exponential.cuts())
+        attend_with(a, Levels<Form, true>{exponential});
+    else
+        attend_with(a, Levels<Form, false>{exponential});
+}
+
+inline void attend(const AttendArgs& a) {
+    switch (a.softmax) {
+        case 0: attend_as<Softmax::sas>(a); break;
+        case 1: attend_as<Softmax::sas2>(a); break;
+        default: attend_with(a, Levels<Softmax::exp, false>{Exponential(a.threshold)});
+    }
+}

@@ -1,0 +1,117 @@
+// Few query rows (decode): pages are read as they lie, a lane is a token, then a channel.
+#pragma once
+
+struct FewScratch {
+    RowOperand open;
+    Weights weights;
+    BlockScales scales;
+    alignas(64) float spare[kMaxHeadDim];  // where rows that fill up a group of R write
+};
+
+template <class Level, int R>
+struct Pass {  // R rows over one block; those from `used` on repeat the last one and count nothing
+    const Job& job;
+    const Level& level;
+    FewScratch& scratch;
+    Running& state;
+    const std::int8_t* q[R];
+    std::int32_t q_sum[R];
+    Row row[R];
+    int index[R];
+    float* out[R];
+    int used;
+
+    void weigh(std::int64_t block) {
+        Weights& w = scratch.weights;
+        float peaks[R];
+        std::int32_t totals[R];
+        for (int r = 0; r < R; ++r) {
+            if (r >= used) {
+                w.p_sum[r] = w.p_sum[used - 1];
+                std::memcpy(w.p[r], w.p[used - 1], kBlock);
+                continue;
+            }
+            const Sight sight = sight_at(job.a, job.b, job.a.first_position[job.b] + row[r].query, block);
+            const auto [peak, total] =
+                row_weights(job, level, row[r], block, sight, scratch.scales, w.scores[r], w.p[r], w.p_sum[r]);
+            peaks[r] = peak, totals[r] = total;
+        }
+        fold(w, state, used, index, peaks, totals, scratch.scales.value_unit);
+        for (int r = used; r < R; ++r) w.keep[r] = w.unit[r] = 0.0f;
+    }
+
+    void over_open(std::int64_t block) {
+        Weights& w = scratch.weights;
+        key_products<R>(q, q_sum, scratch.open.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
+        weigh(block);
+        value_products<R>(w.p, w.p_sum, scratch.open.values, state.wide, out, w.keep, w.unit);
+    }
+
+    void over_page(const PageHead& page, std::int64_t block) {
+        Weights& w = scratch.weights;
+        const int d = static_cast<int>(job.a.head_dim);
+        switch (page.place(0).bits) {
+            case 8: key_products<R>(q, q_sum, page.codes(0), d / 4, w.scores); break;
+            case 4: packed_key_products<4, R>(q, page, d, w.scores); break;
+            case 3: packed_key_products<3, R>(q, page, d, w.scores); break;
+            default: packed_key_products<2, R>(q, page, d, w.scores);
+        }
+        weigh(block);
+        switch (page.place(1).bits) {
+            case 8: packed_value_products<8, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
+            case 4: packed_value_products<4, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
+            case 3: packed_value_products<3, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
+            default: packed_value_products<2, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit);
+        }
+    }
+};
+
+// Runs a task of `rows` rows; `state` holds them query head by query head.
+template <class Level>
+inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& level, FewScratch& scratch,
+                         Running& state) {
+    constexpr int R = kFewRowsAtOnce;
+    const Job job{a, task.b, task.h};
+    const int queries = static_cast<int>(task.last_query - task.first_query);
+    const int rows = queries * static_cast<int>(a.group), head_dim = static_cast<int>(a.head_dim);
+    std::int32_t sums[kFewRows] = {};
+    const auto query_at = [&](int row) {
+        const std::int64_t g = row / queries, i = task.first_query + row % queries;
+        return a.q + (((task.b * a.heads + task.h) * a.group + g) * a.queries + i) * a.head_dim;
+    };
+    for (int row = 0; row < rows; ++row) {
+        const std::int8_t* q = query_at(row);
+        for (int c = 0; c < head_dim; ++c) sums[row] += q[c];
+    }
+    const auto pass_over = [&](std::int64_t block, auto&& run) {
+        for (int row = 0; row < rows;) {
+            Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
+            for (; pass.used < R && row < rows; ++row) {
+                const Row at{row / queries, task.first_query + row % queries};
+                if (sight_at(a, task.b, a.first_position[task.b] + at.query, block).none()) continue;
+                const int r = pass.used++;
+                pass.row[r] = at, pass.index[r] = row, pass.q[r] = query_at(row), pass.q_sum[r] = sums[row];
+                pass.out[r] = state.out + static_cast<std::size_t>(row) * state.wide;
+            }
+            if (!pass.used) continue;
+            for (int r = pass.used; r < R; ++r) {
+                pass.q[r] = pass.q[r - 1], pass.q_sum[r] = pass.q_sum[r - 1], pass.out[r] = scratch.spare;
+            }
+            run(pass);
+        }
+    };
+    std::memset(scratch.spare, 0, sizeof scratch.spare);
+    for (std::int64_t block = task.first_block; block < task.last_block; ++block) {
+        if (!task_sees(a, task, block)) continue;
+        if (is_page(a, task.b, block)) {
+            const PageHead page = page_of(a, task.b, task.h, block);
+            read_scales(scratch.scales, page);
+            pass_over(block, [&](auto& pass) { pass.over_page(page, block); });
+        } else {
+            const OpenBlock open = open_block(a, task.b, task.h, block);
+            read_scales(scratch.scales, open);
+            row_operand(scratch.open, open, head_dim);
+            pass_over(block, [&](auto& pass) { pass.over_open(block); });
+        }
+    }
+}

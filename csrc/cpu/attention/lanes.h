@@ -1,0 +1,156 @@
+// Many query rows over blocks: a lane is a query. Maxima, sums and rescaling are then plain vector
+// operations, and both integer products read keys and values as rows:
+//
+//   scores^T [64 tokens][queries] = keys [64 tokens][D] . queries [D / 4 quads][queries][4 channels]
+//   out^T    [D][queries]        += values [D][64 tokens] . weights [16 quads of tokens][queries][4]
+#pragma once
+
+constexpr int kQueryLanes = 16 * kQueryVectors;  // queries at once
+
+// One block of keys and values. Keys are X8 ^ kFlip (X8 + 128 where the dot product takes its first
+// factor unsigned); values are INT8 as they are.
+struct Operand {
+    alignas(64) std::uint8_t keys[kBlock * kMaxHeadDim];
+    alignas(64) std::int8_t values[kMaxHeadDim * kBlock];
+    alignas(64) std::uint8_t work[kBlock * kMaxHeadDim];
+};
+
+// Of a block: the keys' scales, the values' over the largest of them, and that one / 127.
+struct BlockScales {
+    alignas(64) float key[kBlock];
+    alignas(64) float value[kBlock];
+    float value_unit;
+};
+
+inline void set_value_scales(BlockScales& block, const float* scale) {
+    F largest = f_load(scale);
+    for (int t = 16; t < kBlock; t += 16) largest = f_max(largest, f_load(scale + t));
+    const float top = f_reduce_max(largest);
+    const F divisor = f_set(top > 0 ? top : 1.0f);
+    for (int t = 0; t < kBlock; t += 16) f_store(block.value + t, f_load(scale + t) / divisor);
+    block.value_unit = top / kLevels;
+}
+
+// words [16 quads of tokens][D] -> values [D][16 quads]
+inline void values_from_words(std::int8_t* values, const std::uint8_t* words, int head_dim) {
+    for (int c = 0; c < head_dim; c += 8)
+        for (int quad = 0; quad < kBlock / 4; ++quad)
+            for (int k = c; k < c + 8; ++k)
+                std::memcpy(values + kBlock * k + 4 * quad, words + 4 * (quad * head_dim + k), 4);
+}
+
+// What a group of queries needs while it runs over blocks.
+struct Group {
+    alignas(64) std::int8_t q[kMaxHeadDim / 4][kQueryLanes][4];
+    alignas(64) std::int32_t q_sum[kQueryLanes];
+    alignas(64) float unit[kQueryLanes], mean[kQueryLanes];
+    alignas(64) float peak[kQueryLanes], total[kQueryLanes];
+    alignas(64) float out[kMaxHeadDim][kQueryLanes];
+    std::int64_t position[kQueryLanes], query[kQueryLanes];
+    int head[kQueryLanes];  // of the group of query heads
+    int used;
+    std::int64_t nearest, farthest;  // positions
+};
+
+struct GroupWork {
+    alignas(64) std::int32_t scores[kBlock][kQueryLanes];
+    alignas(64) float x[kBlock][kQueryLanes];
+    alignas(64) std::uint8_t p[kBlock / 4][kQueryLanes][4];
+    alignas(64) float keep[kQueryLanes], factor[kQueryLanes];
+    alignas(64) std::int32_t low[kQueryLanes], high[kQueryLanes];
+};
+
+// Whether every lane sees the whole block; fills low and high where not. `none`: no lane sees any.
+inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, const Group& g, GroupWork& w,
+                     bool& none) {
+    const std::int64_t first = block * kBlock, last = first + kBlock - 1;
+    none = false;
+    bool all = g.used == kQueryLanes && last < a.lengths[b];
+    if (a.causal) all = all && last <= g.nearest;
+    if (a.window) all = all && first > g.farthest - a.window && (a.causal || last < g.nearest + a.window);
+    if (all) return true;
+    none = true;
+    for (int lane = 0; lane < kQueryLanes; ++lane) {
+        Sight sight{0, 0};
+        if (lane < g.used) sight = sight_at(a, b, g.position[lane], block);
+        w.low[lane] = sight.low, w.high[lane] = sight.high;
+        none = none && sight.none();
+    }
+    return false;
+}
+
+// Logits of all lanes into w.x, their maximum over the block into `peak`.
+inline void group_logits(const Job& job, std::int64_t block, const BlockScales& scales, const Group& g, GroupWork& w,
+                         bool partial, F* peak) {
+    const AttendArgs& a = job.a;
+    const F lowest = f_set(-std::numeric_limits<float>::infinity());
+    const bool with_mean = a.mean_logit && block >= a.mean_from;
+    F unit[kQueryVectors], mean[kQueryVectors];
+    for (int n = 0; n < kQueryVectors; ++n) {
+        unit[n] = f_load(g.unit + 16 * n), peak[n] = lowest;
+        mean[n] = with_mean ? f_load(g.mean + 16 * n) : f_set(0.0f);
+    }
+    for (int t = 0; t < kBlock; ++t)
+        for (int n = 0; n < kQueryVectors; ++n) {
+            const F x = f_fma(f_from_int(i_load(w.scores[t] + 16 * n)), unit[n] * f_set(scales.key[t]), mean[n]);
+            f_store(w.x[t] + 16 * n, x);
+            peak[n] = f_max(peak[n], x);
+        }
+    if (a.softcap > 0)
+        for (int t = 0; t < kBlock; ++t)
+            for (int n = 0; n < kQueryVectors; ++n) {
+                const F x = f_load(w.x[t] + 16 * n) / f_set(a.softcap);
+                f_store(w.x[t] + 16 * n, f_set(a.softcap) * f_tanh(x));
+            }
+    if (a.mask_kind) {
+        alignas(64) float mask[kBlock];
+        for (int lane = 0; lane < g.used; ++lane) {
+            mask_values(a, job.b, job.h * a.group + g.head[lane], g.query[lane], block, mask);
+            for (int t = 0; t < kBlock; ++t) w.x[t][lane] += mask[t];
+        }
+    }
+    if (!partial && !a.mask_kind && !(a.softcap > 0)) return;
+    for (int n = 0; n < kQueryVectors; ++n) {
+        peak[n] = lowest;
+        const I low = i_load(w.low + 16 * n), high = i_load(w.high + 16 * n);
+        for (int t = 0; t < kBlock; ++t) {
+            F x = f_load(w.x[t] + 16 * n);
+            if (partial) x = f_between(low, i_set(t), high, x, lowest);
+            f_store(w.x[t] + 16 * n, x);
+            peak[n] = f_max(peak[n], x);
+        }
+    }
+}
+
+// Weights of all lanes: INT8 codes into w.p, by how much results shrink into w.keep, and what a
+// product of this block counts into w.factor. Returns whether any result shrinks.
+template <class Levels>
+inline bool group_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w, const F* peak) {
+    const F none = f_set(-std::numeric_limits<float>::infinity()), zero = f_set(0.0f);
+    bool shrinks = false;
+    for (int n = 0; n < kQueryVectors; ++n) {
+        const F against = f_keep_gt(peak[n], none, peak[n]);
+        I total = i_set(0);
+        for (int t = 0; t < kBlock; t += 4) {
+            I code[4];
+            for (int k = 0; k < 4; ++k) {
+                const F level = levels(against - f_load(w.x[t + k] + 16 * n));
+                total = total + i_from_float(level);
+                code[k] = i_from_float(level * f_set(scales.value[t + k]));
+            }
+            i_store(reinterpret_cast<std::int32_t*>(w.p[t / 4][16 * n]),
+                    (code[0] | i_shl<8>(code[1])) | (i_shl<16>(code[2]) | i_shl<24>(code[3])));
+        }
+        const F old = f_load(g.peak + 16 * n), top = f_max(old, peak[n]);
+        const F base = f_keep_gt(top, none, top);
+        const F keep = f_exp(old - base), each = f_exp(peak[n] - base);
+        f_store(g.peak + 16 * n, top);
+        const F sum = f_from_int(total) / f_set(kLevels);
+        f_store(g.total + 16 * n, f_fma(sum, each, f_load(g.total + 16 * n) * keep));
+        f_store(w.keep + 16 * n, keep);
+        f_store(w.factor + 16 * n, f_set(scales.value_unit) * each);
+        shrinks = shrinks || f_any_lt(keep, f_set(1.0f));
+    }
+    (void)zero;
+    return shrinks;
+}

@@ -1,0 +1,114 @@
+// The two products over a page as it lies, for few rows of queries: nothing is decompressed.
+//
+// K: q . (code step + zero) = (q step) . code + q . zero. q step takes up to 16 bits; it is split
+// into 128 high + low, both int8, and costs two dot products over the same unpacked codes.
+// V: sum_t p (code step + zero) = step sum_t p code + zero sum_t p.
+#pragma once
+
+template <int R>
+struct ScaledQueries {
+    alignas(64) std::int8_t low[R][kMaxHeadDim];
+    alignas(64) std::int8_t high[R][kMaxHeadDim];
+    std::int32_t offset[R];  // q . zero
+};
+
+template <int R>
+inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, const PageHead& source, int head_dim) {
+    const std::int8_t* step = source.steps(0);
+    const std::int8_t* zero = source.zeros(0);
+    for (int r = 0; r < R; ++r) {
+        const std::int8_t* row = q[r];
+        std::int32_t sum = 0;
+        for (int c = 0; c < head_dim; ++c) {
+            // |q step| <= 119 * 80 = 9,520: high within +-75, low within -64 .. 63.
+            const std::int16_t product = static_cast<std::int16_t>(row[c] * step[c]);
+            const std::int16_t high = static_cast<std::int16_t>((product + 64) >> 7);
+            out.high[r][c] = static_cast<std::int8_t>(high);
+            out.low[r][c] = static_cast<std::int8_t>(product - (high << 7));
+            sum += row[c] * zero[c];
+        }
+        out.offset[r] = sum;
+    }
+}
+
+// out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact.
+template <int Bits, int R>
+inline void packed_key_products(const std::int8_t* const* q, const PageHead& source, int head_dim,
+                                std::int32_t (*out)[kBlock]) {
+    ScaledQueries<R> scaled;
+    scale_queries<R>(scaled, q, source, head_dim);
+    constexpr int kAtOnce = R <= 4 && kVectors == 4 ? 2 : 1;  // token vectors, beside two sums each
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; n += kAtOnce) {
+        I low[R][kAtOnce], high[R][kAtOnce];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < kAtOnce; ++m) low[r][m] = i_set(scaled.offset[r]), high[r][m] = i_set(0);
+        const std::uint8_t* octet = source.codes(0);
+        for (int o = 0; o < head_dim / 8; ++o, octet += octet_bytes(Bits)) {
+#pragma GCC unroll 2
+            for (int quad = 0; quad < 2; ++quad) {
+                Bytes code[kAtOnce];
+                for (int m = 0; m < kAtOnce; ++m) code[m] = unpack<Bits>(octet, 4 * quad + n + m);
+                for (int r = 0; r < R; ++r) {
+                    const Bytes a = b_broadcast(scaled.low[r] + 8 * o + 4 * quad);
+                    const Bytes b = b_broadcast(scaled.high[r] + 8 * o + 4 * quad);
+                    for (int m = 0; m < kAtOnce; ++m) {
+                        low[r][m] = dot_small(low[r][m], code[m], a);
+                        high[r][m] = dot_small(high[r][m], code[m], b);
+                    }
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < kAtOnce; ++m) i_store(out[r] + 16 * (n + m), low[r][m] + i_shl<7>(high[r][m]));
+    }
+}
+
+// acc[r][c] = acc[r][c] * keep[r] + unit[r] * sum_t p[r][t] X8[t][c], from codes. The integers stay
+// below 2^24, so that the floats they pass through hold them exactly.
+template <int Bits, int R>
+inline void packed_value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const PageHead& source,
+                                  int head_dim, float* const* out, const float* keep, const float* unit) {
+    alignas(64) std::uint8_t words[R][8][64];
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 8; ++i) b_store(words[r][i], b_word_pair(p[r], i));
+    alignas(64) static const std::int8_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const int octets = head_dim / 8;
+    for (int o = 0; o < octets; o += 2) {
+        I acc[R][2];
+        // With an odd number of octets the last one is read twice; the copy lands in padding.
+        for (int half = 0; half < 2; ++half) {
+            const std::uint8_t* octet = source.codes(1) + std::min(o + half, octets - 1) * octet_bytes(Bits);
+            for (int r = 0; r < R; ++r) acc[r][half] = i_set(0);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+                const Bytes code = unpack<Bits>(octet, i);
+                if constexpr (Bits == 8) {
+                    const Prepared ready = prepare(code);
+                    for (int r = 0; r < R; ++r) acc[r][half] = dot_full(acc[r][half], ready, b_load(words[r][i]));
+                } else {
+                    for (int r = 0; r < R; ++r) acc[r][half] = dot_small(acc[r][half], code, b_load(words[r][i]));
+                }
+            }
+        }
+        alignas(64) std::int8_t edge[2][16] = {};
+        const std::int8_t* step = kOnes;
+        const std::int8_t* zero = edge[1];
+        if constexpr (Bits < 8) {
+            step = source.steps(1) + 8 * o, zero = source.zeros(1) + 8 * o;
+            if (o + 1 == octets) {
+                std::memcpy(edge[0], step, 8);
+                std::memcpy(edge[1], zero, 8);
+                step = edge[0], zero = edge[1];
+            }
+        }
+        const F steps = f_from_int(i_from_s8(step)), zeros = f_from_int(i_from_s8(zero));
+        for (int r = 0; r < R; ++r) {
+            const F sum = f_set(static_cast<float>(sums[r]));
+            const F offset = Bits == 8 ? f_set(static_cast<float>(-kOffset * sums[r])) : zeros * sum;
+            const F exact = f_fma(f_from_int(i_fold_halves(acc[r][0], acc[r][1])), steps, offset);
+            float* at = out[r] + 8 * o;
+            f_store(at, f_fma(exact, f_set(unit[r]), f_load(at) * f_set(keep[r])));
+        }
+    }
+}

@@ -1,0 +1,124 @@
+// Reading a page (kv/layout.py): codes of 8, 4, 3 and 2 bits, steps and zeros, scales.
+#pragma once
+
+// Vector `i` (0 .. 7) of an octet's eight, 64 codes each: the octet is 512 codes in planes of bits.
+template <int Bits>
+inline Bytes unpack(const std::uint8_t* octet, int i) {
+    if constexpr (Bits == 8) {
+        return b_load(octet + 64 * i);
+    } else if constexpr (Bits == 4) {
+        const Bytes packed = b_load(octet + 64 * (i & 3));
+        return i < 4 ? b_shr<0>(packed, 15) : b_shr<4>(packed, 15);
+    } else {
+        const Bytes packed = b_load(octet + 64 * (i & 1));
+        Bytes low;
+        switch (i >> 1) {
+            case 0: low = b_shr<0>(packed, 3); break;
+            case 1: low = b_shr<2>(packed, 3); break;
+            case 2: low = b_shr<4>(packed, 3); break;
+            default: low = b_shr<6>(packed, 3);
+        }
+        if constexpr (Bits == 2) return low;
+        const Bytes plane = b_load(octet + 128);
+        switch (i) {
+            case 0: return low | b_shl<2>(plane, 4);
+            case 1: return low | b_shl<1>(plane, 4);
+            case 2: return low | b_shr<0>(plane, 4);
+            case 3: return low | b_shr<1>(plane, 4);
+            case 4: return low | b_shr<2>(plane, 4);
+            case 5: return low | b_shr<3>(plane, 4);
+            case 6: return low | b_shr<4>(plane, 4);
+            default: return low | b_shr<5>(plane, 4);
+        }
+    }
+}
+
+inline int octet_bytes(std::int64_t bits) { return static_cast<int>(kBlock * bits); }
+
+struct PageHead {
+    const std::uint8_t* page;
+    const PagePlan* plan;
+    std::int64_t head;
+
+    const HeadPlace& place(int side) const { return plan->places[2 * head + side]; }
+    const std::uint8_t* codes(int side) const { return page + place(side).codes; }
+    const std::int8_t* steps(int side) const { return reinterpret_cast<const std::int8_t*>(page + place(side).step); }
+    const std::int8_t* zeros(int side) const { return reinterpret_cast<const std::int8_t*>(page + place(side).zero); }
+
+    // The 64 tokens' scales: bits(S) - (e << 19), or S itself without token scales.
+    void scales(int side, float* out) const {
+        std::int32_t bits;
+        std::memcpy(&bits, page + plan->scales[side] + 4 * head, 4);
+        if (plan->token_scales[side] < 0) {
+            for (int t = 0; t < kBlock; t += 16) f_store(out + t, f_from_bits(i_set(bits)));
+            return;
+        }
+        const std::uint8_t* steps = page + plan->token_scales[side] + kBlock * head;
+        for (int t = 0; t < kBlock; t += 16)
+            f_store(out + t, f_from_bits(i_set(bits) - i_shl<19>(i_from_u8(steps + t))));
+    }
+};
+
+inline void read_scales(BlockScales& out, const PageHead& source) {
+    alignas(64) float scale[kBlock];
+    source.scales(1, scale);
+    set_value_scales(out, scale);
+    source.scales(0, out.key);
+}
+
+// The INT8 values of vector `i` of an octet, XORed with `flip`. Bytes wrap, but `code step + zero`
+// fits one.
+template <int Bits>
+inline void restore(std::uint8_t* out, const PageHead& source, int side, int octet, int i, std::uint8_t flip) {
+    b_store(out, unpack<Bits>(source.codes(side) + octet * octet_bytes(Bits), i));
+    if constexpr (Bits == 8) {
+        for (int k = 0; k < 64; ++k) out[k] ^= 0x80 ^ flip;
+    } else {
+        alignas(64) std::uint8_t step[64], zero[64];
+        for (int k = 0; k < 64; ++k) {
+            const int channel = 8 * octet + (side ? k / 4 % 8 : 4 * (i / 4) + k % 4);
+            step[k] = static_cast<std::uint8_t>(source.steps(side)[channel]);
+            zero[k] = static_cast<std::uint8_t>(source.zeros(side)[channel]);
+        }
+        for (int k = 0; k < 64; ++k) out[k] = static_cast<std::uint8_t>(out[k] * step[k] + zero[k]) ^ flip;
+    }
+}
+
+template <int Bits>
+inline void lane_keys(Operand& out, const PageHead& source, int head_dim) {
+    alignas(64) std::uint8_t code[64];
+    for (int octet = 0; octet < head_dim / 8; ++octet)
+        for (int i = 0; i < 8; ++i) {
+            restore<Bits>(code, source, 0, octet, i, kFlip);
+            std::uint8_t* at = out.keys + 16 * (i % 4) * head_dim + 8 * octet + 4 * (i / 4);
+            for (int t = 0; t < 16; ++t) std::memcpy(at + t * head_dim, code + 4 * t, 4);
+        }
+}
+
+template <int Bits>
+inline void lane_values(Operand& out, const PageHead& source, int head_dim) {
+    alignas(64) std::uint8_t code[64];
+    for (int octet = 0; octet < head_dim / 8; ++octet)
+        for (int i = 0; i < 8; ++i) {
+            restore<Bits>(code, source, 1, octet, i, 0);
+            std::int8_t* at = out.values + kBlock * 8 * octet + 8 * i;
+            for (int lane = 0; lane < 16; ++lane)
+                std::memcpy(at + kBlock * (lane % 8) + 4 * (lane / 8), code + 4 * lane, 4);
+        }
+}
+
+// The page's INT8 values, for many rows of queries.
+inline void lane_operand(Operand& out, const PageHead& source, int head_dim) {
+    switch (source.place(0).bits) {
+        case 8: lane_keys<8>(out, source, head_dim); break;
+        case 4: lane_keys<4>(out, source, head_dim); break;
+        case 3: lane_keys<3>(out, source, head_dim); break;
+        default: lane_keys<2>(out, source, head_dim);
+    }
+    switch (source.place(1).bits) {
+        case 8: lane_values<8>(out, source, head_dim); break;
+        case 4: lane_values<4>(out, source, head_dim); break;
+        case 3: lane_values<3>(out, source, head_dim); break;
+        default: lane_values<2>(out, source, head_dim);
+    }
+}

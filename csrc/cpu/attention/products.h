@@ -1,0 +1,58 @@
+// The two integer products of R query rows with a block of INT8 rows (operand.h, RowOperand).
+#pragma once
+
+constexpr int kVectors = kFewRowsAtOnce >= 4 ? 4 : 2;  // of tokens or channels at once
+
+// out[r][t] = sum_c q[r][c] X8[t][c], exact. sums[r] = sum_c q[r][c].
+template <int R>
+inline void key_products(const std::int8_t* const* q, const std::int32_t* sums, const std::uint8_t* keys, int quads,
+                         std::int32_t (*out)[kBlock]) {
+    for (int t = 0; t < kBlock; t += 16 * kVectors) {
+        I acc[R][kVectors];
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < kVectors; ++n) acc[r][n] = i_set(-kOffset * sums[r]);
+        const std::uint8_t* line = keys + 4 * t;
+        for (int quad = 0; quad < quads; ++quad, line += 4 * kBlock) {
+            Prepared k[kVectors];
+            for (int n = 0; n < kVectors; ++n) k[n] = prepare(b_load(line + 64 * n));
+            for (int r = 0; r < R; ++r) {
+                const Bytes word = b_broadcast(q[r] + 4 * quad);
+                for (int n = 0; n < kVectors; ++n) acc[r][n] = dot_full(acc[r][n], k[n], word);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < kVectors; ++n) i_store(out[r] + t + 16 * n, acc[r][n]);
+    }
+}
+
+// acc[r][c] = acc[r][c] * keep[r] + unit[r] * sum_t p[r][t] X8[t][c] for N vectors of channels.
+template <int R, int N>
+inline void value_products_at(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const std::uint8_t* values,
+                              int wide, int channel, float* const* out, const float* keep, const float* unit) {
+    I acc[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) acc[r][n] = i_set(-kOffset * sums[r]);
+    const std::uint8_t* line = values + 4 * channel;
+    for (int quad = 0; quad < kBlock / 4; ++quad, line += 4 * wide) {
+        Prepared v[N];
+        for (int n = 0; n < N; ++n) v[n] = prepare(b_load(line + 64 * n));
+        for (int r = 0; r < R; ++r) {
+            const Bytes word = b_broadcast(p[r] + 4 * quad);
+            for (int n = 0; n < N; ++n) acc[r][n] = dot_full(acc[r][n], v[n], word);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) {
+            float* at = out[r] + channel + 16 * n;
+            f_store(at, f_fma(f_from_int(acc[r][n]), f_set(unit[r]), f_load(at) * f_set(keep[r])));
+        }
+}
+
+template <int R>
+inline void value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const std::uint8_t* values,
+                           int wide, float* const* out, const float* keep, const float* unit) {
+    int channel = 0;
+    for (; channel + 16 * kVectors <= wide; channel += 16 * kVectors)
+        value_products_at<R, kVectors>(p, sums, values, wide, channel, out, keep, unit);
+    for (; channel < wide; channel += 16) value_products_at<R, 1>(p, sums, values, wide, channel, out, keep, unit);
+}

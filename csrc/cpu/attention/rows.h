@@ -1,0 +1,82 @@
+// Few query rows over one block: weights from scores, and what they add to the running result.
+#pragma once
+
+// The rows of one task: query head g (of the group), query i.
+struct Row {
+    int group;
+    std::int64_t query;
+};
+
+// Running result of the rows of a task: peak and total [rows], out [rows][Dp], unnormalized.
+struct Running {
+    float* peak;
+    float* total;
+    float* out;
+    int wide;
+};
+
+struct Weights {  // of R rows
+    alignas(64) std::int32_t scores[kFewRowsAtOnce][kBlock];
+    alignas(64) std::uint8_t p[kFewRowsAtOnce][kBlock];
+    std::int32_t p_sum[kFewRowsAtOnce];
+    alignas(64) float keep[16], unit[16];
+};
+
+// Weights of one row: fills p and p_sum, returns (the row's maximum in this block, the levels' sum).
+template <class Level>
+inline std::pair<float, std::int32_t> row_weights(const Job& job, const Level& level, const Row& row,
+                                                  std::int64_t block, Sight sight, const BlockScales& scales,
+                                                  const std::int32_t* scores, std::uint8_t* p, std::int32_t& p_sum) {
+    const AttendArgs& a = job.a;
+    const F lowest = f_set(-std::numeric_limits<float>::infinity());
+    const std::int64_t at = ((job.b * a.heads + job.h) * a.group + row.group) * a.queries + row.query;
+    const F unit = f_set(a.q_unit[at]);
+    F x[4];
+    const F mean = f_set(a.mean_logit && block >= a.mean_from ? a.mean_logit[at] : 0.0f);
+    for (int n = 0; n < 4; ++n)
+        x[n] = f_fma(f_from_int(i_load(scores + 16 * n)), unit * f_load(scales.key + 16 * n), mean);
+    if (a.softcap > 0)
+        for (int n = 0; n < 4; ++n) x[n] = f_set(a.softcap) * f_tanh(x[n] / f_set(a.softcap));
+    if (a.mask_kind) {
+        alignas(64) float mask[kBlock];
+        mask_values(a, job.b, job.h * a.group + row.group, row.query, block, mask);
+        for (int n = 0; n < 4; ++n) x[n] = x[n] + f_load(mask + 16 * n);
+    }
+    if (!sight.all())
+        for (int n = 0; n < 4; ++n) x[n] = f_within(16 * n, sight.low, sight.high, x[n], lowest);
+    const float peak = f_reduce_max(f_max(f_max(x[0], x[1]), f_max(x[2], x[3])));
+    const F against = f_set(peak == -std::numeric_limits<float>::infinity() ? 0.0f : peak);
+    I total = i_set(0), sum = i_set(0);
+    for (int n = 0; n < 4; ++n) {
+        const F levels = level(against - x[n]);
+        const I code = i_from_float(levels * f_load(scales.value + 16 * n));
+        total = total + i_from_float(levels);
+        sum = sum + code;
+        i_store_u8(p + 16 * n, code);
+    }
+    p_sum = i_sum(sum);
+    return {peak, i_sum(total)};
+}
+
+// Folds what `rows` rows saw in a block into their running maximum and total; leaves in `w` by how much
+// their output shrinks (keep) and what a product of this block counts (unit).
+inline void fold(Weights& w, Running& state, int rows, const int* index, const float* peaks, const std::int32_t* totals,
+                 float value_unit) {
+    const float none = -std::numeric_limits<float>::infinity();
+    alignas(64) float old_peak[16], new_peak[16], block_peak[16];
+    for (int r = 0; r < 16; ++r) {
+        old_peak[r] = r < rows ? state.peak[index[r]] : none;
+        block_peak[r] = r < rows ? peaks[r] : none;
+        new_peak[r] = std::max(old_peak[r], block_peak[r]);
+        if (r < rows) state.peak[index[r]] = new_peak[r];
+        if (new_peak[r] == none) new_peak[r] = 0.0f;
+    }
+    alignas(64) float each[16];
+    f_store(w.keep, f_exp(f_load(old_peak) - f_load(new_peak)));
+    f_store(each, f_exp(f_load(block_peak) - f_load(new_peak)));
+    for (int r = 0; r < rows; ++r) {
+        float& total = state.total[index[r]];
+        total = total * w.keep[r] + static_cast<float>(totals[r]) / kLevels * each[r];
+        w.unit[r] = value_unit * each[r];
+    }
+}

@@ -1,0 +1,37 @@
+// Which keys of a block a query sees: lengths, causality, window; and masks.
+#pragma once
+
+struct Sight {  // the keys of a block that a row sees: low <= t < high
+    int low, high;
+    bool all() const { return low == 0 && high == kBlock; }
+    bool none() const { return low >= high; }
+};
+
+inline Sight sight_at(const AttendArgs& a, std::int64_t b, std::int64_t position, std::int64_t block) {
+    const std::int64_t first = block * kBlock;
+    std::int64_t low = 0, high = std::min<std::int64_t>(kBlock, a.lengths[b] - first);
+    if (a.causal) high = std::min(high, position + 1 - first);
+    if (a.window) {
+        low = std::max<std::int64_t>(0, position - a.window + 1 - first);
+        if (!a.causal) high = std::min(high, position + a.window - first);
+    }
+    return {static_cast<int>(std::min<std::int64_t>(low, kBlock)), static_cast<int>(std::max<std::int64_t>(high, 0))};
+}
+
+// 64 mask values of a row as numbers to add.
+inline void mask_values(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t query, std::int64_t block,
+                        float* out) {
+    const std::int64_t at = b * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
+    const float unseen = -std::numeric_limits<float>::infinity();
+    for (int t = 0; t < kBlock; ++t) {
+        // Keys past the mask are past every length too.
+        const std::int64_t key = at + std::min(block * kBlock + t, a.mask_keys - 1) * a.mask_stride[3];
+        out[t] = a.mask_kind == 1 ? (static_cast<const std::uint8_t*>(a.mask)[key] ? 0.0f : unseen)
+                                  : static_cast<const float*>(a.mask)[key];
+    }
+}
+
+struct Job {  // what rows over a block need to know
+    const AttendArgs& a;
+    std::int64_t b, h;
+};

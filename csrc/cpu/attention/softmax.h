@@ -1,0 +1,78 @@
+// Exponentials of the weights on sixteen lanes: SAS, its base-2 form, and e^x (numerics.md section 5).
+#pragma once
+
+// e^x to about one unit in the last place for x <= 0; 0 below -87 (and for -inf).
+inline F f_exp(F x) {
+    const F clamped = f_max(x, f_set(-87.0f));
+    const F n = f_round(clamped * f_set(1.44269504f));
+    // ln 2 in two parts, so that the remainder is exact.
+    F r = f_fma(n, f_set(-0.693359375f), clamped);
+    r = f_fma(n, f_set(2.12194440e-4f), r);
+    F p = f_set(1.9875691500e-4f);
+    p = f_fma(p, r, f_set(1.3981999507e-3f));
+    p = f_fma(p, r, f_set(8.3334519073e-3f));
+    p = f_fma(p, r, f_set(4.1665795894e-2f));
+    p = f_fma(p, r, f_set(1.6666665459e-1f));
+    p = f_fma(p, r, f_set(5.0000001201e-1f));
+    p = f_fma(p, r * r, r + f_set(1.0f));
+    const F power = f_from_bits(i_shl<23>(i_from_float(n) + i_set(127)));
+    return f_keep_ge(x, f_set(-87.0f), p * power);
+}
+
+// tanh through e^-2|x|.
+inline F f_tanh(F x) {
+    const F zero = f_set(0.0f);
+    const F negative = f_min(x, zero - x);
+    const F e = f_exp(negative + negative);
+    const F magnitude = (f_set(1.0f) - e) / (f_set(1.0f) + e);
+    return f_keep_ge(x, zero, magnitude) - f_keep_ge(zero - x, zero, magnitude);
+}
+
+enum class Softmax { sas, sas2, exp };
+
+// The levels' factor is folded in: weights come out as 127 w.
+constexpr float kLevels = 127.0f;
+
+struct Exponential {
+    float table[16];  // 127 e^-n
+    float limit;      // weights beyond are zero
+
+    explicit Exponential(float threshold) : limit(-threshold) {
+        double power = 127.0;
+        for (float& entry : table) {
+            entry = static_cast<float>(power);
+            power *= 0.36787944117144233;
+        }
+    }
+    // From here on 127 e^-y rounds to zero anyway, within the approximations' errors.
+    bool cuts() const { return limit < 5.7f; }
+};
+
+// 127 e^-y for y >= 0 (infinity gives 0).
+template <Softmax Form, bool Cut>
+struct Levels {
+    const Exponential& e;
+
+    F operator()(F y) const {
+        F level;
+        if constexpr (Form == Softmax::exp) {
+            return f_set(kLevels) * f_exp(f_set(0.0f) - y);
+        } else if constexpr (Form == Softmax::sas) {
+            const F near = f_min(y, f_set(15.0f));
+            const F f = f_fraction(near);
+            F p = f_fma(f_set(-0.1025f), f, f_set(0.4626f));
+            p = f_fma(p, f, f_set(-0.9922f));
+            p = f_fma(p, f, f_set(0.9996f));
+            level = f_lookup(e.table, i_truncate(near)) * p;
+        } else {
+            const F near = f_min(y * f_set(1.44269504f), f_set(126.0f));
+            const F f = f_fraction(near);
+            F p = f_fma(f_set(-0.0391340f), f, f_set(0.2305558f));
+            p = f_fma(p, f, f_set(-0.6914218f));
+            p = f_fma(p, f, f_set(1.0f));
+            level = f_set(kLevels) * p * f_from_bits(i_shl<23>(i_set(127) - i_truncate(near)));
+        }
+        if constexpr (Cut) level = f_keep_ge(f_set(e.limit), y, level);
+        return level;
+    }
+};

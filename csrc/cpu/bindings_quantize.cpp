@@ -1,0 +1,116 @@
+// Stage 1 and the page codec for Python: each call is one struct of quantize/interface.h, cut into
+// parts that threads share.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "dispatch.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+constexpr std::int64_t kRowsAPart = 64;
+// Waking threads costs as much as a few hundred rows.
+constexpr std::int64_t kRowsWorthThreads = 512;
+
+const turbo::Kernels& chosen(const std::string& isa) {
+    return isa.empty() ? turbo::kernels() : turbo::kernels_for(isa);
+}
+
+std::int64_t parts_of(std::int64_t rows) { return (rows + kRowsAPart - 1) / kRowsAPart; }
+
+int threads_for(std::int64_t threads, std::int64_t rows) {
+    return rows < kRowsWorthThreads ? 1 : static_cast<int>(threads);
+}
+
+// body(b, h, begin, end) over `heads` and tokens from_token .. to_token of every sequence, in parts.
+template <class F>
+void over_rows(std::int64_t batch, std::int64_t heads, std::int64_t from, std::int64_t to, std::int64_t threads,
+               const F& body) {
+    if (to <= from) return;
+    const std::int64_t parts = parts_of(to - from), count = batch * heads * parts;
+    turbo::parallel_for(count, threads_for(threads, batch * heads * (to - from)), [&](std::int64_t i) {
+        const std::int64_t begin = from + i % parts * kRowsAPart, head = i / parts;
+        body(head / heads, head % heads, begin, std::min(begin + kRowsAPart, to));
+    });
+}
+
+bool quantize_tokens(std::uintptr_t address, const std::string& isa) {
+    const auto& kernels = chosen(isa);
+    const auto& a = *reinterpret_cast<const turbo::TokenArgs*>(address);
+    const nb::gil_scoped_release unlocked;
+    if (!a.batch) return true;
+    const std::int64_t from = *std::min_element(a.begin, a.begin + a.batch);
+    const std::int64_t to = *std::max_element(a.end, a.end + a.batch);
+    std::atomic<bool> fine{true};
+    over_rows(a.batch, a.heads, from, to, a.threads, [&](auto b, auto h, auto begin, auto end) {
+        if (!kernels.quantize_tokens(a, b, h, std::max(begin, a.begin[b]), std::min(end, a.end[b]))) fine = false;
+    });
+    return fine;
+}
+
+bool quantize_queries(std::uintptr_t address, const std::string& isa) {
+    const auto& kernels = chosen(isa);
+    const auto& a = *reinterpret_cast<const turbo::QueryArgs*>(address);
+    const nb::gil_scoped_release unlocked;
+    std::atomic<bool> fine{true};
+    over_rows(a.batch, a.heads * a.group, 0, a.rows, a.threads, [&](auto b, auto h, auto begin, auto end) {
+        if (!kernels.quantize_queries(a, b, h, begin, end)) fine = false;
+    });
+    return fine;
+}
+
+void restore_rows(std::uintptr_t address, const std::string& isa) {
+    const auto& kernels = chosen(isa);
+    const auto& a = *reinterpret_cast<const turbo::RestoreArgs*>(address);
+    const nb::gil_scoped_release unlocked;
+    over_rows(a.batch, a.heads, 0, a.rows, a.threads,
+              [&](auto b, auto h, auto begin, auto end) { kernels.restore_rows(a, b, h, begin, end); });
+}
+
+void first_block_mean(std::uintptr_t address, const std::string& isa) {
+    const auto& kernels = chosen(isa);
+    const auto& a = *reinterpret_cast<const turbo::MeanArgs*>(address);
+    const nb::gil_scoped_release unlocked;
+    for (std::int64_t i = 0; i < a.batch * a.heads; ++i) kernels.first_block_mean(a, i / a.heads, i % a.heads);
+}
+
+template <class Kernel>
+void over_heads(const turbo::PageArgs& a, Kernel kernel) {
+    const std::int64_t count = a.pages * a.heads * 2;
+    turbo::parallel_for(count, static_cast<int>(std::min(a.threads, count)),
+                        [&](std::int64_t i) { kernel(a, i / 2 / a.heads, i / 2 % a.heads, i % 2); });
+}
+
+void encode_pages(std::uintptr_t address, const std::string& isa) {
+    const auto& kernels = chosen(isa);
+    const auto& a = *reinterpret_cast<const turbo::PageArgs*>(address);
+    const nb::gil_scoped_release unlocked;
+    over_heads(a, kernels.encode_head);
+}
+
+void decode_pages(std::uintptr_t address, const std::string& isa) {
+    const auto& kernels = chosen(isa);
+    const auto& a = *reinterpret_cast<const turbo::PageArgs*>(address);
+    const nb::gil_scoped_release unlocked;
+    over_heads(a, kernels.decode_head);
+}
+
+}  // namespace
+
+void bind_quantize(nb::module_& m) {
+    const auto arguments = nb::arg("arguments");
+    const auto isa = nb::arg("isa") = "";
+    m.def("quantize_tokens", &quantize_tokens, arguments, isa, "Stage 1 of tokens; whether all were finite.");
+    m.def("quantize_queries", &quantize_queries, arguments, isa, "Stage 1 of queries; whether all were finite.");
+    m.def("restore_rows", &restore_rows, arguments, isa, "Attention's rows rotated back and converted.");
+    m.def("first_block_mean", &first_block_mean, arguments, isa, "The mean that keys are smoothed by.");
+    m.def("encode_pages", &encode_pages, arguments, isa, "INT8 tiles to pages.");
+    m.def("decode_pages", &decode_pages, arguments, isa, "Pages to INT8 tiles.");
+    m.attr("quantize_bytes") =
+        nb::make_tuple(sizeof(turbo::TokenArgs), sizeof(turbo::QueryArgs), sizeof(turbo::RestoreArgs),
+                       sizeof(turbo::MeanArgs), sizeof(turbo::PageArgs));
+}

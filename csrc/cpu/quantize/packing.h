@@ -1,0 +1,79 @@
+// Octets of codes to bytes and back (flashq/packing.py), and their order in a page (kv/layout.py).
+// An octet is 8 channels of a whole block: a line of 8 * tokens codes.
+#pragma once
+
+// Codes [tokens][row] of eight channels -> K's order: quad of channels, token, channel of the quad.
+inline void key_line(const std::uint8_t* codes, std::int64_t row, int tokens, std::uint8_t* line) {
+    for (int quad = 0; quad < 2; ++quad) {
+        for (int t = 0; t < tokens; ++t) std::memcpy(line + 4 * (quad * tokens + t), codes + t * row + 4 * quad, 4);
+    }
+}
+
+inline void keys_from_line(const std::uint8_t* line, std::int64_t row, int tokens, std::uint8_t* codes) {
+    for (int quad = 0; quad < 2; ++quad) {
+        for (int t = 0; t < tokens; ++t) std::memcpy(codes + t * row + 4 * quad, line + 4 * (quad * tokens + t), 4);
+    }
+}
+
+// Codes [tokens][row] of eight channels -> V's order: quad of tokens, channel, token of the quad.
+inline void value_line(const std::uint8_t* codes, std::int64_t row, int tokens, std::uint8_t* line) {
+    for (int t = 0; t < tokens; t += 4, line += 32) {
+        const std::uint8_t* at = codes + t * row;
+        for (int c = 0; c < 8; ++c) {
+            for (int i = 0; i < 4; ++i) line[4 * c + i] = at[i * row + c];
+        }
+    }
+}
+
+inline void values_from_line(const std::uint8_t* line, std::int64_t row, int tokens, std::uint8_t* codes) {
+    for (int t = 0; t < tokens; t += 4, line += 32) {
+        std::uint8_t* at = codes + t * row;
+        for (int c = 0; c < 8; ++c) {
+            for (int i = 0; i < 4; ++i) at[i * row + c] = line[4 * c + i];
+        }
+    }
+}
+
+// Bits `shift` to `shift + kWidth` of every code: byte j holds the codes j, j + m, j + 2m, ...
+template <int kWidth>
+inline std::uint8_t* pack_plane(const std::uint8_t* line, int count, int shift, std::uint8_t* bytes) {
+    constexpr int kParts = 8 / kWidth, kMask = (1 << kWidth) - 1;
+    const int size = count / kParts;
+    for (int j = 0; j < size; ++j) {
+        std::uint32_t byte = 0;
+        for (int k = 0; k < kParts; ++k) byte |= (line[k * size + j] >> shift & kMask) << (k * kWidth);
+        bytes[j] = static_cast<std::uint8_t>(byte);
+    }
+    return bytes + size;
+}
+
+template <int kWidth>
+inline const std::uint8_t* unpack_plane(const std::uint8_t* bytes, int count, int shift, std::uint8_t* line) {
+    constexpr int kParts = 8 / kWidth, kMask = (1 << kWidth) - 1;
+    const int size = count / kParts;
+    for (int k = 0; k < kParts; ++k) {
+        for (int j = 0; j < size; ++j) {
+            const int code = (bytes[j] >> (k * kWidth) & kMask) << shift;
+            line[k * size + j] = static_cast<std::uint8_t>(shift ? line[k * size + j] | code : code);
+        }
+    }
+    return bytes + size;
+}
+
+inline void pack_line(const std::uint8_t* line, int count, int bits, std::uint8_t* bytes) {
+    switch (bits) {
+        case 8: std::memcpy(bytes, line, count); break;
+        case 4: pack_plane<4>(line, count, 0, bytes); break;
+        case 3: pack_plane<1>(line, count, 2, pack_plane<2>(line, count, 0, bytes)); break;
+        default: pack_plane<2>(line, count, 0, bytes); break;
+    }
+}
+
+inline void unpack_line(const std::uint8_t* bytes, int count, int bits, std::uint8_t* line) {
+    switch (bits) {
+        case 8: std::memcpy(line, bytes, count); break;
+        case 4: unpack_plane<4>(bytes, count, 0, line); break;
+        case 3: unpack_plane<1>(unpack_plane<2>(bytes, count, 0, line), count, 2, line); break;
+        default: unpack_plane<2>(bytes, count, 0, line); break;
+    }
+}

@@ -1,0 +1,119 @@
+// One head's keys or values of a page: INT8 rows with scales to bytes and back (kv/pages.py).
+#pragma once
+
+constexpr int kTokenScaleShift = 19;
+
+struct HeadScales {
+    float head;
+    float kept[kMaxBlock];  // each token's, as the page holds it
+    std::uint8_t exponents[kMaxBlock];
+    bool changed;  // some row's codes must move to the scale kept
+};
+
+// The head's scale and each token's byte; `used` are the scales of rows, 0 for rows of zeros.
+inline HeadScales common_scale(const float* used, int tokens, bool by_token) {
+    HeadScales s;
+    float largest = 0.0f;
+    for (int t = 0; t < tokens; ++t) largest = used[t] > largest ? used[t] : largest;
+    if (largest == 0.0f) largest = 1.0f;
+    const std::uint32_t power = (bits_of(largest) + ((1u << 23) - 1)) >> 23 << 23;
+    s.head = by_token ? float_of(power) : largest;
+    s.changed = false;
+    for (int t = 0; t < tokens; ++t) {
+        // The power of two is not below any scale, so the difference is not negative.
+        const std::uint32_t steps = by_token ? (power - bits_of(used[t])) >> kTokenScaleShift : 0;
+        const std::uint32_t exponent = steps > 255 ? 255 : steps;
+        s.exponents[t] = static_cast<std::uint8_t>(exponent);
+        s.kept[t] = by_token ? float_of(power - (exponent << kTokenScaleShift)) : largest;
+        s.changed |= used[t] > 0.0f && used[t] != s.kept[t];
+    }
+    return s;
+}
+
+// 0 for rows of zeros, whose scale does not matter.
+inline void used_scales(const std::int8_t* codes, const float* scales, int tokens, int head_dim, float* used) {
+    for (int t = 0; t < tokens; ++t) {
+        std::uint64_t any = 0;
+        for (int c = 0; c < head_dim; c += 8) {
+            std::uint64_t eight;
+            std::memcpy(&eight, codes + static_cast<std::int64_t>(t) * head_dim + c, 8);
+            any |= eight;
+        }
+        used[t] = any ? scales[t] : 0.0f;
+    }
+}
+
+inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head, std::int64_t side) {
+    const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(a.head_dim);
+    const std::int64_t tile = page * a.heads + head;
+    const std::int8_t* values = a.codes[side] + tile * tokens * head_dim;
+    std::uint8_t* bytes = a.bytes + page * a.page_bytes;
+    float used[kMaxBlock];
+    used_scales(values, a.scales[side] + tile * tokens, tokens, head_dim, used);
+    const HeadScales scales = common_scale(used, tokens, a.plan.token_scales[side] >= 0);
+    std::memcpy(bytes + a.plan.scales[side] + 4 * head, &scales.head, 4);
+    if (a.plan.token_scales[side] >= 0) {
+        std::memcpy(bytes + a.plan.token_scales[side] + head * tokens, scales.exponents, tokens);
+    }
+
+    Buffer<std::int8_t> moved;
+    if (scales.changed) {
+        moved.hold(static_cast<std::size_t>(tokens) * head_dim);
+        constexpr float kRound = 12582912.0f;  // as in quantize_row
+        for (int t = 0; t < tokens; ++t) {
+            const bool move = used[t] > 0.0f && used[t] != scales.kept[t];
+            const float ratio = move ? used[t] / scales.kept[t] : 1.0f;
+            const std::int8_t* from = values + static_cast<std::int64_t>(t) * head_dim;
+            std::int8_t* to = &moved[static_cast<std::size_t>(t) * head_dim];
+            for (int c = 0; c < head_dim; ++c) to[c] = static_cast<std::int8_t>(bits_of(from[c] * ratio + kRound));
+        }
+        values = &moved[0];
+    }
+
+    const HeadPlace& place = a.plan.places[2 * head + side];
+    const int bits = static_cast<int>(place.bits), count = tokens * head_dim;
+    Buffer<std::uint8_t> codes(count);
+    if (bits == 8) {
+        for (int i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(values[i] + 128);
+    } else {
+        progressive_quantize(values, tokens, head_dim, bits, a.search != 0, &codes[0], bytes + place.step,
+                             bytes + place.zero);
+    }
+    std::uint8_t line[8 * kMaxBlock];
+    for (int octet = 0; octet < head_dim / 8; ++octet) {
+        (side == 0 ? key_line : value_line)(&codes[8 * octet], head_dim, tokens, line);
+        pack_line(line, 8 * tokens, bits, bytes + place.codes + static_cast<std::int64_t>(octet) * tokens * bits);
+    }
+}
+
+inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head, std::int64_t side) {
+    const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(a.head_dim);
+    const std::int64_t tile = page * a.heads + head;
+    auto* values = reinterpret_cast<std::uint8_t*>(a.codes[side] + tile * tokens * head_dim);
+    const std::uint8_t* bytes = a.bytes + page * a.page_bytes;
+    std::uint32_t head_scale;
+    std::memcpy(&head_scale, bytes + a.plan.scales[side] + 4 * head, 4);
+    const bool by_token = a.plan.token_scales[side] >= 0;
+    for (int t = 0; t < tokens; ++t) {
+        const std::uint32_t exponent = by_token ? bytes[a.plan.token_scales[side] + head * tokens + t] : 0;
+        a.scales[side][tile * tokens + t] = float_of(head_scale - (exponent << kTokenScaleShift));
+    }
+
+    const HeadPlace& place = a.plan.places[2 * head + side];
+    const int bits = static_cast<int>(place.bits);
+    std::uint8_t line[8 * kMaxBlock];
+    for (int octet = 0; octet < head_dim / 8; ++octet) {
+        unpack_line(bytes + place.codes + static_cast<std::int64_t>(octet) * tokens * bits, 8 * tokens, bits, line);
+        (side == 0 ? keys_from_line : values_from_line)(line, head_dim, tokens, values + 8 * octet);
+    }
+    // Modulo 256: code * step + zero fits int8 as a whole, though the product alone may not.
+    for (int t = 0; t < tokens; ++t) {
+        std::uint8_t* row = values + static_cast<std::int64_t>(t) * head_dim;
+        if (bits == 8) {
+            for (int c = 0; c < head_dim; ++c) row[c] = static_cast<std::uint8_t>(row[c] - 128);
+        } else {
+            const std::uint8_t *step = bytes + place.step, *zero = bytes + place.zero;
+            for (int c = 0; c < head_dim; ++c) row[c] = static_cast<std::uint8_t>(row[c] * step[c] + zero[c]);
+        }
+    }
+}

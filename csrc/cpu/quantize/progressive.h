@@ -1,0 +1,145 @@
+// Stage 2 of one head's tile: INT8 to 4, 3 or 2 bits a channel (flashq/progressive.py, numerics.md
+// section 2). Sixteen channels at a time stand in the lanes of a vector, so that nothing is summed
+// across lanes. Values are small integers held in float32: every sum and product below is exact.
+#pragma once
+
+constexpr int kLanes = 16;
+constexpr int kMaxBlock = 256;
+
+// Sixteen channels of a tile, one token after the other.
+struct ChannelTile {
+    float at[kMaxBlock][kLanes];
+    int tokens;
+};
+
+// Step and zero of sixteen channels.
+struct Range {
+    std::int32_t step[kLanes], zero[kLanes];
+};
+
+inline void load_channels(const std::int8_t* codes, std::int64_t row, int tokens, int channels, ChannelTile& tile) {
+    tile.tokens = tokens;
+    for (int t = 0; t < tokens; ++t) {
+        std::int8_t lanes[kLanes] = {};
+        std::memcpy(lanes, codes + t * row, channels);
+        f_store(tile.at[t], f_from_int(i_from_s8(lanes)));
+    }
+}
+
+inline F f_abs(F x) { return f_max(x, f_set(0.0f) - x); }
+
+// Squared distance of every channel from the nearest of `zero + k step`, 0 <= k < 2^kBits, summed over
+// the tokens, for three ranges of one step. Folding at the middle of the levels halves them: after
+// kBits - 1 folds one level is left on each side. At most 255^2 * 256 < 2^24, so float32 is exact.
+template <int kBits>
+inline void squared_errors(const ChannelTile& tile, const std::int32_t* steps, const std::int32_t (*zeros)[kLanes],
+                           float (*errors)[kLanes]) {
+    const F step = f_from_int(i_load(steps));
+    const F half = step * f_set(0.5f), middle = step * f_set(((1 << kBits) - 1) * 0.5f);
+    const F center0 = f_from_int(i_load(zeros[0])) + middle, center1 = f_from_int(i_load(zeros[1])) + middle,
+            center2 = f_from_int(i_load(zeros[2])) + middle;
+    F error0 = f_set(0.0f), error1 = error0, error2 = error0;
+    const auto fold = [&](F x) {
+        x = f_abs(x);
+        if (kBits == 3) x = f_abs(x - step - step);
+        x = f_abs(x - step) - half;
+        return x * x;
+    };
+    for (int t = 0; t < tile.tokens; ++t) {
+        const F value = f_load(tile.at[t]);
+        error0 = error0 + fold(value - center0);
+        error1 = error1 + fold(value - center1);
+        error2 = error2 + fold(value - center2);
+    }
+    f_store(errors[0], error0);
+    f_store(errors[1], error1);
+    f_store(errors[2], error2);
+}
+
+inline Range min_max(const ChannelTile& tile, int levels, std::int32_t* middle) {
+    F low = f_load(tile.at[0]), high = low;
+    for (int t = 1; t < tile.tokens; ++t) {
+        const F value = f_load(tile.at[t]);
+        low = f_min(low, value);
+        high = f_max(high, value);
+    }
+    Range range;
+    std::int32_t top[kLanes];
+    i_store(range.zero, i_from_float(low));
+    i_store(top, i_from_float(high));
+    for (int c = 0; c < kLanes; ++c) {
+        const std::int32_t step = (top[c] - range.zero[c] + levels - 1) / levels;
+        range.step[c] = step < 1 ? 1 : step;
+        middle[c] = range.zero[c] + top[c];
+    }
+    return range;
+}
+
+// The range of least squared error among shrunken, centred and shifted ones; ties keep the earlier.
+template <int kBits>
+inline Range search(const ChannelTile& tile, const Range& widest, const std::int32_t* middle) {
+    constexpr int kLevels = (1 << kBits) - 1;
+    constexpr int kQuarters[3] = {0, -1, 1};
+    Range best = widest;
+    std::int32_t zeros[3][kLanes], steps[kLanes];
+    float errors[3][kLanes], least[kLanes];
+    for (auto& row : zeros) std::memcpy(row, widest.zero, sizeof row);
+    squared_errors<kBits>(tile, widest.step, zeros, errors);
+    std::memcpy(least, errors[0], sizeof least);
+    for (int shrink = 16; shrink >= 8; --shrink) {
+        for (int c = 0; c < kLanes; ++c) {
+            const std::int32_t step = (widest.step[c] * shrink + 15) / 16;
+            const std::int32_t top = 127 - step * kLevels;
+            steps[c] = step;
+            for (int i = 0; i < 3; ++i) {
+                // An arithmetic shift divides by 4 and rounds down.
+                std::int32_t zero = (2 * middle[c] - 2 * step * kLevels + kQuarters[i] * step) >> 2;
+                zero = zero < top ? zero : top;
+                zeros[i][c] = zero < -128 ? -128 : zero;
+            }
+        }
+        squared_errors<kBits>(tile, steps, zeros, errors);
+        for (int i = 0; i < 3; ++i) {
+            for (int c = 0; c < kLanes; ++c) {
+                const bool better = errors[i][c] < least[c];
+                least[c] = better ? errors[i][c] : least[c];
+                best.step[c] = better ? steps[c] : best.step[c];
+                best.zero[c] = better ? zeros[i][c] : best.zero[c];
+            }
+        }
+    }
+    return best;
+}
+
+// `clip(round_half_even((value - zero) / step), 0, levels)` as bytes, `channels` of them a token.
+inline void encode_channels(const ChannelTile& tile, const Range& range, int levels, int channels, std::uint8_t* codes,
+                            std::int64_t row) {
+    const F step = f_from_int(i_load(range.step)), zero = f_from_int(i_load(range.zero));
+    const F top = f_set(static_cast<float>(levels)), bottom = f_set(0.0f);
+    for (int t = 0; t < tile.tokens; ++t) {
+        const F quotient = f_round((f_load(tile.at[t]) - zero) / step);
+        std::uint8_t lanes[kLanes];
+        i_store_u8(lanes, i_from_float(f_max(f_min(quotient, top), bottom)));
+        std::memcpy(codes + t * row, lanes, channels);
+    }
+}
+
+// One head: int8 [tokens][head_dim] -> codes likewise, below 2^bits, and step and zero of each channel.
+inline void progressive_quantize(const std::int8_t* values, int tokens, int head_dim, int bits, bool searching,
+                                 std::uint8_t* codes, std::uint8_t* step, std::uint8_t* zero) {
+    ChannelTile tile;
+    const int levels = (1 << bits) - 1;
+    for (int at = 0; at < head_dim; at += kLanes) {
+        const int channels = head_dim - at < kLanes ? head_dim - at : kLanes;
+        std::int32_t middle[kLanes];
+        load_channels(values + at, head_dim, tokens, channels, tile);
+        Range range = min_max(tile, levels, middle);
+        if (searching && bits == 3) range = search<3>(tile, range, middle);
+        if (searching && bits == 2) range = search<2>(tile, range, middle);
+        encode_channels(tile, range, levels, channels, codes + at, head_dim);
+        for (int c = 0; c < channels; ++c) {
+            step[at + c] = static_cast<std::uint8_t>(range.step[c]);
+            zero[at + c] = static_cast<std::uint8_t>(range.zero[c]);
+        }
+    }
+}

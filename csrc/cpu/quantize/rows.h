@@ -1,0 +1,116 @@
+// Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
+#pragma once
+
+constexpr float kCodeMax = 119.0f;
+constexpr float kLargest = 1e18f;  // values beyond it are refused (validation.py)
+constexpr float kSmallestScale = 0x1p-100f;
+
+// The largest magnitude as bits, which order like the magnitudes and put NaN and infinity on top.
+inline std::uint32_t peak_bits(const float* x, int count) {
+    std::uint32_t peak = 0;
+    for (int c = 0; c < count; ++c) {
+        const std::uint32_t magnitude = bits_of(x[c]) & 0x7FFFFFFFu;
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    return peak;
+}
+
+inline float safe_scale(float scale) {
+    if (scale == 0.0f) return 1.0f;
+    return scale < kSmallestScale ? kSmallestScale : scale;
+}
+
+// Rounded up to 4 mantissa bits.
+inline float up_to_grid(float scale) {
+    constexpr std::uint32_t kStep = 1u << 19;
+    return float_of((bits_of(scale) + (kStep - 1)) & ~(kStep - 1));
+}
+
+// round_half_even(x / scale): adding 1.5 * 2^23 leaves the integer, rounded, in the lowest bits.
+inline void quantize_row(const float* x, int count, float scale, std::int8_t* codes) {
+    constexpr float kRound = 12582912.0f;
+    for (int c = 0; c < count; ++c) codes[c] = static_cast<std::int8_t>(bits_of(x[c] / scale + kRound));
+}
+
+inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) {
+    static const Signs signs;
+    const int head_dim = static_cast<int>(a.head_dim);
+    const float* mean = a.mean ? a.mean + (b * a.heads + h) * head_dim : nullptr;
+    const std::int64_t first_row = b * a.batch_rows + h * a.head_rows + a.target[b];
+    float x[kMaxHeadDim];
+    bool fine = true;
+    for (std::int64_t t = begin; t < end; ++t) {
+        load_row(a.x, row_offset(a.x, b, h, t), head_dim, x);
+        fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
+        if (a.rotate) rotate_row(x, head_dim, signs);
+        if (mean && a.first[b] + t >= a.mean_from) {
+            for (int c = 0; c < head_dim; ++c) x[c] -= mean[c];
+        }
+        const float scale = safe_scale(up_to_grid(float_of(peak_bits(x, head_dim)) / kCodeMax));
+        quantize_row(x, head_dim, scale, a.codes + (first_row + t) * head_dim);
+        a.scales[first_row + t] = scale;
+    }
+    return fine;
+}
+
+// In double, by eight partial sums and a fixed tree.
+inline double dot_row(const float* x, const float* y, int count) {
+    double sums[8] = {};
+    for (int c = 0; c < count; c += 8) {
+        for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[c + i]) * static_cast<double>(y[c + i]);
+    }
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+inline bool quantize_queries(const QueryArgs& a, std::int64_t b, std::int64_t query_head, std::int64_t begin,
+                             std::int64_t end) {
+    static const Signs signs;
+    const int head_dim = static_cast<int>(a.head_dim);
+    const float* mean = a.mean ? a.mean + (b * a.heads + query_head / a.group) * head_dim : nullptr;
+    const std::int64_t first_row = (b * a.heads * a.group + query_head) * a.rows;
+    const float unit = static_cast<float>(a.scale);
+    float x[kMaxHeadDim];
+    bool fine = true;
+    for (std::int64_t t = begin; t < end; ++t) {
+        if (t < a.valid[b]) {
+            load_row(a.x, row_offset(a.x, b, query_head, t), head_dim, x);
+        } else {
+            for (int c = 0; c < head_dim; ++c) x[c] = 0.0f;
+        }
+        fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
+        if (a.rotate) rotate_row(x, head_dim, signs);
+        const std::int64_t row = first_row + t;
+        const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
+        quantize_row(x, head_dim, scale, a.codes + row * head_dim);
+        a.units[row] = scale * unit;
+        if (mean) a.mean_logits[row] = static_cast<float>(a.scale * dot_row(x, mean, head_dim));
+    }
+    return fine;
+}
+
+inline void restore_rows(const RestoreArgs& a, std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) {
+    static const Signs signs;
+    const int head_dim = static_cast<int>(a.head_dim);
+    float x[kMaxHeadDim];
+    for (std::int64_t t = begin; t < end; ++t) {
+        std::memcpy(x, a.x + ((b * a.heads + h) * a.rows + t) * head_dim, sizeof(float) * head_dim);
+        if (a.rotate) unrotate_row(x, head_dim, signs);
+        store_row(a.out, row_offset(a.out, b, h, t), head_dim, x);
+    }
+}
+
+// Codes times scales of 4 mantissa bits sum exactly in double, in whatever order tokens came.
+inline void first_block_mean(const MeanArgs& a, std::int64_t b, std::int64_t h) {
+    if (!a.wanted[b]) return;
+    const int head_dim = static_cast<int>(a.head_dim);
+    double sums[kMaxHeadDim] = {};
+    for (std::int64_t t = a.begin; t < a.end; ++t) {
+        const std::int64_t row = b * a.batch_rows + h * a.head_rows + t;
+        const double scale = a.scales[row];
+        const std::int8_t* codes = a.codes + row * head_dim;
+        for (int c = 0; c < head_dim; ++c) sums[c] += codes[c] * scale;
+    }
+    float* mean = a.mean + (b * a.heads + h) * head_dim;
+    const double count = static_cast<double>(a.end - a.begin);
+    for (int c = 0; c < head_dim; ++c) mean[c] = static_cast<float>(sums[c] / count);
+}

@@ -1,0 +1,126 @@
+// Sixteen 32-bit lanes on AVX-512 VNNI. The same names exist in vec_avx2.h and vec_serial.h, with the
+// same results to the last bit: floats are never contracted, sums over lanes follow one fixed tree.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#ifdef TURBO_AMX
+constexpr std::uint8_t kFlip = 0;  // tiles multiply signed bytes
+#else
+constexpr std::uint8_t kFlip = 0x80;  // the first factor is unsigned: X8 + 128
+#endif
+constexpr int kQueryVectors = 2;       // of sixteen queries each, at once
+constexpr int kFewRowsAtOnce = 4;      // rows that share an unpacked vector of codes
+constexpr std::int32_t kOffset = 128;  // dot_full multiplies codes as they are stored: X8 + 128
+
+struct F {
+    __m512 v;
+};
+struct I {
+    __m512i v;
+};
+struct Bytes {
+    __m512i v;
+};
+using Prepared = Bytes;
+
+inline F f_set(float x) { return {_mm512_set1_ps(x)}; }
+inline F f_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void f_store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F f_max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F f_min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F f_fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F f_floor(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+inline F f_round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F f_from_int(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I i_from_float(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // rounds half to even
+inline F f_from_bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
+// a where x >= y, else 0.
+inline F f_keep_ge(F x, F y, F a) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_GE_OQ), a.v)}; }
+// a where x > y, else 0.
+inline F f_keep_gt(F x, F y, F a) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_GT_OQ), a.v)}; }
+inline bool f_any_lt(F x, F y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ) != 0; }
+// x - floor(x) and floor(x), x >= 0.
+inline F f_fraction(F x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+inline I i_truncate(F x) { return {_mm512_cvttps_epi32(x.v)}; }
+// a where low <= t < high, else b.
+inline F f_between(I low, I t, I high, F a, F b) {
+    const __mmask16 in = _mm512_cmple_epi32_mask(low.v, t.v) & _mm512_cmplt_epi32_mask(t.v, high.v);
+    return {_mm512_mask_mov_ps(b.v, in, a.v)};
+}
+// a where low <= lane + first < high, else b.
+inline F f_within(int first, int low, int high, F a, F b) {
+    const __m512i lane = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                          _mm512_set1_epi32(first));
+    const __mmask16 in =
+        _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(low)) & _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(high));
+    return {_mm512_mask_mov_ps(b.v, in, a.v)};
+}
+// table[index] for indices 0 .. 15 of a table of 16.
+inline F f_lookup(const float* table, I index) { return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))}; }
+
+inline I i_set(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I i_load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void i_store(std::int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline I i_min(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
+inline I i_max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+template <int N>
+inline I i_shl(I a) {
+    return {_mm512_slli_epi32(a.v, N)};
+}
+inline I i_from_u8(const std::uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline I i_from_s8(const std::int8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// The lanes as bytes (each 0 .. 255).
+inline void i_store_u8(std::uint8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+inline std::int32_t i_sum(I a) { return _mm512_reduce_add_epi32(a.v); }
+inline float f_reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
+// Lanes 0-7 plus lanes 8-15 of a, then the same of b.
+inline I i_fold_halves(I a, I b) {
+    const __m512i low = _mm512_inserti64x4(a.v, _mm512_castsi512_si256(b.v), 1);
+    const __m512i high = _mm512_shuffle_i64x2(a.v, b.v, 0xEE);
+    return {_mm512_add_epi32(low, high)};
+}
+
+inline Bytes b_load(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes b_broadcast(const void* p) {
+    std::int32_t x;
+    __builtin_memcpy(&x, p, 4);
+    return {_mm512_set1_epi32(x)};
+}
+// The word 2i in lanes 0-7, the word 2i + 1 in lanes 8-15, of 16 words.
+inline Bytes b_word_pair(const std::uint8_t* words, int i) {
+    const __m512i index =
+        _mm512_add_epi32(_mm512_set1_epi32(2 * i), _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
+    return {_mm512_permutexvar_epi32(index, _mm512_loadu_si512(words))};
+}
+template <int N>
+inline Bytes b_shr(Bytes a, int mask) {
+    return {_mm512_and_si512(N ? _mm512_srli_epi16(a.v, N) : a.v, _mm512_set1_epi8(static_cast<char>(mask)))};
+}
+template <int N>
+inline Bytes b_shl(Bytes a, int mask) {
+    return {_mm512_and_si512(_mm512_slli_epi16(a.v, N), _mm512_set1_epi8(static_cast<char>(mask)))};
+}
+inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline void b_store(void* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
+
+// acc += the four products of each lane: codes u8 below 128, q s8.
+inline I dot_small(I acc, Bytes codes, Bytes q) { return {_mm512_dpbusd_epi32(acc.v, codes.v, q.v)}; }
+// The same for stored INT8 (X8 + 128); callers start from -kOffset * sum(q).
+inline Prepared prepare(Bytes codes) { return codes; }
+inline I dot_full(I acc, Prepared codes, Bytes q) { return {_mm512_dpbusd_epi32(acc.v, codes.v, q.v)}; }

@@ -1,0 +1,187 @@
+// Sixteen 32-bit lanes in portable C++, for any processor; the pattern that the other headers match
+// to the last bit.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+constexpr std::uint8_t kFlip = 0x80;
+constexpr int kQueryVectors = 1;
+constexpr int kFewRowsAtOnce = 2;
+constexpr std::int32_t kOffset = 128;
+
+struct F {
+    float v[16];
+};
+struct I {
+    std::int32_t v[16];
+};
+struct Bytes {
+    std::uint8_t v[64];
+};
+using Prepared = Bytes;
+
+template <class R, class G>
+inline R lanes(G&& get) {
+    R r;
+    for (int i = 0; i < 16; ++i) r.v[i] = get(i);
+    return r;
+}
+
+inline F f_set(float x) {
+    return lanes<F>([&](int) { return x; });
+}
+inline F f_load(const float* p) {
+    return lanes<F>([&](int i) { return p[i]; });
+}
+inline void f_store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+inline F operator+(F a, F b) {
+    return lanes<F>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F operator-(F a, F b) {
+    return lanes<F>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F operator*(F a, F b) {
+    return lanes<F>([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F operator/(F a, F b) {
+    return lanes<F>([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F f_max(F a, F b) {
+    return lanes<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F f_min(F a, F b) {
+    return lanes<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F f_fma(F a, F b, F c) {
+    return lanes<F>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
+}
+inline F f_floor(F a) {
+    return lanes<F>([&](int i) { return std::floor(a.v[i]); });
+}
+inline F f_round(F a) {
+    return lanes<F>([&](int i) { return std::nearbyint(a.v[i]); });
+}
+inline F f_from_int(I a) {
+    return lanes<F>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+// Rounds half to even; what no int32 holds becomes the smallest one, as processors have it.
+inline I i_from_float(F a) {
+    return lanes<I>([&](int i) {
+        const float x = std::nearbyint(a.v[i]);
+        return x >= -2147483648.0f && x < 2147483648.0f ? static_cast<std::int32_t>(x) : INT32_MIN;
+    });
+}
+inline F f_from_bits(I a) {
+    F r;
+    std::memcpy(r.v, a.v, sizeof r.v);
+    return r;
+}
+inline F f_keep_ge(F x, F y, F a) {
+    return lanes<F>([&](int i) { return x.v[i] >= y.v[i] ? a.v[i] : 0.0f; });
+}
+inline F f_keep_gt(F x, F y, F a) {
+    return lanes<F>([&](int i) { return x.v[i] > y.v[i] ? a.v[i] : 0.0f; });
+}
+inline bool f_any_lt(F x, F y) {
+    bool any = false;
+    for (int i = 0; i < 16; ++i) any |= x.v[i] < y.v[i];
+    return any;
+}
+inline F f_fraction(F x) { return x - f_floor(x); }
+inline I i_truncate(F x) { return i_from_float(f_floor(x)); }
+inline F f_between(I low, I t, I high, F a, F b) {
+    return lanes<F>([&](int i) { return low.v[i] <= t.v[i] && t.v[i] < high.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F f_within(int first, int low, int high, F a, F b) {
+    return lanes<F>([&](int i) { return first + i >= low && first + i < high ? a.v[i] : b.v[i]; });
+}
+inline F f_lookup(const float* table, I index) {
+    return lanes<F>([&](int i) { return table[index.v[i] & 15]; });
+}
+
+inline I i_set(std::int32_t x) {
+    return lanes<I>([&](int) { return x; });
+}
+inline I i_load(const std::int32_t* p) {
+    return lanes<I>([&](int i) { return p[i]; });
+}
+inline void i_store(std::int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
+inline I operator+(I a, I b) {
+    return lanes<I>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline I operator-(I a, I b) {
+    return lanes<I>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline I operator|(I a, I b) {
+    return lanes<I>([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline I i_min(I a, I b) {
+    return lanes<I>([&](int i) { return std::min(a.v[i], b.v[i]); });
+}
+inline I i_max(I a, I b) {
+    return lanes<I>([&](int i) { return std::max(a.v[i], b.v[i]); });
+}
+template <int N>
+inline I i_shl(I a) {
+    return lanes<I>([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << N); });
+}
+inline I i_from_u8(const std::uint8_t* p) {
+    return lanes<I>([&](int i) { return std::int32_t{p[i]}; });
+}
+inline I i_from_s8(const std::int8_t* p) {
+    return lanes<I>([&](int i) { return std::int32_t{p[i]}; });
+}
+inline void i_store_u8(std::uint8_t* p, I a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::uint8_t>(a.v[i]);
+}
+inline std::int32_t i_sum(I a) {
+    std::int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += a.v[i];
+    return sum;
+}
+inline float f_reduce_max(F a) { return *std::max_element(a.v, a.v + 16); }
+inline I i_fold_halves(I a, I b) {
+    return lanes<I>([&](int i) { return i < 8 ? a.v[i] + a.v[i + 8] : b.v[i - 8] + b.v[i]; });
+}
+
+inline Bytes b_load(const void* p) {
+    Bytes r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+inline Bytes b_broadcast(const void* p) {
+    Bytes r;
+    for (int i = 0; i < 16; ++i) std::memcpy(r.v + 4 * i, p, 4);
+    return r;
+}
+inline Bytes b_word_pair(const std::uint8_t* words, int i) {
+    Bytes r;
+    for (int lane = 0; lane < 16; ++lane) std::memcpy(r.v + 4 * lane, words + 4 * (2 * i + lane / 8), 4);
+    return r;
+}
+template <int N>
+inline Bytes b_shr(Bytes a, int mask) {
+    for (auto& x : a.v) x = static_cast<std::uint8_t>(x >> N & mask);
+    return a;
+}
+template <int N>
+inline Bytes b_shl(Bytes a, int mask) {
+    for (auto& x : a.v) x = static_cast<std::uint8_t>(x << N & mask);
+    return a;
+}
+inline Bytes operator|(Bytes a, Bytes b) {
+    for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
+    return a;
+}
+inline void b_store(void* p, Bytes a) { std::memcpy(p, a.v, sizeof a.v); }
+
+inline I dot_small(I acc, Bytes codes, Bytes q) {
+    for (int lane = 0; lane < 16; ++lane)
+        for (int i = 4 * lane; i < 4 * lane + 4; ++i) acc.v[lane] += codes.v[i] * static_cast<std::int8_t>(q.v[i]);
+    return acc;
+}
+inline Prepared prepare(Bytes codes) { return codes; }
+inline I dot_full(I acc, Prepared codes, Bytes q) { return dot_small(acc, codes, q); }

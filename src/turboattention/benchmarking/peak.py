@@ -1,0 +1,41 @@
+"""The processor's own limits, measured beside the kernels."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+import torch
+
+
+def float_peak(size: int = 1024, rounds: int = 5) -> float:
+    """GFLOPS of a float32 matrix product in torch: the best of some rounds."""
+    a = torch.randn(size, size)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best / 1e9
+
+
+def integer_peak() -> dict[str, float]:
+    """GOPS of the INT8 dot product by instruction set, from the CPU extension; empty where it does not tell."""
+    native = _extension()
+    if native is None or not hasattr(native, "peak_gops"):
+        return {}
+    return {name: float(native.peak_gops(name)) for name in native.isas()}
+
+
+def instruction_set() -> str | None:
+    """The one that the CPU extension uses; None without the extension."""
+    native = _extension()
+    return None if native is None else native.isa()
+
+
+def _extension() -> Any:
+    try:
+        return importlib.import_module("turboattention._cpu")
+    except ImportError:
+        return None

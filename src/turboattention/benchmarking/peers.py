@@ -1,0 +1,129 @@
+"""Other implementations of the same attention, each at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from . import ggml, sdpa
+from .contenders import Contender, turbo
+from .problem import Problem, fill
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`make(problem, backend)` builds the contender, `missing()` says why it cannot run here, `fits` where it has
+    work to do."""
+
+    name: str
+    about: str
+    make: Callable[[Problem, str], Contender]
+    missing: Callable[[], str | None] = lambda: None
+    fits: Callable[[Problem, TurboConfig], bool] = lambda problem, config: True
+
+
+def _int4(problem: Problem, backend: str) -> Contender:
+    assert problem.cache is not None
+    config = problem.cache.config.replace(bits=4)
+    narrow = replace(problem, cache=fill(problem.k, problem.v, config))
+    return turbo(narrow, backend, config, "turboattention 4 bits")
+
+
+def _ggml(kind: str, bound: float) -> Callable[[Problem, str], Contender]:
+    def make(problem: Problem, backend: str) -> Contender:
+        attention = ggml.FlashAttention(
+            problem.q, problem.k, problem.v, kind, problem.shape.causal, torch.get_num_threads()
+        )
+        return Contender(
+            f"ggml {kind}",
+            attention.compute,
+            problem.expected,
+            bound,
+            detail="flash_attn_ext",
+            output=lambda _: attention.output(),
+        )
+
+    return make
+
+
+def _sdpa(dtype: torch.dtype, bound: float, *, folded: bool = False) -> Callable[[Problem, str], Contender]:
+    def make(problem: Problem, backend: str) -> Contender:
+        q, k, v = (x.to(dtype).contiguous() for x in (problem.q, problem.k, problem.v))
+        way, call = sdpa.best(q, k, v, problem.shape.causal, folded=folded)
+        shape = problem.q.shape
+
+        def output(result: Tensor) -> Tensor:
+            return result.reshape(shape)
+
+        name = f"sdpa {str(dtype).removeprefix('torch.')}" + (" folded" if folded else "")
+        return Contender(name, call, problem.expected, bound, detail=way, output=output)
+
+    return make
+
+
+def _dequantize(problem: Problem, backend: str) -> Contender:
+    cache, q, causal = problem.cache, problem.q, problem.shape.causal
+    assert cache is not None
+    folded = sdpa.can_fold(q, cache.num_kv_heads)
+
+    def call() -> Tensor:
+        k, v = (x.to(q.dtype) for x in cache.dequantize())
+        return (sdpa.folded if folded else sdpa.grouped)(q, k, v, causal)
+
+    return Contender(
+        "dequantize, then sdpa", call, problem.expected_stored, 1e-3, output=lambda result: result.reshape(q.shape)
+    )
+
+
+def _reads_cache(problem: Problem, config: TurboConfig) -> bool:
+    return problem.cache is not None
+
+
+def _other_width(problem: Problem, config: TurboConfig) -> bool:
+    return problem.cache is not None and config.bits != 4
+
+
+def _folds(problem: Problem, config: TurboConfig) -> bool:
+    return sdpa.can_fold(problem.q, problem.k.shape[1])
+
+
+def _whole_blocks(problem: Problem, config: TurboConfig) -> bool:
+    return problem.shape.head_dim % ggml.BLOCK == 0
+
+
+# ggml sums weighted f16 values in f16, which costs it digits as the context grows: 0.027 at 32k tokens.
+_GGML_F16_BOUND = 0.1
+
+_LIST = (
+    Peer("sdpa", "PyTorch SDPA in float32", _sdpa(torch.float32, 1e-4)),
+    Peer(
+        "sdpa-folded",
+        "the same over one row a query head, where one query allows it",
+        _sdpa(torch.float32, 1e-4, folded=True),
+        fits=_folds,
+    ),
+    Peer("sdpa-bf16", "PyTorch SDPA in bfloat16", _sdpa(torch.bfloat16, 0.03)),
+    Peer(
+        "sdpa-bf16-folded",
+        "the same over one row a query head",
+        _sdpa(torch.bfloat16, 0.03, folded=True),
+        fits=_folds,
+    ),
+    Peer("dequantize", "the same cache turned to float, then SDPA", _dequantize, fits=_reads_cache),
+    Peer("int4", "TurboAttention's own 4-bit cache", _int4, fits=_other_width),
+    Peer("ggml-f16", "ggml flash_attn_ext, f16 cache", _ggml("f16", _GGML_F16_BOUND), ggml.missing),
+    Peer("ggml-q8_0", "ggml flash_attn_ext, q8_0 cache", _ggml("q8_0", 0.05), ggml.missing, _whole_blocks),
+    Peer("ggml-q4_0", "ggml flash_attn_ext, q4_0 cache", _ggml("q4_0", 0.3), ggml.missing, _whole_blocks),
+)
+
+PEERS = {peer.name: peer for peer in _LIST}
+"""By the name that `--peers` takes."""
+
+
+def peers_for(names: list[str], problem: Problem, config: TurboConfig) -> list[Peer]:
+    """Those that this problem has work for."""
+    return [PEERS[name] for name in names if PEERS[name].fits(problem, config)]

@@ -1,0 +1,82 @@
+"""What compressing costs, and what a cache weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..api import turbo_attention_with_kvcache
+from ..config import TurboConfig
+from ..kv.cache import KVCache
+from .problem import Shape, fill, make_problem
+from .statistics import Spread, paired_ratio, spread
+from .timing import Effort, alternate
+
+
+@dataclass(frozen=True)
+class Compression:
+    """block: seconds to quantize and compress one block of tokens (both stages); decode: of one step's
+    attention; share: a token's part of `block` over `decode`, paired; single: seconds to append one
+    token, averaged over a whole block, its compression included."""
+
+    block: Spread
+    decode: Spread
+    share: Spread
+    single: float
+
+
+def measure_compression(shape: Shape, config: TurboConfig, backend: str, effort: Effort) -> Compression:
+    """Beside decode over `shape.keys` tokens."""
+    problem = make_problem(shape)
+    size = config.block_size
+    over = fill(problem.k, problem.v, config)
+    new = [torch.randn(shape.batch, shape.kv_heads, size, shape.head_dim) for _ in range(2)]
+    # An aligned cache of its own: every append fills exactly one block, and attention's cache keeps its length.
+    aligned = problem.k.shape[2] // size * size
+    into = _Growing(fill(problem.k[:, :, :aligned], problem.v[:, :, :aligned], config), limit=aligned + 256 * size)
+    ones = [(new[0][:, :, i : i + 1], new[1][:, :, i : i + 1]) for i in range(size)]
+
+    def block() -> None:
+        into.cache().append(new[0], new[1])
+
+    def tokens() -> None:
+        cache = into.cache()
+        for k, v in ones:
+            cache.append(k, v)
+
+    def decode() -> None:
+        turbo_attention_with_kvcache(problem.q, over, backend=backend)
+
+    with torch.no_grad():
+        pairs = alternate(decode, block, effort)
+        single = alternate(decode, tokens, effort)
+    ratio = paired_ratio(pairs.b, pairs.a)
+    share = Spread(ratio.median / size, ratio.p20 / size, ratio.p80 / size, ratio.count)
+    return Compression(spread(pairs.b), spread(pairs.a), share, spread(single.b).median / size)
+
+
+class _Growing:
+    """A cache that is appended to, replaced by a copy of what it was when it has grown too long."""
+
+    def __init__(self, start: KVCache, limit: int):
+        self._start, self._limit = start, limit
+        self._now = start.clone()
+
+    def cache(self) -> KVCache:
+        if len(self._now) >= self._limit:
+            self._now = self._start.clone()
+        return self._now
+
+
+def measure_memory(shape: Shape, config: TurboConfig) -> dict[str, float]:
+    """Bytes of a cache of `shape.keys` tokens, everything allocated counted, beside 16-bit floats."""
+    problem = make_problem(shape)
+    cache = fill(problem.k, problem.v, config)
+    plain = 2 * 2 * shape.batch * shape.kv_heads * shape.keys * shape.head_dim
+    return {
+        "bytes": cache.nbytes,
+        "fp16_bytes": plain,
+        "below_fp16": plain / cache.nbytes,
+        "bits_per_element": cache.bits_per_element,
+    }

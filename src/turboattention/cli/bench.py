@@ -1,0 +1,218 @@
+"""``turboattention bench``: speed and memory beside other implementations on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from ..errors import InputError
+from .bench_files import check_plot, check_target, write_json, write_plot
+from .bench_view import facts_line, show
+from .device import use_threads
+from .output import note, notices, print_json, results
+from .progress import Bars
+from .settings import make_setting
+
+if TYPE_CHECKING:
+    from ..benchmarking.plan import Plan
+
+WHAT, AGAINST, OUTPUT = "What is measured", "Against what, and how long", "Machine and output"
+
+
+class Work(str, Enum):
+    prefill = "prefill"
+    decode = "decode"
+    steps = "steps"
+    compress = "compress"
+    memory = "memory"
+    all = "all"
+
+
+class BenchDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Mask(str, Enum):
+    both = "both"
+    causal = "causal"
+    full = "full"
+
+
+def bench(
+    work: Annotated[Work, typer.Argument(help="A kind of work, or all of them.")] = Work.all,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Context lengths in tokens.", rich_help_panel=WHAT)
+    ] = None,
+    head_dim: Annotated[
+        str | None,
+        typer.Option(metavar="D,D,...", help="By default 128; prefill also 64.", rich_help_panel=WHAT),
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.", rich_help_panel=WHAT)] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.", rich_help_panel=WHAT)] = 2,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTH",
+            help="Stored width: 8, 4, 3, 2, mixed, or K,V such as 4,3; may be repeated. By default 4, 3, mixed and 2.",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    mask: Annotated[Mask, typer.Option(help="Of prefill.", rich_help_panel=WHAT)] = Mask.both,
+    dtype: Annotated[
+        BenchDtype, typer.Option(help="Of the tensors that TurboAttention is given.", rich_help_panel=WHAT)
+    ] = BenchDtype.float32,
+    backend: Annotated[str, typer.Option(help="auto, or one that doctor lists.", rich_help_panel=AGAINST)] = "auto",
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="Of sdpa, sdpa-folded, sdpa-bf16, sdpa-bf16-folded, dequantize, int4, ggml-f16, ggml-q8_0, ggml-q4_0; "
+            "or none. By default all that are here.",
+            rich_help_panel=AGAINST,
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="Time for each pair.", rich_help_panel=AGAINST)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short lengths and little time: a first look.", rich_help_panel=AGAINST)
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the random tensors.", rich_help_panel=AGAINST)] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", rich_help_panel=OUTPUT)] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of tables.", rich_help_panel=OUTPUT)
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Keep the same JSON in this file.", rich_help_panel=OUTPUT)
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Draw ratios against context length (needs matplotlib).", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+) -> None:
+    """Measure TurboAttention beside its peers: checked first, then timed in turns in one process.
+
+    Example: turboattention bench decode --lengths 4096,16384 --bits 4 --bits 3
+    """
+    tokens, dims = _numbers("--lengths", lengths), _numbers("--head-dim", head_dim)
+    settings = [make_setting(text) for text in bits or ["4", "3", "mixed", "2"]]
+    if heads % kv_heads:
+        raise InputError(f"--heads: expected a multiple of --kv-heads ({kv_heads}), got {heads}")
+    check_target("--out", out)
+    check_plot(plot)
+    with Bars(hidden=json).task("Getting ready"):
+        import torch
+
+        from ..benchmarking import plan as plans
+        from ..benchmarking.timing import QUICK, Effort
+        from ..dispatch import choose
+
+        use_threads(threads)
+        chosen = choose(backend).name
+    works = plans.WORKS if work is Work.all else (work.value,)
+    names = _peers(peers)
+    # The reference is a specification: at full length it would take hours.
+    small = quick or chosen == "reference"
+    if small and not quick and tokens is None:
+        note("the reference backend is not made for speed; measuring short contexts only (--lengths to choose)")
+    effort = QUICK if quick else Effort()
+    if seconds is not None:
+        effort = Effort(seconds, effort.sample, effort.least, effort.most)
+    plan = plans.Plan(
+        works=works,
+        backend=chosen,
+        settings=[(setting.label, setting.config) for setting in settings],
+        heads=heads,
+        kv_heads=kv_heads,
+        lengths=dict.fromkeys(works, tokens) if tokens else dict(plans.QUICK_LENGTHS) if small else {},
+        head_dims=dict.fromkeys(works, dims) if dims else {},
+        masks={Mask.both: (True, False), Mask.causal: (True,), Mask.full: (False,)}[mask],
+        peers=names,
+        dtype=getattr(torch, dtype.value),
+        effort=effort,
+        seed=seed,
+        step_blocks=1 if quick else 4,
+    )
+    _run(plan, json, out, plot)
+
+
+def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
+    from dataclasses import asdict
+
+    from ..benchmarking import peak
+    from ..benchmarking.plan import run
+    from ..benchmarking.records import as_document
+    from .bench_facts import bench_facts
+
+    with _doing(hidden=json) as say:
+        say("the processor's own limits")
+        peaks = {"float32 GFLOPS": peak.float_peak()} | {
+            f"{name} INT8 GOPS": rate for name, rate in peak.integer_peak().items()
+        }
+        rows = list(run(plan, say))
+    facts = bench_facts(plan.backend, peaks=peaks, effort=asdict(plan.effort), seed=plan.seed)
+    document = as_document(rows, facts)
+    if out is not None:
+        write_json(out, document)
+    if plot is not None and not write_plot(plot, rows, facts_line(facts)):
+        note("--plot: nothing was compared, so nothing was drawn", "warning")
+    if json:
+        print_json(document)
+    else:
+        show(rows, facts, results())
+    if any(row.refused for row in rows):
+        note("a wrong result is not timed", "warning")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _doing(*, hidden: bool) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being measured, where that is a terminal."""
+    console = notices()
+    if hidden or not console.is_terminal:
+        yield lambda text: None
+        return
+    # Redrawn seldom: the line must not take part in what is timed.
+    with console.status("Measuring", refresh_per_second=1) as status:
+        yield lambda text: status.update(f"Measuring {escape(text)}")
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{option}: expected numbers above 0 such as 1024,4096, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _peers(text: str | None) -> list[str]:
+    """Names of peers; by default those that can run here.
+
+    Raises:
+        InputError: a name that there is not, or one that cannot run here.
+    """
+    from ..benchmarking.peers import PEERS
+
+    if text is None:
+        return [name for name, peer in PEERS.items() if peer.missing() is None]
+    if text.strip() == "none":
+        return []
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in PEERS:
+            raise InputError(f"--peers: expected some of {', '.join(PEERS)}, or none; got {name!r}")
+        why = PEERS[name].missing()
+        if why is not None:
+            raise InputError(f"--peers: {name} cannot run here: {why}")
+    return names

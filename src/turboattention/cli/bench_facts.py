@@ -1,0 +1,61 @@
+"""Where and with what a benchmark ran."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .machine import cpu_name
+
+
+def bench_facts(backend: str, **more: Any) -> dict[str, Any]:
+    import torch
+
+    from ..benchmarking import ggml, peak
+
+    cpuinfo = Path("/proc/cpuinfo")
+    return {
+        "turboattention": __version__,
+        "commit": commit(),
+        "backend": backend,
+        "cpu": cpu_name(cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""),
+        "isa": peak.instruction_set() if backend == "cpu" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "llama_cpp_python": _version("llama-cpp-python"),
+        "ggml": ggml.version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **more,
+    }
+
+
+def commit() -> str | None:
+    """The source tree's commit, with "+" where files differ from it; None for an installed package."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
+        return None
+    head, changes = (_git(root, *arguments) for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))
+    return None if head is None else head + ("+" if changes else "")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        ran = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,87 @@
+"""``--out`` and ``--plot``: a benchmark as JSON, and as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..benchmarking.records import Row
+
+
+def check_target(option: str, path: Path | None) -> None:
+    """Raises InputError now for a file that could not be written after a long measurement."""
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"{option}: expected a file, got the folder {path}")
+    if not folder.is_dir():
+        raise InputError(f"{option}: {path} cannot be written: there is no folder {folder}")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{option}: {path} cannot be written: no permission")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises InputError where matplotlib is not there, or does not know this kind of file."""
+    check_target("--plot", path)
+    if path is None:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise InputError('--plot: needs the package matplotlib: pip install "turboattention[plot]"') from error
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise InputError(f"--plot: expected a file ending in one of {', '.join(sorted(known))}, got {path.name}")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def write_plot(path: Path, rows: list[Row], title: str) -> bool:
+    """Each peer's time over TurboAttention's against context length; False where nothing was compared."""
+    from matplotlib.figure import Figure
+
+    lines = ratio_lines(rows)
+    if not lines:
+        return False
+    works = list(dict.fromkeys(work for work, _ in lines))
+    figure = Figure(figsize=(5.5 * len(works), 4), layout="constrained")
+    for axes, work in zip(figure.subplots(1, len(works), squeeze=False)[0], works, strict=True):
+        for (of, label), points in lines.items():
+            if of == work:
+                lengths, ratios, low, high = zip(*sorted(points), strict=True)
+                (line,) = axes.plot(lengths, ratios, marker="o", markersize=3, linewidth=1, label=label)
+                axes.fill_between(lengths, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+        axes.axhline(1, color="gray", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        ticks = sorted({point[0] for (of, _), points in lines.items() if of == work for point in points})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axes.set(title=work, xlabel="tokens", ylabel="peer's time / TurboAttention's")
+        axes.legend(fontsize=6)
+    figure.suptitle("\n".join(wrap(title, 70 * len(works))), fontsize=8)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def ratio_lines(rows: list[Row]) -> dict[tuple[str, str], list[tuple[int, float, float, float]]]:
+    """(work, label) -> points (tokens, median, p20, p80)."""
+    lines: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
+    for row in rows:
+        shape = row.shape
+        mask = ("causal " if shape["causal"] else "full ") if row.work == "prefill" else ""
+        own = f"{row.bits or ''} {mask}d{shape['head_dim']}".strip()
+        for rival in row.rivals:
+            if rival.ratio is not None:
+                point = (shape["keys"], rival.ratio.median, rival.ratio.p20, rival.ratio.p80)
+                lines.setdefault((row.work, f"{own} / {rival.name}"), []).append(point)
+    return lines

@@ -1,0 +1,148 @@
+"""A benchmark's rows as people read them: one table a kind of work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .output import bytes_text
+
+if TYPE_CHECKING:
+    from ..benchmarking.records import Rival, Row
+    from ..benchmarking.statistics import Spread
+
+TITLES = {
+    "prefill": "Prefill: INT8 attention over tensors at hand",
+    "decode": "Decode: one query over a quantized cache",
+    "steps": "Decode step by step, new tokens stored",
+    "compress": "Storing: one block of tokens through both stages",
+    "memory": "Memory of a cache, everything allocated counted",
+}
+
+
+def show(rows: Sequence[Row], facts: dict[str, Any], console: Console) -> None:
+    console.print(facts_line(facts), style="dim", markup=False)
+    makers = {"steps": _steps, "compress": _compress, "memory": _memory}
+    for work in dict.fromkeys(row.work for row in rows):
+        part = [row for row in rows if row.work == work]
+        table = makers.get(work, _speed)(part)
+        table.title, table.title_justify, table.title_style = TITLES[work], "left", "bold"
+        console.print(table)
+    if any(rival.ratio for row in rows for rival in row.rivals):
+        console.print("faster: the peer's time over TurboAttention's, in pairs [p20 p80]", style="dim", markup=False)
+
+
+def facts_line(facts: dict[str, Any]) -> str:
+    ggml = f", ggml {facts['ggml']}" if facts["ggml"] else ""
+    peaks = "".join(f", {name} {value:.0f}" for name, value in facts.get("peaks", {}).items())
+    return (
+        f"{facts['cpu']}, threads: {facts['threads']}, backend {facts['backend']}, turboattention "
+        f"{facts['turboattention']}, torch {facts['torch']}{ggml}{peaks}"
+    )
+
+
+def time_text(seconds: float) -> str:
+    """0.00123 -> "1.23 ms"."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size or unit == "µs":
+            value = seconds / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return ""
+
+
+def ratio_text(spread: Spread) -> str:
+    return f"{spread.median:.2f}x [{spread.p20:.2f} {spread.p80:.2f}]"
+
+
+def shape_text(row: Row) -> str:
+    return f"{row.shape['keys']:,} d{row.shape['head_dim']}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _speed(rows: Sequence[Row]) -> Table:
+    """The subject's line, then one a peer; the first column goes on beside the first of them."""
+    table = _table("tokens", "who", "time", "GOPS", "error", "faster")
+    table.columns[1].justify = "left"
+    for row in rows:
+        own = Text("turboattention", style="bold")
+        if row.refused is not None:
+            table.add_row(shape_text(row), own, "", "", "", Text(row.refused, style="red"))
+            continue
+        table.add_row(shape_text(row), own, *_cells(row), "")
+        beside = row.bits or ("causal" if row.shape["causal"] else "full")
+        for index, rival in enumerate(row.rivals):
+            table.add_row("" if index else beside, *_rival(rival), end_section=index == len(row.rivals) - 1)
+    return table
+
+
+def _rival(rival: Rival) -> list[str | Text]:
+    if rival.ratio is None:
+        return [rival.peer, "", "", "", Text(rival.refused or "", style="yellow")]
+    style = "green" if rival.ratio.p20 > 1 else "red" if rival.ratio.p80 < 1 else ""
+    return [rival.peer, *_cells(rival), Text(ratio_text(rival.ratio), style=style)]
+
+
+def _cells(timed: Row | Rival) -> list[str]:
+    """Time, rate and error of who was timed."""
+    assert timed.seconds is not None and timed.gops is not None
+    rate = f"{timed.gops:.0f}" if timed.gops >= 10 else f"{timed.gops:.1f}"
+    return [time_text(timed.seconds.median), rate, f"{timed.error:.1e}"]
+
+
+def _steps(rows: Sequence[Row]) -> Table:
+    table = _table("tokens", "bits", "step", "flush/median", "worst/median")
+    for row in rows:
+        assert row.seconds is not None
+        figures = row.figures
+        table.add_row(
+            shape_text(row),
+            row.bits,
+            time_text(row.seconds.median),
+            f"{figures['flush_over_median']:.2f}x",
+            f"{figures['worst_over_median']:.2f}x",
+        )
+        if "deviation_from_line" in figures:
+            line = f"{time_text(figures['seconds_per_token'] * 1000)} per 1,000 tokens"
+            table.add_row("", "", line, "", f"off the line {figures['deviation_from_line']:.0%}")
+    return table
+
+
+def _compress(rows: Sequence[Row]) -> Table:
+    table = _table("tokens", "bits", "one block", "decode", "a token's part", "token by token")
+    for row in rows:
+        assert row.seconds is not None
+        figures = row.figures
+        table.add_row(
+            shape_text(row),
+            row.bits,
+            time_text(row.seconds.median),
+            time_text(figures["decode_seconds"]),
+            f"{figures['share']:.2%} [{figures['share_p20']:.2%} {figures['share_p80']:.2%}]",
+            f"{figures['single_append_share']:.1%}",
+        )
+    return table
+
+
+def _memory(rows: Sequence[Row]) -> Table:
+    table = _table("tokens", "bits", "bytes", "below FP16", "bits/element")
+    for row in rows:
+        figures = row.figures
+        table.add_row(
+            shape_text(row),
+            row.bits,
+            bytes_text(int(figures["bytes"])),
+            f"{figures['below_fp16']:.2f}x",
+            f"{figures['bits_per_element']:.2f}",
+        )
+    return table

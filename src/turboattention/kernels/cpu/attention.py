@@ -1,0 +1,200 @@
+"""Attention in integers over INT8 rows and packed pages: the launcher of csrc/cpu/attention."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...config import TurboConfig
+from ...errors import UnsupportedError
+from ...kv.layout import WIDEST, PageLayout
+
+# By name: static analysis has no module for the extension and would take it for the whole package.
+_cpu = importlib.import_module("turboattention._cpu")
+
+BLOCK = 64
+"""The only block size that the kernels are written for."""
+
+_SOFTMAX = {"sas": 0, "sas2": 1, "exp": 2}
+_MASK_BYTES, _MASK_FLOATS = 1, 2
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Page tables of a batch: `addresses` int64 [B, P] (0 where evicted), `counts` int64 [B], the
+    number of INT8 blocks at the start, and both layouts (`compressed` may be missing while unused)."""
+
+    addresses: Tensor
+    counts: Tensor
+    sink_blocks: int
+    sinks: PageLayout
+    compressed: PageLayout | None
+
+
+@dataclass(frozen=True)
+class OpenRows:
+    """INT8 rows behind the pages: k8, v8 int8 [B, H, W, D], scales float32 [B, H, W], all contiguous;
+    row 0 is position `start[b]` (int64 [B], multiples of 64)."""
+
+    k8: Tensor
+    v8: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    start: Tensor
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """codes int8 [B, Hkv, g, Lq, D] (rotated), unit float32 [B, Hkv, g, Lq] (scale included),
+    mean_logit float32 likewise or None. Row i of sequence b stands at `first[b] + i`; rows from
+    `valid[b]` on give 0 and -inf (int64 [B] each)."""
+
+    codes: Tensor
+    unit: Tensor
+    mean_logit: Tensor | None
+    first: Tensor
+    valid: Tensor
+
+
+def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not compute this, or None."""
+    if dtype == torch.float64:
+        return "float64 is computed by the reference alone"
+    if config.block_size != BLOCK:
+        return f"block_size is {config.block_size}, its kernels are written for {BLOCK}"
+    wanted = {"row_max": "block", "p_scale": "static", "rescale": "exact", "stored_prefill": False}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            return f"{name} is {getattr(config, name)!r}, its kernels compute {value!r}"
+    return None
+
+
+def attend(
+    config: TurboConfig,
+    queries: QueryRows,
+    lengths: Tensor,
+    pages: Pages | None,
+    rows: OpenRows | None,
+    *,
+    mean_from: int,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out float32 [B, Hkv, g, Lq, D] (rotated space) and lse float32 [B, Hkv, g, Lq].
+
+    lengths: int64 [B], keys of each sequence; mean_from: first block whose keys lack the mean;
+    mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk].
+
+    Raises UnsupportedError for what `refusal` names.
+    """
+    reason = refusal(config, torch.float32)
+    if reason:
+        raise UnsupportedError(f'backend: expected a configuration that "cpu" computes, got one where {reason}')
+    codes = queries.codes
+    batch, heads, group, count, head_dim = codes.shape
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    lse = torch.empty(codes.shape[:-1], dtype=torch.float32)
+    a = _Arguments(batch=batch, heads=heads, group=group, queries=count, head_dim=head_dim)
+    a.q, a.q_unit = codes.data_ptr(), queries.unit.data_ptr()
+    a.mean_logit = queries.mean_logit.data_ptr() if queries.mean_logit is not None else None
+    a.first_position, a.valid_rows = queries.first.data_ptr(), queries.valid.data_ptr()
+    a.lengths, a.mean_from = lengths.data_ptr(), mean_from
+    none = torch.zeros(batch, dtype=torch.int64)
+    a.page_counts = none.data_ptr()
+    if pages is not None:
+        a.pages, a.page_counts = pages.addresses.data_ptr(), pages.counts.data_ptr()
+        a.page_stride, a.sink_blocks = pages.addresses.shape[1], pages.sink_blocks
+        a.sinks, a.compressed = _plan(pages.sinks), _plan(pages.compressed or pages.sinks)
+    a.start = none.data_ptr()
+    if rows is not None:
+        a.open[:] = rows.k8.data_ptr(), rows.v8.data_ptr()
+        a.open_scale[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
+        a.start = rows.start.data_ptr()
+        a.open_stride_batch, a.open_stride_head = heads * rows.k8.shape[2], rows.k8.shape[2]
+    a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax], config.sas_threshold, softcap or 0.0
+    a.causal, a.window = causal, window or 0
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            mask = mask.to(torch.float32)
+        a.mask_kind = _MASK_BYTES if mask.dtype == torch.bool else _MASK_FLOATS
+        a.mask, a.mask_keys = mask.data_ptr(), mask.shape[3]
+        a.mask_stride[:] = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
+    a.out, a.lse, a.threads = out.data_ptr(), lse.data_ptr(), torch.get_num_threads()
+    _cpu.attend(ctypes.addressof(a))
+    return out, lse
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        ("places", ctypes.c_void_p),
+        ("token_scales", ctypes.c_int64 * 2),
+        ("scales", ctypes.c_int64 * 2),
+    ]
+
+
+class _Arguments(ctypes.Structure):
+    """`AttendArgs` of csrc/cpu/attention/arguments.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "head_dim")),
+        *((name, ctypes.c_void_p) for name in ("q", "q_unit", "mean_logit", "first_position", "valid_rows", "lengths")),
+        ("mean_from", ctypes.c_int64),
+        ("pages", ctypes.c_void_p),
+        ("page_counts", ctypes.c_void_p),
+        ("page_stride", ctypes.c_int64),
+        ("sink_blocks", ctypes.c_int64),
+        ("sinks", _Plan),
+        ("compressed", _Plan),
+        ("open", ctypes.c_void_p * 2),
+        ("open_scale", ctypes.c_void_p * 2),
+        ("start", ctypes.c_void_p),
+        ("open_stride_batch", ctypes.c_int64),
+        ("open_stride_head", ctypes.c_int64),
+        ("softmax", ctypes.c_int64),
+        ("threshold", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("causal", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("mask_kind", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("mask_stride", ctypes.c_int64 * 4),
+        ("mask_keys", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+if ctypes.sizeof(_Arguments) != _cpu.attend_bytes:
+    raise ImportError("the extension turboattention._cpu is of another version: build it anew")
+
+
+def _plan(layout: PageLayout) -> _Plan:
+    return _Plan(
+        _places(layout).ctypes.data,
+        (layout.k_token_scales, layout.v_token_scales) if layout.token_scales else (-1, -1),
+        (layout.k_scales, layout.v_scales),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(layout: PageLayout) -> np.ndarray:
+    """int64 [H, 2, 4]: width and offsets of codes, steps and zeros of each head's K and V."""
+    table = np.full((layout.num_kv_heads, 2, 4), -1, np.int64)
+    sides = ((layout.k_groups, layout.k_coded, layout.k_steps), (layout.v_groups, layout.v_coded, layout.v_steps))
+    for side, (groups, coded, steps) in enumerate(sides):
+        for group in groups:
+            for index, head in enumerate(group.heads):
+                table[head, side, :2] = group.bits, group.offset + index * group.head_bytes
+                if group.bits < WIDEST:
+                    place = coded.index(head)
+                    table[head, side, 2:] = [steps + n * layout.head_dim for n in (place, len(coded) + place)]
+    return table

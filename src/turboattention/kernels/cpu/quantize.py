@@ -1,0 +1,239 @@
+"""Stage 1, the rotation undone, and the page codec: the launchers of csrc/cpu/quantize.
+
+Each has the meaning and the results, to the last bit, of its namesake in `kv.quantizer` (`kv.pages`
+for pages, `reference.queries` for queries). Tensors are on the CPU; float64 is left to PyTorch.
+`isa` picks an instruction set of `_cpu.isas()`, by default the best.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...errors import DtypeError
+from ...kv.layout import PageLayout
+from .attention import _Plan, _plan
+
+# By name: static analysis has no module for the extension and would take it for the whole package.
+_cpu = importlib.import_module("turboattention._cpu")
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def quantize_tokens(
+    x: Tensor,
+    span: tuple[Tensor, Tensor],
+    first: Tensor,
+    mean: Tensor | None,
+    mean_from: int,
+    rotate: bool,
+    codes: Tensor,
+    scales: Tensor,
+    target: Tensor,
+    isa: str = "",
+) -> bool:
+    """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+
+    Token t stands at position `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted. Its
+    row goes to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W]. The
+    others of x are never read, the others of the result never written. All of span, first and
+    target are int64 [B].
+
+    Returns whether all values read were finite and at most 1e18 in magnitude.
+    """
+    batch, heads, _, head_dim = x.shape
+    rows, kept = _rows(x)
+    begin, end, first, target = (_indices(i) for i in (*span, first, target))
+    means = None if mean is None else mean.to(torch.float32).contiguous()
+    a = _Tokens(batch=batch, heads=heads, head_dim=head_dim, rotate=rotate, x=rows, mean_from=mean_from)
+    a.begin, a.end, a.first, a.target = (i.data_ptr() for i in (begin, end, first, target))
+    a.mean = None if means is None else means.data_ptr()
+    a.codes, a.scales, a.batch_rows, a.head_rows = _tile(codes, scales)
+    a.threads = torch.get_num_threads()
+    fine = _cpu.quantize_tokens(ctypes.addressof(a), isa)
+    del kept
+    return fine
+
+
+def quantize_queries(
+    q: Tensor, kv_heads: int, valid: Tensor, mean: Tensor | None, scale: float, rotate: bool, isa: str = ""
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """q [B, Hq, Lq, D] -> codes int8 [B, Hkv, g, Lq, D], unit float32 [B, Hkv, g, Lq] (a row's scale
+    times `scale`), mean_logit likewise (`scale q . mean`; None without mean [B, Hkv, D]), and
+    whether all values read were finite and at most 1e18 in magnitude.
+
+    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros.
+    """
+    batch, heads, count, head_dim = q.shape
+    group = heads // kv_heads
+    rows, kept = _rows(q)
+    valid = _indices(valid)
+    codes = torch.empty(batch, kv_heads, group, count, head_dim, dtype=torch.int8)
+    unit = torch.empty(codes.shape[:-1], dtype=torch.float32)
+    means = None if mean is None else mean.to(torch.float32).contiguous()
+    logits = None if means is None else torch.empty_like(unit)
+    a = _Queries(batch=batch, heads=kv_heads, group=group, rows=count, head_dim=head_dim, rotate=rotate, x=rows)
+    a.valid, a.scale, a.codes, a.units = valid.data_ptr(), scale, codes.data_ptr(), unit.data_ptr()
+    a.mean = None if means is None else means.data_ptr()
+    a.mean_logits = None if logits is None else logits.data_ptr()
+    a.threads = torch.get_num_threads()
+    fine = _cpu.quantize_queries(ctypes.addressof(a), isa)
+    del kept
+    return codes, unit, logits, fine
+
+
+def restore_rows(x: Tensor, dtype: torch.dtype, rotate: bool, out: Tensor | None = None, isa: str = "") -> Tensor:
+    """float32 [B, H, T, D], rotated back if `rotate`, as `dtype`; into `out` (any strides but the
+    last, which is 1) if given."""
+    x = x.to(torch.float32).contiguous()
+    batch, heads, count, head_dim = x.shape
+    if out is None:
+        out = torch.empty(x.shape, dtype=dtype)
+    rows, kept = _rows(out)
+    if kept is not out:
+        raise DtypeError(f"out: expected channels side by side, got strides {out.stride()}")
+    a = _Restore(batch=batch, heads=heads, rows=count, head_dim=head_dim, rotate=rotate, x=x.data_ptr(), out=rows)
+    a.threads = torch.get_num_threads()
+    _cpu.restore_rows(ctypes.addressof(a), isa)
+    return out
+
+
+def first_block_mean(
+    codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor, isa: str = ""
+) -> Tensor:
+    """float32 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows
+    `begin` to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W]."""
+    mean = mean.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    batch, heads, _, head_dim = codes.shape
+    wanted = _indices(wanted)
+    a = _Mean(batch=batch, heads=heads, head_dim=head_dim, begin=begin, end=end, wanted=wanted.data_ptr())
+    a.codes, a.scales, a.batch_rows, a.head_rows = _tile(codes, scales)
+    a.mean = mean.data_ptr()
+    _cpu.first_block_mean(ctypes.addressof(a), isa)
+    return mean
+
+
+def encode_pages(
+    layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool, isa: str = ""
+) -> Tensor:
+    """Tiles k8, v8 int8 [N, H, B, D] with scales float32 [N, H, B] -> uint8 [N, page_bytes]."""
+    codes = [x.contiguous() for x in (k8, v8)]
+    scales = [x.to(torch.float32).contiguous() for x in (k_scale, v_scale)]
+    pages = torch.zeros(len(k8), layout.page_bytes, dtype=torch.uint8)
+    _codec(_cpu.encode_pages, layout, pages, codes, scales, search, isa)
+    return pages
+
+
+def decode_pages(layout: PageLayout, pages: Tensor, isa: str = "") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inverse of `encode_pages` up to the error of stage 2: k8, v8, k_scale, v_scale."""
+    shape = (len(pages), layout.num_kv_heads, layout.block_size)
+    codes = [torch.empty(*shape, layout.head_dim, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.empty(shape, dtype=torch.float32) for _ in range(2)]
+    _codec(_cpu.decode_pages, layout, pages.contiguous(), codes, scales, False, isa)
+    return codes[0], codes[1], scales[0], scales[1]
+
+
+def _codec(call, layout: PageLayout, pages: Tensor, codes: list[Tensor], scales: list[Tensor], search: bool, isa: str):
+    a = _Pages(pages=len(pages), heads=layout.num_kv_heads, head_dim=layout.head_dim, block=layout.block_size)
+    a.page_bytes, a.search, a.plan, a.bytes = layout.page_bytes, search, _plan(layout), pages.data_ptr()
+    a.codes[:] = [x.data_ptr() for x in codes]
+    a.scales[:] = [x.data_ptr() for x in scales]
+    a.threads = torch.get_num_threads()
+    call(ctypes.addressof(a), isa)
+
+
+# -- the structs of csrc/cpu/quantize/interface.h, field by field -------------------------------------
+
+
+def _words(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+class _FloatRows(ctypes.Structure):
+    _fields_ = [*_pointers("data"), *_words("kind batch_stride head_stride token_stride")]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [
+        *_words("batch heads head_dim rotate"),
+        ("x", _FloatRows),
+        *_pointers("begin end first target mean"),
+        *_words("mean_from"),
+        *_pointers("codes scales"),
+        *_words("batch_rows head_rows threads"),
+    ]
+
+
+class _Queries(ctypes.Structure):
+    _fields_ = [
+        *_words("batch heads group rows head_dim rotate"),
+        ("x", _FloatRows),
+        *_pointers("valid mean"),
+        ("scale", ctypes.c_double),
+        *_pointers("codes units mean_logits"),
+        *_words("threads"),
+    ]
+
+
+class _Restore(ctypes.Structure):
+    _fields_ = [*_words("batch heads rows head_dim rotate"), *_pointers("x"), ("out", _FloatRows), *_words("threads")]
+
+
+class _Mean(ctypes.Structure):
+    _fields_ = [
+        *_words("batch heads head_dim begin end"),
+        *_pointers("wanted codes scales"),
+        *_words("batch_rows head_rows"),
+        *_pointers("mean"),
+    ]
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = [
+        *_words("pages heads head_dim block page_bytes search"),
+        ("plan", _Plan),
+        *_pointers("bytes"),
+        ("codes", ctypes.c_void_p * 2),
+        ("scales", ctypes.c_void_p * 2),
+        *_words("threads"),
+    ]
+
+
+def _check_structs() -> None:
+    sizes = tuple(map(ctypes.sizeof, (_Tokens, _Queries, _Restore, _Mean, _Pages)))
+    built = tuple(getattr(_cpu, "quantize_bytes", ()))
+    if sizes != built:
+        raise ImportError(f"turboattention._cpu: expected structs of {sizes} bytes, got a build with {built}")
+
+
+_check_structs()
+
+
+def _rows(x: Tensor) -> tuple[_FloatRows, Tensor]:
+    """Float rows, and the tensor to keep while they are in use: a copy where channels lie apart."""
+    if x.dtype not in _KINDS:
+        raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return _FloatRows(x.data_ptr(), _KINDS[x.dtype], *x.stride()[:3]), x
+
+
+def _indices(x: Tensor) -> Tensor:
+    return x.to(torch.int64).contiguous()
+
+
+def _tile(codes: Tensor, scales: Tensor) -> tuple[int, int, int, int]:
+    """Addresses of codes [B, H, W, D] and scales [B, H, W], and rows between sequences and heads."""
+    _, heads, width, _ = codes.shape
+    if codes.dtype != torch.int8 or scales.dtype != torch.float32:
+        raise DtypeError(f"codes, scales: expected int8 and float32, got {codes.dtype} and {scales.dtype}")
+    if not codes.is_contiguous() or not scales.is_contiguous():
+        raise DtypeError("codes, scales: expected contiguous tensors, got others")
+    return codes.data_ptr(), scales.data_ptr(), heads * width, width

@@ -1,0 +1,19 @@
+"""Running the same tests on PyTorch alone and on the C++ kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from turboattention import dispatch
+from turboattention.kv import quantizer
+
+
+def take_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make "auto" the named backend, where it computes the call. Skips where it is not built."""
+    if name == "cpu":
+        if not dispatch.backends()["cpu"].usable:
+            pytest.skip(dispatch.backends()["cpu"].reason)
+        return
+    everything = dispatch.backends
+    monkeypatch.setattr(dispatch, "backends", lambda: {"reference": everything()["reference"]})
+    monkeypatch.setattr(quantizer, "_providers", [])

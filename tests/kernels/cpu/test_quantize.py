@@ -1,0 +1,211 @@
+"""Stage 1 of the C++ extension against PyTorch, to the last bit, on every instruction set here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import turboattention as ta
+from turboattention import flashq
+from turboattention.kv.quantizer import PYTORCH
+from turboattention.reference.queries import quantize_queries
+
+from ...helpers import normals
+from .tools import ISAS, every_isa
+
+kernels = pytest.importorskip("turboattention.kernels.cpu.quantize", exc_type=ImportError)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (8, 24, 64, 96, 128, 256)
+LENGTHS = (1, 3, 7, 63, 64, 65, 127)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal rows with what could go wrong among them: zeros, an outlier, denormals, huge values."""
+    x = normals(*shape, seed=seed)
+    flat = x.view(-1, shape[-1])
+    flat[0, -1] = 500.0
+    if len(flat) > 6:
+        flat[1], flat[2] = 0.0, 0.0
+        flat[2, 3] = 1e-41
+        flat[3] *= 1e-8
+        flat[4] *= 1e3
+        flat[5] *= 1e17 if dtype != torch.float16 else 1e3
+        flat[6] *= 1e-38 if dtype != torch.float16 else 1e-7
+    return x.to(dtype)
+
+
+def staged(quantizer, x, span, first, mean, mean_from, rotate, target, width, **options):
+    codes = torch.zeros(*x.shape[:2], width, x.shape[3], dtype=torch.int8)
+    scales = torch.zeros(*x.shape[:2], width)
+    fine = quantizer.quantize_tokens(x, span, first, mean, mean_from, rotate, codes, scales, target, **options)
+    assert fine is True
+    return codes, scales
+
+
+def assert_same(x: torch.Tensor, isa: str, rotate: bool = True, smooth: bool = True, ragged: bool = False) -> None:
+    batch, heads, length, head_dim = x.shape
+    begin, end = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
+    first, target = torch.arange(batch) * 40, torch.arange(batch) * 3
+    if ragged:
+        begin[0], end[-1] = min(2, length), length // 2
+    mean = normals(batch, heads, head_dim, seed=5) if smooth else None
+    given = (x, (begin, end), first, mean, 64, rotate, target, length + 3 * batch)
+    got, want = staged(kernels, *given, isa=isa), staged(PYTORCH, *given)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tokens_of_every_width(isa, dtype, head_dim):
+    x = rows(2, 3, 65, head_dim, dtype=dtype)
+    for rotate in (True, False):
+        for smooth in (True, False):
+            assert_same(x, isa, rotate, smooth)
+
+
+@every_isa
+@pytest.mark.parametrize("length", LENGTHS)
+def test_tokens_of_every_length_and_ragged(isa, length):
+    assert_same(rows(3, 2, length, 64, seed=length), isa, ragged=True)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_misaligned_tokens(isa, dtype):
+    x = rows(2, 9, 3, 24, dtype=dtype).transpose(1, 2)
+    assert_same(x, isa)
+    assert_same(x[:, ::2, 1::3], isa)
+    odd = torch.zeros(x.numel() + 1, dtype=dtype)[1:]
+    odd.copy_(x.reshape(-1))
+    assert_same(odd.view(2, 3, 9, 24), isa)
+    assert_same(x.expand(2, 3, 9, 24)[..., 8:16], isa)
+    assert_same(x.contiguous().transpose(2, 3)[..., :8], isa)  # channels apart
+    assert_same(x[:, :1].expand(2, 4, 9, 24), isa)
+
+
+@every_isa
+def test_every_bfloat16_and_float16(isa):
+    """Every finite 16-bit value within range, unrotated."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+        x = torch.where(x.float().abs() <= 1e18, x, torch.zeros((), dtype=dtype))
+        assert_same(x.view(1, 2, 1024, 32), isa, rotate=False, smooth=False)
+
+
+@every_isa
+def test_padding_is_never_read_and_other_rows_never_written(isa):
+    x = rows(2, 2, 10, 16)
+    x[0, :, 7:], x[1, :, :4] = torch.nan, torch.inf
+    codes, scales = torch.full((2, 2, 20, 16), 77, dtype=torch.int8), torch.full((2, 2, 20), 5.0)
+    span = torch.tensor([0, 4]), torch.tensor([7, 10])
+    zeros = torch.zeros(2, dtype=torch.int64)
+    fine = kernels.quantize_tokens(x, span, zeros, None, 0, True, codes, scales, torch.tensor([3, 5]), isa)
+    assert fine
+    want_codes, want_scales = flashq.quantize_tokens(flashq.rotate(x))
+    for row, (begin, end, at) in enumerate(((0, 7, 3), (4, 10, 9))):
+        size = end - begin
+        assert torch.equal(codes[row, :, at : at + size], want_codes[row, :, begin:end])
+        assert torch.equal(scales[row, :, at : at + size], want_scales[row, :, begin:end])
+        rest = [i for i in range(20) if not at <= i < at + size]
+        assert bool((codes[row][:, rest] == 77).all())
+        assert bool((scales[row][:, rest] == 5).all())
+
+
+@every_isa
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1.1e18, -1.1e18])
+def test_what_is_not_finite_or_too_large_is_told(isa, bad):
+    zeros, end = torch.zeros(1, dtype=torch.int64), torch.tensor([100])
+    for dtype in (torch.float32, torch.bfloat16):
+        x = rows(1, 2, 130, 24)
+        x[0, 1, 99, 5] = bad
+        x = x.to(dtype)
+        given = zeros, None, 0, True, torch.zeros(1, 2, 130, 24, dtype=torch.int8), torch.zeros(1, 2, 130), zeros, isa
+        assert not kernels.quantize_tokens(x, (zeros, end), *given)
+        assert kernels.quantize_tokens(x, (zeros, end - 1), *given)
+        assert not kernels.quantize_queries(x, 1, end, None, 1.0, True, isa)[3]
+        assert kernels.quantize_queries(x, 1, end - 1, None, 1.0, True, isa)[3]
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", [1, 3])
+def test_queries(isa, dtype, head_dim, group):
+    q = rows(2, 2 * group, 7, head_dim, dtype=dtype, seed=1)
+    valid = torch.tensor([7, 4])
+    clean = q.clone()
+    clean[1, :, 4:], q[1, :, 4:] = 0.0, torch.nan
+    mean = normals(2, 2, head_dim, seed=4)
+    for config in (ta.TurboConfig(), ta.TurboConfig(rotate=False)):
+        want = quantize_queries(config, clean, 2, 0.3, mean)
+        codes, unit, logit, fine = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotate, isa)
+        assert fine
+        assert torch.equal(codes.float(), want.codes)
+        assert torch.equal(unit, want.scale)
+        # Both are sums in float64, in different orders.
+        assert torch.allclose(logit, want.mean_logit, rtol=2e-7, atol=0)
+        assert kernels.quantize_queries(q, 2, valid, None, 0.3, config.rotate, isa)[2] is None
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_restoring_rows(isa, dtype, head_dim):
+    x = normals(2, 3, 9, head_dim) * 3
+    x[0, 0, 0], x[0, 0, 1] = x[0, 0, 0] * 1e-7, x[0, 0, 1] * 1e5  # float16: denormals and infinity
+    want = flashq.rotate(x, inverse=True).to(dtype)
+    assert torch.equal(kernels.restore_rows(x, dtype, True, isa=isa), want)
+    assert torch.equal(kernels.restore_rows(x, dtype, False, isa=isa), x.to(dtype))
+    out = torch.zeros(2, 9, 3, head_dim, dtype=dtype).transpose(1, 2)
+    assert kernels.restore_rows(x, dtype, True, out, isa) is out
+    assert torch.equal(out, want)
+
+
+@every_isa
+def test_rounding_of_halves_on_the_way_out(isa):
+    """Ties and everything beside them, over all exponents."""
+    bits = torch.arange(0, 1 << 31, 997 * 64 + 1, dtype=torch.int64)
+    ties = torch.cat([(torch.arange(0, 1 << 16) << 16) + offset for offset in (0, 0x7FFF, 0x8000, 0x8001)])
+    finer = torch.cat([(torch.arange(0, 1 << 19) << 13) + offset for offset in (0xFFF, 0x1000)])
+    x = torch.cat((bits, ties, finer))
+    x = torch.where(x >= 1 << 31, x - (1 << 32), x).to(torch.int32).view(torch.float32)
+    x = x[: len(x) // 8 * 8].view(1, 1, -1, 8)
+    for dtype in DTYPES:
+        got, want = kernels.restore_rows(x, dtype, False, isa=isa), x.to(dtype)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(nan=0.0), want.nan_to_num(nan=0.0))
+
+
+@every_isa
+@pytest.mark.parametrize("head_dim", [8, 24, 128])
+def test_the_mean_of_the_first_block(isa, head_dim):
+    codes, scales = flashq.quantize_tokens(rows(3, 2, 70, head_dim) * 3)
+    mean, wanted = normals(3, 2, head_dim), torch.tensor([True, False, True])
+    given = (codes, scales, 4, 64, wanted, mean)
+    assert torch.equal(kernels.first_block_mean(*given, isa), PYTORCH.first_block_mean(*given))
+
+
+def test_threads_do_not_change_a_thing():
+    x = rows(2, 4, 200, 64)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert_same(x, ISAS[0])
+            results.append(kernels.quantize_queries(x, 2, torch.tensor([200, 9]), None, 1.0, True))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result[:2], results[0][:2], strict=True))
+
+
+def test_empty_batches_and_no_tokens():
+    for shape in ((0, 2, 3, 8), (2, 2, 0, 8)):
+        x, mean = torch.zeros(shape), torch.zeros(shape[0], 2, 8)
+        assert_same(x, ISAS[0])
+        codes, *_ = kernels.quantize_queries(x, 1, torch.zeros(shape[0]), mean[:, :1], 1.0, True)
+        assert codes.shape == (shape[0], 1, 2, shape[2], 8)
+        assert kernels.restore_rows(x, torch.float32, True).shape == shape
