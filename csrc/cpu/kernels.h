@@ -11,6 +11,7 @@ namespace turbo {
 struct Kernels : QuantizeKernels {
     const char* isa;
     void (*attend)(const AttendArgs&);
+    std::int64_t (*peak_round)(std::int64_t rounds);
 };
 
 }  // namespace turbo

@@ -124,3 +124,27 @@ inline I dot_small(I acc, Bytes codes, Bytes q) { return {_mm512_dpbusd_epi32(ac
 // The same for stored INT8 (X8 + 128); callers start from -kOffset * sum(q).
 inline Prepared prepare(Bytes codes) { return codes; }
 inline I dot_full(I acc, Prepared codes, Bytes q) { return {_mm512_dpbusd_epi32(acc.v, codes.v, q.v)}; }
+
+// With VBMI's byte lookup, packed keys become X8 + 128 through a table a quad of channels.
+#define TURBO_TABLES
+
+// table[16 i + code] = code * step[i] + zero[i] + 128 for the four channels i; codes that their width
+// allows stay within a byte.
+inline Bytes b_code_table(const std::int8_t* step, const std::int8_t* zero) {
+    const __m512i spread = _mm512_set_epi64(0x0303030303030303, 0x0303030303030303, 0x0202020202020202,
+                                            0x0202020202020202, 0x0101010101010101, 0x0101010101010101, 0, 0);
+    const __m512i even = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 2, 4, 6, 8, 10, 12, 14));
+    const __m512i odd = _mm512_broadcast_i32x4(
+        _mm_setr_epi16(1 << 8, 3 << 8, 5 << 8, 7 << 8, 9 << 8, 11 << 8, 13 << 8, static_cast<short>(15 << 8)));
+    const __m512i steps = _mm512_and_si512(_mm512_shuffle_epi8(b_broadcast(step).v, spread), _mm512_set1_epi16(0xFF));
+    const __m512i zeros = _mm512_shuffle_epi8(b_broadcast(zero).v, spread);
+    const __m512i product = _mm512_or_si512(_mm512_and_si512(_mm512_mullo_epi16(even, steps), _mm512_set1_epi16(0xFF)),
+                                            _mm512_mullo_epi16(odd, steps));
+    return {_mm512_xor_si512(_mm512_add_epi8(product, zeros), _mm512_set1_epi8(static_cast<char>(0x80)))};
+}
+
+// table[16 (byte % 4) + codes[byte]] for every byte.
+inline Bytes b_from_table(Bytes table, Bytes codes) {
+    const __m512i channel = _mm512_set1_epi32(0x30201000);
+    return {_mm512_permutexvar_epi8(_mm512_or_si512(codes.v, channel), table.v)};
+}

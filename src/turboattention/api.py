@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, ops
 from .config import TurboConfig
 from .errors import InputError, ShapeError
 from .guard import guarded_bits
@@ -19,10 +19,12 @@ from .validation import (
     check_floats,
     check_lengths,
     check_mask,
+    check_new,
     check_qkv,
     check_query,
     check_softmax,
     check_window,
+    refuse_gradients,
 )
 
 # Backend -> module with `prefill` and `attend_cache`, imported when first used.
@@ -73,14 +75,19 @@ def turbo_attention(
         ShapeError, DtypeError, ConfigError, InputError, NonFiniteError, UnsupportedError
         (gradients), BackendError.
     """
+    if torch.compiler.is_dynamo_compiling():
+        refuse_gradients(q=q, k=k, v=v, attn_mask=attn_mask)
+        text = "" if config is None else config.text
+        result = ops.attention(q, k, v, attn_mask, is_causal, scale, window_size, softcap, text, backend)
+        return result if return_lse else result[0]
     config = check_config(config)
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
     check_window(window_size)
     mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_finite(name, x)
+    for name, x in (("k", k), ("v", v)) if chosen.name == "cpu" else (("q", q), ("k", k), ("v", v)):
+        check_finite(name, x)  # the CPU kernels look at q as they read it
     out, lse = importlib.import_module(_MODULES[chosen.name][0]).prefill(
         q,
         k,
@@ -112,6 +119,8 @@ def turbo_attention_with_kvcache(
 ) -> Any:
     """Attention over a quantized cache, appending new tokens if there are any.
 
+    Compiled code (ops.py) can call this, `cache.append` and `cache.seq_lens`; the rest of a cache is for outside.
+
     Prefill, chunked prefill and decode alike: compressed blocks are read in their packed form, the
     buffer and the call's own tokens as INT8; then the tokens are stored.
 
@@ -134,6 +143,12 @@ def turbo_attention_with_kvcache(
     Raises:
         As `turbo_attention`; the cache is then unchanged. Warns `GuardWarning` (see guard.py).
     """
+    if torch.compiler.is_dynamo_compiling():
+        refuse_gradients(q=q, k_new=k_new, v_new=v_new, attn_mask=attn_mask)
+        result = ops.attention_with_kvcache(
+            cache.handle, q, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap, backend
+        )
+        return result if return_lse else result[0]
     if (k_new is None) != (v_new is None):
         want, have = ("a tensor", "None") if v_new is None else ("None", "a tensor")
         raise InputError(f"v_new: expected {want}, as k_new is, got {have}")
@@ -144,6 +159,12 @@ def turbo_attention_with_kvcache(
     window_size = cache.window_size if window_size is None else window_size
     _check_window_kept(cache, window_size)
     chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device))
+    # Queries alone may reach back behind what a window has kept: that is looked at below.
+    plain = lengths is None and attn_mask is None and (k_new is not None or cache.window_size is None)
+    if chosen.name == "cpu" and plain:
+        stepped = _step(q, cache, k_new, v_new, is_causal, scale, window_size, softcap)
+        if stepped is not None:
+            return stepped if return_lse else stepped[0]
     counts = _new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
     mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], int(ends.max()) if len(ends) else 0)
@@ -173,6 +194,31 @@ def turbo_attention_with_kvcache(
     if staged is not None:
         cache.commit(staged, bits)
     return (out, lse) if return_lse else out
+
+
+def _step(
+    q: Tensor,
+    cache: KVCache,
+    k: Tensor | None,
+    v: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor] | None:
+    """A decode step in one call of the kernels, where it is one; else None."""
+    if k is not None and v is not None:
+        shape = (cache.batch_size, cache.num_kv_heads, cache.head_dim)
+        check_new(shape, cache.device, k, v, None, ("k_new", "v_new"), finite=False)
+    result = importlib.import_module(_MODULES["cpu"][1]).step(
+        q, cache, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap
+    )
+    if isinstance(result, str):
+        bad = {"q": q, "k_new": k, "v_new": v}[result]
+        assert bad is not None
+        check_finite(result, bad)  # raises
+        return None
+    return result
 
 
 def _new_tokens(q: Tensor, k_new: Tensor | None, lengths: Tensor | None) -> Tensor:

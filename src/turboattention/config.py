@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -106,6 +107,8 @@ class TurboConfig:
             raise ConfigError(f"sas_threshold: expected a number from -80 to below 0, got {self.sas_threshold!r}")
         if not _is_number(self.low_bit_fraction) or not 0 <= self.low_bit_fraction <= 1:
             raise ConfigError(f"low_bit_fraction: expected a number from 0 to 1, got {self.low_bit_fraction!r}")
+        # Now, because a compiled graph, which needs it, reads attributes and computes nothing from them.
+        object.__setattr__(self, "_text", json.dumps(vars(self)))
 
     @classmethod
     def paper(cls, **overrides: Any) -> TurboConfig:
@@ -130,6 +133,11 @@ class TurboConfig:
     def replace(self, **changes: Any) -> TurboConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    @property
+    def text(self) -> str:
+        """The fields as JSON."""
+        return self._text  # type: ignore[attr-defined]
 
     @property
     def kv_bits(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from .errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeEr
 MAX_HEAD_DIM = 256
 LARGEST = 1e18
 """Magnitude from which on products of queries and keys could overflow float32."""
+_DEFAULT = TurboConfig()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -18,7 +19,7 @@ def check_config(config: TurboConfig | None) -> TurboConfig:
     """The config given, or the default."""
     if config is not None and not isinstance(config, TurboConfig):
         raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
-    return config or TurboConfig()
+    return config or _DEFAULT
 
 
 def check_sizes(
@@ -72,10 +73,11 @@ def check_new(
     v: Tensor,
     lengths: Tensor | None,
     names: tuple[str, str] = ("k", "v"),
+    finite: bool = True,
 ) -> Tensor:
     """New tokens of a cache of (batch, heads, head_dim); returns how many each sequence takes, int64 [B].
 
-    `names` is what messages call k and v."""
+    `names` is what messages call k and v. Without `finite` values are not looked at."""
     batch, heads, head_dim = expected
     sides = dict(zip(names, (k, v), strict=True))
     check_floats(**sides)
@@ -87,8 +89,9 @@ def check_new(
     if device is not None and k.device != device:
         raise DtypeError(f"{names[0]}: expected a tensor on {device}, as the cache is, got {k.device}")
     counts = check_lengths(lengths, batch, k.shape[2])
-    for name, x in sides.items():
-        check_finite(name, x, counts)
+    if finite:
+        for name, x in sides.items():
+            check_finite(name, x, counts)
     return counts
 
 
@@ -143,6 +146,14 @@ def check_floats(**tensors: Tensor) -> None:
                 f"{name}: expected {first.dtype} on {first.device}, as {first_name} is, got {x.dtype} on {x.device}"
             )
         if torch.is_grad_enabled() and x.requires_grad:
+            refuse_gradients(**{name: x})
+
+
+def refuse_gradients(**tensors: Tensor | None) -> None:
+    """No tensor that requires gradients, in grad mode. Compiled code asks while it is traced: a graph would
+    run without gradients and hide it."""
+    for name, x in tensors.items():
+        if x is not None and torch.is_grad_enabled() and x.requires_grad:
             raise UnsupportedError(
                 f"{name}: expected a tensor without gradients (quantized attention has no backward pass; "
                 "use torch.no_grad()), got requires_grad=True"

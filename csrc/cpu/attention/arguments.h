@@ -2,12 +2,22 @@
 // Lq query rows, D channels; blocks are 64 tokens.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace turbo {
 
 constexpr int kBlock = 64;
 constexpr int kMaxHeadDim = 256;
+
+enum FloatKind : std::int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Float rows [B, H, T] of D channels.
+struct FloatRows {
+    void* data;
+    std::int64_t kind;  // FloatKind
+    std::int64_t batch_stride, head_stride, token_stride;
+};
 
 // Byte offsets of one head's half (K or V) of a page; step and zero are -1 at 8 bits.
 struct HeadPlace {
@@ -23,10 +33,18 @@ struct PagePlan {
 
 struct AttendArgs {
     std::int64_t batch, heads, group, queries, head_dim;
-    // Queries, rotated and quantized: int8 [B, H, G, Lq, D]; units and mean_logits [B, H, G, Lq].
-    const std::int8_t* q;
+    // Queries [B, H G, Lq]: rotated (if `rotate`) and quantized where they are used, with the logits'
+    // factor `scale`; mean [B, H, D], or null, is what keys lack. *unfit is set where a valid row holds
+    // NaN, infinity or a magnitude above 1e18.
+    FloatRows q;
+    std::int64_t rotate;
+    double scale;
+    const float* mean;
+    std::atomic<std::int32_t>* unfit;
+    // Or, where q has no data: INT8 already [B, H, G, Lq, D], with units and mean logits [B, H, G, Lq].
+    const std::int8_t* q_codes;
     const float* q_unit;
-    const float* mean_logit;             // or null
+    const float* q_mean_logit;           // or null
     const std::int64_t* first_position;  // [B], where query row 0 stands
     const std::int64_t* valid_rows;      // [B], rows behind are left alone: 0 and -inf
     const std::int64_t* lengths;         // [B], keys of each sequence
@@ -51,8 +69,8 @@ struct AttendArgs {
     const void* mask;
     std::int64_t mask_stride[4];
     std::int64_t mask_keys;  // how many keys the mask covers
-    // Results: float32 [B, H, G, Lq, D], [B, H, G, Lq].
-    float* out;
+    // Results: rows [B, H G, Lq], rotated back (if `rotate`), and float32 [B, H, G, Lq].
+    FloatRows out;
     float* lse;
     std::int64_t threads;
 };

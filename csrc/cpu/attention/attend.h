@@ -16,17 +16,22 @@ inline Plan plan_of(const AttendArgs& a, std::int64_t blocks) {
     return {tile, 1, std::max<std::int64_t>(1, (blocks + kBlocksASplit - 1) / kBlocksASplit), kBlocksASplit};
 }
 
-// Writes a row: normalized, with its log-sum-exp; 0 and -inf where nothing was seen.
-inline void finish_row(const AttendArgs& a, std::int64_t at, float peak, float total, const float* out) {
-    float* target = a.out + at * a.head_dim;
-    if (!(total > 0)) {
-        fill(target, a.head_dim, 0.0f);
-        a.lse[at] = -std::numeric_limits<float>::infinity();
-        return;
+// Writes query i of a query head: normalized, rotated back, with its log-sum-exp; 0 and -inf where
+// nothing was seen.
+inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t i, float peak, float total,
+                       const float* out) {
+    static const Signs signs;
+    const int head_dim = static_cast<int>(a.head_dim);
+    const bool seen = total > 0;
+    alignas(64) float x[kMaxHeadDim] = {};
+    if (seen) {
+        const float over = 1.0f / total;
+        for (int c = 0; c < head_dim; ++c) x[c] = out[c] * over;
+        if (a.rotate) unrotate_row(x, head_dim, signs);
     }
-    const float over = 1.0f / total;
-    for (std::int64_t c = 0; c < a.head_dim; ++c) target[c] = out[c] * over;
-    a.lse[at] = peak + std::log(total);
+    store_row(a.out, row_offset(a.out, b, head, i), head_dim, x);
+    a.lse[(b * a.heads * a.group + head) * a.queries + i] =
+        seen ? peak + std::log(total) : -std::numeric_limits<float>::infinity();
 }
 
 // Adds the runs of blocks of a row up, in their order.
@@ -85,7 +90,7 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
         const std::int64_t queries = task.last_query - task.first_query;
         for (int row = 0; row < queries * a.group; ++row) {
             const std::int64_t i = task.first_query + row % queries, g = row / queries;
-            body(row, ((task.b * a.heads + task.h) * a.group + g) * a.queries + i);
+            body(row, task.h * a.group + g, i);
         }
     };
     const auto task_of = [&](std::int64_t index) {
@@ -112,24 +117,24 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
         own.hold(floats);
         Running state = place(&own[0]);
         run_task(a, task, level, scratch[0], state);
-        for_rows(task, [&](int row, std::int64_t at) {
-            finish_row(a, at, state.peak[row], state.total[row], state.out + static_cast<std::size_t>(row) * wide);
+        for_rows(task, [&](int row, std::int64_t head, std::int64_t i) {
+            finish_row(a, task.b, head, i, state.peak[row], state.total[row],
+                       state.out + static_cast<std::size_t>(row) * wide);
         });
     });
     if (plan.splits > 1)
         parallel_for(a.batch * a.heads, static_cast<int>(a.threads), [&](std::int64_t bh) {
             alignas(64) float out[kMaxHeadDim];
-            for_rows(task_of(bh * plan.splits), [&](int row, std::int64_t at) {
+            for_rows(task_of(bh * plan.splits), [&](int row, std::int64_t head, std::int64_t i) {
                 float peak, total;
                 merge_row(&parts[bh * plan.splits], plan.splits, row, wide, peak, total, out);
-                finish_row(a, at, peak, total, out);
+                finish_row(a, bh / a.heads, head, i, peak, total, out);
             });
         });
     // Rows of padding: zero, and nothing seen.
     for (std::int64_t b = 0; b < a.batch; ++b)
         for (std::int64_t head = 0; head < a.heads * a.group; ++head)
-            for (std::int64_t i = a.valid_rows[b]; i < a.queries; ++i)
-                finish_row(a, (b * a.heads * a.group + head) * a.queries + i, 0.0f, 0.0f, nullptr);
+            for (std::int64_t i = a.valid_rows[b]; i < a.queries; ++i) finish_row(a, b, head, i, 0.0f, 0.0f, nullptr);
 }
 
 template <Softmax Form>

@@ -5,6 +5,8 @@ struct FewScratch {
     RowOperand open;
     Weights weights;
     BlockScales scales;
+    alignas(64) std::int8_t q[kFewRows][kMaxHeadDim];
+    Row rows[kFewRows];
     alignas(64) float spare[kMaxHeadDim];  // where rows that fill up a group of R write
 };
 
@@ -52,9 +54,9 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         const int d = static_cast<int>(job.a.head_dim);
         switch (page.place(0).bits) {
             case 8: key_products<R>(q, q_sum, page.codes(0), d / 4, w.scores); break;
-            case 4: packed_key_products<4, R>(q, page, d, w.scores); break;
-            case 3: packed_key_products<3, R>(q, page, d, w.scores); break;
-            default: packed_key_products<2, R>(q, page, d, w.scores);
+            case 4: packed_key_products<4, R>(q, q_sum, page, d, w.scores); break;
+            case 3: packed_key_products<3, R>(q, q_sum, page, d, w.scores); break;
+            default: packed_key_products<2, R>(q, q_sum, page, d, w.scores);
         }
         weigh(block);
         switch (page.place(1).bits) {
@@ -74,23 +76,19 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
     const Job job{a, task.b, task.h};
     const int queries = static_cast<int>(task.last_query - task.first_query);
     const int rows = queries * static_cast<int>(a.group), head_dim = static_cast<int>(a.head_dim);
-    std::int32_t sums[kFewRows] = {};
-    const auto query_at = [&](int row) {
-        const std::int64_t g = row / queries, i = task.first_query + row % queries;
-        return a.q + (((task.b * a.heads + task.h) * a.group + g) * a.queries + i) * a.head_dim;
-    };
     for (int row = 0; row < rows; ++row) {
-        const std::int8_t* q = query_at(row);
-        for (int c = 0; c < head_dim; ++c) sums[row] += q[c];
+        const int g = row / queries;
+        const std::int64_t i = task.first_query + row % queries;
+        scratch.rows[row] = {g, i, take_query(a, task.b, task.h, g, i, scratch.q[row])};
     }
     const auto pass_over = [&](std::int64_t block, auto&& run) {
         for (int row = 0; row < rows;) {
             Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
             for (; pass.used < R && row < rows; ++row) {
-                const Row at{row / queries, task.first_query + row % queries};
+                const Row& at = scratch.rows[row];
                 if (sight_at(a, task.b, a.first_position[task.b] + at.query, block).none()) continue;
                 const int r = pass.used++;
-                pass.row[r] = at, pass.index[r] = row, pass.q[r] = query_at(row), pass.q_sum[r] = sums[row];
+                pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[row], pass.q_sum[r] = at.taken.sum;
                 pass.out[r] = state.out + static_cast<std::size_t>(row) * state.wide;
             }
             if (!pass.used) continue;

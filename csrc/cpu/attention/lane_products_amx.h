@@ -95,39 +95,49 @@ inline void lane_scores(const Operand& block, const Group& g, int head_dim, Grou
     Tiles::shape(64);
 }
 
-inline void lane_outputs(const Operand& block, Group& g, int head_dim, const GroupWork& w, bool shrinks) {
-    alignas(64) std::int32_t sums[32][kQueryLanes];
+// sums [32][kQueryLanes] of 32 channels from `c` on. Past head_dim the operand holds older bytes, whose
+// sums are not used.
+inline void output_tiles(const Operand& block, int c, std::int32_t (*sums)[kQueryLanes]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, block.values + kBlock * c, kBlock);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, block.values + kBlock * (c + 16), kBlock);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+    store_tiles(sums[0]);
+}
+
+template <bool Shrinks>
+inline void add_outputs(Group& g, const GroupWork& w, int c, int channels, const std::int32_t (*sums)[kQueryLanes]) {
     F keep[kQueryVectors], factor[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
         keep[n] = f_load(w.keep + 16 * n), factor[n] = f_load(w.factor + 16 * n);
     }
+    for (int k = 0; k < channels; ++k)
+        for (int n = 0; n < kQueryVectors; ++n) {
+            float* at = g.out[c + k] + 16 * n;
+            const F before = Shrinks ? f_load(at) * keep[n] : f_load(at);
+            f_store(at, f_fma(f_from_int(i_load(sums[k] + 16 * n)), factor[n], before));
+        }
+}
+
+inline void lane_outputs(const Operand& block, Group& g, int head_dim, const GroupWork& w, bool shrinks) {
+    // Tiles run ahead by one step: what they sum takes longer to arrive than adding it does.
+    alignas(64) std::int32_t sums[2][32][kQueryLanes];
     _tile_loadd(6, w.p[0][0], 4 * kQueryLanes);
     _tile_loadd(7, w.p[0][16], 4 * kQueryLanes);
-    for (int c = 0; c < head_dim; c += 32) {
-        // Past head_dim the operand holds older bytes; their sums are not used.
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_loadd(4, block.values + kBlock * c, kBlock);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        _tile_stored(0, sums[0], 4 * kQueryLanes);
-        _tile_stored(1, sums[0] + 16, 4 * kQueryLanes);
-        if (c + 16 < head_dim) {
-            _tile_zero(2);
-            _tile_zero(3);
-            _tile_loadd(5, block.values + kBlock * (c + 16), kBlock);
-            _tile_dpbssd(2, 5, 6);
-            _tile_dpbssd(3, 5, 7);
-            _tile_stored(2, sums[16], 4 * kQueryLanes);
-            _tile_stored(3, sums[16] + 16, 4 * kQueryLanes);
-        }
+    output_tiles(block, 0, sums[0]);
+    for (int c = 0, at = 0; c < head_dim; c += 32, at ^= 1) {
+        if (c + 32 < head_dim) output_tiles(block, c + 32, sums[at ^ 1]);
         const int channels = std::min(32, head_dim - c);
-        for (int k = 0; k < channels; ++k)
-            for (int n = 0; n < kQueryVectors; ++n) {
-                float* at = g.out[c + k] + 16 * n;
-                const F before = shrinks ? f_load(at) * keep[n] : f_load(at);
-                f_store(at, f_fma(f_from_int(i_load(sums[k] + 16 * n)), factor[n], before));
-            }
+        if (shrinks)
+            add_outputs<true>(g, w, c, channels, sums[at]);
+        else
+            add_outputs<false>(g, w, c, channels, sums[at]);
     }
 }
 

@@ -11,7 +11,7 @@ constexpr int kQueryLanes = 16 * kQueryVectors;  // queries at once
 // factor unsigned); values are INT8 as they are.
 struct Operand {
     alignas(64) std::uint8_t keys[kBlock * kMaxHeadDim];
-    alignas(64) std::int8_t values[kMaxHeadDim * kBlock];
+    alignas(64) std::int8_t values[(kMaxHeadDim + 32) * kBlock];  // tiles read past the last channels
     alignas(64) std::uint8_t work[kBlock * kMaxHeadDim];
 };
 
@@ -58,6 +58,7 @@ struct GroupWork {
     alignas(64) std::uint8_t p[kBlock / 4][kQueryLanes][4];
     alignas(64) float keep[kQueryLanes], factor[kQueryLanes];
     alignas(64) std::int32_t low[kQueryLanes], high[kQueryLanes];
+    bool all, shrinks;
 };
 
 // Whether every lane sees the whole block; fills low and high where not. `none`: no lane sees any.
@@ -84,18 +85,19 @@ inline void group_logits(const Job& job, std::int64_t block, const BlockScales& 
                          bool partial, F* peak) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
-    const bool with_mean = a.mean_logit && block >= a.mean_from;
-    F unit[kQueryVectors], mean[kQueryVectors];
+    const bool with_mean = has_mean(a) && block >= a.mean_from;
+    F unit[kQueryVectors], mean[kQueryVectors], top[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
-        unit[n] = f_load(g.unit + 16 * n), peak[n] = lowest;
+        unit[n] = f_load(g.unit + 16 * n), top[n] = lowest;
         mean[n] = with_mean ? f_load(g.mean + 16 * n) : f_set(0.0f);
     }
     for (int t = 0; t < kBlock; ++t)
         for (int n = 0; n < kQueryVectors; ++n) {
             const F x = f_fma(f_from_int(i_load(w.scores[t] + 16 * n)), unit[n] * f_set(scales.key[t]), mean[n]);
             f_store(w.x[t] + 16 * n, x);
-            peak[n] = f_max(peak[n], x);
+            top[n] = f_max(top[n], x);
         }
+    for (int n = 0; n < kQueryVectors; ++n) peak[n] = top[n];
     if (a.softcap > 0)
         for (int t = 0; t < kBlock; ++t)
             for (int n = 0; n < kQueryVectors; ++n) {
@@ -111,14 +113,15 @@ inline void group_logits(const Job& job, std::int64_t block, const BlockScales& 
     }
     if (!partial && !a.mask_kind && !(a.softcap > 0)) return;
     for (int n = 0; n < kQueryVectors; ++n) {
-        peak[n] = lowest;
+        top[n] = lowest;
         const I low = i_load(w.low + 16 * n), high = i_load(w.high + 16 * n);
         for (int t = 0; t < kBlock; ++t) {
             F x = f_load(w.x[t] + 16 * n);
             if (partial) x = f_between(low, i_set(t), high, x, lowest);
             f_store(w.x[t] + 16 * n, x);
-            peak[n] = f_max(peak[n], x);
+            top[n] = f_max(top[n], x);
         }
+        peak[n] = top[n];
     }
 }
 

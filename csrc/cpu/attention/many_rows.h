@@ -3,7 +3,7 @@
 
 struct ManyScratch {
     Operand block;
-    GroupWork work;
+    GroupWork work[2];
     BlockScales scales;
 };
 
@@ -19,29 +19,48 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         g.head[lane] = at / queries, g.query[lane] = task.first_query + at % queries;
         g.position[lane] = a.first_position[task.b] + g.query[lane];
         g.nearest = std::min(g.nearest, g.position[lane]), g.farthest = std::max(g.farthest, g.position[lane]);
-        const std::int64_t place = ((task.b * a.heads + task.h) * a.group + g.head[lane]) * a.queries + g.query[lane];
-        g.unit[lane] = a.q_unit[place], g.mean[lane] = a.mean_logit ? a.mean_logit[place] : 0.0f;
-        const std::int8_t* q = a.q + place * head_dim;
-        std::int32_t sum = 0;
-        for (int c = 0; c < head_dim; ++c) sum += q[c];
-        g.q_sum[lane] = sum;
-        for (int quad = 0; quad < head_dim / 4; ++quad) std::memcpy(g.q[quad][lane], q + 4 * quad, 4);
+        alignas(64) std::int8_t codes[kMaxHeadDim];
+        if (lane < g.used) {
+            const QueryRow row = take_query(a, task.b, task.h, g.head[lane], g.query[lane], codes);
+            g.unit[lane] = row.unit, g.mean[lane] = row.mean_logit, g.q_sum[lane] = row.sum;
+        } else {
+            g.unit[lane] = g.mean[lane] = 0.0f, g.q_sum[lane] = 0;
+            std::memset(codes, 0, sizeof codes);
+        }
+        for (int quad = 0; quad < head_dim / 4; ++quad) std::memcpy(g.q[quad][lane], codes + 4 * quad, 4);
         g.peak[lane] = -std::numeric_limits<float>::infinity(), g.total[lane] = 0.0f;
     }
     fill(g.out[0], static_cast<std::int64_t>(head_dim) * kQueryLanes, 0.0f);
 }
 
+// All groups over one block, as a pipeline: while weights of one group are computed, the products of
+// the next one's scores and of the last one's outputs are under way, and nothing waits for its stores.
 template <class Level>
-inline void group_over_block(const Job& job, const Level& level, std::int64_t block, Group& g, ManyScratch& s) {
-    bool none;
-    const bool all = sees_all(job.a, job.b, block, g, s.work, none);
-    if (none) return;
+inline void groups_over_block(const Job& job, const Level& level, std::int64_t block, Buffer<Group>& groups, int count,
+                              ManyScratch& s) {
     const int head_dim = static_cast<int>(job.a.head_dim);
-    lane_scores(s.block, g, head_dim, s.work);
-    F peak[kQueryVectors];
-    group_logits(job, block, s.scales, g, s.work, !all, peak);
-    const bool shrinks = group_weights(level, s.scales, g, s.work, peak);
-    lane_outputs(s.block, g, head_dim, s.work, shrinks);
+    const auto next_seen = [&](int n, GroupWork& w) {
+        for (bool none; n < count; ++n) {
+            w.all = sees_all(job.a, job.b, block, groups[n], w, none);
+            if (w.all || !none) break;
+        }
+        if (n < count) lane_scores(s.block, groups[n], head_dim, w);
+        return n;
+    };
+    int last = -1, now = next_seen(0, s.work[0]);
+    for (int at = 0; now < count; at ^= 1) {
+        GroupWork &w = s.work[at], &other = s.work[at ^ 1];
+        Group* behind = last < 0 ? nullptr : &groups[last];
+        // The other work's weights are still to be used: only its scores and sights are written.
+        const bool shrinks = other.shrinks;
+        const int next = next_seen(now + 1, other);
+        F peak[kQueryVectors];
+        group_logits(job, block, s.scales, groups[now], w, !w.all, peak);
+        w.shrinks = group_weights(level, s.scales, groups[now], w, peak);
+        if (behind) lane_outputs(s.block, *behind, head_dim, other, shrinks);
+        last = now, now = next;
+        if (now >= count) lane_outputs(s.block, groups[last], head_dim, w, w.shrinks);
+    }
 }
 
 template <class Level>
@@ -66,7 +85,7 @@ inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& le
             read_scales(scratch.scales, open);
             lane_operand(scratch.block, open, head_dim);
         }
-        for (int n = 0; n < count; ++n) group_over_block(job, level, block, groups[n], scratch);
+        groups_over_block(job, level, block, groups, count, scratch);
     }
     for (int row = 0; row < rows; ++row) {
         const Group& g = groups[row / kQueryLanes];

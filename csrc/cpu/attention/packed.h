@@ -1,9 +1,40 @@
 // The two products over a page as it lies, for few rows of queries: nothing is decompressed.
 //
-// K: q . (code step + zero) = (q step) . code + q . zero. q step takes up to 16 bits; it is split
-// into 128 high + low, both int8, and costs two dot products over the same unpacked codes.
+// K: where bytes can be looked up in a table, codes become INT8 in registers. Elsewhere
+// q . (code step + zero) = (q step) . code + q . zero; q step takes up to 16 bits, is split into
+// 128 high + low, both int8, and costs two dot products over the same unpacked codes.
 // V: sum_t p (code step + zero) = step sum_t p code + zero sum_t p.
 #pragma once
+
+#ifdef TURBO_TABLES
+
+// out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact. sums[r] = sum_c q[r][c].
+template <int Bits, int R>
+inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
+                                int head_dim, std::int32_t (*out)[kBlock]) {
+    I acc[R][4];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < 4; ++n) acc[r][n] = i_set(-128 * sums[r]);
+    const std::uint8_t* octet = source.codes(0);
+    for (int o = 0; o < head_dim / 8; ++o, octet += octet_bytes(Bits)) {
+#pragma GCC unroll 2
+        for (int quad = 0; quad < 2; ++quad) {
+            const int channel = 8 * o + 4 * quad;
+            const Bytes table = b_code_table(source.steps(0) + channel, source.zeros(0) + channel);
+            Bytes key[4];
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) key[n] = b_from_table(table, unpack<Bits>(octet, 4 * quad + n));
+            for (int r = 0; r < R; ++r) {
+                const Bytes word = b_broadcast(q[r] + channel);
+                for (int n = 0; n < 4; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < 4; ++n) i_store(out[r] + 16 * n, acc[r][n]);
+}
+
+#else
 
 template <int R>
 struct ScaledQueries {
@@ -24,7 +55,7 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
             const std::int16_t product = static_cast<std::int16_t>(row[c] * step[c]);
             const std::int16_t high = static_cast<std::int16_t>((product + 64) >> 7);
             out.high[r][c] = static_cast<std::int8_t>(high);
-            out.low[r][c] = static_cast<std::int8_t>(product - (high << 7));
+            out.low[r][c] = static_cast<std::int8_t>(product - high * 128);
             sum += row[c] * zero[c];
         }
         out.offset[r] = sum;
@@ -33,11 +64,11 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
 
 // out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact.
 template <int Bits, int R>
-inline void packed_key_products(const std::int8_t* const* q, const PageHead& source, int head_dim,
+inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*, const PageHead& source, int head_dim,
                                 std::int32_t (*out)[kBlock]) {
     ScaledQueries<R> scaled;
     scale_queries<R>(scaled, q, source, head_dim);
-    constexpr int kAtOnce = R <= 4 && kVectors == 4 ? 2 : 1;  // token vectors, beside two sums each
+    constexpr int kAtOnce = 1;  // token vectors, beside two sums each
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n += kAtOnce) {
         I low[R][kAtOnce], high[R][kAtOnce];
@@ -63,6 +94,8 @@ inline void packed_key_products(const std::int8_t* const* q, const PageHead& sou
             for (int m = 0; m < kAtOnce; ++m) i_store(out[r] + 16 * (n + m), low[r][m] + i_shl<7>(high[r][m]));
     }
 }
+
+#endif
 
 // acc[r][c] = acc[r][c] * keep[r] + unit[r] * sum_t p[r][t] X8[t][c], from codes. The integers stay
 // below 2^24, so that the floats they pass through hold them exactly.

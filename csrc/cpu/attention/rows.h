@@ -5,6 +5,7 @@
 struct Row {
     int group;
     std::int64_t query;
+    QueryRow taken;
 };
 
 // Running result of the rows of a task: peak and total [rows], out [rows][Dp], unnormalized.
@@ -29,10 +30,9 @@ inline std::pair<float, std::int32_t> row_weights(const Job& job, const Level& l
                                                   const std::int32_t* scores, std::uint8_t* p, std::int32_t& p_sum) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
-    const std::int64_t at = ((job.b * a.heads + job.h) * a.group + row.group) * a.queries + row.query;
-    const F unit = f_set(a.q_unit[at]);
+    const F unit = f_set(row.taken.unit);
     F x[4];
-    const F mean = f_set(a.mean_logit && block >= a.mean_from ? a.mean_logit[at] : 0.0f);
+    const F mean = f_set(has_mean(a) && block >= a.mean_from ? row.taken.mean_logit : 0.0f);
     for (int n = 0; n < 4; ++n)
         x[n] = f_fma(f_from_int(i_load(scores + 16 * n)), unit * f_load(scales.key + 16 * n), mean);
     if (a.softcap > 0)

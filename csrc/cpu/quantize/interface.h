@@ -9,15 +9,6 @@
 
 namespace turbo {
 
-enum FloatKind : std::int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-
-// Float rows [B, H, T] of D channels.
-struct FloatRows {
-    void* data;
-    std::int64_t kind;  // FloatKind
-    std::int64_t batch_stride, head_stride, token_stride;
-};
-
 // Tokens begin[b] .. end[b] of every head, to INT8 with a scale each, at row target[b] + t of the result.
 struct TokenArgs {
     std::int64_t batch, heads, head_dim, rotate;

@@ -25,7 +25,7 @@ def integer_peak() -> dict[str, float]:
     native = _extension()
     if native is None or not hasattr(native, "peak_gops"):
         return {}
-    return {name: float(native.peak_gops(name)) for name in native.isas()}
+    return {name: float(native.peak_gops(name, torch.get_num_threads())) for name in native.isas()}
 
 
 def instruction_set() -> str | None:

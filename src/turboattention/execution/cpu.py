@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..config import TurboConfig
-from ..kernels.cpu.attention import OpenRows, Pages, QueryRows, attend
-from ..kernels.cpu.quantize import quantize_queries, restore_rows
+from ..kernels.cpu.attention import Int8Queries, OpenRows, Pages, Standing, attend
+from ..kernels.cpu.step import Step
 from ..kv.cache import KVCache
+from ..kv.pages import Tiles
 from ..kv.staging import SequenceState, Stage, fresh_state, stage
 from ..reference.queries import quantize_queries as quantize_by_tile
+from ..validation import check_finite
 
 
 def prefill(
@@ -27,25 +32,32 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32; what they
     mean is in reference/prefill.py."""
-    batch, _, queries, head_dim = q.shape
+    batch, queries, head_dim = q.shape[0], q.shape[2], q.shape[3]
     kv_heads, keys = k.shape[1], k.shape[2]
     empty = fresh_state(config, batch, kv_heads, head_dim, k.device)
     staged = stage(config, empty, k, v, torch.full((batch,), keys))
-    first, valid = torch.full((batch,), keys - queries), torch.full((batch,), queries)
-    rows = _query_rows(config, q, kv_heads, scale, staged.k_mean, first, valid)
-    out, lse = attend(
-        config,
-        rows,
-        staged.lengths,
-        None,
-        _open_rows(staged),
-        mean_from=1,
-        causal=is_causal,
-        window=window_size,
-        softcap=softcap,
-        mask=attn_mask,
+    standing = Standing(torch.full((batch,), keys - queries), torch.full((batch,), queries), staged.lengths)
+    factor = _factor(scale, q)
+    return _finite(
+        q,
+        standing.valid,
+        attend(
+            config,
+            q,
+            standing,
+            None,
+            _open_rows(staged),
+            kv_heads=kv_heads,
+            scale=factor,
+            mean=staged.k_mean,
+            mean_from=1,
+            causal=is_causal,
+            window=window_size,
+            softcap=softcap,
+            mask=attn_mask,
+            quantized=_by_tile(config, q, standing.valid, kv_heads, factor, staged.k_mean),
+        ),
     )
-    return _finish(config, out, q.dtype), lse.flatten(1, 2)
 
 
 def attend_cache(
@@ -70,41 +82,119 @@ def attend_cache(
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
     first = positions[:, 0].contiguous() if positions.shape[1] else torch.zeros(len(q), dtype=torch.int64)
-    counts = valid.sum(1)
-    rows = _query_rows(config, q, cache.num_kv_heads, scale, state.k_mean, first, counts)
-    out, lse = attend(
-        config,
-        rows,
-        state.lengths.contiguous(),
-        _pages(cache),
-        _open_rows(state),
-        mean_from=cache.mean_from // config.block_size,
-        causal=is_causal,
-        window=window_size,
-        softcap=softcap,
-        mask=attn_mask,
+    standing = Standing(first, valid.sum(1), state.lengths.contiguous())
+    factor = _factor(scale, q)
+    mean = None if state.k_mean is None else state.k_mean.contiguous()
+    return _finite(
+        q,
+        standing.valid,
+        attend(
+            config,
+            q,
+            standing,
+            _pages(cache),
+            _open_rows(state),
+            kv_heads=cache.num_kv_heads,
+            scale=factor,
+            mean=mean,
+            mean_from=cache.mean_from // config.block_size,
+            causal=is_causal,
+            window=window_size,
+            softcap=softcap,
+            mask=attn_mask,
+            quantized=_by_tile(config, q, standing.valid, cache.num_kv_heads, factor, mean),
+        ),
     )
-    return _finish(config, out, q.dtype), lse.flatten(1, 2)
 
 
-def _query_rows(
-    config: TurboConfig,
+def step(
     q: Tensor,
-    kv_heads: int,
+    cache: KVCache,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    is_causal: bool,
     scale: float | None,
-    k_mean: Tensor | None,
-    first: Tensor,
-    valid: Tensor,
-) -> QueryRows:
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor] | str | None:
+    """A decode step that fills at most one block: attends and appends (k and v may be None) in one call,
+    for tensors whose shapes were checked. None where it is not such a step; the name of a tensor that
+    holds what is not finite ("q", "k_new" or "v_new"), nothing having changed."""
+    tokens = k.shape[2] if k is not None else 0
+    if not cache.config.token_scales or cache.store is None or not cache.batch_size:
+        return None
+    if k is not None and q.shape[2] != tokens:
+        return None
+    kept = cache.kept
+    if not isinstance(kept, _Steps) or kept.addresses is not _addresses(cache):
+        cache.kept = kept = _Steps(cache)
+    full = kept.room < tokens
+    if full and not (kept.can_fill and tokens == kept.room + 1):
+        return None
+    run, rows = kept.filling(cache) if full else (kept.step, None)
+    result = run.run(
+        q, k, v, cache.lengths, scale=_factor(scale, q), causal=is_causal, window=window_size, softcap=softcap
+    )
+    if isinstance(result, int):
+        return ("q", "k_new", "v_new")[result]
+    if not tokens:
+        return result
+    kept.room -= tokens
+    cache.extend(tokens, rows() if rows is not None else None)
+    return result
+
+
+class _Steps:
+    """What steps of a cache share while nothing but its buffer changes."""
+
+    def __init__(self, cache: KVCache):
+        self.room, self.addresses = cache.room, _addresses(cache)
+        # A row more than the buffer's makes one block, if nothing lags.
+        self.can_fill = cache.config.flush_lag == 0 and cache.settled
+        state = cache.state(torch.device("cpu"))
+        self._pages, self._start = _pages(cache), state.start.contiguous()
+        self._mean = None if state.k_mean is None else state.k_mean.contiguous()
+        self.step = self._over(cache, *cache.buffer_memory())
+
+    def _over(self, cache: KVCache, codes: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor]) -> Step:
+        return Step(cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from)
+
+    def filling(self, cache: KVCache) -> tuple[Step, Callable[[], Tiles]]:
+        """The step that fills a block, over a copy of the buffer with a row more; and that copy."""
+        codes, scales = cache.buffer_memory()
+        k8, v8 = (functional.pad(x, (0, 0, 0, 1)) for x in codes)
+        k_scale, v_scale = (functional.pad(x, (0, 1)) for x in scales)
+        return self._over(cache, (k8, v8), (k_scale, v_scale)), lambda: Tiles(k8, v8, k_scale.float(), v_scale.float())
+
+
+def _addresses(cache: KVCache) -> Tensor | None:
+    return None if cache.store is None else cache.store.addresses()
+
+
+def _factor(scale: float | None, q: Tensor) -> float:
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _finite(q: Tensor, valid: Tensor, result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The kernels look at queries as they read them; what is wrong with one is said here."""
+    if result is None:
+        check_finite("q", q, valid)
+    assert result is not None
+    return result
+
+
+def _by_tile(
+    config: TurboConfig, q: Tensor, valid: Tensor, kv_heads: int, factor: float, k_mean: Tensor | None
+) -> Int8Queries | None:
+    """Without token scales, tiles of rows share one: only to compare with, so it may take its time."""
     if config.token_scales:
-        codes, unit, mean_logit, _ = quantize_queries(q, kv_heads, valid, k_mean, factor, config.rotate)
-        return QueryRows(codes, unit, mean_logit, first, valid)
-    # Tiles of rows with one scale: only to compare with, so it may take its time.
+        return None
     padding = torch.arange(q.shape[2]) >= valid[:, None]
-    tiles = quantize_by_tile(config, q.float().masked_fill(padding[:, None, :, None], 0), kv_heads, factor, k_mean)
-    codes, unit = tiles.codes.to(torch.int8).contiguous(), tiles.scale.contiguous()
-    return QueryRows(codes, unit, None if k_mean is None else tiles.mean_logit, first, valid)
+    clean = q.float().masked_fill(padding[:, None, :, None], 0)
+    tiles = quantize_by_tile(config, clean, kv_heads, factor, k_mean)
+    mean_logit = None if tiles.mean_logit is None else tiles.mean_logit.contiguous()
+    return Int8Queries(tiles.codes.to(torch.int8).contiguous(), tiles.scale.contiguous(), mean_logit)
 
 
 def _open_rows(state: Stage | SequenceState) -> OpenRows | None:
@@ -121,7 +211,3 @@ def _pages(cache: KVCache) -> Pages | None:
         return None
     compressed = store.compressed.layout if store.compressed is not None else None
     return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)
-
-
-def _finish(config: TurboConfig, out: Tensor, dtype: torch.dtype) -> Tensor:
-    return restore_rows(out.flatten(1, 2), dtype, config.rotate)

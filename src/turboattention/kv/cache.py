@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..errors import InputError, ShapeError
 from ..flashq import rotate
-from ..validation import check_config, check_mean, check_new, check_sizes
+from ..validation import check_config, check_mean, check_new, check_sizes, refuse_gradients
 from .buffer import Int8Buffer
 from .cropping import check_crop, rows_behind
+from .handle import leave_graph, new_handle
 from .pages import Tiles
 from .staging import SequenceState, Stage, fresh_state, stage
 from .store import Encoded, Flush, PageStore
@@ -66,11 +68,14 @@ class KVCache:
         self._given_bits = parse_head_bits(head_bits, num_kv_heads)
         self._given_mean = check_mean(k_mean, self.config, num_kv_heads, head_dim)
         self._lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self._handle = new_handle(self)
         # Memory, made once the device is known: pages, buffer, and per-sequence state of stage 1.
         self._store: PageStore | None = None
         self._buffer: Int8Buffer | None = None
         self._k_mean: Tensor | None = None
         self._universal: Tensor | None = None
+        self.kept: Any = None
+        """What a backend keeps from step to step; forgotten when pages, buffer or sequences change."""
         if device is not None:
             self._allocate(torch.device(device))
 
@@ -78,6 +83,7 @@ class KVCache:
 
     def __len__(self) -> int:
         """The longest sequence's tokens."""
+        leave_graph()
         return int(self._lengths.max()) if len(self._lengths) else 0
 
     def __repr__(self) -> str:
@@ -93,16 +99,30 @@ class KVCache:
     @property
     def seq_lens(self) -> Tensor:
         """int64 [B] on the CPU: tokens of each sequence, evicted ones included."""
+        if torch.compiler.is_dynamo_compiling():  # what is here while tracing is old when the graph runs
+            return torch.ops.turboattention.seq_lens(self._handle, len(self._lengths))
         return self._lengths.clone()
+
+    @property
+    def lengths(self) -> Tensor:
+        """`seq_lens` without the copy: replaced, never changed, when tokens are added."""
+        return self._lengths
+
+    @property
+    def handle(self) -> Tensor:
+        """int64 [1] on the CPU that stands for this cache in compiled graphs (kv/handle.py)."""
+        return self._handle
 
     @property
     def device(self) -> torch.device | None:
         """None until the constructor or the first tokens fix it."""
+        leave_graph()
         return self._store.device if self._store is not None else None
 
     @property
     def head_bits(self) -> Tensor | None:
         """int64 [2, Hkv], widths of K and V; None until given or frozen."""
+        leave_graph()
         frozen = self._store.head_bits if self._store is not None else None
         bits = frozen if frozen is not None else self._given_bits
         return None if bits is None else bits.clone()
@@ -124,12 +144,13 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Every byte of tensors: pages (used and free), buffer, means, scales, widths, lengths.
+        """Every byte of tensors: pages (used and free), buffer, means, scales, widths, lengths, handle.
 
         Pages that clones share are counted by each of them.
         """
+        leave_graph()
         given = (self._given_bits, self._given_mean)
-        parts = (self._store, self._buffer, self._k_mean, self._universal, self._lengths, *given)
+        parts = (self._store, self._buffer, self._k_mean, self._universal, self._lengths, self._handle, *given)
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
@@ -152,6 +173,10 @@ class KVCache:
             ShapeError, DtypeError, InputError, NonFiniteError, UnsupportedError (inputs that
             require gradients); the cache is then unchanged.
         """
+        if torch.compiler.is_dynamo_compiling():
+            refuse_gradients(k=k, v=v)
+            torch.ops.turboattention.append(self._handle, k, v, lengths)
+            return
         self.commit(self.stage(k, v, lengths))
 
     def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")) -> Stage:
@@ -167,6 +192,7 @@ class KVCache:
     def commit(self, staged: Stage, head_bits: Tensor | None = None) -> None:
         """Store what `stage` gave; `head_bits` int64 [2, Hkv] overrides widths not frozen yet."""
         assert self._store is not None and self._buffer is not None
+        self.kept = None
         flush, bits = self.pending_flush(staged), head_bits
         if bits is None and self.freezes_widths(flush):
             bits = self.planned_bits(staged, flush)
@@ -212,6 +238,50 @@ class KVCache:
         assert self._store is not None
         return self._store.encode(flush, self._store.head_bits if self._store.head_bits is not None else head_bits)
 
+    @property
+    def room(self) -> int:
+        """Tokens that every sequence can take before something is decided or compressed: before the
+        buffer is full, or its first block, which the mean of K is taken from. 0 before the first tokens."""
+        if self._buffer is None or not self.batch_size:
+            return 0
+        size = self.config.block_size
+        left = self._buffer.capacity - (self._lengths - self.page_counts * size)
+        if self.config.smooth_k and self._given_mean is None:
+            left = torch.where(self._lengths < size, torch.minimum(left, size - 1 - self._lengths), left)
+        return int(left.min())
+
+    def buffer_memory(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Codes int8 [B, H, capacity, D] and scales [B, H, capacity] of K and V, to write new rows into
+        behind the old ones; `extend` then counts them."""
+        assert self._buffer is not None
+        b = self._buffer
+        return (b.k8, b.v8), (b.k_scale, b.v_scale)
+
+    def extend(self, tokens: int, rows: Tiles | None = None) -> None:
+        """Count `tokens` rows that were written behind those of every sequence: at most `room`, or as many
+        as fill a block, and then `rows` [B, H, W, D] (W in blocks) are what the buffer would hold.
+
+        Only for caches of token scales; a block may fill only where `settled`.
+        """
+        assert self._store is not None and self._buffer is not None
+        if rows is not None:
+            after, start = self._lengths + tokens, self.page_counts * self.config.block_size
+            if bool((after - start < self.config.block_size).any()):
+                self.commit(Stage(self._lengths, after, start, rows, rows, self._k_mean, None))
+                return
+            # All sequences fill a block at once: what a commit does, and nothing that it has to look for.
+            self.kept = None
+            self._store.append_blocks(rows)
+            self._buffer.clear()
+        self._lengths = self._lengths + tokens
+        self._evict()
+
+    @property
+    def settled(self) -> bool:
+        """Whether a block that fills is compressed without any decision: widths and means are known."""
+        frozen = self._store is not None and self._store.head_bits is not None
+        return frozen and int(self._lengths.min()) >= self.config.block_size
+
     # -- reading -----------------------------------------------------------------------------------
 
     def state(self, device: torch.device) -> SequenceState:
@@ -238,6 +308,7 @@ class KVCache:
     @property
     def page_counts(self) -> Tensor:
         """int64 [B]: blocks of each sequence that are pages, evicted ones included."""
+        leave_graph()
         return self._store.counts if self._store is not None else torch.zeros_like(self._lengths)
 
     def page_tiles(self, first: int, last: int) -> Tiles:
@@ -262,6 +333,7 @@ class KVCache:
         sequence's length and where blocks were evicted."""
         from .inspection import dequantize
 
+        leave_graph()
         return dequantize(self)
 
     # -- changing sequences ---------------------------------------------------------------------------
@@ -274,6 +346,7 @@ class KVCache:
         Raises:
             InputError: negative, or where a sliding window has released what would be needed.
         """
+        leave_graph()
         target = torch.as_tensor(length).cpu()
         if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (self.batch_size,)):
             raise InputError(f"length: expected an integer or int64 [{self.batch_size}], got {length!r}")
@@ -285,6 +358,7 @@ class KVCache:
             return
         kept = torch.minimum(target // self.config.block_size, self.page_counts)
         check_crop(self._store, self._lengths, target, kept, self.window_size)
+        self.kept = None
         rows = rows_behind(self._store, self._buffer, target, kept)
         self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size)
         self._store.truncate(kept.tolist())
@@ -292,6 +366,7 @@ class KVCache:
 
     def reorder(self, index: Tensor) -> None:
         """Make sequence `i` what sequence `index[i]` was (int64 [B'], repeats allowed). Pages are shared."""
+        leave_graph()
         index = torch.as_tensor(index).cpu()
         if index.dim() != 1 or index.is_floating_point():
             raise ShapeError(f"index: expected a vector of integers, got {index.dtype} of shape {tuple(index.shape)}")
@@ -301,10 +376,16 @@ class KVCache:
 
     def clone(self) -> KVCache:
         """An independent cache with the same content. Pages are shared: they never change."""
+        leave_graph()
         copy = object.__new__(KVCache)
-        copy.__dict__ = dict(self.__dict__)
+        copy.__setstate__(self.__dict__)
         copy._take_sequences(self, torch.arange(self.batch_size))
         return copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies of any kind have handles of their own."""
+        self.__dict__.update(state)
+        self._handle = new_handle(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to one safetensors file (kv/storage.py)."""
@@ -333,7 +414,7 @@ class KVCache:
         self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device)
 
     def _take_sequences(self, source: KVCache, index: Tensor) -> None:
-        self._lengths = source._lengths[index]
+        self._lengths, self.kept = source._lengths[index], None
         if source._store is None or source._buffer is None:
             return
         self._store = source._store.select(index.tolist())

@@ -98,28 +98,28 @@ class PageLayout:
     def v_coded(self) -> tuple[int, ...]:
         return tuple(h for h in _stored_order(self.v_bits) if self.v_bits[h] < WIDEST)
 
-    @property
+    @cached_property
     def k_steps(self) -> int:
         """Offset of K's steps; the zeros follow them."""
         return self._code_bytes(self.k_bits) + self._code_bytes(self.v_bits)
 
-    @property
+    @cached_property
     def v_steps(self) -> int:
         return self.k_steps + 2 * len(self.k_coded) * self.head_dim
 
-    @property
+    @cached_property
     def k_token_scales(self) -> int:
         return self.v_steps + 2 * len(self.v_coded) * self.head_dim
 
-    @property
+    @cached_property
     def v_token_scales(self) -> int:
         return self.k_token_scales + self._token_scale_bytes
 
-    @property
+    @cached_property
     def k_scales(self) -> int:
         return self.v_token_scales + self._token_scale_bytes
 
-    @property
+    @cached_property
     def v_scales(self) -> int:
         return self.k_scales + 4 * self.num_kv_heads
 

@@ -14,6 +14,7 @@ from .pool import PagePool
 from .quantizer import quantizer_for
 
 EVICTED = -1
+_SPARE_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,25 @@ class PageStore:
             for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
                 self.tables[sequence].append(page)
 
+    def append_blocks(self, tiles: Tiles) -> None:
+        """Compress one full block of every sequence, tiles [B, H, block, D], all behind the sinks."""
+        pool = self.compressed
+        assert pool is not None
+        quantizer = quantizer_for(self.device)
+        content = quantizer.encode_pages(
+            pool.layout, tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, self.config.search
+        )
+        pages = pool.allocate(len(self.tables))
+        pool.write(pages, content)
+        addresses, self._addresses = self._addresses, None
+        for sequence, (table, page) in enumerate(zip(self.tables, pages, strict=True)):
+            if addresses is not None and len(table) < addresses.shape[1]:
+                addresses[sequence, len(table)] = pool.address(page)
+            else:
+                addresses = None
+            table.append(page)
+        self._addresses = addresses
+
     # -- reading ------------------------------------------------------------------------------
 
     def tiles(self, first: int, last: int) -> Tiles:
@@ -127,9 +147,11 @@ class PageStore:
         return parts[0] if len(parts) == 1 else Tiles.cat(parts, 1)
 
     def addresses(self) -> Tensor:
-        """int64 [B, P]: where the bytes of every page stand in memory, for kernels; 0 where no page is."""
+        """int64 [B, P]: where the bytes of every page stand in memory, for kernels; 0 where no page is,
+        also past a sequence's last one."""
         if self._addresses is None:
-            widest = max(map(len, self.tables), default=0)
+            # Room behind them, so that most blocks that follow need no new table.
+            widest = max(map(len, self.tables), default=0) + _SPARE_COLUMNS
             rows = [[self._pool_of(j).address(page) for j, page in enumerate(table)] for table in self.tables]
             padded = [row + [0] * (widest - len(row)) for row in rows]
             self._addresses = torch.tensor(padded, dtype=torch.int64).view(len(self.tables), widest)

@@ -77,7 +77,7 @@ def test_low_precision_models(dtype, tiny, forward, tokens, distance):
 
 @pytest.mark.parametrize("kind", ["turbo", "static"])
 def test_compiled_models(kind, tiny, forward, tokens):
-    """transformers compiles models over static caches on its own (on GPUs); attention stays outside the graph."""
+    """transformers compiles models over static caches on its own (on GPUs). A `TurboCache` ends the graph."""
     model, ids = tiny("llama", num_hidden_layers=1), tokens(1, 20)
     expected = forward(model, "turbo", ids, [19, 1], CACHES[kind](model))
     torch._dynamo.reset()
@@ -87,3 +87,18 @@ def test_compiled_models(kind, tiny, forward, tokens):
             compiled(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 18), (18, 19), (19, 20))
         ]
     torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", None), ("llama", "static"), ("llama", "dynamic"), ("mistral", None), ("gpt_oss", None)]
+)
+def test_without_a_turbo_cache_models_compile_to_one_graph(name, kind, tiny, forward, tokens, padded):
+    model = tiny(name, num_hidden_layers=2, layer_types=None) if name == "gpt_oss" else tiny(name, num_hidden_layers=2)
+    ids, mask = padded([tokens(1, 40), tokens(1, 31, seed=1)])
+    sizes = [38, 1, 1] if kind else [40]
+    caches = [CACHES[kind](model) if kind else None for _ in range(2)]
+    expected = forward(model, "turbo", ids, sizes, caches[0], mask)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    result = forward(compiled, "turbo", ids, sizes, caches[1], mask)
+    torch.testing.assert_close(result, expected)

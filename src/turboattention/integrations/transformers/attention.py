@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from .call import Call
+from .compiled import attend_in_graph
 from .dense import attend_dense
 from .layer import layer_of
 from .masks import MaskPlan, read_mask
 
 
-@torch.compiler.disable
 def turbo_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -35,7 +35,8 @@ def turbo_attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, Hq, Lq, D] queries -> ([B, Lq, Hq, D], no weights).
 
-    With a `TurboCache`, `key` carries its layer, which attends over the packed cache and appends.
+    With a `TurboCache`, `key` carries its layer, which attends over the packed cache and appends; this
+    stays outside of compiled graphs.
     """
     _refuse(module, dropout, kwargs)
     _refuse_gradients(query, key, value)
@@ -47,14 +48,33 @@ def turbo_attention_forward(
     plan = read_mask(attention_mask)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(plan, causal, sliding_window)
-    layer = layer_of(key)
-    if layer is None:
+    tracing = torch.compiler.is_dynamo_compiling()
+    if layer_of(key) is None:
         call = Call(scaling, softcap, window, s_aux, config, backend)
-        out = attend_dense(query, key, value, plan, causal, call)
+        out = (attend_in_graph if tracing else attend_dense)(query, key, value, plan, causal, call)
     else:
-        call = Call(scaling, softcap, window, s_aux, backend=layer.backend)
-        out = layer.attend(module, query, plan, causal, call)
+        attend = _attend_layer_outside if tracing else _attend_layer
+        out = attend(module, query, key, plan, causal, scaling, softcap, window, s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    plan: MaskPlan | None,
+    causal: bool,
+    scaling: float | None,
+    softcap: float | None,
+    window: int | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    layer = layer_of(key)
+    assert layer is not None
+    return layer.attend(module, query, plan, causal, Call(scaling, softcap, window, s_aux, backend=layer.backend))
+
+
+_attend_layer_outside: Any = torch.compiler.disable(_attend_layer)
 
 
 def _window(plan: MaskPlan | None, causal: bool, sliding_window: int | None) -> int | None:

@@ -88,7 +88,6 @@ def read_mask(mask: Tensor | None) -> MaskPlan | None:
     return MaskPlan(mask)
 
 
-@torch.compiler.disable
 def turbo_mask(
     batch_size: int,
     q_length: int,
@@ -107,7 +106,9 @@ def turbo_mask(
     `allow_is_causal_skip=False` means that the caller needs the full matrix, and gets it.
     """
     causal, window = _causal_window(mask_function)
-    ends_together = kv_offset + kv_length == int(q_offset) + q_length
+    # A compiled graph does not know where a static cache stands.
+    known = not (torch.compiler.is_dynamo_compiling() and isinstance(q_offset, Tensor))
+    ends_together = known and kv_offset + kv_length == int(q_offset) + q_length
     if causal and ends_together and allow_is_causal_skip:
         tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
         return _with_plan(tokens, window)
@@ -159,6 +160,8 @@ def _causal_window(mask_function: Callable) -> tuple[bool, int | None]:
     """
     if mask_function is causal_mask_function:
         return True, None
+    if torch.compiler.is_dynamo_compiling():  # which cannot look into closures
+        return False, None
     parts = _closure(mask_function, "mask_functions")
     if getattr(mask_function, "__code__", None) is not _AND_CODE or not isinstance(parts, tuple) or len(parts) != 2:
         return False, None

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
+from .rows import FloatRows, float_rows
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
@@ -50,16 +51,23 @@ class OpenRows:
 
 
 @dataclass(frozen=True)
-class QueryRows:
-    """codes int8 [B, Hkv, g, Lq, D] (rotated), unit float32 [B, Hkv, g, Lq] (scale included),
-    mean_logit float32 likewise or None. Row i of sequence b stands at `first[b] + i`; rows from
-    `valid[b]` on give 0 and -inf (int64 [B] each)."""
+class Int8Queries:
+    """Queries quantized already: codes int8 [B, Hkv, g, Lq, D] (rotated), unit float32 [B, Hkv, g, Lq]
+    (logits' scale included), mean_logit float32 likewise or None; all contiguous."""
 
     codes: Tensor
     unit: Tensor
     mean_logit: Tensor | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where query rows stand: row i of sequence b at position `first[b] + i` of its `lengths[b]` keys;
+    rows from `valid[b]` on are not read and give 0 and -inf. int64 [B] each, contiguous."""
+
     first: Tensor
     valid: Tensor
+    lengths: Tensor
 
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
@@ -77,62 +85,92 @@ def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
 
 def attend(
     config: TurboConfig,
-    queries: QueryRows,
-    lengths: Tensor,
+    q: Tensor,
+    standing: Standing,
     pages: Pages | None,
     rows: OpenRows | None,
     *,
+    kv_heads: int,
+    scale: float,
+    mean: Tensor | None,
     mean_from: int,
     causal: bool,
     window: int | None,
     softcap: float | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """out float32 [B, Hkv, g, Lq, D] (rotated space) and lse float32 [B, Hkv, g, Lq].
+    quantized: Int8Queries | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """q [B, Hq, Lq, D] over pages, then rows -> out like q and lse float32 [B, Hq, Lq]; None where a
+    valid row of q is not finite or beyond 1e18.
 
-    lengths: int64 [B], keys of each sequence; mean_from: first block whose keys lack the mean;
-    mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk].
+    mean: float32 [B, Hkv, D] (rotated space) that keys from block `mean_from` on are stored without,
+    or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place
+    of q's values.
 
     Raises UnsupportedError for what `refusal` names.
     """
-    reason = refusal(config, torch.float32)
+    reason = refusal(config, q.dtype)
     if reason:
         raise UnsupportedError(f'backend: expected a configuration that "cpu" computes, got one where {reason}')
-    codes = queries.codes
-    batch, heads, group, count, head_dim = codes.shape
-    out = torch.empty(codes.shape, dtype=torch.float32)
-    lse = torch.empty(codes.shape[:-1], dtype=torch.float32)
-    a = _Arguments(batch=batch, heads=heads, group=group, queries=count, head_dim=head_dim)
-    a.q, a.q_unit = codes.data_ptr(), queries.unit.data_ptr()
-    a.mean_logit = queries.mean_logit.data_ptr() if queries.mean_logit is not None else None
-    a.first_position, a.valid_rows = queries.first.data_ptr(), queries.valid.data_ptr()
-    a.lengths, a.mean_from = lengths.data_ptr(), mean_from
+    batch, heads, count, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+    a = Arguments(batch=batch, heads=kv_heads, group=heads // kv_heads, queries=count, head_dim=head_dim)
+    kept = fill_queries(a, q, out, config.rotate, scale, mean)
+    if quantized is not None:
+        a.q.data = None
+        a.q_codes, a.q_unit = quantized.codes.data_ptr(), quantized.unit.data_ptr()
+        a.q_mean_logit = quantized.mean_logit.data_ptr() if quantized.mean_logit is not None else None
+    a.first_position, a.valid_rows = standing.first.data_ptr(), standing.valid.data_ptr()
+    a.lengths, a.mean_from = standing.lengths.data_ptr(), mean_from
     none = torch.zeros(batch, dtype=torch.int64)
-    a.page_counts = none.data_ptr()
+    a.page_counts = a.start = none.data_ptr()
     if pages is not None:
-        a.pages, a.page_counts = pages.addresses.data_ptr(), pages.counts.data_ptr()
-        a.page_stride, a.sink_blocks = pages.addresses.shape[1], pages.sink_blocks
-        a.sinks, a.compressed = _plan(pages.sinks), _plan(pages.compressed or pages.sinks)
-    a.start = none.data_ptr()
+        fill_pages(a, pages)
     if rows is not None:
         a.open[:] = rows.k8.data_ptr(), rows.v8.data_ptr()
         a.open_scale[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
         a.start = rows.start.data_ptr()
-        a.open_stride_batch, a.open_stride_head = heads * rows.k8.shape[2], rows.k8.shape[2]
+        a.open_stride_batch, a.open_stride_head = kv_heads * rows.k8.shape[2], rows.k8.shape[2]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(torch.float32)
+    fill_call(a, config, causal=causal, window=window, softcap=softcap, mask=mask)
+    a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
+    finite = _cpu.attend(ctypes.addressof(a))
+    del kept
+    return (out, lse) if finite else None
+
+
+def fill_queries(a: Arguments, q: Tensor, out: Tensor, rotate: bool, scale: float, mean: Tensor | None) -> Tensor:
+    """Where queries are and results go. Returns what must outlive the call beside q and out."""
+    a.q, kept = float_rows(q)
+    a.out, _ = float_rows(out)
+    a.rotate, a.scale = rotate, scale
+    a.mean = None if mean is None else mean.data_ptr()
+    return kept
+
+
+def fill_pages(a: Arguments, pages: Pages) -> None:
+    """The page tables, which must outlive the call."""
+    a.pages, a.page_counts = pages.addresses.data_ptr(), pages.counts.data_ptr()
+    a.page_stride, a.sink_blocks = pages.addresses.shape[1], pages.sink_blocks
+    a.sinks, a.compressed = page_plan(pages.sinks), page_plan(pages.compressed or pages.sinks)
+
+
+def fill_call(
+    a: Arguments, config: TurboConfig, *, causal: bool, window: int | None, softcap: float | None, mask: Tensor | None
+) -> None:
+    """What a call asks for; a mask, bool or float32, must outlive it."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax], config.sas_threshold, softcap or 0.0
     a.causal, a.window = causal, window or 0
+    a.mask_kind = 0
     if mask is not None:
-        if mask.dtype != torch.bool:
-            mask = mask.to(torch.float32)
         a.mask_kind = _MASK_BYTES if mask.dtype == torch.bool else _MASK_FLOATS
         a.mask, a.mask_keys = mask.data_ptr(), mask.shape[3]
         a.mask_stride[:] = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
-    a.out, a.lse, a.threads = out.data_ptr(), lse.data_ptr(), torch.get_num_threads()
-    _cpu.attend(ctypes.addressof(a))
-    return out, lse
 
 
-class _Plan(ctypes.Structure):
+class Plan(ctypes.Structure):
     _fields_ = [
         ("places", ctypes.c_void_p),
         ("token_scales", ctypes.c_int64 * 2),
@@ -140,19 +178,23 @@ class _Plan(ctypes.Structure):
     ]
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """`AttendArgs` of csrc/cpu/attention/arguments.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "head_dim")),
-        *((name, ctypes.c_void_p) for name in ("q", "q_unit", "mean_logit", "first_position", "valid_rows", "lengths")),
+        ("q", FloatRows),
+        ("rotate", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("mean", "unfit", "q_codes", "q_unit", "q_mean_logit")),
+        *((name, ctypes.c_void_p) for name in ("first_position", "valid_rows", "lengths")),
         ("mean_from", ctypes.c_int64),
         ("pages", ctypes.c_void_p),
         ("page_counts", ctypes.c_void_p),
         ("page_stride", ctypes.c_int64),
         ("sink_blocks", ctypes.c_int64),
-        ("sinks", _Plan),
-        ("compressed", _Plan),
+        ("sinks", Plan),
+        ("compressed", Plan),
         ("open", ctypes.c_void_p * 2),
         ("open_scale", ctypes.c_void_p * 2),
         ("start", ctypes.c_void_p),
@@ -167,18 +209,18 @@ class _Arguments(ctypes.Structure):
         ("mask", ctypes.c_void_p),
         ("mask_stride", ctypes.c_int64 * 4),
         ("mask_keys", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
+        ("out", FloatRows),
         ("lse", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
     ]
 
 
-if ctypes.sizeof(_Arguments) != _cpu.attend_bytes:
+if ctypes.sizeof(Arguments) != _cpu.attend_bytes:
     raise ImportError("the extension turboattention._cpu is of another version: build it anew")
 
 
-def _plan(layout: PageLayout) -> _Plan:
-    return _Plan(
+def page_plan(layout: PageLayout) -> Plan:
+    return Plan(
         _places(layout).ctypes.data,
         (layout.k_token_scales, layout.v_token_scales) if layout.token_scales else (-1, -1),
         (layout.k_scales, layout.v_scales),

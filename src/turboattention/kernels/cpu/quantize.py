@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ...errors import DtypeError
 from ...kv.layout import PageLayout
-from .attention import _Plan, _plan
+from .attention import Plan, page_plan
+from .rows import FloatRows, float_rows
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
-
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def quantize_tokens(
@@ -45,7 +44,7 @@ def quantize_tokens(
     Returns whether all values read were finite and at most 1e18 in magnitude.
     """
     batch, heads, _, head_dim = x.shape
-    rows, kept = _rows(x)
+    rows, kept = float_rows(x)
     begin, end, first, target = (_indices(i) for i in (*span, first, target))
     means = None if mean is None else mean.to(torch.float32).contiguous()
     a = _Tokens(batch=batch, heads=heads, head_dim=head_dim, rotate=rotate, x=rows, mean_from=mean_from)
@@ -69,7 +68,7 @@ def quantize_queries(
     """
     batch, heads, count, head_dim = q.shape
     group = heads // kv_heads
-    rows, kept = _rows(q)
+    rows, kept = float_rows(q)
     valid = _indices(valid)
     codes = torch.empty(batch, kv_heads, group, count, head_dim, dtype=torch.int8)
     unit = torch.empty(codes.shape[:-1], dtype=torch.float32)
@@ -92,7 +91,7 @@ def restore_rows(x: Tensor, dtype: torch.dtype, rotate: bool, out: Tensor | None
     batch, heads, count, head_dim = x.shape
     if out is None:
         out = torch.empty(x.shape, dtype=dtype)
-    rows, kept = _rows(out)
+    rows, kept = float_rows(out)
     if kept is not out:
         raise DtypeError(f"out: expected channels side by side, got strides {out.stride()}")
     a = _Restore(batch=batch, heads=heads, rows=count, head_dim=head_dim, rotate=rotate, x=x.data_ptr(), out=rows)
@@ -138,7 +137,7 @@ def decode_pages(layout: PageLayout, pages: Tensor, isa: str = "") -> tuple[Tens
 
 def _codec(call, layout: PageLayout, pages: Tensor, codes: list[Tensor], scales: list[Tensor], search: bool, isa: str):
     a = _Pages(pages=len(pages), heads=layout.num_kv_heads, head_dim=layout.head_dim, block=layout.block_size)
-    a.page_bytes, a.search, a.plan, a.bytes = layout.page_bytes, search, _plan(layout), pages.data_ptr()
+    a.page_bytes, a.search, a.plan, a.bytes = layout.page_bytes, search, page_plan(layout), pages.data_ptr()
     a.codes[:] = [x.data_ptr() for x in codes]
     a.scales[:] = [x.data_ptr() for x in scales]
     a.threads = torch.get_num_threads()
@@ -156,14 +155,10 @@ def _pointers(names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_void_p) for name in names.split()]
 
 
-class _FloatRows(ctypes.Structure):
-    _fields_ = [*_pointers("data"), *_words("kind batch_stride head_stride token_stride")]
-
-
 class _Tokens(ctypes.Structure):
     _fields_ = [
         *_words("batch heads head_dim rotate"),
-        ("x", _FloatRows),
+        ("x", FloatRows),
         *_pointers("begin end first target mean"),
         *_words("mean_from"),
         *_pointers("codes scales"),
@@ -174,7 +169,7 @@ class _Tokens(ctypes.Structure):
 class _Queries(ctypes.Structure):
     _fields_ = [
         *_words("batch heads group rows head_dim rotate"),
-        ("x", _FloatRows),
+        ("x", FloatRows),
         *_pointers("valid mean"),
         ("scale", ctypes.c_double),
         *_pointers("codes units mean_logits"),
@@ -183,7 +178,7 @@ class _Queries(ctypes.Structure):
 
 
 class _Restore(ctypes.Structure):
-    _fields_ = [*_words("batch heads rows head_dim rotate"), *_pointers("x"), ("out", _FloatRows), *_words("threads")]
+    _fields_ = [*_words("batch heads rows head_dim rotate"), *_pointers("x"), ("out", FloatRows), *_words("threads")]
 
 
 class _Mean(ctypes.Structure):
@@ -198,7 +193,7 @@ class _Mean(ctypes.Structure):
 class _Pages(ctypes.Structure):
     _fields_ = [
         *_words("pages heads head_dim block page_bytes search"),
-        ("plan", _Plan),
+        ("plan", Plan),
         *_pointers("bytes"),
         ("codes", ctypes.c_void_p * 2),
         ("scales", ctypes.c_void_p * 2),
@@ -214,15 +209,6 @@ def _check_structs() -> None:
 
 
 _check_structs()
-
-
-def _rows(x: Tensor) -> tuple[_FloatRows, Tensor]:
-    """Float rows, and the tensor to keep while they are in use: a copy where channels lie apart."""
-    if x.dtype not in _KINDS:
-        raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    return _FloatRows(x.data_ptr(), _KINDS[x.dtype], *x.stride()[:3]), x
 
 
 def _indices(x: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+// The processor's own limit for INT8 products: dot products of registers with themselves.
+#pragma once
+
+// Runs `rounds` rounds; returns how many multiplications and additions one round is.
+inline std::int64_t peak_round(std::int64_t rounds) {
+#ifdef TURBO_AMX
+    alignas(64) static const std::int8_t kSome[64 * 16] = {1, 2, 3};
+    const Tiles tiles(64);
+    _tile_loadd(4, kSome, 64);
+    _tile_loadd(6, kSome, 64);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (std::int64_t i = 0; i < rounds; ++i) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 6);
+        _tile_dpbssd(2, 4, 6);
+        _tile_dpbssd(3, 4, 6);
+    }
+    return 4 * 2 * 16 * 16 * 64;
+#else
+    constexpr int kSums = kQueryVectors == 2 ? 12 : 6;
+    alignas(64) std::uint8_t some[64];
+    for (int i = 0; i < 64; ++i) some[i] = static_cast<std::uint8_t>(i % 16);
+    const Bytes a = b_load(some), b = b_load(some);
+    I sums[kSums];
+    for (I& sum : sums) sum = i_set(0);
+    for (std::int64_t i = 0; i < rounds; ++i) {
+        for (I& sum : sums) sum = dot_small(sum, a, b);
+#if defined(__GNUC__) && !defined(TURBO_SERIAL)
+        __asm__ volatile("" ::: "memory");
+#endif
+    }
+    // What is not used might not be computed.
+    I total = i_set(0);
+    for (const I& sum : sums) total = total + sum;
+    static std::atomic<std::int32_t> sink;
+    sink.store(i_sum(total), std::memory_order_relaxed);
+    return kSums * 2 * 64;
+#endif
+}

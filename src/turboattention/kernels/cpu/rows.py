@@ -1,0 +1,28 @@
+"""Float rows as the kernels take them: any strides, channels side by side."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ...errors import DtypeError
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class FloatRows(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("kind", "batch_stride", "head_stride", "token_stride")),
+    ]
+
+
+def float_rows(x: Tensor) -> tuple[FloatRows, Tensor]:
+    """Float rows, and the tensor to keep while they are in use: a copy where channels lie apart."""
+    if x.dtype not in _KINDS:
+        raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return FloatRows(x.data_ptr(), _KINDS[x.dtype], *x.stride()[:3]), x

@@ -1,0 +1,125 @@
+"""The two calls of api.py as operators of `torch.ops.turboattention`, for `torch.compile(fullgraph=True)`.
+
+While Dynamo traces, api.py goes through these; otherwise it does not. Their bodies are the calls themselves,
+validation included, so that compiled code raises the same errors; gradients alone are refused while tracing.
+Their fakes know shapes and dtypes alone. A cache stands in the graph as its handle (kv/handle.py), so that one
+that grows never compiles anew; `KVCache.append` and `seq_lens` are operators as well, everything else of a cache
+ends the graph. A `TurboConfig` is made outside of compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import TurboConfig
+from .kv.handle import LIBRARY, cache_of
+
+_SOFTMAX = "Tensor? attn_mask, bool is_causal, float? scale, SymInt? window_size, float? softcap"
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size: int | None,
+    softcap: float | None,
+    config: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    from .api import turbo_attention
+
+    result = turbo_attention(
+        q,
+        k,
+        v,
+        attn_mask,
+        is_causal,
+        scale,
+        window_size=window_size,
+        softcap=softcap,
+        return_lse=True,
+        config=config_of(config),
+        backend=backend,
+    )
+    return _owned(*result)
+
+
+def _attention_with_kvcache(
+    handle: Tensor,
+    q: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    lengths: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size: int | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    from .api import turbo_attention_with_kvcache
+
+    result = turbo_attention_with_kvcache(
+        q,
+        cache_of(handle),
+        k_new,
+        v_new,
+        lengths=lengths,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+        return_lse=True,
+        backend=backend,
+    )
+    return _owned(*result)
+
+
+def _fake_attention(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """out like q, lse float32 (float64 for float64) like its rows; both contiguous."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, torch.empty(q.shape[:-1], dtype=lse, device=q.device)
+
+
+def _fake_attention_with_kvcache(handle: Tensor, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_attention(q)
+
+
+def _owned(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Strides as the fakes promise them."""
+    return out.contiguous(), lse.contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def config_of(text: str) -> TurboConfig | None:
+    """Inverse of `TurboConfig.text`; the empty string is the default."""
+    if not text:
+        return None
+    fields = json.loads(text)
+    if isinstance(fields["bits"], list):
+        fields["bits"] = tuple(fields["bits"])
+    return TurboConfig(**fields)
+
+
+LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_SOFTMAX}, str config, str backend) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "attention_with_kvcache(Tensor(a!) handle, Tensor q, Tensor? k_new, Tensor? v_new, Tensor? lengths, "
+    f"{_SOFTMAX}, str backend) -> (Tensor, Tensor)"
+)
+LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_with_kvcache", _attention_with_kvcache, "CompositeExplicitAutograd")
+torch.library.register_fake("turboattention::attention", _fake_attention, lib=LIBRARY)
+torch.library.register_fake("turboattention::attention_with_kvcache", _fake_attention_with_kvcache, lib=LIBRARY)
+
+attention = torch.ops.turboattention.attention.default
+attention_with_kvcache = torch.ops.turboattention.attention_with_kvcache.default
