@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 BOOKS ?=
 MODEL ?= src/turboattention/bundled/model
+GGML := build/ggml
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +49,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model clean
+  lint-types lint-imports format model bench-ggml clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -131,6 +132,16 @@ format: $(READY_DEV) ## format the code and mend what can be mended safely
 model: $(READY) ## train the bundled model anew: make model BOOKS=folder-with-train.txt
 	@test -n "$(BOOKS)" || { echo 'BOOKS: expected a folder with train.txt, as in make model BOOKS=books'; exit 2; }
 	$(BIN)/python training/train.py --books '$(BOOKS)' --out '$(MODEL)'
+
+# In an environment of its own: nothing else here needs it, and building it takes minutes.
+$(GGML)/ready:
+	$(PYTHON) -m venv $(GGML)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(GGML)/bin/python -m pip install --quiet llama-cpp-python
+	@touch $@
+
+bench-ggml: $(BUILT) $(GGML)/ready ## time attention and memory beside PyTorch and ggml
+	TURBOATTENTION_GGML="$$($(GGML)/bin/python -c 'from importlib.util import find_spec as f; print(f("llama_cpp").submodule_search_locations[0] + "/lib")')" \
+	  $(BIN)/turboattention bench --out build/bench.json
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov src/turboattention/_cpu*.so
