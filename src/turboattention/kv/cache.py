@@ -193,6 +193,13 @@ class KVCache:
         """Store what `stage` gave; `head_bits` int64 [2, Hkv] overrides widths not frozen yet."""
         assert self._store is not None and self._buffer is not None
         self.kept = None
+        if self._fills_one_block_each(staged):
+            # What follows below, and nothing that it has to look for: most flushes are these.
+            self._store.append_blocks(staged.stored)
+            self._buffer.clear()
+            self._lengths = staged.lengths.clone()
+            self._evict()
+            return
         flush, bits = self.pending_flush(staged), head_bits
         if bits is None and self.freezes_widths(flush):
             bits = self.planned_bits(staged, flush)
@@ -206,6 +213,16 @@ class KVCache:
         self._lengths = staged.lengths.clone()
         self._k_mean, self._universal = _single(staged.k_mean), _single(staged.universal)
         self._evict()
+
+    def _fills_one_block_each(self, staged: Stage) -> bool:
+        """Whether every sequence ends at a block's end, one block further, behind all decisions."""
+        size = self.config.block_size
+        if not self.settled or self.config.flush_lag or not self.config.token_scales:
+            return False
+        if staged.stored.k8.shape[2] != size or staged.stored.k_scale.dtype != torch.float32:
+            return False
+        behind_sinks = int(staged.start.min()) >= self.config.sink_tokens
+        return behind_sinks and bool((staged.lengths - staged.start == size).all())
 
     def pending_flush(self, staged: Stage) -> Flush:
         """The blocks of a stage that are full, and `flush_lag` tokens old, and become pages."""
@@ -266,13 +283,8 @@ class KVCache:
         assert self._store is not None and self._buffer is not None
         if rows is not None:
             after, start = self._lengths + tokens, self.page_counts * self.config.block_size
-            if bool((after - start < self.config.block_size).any()):
-                self.commit(Stage(self._lengths, after, start, rows, rows, self._k_mean, None))
-                return
-            # All sequences fill a block at once: what a commit does, and nothing that it has to look for.
-            self.kept = None
-            self._store.append_blocks(rows)
-            self._buffer.clear()
+            self.commit(Stage(self._lengths, after, start, rows, rows, self._k_mean, None))
+            return
         self._lengths = self._lengths + tokens
         self._evict()
 
@@ -280,7 +292,7 @@ class KVCache:
     def settled(self) -> bool:
         """Whether a block that fills is compressed without any decision: widths and means are known."""
         frozen = self._store is not None and self._store.head_bits is not None
-        return frozen and int(self._lengths.min()) >= self.config.block_size
+        return frozen and len(self._lengths) > 0 and int(self._lengths.min()) >= self.config.block_size
 
     # -- reading -----------------------------------------------------------------------------------
 
