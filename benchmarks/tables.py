@@ -42,17 +42,21 @@ def result_of(path: Path, document: dict[str, Any]) -> Result:
 
 def summary(results: Sequence[Result]) -> str:
     """The README's section: prefill and decode at head_dim 128, memory, and whole models."""
-    parts = []
+    parts, said = [], ""
     for result in results:
         rows = [row for row in result.rows if row.shape["head_dim"] == 128]
         longest = _longest(rows)
-        parts += [
-            heading(result),
+        tables = [
             ratios([row for row in rows if row.work == "prefill" and row.shape["causal"]], SHORT),
             ratios([row for row in rows if row.work == "decode" and row.shape["keys"] == longest], SHORT),
             memory([row for row in rows if row.work == "memory"]),
             models(result.models),
         ]
+        machine = machine_of(result)
+        if any(tables) and machine != said:
+            parts.append(machine)
+            said = machine
+        parts += tables
     return "\n\n".join(part for part in parts if part) or NOTHING
 
 
@@ -67,16 +71,20 @@ def full(results: Sequence[Result]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def machine_of(result: Result) -> str:
+    facts = result.facts
+    isa = f" ({facts['isa']})" if facts.get("isa") else ""
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    versions = f"turboattention {facts['turboattention']}, torch {facts['torch']}"
+    return f"**{facts['cpu']}**, {threads}, backend `{facts['backend']}`{isa}, {versions}"
+
+
 def heading(result: Result) -> str:
     facts = result.facts
     ggml = f", ggml {facts['ggml']}" if facts.get("ggml") else ""
     commit = f", commit {facts['commit'][:12]}" if facts.get("commit") else ""
     peaks = "".join(f", {name} {value:,.0f}" for name, value in facts.get("peaks", {}).items())
-    return (
-        f"**{facts['cpu']}**, {facts['threads']} thread{'s' * (facts['threads'] != 1)}, backend `{facts['backend']}`, "
-        f"turboattention {facts['turboattention']}, torch {facts['torch']}{ggml}{commit}{peaks} "
-        f"([{result.path.name}](RESULTS/{result.path.name}))"
-    )
+    return f"{machine_of(result)}{ggml}{commit}{peaks} ([{result.path.name}](RESULTS/{result.path.name}))"
 
 
 def targets(results: Sequence[Result]) -> str:

@@ -23,18 +23,22 @@ inline std::int64_t peak_round(std::int64_t rounds) {
     constexpr int kSums = kQueryVectors == 2 ? 12 : 6;
     alignas(64) std::uint8_t some[64];
     for (int i = 0; i < 64; ++i) some[i] = static_cast<std::uint8_t>(i % 16);
-    const Bytes a = b_load(some), b = b_load(some);
     I sums[kSums];
-    for (I& sum : sums) sum = i_set(0);
+#pragma GCC unroll 12
+    for (int k = 0; k < kSums; ++k) sums[k] = i_set(0);
     for (std::int64_t i = 0; i < rounds; ++i) {
-        for (I& sum : sums) sum = dot_small(sum, a, b);
+        // Read anew each round, or parts of the product would be computed once for all.
+        const Bytes a = b_load(some), b = b_load(some);
+#pragma GCC unroll 12
+        for (int k = 0; k < kSums; ++k) sums[k] = dot_small(sums[k], a, b);
 #if defined(__GNUC__) && !defined(TURBO_SERIAL)
-        __asm__ volatile("" ::: "memory");
+        __asm__ volatile("" : : "r"(some) : "memory");
 #endif
     }
     // What is not used might not be computed.
     I total = i_set(0);
-    for (const I& sum : sums) total = total + sum;
+#pragma GCC unroll 12
+    for (int k = 0; k < kSums; ++k) total = total + sums[k];
     static std::atomic<std::int32_t> sink;
     sink.store(i_sum(total), std::memory_order_relaxed);
     return kSums * 2 * 64;
