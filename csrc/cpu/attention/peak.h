@@ -21,16 +21,16 @@ inline std::int64_t peak_round(std::int64_t rounds) {
     return 4 * 2 * 16 * 16 * 64;
 #else
     constexpr int kSums = kQueryVectors == 2 ? 12 : 6;
-    alignas(64) std::uint8_t some[64];
-    for (int i = 0; i < 64; ++i) some[i] = static_cast<std::uint8_t>(i % 16);
+    alignas(64) std::uint8_t some[64 + kSums];
+    for (int i = 0; i < 64 + kSums; ++i) some[i] = static_cast<std::uint8_t>(i % 16);
     I sums[kSums];
 #pragma GCC unroll 12
     for (int k = 0; k < kSums; ++k) sums[k] = i_set(0);
     for (std::int64_t i = 0; i < rounds; ++i) {
-        // Read anew each round, or parts of the product would be computed once for all.
-        const Bytes a = b_load(some), b = b_load(some);
+        // Other bytes each time, or parts of the product would be computed once for all.
+        const Bytes a = b_load(some);
 #pragma GCC unroll 12
-        for (int k = 0; k < kSums; ++k) sums[k] = dot_small(sums[k], a, b);
+        for (int k = 0; k < kSums; ++k) sums[k] = dot_small(sums[k], a, b_load(some + k));
 #if defined(__GNUC__) && !defined(TURBO_SERIAL)
         __asm__ volatile("" : : "r"(some) : "memory");
 #endif
