@@ -27,10 +27,11 @@ inline std::int64_t peak_round(std::int64_t rounds) {
 #pragma GCC unroll 12
     for (int k = 0; k < kSums; ++k) sums[k] = i_set(0);
     for (std::int64_t i = 0; i < rounds; ++i) {
-        // Other bytes each time, or parts of the product would be computed once for all.
+        // Where a product is several instructions: other bytes each time, or all but the sum would be
+        // computed once for all.
         const Bytes a = b_load(some);
 #pragma GCC unroll 12
-        for (int k = 0; k < kSums; ++k) sums[k] = dot_small(sums[k], a, b_load(some + k));
+        for (int k = 0; k < kSums; ++k) sums[k] = dot_small(sums[k], a, b_load(kOffset ? some : some + k));
 #if defined(__GNUC__) && !defined(TURBO_SERIAL)
         __asm__ volatile("" : : "r"(some) : "memory");
 #endif
