@@ -56,6 +56,8 @@ NB_MODULE(_cpu, m) {
     m.def("isas", &turbo::usable_isas, "Instruction sets compiled in that this processor has, the best first.");
     m.def("isa", [] { return std::string(turbo::kernels().isa); }, "The one in use (TURBOATTENTION_ISA overrides).");
     m.def("threads", [] { return std::string(turbo::thread_provider()); }, "What carries the threads.");
+    m.def("take_most_workers", &turbo::take_most_workers,
+          "The most threads that shared the work of one call since this was last asked.");
     m.def("attend", &attend, nb::arg("arguments"), nb::arg("isa") = "",
           "Attention; `arguments` is an AttendArgs. Whether all queries were finite.");
     m.def("peak_gops", &peak_gops, nb::arg("isa"), nb::arg("threads") = 1,

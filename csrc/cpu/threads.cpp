@@ -22,9 +22,12 @@ struct Loop {
     std::atomic<std::int64_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error{};
+    std::atomic<int> workers{0};
 
     void work() {
+        bool counted = false;
         for (std::int64_t i; !failed.load(std::memory_order_relaxed) && (i = next.fetch_add(1)) < count;) {
+            if (!counted) ++workers, counted = true;
             try {
                 body(context, i);
             } catch (...) {
@@ -33,6 +36,8 @@ struct Loop {
         }
     }
 };
+
+std::atomic<int> most_workers{0};
 
 void work_on(void* loop) { static_cast<Loop*>(loop)->work(); }
 
@@ -67,8 +72,13 @@ void parallel_loop(std::int64_t count, int threads, LoopBody body, void* context
         loop.work();
         for (auto& other : others) other.join();
     }
+    int most = most_workers.load();
+    while (most < loop.workers && !most_workers.compare_exchange_weak(most, loop.workers)) {
+    }
     if (loop.error) std::rethrow_exception(loop.error);
 }
+
+int take_most_workers() { return most_workers.exchange(0); }
 
 void* allocate(std::size_t bytes) {
     const std::size_t rounded = (bytes + 63) / 64 * 64;

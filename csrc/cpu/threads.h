@@ -14,6 +14,9 @@ using LoopBody = void (*)(void* context, std::int64_t index);
 // with it), else threads of its own. The first exception of a body is thrown again when all are done.
 void parallel_loop(std::int64_t count, int threads, LoopBody body, void* context);
 
+// The most threads that shared a loop since the last call: for tests.
+int take_most_workers();
+
 // 64-byte aligned; throws std::bad_alloc.
 void* allocate(std::size_t bytes);
 void release(void* memory);

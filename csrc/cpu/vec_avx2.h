@@ -33,6 +33,12 @@ inline F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.
 inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F f_min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F f_fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+// x / y of small integers, given 1 / y: a guess, and what it misses x by. Rounded afterwards it is what
+// the quotient is, because halves, all that rounding is sensitive to, come out exactly.
+inline F f_quotient(F x, F y, F inverse) {
+    const F guess = x * inverse;
+    return f_fma(f_fma(f_set(0.0f) - guess, y, x), inverse, guess);
+}
 inline F f_floor(F x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
 inline F f_round(F x) {
     constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

@@ -36,6 +36,12 @@ inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F f_max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F f_min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F f_fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// x / y of small integers, given 1 / y: a guess, and what it misses x by. Rounded afterwards it is what
+// the quotient is, because halves, all that rounding is sensitive to, come out exactly.
+inline F f_quotient(F x, F y, F inverse) {
+    const F guess = x * inverse;
+    return f_fma(f_fma(f_set(0.0f) - guess, y, x), inverse, guess);
+}
 inline F f_floor(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 inline F f_round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F f_from_int(I a) { return {_mm512_cvtepi32_ps(a.v)}; }

@@ -83,9 +83,9 @@ def turbo_attention(
     config = check_config(config)
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
-    check_window(window_size)
+    window_size = check_window(window_size)
     mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device))
+    chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))
     for name, x in (("k", k), ("v", v)) if chosen.name == "cpu" else (("q", q), ("k", k), ("v", v)):
         check_finite(name, x)  # the CPU kernels look at q as they read it
     out, lse = importlib.import_module(_MODULES[chosen.name][0]).prefill(
@@ -155,10 +155,9 @@ def turbo_attention_with_kvcache(
     check_floats(q=q, **({} if k_new is None else {"k_new": k_new, "v_new": v_new}))
     check_query((cache.batch_size, cache.num_kv_heads, cache.head_dim), q)
     check_softmax(scale, softcap)
-    check_window(window_size)
-    window_size = cache.window_size if window_size is None else window_size
+    window_size = check_window(cache.window_size if window_size is None else window_size)
     _check_window_kept(cache, window_size)
-    chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device))
+    chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2]))
     # Queries alone may reach back behind what a window has kept: that is looked at below.
     plain = lengths is None and attn_mask is None and (k_new is not None or cache.window_size is None)
     if chosen.name == "cpu" and plain:
@@ -283,4 +282,4 @@ def explain(
     check_softmax(scale, softcap)
     check_window(window_size)
     check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return dispatch.explain_choice(backend, dispatch.Call(config, q.dtype, q.device))
+    return dispatch.explain_choice(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))

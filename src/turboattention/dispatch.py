@@ -43,6 +43,11 @@ class Call:
     config: TurboConfig
     dtype: torch.dtype
     device: torch.device
+    queries: int = 1
+
+
+SERIAL_QUERIES = 16
+"""Query rows up to which the serial C++ path is faster than PyTorch."""
 
 
 def backends() -> dict[str, Backend]:
@@ -64,7 +69,8 @@ def choose(name: str, call: Call | None = None) -> Backend:
     """
     found = backends()
     if name == "auto":
-        return next(backend for backend in found.values() if backend.usable and not _refusal(backend.name, call))
+        fit = (backend for backend in found.values() if backend.usable)
+        return next(backend for backend in fit if not _refusal(backend.name, call) and not _slower(backend, call))
     if name not in found:
         raise InputError(f'backend: expected "auto" or one of {", ".join(sorted(found))}, got {name!r}')
     if not found[name].usable:
@@ -80,7 +86,9 @@ def explain_choice(name: str, call: Call | None = None) -> Explanation:
     chosen = choose(name, call)
     others = {}
     for backend in backends().values():
-        against = backend.reason if not backend.usable else _refusal(backend.name, call)
+        against = backend.reason
+        if backend.usable:
+            against = _refusal(backend.name, call) or (_slower(backend, call) if name == "auto" else None)
         if against:
             others[backend.name] = against
     return Explanation(chosen.name, chosen.reason, others)
@@ -93,6 +101,15 @@ def _refusal(name: str, call: Call | None) -> str | None:
     if call.device.type != "cpu":
         return f"the tensors are on {call.device}"
     return importlib.import_module("turboattention.kernels.cpu.attention").refusal(call.config, call.dtype)
+
+
+def _slower(backend: Backend, call: Call | None) -> str | None:
+    """Why "auto" leaves a call to the next backend although this one computes it, or None."""
+    if backend.name != "cpu" or call is None or call.queries <= SERIAL_QUERIES:
+        return None
+    if importlib.import_module("turboattention.kernels.cpu").in_use() != "serial":
+        return None
+    return f"its serial path is slower than PyTorch for more than {SERIAL_QUERIES} query rows"
 
 
 def _cpu() -> Backend:
@@ -121,7 +138,7 @@ def _quantizer(device: torch.device) -> quantizer.Quantizer | None:
 @functools.cache
 def _cpu_quantizer() -> quantizer.Quantizer | None:
     try:
-        return importlib.import_module("turboattention.kernels.cpu.quantize")  # type: ignore[return-value]
+        return importlib.import_module("turboattention.execution.cpu_quantizer")  # type: ignore[return-value]
     except ImportError:
         return None  # not built
 

@@ -11,6 +11,9 @@ from .errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeEr
 MAX_HEAD_DIM = 256
 LARGEST = 1e18
 """Magnitude from which on products of queries and keys could overflow float32."""
+LARGEST_SCALE = 1e6
+"""Of logits: beyond it those of ordinary queries and keys would overflow."""
+_LARGEST_WINDOW = 1 << 40
 _DEFAULT = TurboConfig()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,11 +50,13 @@ def check_head_dim(name: str, head_dim: int) -> None:
         raise ShapeError(f"{name}: expected a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim!r}")
 
 
-def check_window(window_size: int | None) -> None:
-    if window_size is not None and (
-        not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 1
-    ):
+def check_window(window_size: int | None) -> int | None:
+    """The window, cut to what no sequence is longer than, so that positions plus it stay int64."""
+    if window_size is None:
+        return None
+    if not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 1:
         raise ConfigError(f"window_size: expected an integer of at least 1, got {window_size!r}")
+    return min(window_size, _LARGEST_WINDOW)
 
 
 def check_mean(k_mean: Tensor | None, config: TurboConfig, heads: int, head_dim: int) -> Tensor | None:
@@ -174,14 +179,15 @@ def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: 
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
         raise ShapeError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
-    if mask.is_floating_point() and bool((mask.isnan() | (mask == torch.inf)).any()):
+    # NaN if any is, in one pass and without a copy.
+    if mask.is_floating_point() and mask.numel() and not bool(mask.amax() < torch.inf):
         raise NonFiniteError("attn_mask: expected finite values or -inf, got NaN or +inf")
     return mask.reshape(shape)
 
 
 def check_softmax(scale: float | None, softcap: float | None) -> None:
-    if scale is not None and not (isinstance(scale, (int, float)) and scale == scale and abs(scale) != float("inf")):
-        raise ConfigError(f"scale: expected a finite number, got {scale!r}")
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) <= LARGEST_SCALE):
+        raise ConfigError(f"scale: expected a number of at most {LARGEST_SCALE:.0e} in magnitude, got {scale!r}")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < float("inf")):
         raise ConfigError(f"softcap: expected a positive number, got {softcap!r}")
 

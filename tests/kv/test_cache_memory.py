@@ -9,6 +9,9 @@ import turboattention as ta
 
 from .tools import PLAIN, filled, tokens
 
+OF_KERNELS = ("kept", "_addresses")
+"""What `nbytes` leaves out: where pages stand, and what steps share."""
+
 
 def tensors_of(thing: object, seen: set[int]) -> list[torch.Tensor]:
     """Every tensor that an object holds, however deep."""
@@ -22,7 +25,7 @@ def tensors_of(thing: object, seen: set[int]) -> list[torch.Tensor]:
     elif isinstance(thing, (list, tuple, set)):
         inner = [*thing]
     elif type(thing).__module__.startswith("turboattention"):
-        inner = [*vars(thing).values()]
+        inner = [value for name, value in vars(thing).items() if name not in OF_KERNELS]
     else:
         return []
     return [x for part in inner for x in tensors_of(part, seen)]

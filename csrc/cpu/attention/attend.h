@@ -4,16 +4,29 @@
 
 constexpr int kRowsATask = 256;  // their output stays in the second-level cache
 constexpr int kBlocksASplit = 16;
+// Every run of blocks has a result of its own, so that their number must not grow with the keys: at most
+// 64 of few rows, 8 of more, which are less than 1.1 MB a KV head.
+constexpr int kFewRowsSplits = 64, kManyRowsSplits = 8;
 
 struct Plan {
-    std::int64_t tile, tiles, splits, blocks_a_split;
+    std::int64_t tile, tiles, splits, most_splits;
+
+    // Of one sequence, from its own length alone.
+    std::int64_t blocks_a_split(std::int64_t blocks) const {
+        if (tiles > 1) return blocks;
+        return std::max<std::int64_t>(kBlocksASplit, (blocks + most_splits - 1) / most_splits);
+    }
 };
 
-inline Plan plan_of(const AttendArgs& a, std::int64_t blocks) {
+inline Plan plan_of(const AttendArgs& a) {
     const std::int64_t tile = std::max<std::int64_t>(1, std::min(a.queries, kRowsATask / a.group));
-    const std::int64_t tiles = (a.queries + tile - 1) / tile;
-    if (tiles > 1) return {tile, tiles, 1, blocks};
-    return {tile, 1, std::max<std::int64_t>(1, (blocks + kBlocksASplit - 1) / kBlocksASplit), kBlocksASplit};
+    Plan plan{tile, (a.queries + tile - 1) / tile, 1,
+              a.queries * a.group <= kFewRows ? kFewRowsSplits : kManyRowsSplits};
+    for (std::int64_t b = 0; b < a.batch && plan.tiles == 1; ++b) {
+        const std::int64_t blocks = (a.lengths[b] + kBlock - 1) / kBlock, each = plan.blocks_a_split(blocks);
+        plan.splits = std::max(plan.splits, (blocks + each - 1) / each);
+    }
+    return plan;
 }
 
 // Writes query i of a query head: normalized, rotated back, with its log-sum-exp; 0 and -inf where
@@ -73,9 +86,7 @@ inline void run_task(const AttendArgs& a, const Task& task, const Level& level, 
 
 template <class Level>
 inline void attend_with(const AttendArgs& a, const Level& level) {
-    std::int64_t blocks = 0;
-    for (std::int64_t b = 0; b < a.batch; ++b) blocks = std::max(blocks, (a.lengths[b] + kBlock - 1) / kBlock);
-    const Plan plan = plan_of(a, blocks);
+    const Plan plan = plan_of(a);
     const int wide = padded(a.head_dim), rows_a_task = static_cast<int>(plan.tile * a.group);
     const std::int64_t tasks = a.batch * a.heads * plan.tiles * plan.splits;
     const std::size_t floats = (static_cast<std::size_t>(rows_a_task) * (wide + 2) + 15) / 16 * 16;
@@ -98,11 +109,12 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
         // The last tiles see most under a causal mask: they go first.
         const std::int64_t tile = plan.tiles - 1 - rest / (a.batch * a.heads);
         const std::int64_t bh = rest % (a.batch * a.heads);
-        Task task{bh / a.heads, bh % a.heads, tile * plan.tile, 0, split * plan.blocks_a_split, 0};
+        const std::int64_t b = bh / a.heads, own = (a.lengths[b] + kBlock - 1) / kBlock;
+        const std::int64_t each = plan.blocks_a_split(own);
+        Task task{b, bh % a.heads, tile * plan.tile, 0, split * each, 0};
         task.last_query = std::min({(tile + 1) * plan.tile, a.queries, a.valid_rows[task.b]});
         task.last_query = std::max(task.last_query, task.first_query);
-        const std::int64_t own = (a.lengths[task.b] + kBlock - 1) / kBlock;
-        task.last_block = std::min(own, task.first_block + plan.blocks_a_split);
+        task.last_block = std::min(own, task.first_block + each);
         return task;
     };
     parallel_for(tasks, static_cast<int>(a.threads), [&](std::int64_t index) {

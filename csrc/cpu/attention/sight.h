@@ -26,8 +26,14 @@ inline void mask_values(const AttendArgs& a, std::int64_t b, std::int64_t head, 
     for (int t = 0; t < kBlock; ++t) {
         // Keys past the mask are past every length too.
         const std::int64_t key = at + std::min(block * kBlock + t, a.mask_keys - 1) * a.mask_stride[3];
-        out[t] = a.mask_kind == 1 ? (static_cast<const std::uint8_t*>(a.mask)[key] ? 0.0f : unseen)
-                                  : static_cast<const float*>(a.mask)[key];
+        switch (a.mask_kind) {
+            case 1: out[t] = static_cast<const std::uint8_t*>(a.mask)[key] ? 0.0f : unseen; break;
+            case 2: out[t] = static_cast<const float*>(a.mask)[key]; break;
+            case 3:
+                out[t] = float_of(static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(a.mask)[key]) << 16);
+                break;
+            default: out[t] = float_from_half(static_cast<const std::uint16_t*>(a.mask)[key]);
+        }
     }
 }
 

@@ -56,9 +56,10 @@ struct MeanArgs {
     float* mean;  // [B, H, D]
 };
 
-// INT8 tiles [N, H, B, D] with scales [N, H, B] (K, then V), all contiguous, and N pages.
+// INT8 tiles [N, H, B, D] with scales [N, H, B] (K, then V), and N pages. `head_rows`: rows from one
+// head's tile to the next, at least B.
 struct PageArgs {
-    std::int64_t pages, heads, head_dim, block, page_bytes, search;
+    std::int64_t pages, heads, head_dim, block, head_rows, page_bytes, search;
     PagePlan plan;
     std::uint8_t* bytes;
     std::int8_t* codes[2];

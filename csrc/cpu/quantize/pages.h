@@ -45,11 +45,11 @@ inline void used_scales(const std::int8_t* codes, const float* scales, int token
 
 inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head, std::int64_t side) {
     const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(a.head_dim);
-    const std::int64_t tile = page * a.heads + head;
-    const std::int8_t* values = a.codes[side] + tile * tokens * head_dim;
+    const std::int64_t first_row = (page * a.heads + head) * a.head_rows;
+    const std::int8_t* values = a.codes[side] + first_row * head_dim;
     std::uint8_t* bytes = a.bytes + page * a.page_bytes;
     float used[kMaxBlock];
-    used_scales(values, a.scales[side] + tile * tokens, tokens, head_dim, used);
+    used_scales(values, a.scales[side] + first_row, tokens, head_dim, used);
     const HeadScales scales = common_scale(used, tokens, a.plan.token_scales[side] >= 0);
     std::memcpy(bytes + a.plan.scales[side] + 4 * head, &scales.head, 4);
     if (a.plan.token_scales[side] >= 0) {
@@ -88,15 +88,15 @@ inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
 
 inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head, std::int64_t side) {
     const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(a.head_dim);
-    const std::int64_t tile = page * a.heads + head;
-    auto* values = reinterpret_cast<std::uint8_t*>(a.codes[side] + tile * tokens * head_dim);
+    const std::int64_t first_row = (page * a.heads + head) * a.head_rows;
+    auto* values = reinterpret_cast<std::uint8_t*>(a.codes[side] + first_row * head_dim);
     const std::uint8_t* bytes = a.bytes + page * a.page_bytes;
     std::uint32_t head_scale;
     std::memcpy(&head_scale, bytes + a.plan.scales[side] + 4 * head, 4);
     const bool by_token = a.plan.token_scales[side] >= 0;
     for (int t = 0; t < tokens; ++t) {
         const std::uint32_t exponent = by_token ? bytes[a.plan.token_scales[side] + head * tokens + t] : 0;
-        a.scales[side][tile * tokens + t] = float_of(head_scale - (exponent << kTokenScaleShift));
+        a.scales[side][first_row + t] = float_of(head_scale - (exponent << kTokenScaleShift));
     }
 
     const HeadPlace& place = a.plan.places[2 * head + side];

@@ -17,11 +17,20 @@ struct Range {
     std::int32_t step[kLanes], zero[kLanes];
 };
 
+// A copy whose size the compiler knows, but for the last channels of an odd head_dim.
+inline void copy_channels(void* to, const void* from, int channels) {
+    if (channels == kLanes) {
+        std::memcpy(to, from, kLanes);
+    } else {
+        std::memcpy(to, from, channels);
+    }
+}
+
 inline void load_channels(const std::int8_t* codes, std::int64_t row, int tokens, int channels, ChannelTile& tile) {
     tile.tokens = tokens;
     for (int t = 0; t < tokens; ++t) {
         std::int8_t lanes[kLanes] = {};
-        std::memcpy(lanes, codes + t * row, channels);
+        copy_channels(lanes, codes + t * row, channels);
         f_store(tile.at[t], f_from_int(i_from_s8(lanes)));
     }
 }
@@ -68,9 +77,12 @@ inline Range min_max(const ChannelTile& tile, int levels, std::int32_t* middle) 
     i_store(range.zero, i_from_float(low));
     i_store(top, i_from_float(high));
     for (int c = 0; c < kLanes; ++c) {
-        const std::int32_t step = (top[c] - range.zero[c] + levels - 1) / levels;
-        range.step[c] = step < 1 ? 1 : step;
+        const std::int32_t step = (top[c] - range.zero[c] + levels - 1) / levels, widest = 255 / levels;
+        range.step[c] = step < 1 ? 1 : (step < widest ? step : widest);
         middle[c] = range.zero[c] + top[c];
+        // Rows that a crop brought back may lie beyond what stage 1 gives: the range then ends at 127.
+        const std::int32_t highest = 127 - range.step[c] * levels;
+        if (top[c] > 119 && range.zero[c] > highest) range.zero[c] = highest;
     }
     return range;
 }
@@ -115,12 +127,12 @@ inline Range search(const ChannelTile& tile, const Range& widest, const std::int
 inline void encode_channels(const ChannelTile& tile, const Range& range, int levels, int channels, std::uint8_t* codes,
                             std::int64_t row) {
     const F step = f_from_int(i_load(range.step)), zero = f_from_int(i_load(range.zero));
-    const F top = f_set(static_cast<float>(levels)), bottom = f_set(0.0f);
+    const F top = f_set(static_cast<float>(levels)), bottom = f_set(0.0f), inverse = f_set(1.0f) / step;
     for (int t = 0; t < tile.tokens; ++t) {
-        const F quotient = f_round((f_load(tile.at[t]) - zero) / step);
+        const F quotient = f_round(f_quotient(f_load(tile.at[t]) - zero, step, inverse));
         std::uint8_t lanes[kLanes];
         i_store_u8(lanes, i_from_float(f_max(f_min(quotient, top), bottom)));
-        std::memcpy(codes + t * row, lanes, channels);
+        copy_channels(codes + t * row, lanes, channels);
     }
 }
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..config import TurboConfig
-from ..kernels.cpu.attention import Int8Queries, OpenRows, Pages, Standing, attend
-from ..kernels.cpu.step import Step
+from ..kernels.cpu.attention import Int8Queries, OpenRows, Standing, attend
 from ..kv.cache import KVCache
-from ..kv.pages import Tiles
 from ..kv.staging import SequenceState, Stage, fresh_state, stage
 from ..reference.queries import quantize_queries as quantize_by_tile
 from ..validation import check_finite
+from .cpu_steps import pages_of, step
+
+__all__ = ["attend_cache", "prefill", "step"]
 
 
 def prefill(
@@ -92,7 +90,7 @@ def attend_cache(
             config,
             q,
             standing,
-            _pages(cache),
+            pages_of(cache),
             _open_rows(state),
             kv_heads=cache.num_kv_heads,
             scale=factor,
@@ -105,71 +103,6 @@ def attend_cache(
             quantized=_by_tile(config, q, standing.valid, cache.num_kv_heads, factor, mean),
         ),
     )
-
-
-def step(
-    q: Tensor,
-    cache: KVCache,
-    k: Tensor | None,
-    v: Tensor | None,
-    *,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor] | str | None:
-    """A decode step that fills at most one block: attends and appends (k and v may be None) in one call,
-    for tensors whose shapes were checked. None where it is not such a step; the name of a tensor that
-    holds what is not finite ("q", "k_new" or "v_new"), nothing having changed."""
-    tokens = k.shape[2] if k is not None else 0
-    if not cache.config.token_scales or cache.store is None or not cache.batch_size:
-        return None
-    if k is not None and q.shape[2] != tokens:
-        return None
-    kept = cache.kept
-    if not isinstance(kept, _Steps) or kept.addresses is not _addresses(cache):
-        cache.kept = kept = _Steps(cache)
-    full = kept.room < tokens
-    if full and not (kept.can_fill and tokens == kept.room + 1):
-        return None
-    run, rows = kept.filling(cache) if full else (kept.step, None)
-    result = run.run(
-        q, k, v, cache.lengths, scale=_factor(scale, q), causal=is_causal, window=window_size, softcap=softcap
-    )
-    if isinstance(result, int):
-        return ("q", "k_new", "v_new")[result]
-    if not tokens:
-        return result
-    kept.room -= tokens
-    cache.extend(tokens, rows() if rows is not None else None)
-    return result
-
-
-class _Steps:
-    """What steps of a cache share while nothing but its buffer changes."""
-
-    def __init__(self, cache: KVCache):
-        self.room, self.addresses = cache.room, _addresses(cache)
-        # A row more than the buffer's makes one block, if nothing lags.
-        self.can_fill = cache.config.flush_lag == 0 and cache.settled
-        state = cache.state(torch.device("cpu"))
-        self._pages, self._start = _pages(cache), state.start.contiguous()
-        self._mean = None if state.k_mean is None else state.k_mean.contiguous()
-        self.step = self._over(cache, *cache.buffer_memory())
-
-    def _over(self, cache: KVCache, codes: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor]) -> Step:
-        return Step(cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from)
-
-    def filling(self, cache: KVCache) -> tuple[Step, Callable[[], Tiles]]:
-        """The step that fills a block, over a copy of the buffer with a row more; and that copy."""
-        codes, scales = cache.buffer_memory()
-        k8, v8 = (functional.pad(x, (0, 0, 0, 1)) for x in codes)
-        k_scale, v_scale = (functional.pad(x, (0, 1)) for x in scales)
-        return self._over(cache, (k8, v8), (k_scale, v_scale)), lambda: Tiles(k8, v8, k_scale.float(), v_scale.float())
-
-
-def _addresses(cache: KVCache) -> Tensor | None:
-    return None if cache.store is None else cache.store.addresses()
 
 
 def _factor(scale: float | None, q: Tensor) -> float:
@@ -203,11 +136,3 @@ def _open_rows(state: Stage | SequenceState) -> OpenRows | None:
         return None
     tiles = tiles.map(lambda x: x.contiguous())
     return OpenRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start.contiguous())
-
-
-def _pages(cache: KVCache) -> Pages | None:
-    store = cache.store
-    if store is None or not bool(store.counts.any()):
-        return None
-    compressed = store.compressed.layout if store.compressed is not None else None
-    return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)

@@ -2,6 +2,9 @@
 
 `step = max(1, ceil((hi - lo) / (2^bits - 1)))`, `zero = lo`,
 `code = clip(round_half_even((X8 - zero) / step), 0, 2^bits - 1)`, `X8' = code step + zero`.
+
+X8' fits int8 whatever X8 is: codes of stage 1 end at 119 and leave room for the rounding. Rows that a crop
+brought back from a page may lie beyond; then the range is moved, and if need be narrowed, to end at 127.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from ..config import WIDTHS
 from ..errors import ConfigError, DtypeError, ShapeError
+from .symmetric import CODE_MAX
 
 # Steps tried by the search, in 16ths of the min-max step. Few: each costs passes over the block.
 _SHRINKS = (16, 15, 14, 13, 12, 11, 10, 9, 8)
@@ -20,13 +24,13 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
     """Compress one tile of INT8 codes.
 
     Args:
-        codes: int8 [..., T, D]; all T rows are one tile. Values within +-119.
+        codes: int8 [..., T, D]; all T rows are one tile.
         bits: 8, 4, 3 or 2. At 8 bits nothing is lost.
         search: below 4 bits, keep the step and zero of least squared error over shrunken ranges
             and shifts instead of min-max. The format does not change.
 
     Returns:
-        code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 80) and zero, int8 [..., 1, D].
+        code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 85) and zero, int8 [..., 1, D].
 
     Raises:
         ConfigError, DtypeError, ShapeError.
@@ -40,10 +44,10 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
     values = codes.to(torch.int16)
     levels = (1 << bits) - 1
     low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
-    step = ((high - low + (levels - 1)) // levels).clamp_(min=1)
-    zero = low
+    step = ((high - low + (levels - 1)) // levels).clamp_(1, 255 // levels)
+    zero = torch.where(high > CODE_MAX, torch.minimum(low, 127 - step * levels), low)
     if search and bits < 4:
-        step, zero = _search(values, low, high, levels, step)
+        step, zero = _search(values, (step, zero), low + high, levels)
     return _encode(values, step, zero, levels).to(torch.uint8), step.to(torch.int8), zero.to(torch.int8)
 
 
@@ -62,21 +66,20 @@ def _encode(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
     return quotient.round_().clamp_(0, levels).to(torch.int16)
 
 
-def _search(values: Tensor, low: Tensor, high: Tensor, levels: int, widest: Tensor) -> tuple[Tensor, Tensor]:
-    """The (step, zero) of least squared error among shrunken, centred and shifted ranges.
+def _search(values: Tensor, widest: tuple[Tensor, Tensor], middle: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The (step, zero) of least squared error among shrunken, centred and shifted ranges; `middle` is twice
+    the data's.
 
     Candidates: steps of 16/16 down to 8/16 of the min-max step (rounded up), each with its range
     centred on the data and shifted by a quarter of a step either way. Both ends of a range stay
     inside int8. Ties keep the earlier candidate, min-max first.
     """
-    best_step, best_zero = widest, low
-    best_error = _squared_error(values, widest, low, levels)
-    middle = low + high
+    best_step, best_zero = widest
+    best_error = _squared_error(values, best_step, best_zero, levels)
     for shrink in _SHRINKS:
-        step = ((widest * shrink + 15) // 16).clamp_(min=1)
+        step = ((widest[0] * shrink + 15) // 16).clamp_(min=1)
         for quarter in (0, -1, 1):
             zero = torch.div(2 * middle - 2 * step * levels + quarter * step, 4, rounding_mode="floor")
-            # step * levels is at most 240, so the clamp to int8's top never pushes zero below -113.
             zero = torch.minimum(zero, 127 - step * levels).clamp_(min=-128)
             error = _squared_error(values, step, zero, levels)
             better = error < best_error
@@ -87,6 +90,6 @@ def _search(values: Tensor, low: Tensor, high: Tensor, levels: int, widest: Tens
 
 
 def _squared_error(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """Sum over the tile of the squared difference, int32 (at most 238^2 * 256 < 2^24)."""
+    """Sum over the tile of the squared difference, int32 (at most 255^2 * 256 < 2^24)."""
     difference = _encode(values, step, zero, levels) * step + zero - values
     return difference.to(torch.int32).square_().sum(-2, keepdim=True, dtype=torch.int32)

@@ -47,11 +47,6 @@ class Int8Buffer:
             mask = valid[..., None] if source.dim() == 4 else valid
             target.copy_(torch.where(mask, source.gather(2, index), 0))
 
-    def clear(self) -> None:
-        """Hold nothing."""
-        for name in self.TENSORS:
-            getattr(self, name).zero_()
-
     def select(self, index: Tensor) -> Int8Buffer:
         """A copy of the sequences `index` int64 [B']."""
         copy = object.__new__(Int8Buffer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -19,15 +19,16 @@ from ..errors import InputError
 
 if TYPE_CHECKING:
     from .cache import KVCache
+    from .contents import Contents
 
 LIBRARY = torch.library.Library("turboattention", "DEF")
 """The operators `torch.ops.turboattention`. Nothing calls them outside of compiled graphs."""
 
-_caches: weakref.WeakValueDictionary[int, KVCache] = weakref.WeakValueDictionary()
+_caches: weakref.WeakValueDictionary[int, Contents] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def new_handle(cache: KVCache) -> Tensor:
+def new_handle(cache: Contents) -> Tensor:
     """int64 [1] that stands for `cache`, and keeps it from nothing."""
     number = next(_numbers)
     _caches[number] = cache
@@ -39,7 +40,7 @@ def cache_of(handle: Tensor) -> KVCache:
     cache = _caches.get(int(handle))
     if cache is None:
         raise InputError(f"handle: expected that of a living KVCache, got {handle.tolist()}")
-    return cache
+    return cast("KVCache", cache)
 
 
 def leave_graph() -> None:

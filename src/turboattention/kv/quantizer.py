@@ -7,7 +7,7 @@ same results to the last bit; this package knows none of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .layout import PageLayout
 from .pages import Tiles
 from .pages import decode_pages as decode_tiles
 from .pages import encode_pages as encode_tiles
+
+if TYPE_CHECKING:
+    from .growth import Growing
 
 
 class Quantizer(Protocol):
@@ -60,6 +63,11 @@ class Quantizer(Protocol):
 
     def decode_pages(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """uint8 [N, page_bytes] -> k8, v8, k_scale, v_scale."""
+        ...
+
+    def append(self, cache: Growing, k: Tensor, v: Tensor) -> bool:
+        """Append k, v [B, H, T, D], whose shapes were checked, at once. False, and nothing done, where it
+        does not do that: values that are not finite, blocks that need a decision, many tokens."""
         ...
 
 
@@ -114,6 +122,9 @@ class _PyTorch:
     def decode_pages(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles = decode_tiles(layout, pages)
         return tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
+
+    def append(self, cache: Growing, k: Tensor, v: Tensor) -> bool:
+        return False
 
 
 PYTORCH: Quantizer = _PyTorch()

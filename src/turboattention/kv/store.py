@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,18 +115,22 @@ class PageStore:
             for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
                 self.tables[sequence].append(page)
 
-    def append_blocks(self, tiles: Tiles) -> None:
-        """Compress one full block of every sequence, tiles [B, H, block, D], all behind the sinks."""
-        pool = self.compressed
+    def fresh_pages(self, count: int) -> list[int]:
+        """Numbers of compressed pages to write into, which `adopt` or `discard` must be told of."""
+        assert self.compressed is not None
+        return self.compressed.allocate(count)
+
+    def discard(self, pages: list[int]) -> None:
+        """Give back pages that were not adopted."""
+        assert self.compressed is not None
+        self.compressed.release(pages)
+
+    def adopt(self, sequences: Sequence[int], pages: Sequence[int]) -> None:
+        """Put pages that were written behind those of `sequences`, one each, all behind the sinks."""
+        pool, addresses = self.compressed, self._addresses
         assert pool is not None
-        quantizer = quantizer_for(self.device)
-        content = quantizer.encode_pages(
-            pool.layout, tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, self.config.search
-        )
-        pages = pool.allocate(len(self.tables))
-        pool.write(pages, content)
-        addresses, self._addresses = self._addresses, None
-        for sequence, (table, page) in enumerate(zip(self.tables, pages, strict=True)):
+        for sequence, page in zip(sequences, pages, strict=True):
+            table = self.tables[sequence]
             if addresses is not None and len(table) < addresses.shape[1]:
                 addresses[sequence, len(table)] = pool.address(page)
             else:

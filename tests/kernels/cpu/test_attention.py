@@ -134,7 +134,7 @@ def test_more_queries_than_keys(queries):
     assert bool(lse[:, :, queries - 7 :].isfinite().all())
 
 
-@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0, 1e3, 1e6])
 @pytest.mark.parametrize("scale", [None, 1.0, 0.0, -0.3])
 def test_softcap_and_scale(softcap, scale):
     for queries in (2, 40):

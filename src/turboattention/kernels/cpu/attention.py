@@ -23,7 +23,7 @@ BLOCK = 64
 """The only block size that the kernels are written for."""
 
 _SOFTMAX = {"sas": 0, "sas2": 1, "exp": 2}
-_MASK_BYTES, _MASK_FLOATS = 1, 2
+_MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def attend(
         a.open_scale[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
         a.start = rows.start.data_ptr()
         a.open_stride_batch, a.open_stride_head = kv_heads * rows.k8.shape[2], rows.k8.shape[2]
-    if mask is not None and mask.dtype != torch.bool:
+    if mask is not None and mask.dtype not in _MASK_KINDS:
         mask = mask.to(torch.float32)
     fill_call(a, config, causal=causal, window=window, softcap=softcap, mask=mask)
     a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
@@ -160,12 +160,12 @@ def fill_pages(a: Arguments, pages: Pages) -> None:
 def fill_call(
     a: Arguments, config: TurboConfig, *, causal: bool, window: int | None, softcap: float | None, mask: Tensor | None
 ) -> None:
-    """What a call asks for; a mask, bool or float32, must outlive it."""
+    """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax], config.sas_threshold, softcap or 0.0
     a.causal, a.window = causal, window or 0
     a.mask_kind = 0
     if mask is not None:
-        a.mask_kind = _MASK_BYTES if mask.dtype == torch.bool else _MASK_FLOATS
+        a.mask_kind = _MASK_KINDS[mask.dtype]
         a.mask, a.mask_keys = mask.data_ptr(), mask.shape[3]
         a.mask_stride[:] = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
 

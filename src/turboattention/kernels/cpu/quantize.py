@@ -137,7 +137,8 @@ def decode_pages(layout: PageLayout, pages: Tensor, isa: str = "") -> tuple[Tens
 
 def _codec(call, layout: PageLayout, pages: Tensor, codes: list[Tensor], scales: list[Tensor], search: bool, isa: str):
     a = _Pages(pages=len(pages), heads=layout.num_kv_heads, head_dim=layout.head_dim, block=layout.block_size)
-    a.page_bytes, a.search, a.plan, a.bytes = layout.page_bytes, search, page_plan(layout), pages.data_ptr()
+    a.head_rows, a.page_bytes, a.search = layout.block_size, layout.page_bytes, search
+    a.plan, a.bytes = page_plan(layout), pages.data_ptr()
     a.codes[:] = [x.data_ptr() for x in codes]
     a.scales[:] = [x.data_ptr() for x in scales]
     a.threads = torch.get_num_threads()
@@ -192,7 +193,7 @@ class _Mean(ctypes.Structure):
 
 class _Pages(ctypes.Structure):
     _fields_ = [
-        *_words("pages heads head_dim block page_bytes search"),
+        *_words("pages heads head_dim block head_rows page_bytes search"),
         ("plan", Plan),
         *_pointers("bytes"),
         ("codes", ctypes.c_void_p * 2),

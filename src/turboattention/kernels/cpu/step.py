@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
-from .attention import Arguments, Pages, fill_call, fill_pages, fill_queries
+from .attention import BLOCK, Arguments, Pages, fill_call, fill_pages, fill_queries
 from .rows import FloatRows, float_rows
 
 _cpu = importlib.import_module("turboattention._cpu")
+
+
+LARGEST = BLOCK
+"""Tokens of a step that may fill blocks: no sequence then fills two."""
 
 
 class Step:
@@ -20,7 +24,8 @@ class Step:
 
     pages: as for attention. start: int64 [B], position of the buffer's row 0. codes: int8 keys and
     values [B, H, capacity, D], scales: bfloat16 [B, H, capacity], both written into. mean: float32
-    [B, H, D] or None, off the keys from position `mean_from` on.
+    [B, H, D] or None, off the keys from position `mean_from` on. The caller may change the page
+    addresses, page counts and starts in place between steps.
     """
 
     def __init__(
@@ -43,10 +48,22 @@ class Step:
         a.page_counts = self._none.data_ptr()
         if pages is not None:
             fill_pages(a, pages)
+            s.page_bytes, s.search = (pages.compressed or pages.sinks).page_bytes, config.search
         a.start = start.data_ptr()
         s.mean_from, self._mean = mean_from, mean
         s.codes[:] = [x.data_ptr() for x in codes]
         s.scales[:] = [x.data_ptr() for x in scales]
+
+    def append(self, k: Tensor, v: Tensor, before: Tensor, fresh: Tensor | None) -> bool:
+        """Stores k, v as `run` does, without queries; False where one is not finite."""
+        s = self._copy()
+        a = s.attend
+        a.queries, a.rotate, a.threads = 0, self.config.rotate, torch.get_num_threads()
+        a.mean = None if self._mean is None else self._mean.data_ptr()
+        kept = _fill_new(s, k, v, before, fresh)
+        bad = _cpu.step(ctypes.addressof(s))
+        del kept
+        return not bad
 
     def run(
         self,
@@ -54,6 +71,7 @@ class Step:
         k: Tensor | None,
         v: Tensor | None,
         before: Tensor,
+        fresh: Tensor | None,
         *,
         scale: float,
         causal: bool,
@@ -62,26 +80,40 @@ class Step:
     ) -> tuple[Tensor, Tensor] | int:
         """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D], if any, behind `before` (int64 [B]) stored ones ->
         out [B, Hq, Lq, D] in q's dtype and lse float32 [B, Hq, Lq]; or 0, 1, 2 where q, k, v is not
-        finite, and the buffer is as it was. The last query stands at the last token."""
+        finite, and the buffer is as it was. The last query stands at the last token.
+
+        fresh: int64 [B], addresses of pages for the block that a sequence fills, 0 where it fills none;
+        None where none does. The rest of the buffer moves to its front.
+        """
         heads, count = q.shape[1], q.shape[2]
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32)
-        s = self._arguments
+        s = self._copy()
         a = s.attend
-        a.group, a.queries, s.tokens = heads // a.heads, count, 0
+        a.group, a.queries = heads // a.heads, count
         fill_call(a, self.config, causal=causal, window=window, softcap=softcap, mask=None)
-        kept_q = fill_queries(a, q, out, self.config.rotate, scale, self._mean)
-        kept = [kept_q]
-        if k is not None and v is not None:
-            s.tokens = k.shape[2]
-            s.k, kept_k = float_rows(k)
-            s.v, kept_v = float_rows(v)
-            kept += [kept_k, kept_v]
-        s.before = before.data_ptr()
+        kept = [fill_queries(a, q, out, self.config.rotate, scale, self._mean)]
+        kept += _fill_new(s, k, v, before, fresh)
         a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
         bad = _cpu.step(ctypes.addressof(s))
         del kept
         return bad - 1 if bad else (out, lse)
+
+    def _copy(self) -> _Arguments:
+        """Of its own for every call: several threads may read one cache."""
+        return _Arguments.from_buffer_copy(self._arguments)
+
+
+def _fill_new(s: _Arguments, k: Tensor | None, v: Tensor | None, before: Tensor, fresh: Tensor | None) -> list[Tensor]:
+    """The tokens to store. Returns what must outlive the call."""
+    s.before, s.tokens = before.data_ptr(), 0
+    s.fresh = None if fresh is None else fresh.data_ptr()
+    if k is None or v is None:
+        return []
+    s.tokens = k.shape[2]
+    s.k, kept_k = float_rows(k)
+    s.v, kept_v = float_rows(v)
+    return [kept_k, kept_v]
 
 
 class _Arguments(ctypes.Structure):
@@ -97,6 +129,9 @@ class _Arguments(ctypes.Structure):
         ("codes", ctypes.c_void_p * 2),
         ("scales", ctypes.c_void_p * 2),
         ("capacity", ctypes.c_int64),
+        ("fresh", ctypes.c_void_p),
+        ("page_bytes", ctypes.c_int64),
+        ("search", ctypes.c_int64),
     ]
 
 

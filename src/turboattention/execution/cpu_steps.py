@@ -1,0 +1,147 @@
+"""Backend "cpu", step by step: attention and storing in one call of the C++ extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.cpu.attention import Pages, refusal
+from ..kernels.cpu.step import LARGEST, Step
+from ..kv.cache import KVCache
+from ..kv.growth import Growing
+
+
+def step(
+    q: Tensor,
+    cache: KVCache,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    window_size: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor] | str | None:
+    """A step in which no sequence fills more than one block: attends and appends (k and v may be None) in
+    one call, for tensors whose shapes were checked. None where it is not such a step; the name of a tensor
+    that holds what is not finite ("q", "k_new" or "v_new"), nothing having changed."""
+    tokens = k.shape[2] if k is not None else 0
+    if k is not None and q.shape[2] != tokens:
+        return None
+    steps = _steps_of(cache)
+    filled = steps.filled_by(tokens) if steps is not None else None
+    if steps is None or filled is None:
+        return None
+    pages, fresh = steps.fresh(cache, filled)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    result = steps.step.run(
+        q, k, v, cache.lengths, fresh, scale=factor, causal=is_causal, window=window_size, softcap=softcap
+    )
+    if isinstance(result, int):
+        steps.discard(cache, pages)
+        return ("q", "k_new", "v_new")[result]
+    if tokens:
+        steps.count(cache, tokens, filled, pages)
+    return result
+
+
+def append(cache: Growing, k: Tensor, v: Tensor) -> bool:
+    """`kv.quantizer.Quantizer.append`."""
+    tokens = k.shape[2]
+    if refusal(cache.config, k.dtype) or not tokens:
+        return False
+    steps = _steps_of(cache)
+    filled = steps.filled_by(tokens) if steps is not None else None
+    if steps is None or filled is None:
+        return False
+    pages, fresh = steps.fresh(cache, filled)
+    if not steps.step.append(k, v, cache.lengths, fresh):
+        steps.discard(cache, pages)
+        return False
+    steps.count(cache, tokens, filled, pages)
+    return True
+
+
+def pages_of(cache: Growing) -> Pages | None:
+    """The cache's page tables for the kernels; None where it has no page."""
+    store = cache.store
+    if store is None or not bool(store.counts.any()):
+        return None
+    compressed = store.compressed.layout if store.compressed is not None else None
+    return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)
+
+
+class _Steps:
+    """What steps of a cache share while nothing changes it but they."""
+
+    def __init__(self, cache: Growing):
+        self._room, self._capacity = cache.room, cache.buffer_memory()[0][0].shape[2]
+        self._may_fill = cache.settled
+        self.addresses = _addresses(cache)
+        self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
+        self._open = (cache.lengths - self._start).tolist()
+        self._size = cache.config.block_size
+        mean = cache.state(torch.device("cpu")).k_mean
+        codes, scales = cache.buffer_memory()
+        self.step = Step(
+            cache.config,
+            self._pages,
+            self._start,
+            codes,
+            scales,
+            None if mean is None else mean.contiguous(),
+            cache.mean_from,
+        )
+
+    def filled_by(self, tokens: int) -> list[int] | None:
+        """Which sequences fill a block with so many tokens; None where that takes more than a step."""
+        if tokens <= self._room:
+            return []
+        if not self._may_fill or tokens > LARGEST:
+            return None
+        return [b for b, open_rows in enumerate(self._open) if open_rows + tokens >= self._size]
+
+    def fresh(self, cache: Growing, filled: list[int]) -> tuple[list[int], Tensor | None]:
+        """Pages for the blocks that `filled` fill, and their addresses int64 [B]."""
+        if not filled:
+            return [], None
+        store = cache.store
+        assert store is not None and store.compressed is not None
+        pages = store.fresh_pages(len(filled))
+        addresses = [0] * len(self._open)
+        for sequence, page in zip(filled, pages, strict=True):
+            addresses[sequence] = store.compressed.address(page)
+        return pages, torch.tensor(addresses)
+
+    def discard(self, cache: Growing, pages: list[int]) -> None:
+        if pages:
+            assert cache.store is not None
+            cache.store.discard(pages)
+
+    def count(self, cache: Growing, tokens: int, filled: list[int], pages: list[int]) -> None:
+        """The step was taken."""
+        cache.extend(tokens, filled, pages)
+        self._room -= tokens
+        self._open = [rows + tokens for rows in self._open]
+        if filled:
+            assert self._pages is not None
+            for sequence in filled:
+                self._open[sequence] -= self._size
+                self._start[sequence] += self._size
+                self._pages.counts[sequence] += 1
+            self._room = self._capacity - max(self._open)
+
+
+def _steps_of(cache: Growing) -> _Steps | None:
+    """Those kept, or new ones where something else has changed the cache; None for caches that
+    do not take steps."""
+    if cache.store is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
+        return None
+    kept = cache.kept
+    if not isinstance(kept, _Steps) or kept.addresses is not _addresses(cache):
+        cache.kept = kept = _Steps(cache)
+    return kept
+
+
+def _addresses(cache: Growing) -> Tensor | None:
+    return None if cache.store is None else cache.store.addresses()

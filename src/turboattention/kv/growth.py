@@ -1,0 +1,157 @@
+"""How a `KVCache` grows: staged, then compressed where a block is full, then committed.
+
+Staging and compressing change nothing, and committing cannot fail on input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..validation import check_new, refuse_gradients
+from .contents import Contents
+from .quantizer import quantizer_for
+from .staging import Stage, stage
+from .store import Encoded, Flush
+from .widths import decide_head_bits
+
+
+class Growing(Contents):
+    """The part of `KVCache` that takes new tokens."""
+
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+        """Quantize and store new tokens.
+
+        Args:
+            k, v: [B, Hkv, T, D], one floating dtype, on the cache's device.
+            lengths: int64 [B], how many of the T tokens each sequence takes (left-aligned); by
+                default all. What stands behind them is never read.
+
+        Raises:
+            ShapeError, DtypeError, InputError, NonFiniteError, UnsupportedError (inputs that
+            require gradients); the cache is then unchanged.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            refuse_gradients(k=k, v=v)
+            torch.ops.turboattention.append(self._handle, k, v, lengths)
+            return
+        if lengths is None:
+            shape = (self.batch_size, self.num_kv_heads, self.head_dim)
+            check_new(shape, self.device, k, v, None, finite=False)
+            if quantizer_for(k.device, k.dtype).append(self, k, v):
+                return
+        self.commit(self.stage(k, v, lengths))
+
+    def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")) -> Stage:
+        """Check new tokens (called by `names` in messages) and quantize them to INT8, without
+        changing the cache."""
+        shape = (self.batch_size, self.num_kv_heads, self.head_dim)
+        counts = check_new(shape, self.device, k, v, lengths, names)
+        self._allocate(k.device)
+        if self.dtype is None:
+            self.dtype = k.dtype
+        return stage(self.config, self.state(k.device), k, v, counts)
+
+    def commit(self, staged: Stage, head_bits: Tensor | None = None) -> None:
+        """Store what `stage` gave; `head_bits` int64 [2, Hkv] overrides widths not frozen yet."""
+        assert self._store is not None and self._buffer is not None
+        self.kept = None
+        flush, bits = self.pending_flush(staged), head_bits
+        if bits is None and self.freezes_widths(flush):
+            bits = self.planned_bits(staged, flush)
+        parts = self.encode(flush, bits)
+        if bits is not None and self._store.head_bits is None:
+            self._store.freeze(bits)
+            self._store.reserve(self.max_tokens or 0)
+        self._store.append(parts)
+        kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
+        self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept)
+        self._lengths = staged.lengths.clone()
+        self._k_mean, self._universal = _single(staged.k_mean), _single(staged.universal)
+        self._evict()
+
+    def pending_flush(self, staged: Stage) -> Flush:
+        """The blocks of a stage that are full, and `flush_lag` tokens old, and become pages."""
+        size, tiles = self.config.block_size, staged.stored
+        full = (staged.lengths - staged.start - self.config.flush_lag).clamp(min=0) // size
+        width = tiles.k8.shape[2] // size
+        batch, block = (torch.arange(width) < full[:, None]).nonzero(as_tuple=True)
+        at = batch.to(tiles.k8.device), slice(None), block.to(tiles.k8.device)
+        picked = tiles.map(lambda x: x.unflatten(2, (width, size))[at])
+        single = replace(picked, k_scale=picked.k_scale.float(), v_scale=picked.v_scale.float())
+        return Flush(batch, block + staged.start[batch] // size, single)
+
+    def freezes_widths(self, flush: Flush) -> bool:
+        """Whether these blocks hold the cache's first one behind the sinks."""
+        frozen = self._store is not None and self._store.head_bits is not None
+        return not frozen and bool((flush.block >= self.sink_blocks).any())
+
+    def planned_bits(self, staged: Stage, flush: Flush) -> Tensor:
+        """int64 [2, Hkv]: the widths that committing would freeze."""
+        if self._given_bits is not None:
+            return self._given_bits
+        first = flush.where(flush.block == self.sink_blocks)
+        k, v = first.tiles.floats()
+        if staged.k_mean is not None and (self.sink_blocks > 0 or self._given_mean is not None):
+            k = k + staged.k_mean.to(k.dtype)[first.batch.to(k.device)][:, :, None]
+        return decide_head_bits(self.config, self.restore(k), self.restore(v))
+
+    def encode(self, flush: Flush, head_bits: Tensor | None) -> list[Encoded]:
+        """The pages of full blocks; `head_bits` where widths are not frozen yet."""
+        assert self._store is not None
+        return self._store.encode(flush, self._store.head_bits if self._store.head_bits is not None else head_bits)
+
+    @property
+    def room(self) -> int:
+        """Tokens that every sequence can take before something is decided or compressed: before the
+        buffer is full, or its first block, which the mean of K is taken from. 0 before the first tokens."""
+        if self._buffer is None or not self.batch_size:
+            return 0
+        size = self.config.block_size
+        left = self._buffer.capacity - (self._lengths - self.page_counts * size)
+        if self.config.smooth_k and self._given_mean is None:
+            left = torch.where(self._lengths < size, torch.minimum(left, size - 1 - self._lengths), left)
+        return int(left.min())
+
+    def buffer_memory(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Codes int8 [B, H, capacity, D] and scales [B, H, capacity] of K and V, to write new rows into
+        behind the old ones; `extend` then counts them."""
+        assert self._buffer is not None
+        b = self._buffer
+        return (b.k8, b.v8), (b.k_scale, b.v_scale)
+
+    def extend(self, tokens: int, filled: Sequence[int] = (), pages: Sequence[int] = ()) -> None:
+        """Count `tokens` rows that were written behind those of every sequence, at most `room` of them; or
+        more where the sequences `filled` filled a block each, which stands in `pages` now (`fresh_pages` of
+        the store), and the buffer holds what is behind it.
+
+        Only for caches of token scales; a block may fill only where `settled`.
+        """
+        assert self._store is not None
+        if filled:
+            self._store.adopt(filled, pages)
+        self._lengths = self._lengths + tokens
+        self._evict()
+
+    @property
+    def settled(self) -> bool:
+        """Whether a block that fills is compressed without any decision, and at once: widths and means are
+        known, every sequence is past its sinks, and blocks do not wait."""
+        frozen = self._store is not None and self._store.head_bits is not None
+        if not frozen or not len(self._lengths) or self.config.flush_lag:
+            return False
+        return int(self._lengths.min()) >= max(self.config.block_size, self.config.sink_tokens)
+
+    def _evict(self) -> None:
+        if self.window_size is None or self._store is None:
+            return
+        # The next query, at position L, sees L - window + 1 on; one more block stays for crops.
+        first = (self._lengths - self.window_size + 1) // self.config.block_size - 1
+        self._store.evict(first.clamp(min=0).tolist())
+
+
+def _single(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
