@@ -148,6 +148,14 @@ inline Bytes b_shl(Bytes x, int mask) {
     return {_mm256_and_si256(_mm256_slli_epi16(x.a, N), m), _mm256_and_si256(_mm256_slli_epi16(x.b, N), m)};
 }
 inline Bytes operator|(Bytes x, Bytes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+template <int N>
+inline Bytes b_shr_or(Bytes a, int mask, Bytes b) {
+    return b_shr<N>(a, mask) | b;
+}
+template <int N>
+inline Bytes b_shl_or(Bytes a, int mask, Bytes b) {
+    return b_shl<N>(a, mask) | b;
+}
 inline void b_store(void* p, Bytes x) {
     store_half(p, x.a);
     store_half(static_cast<std::uint8_t*>(p) + 32, x.b);

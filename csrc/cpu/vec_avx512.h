@@ -122,6 +122,17 @@ template <int N>
 inline Bytes b_shl(Bytes a, int mask) {
     return {_mm512_and_si512(_mm512_slli_epi16(a.v, N), _mm512_set1_epi8(static_cast<char>(mask)))};
 }
+// The same, and b's bits: one instruction behind the shift.
+template <int N>
+inline Bytes b_shr_or(Bytes a, int mask, Bytes b) {
+    const __m512i shifted = N ? _mm512_srli_epi16(a.v, N) : a.v;
+    return {_mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(static_cast<char>(mask)), b.v, 0xEA)};
+}
+template <int N>
+inline Bytes b_shl_or(Bytes a, int mask, Bytes b) {
+    const __m512i shifted = _mm512_slli_epi16(a.v, N);
+    return {_mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(static_cast<char>(mask)), b.v, 0xEA)};
+}
 inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline void b_store(void* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
 
@@ -149,8 +160,6 @@ inline Bytes b_code_table(const std::int8_t* step, const std::int8_t* zero) {
     return {_mm512_xor_si512(_mm512_add_epi8(product, zeros), _mm512_set1_epi8(static_cast<char>(0x80)))};
 }
 
-// table[16 (byte % 4) + codes[byte]] for every byte.
-inline Bytes b_from_table(Bytes table, Bytes codes) {
-    const __m512i channel = _mm512_set1_epi32(0x30201000);
-    return {_mm512_permutexvar_epi8(_mm512_or_si512(codes.v, channel), table.v)};
-}
+// table[16 (byte % 4) + code] for every byte; indices are codes and `kTableChannels`.
+constexpr std::int32_t kTableChannels = 0x30201000;
+inline Bytes b_from_table(Bytes table, Bytes indices) { return {_mm512_permutexvar_epi8(indices.v, table.v)}; }

@@ -178,6 +178,14 @@ inline Bytes operator|(Bytes a, Bytes b) {
     for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
     return a;
 }
+template <int N>
+inline Bytes b_shr_or(Bytes a, int mask, Bytes b) {
+    return b_shr<N>(a, mask) | b;
+}
+template <int N>
+inline Bytes b_shl_or(Bytes a, int mask, Bytes b) {
+    return b_shl<N>(a, mask) | b;
+}
 inline void b_store(void* p, Bytes a) { std::memcpy(p, a.v, sizeof a.v); }
 
 inline I dot_small(I acc, Bytes codes, Bytes q) {

@@ -8,6 +8,27 @@
 
 #ifdef TURBO_TABLES
 
+// Vector `i` of an octet's codes (page.h, `unpack`), each with its channel's place in the table.
+template <int Bits>
+inline Bytes table_indices(const std::uint8_t* octet, int i) {
+    const Bytes channels = {_mm512_set1_epi32(kTableChannels)};
+    if constexpr (Bits == 4) {
+        const Bytes packed = b_load(octet + 64 * (i & 3));
+        return i < 4 ? b_shr_or<0>(packed, 15, channels) : b_shr_or<4>(packed, 15, channels);
+    } else {
+        const Bytes packed = b_load(octet + 64 * (i & 1));
+        Bytes low;
+        switch (i >> 1) {
+            case 0: low = b_shr_or<0>(packed, 3, channels); break;
+            case 1: low = b_shr_or<2>(packed, 3, channels); break;
+            case 2: low = b_shr_or<4>(packed, 3, channels); break;
+            default: low = b_shr_or<6>(packed, 3, channels);
+        }
+        if constexpr (Bits == 2) return low;
+        return with_third_bit(octet, i, low);
+    }
+}
+
 // out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact. sums[r] = sum_c q[r][c].
 template <int Bits, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
@@ -23,7 +44,7 @@ inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*
             const Bytes table = b_code_table(source.steps(0) + channel, source.zeros(0) + channel);
             Bytes key[4];
 #pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) key[n] = b_from_table(table, unpack<Bits>(octet, 4 * quad + n));
+            for (int n = 0; n < 4; ++n) key[n] = b_from_table(table, table_indices<Bits>(octet, 4 * quad + n));
             for (int r = 0; r < R; ++r) {
                 const Bytes word = b_broadcast(q[r] + channel);
                 for (int n = 0; n < 4; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);

@@ -1,6 +1,21 @@
 // Reading a page (kv/layout.py): codes of 8, 4, 3 and 2 bits, steps and zeros, scales.
 #pragma once
 
+// The plane of third bits onto vector `i` of the lower two.
+inline Bytes with_third_bit(const std::uint8_t* octet, int i, Bytes low) {
+    const Bytes plane = b_load(octet + 128);
+    switch (i) {
+        case 0: return b_shl_or<2>(plane, 4, low);
+        case 1: return b_shl_or<1>(plane, 4, low);
+        case 2: return b_shr_or<0>(plane, 4, low);
+        case 3: return b_shr_or<1>(plane, 4, low);
+        case 4: return b_shr_or<2>(plane, 4, low);
+        case 5: return b_shr_or<3>(plane, 4, low);
+        case 6: return b_shr_or<4>(plane, 4, low);
+        default: return b_shr_or<5>(plane, 4, low);
+    }
+}
+
 // Vector `i` (0 .. 7) of an octet's eight, 64 codes each: the octet is 512 codes in planes of bits.
 template <int Bits>
 inline Bytes unpack(const std::uint8_t* octet, int i) {
@@ -19,17 +34,7 @@ inline Bytes unpack(const std::uint8_t* octet, int i) {
             default: low = b_shr<6>(packed, 3);
         }
         if constexpr (Bits == 2) return low;
-        const Bytes plane = b_load(octet + 128);
-        switch (i) {
-            case 0: return low | b_shl<2>(plane, 4);
-            case 1: return low | b_shl<1>(plane, 4);
-            case 2: return low | b_shr<0>(plane, 4);
-            case 3: return low | b_shr<1>(plane, 4);
-            case 4: return low | b_shr<2>(plane, 4);
-            case 5: return low | b_shr<3>(plane, 4);
-            case 6: return low | b_shr<4>(plane, 4);
-            default: return low | b_shr<5>(plane, 4);
-        }
+        return with_third_bit(octet, i, low);
     }
 }
 

@@ -22,8 +22,9 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2e-4, torch.bfloat16: 1e-3}
 Pair = tuple[Tensor, Tensor]
 
 
-def assert_close(got: Pair, want: Pair) -> None:
-    """out and lse of a call; rows that see nothing are 0 and -inf in both."""
+def assert_close(got: Pair, want: Pair, flips: int = 0) -> None:
+    """out and lse of a call; rows that see nothing are 0 and -inf in both. One row in a hundred may be off by
+    a level, and `flips` more."""
     (out, lse), (want_out, want_lse) = got, want
     assert (out.dtype, out.shape) == (want_out.dtype, want_out.shape)
     assert (lse.dtype, lse.shape) == (torch.float32, want_lse.shape)
@@ -35,7 +36,7 @@ def assert_close(got: Pair, want: Pair) -> None:
         return
     out, want_out = out[~unseen].double(), want_out[~unseen].double()
     error, size = (out - want_out).norm(dim=-1), want_out.norm(dim=-1)
-    rest = len(error) - 1 - len(error) // 100
+    rest = len(error) - len(error) // 100 - flips
     best = (error / size.clamp(min=1e-30)).argsort()[:rest]
     bound = OUT + ROUNDING[got[0].dtype]
     assert bool((error <= (OUT_OF_SUCH_ROWS + bound) * size).all())
@@ -46,10 +47,10 @@ def assert_close(got: Pair, want: Pair) -> None:
     assert bool((off[:rest] <= LSE).all())
 
 
-def prefill_both(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Pair:
+def prefill_both(q: Tensor, k: Tensor, v: Tensor, *args: Any, flips: int = 0, **options: Any) -> Pair:
     """`turbo_attention` by the kernels, checked against the reference."""
     got = ta.turbo_attention(q, k, v, *args, return_lse=True, backend="cpu", **options)
-    assert_close(got, ta.turbo_attention(q, k, v, *args, return_lse=True, backend="reference", **options))
+    assert_close(got, ta.turbo_attention(q, k, v, *args, return_lse=True, backend="reference", **options), flips)
     return got
 
 
