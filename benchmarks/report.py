@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 PAGES = {"README.md": summary, "docs/performance.md": full}
-DRAWN = ("sdpa", "sdpa-bf16", "ggml-f16", "ggml-q4_0")
+DRAWN = ("sdpa", "sdpa-folded", "sdpa-bf16", "ggml-f16", "ggml-q8_0", "ggml-q4_0")
 
 
 def main() -> int:

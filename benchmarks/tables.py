@@ -23,8 +23,10 @@ PEERS = {
     "ggml-q8_0": "ggml q8_0",
     "ggml-q4_0": "ggml q4_0",
 }
-SHORT = ("sdpa", "sdpa-bf16", "ggml-f16", "ggml-q8_0", "ggml-q4_0")
+SHORT = ("sdpa", "sdpa-folded", "sdpa-bf16", "sdpa-bf16-folded", "ggml-f16", "ggml-q8_0", "ggml-q4_0")
 """Peers that the summary shows."""
+OTHER_ISAS = "isa-"
+"""What files are called that measure an instruction set other than the best: the summary leaves them out."""
 
 
 class Result(NamedTuple):
@@ -44,6 +46,8 @@ def summary(results: Sequence[Result]) -> str:
     """The README's section: prefill and decode at head_dim 128, memory, and whole models."""
     parts, said = [], ""
     for result in results:
+        if result.path.stem.startswith(OTHER_ISAS):
+            continue
         rows = [row for row in result.rows if row.shape["head_dim"] == 128]
         longest = _longest(rows)
         tables = [
@@ -68,6 +72,7 @@ def full(results: Sequence[Result]) -> str:
         parts += [heading(result), ratios([row for row in rows if row.work == "prefill"], tuple(PEERS))]
         parts += [ratios([row for row in rows if row.work == "decode"], tuple(PEERS))]
         parts += [steps(rows), compress(rows), memory(rows), models(result.models)]
+    parts.insert(1, limits(results))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -96,8 +101,30 @@ def targets(results: Sequence[Result]) -> str:
             if found is not None:
                 text, reached = found
                 cells.append(text + ("" if reached else " (below the floor)"))
-        lines.append(f"| {target.work} | {target.floor} | {target.aim or '–'} | {'<br>'.join(cells) or '–'} |")
+        lines.append(f"| {target.work} | {target.floor or '–'} | {target.aim or '–'} | {'<br>'.join(cells) or '–'} |")
     return "\n".join(lines)
+
+
+def limits(results: Sequence[Result]) -> str:
+    """What share of the processor's own limits the best rows reach."""
+    lines = []
+    for result in results:
+        peaks, isa = result.facts.get("peaks", {}), result.facts.get("isa")
+        arithmetic, memory = peaks.get(f"{isa} INT8 GOPS"), peaks.get("read GB/s")
+        for work in ("prefill", "decode"):
+            rows = [row for row in result.rows if row.work == work and row.gops and row.seconds is not None]
+            if not rows or not arithmetic:
+                continue
+            best = max(rows, key=lambda row: row.gops or 0)
+            share = f"{(best.gops or 0) / arithmetic:.0%} of {arithmetic:,.0f} GOPS"
+            read = "–"
+            if memory and "cache_bytes" in best.figures and best.seconds is not None:
+                read = f"{best.figures['cache_bytes'] / best.seconds.median / 1e9 / memory:.0%} of {memory:.0f} GB/s"
+            what = f"{work}, {best.bits or ('causal' if best.shape['causal'] else 'full')}, {best.shape['keys']:,}"
+            lines.append(_line([what, isa or "", f"{result.facts['threads']}", share, read]))
+    columns = ["best row of", "instruction set", "threads", "INT8 products in registers", "memory"]
+    head = [_line(columns), _line(["---"] * len(columns))]
+    return "\n".join(head + lines) if lines else ""
 
 
 def ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
@@ -108,13 +135,17 @@ def ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
     present = [name for name in names if any(rival.peer == name for row in rows for rival in row.rivals)]
     work = rows[0].work
     heads = f"{rows[0].shape['heads']}/{rows[0].shape['kv_heads']} heads"
-    columns = [f"{work}, {heads}", "head_dim", "time", "GOPS", *(f"× {PEERS[name]}" for name in present)]
+    reached = any("cache_bytes" in row.figures for row in rows)
+    work = {"chunk": "256 queries over a cache"}.get(work, work)
+    columns = [f"{work}, {heads}", "head_dim", "time", "GOPS", *(["GB/s"] if reached else [])]
+    columns += [f"× {PEERS[name]}" for name in present]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows:
         assert row.seconds is not None
         what = row.bits or ("causal" if row.shape["causal"] else "full")
         cells = [f"{what}, {row.shape['keys']:,}", str(row.shape["head_dim"])]
         cells += [time_text(row.seconds.median), f"{row.gops:,.0f}"]
+        cells += [f"{row.figures['cache_bytes'] / row.seconds.median / 1e9:.1f}"] if reached else []
         lines.append(_line(cells + [_ratio(row, name) for name in present]))
     return "\n".join(lines)
 

@@ -106,6 +106,7 @@ TARGETS = (
     Target("decode over INT4, 8k and 32k tokens, against ggml f16", "5x", "10x", _decode("ggml-f16", 5)),
     Target("the same against ggml q4_0", "10x", "20x", _decode("ggml-q4_0", 10)),
     Target("the same against SDPA float32", "10x", "30x", _decode("sdpa", 10)),
+    Target("the same against SDPA float32 with a group's query heads as rows", "", "", _decode("sdpa-folded", 0)),
     Target("decode over INT3, against INT4", "1x", "1.2x", _narrow("3 bits")),
     Target("decode over mixed 2 and 4 bits, against INT4", "1x", "1.2x", _narrow("mixed")),
     Target(

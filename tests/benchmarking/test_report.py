@@ -114,13 +114,13 @@ def test_sections(report: ModuleType, tree: Path) -> None:
 def test_targets_say_where_the_floor_is_missed(report: ModuleType, tree: Path) -> None:
     lines = report.full(report.load(tree / "results")).splitlines()
     measured = {
-        line.split(" | ")[0].removeprefix("| "): line.split(" | ")[-1].removesuffix(" |") for line in lines[2:14]
+        line.split(" | ")[0].removeprefix("| "): line.split(" | ")[-1].removesuffix(" |") for line in lines[2:15]
     }
     values = list(measured.values())
     assert values[0] == "1.50 to 1.70x; at the floor in 1 of 2 shapes (below the floor)"
     assert values[1:4] == ["–", "–", "12.00x at 8,192"]
-    assert values[4:6] == ["0.90x (below the floor)", "–"]
-    assert values[6:9] == ["2.00 %", "1.50x at a flush, 0% off a line at most", "3.70x"]
+    assert values[4:7] == ["–", "0.90x (below the floor)", "–"]
+    assert values[7:10] == ["2.00 %", "1.50x at a flush, 0% off a line at most", "3.70x"]
 
 
 def test_a_page_without_markers_is_left_alone(report: ModuleType, tree: Path) -> None:

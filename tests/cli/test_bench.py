@@ -54,7 +54,7 @@ def test_rows(document) -> None:
     assert [row for row in rows if row[0] == "prefill"] == [
         ("prefill", None, keys, causal) for causal in (True, False) for keys in (70, 140)
     ]
-    for work in ("decode", "steps", "compress", "memory"):
+    for work in ("chunk", "decode", "steps", "compress", "memory"):
         assert [row[1:3] for row in rows if row[0] == work] == [("3 bits", 70), ("3 bits", 140)]
 
 

@@ -71,31 +71,49 @@ inline void read_scales(BlockScales& out, const PageHead& source) {
     source.scales(0, out.key);
 }
 
+// Steps and zeros of the 64 codes of a vector.
+struct CodeRanges {
+    alignas(64) std::uint8_t step[64], zero[64];
+
+    // K's vectors: four channels from `channel` on, token by token.
+    void of_keys(const PageHead& source, int channel) {
+        for (int k = 0; k < 64; k += 4) {
+            std::memcpy(step + k, source.steps(0) + channel, 4);
+            std::memcpy(zero + k, source.zeros(0) + channel, 4);
+        }
+    }
+    // V's vectors: eight channels from `channel` on, four tokens each.
+    void of_values(const PageHead& source, int channel) {
+        for (int k = 0; k < 64; ++k) {
+            step[k] = static_cast<std::uint8_t>(source.steps(1)[channel + k / 4 % 8]);
+            zero[k] = static_cast<std::uint8_t>(source.zeros(1)[channel + k / 4 % 8]);
+        }
+    }
+};
+
 // The INT8 values of vector `i` of an octet, XORed with `flip`. Bytes wrap, but `code step + zero`
 // fits one.
 template <int Bits>
-inline void restore(std::uint8_t* out, const PageHead& source, int side, int octet, int i, std::uint8_t flip) {
-    b_store(out, unpack<Bits>(source.codes(side) + octet * octet_bytes(Bits), i));
+inline void restore(std::uint8_t* out, const std::uint8_t* octet, int i, const CodeRanges& ranges, std::uint8_t flip) {
+    b_store(out, unpack<Bits>(octet, i));
     if constexpr (Bits == 8) {
         for (int k = 0; k < 64; ++k) out[k] ^= 0x80 ^ flip;
     } else {
-        alignas(64) std::uint8_t step[64], zero[64];
-        for (int k = 0; k < 64; ++k) {
-            const int channel = 8 * octet + (side ? k / 4 % 8 : 4 * (i / 4) + k % 4);
-            step[k] = static_cast<std::uint8_t>(source.steps(side)[channel]);
-            zero[k] = static_cast<std::uint8_t>(source.zeros(side)[channel]);
-        }
-        for (int k = 0; k < 64; ++k) out[k] = static_cast<std::uint8_t>(out[k] * step[k] + zero[k]) ^ flip;
+        for (int k = 0; k < 64; ++k)
+            out[k] = static_cast<std::uint8_t>(out[k] * ranges.step[k] + ranges.zero[k]) ^ flip;
     }
 }
 
 template <int Bits>
 inline void lane_keys(Operand& out, const PageHead& source, int head_dim) {
     alignas(64) std::uint8_t code[64];
+    CodeRanges ranges;
     for (int octet = 0; octet < head_dim / 8; ++octet)
         for (int i = 0; i < 8; ++i) {
-            restore<Bits>(code, source, 0, octet, i, kFlip);
-            std::uint8_t* at = out.keys + 16 * (i % 4) * head_dim + 8 * octet + 4 * (i / 4);
+            const int channel = 8 * octet + 4 * (i / 4);
+            if (Bits < 8 && i % 4 == 0) ranges.of_keys(source, channel);
+            restore<Bits>(code, source.codes(0) + octet * octet_bytes(Bits), i, ranges, kFlip);
+            std::uint8_t* at = out.keys + 16 * (i % 4) * head_dim + channel;
             for (int t = 0; t < 16; ++t) std::memcpy(at + t * head_dim, code + 4 * t, 4);
         }
 }
@@ -103,13 +121,16 @@ inline void lane_keys(Operand& out, const PageHead& source, int head_dim) {
 template <int Bits>
 inline void lane_values(Operand& out, const PageHead& source, int head_dim) {
     alignas(64) std::uint8_t code[64];
-    for (int octet = 0; octet < head_dim / 8; ++octet)
+    CodeRanges ranges;
+    for (int octet = 0; octet < head_dim / 8; ++octet) {
+        if (Bits < 8) ranges.of_values(source, 8 * octet);
         for (int i = 0; i < 8; ++i) {
-            restore<Bits>(code, source, 1, octet, i, 0);
+            restore<Bits>(code, source.codes(1) + octet * octet_bytes(Bits), i, ranges, 0);
             std::int8_t* at = out.values + kBlock * 8 * octet + 8 * i;
             for (int lane = 0; lane < 16; ++lane)
                 std::memcpy(at + kBlock * (lane % 8) + 4 * (lane / 8), code + 4 * lane, 4);
         }
+    }
 }
 
 // The page's INT8 values, for many rows of queries.

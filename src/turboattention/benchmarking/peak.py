@@ -20,6 +20,17 @@ def float_peak(size: int = 1024, rounds: int = 5) -> float:
     return 2 * size**3 / best / 1e9
 
 
+def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
+    """GB/s at which torch sums up floats that no cache holds: the best of some rounds."""
+    x = torch.ones(megabytes * 1_000_000 // 4)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - begun)
+    return x.nbytes / best / 1e9
+
+
 def integer_peak() -> dict[str, float]:
     """GOPS of the INT8 dot product by instruction set, from the CPU extension; empty where it does not tell."""
     native = _extension()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from .steps import linearity, measure_steps
 from .storing import measure_compression, measure_memory
 from .timing import Effort
 
-WORKS = ("prefill", "decode", "steps", "compress", "memory")
+WORKS = ("prefill", "chunk", "decode", "steps", "compress", "memory")
 
 Notify = Callable[[str], None]
 
@@ -50,8 +50,11 @@ class Plan:
         return f"turboattention {self.backend}"
 
 
+CHUNK_QUERIES = 256
+
 LENGTHS = {
     "prefill": (1024, 2048, 4096, 8192),
+    "chunk": (2048, 8192),
     "decode": (4096, 8192, 32768),
     "steps": (4096, 8192, 16384, 32768),
     "compress": (4096,),
@@ -59,6 +62,7 @@ LENGTHS = {
 }
 QUICK_LENGTHS = {
     "prefill": (512,),
+    "chunk": (1024,),
     "decode": (2048,),
     "steps": (1024, 2048),
     "compress": (1024,),
@@ -69,7 +73,14 @@ HEAD_DIMS = {"prefill": (64, 128)}
 
 def run(plan: Plan, say: Notify = lambda _: None) -> Iterator[Row]:
     """The rows, each as soon as it is measured."""
-    makers = {"prefill": _prefill, "decode": _decode, "steps": _steps, "compress": _compress, "memory": _memory}
+    makers = {
+        "prefill": _prefill,
+        "chunk": _chunk,
+        "decode": _decode,
+        "steps": _steps,
+        "compress": _compress,
+        "memory": _memory,
+    }
     for work in plan.works:
         for head_dim in plan.head_dims.get(work, HEAD_DIMS.get(work, (128,))):
             lengths = plan.lengths.get(work) or LENGTHS[work]
@@ -90,13 +101,27 @@ def _prefill(plan: Plan, head_dim: int, lengths: Sequence[int], say: Notify) -> 
             yield _measured(plan, "prefill", None, problem, config, say)
 
 
+def _chunk(plan: Plan, head_dim: int, lengths: Sequence[int], say: Notify) -> Iterator[Row]:
+    return _over_cache(plan, "chunk", CHUNK_QUERIES, head_dim, lengths, say)
+
+
 def _decode(plan: Plan, head_dim: int, lengths: Sequence[int], say: Notify) -> Iterator[Row]:
+    return _over_cache(plan, "decode", 1, head_dim, lengths, say)
+
+
+def _over_cache(
+    plan: Plan, work: str, queries: int, head_dim: int, lengths: Sequence[int], say: Notify
+) -> Iterator[Row]:
+    """So many queries that see every token of a cache."""
     for length in lengths:
-        shape = Shape(plan.heads, plan.kv_heads, head_dim, 1, length)
+        shape = Shape(plan.heads, plan.kv_heads, head_dim, queries, length)
         problem = make_problem(shape, plan.dtype, plan.seed)
         for label, config in plan.settings:
             say(f"{label}, {length:,} tokens: filling the cache")
-            yield _measured(plan, "decode", label, problem.with_cache(config), config, say)
+            filled = problem.with_cache(config)
+            row = _measured(plan, work, label, filled, config, say)
+            assert filled.cache is not None
+            yield replace(row, figures=row.figures | {"cache_bytes": filled.cache.nbytes})
 
 
 def _measured(plan: Plan, work: str, bits: str | None, problem: Problem, config: TurboConfig, say: Notify) -> Row:

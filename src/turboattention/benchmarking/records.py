@@ -33,7 +33,7 @@ class Rival:
 class Row:
     """One line of the table.
 
-    work: "prefill", "decode", "steps", "compress" or "memory".
+    work: "prefill", "chunk", "decode", "steps", "compress" or "memory".
     error: relative error of the subject against exact attention (decode: over the stored keys and values).
     refused: why the subject was not timed; then there are no rivals.
     figures: what this work measures besides.

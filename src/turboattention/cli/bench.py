@@ -27,6 +27,7 @@ WHAT, AGAINST, OUTPUT = "What is measured", "Against what, and how long", "Machi
 
 class Work(str, Enum):
     prefill = "prefill"
+    chunk = "chunk"
     decode = "decode"
     steps = "steps"
     compress = "compress"
@@ -156,7 +157,7 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
 
     with _doing(hidden=json) as say:
         say("the processor's own limits")
-        peaks = {"float32 GFLOPS": peak.float_peak()} | {
+        peaks = {"float32 GFLOPS": peak.float_peak(), "read GB/s": peak.read_bandwidth()} | {
             f"{name} INT8 GOPS": rate for name, rate in peak.integer_peak().items()
         }
         rows = list(run(plan, say))

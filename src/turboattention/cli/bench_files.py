@@ -13,6 +13,8 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ..benchmarking.records import Row
 
+_RATIOS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+
 
 def check_target(option: str, path: Path | None) -> None:
     """Raises InputError now for a file that could not be written after a long measurement."""
@@ -53,7 +55,7 @@ def write_plot(path: Path, rows: list[Row], title: str) -> bool:
     if not lines:
         return False
     works = list(dict.fromkeys(work for work, _ in lines))
-    figure = Figure(figsize=(5.5 * len(works), 4), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(works), 4.8), layout="constrained")
     for axes, work in zip(figure.subplots(1, len(works), squeeze=False)[0], works, strict=True):
         for (of, label), points in lines.items():
             if of == work:
@@ -65,9 +67,11 @@ def write_plot(path: Path, rows: list[Row], title: str) -> bool:
         axes.set_yscale("log", base=2)
         ticks = sorted({point[0] for (of, _), points in lines.items() if of == work for point in points})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        marks = [mark for mark in _RATIOS if axes.get_ylim()[0] <= mark <= axes.get_ylim()[1]]
+        axes.set_yticks(marks, [f"{mark:g}x" for mark in marks])
+        axes.grid(axis="y", linewidth=0.3)
         axes.set(title=work, xlabel="tokens", ylabel="peer's time / TurboAttention's")
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
     figure.suptitle("\n".join(wrap(title, 70 * len(works))), fontsize=8)
     figure.savefig(path, dpi=110)
     return True

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TITLES = {
     "prefill": "Prefill: INT8 attention over tensors at hand",
+    "chunk": "Chunked prefill: 256 queries over a quantized cache",
     "decode": "Decode: one query over a quantized cache",
     "steps": "Decode step by step, new tokens stored",
     "compress": "Storing: one block of tokens through both stages",
@@ -28,10 +29,16 @@ TITLES = {
 def show(rows: Sequence[Row], facts: dict[str, Any], console: Console) -> None:
     console.print(facts_line(facts), style="dim", markup=False)
     makers = {"steps": _steps, "compress": _compress, "memory": _memory}
+    captions = {
+        "steps": "over the median step: the slowest that compresses a block, and the slowest of all",
+        "compress": "over a decode step: a 64th of compressing a block at once, and appending one token, its share of "
+        "compressing included",
+    }
     for work in dict.fromkeys(row.work for row in rows):
         part = [row for row in rows if row.work == work]
         table = makers.get(work, _speed)(part)
         table.title, table.title_justify, table.title_style = TITLES[work], "left", "bold"
+        table.caption, table.caption_justify = captions.get(work), "left"
         console.print(table)
     if any(rival.ratio for row in rows for rival in row.rivals):
         console.print("faster: the peer's time over TurboAttention's, in pairs [p20 p80]", style="dim", markup=False)
@@ -101,7 +108,7 @@ def _cells(timed: Row | Rival) -> list[str]:
 
 
 def _steps(rows: Sequence[Row]) -> Table:
-    table = _table("tokens", "bits", "step", "flush/median", "worst/median")
+    table = _table("tokens", "bits", "step", "at a flush", "slowest")
     for row in rows:
         assert row.seconds is not None
         figures = row.figures
@@ -119,7 +126,7 @@ def _steps(rows: Sequence[Row]) -> Table:
 
 
 def _compress(rows: Sequence[Row]) -> Table:
-    table = _table("tokens", "bits", "one block", "decode", "a token's part", "token by token")
+    table = _table("tokens", "bits", "one block", "decode step", "a token of it", "one by one")
     for row in rows:
         assert row.seconds is not None
         figures = row.figures
