@@ -20,8 +20,9 @@ from .kv.staging import Stage
 from .kv.store import Flush
 from .reference.exact import exact_attention
 
-BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 1.0}
-"""Largest relative error of a head's output, by width: about twice what clean data gives."""
+BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
+"""Largest relative error of a head's output, by width: about twice what normal data gives, and well below 1,
+which is what an output of zeros would have."""
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 _QUERIES = 32  # sampled rows a head
