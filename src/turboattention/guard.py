@@ -1,9 +1,9 @@
 """The guard against silent corruption: a cache's first compressed blocks against exact attention.
 
-Low-bit caches have failed on real models without a sign. So when a cache compresses its first
-block, sampled queries attend its tokens once exactly and once as they would be stored, head by
-head. A head whose relative error is beyond the bound of its width gets the next wider one, and the
-user is told in one line (numerics.md, The guard).
+A cache of few bits can ruin heads without a sign. So when a cache compresses its first block, sampled
+queries attend its tokens once exactly and once as they would be stored, head by head. A head whose
+relative error is beyond the bound of its width gets the next wider one, and the user is told in one
+line (numerics.md, The guard).
 """
 
 from __future__ import annotations

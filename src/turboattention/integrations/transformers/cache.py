@@ -235,7 +235,7 @@ class TurboCache(Cache):
     def check_prompt(self, input_ids: Tensor) -> int:
         """How many tokens of the prompt `input_ids` [B, L] this cache already holds: all its own, fewer than L.
 
-        `generate` and the model take it from there, given the whole prompt.
+        `generate` goes on from there, given the whole prompt; the model itself takes what is left of it.
 
         Raises:
             InputError: the prompt does not begin with the cache's tokens, or ends with them; or the ids
