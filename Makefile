@@ -29,7 +29,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 # the extension to `make build`, which builds again only what changed. The package is found by its path alone: the
 # import hook that comes with the path would hide a copy of the package that PYTHONPATH names.
 define install
-@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) torch==$(TORCH)
+@$(BIN)/python -c 'import torch' 2>/dev/null || \
+  { echo "Installing torch $(TORCH)"; $(PIP_INSTALL) --quiet torch==$(TORCH); }
 @$(TORCH_HERE) > $(PIN)
 @echo "Installing turboattention[all,$(1)] around $$(cat $(PIN))"
 @$(PIP_INSTALL) --quiet --constraint $(PIN) --editable '.[all,$(1)]' \
@@ -39,11 +40,13 @@ define install
 @touch $@
 endef
 
-# $(call extension,BUILD-FOLDER,PACKAGE-FOLDER,OPTIONS): the extension, from BUILD-FOLDER into PACKAGE-FOLDER.
+# $(call extension,BUILD-FOLDER,PACKAGE-FOLDER,OPTIONS): the extension, from BUILD-FOLDER into PACKAGE-FOLDER. What the
+# compiler says is shown, the steps that say nothing are not.
 define extension
+@echo "Building the CPU extension, which takes a minute"
 @$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
   -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTURBO_IN_PLACE=$(CURDIR)/$(2) $(3) > /dev/null
-@$(BIN)/cmake --build $(1)
+@$(BIN)/cmake --build $(1) -- --quiet
 endef
 
 .DEFAULT_GOAL := help
@@ -73,8 +76,8 @@ $(BUILT): CMakeLists.txt $(CPP) $(READY)
 	@$(MAKE) --no-print-directory build
 
 demo: $(BUILT) ## the bundled model over a long text, full precision beside the quantized cache
-	$(BIN)/turboattention doctor
-	$(BIN)/turboattention generate --demo --compare --max-new-tokens 32
+	@$(BIN)/turboattention doctor
+	@$(BIN)/turboattention generate --demo --compare --max-new-tokens 32
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
 test coverage sanitize test-transformers-oldest: export OMP_NUM_THREADS ?= 1

@@ -112,8 +112,20 @@ ATTENTION = {
         errors.NonFiniteError,
         "attn_mask: expected finite values or -inf, got NaN or +inf",
     ),
+    "dropout_p in the place of is_causal": (
+        dict(is_causal=0.0),
+        errors.ConfigError,
+        "is_causal: expected True or False (there is no dropout_p before it), got 0.0",
+    ),
+    "is_causal None": (
+        dict(is_causal=None),
+        errors.ConfigError,
+        "is_causal: expected True or False (there is no dropout_p before it), got None",
+    ),
     "scale": (dict(scale=float("nan")), errors.ConfigError, "scale: expected a finite number, got nan"),
     "scale as text": (dict(scale="1"), errors.ConfigError, "scale: expected a finite number, got '1'"),
+    "scale bool": (dict(scale=True), errors.ConfigError, "scale: expected a finite number, got True"),
+    "softcap bool": (dict(softcap=True), errors.ConfigError, "softcap: expected a positive number, got True"),
     "softcap": (dict(softcap=0.0), errors.ConfigError, "softcap: expected a positive number, got 0.0"),
     "softcap inf": (dict(softcap=float("inf")), errors.ConfigError, "softcap: expected a positive number, got inf"),
     "window": (dict(window_size=0), errors.ConfigError, "window_size: expected an integer of at least 1, got 0"),
@@ -142,12 +154,31 @@ def test_attention_refuses(changes, error, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("changes, error, message", ATTENTION.values(), ids=ATTENTION)
+def test_explain_refuses_the_same(changes, error, message):
+    with pytest.raises(error) as caught:
+        ta.explain(**{"q": X, "k": X, "v": X, **changes})
+    assert str(caught.value) == message
+
+
+def test_a_call_in_the_order_of_sdpa_is_refused():
+    """Which has dropout_p behind the mask."""
+    with pytest.raises(errors.ConfigError, match=r"^is_causal: .* no dropout_p before it\), got 0\.0$"):
+        ta.turbo_attention(X, X, X, None, 0.0, True)
+    cache = ta.KVCache(2, 4, 16)
+    with pytest.raises(errors.ConfigError, match=r"^is_causal: .* got 0\.0$"):
+        ta.turbo_attention_with_kvcache(X, cache, X, X, is_causal=0.0)
+    assert len(cache) == 0
+
+
 @pytest.mark.parametrize("head_dim", [4, 12, 264])
 def test_head_dims_refused(head_dim):
     x = zeros(1, 1, 2, head_dim)
     message = f"^q: expected a head_dim that is a multiple of 8 up to 256, got {head_dim}$"
     with pytest.raises(errors.ShapeError, match=message):
         ta.turbo_attention(x, x, x)
+    with pytest.raises(errors.ShapeError, match=f"^head_dim: expected a multiple of 8 up to 256, got {head_dim}$"):
+        ta.KVCache(1, 1, head_dim)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

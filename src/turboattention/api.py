@@ -14,6 +14,7 @@ from .errors import InputError, ShapeError
 from .guard import guarded_bits
 from .kv.cache import KVCache
 from .validation import (
+    check_causal,
     check_config,
     check_finite,
     check_floats,
@@ -50,9 +51,13 @@ def turbo_attention(
 ) -> Any:
     """Attention in INT8 over tensors at hand: FlashQ stage 1 and SAS, never stage 2.
 
-    A drop-in for `torch.nn.functional.scaled_dot_product_attention`, with two differences: causal
-    masks are aligned to the bottom right (SDPA's own flag is top-left; they differ where Lq and Lk
-    do), and groups of query heads share a KV head by shape, without a flag.
+    Takes the place of `torch.nn.functional.scaled_dot_product_attention` in inference, with these differences:
+
+    - There is no `dropout_p`: by position, `is_causal` stands in its place.
+    - Causal masks are aligned to the bottom right (SDPA's own flag is top-left; they differ where Lq
+      and Lk do), and combine with `attn_mask`.
+    - Groups of query heads share a KV head by shape, without a flag.
+    - Values have the keys' head_dim, and inputs that require gradients are refused while grad mode is on.
 
     Args:
         q: [B, Hq, Lq, D]. float32, bfloat16, float16 (or float64), any strides; D a multiple of 8 up to 256.
@@ -75,6 +80,7 @@ def turbo_attention(
         ShapeError, DtypeError, ConfigError, InputError, NonFiniteError, UnsupportedError
         (gradients), BackendError.
     """
+    check_causal(is_causal)
     if torch.compiler.is_dynamo_compiling():
         refuse_gradients(q=q, k=k, v=v, attn_mask=attn_mask)
         text = "" if config is None else config.text
@@ -143,6 +149,7 @@ def turbo_attention_with_kvcache(
     Raises:
         As `turbo_attention`; the cache is then unchanged. Warns `GuardWarning` (see guard.py).
     """
+    check_causal(is_causal)
     if torch.compiler.is_dynamo_compiling():
         refuse_gradients(q=q, k_new=k_new, v_new=v_new, attn_mask=attn_mask)
         result = ops.attention_with_kvcache(
@@ -278,6 +285,7 @@ def explain(
     Takes the arguments of `turbo_attention` and raises what it would raise for all but their values.
     """
     config = check_config(config)
+    check_causal(is_causal)
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
     check_window(window_size)

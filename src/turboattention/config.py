@@ -115,7 +115,8 @@ class TurboConfig:
         """TurboAttention as published (arXiv 2412.08585): the row to compare with.
 
         Tile-wide scales for Q, K, V and the weights, running maximum, SAS everywhere, min-max
-        stage 2, one universal buffer scale; no smoothing, rotation, sink block, search or guard.
+        stage 2, one universal buffer scale; no smoothing, rotation, sink block, search or guard. Only
+        the backend "reference" computes it.
         """
         published: dict[str, Any] = {
             "row_max": "running",

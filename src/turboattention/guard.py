@@ -1,9 +1,9 @@
 """The guard against silent corruption: a cache's first compressed blocks against exact attention.
 
-Low-bit caches have failed on real models without a sign. So when a cache compresses its first
-block, sampled queries attend its tokens once exactly and once as they would be stored, head by
-head. A head whose relative error is beyond the bound of its width gets the next wider one, and the
-user is told in one line (numerics.md, The guard).
+A cache of few bits can ruin heads without a sign. So when a cache compresses its first block, sampled
+queries attend its tokens once exactly and once as they would be stored, head by head. A head whose
+relative error is beyond the bound of its width gets the next wider one, and the user is told in one
+line (numerics.md, The guard).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from .kv.staging import Stage
 from .kv.store import Flush
 from .reference.exact import exact_attention
 
-BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 1.0}
-"""Largest relative error of a head's output, by width: about twice what clean data gives."""
+BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
+"""Largest relative error of a head's output, by width: about twice what normal data gives, and well below 1,
+which is what an output of zeros would have."""
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 _QUERIES = 32  # sampled rows a head

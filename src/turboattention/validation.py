@@ -47,7 +47,8 @@ def check_sizes(
 
 def check_head_dim(name: str, head_dim: int) -> None:
     if not isinstance(head_dim, int) or head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ShapeError(f"{name}: expected a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim!r}")
+        what = "" if name == "head_dim" else "a head_dim that is "
+        raise ShapeError(f"{name}: expected {what}a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim!r}")
 
 
 def check_window(window_size: int | None) -> int | None:
@@ -185,11 +186,21 @@ def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: 
     return mask.reshape(shape)
 
 
+def check_causal(is_causal: bool) -> None:
+    """Arguments in SDPA's order would put its dropout_p here."""
+    if not isinstance(is_causal, bool):
+        raise ConfigError(f"is_causal: expected True or False (there is no dropout_p before it), got {is_causal!r}")
+
+
 def check_softmax(scale: float | None, softcap: float | None) -> None:
-    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) <= LARGEST_SCALE):
+    if scale is not None and not (_is_number(scale) and abs(scale) <= LARGEST_SCALE):
         raise ConfigError(f"scale: expected a number of at most {LARGEST_SCALE:.0e} in magnitude, got {scale!r}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < float("inf")):
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < float("inf")):
         raise ConfigError(f"softcap: expected a positive number, got {softcap!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_finite(name: str, x: Tensor, counts: Tensor | None = None) -> None:

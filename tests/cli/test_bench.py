@@ -147,7 +147,7 @@ def test_refusals(run, arguments: tuple[str, ...], message: str) -> None:
 def test_plot_without_matplotlib(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     error = run("bench", "--plot", tmp_path / "x.png").error
-    assert error == '--plot: needs the package matplotlib: pip install "turboattention[plot]"'
+    assert error == '--plot: needs the package matplotlib: pip install ".[all]" in a clone of the repository'
 
 
 def test_a_peer_that_is_not_here(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from turboattention import TurboConfig
 from turboattention.cli import cache_file
@@ -93,7 +94,7 @@ def test_another_text_is_refused(language: generation.LanguageModel, saved: Path
 
 def test_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
     other = generation.load(str(save_model(tmp_path / "other", num_hidden_layers=3)))
-    with pytest.raises(InputError, match="num_hidden_layers"):
+    with pytest.raises(InputError, match=r"^--load-cache: expected a TurboCache made .*num_hidden_layers"):
         cache_file.load(other, saved)
 
 
@@ -101,7 +102,7 @@ def test_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
 def test_a_foreign_file_is_refused(language: generation.LanguageModel, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(content)
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError, match=r"^--load-cache: expected a saved cache"):
         cache_file.load(language, path)
 
 
@@ -119,7 +120,7 @@ def test_a_cache_without_its_tokens_is_refused(
     run.prefill(ids)
     assert isinstance(run.cache, TurboCache)
     run.cache.save(tmp_path / "anonymous")
-    with pytest.raises(InputError, match="expected one prompt and its tokens"):
+    with pytest.raises(InputError, match=r"^--load-cache: expected one prompt and its tokens"):
         cache_file.load(language, tmp_path / "anonymous")
 
 
@@ -139,6 +140,25 @@ def test_targets_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(InputError, match="no permission"):
         cache_file.check_target(tmp_path / "new")
+
+
+@pytest.mark.parametrize("content", [b"", b"notes of a year", b"\x10" + bytes(100)])
+def test_other_files_are_not_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"^--save-cache: expected a new file or a saved cache to replace"):
+        cache_file.check_target(path)
+    assert path.read_bytes() == content
+
+
+def test_nor_are_other_tensors(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="which is neither"):
+        cache_file.check_target(tmp_path / "model.safetensors")
+
+
+def test_a_saved_cache_is_replaced(saved: Path) -> None:
+    cache_file.check_target(saved)
 
 
 def test_a_full_disk_is_an_input_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

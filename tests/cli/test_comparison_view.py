@@ -56,6 +56,10 @@ def test_the_difference_is_marked_without_colour() -> None:
     assert "the door was ▶open, as it" in shown
 
 
+def test_the_mark_is_explained() -> None:
+    assert "▶ marks where a text leaves the own cache's." in " ".join(render([SAME, OTHER], 80).split())
+
+
 def test_equal_texts_have_no_mark() -> None:
     shown = render([SAME], 100)
     assert "▶" not in shown

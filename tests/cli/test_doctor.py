@@ -40,7 +40,7 @@ def test_a_bare_machine(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.count("not known on this system") == 2
     assert "none that torch can use" in shown
     assert "the bundled model is not here" in shown
-    assert 'Not installed: rich. For everything: pip install "turboattention[all]"' in shown
+    assert 'Not installed: rich. For everything: pip install ".[all]" in a clone of the repository' in shown
 
 
 def test_a_rich_machine(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from turboattention import TurboConfig, bundled
+from turboattention import TurboConfig, backends, bundled
 from turboattention.cli.plain import size_text
 from turboattention.dispatch import choose
 from turboattention.errors import InputError
@@ -95,6 +95,38 @@ def test_quantization(run: Run, model: Path, arguments: list[str], config: Turbo
     assert (
         TurboConfig(**(got | {"bits": tuple(got["bits"]) if isinstance(got["bits"], list) else got["bits"]})) == config
     )
+
+
+@pytest.mark.skipif(not backends()["cpu"].usable, reason="the CPU kernels are not built")
+class TestTheBackendNamed:
+    """It is the one that runs, which not every configuration has kernels for."""
+
+    def test_alone(self, run: Run, model: Path) -> None:
+        paper = call(run, model, "--prompt", PROMPT, "--preset", "paper", "--json").json
+        default = call(run, model, "--prompt", PROMPT, "--json").json
+        assert (paper["backend"], default["backend"]) == ("reference", "cpu")
+        assert default["warnings"] == []
+        (said,) = paper["warnings"]
+        assert said.startswith(
+            "the CPU kernels do not compute this (row_max is 'running', its kernels compute 'block')"
+        )
+        shown = call(run, model, "--prompt", PROMPT, "--preset", "paper").stderr
+        assert f"warning: {said}\n" in shown
+
+    def test_compared(self, run: Run, model: Path) -> None:
+        options = ("--prompt", PROMPT, "--compare")
+        assert call(run, model, *options, "--json").json["warnings"] == []
+        data = call(run, model, *options, "--preset", "paper", "--json").json
+        assert data["backend"] == "reference"
+        (said,) = data["warnings"]
+        ran = call(run, model, *options, "--preset", "paper")
+        assert ran.stderr == f"warning: {said}\n"
+        assert "on the reference backend" in " ".join(ran.stdout.split())
+
+    def test_of_a_kept_cache(self, run: Run, model: Path, tmp_path: Path) -> None:
+        call(run, model, "--prompt", PROMPT, "--preset", "paper", "--save-cache", tmp_path / "kept")
+        data = call(run, model, "--load-cache", tmp_path / "kept", "--json").json
+        assert (data["backend"], len(data["warnings"])) == ("reference", 1)
 
 
 def test_sampling(run: Run, model: Path, expected) -> None:
@@ -230,6 +262,22 @@ def test_a_cache_of_another_model(run: Run, model: Path, tmp_path: Path) -> None
     assert "num_hidden_layers" in call(run, other, "--load-cache", tmp_path / "kept").error
 
 
+def test_a_file_that_is_no_cache(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("of a year")
+    assert call(run, model, "--load-cache", tmp_path / "notes.txt").error.startswith("--load-cache: expected a saved")
+    error = call(run, model, "--prompt", PROMPT, "--save-cache", tmp_path / "notes.txt").error
+    assert error.startswith("--save-cache: expected a new file or a saved cache to replace")
+    assert (tmp_path / "notes.txt").read_text() == "of a year"
+
+
+def test_a_kept_cache_is_replaced(run: Run, model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    call(run, model, "--prompt", "The door", "--save-cache", kept)
+    first = call(run, model, "--prompt", PROMPT, "--save-cache", kept, "--json").json
+    again = call(run, model, "--load-cache", kept, "--json").json
+    assert again["prompt_tokens"] == first["prompt_tokens"]
+
+
 def test_a_damaged_cache(run: Run, model: Path, tmp_path: Path) -> None:
     call(run, model, "--prompt", PROMPT, "--save-cache", tmp_path / "kept")
     (tmp_path / "kept").write_bytes((tmp_path / "kept").read_bytes()[:-64])
@@ -244,6 +292,8 @@ def test_a_damaged_cache(run: Run, model: Path, tmp_path: Path) -> None:
     [
         ([], "prompt: expected --prompt TEXT, --file PATH or --demo, got none"),
         (["--compare"], "prompt: expected --prompt TEXT, --file PATH or --demo, got none"),
+        (["--load-cache", "x", "--compare"], "--compare: expected no --save-cache or --load-cache with it"),
+        (["--prompt", "x", "--temperature", "inf"], "--temperature: expected a finite number of at least 0, got inf"),
         (["--prompt", " "], "--prompt: expected some text, got none"),
         (["--prompt", "x", "--demo"], "prompt: expected one of --prompt, --file and --demo, got --prompt and --demo"),
         (["--file", "/no/such/file"], "--file: /no/such/file cannot be read: No such file or directory"),
@@ -296,7 +346,9 @@ def test_options_that_do_not_go_together(run: Run, model: Path, arguments: list[
         ["--guard", "maybe"],
         ["--dtype", "int8"],
         ["--threads", "0"],
+        ["--threads", "100000"],
         ["--temperature", "-1"],
+        ["--temperature", "nan"],
     ],
 )
 def test_values_out_of_range(run: Run, arguments: list[str]) -> None:
@@ -315,7 +367,17 @@ def test_a_prompt_longer_than_the_context(run: Run, model: Path, language) -> No
 def test_a_cache_that_leaves_no_room(run: Run, model: Path, tmp_path: Path) -> None:
     call(run, model, "--prompt", PROMPT, "--save-cache", tmp_path / "kept")
     error = run("generate", "--model", model, "--load-cache", tmp_path / "kept", "--max-new-tokens", CONTEXT).error
-    assert "expected at most 0 tokens" in error
+    assert error.startswith("--max-new-tokens: expected at most ")
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_model_without_a_name(run: Run, name: str) -> None:
+    error = run("generate", "--model", name, "--prompt", "x").error
+    assert error == f"--model: expected a folder or a name such as org/model, got {name!r}"
+
+
+def test_errors_are_text_with_json_too(run: Run, model: Path) -> None:
+    assert call(run, model, "--prompt", " ", "--json").error == "--prompt: expected some text, got none"
 
 
 def test_no_such_model(run: Run) -> None:

@@ -68,11 +68,25 @@ def test_bytes_on_the_command_line_that_are_no_text() -> None:
 def test_length() -> None:
     check_length(384, 128, 512)
     check_length(10_000, 128, None)
+    check_length(4096, 0, 4096)
     with pytest.raises(
-        InputError, match=r"at most 3,968 tokens \(the model's context of 4,096 less 128 new ones\), got 3,969"
+        InputError,
+        match=r"^prompt: expected at most 3,968 tokens \(the model's context of 4,096 less 128 new ones\), got 4,096$",
     ):
-        check_length(3969, 128, 4096)
-    with pytest.raises(InputError, match="at most 0 tokens"):
-        check_length(1, 600, 512)
+        check_length(4096, 128, 4096)
+    with pytest.raises(InputError, match=r"^prompt: expected at most 0 tokens"):
+        check_length(512, 600, 512)
+
+
+@pytest.mark.parametrize(("tokens", "new", "most"), [(3969, 128, "127"), (4095, 128, "1"), (1, 5000, "4,095")])
+def test_new_tokens_beyond_the_context(tokens: int, new: int, most: str) -> None:
+    message = (
+        rf"^--max-new-tokens: expected at most {most} \(the model's context of 4,096 less the prompt's {tokens:,} "
+    )
+    with pytest.raises(InputError, match=message):
+        check_length(tokens, new, 4096)
+
+
+def test_no_tokens() -> None:
     with pytest.raises(InputError, match="at least one token"):
         check_length(0, 1, 512)

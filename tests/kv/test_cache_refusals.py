@@ -23,12 +23,12 @@ CACHES = {
     "head_dim": (
         dict(head_dim=20),
         errors.ShapeError,
-        "head_dim: expected a head_dim that is a multiple of 8 up to 256, got 20",
+        "head_dim: expected a multiple of 8 up to 256, got 20",
     ),
     "head_dim float": (
         dict(head_dim=16.0),
         errors.ShapeError,
-        "head_dim: expected a head_dim that is a multiple of 8 up to 256, got 16.0",
+        "head_dim: expected a multiple of 8 up to 256, got 16.0",
     ),
     "window": (dict(window_size=0), errors.ConfigError, "window_size: expected an integer of at least 1, got 0"),
     "dtype": (dict(dtype=torch.int8), errors.DtypeError, "dtype: expected a floating-point dtype, got torch.int8"),

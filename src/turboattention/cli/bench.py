@@ -14,7 +14,7 @@ from rich.markup import escape
 from ..errors import InputError
 from .bench_files import check_plot, check_target, write_json, write_plot
 from .bench_view import facts_line, show
-from .device import use_threads
+from .device import MAX_THREADS, use_threads
 from .output import note, notices, print_json, results
 from .progress import Bars
 from .settings import make_setting
@@ -87,7 +87,9 @@ def bench(
         bool, typer.Option("--quick", help="Short lengths and little time: a first look.", rich_help_panel=AGAINST)
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the random tensors.", rich_help_panel=AGAINST)] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", rich_help_panel=OUTPUT)] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=OUTPUT)
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object instead of tables.", rich_help_panel=OUTPUT)
     ] = False,

@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .missing import INSTALL
 
 if TYPE_CHECKING:
     from ..benchmarking.records import Row
@@ -37,7 +38,7 @@ def check_plot(path: Path | None) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise InputError('--plot: needs the package matplotlib: pip install "turboattention[plot]"') from error
+        raise InputError(f"--plot: needs the package matplotlib: {INSTALL}") from error
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         raise InputError(f"--plot: expected a file ending in one of {', '.join(sorted(known))}, got {path.name}")

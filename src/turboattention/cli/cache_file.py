@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import FormatError, InputError
+from ..kv.layout import FORMAT_NAME
 
 if TYPE_CHECKING:
     from ..integrations.transformers.cache import TurboCache
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_target(path: Path) -> None:
-    """Raises InputError now for a file that could not be written after a long prompt."""
+    """Raises InputError now for a file that after a long prompt could not be written, or should not be replaced."""
     folder = path.parent
     if path.is_dir():
         raise InputError(f"--save-cache: expected a file, got the folder {path}")
@@ -23,6 +24,18 @@ def check_target(path: Path) -> None:
         raise InputError(f"--save-cache: {path} cannot be written: there is no folder {folder}")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise InputError(f"--save-cache: {path} cannot be written: no permission")
+    if path.exists() and not _is_saved_cache(path):
+        raise InputError(f"--save-cache: expected a new file or a saved cache to replace, got {path}, which is neither")
+
+
+def _is_saved_cache(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("format") == FORMAT_NAME
+    except (SafetensorError, OSError):
+        return False
 
 
 def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:
@@ -46,9 +59,19 @@ def load(language: LanguageModel, path: Path) -> tuple[TurboCache, list[int]]:
         )
     if not os.access(path, os.R_OK):
         raise InputError(f"--load-cache: {path} cannot be read: no permission")
-    cache = language.load_cache(path)
+    try:
+        cache = language.load_cache(path)
+    except (FormatError, InputError) as error:
+        raise type(error)(f"--load-cache: {_without_argument(str(error))}") from error
     assert cache.prompt_ids is not None
     return cache, cache.prompt_ids[0].tolist()
+
+
+def _without_argument(message: str) -> str:
+    """A message of the library, without the name by which it calls the file or the cache."""
+    for name in ("path: ", "cache: ", "past_key_values: "):
+        message = message.removeprefix(name)
+    return message
 
 
 def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:

@@ -155,7 +155,9 @@ def _speed(outcome: Outcome) -> tuple[str, str]:
 
 def _legend(comparison: Comparison) -> str:
     tokens = len(comparison.own.tokens)
-    lines = [
+    differ = any(row.agreement.first_difference is not None for row in comparison.rows)
+    lines = [f"{_MARK} marks where a text leaves the own cache's."] if differ else []
+    lines += [
         f"{tokens:,} new tokens, the likeliest each time. KV size: bytes allocated; own cache: its elements in FP16. "
         "first diff.: the first token that is not the own cache's. same tokens: equal at the same position, each cache "
         "going its own way. top-1 agree: fed the own cache's text token by token, the quantized cache also ranks its "

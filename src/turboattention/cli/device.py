@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 
 from ..errors import InputError
+
+MAX_THREADS = 4 * (os.cpu_count() or 1)
+"""More only wait for each other, and from some number on the system starts none, which ends the process."""
 
 
 class Dtype(str, Enum):

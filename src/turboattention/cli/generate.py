@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,15 +15,17 @@ from ..errors import InputError
 from . import cache_file
 from .comparison import compare
 from .comparison_view import as_json, show
-from .device import Dtype, choose, use_threads
+from .device import MAX_THREADS, Dtype, choose, use_threads
+from .facts import facts, slower_than_kernels
 from .output import note, print_json, results
-from .plain import Start, continue_text
+from .plain import Start, config_of, continue_text
 from .progress import Bars
 from .prompt import check_length, read_prompt
 from .settings import Guard, Preset, Setting, make_setting
 from .stream import printable
 
 if TYPE_CHECKING:
+    from ..config import TurboConfig
     from ..integrations.transformers.generation import LanguageModel
 
 INPUT, QUANTIZING, SAMPLING, MACHINE = "Input", "Quantization", "Sampling", "Machine and output"
@@ -115,9 +118,14 @@ def generate(
     dtype: Annotated[
         Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
     ] = Dtype.auto,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", rich_help_panel=MACHINE)] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
+    ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of text.", rich_help_panel=MACHINE)
+        bool,
+        typer.Option(
+            "--json", help="One JSON object instead of text. Errors stay one line on stderr.", rich_help_panel=MACHINE
+        ),
     ] = False,
 ) -> None:
     """Continue a text on a quantized KV cache; with --compare, beside the model's own.
@@ -137,7 +145,13 @@ def generate(
         load_cache=load_cache,
     )
     _check(request)
-    _run(request, model or str(model_path()), device, dtype, threads)
+    _run(request, _model(model), device, dtype, threads)
+
+
+def _model(name: str | None) -> str:
+    if name is not None and not name.strip():
+        raise InputError(f"--model: expected a folder or a name such as org/model, got {name!r}")
+    return str(model_path()) if name is None else name
 
 
 def _settings(
@@ -161,10 +175,12 @@ def _settings(
 
 def _check(request: Request) -> None:
     """Raises InputError for options that exclude each other, before anything long begins."""
-    if request.prompt is None and (request.compare or request.load_cache is None):
-        raise InputError("prompt: expected --prompt TEXT, --file PATH or --demo, got none")
     if request.compare and (request.save_cache or request.load_cache):
         raise InputError("--compare: expected no --save-cache or --load-cache with it")
+    if request.prompt is None and request.load_cache is None:
+        raise InputError("prompt: expected --prompt TEXT, --file PATH or --demo, got none")
+    if not math.isfinite(request.temperature):
+        raise InputError(f"--temperature: expected a finite number of at least 0, got {request.temperature}")
     if request.compare and request.temperature:
         raise InputError("--compare: expected --temperature 0 (the likeliest token each time)")
     if not 0 < request.top_p <= 1:
@@ -195,11 +211,23 @@ def _compare(request: Request, language: LanguageModel, bars: Bars) -> None:
     assert request.prompt is not None
     ids = language.encode(request.prompt)
     check_length(len(ids), request.limit, language.context)
+    config = request.settings[0].config  # what kernels compute does not depend on how the settings differ
+    warnings = _warned(request, language, config)
     comparison = compare(language, ids, request.settings, request.limit, bars)
     if request.json:
-        print_json(_facts(language) | as_json(comparison))
+        print_json(facts(language, config) | as_json(comparison) | {"warnings": warnings})
     else:
-        show(comparison, request.prompt, _facts(language), results())
+        show(comparison, request.prompt, facts(language, config), results())
+
+
+def _warned(request: Request, language: LanguageModel, config: TurboConfig) -> list[str]:
+    """What there is to say before a long wait: said now, or kept for the JSON."""
+    slower = slower_than_kernels(language, config)
+    if slower is None:
+        return []
+    if not request.json:
+        note(slower, "warning")
+    return [slower]
 
 
 def _continue(request: Request, language: LanguageModel, bars: Bars) -> None:
@@ -208,11 +236,13 @@ def _continue(request: Request, language: LanguageModel, bars: Bars) -> None:
     from ..integrations.transformers.generation import Sampler
 
     start = _start(request, language)
+    warnings = _warned(request, language, config_of(start.cache))
     sampler = Sampler(request.temperature, request.top_p, torch.Generator().manual_seed(request.seed))
     write = None if request.json else _write
     result = continue_text(language, start, request.limit, sampler, bars, save_to=request.save_cache, write=write)
     if request.json:
-        print_json(_facts(language) | result.as_json())
+        said = {"warnings": [*warnings, *result.warnings]}
+        print_json(facts(language, result.config) | result.as_json() | said)
         return
     if request.limit:
         typer.echo()
@@ -234,20 +264,3 @@ def _start(request: Request, language: LanguageModel) -> Start:
 
 def _write(text: str) -> None:
     typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
-
-
-def _facts(language: LanguageModel) -> dict[str, Any]:
-    import torch
-
-    from .. import explain
-
-    model = language.model
-    probe = torch.empty(1, 1, 1, 64, device=model.device, dtype=model.dtype)
-    return {
-        "model": language.name,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": explain(probe, probe, probe).backend,
-        "threads": torch.get_num_threads(),
-        "context": language.context,
-    }

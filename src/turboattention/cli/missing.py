@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-INSTALL = 'pip install "turboattention[all]"'
+INSTALL = 'pip install ".[all]" in a clone of the repository'
 
 OPTIONAL = {
     "typer": "the command line",

@@ -100,12 +100,12 @@ def continue_text(
         decode_tokens_per_second=generation.tokens_per_second,
         kv_bytes=run.kv_bytes,
         kv_bytes_fp16=run.kv_bytes_fp16,
-        config=_config_of(start.cache),
+        config=config_of(start.cache),
         warnings=list(dict.fromkeys(said)),
     )
 
 
-def _config_of(cache: TurboCache) -> TurboConfig:
+def config_of(cache: TurboCache) -> TurboConfig:
     """What its first layer was made with, or what a file said."""
     layer = cache.layers[0]
     return layer.config if layer.kv is None else layer.kv.config

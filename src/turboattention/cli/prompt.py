@@ -43,11 +43,16 @@ def _read(file: str) -> str:
 
 
 def check_length(tokens: int, new_tokens: int, context: int | None) -> None:
-    """Raises InputError if a prompt does not leave room for what is to follow."""
+    """Raises InputError if a prompt does not fit, or leaves no room for what is to follow."""
     if not tokens:
         raise InputError("prompt: expected at least one token, got none")
     if context is None or tokens + new_tokens <= context:
         return
+    if tokens < context:
+        raise InputError(
+            f"--max-new-tokens: expected at most {context - tokens:,} (the model's context of {context:,} less the "
+            f"prompt's {tokens:,} tokens), got {new_tokens:,}"
+        )
     room = max(context - new_tokens, 0)
     raise InputError(
         f"prompt: expected at most {room:,} tokens (the model's context of {context:,} less {new_tokens:,} new ones), "

@@ -54,6 +54,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssConfig",
         {"sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
+    "gpt2": ("GPT2Config", {"num_key_value_heads": 4}),
+    "gpt_neox": ("GPTNeoXConfig", {"num_key_value_heads": 4}),
+    "opt": ("OPTConfig", {"num_key_value_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "llama4": (
         "Llama4TextConfig",
         {"attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 96},

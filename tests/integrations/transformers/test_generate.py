@@ -72,6 +72,16 @@ def test_equals_eager(exact_core, way, model, generate):
 
 
 @pytest.mark.parametrize(
+    "name", "llama qwen3 phi3 mistral gemma2 gemma3 gpt_oss gpt2 gpt_neox opt llama4 gemma3n".split()
+)
+def test_other_architectures_equal_eager(exact_core, name, tiny, generate):
+    model = tiny(name)
+    expected = generate(model, "eager", None, max_new_tokens=5)
+    result = generate(model, "turbo", TurboCache(model.config), max_new_tokens=5)
+    assert torch.equal(result.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(
     ("name", "draft"), [("llama", "eager"), ("llama", "turbo"), ("mistral", "turbo"), ("gemma3", "turbo")]
 )
 def test_assisted_decoding_equals_eager(exact_core, name, draft, tiny, generate, assistant):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BartConfig, DeepseekV3Config, LlamaConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, BartConfig, BloomConfig, DeepseekV3Config, LlamaConfig, Qwen3NextConfig
 
 from turboattention import TurboConfig
-from turboattention.errors import ConfigError, InputError, ShapeError, TurboError, UnsupportedError
+from turboattention.errors import BackendError, ConfigError, InputError, ShapeError, TurboError, UnsupportedError
 from turboattention.integrations.transformers import TurboCache
 from turboattention.integrations.transformers.attention import turbo_attention_forward
 
@@ -45,11 +45,19 @@ class TestOtherAttention:
         model = tiny("llama")
         original = TurboCache.update
         monkeypatch.setattr(TurboCache, "update", lambda *args: tuple(x * 1 for x in original(*args)))
-        with pytest.raises(InputError, match="change keys after the cache"):
+        with pytest.raises(InputError, match=r"architecture 'llama' is not supported: .* changes keys after"):
             forward(model, "turbo", tokens(1, 8), [8], TurboCache(model.config))
 
 
 class TestModels:
+    def test_attention_of_its_own(self, tokens):
+        """The model takes "turbo" without a word, and computes what it always does."""
+        model = AutoModelForCausalLM.from_config(
+            BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=2), attn_implementation="turbo"
+        ).eval()
+        with pytest.raises(InputError, match="architecture 'bloom' is not supported: it does not call"):
+            model.generate(tokens(1, 8), past_key_values=TurboCache(model.config), max_new_tokens=2)
+
     def test_latent_attention(self):
         config = DeepseekV3Config(num_hidden_layers=2)
         with pytest.raises(UnsupportedError, match="MLA"):
@@ -86,6 +94,18 @@ class TestModels:
     def test_not_a_turbo_config(self, tiny):
         with pytest.raises(ConfigError, match="config: expected a TurboConfig"):
             TurboCache(tiny("llama").config, {"bits": 4})
+
+    def test_backends_are_checked_at_once(self, tiny, forward, tokens, tmp_path):
+        model = tiny("llama")
+        with pytest.raises(InputError, match="backend: expected"):
+            TurboCache(model.config, backend="cuda")
+        with pytest.raises(BackendError, match="backend: expected"):
+            TurboCache(model.config, backend="triton")
+        cache = TurboCache(model.config, SMALL)
+        forward(model, "turbo", tokens(1, 8), [8], cache)
+        cache.save(tmp_path / "cache")
+        with pytest.raises(InputError, match="backend: expected"):
+            TurboCache.load(tmp_path / "cache", backend="cuda")
 
 
 class TestACacheOfAnotherModel:
@@ -149,6 +169,54 @@ class TestCalls:
         for action in (layer.offload, layer.prefetch):
             with pytest.raises(UnsupportedError, match="offload"):
                 action()
+
+
+class TestNoNewTokens:
+    """A prompt for a cache begins with its tokens and is longer: `generate` cuts them off, whatever is left."""
+
+    @pytest.fixture
+    def model(self, tiny):
+        model = tiny("llama")
+        model.set_attn_implementation("turbo")
+        return model
+
+    @pytest.fixture
+    def cache(self, model, forward, tokens):
+        """Of 37 tokens, the first 30 of them a prompt."""
+        cache = TurboCache(model.config, SMALL)
+        forward(model, "turbo", tokens(1, 37), [30, 7], cache)
+        return cache
+
+    def generate(self, model, cache, ids):
+        return model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+    @pytest.mark.parametrize("length", [0, 5, 18, 19, 30, 36, 37])
+    def test_a_prompt_no_longer_than_the_cache(self, length, model, cache, forward, tokens):
+        with pytest.raises(InputError, match=r"^(input_ids|attention_mask): expected "):  # by release of transformers
+            self.generate(model, cache, tokens(1, 37)[:, :length])
+        assert {layer.get_seq_length() for layer in cache.layers} == {37}
+        result = forward(model, "turbo", tokens(1, 40), [3], cache)
+        again = TurboCache(model.config, SMALL)
+        assert torch.equal(result, forward(model, "turbo", tokens(1, 40), [30, 7, 3], again)[:, 37:])
+
+    def test_positions_inside_the_cache(self, model, cache, tokens):
+        message = r"^input_ids: expected new tokens behind the 37 that .*, got some that end at position 36; "
+        with pytest.raises(InputError, match=message), torch.no_grad():
+            model(tokens(1, 3), position_ids=torch.tensor([[34, 35, 36]]), past_key_values=cache)
+        with torch.no_grad():
+            model(tokens(1, 3), position_ids=torch.tensor([[37, 38, 39]]), past_key_values=cache)
+        assert cache.get_seq_length() == 40
+
+    def test_a_longer_one_goes_on(self, model, cache, tokens):
+        assert self.generate(model, cache, tokens(1, 38)).shape == (1, 41)
+
+    def test_an_empty_forward(self, model, cache):
+        with pytest.raises(InputError, match="at least one new token, got none; the TurboCache already holds 37"):
+            model(torch.zeros(1, 0, dtype=torch.int64), past_key_values=cache)
+
+    def test_an_empty_prompt(self, model):
+        with pytest.raises(InputError, match="at least one new token, got none; the TurboCache already holds 0"):
+            model(torch.zeros(1, 0, dtype=torch.int64), past_key_values=TurboCache(model.config))
 
 
 def test_a_forward_that_broke_off_is_noticed(tiny, forward, tokens, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from turboattention import TurboConfig
-from turboattention.errors import BackendError
+from turboattention.errors import BackendError, ConfigError, InputError
 from turboattention.integrations.transformers import disable, enable
 
 SOURCE = Path(__file__).parents[3] / "src"
@@ -67,9 +67,46 @@ def test_config_and_backend_apply_without_a_turbo_cache(tiny, forward, tokens, d
     enable(TurboConfig(softmax="exp"))
     other = forward(model, "turbo", ids)
     assert 0 < distance(other, default) < 0.05
-    enable(backend="triton")
-    with pytest.raises(BackendError, match="backend"):
-        forward(model, "turbo", ids)
+    enable(backend="reference")
+    assert 0 < distance(forward(model, "turbo", ids), default) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"backend": "cuda"}, InputError),
+        ({"backend": "triton"}, BackendError),
+        ({"config": {"bits": 4}}, ConfigError),
+    ],
+)
+def test_what_no_call_would_take_is_not_registered(options, error):
+    disable()
+    before = snapshot()
+    with pytest.raises(error, match=f"^{next(iter(options))}: expected"):
+        enable(**options)
+    assert snapshot() == before
+
+
+MISSING = """
+import sys, types
+sys.path.insert(0, {source!r})
+sys.modules["transformers"] = {stand_in}
+import turboattention as ta
+try:
+    ta.integrations.transformers.enable()
+except ImportError as error:
+    print(type(error).__name__, error.name, error)
+"""
+
+
+@pytest.mark.parametrize("stand_in", ["None", "types.ModuleType('transformers')"], ids=["none", "another release"])
+def test_without_transformers(stand_in):
+    probe = MISSING.format(source=str(SOURCE), stand_in=stand_in)
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(
+        "ModuleNotFoundError transformers turboattention.integrations.transformers needs transformers 5.16 to 5.23 "
+        '(pip install ".[transformers]" in a clone of the repository): '
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,16 @@ Without a `TurboCache`, "turbo" runs on the model's own full-precision cache. No
 
 from __future__ import annotations
 
-from .cache import TurboCache
-from .registry import disable, enable
+try:
+    from .cache import TurboCache
+    from .registry import disable, enable
+except ImportError as error:
+    if (error.name or "").partition(".")[0] != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        "turboattention.integrations.transformers needs transformers 5.16 to 5.23 "
+        f'(pip install ".[transformers]" in a clone of the repository): {error}',
+        name="transformers",
+    ) from None
 
 __all__ = ["TurboCache", "disable", "enable"]

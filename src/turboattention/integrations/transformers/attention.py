@@ -54,7 +54,8 @@ def turbo_attention_forward(
         out = (attend_in_graph if tracing else attend_dense)(query, key, value, plan, causal, call)
     else:
         attend = _attend_layer_outside if tracing else _attend_layer
-        out = attend(module, query, key, plan, causal, scaling, softcap, window, s_aux)
+        positions = kwargs.get("position_ids")
+        out = attend(module, query, key, plan, causal, scaling, softcap, window, s_aux, positions)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -68,10 +69,12 @@ def _attend_layer(
     softcap: float | None,
     window: int | None,
     s_aux: Tensor | None,
+    positions: Tensor | None,
 ) -> Tensor:
     layer = layer_of(key)
     assert layer is not None
-    return layer.attend(module, query, plan, causal, Call(scaling, softcap, window, s_aux, backend=layer.backend))
+    call = Call(scaling, softcap, window, s_aux, backend=layer.backend)
+    return layer.attend(module, query, plan, causal, call, positions)
 
 
 _attend_layer_outside: Any = torch.compiler.disable(_attend_layer)

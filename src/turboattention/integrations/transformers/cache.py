@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ... import dispatch
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError
+from ...validation import check_config
 from .layer import TurboLayer
 from .model import ModelShape, layer_windows
+from .prompt import check_goes_on
 
 
 class TurboCache(Cache):
@@ -31,9 +34,12 @@ class TurboCache(Cache):
         max_tokens: tokens per sequence to reserve memory for; more may follow.
         backend: as in `turbo_attention_with_kvcache`.
 
+    `prompt_ids`, int64 [B, L] or None, are the ids of its tokens as far as they are known: those of the file it
+    was loaded from, as long as they are in the cache.
+
     Raises:
         UnsupportedError: MLA, encoder-decoder models, linear attention.
-        ConfigError, InputError: arguments out of range.
+        ConfigError, InputError: arguments out of range. BackendError: a backend that cannot run here.
 
     Example:
         >>> enable()
@@ -53,8 +59,8 @@ class TurboCache(Cache):
         max_tokens: int | None = None,
         backend: str = "auto",
     ):
-        if config is not None and not isinstance(config, TurboConfig):
-            raise ConfigError(f"config: expected a TurboConfig, got {type(config).__name__}")
+        check_config(config)
+        dispatch.choose(backend)  # raises now, not in the middle of a first forward
         windows = layer_windows(model_config)
         bits, means = (_per_layer(x, n, len(windows)) for x, n in ((head_bits, "head_bits"), (k_mean, "k_mean")))
         layers = [
@@ -110,6 +116,28 @@ class TurboCache(Cache):
         index = beam_idx.cpu()  # once, not in every layer
         for layer in self.layers:
             layer.reorder_cache(index)
+        if self.prompt_ids is not None:
+            self.prompt_ids = self.prompt_ids[index]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.prompt_ids is not None:
+            self.prompt_ids = self.prompt_ids.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.prompt_ids is not None:
+            self.prompt_ids = self.prompt_ids[torch.as_tensor(indices).cpu()]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
+        super().crop(tokens_to_remove)
+        if self.prompt_ids is not None:
+            self.prompt_ids = self.prompt_ids[:, : self.get_seq_length()]
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompt_ids = None
 
     @property
     def batch_size(self) -> int:
@@ -170,7 +198,12 @@ class TurboCache(Cache):
         """Write the whole cache to one safetensors file.
 
         Args:
-            input_ids: the tokens it was made from, int64 [B, L]; kept as `prompt_ids`.
+            input_ids: the tokens it holds, integers [B, L] with L its length, padding included; kept as
+                `prompt_ids`. After ``output = model.generate(...)`` these are
+                ``output[:, : cache.get_seq_length()]``: the last token was never stored.
+
+        Raises:
+            InputError: `input_ids` are not as many tokens as the cache holds, or it holds none.
         """
         from .storage import save_cache
 
@@ -200,20 +233,18 @@ class TurboCache(Cache):
         return load_cache(cls, path, model_config, device, backend)
 
     def check_prompt(self, input_ids: Tensor) -> int:
-        """Tokens of `input_ids` [B, L] that this cache already holds, from its beginning.
+        """How many tokens of the prompt `input_ids` [B, L] this cache already holds: all its own, fewer than L.
+
+        `generate` goes on from there, given the whole prompt; the model itself takes what is left of it.
 
         Raises:
-            InputError: it was saved with other tokens, or without any.
+            InputError: the prompt does not begin with the cache's tokens, or ends with them; or the ids
+                of some are not known.
         """
         if self.prompt_ids is None:
             raise InputError("prompt_ids: expected a cache saved with input_ids, got one saved without")
-        stored = self.prompt_ids[:, : self.get_seq_length()]
-        given = input_ids[:, : stored.shape[1]].cpu()
-        if given.shape != stored.shape or not torch.equal(given, stored):
-            raise InputError(
-                f"input_ids: expected a prompt that begins with the {stored.shape[1]} tokens of the cache, got another"
-            )
-        return stored.shape[1]
+        check_goes_on(input_ids, self.prompt_ids, self.get_seq_length())
+        return self.get_seq_length()
 
 
 def _per_layer(values: Any, name: str, count: int) -> list[Any]:

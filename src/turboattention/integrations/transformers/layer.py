@@ -72,7 +72,16 @@ class TurboLayer(CacheLayerMixin):
         return self._stored + (self._pending[0].shape[2] if self._pending is not None else 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The first that the cache learns of a forward.
+
+        Raises:
+            InputError: there are no new tokens, which models would fail at with errors about shapes.
+        """
         self.check_settled()
+        if not int(query_length):
+            raise InputError(
+                f"input_ids: expected at least one new token, got none; the TurboCache already holds {self._stored}"
+            )
         return self._stored + int(query_length), 0
 
     def get_max_length(self) -> int:
@@ -110,10 +119,19 @@ class TurboLayer(CacheLayerMixin):
         setattr(key_states, _HANDLE, self)
         return key_states, value_states
 
-    def attend(self, module: nn.Module, query: Tensor, plan: MaskPlan | None, is_causal: bool, call: Call) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        plan: MaskPlan | None,
+        is_causal: bool,
+        call: Call,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """query [B, Hq, Lq, D] over what is stored and what `update` brought, which is then stored.
 
         Without new tokens (layers that share another's keys) the queries are the last ones stored.
+        `positions`: the model's position_ids of the queries, where it hands them on.
         """
         pending, self._pending = self._pending, None
         new = query.shape[2] if pending is None else pending[0].shape[2]
@@ -124,6 +142,8 @@ class TurboLayer(CacheLayerMixin):
                 "cross-attention through the cache is not supported"
             )
         self._check_model(module)
+        if pending is not None:
+            self._check_positions(positions)
         known = None if self.valid is None else self.valid[:, :past]
         valid = valid_after(plan, known, past, new, self.batch_size)
         if self.window is not None:
@@ -215,11 +235,13 @@ class TurboLayer(CacheLayerMixin):
             InputError: attention never took them.
         """
         if self._pending is not None:
+            kind = repr(self.model.model_type) if self.model is not None else "of this model"
             raise InputError(
                 f'attn_implementation: expected "turbo" with a TurboCache, but no "turbo" attention took the '
                 f"{self._pending[0].shape[2]} new tokens of layer {self.index}. Load the model with "
-                'attn_implementation="turbo" (after enable()); this architecture may also change keys after the '
-                "cache, which a TurboCache cannot follow. reset() empties the cache"
+                'attn_implementation="turbo" (after enable()). If it was, the architecture '
+                f"{kind} is not supported: it does not call transformers' attention interface, or changes keys after "
+                "the cache. reset() empties the cache"
             )
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
@@ -239,6 +261,17 @@ class TurboLayer(CacheLayerMixin):
             raise ShapeError(
                 f"key_states: expected (batch, KV heads, head_dim) = {expected} as in layer {self.index} of the "
                 f"TurboCache, got {got}{hint}"
+            )
+
+    def _check_positions(self, positions: Tensor | None) -> None:
+        """New tokens stand behind the stored ones. From a prompt that is no longer than the cache, `generate` cuts
+        some that do not, and would go on from them without a word. With padding, positions say less."""
+        if self.index or not self._stored or self.valid is not None:
+            return
+        if isinstance(positions, Tensor) and positions.dim() == 2 and int(positions[:, -1].min()) < self._stored:
+            raise InputError(
+                f"input_ids: expected new tokens behind the {self._stored} that the TurboCache already holds, got some "
+                f"that end at position {int(positions[:, -1].min())}; its prompts begin with its tokens and are longer"
             )
 
     def _check_model(self, module: nn.Module) -> None:

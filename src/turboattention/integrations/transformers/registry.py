@@ -8,7 +8,9 @@ from typing import Any
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from ... import dispatch
 from ...config import TurboConfig
+from ...validation import check_config
 from .attention import turbo_attention_forward
 from .masks import turbo_mask
 
@@ -25,7 +27,12 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
     Args:
         config: for calls without a `TurboCache` (which has its own); `TurboConfig()` by default.
         backend: for calls without a `TurboCache`, as in `turbo_attention`.
+
+    Raises:
+        ConfigError, InputError, BackendError: what a call would raise for them; nothing is then registered.
     """
+    check_config(config)
+    dispatch.choose(backend)
     forward = partial(turbo_attention_forward, config=config, backend=backend)
     for registry, function in ((AttentionInterface, forward), (AttentionMaskInterface, turbo_mask)):
         _replaced.setdefault(registry, registry._global_mapping.get(NAME, _ABSENT))

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
 from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 from .cache import TurboCache
 from .layer import TurboLayer
 from .model import ModelShape
+from .prompt import checked_ids
 
 VERSION = 1
 _KIND = "turbo_cache"
@@ -33,7 +35,7 @@ def save_cache(cache: TurboCache, path: str | os.PathLike[str], input_ids: Tenso
     if valid is not None:
         tensors[_VALID] = valid.to(torch.uint8).contiguous()
     if input_ids is not None:
-        tensors[_PROMPT] = _checked_prompt(input_ids, cache).cpu().contiguous()
+        tensors[_PROMPT] = checked_ids(input_ids, cache.batch_size, cache.get_seq_length()).contiguous()
     model = cache.layers[0].model
     content = {
         "version": VERSION,
@@ -51,6 +53,9 @@ def load_cache(
     cls: type[TurboCache], path: str | os.PathLike[str], model_config: Any, device: torch.device | str, backend: str
 ) -> TurboCache:
     """Read what `save_cache` wrote."""
+    dispatch.choose(backend)
+    if os.path.isdir(path):
+        raise FormatError(f"path: expected a file written by TurboCache.save, got the folder {os.fspath(path)}")
     tensors, metadata = read_file(path)
     content = metadata.get(_KIND)
     if not isinstance(content, dict):
@@ -70,7 +75,11 @@ def load_cache(
         raise FormatError(f"path: expected a file written by TurboCache.save, got a damaged one: {path}") from error
     if model is not None and model_config is not None:
         model.check(model_config)
-    return cls.from_layers(layers, tensors.get(_PROMPT))
+    cache = cls.from_layers(layers, tensors.get(_PROMPT))
+    expected = (cache.batch_size, cache.get_seq_length())
+    if cache.prompt_ids is not None and cache.prompt_ids.shape != expected:
+        raise FormatError(f"{_PROMPT}: expected shape {expected}, got {tuple(cache.prompt_ids.shape)} in {path}")
+    return cache
 
 
 def _layer(
@@ -103,13 +112,6 @@ def _layer(
     )
     layer.restore(kv, length, valid)
     return layer
-
-
-def _checked_prompt(input_ids: Tensor, cache: TurboCache) -> Tensor:
-    rows = cache.batch_size
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.shape[0] != rows:
-        raise InputError(f"input_ids: expected integers [{rows}, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
-    return input_ids.to(torch.int64)
 
 
 def _prefix(index: int) -> str:
