@@ -18,6 +18,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 IN_PLACE := build/in-place
 BUILT := $(IN_PLACE)/ready
 SANITIZED := build/sanitized
+ARM := build/arm
 OLDEST_TRANSFORMERS := 5.16.0
 OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
 
@@ -52,7 +53,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model bench-ggml clean
+  lint-types lint-imports format model bench-ggml build-arm clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -145,6 +146,19 @@ $(GGML)/ready:
 bench-ggml: $(BUILT) $(GGML)/ready ## time attention and memory beside PyTorch and ggml
 	TURBOATTENTION_GGML="$$($(GGML)/bin/python -c 'from importlib.util import find_spec as f; print(f("llama_cpp").submodule_search_locations[0] + "/lib")')" \
 	  $(BIN)/turboattention bench --out build/bench.json
+
+# A compiler for any processor, from a package; in an environment of its own, too.
+$(ARM)/ready:
+	$(PYTHON) -m venv $(ARM)
+	$(ARM)/bin/python -m pip install --quiet --disable-pip-version-check ziglang
+	@touch $@
+
+build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64, to see that its portable path builds there
+	@headers=$$($(BIN)/python -c 'import nanobind, sysconfig; print("-I" + sysconfig.get_path("include"), "-I" + nanobind.include_dir())'); \
+	for name in kernels_serial threads dispatch step bindings bindings_quantize; do \
+	  $(ARM)/bin/python -m ziglang c++ -target aarch64-linux-gnu -std=c++17 -O2 -Wall $$headers -c csrc/cpu/$$name.cpp \
+	    -o $(ARM)/$$name.o || exit 1; echo "aarch64: $$name"; \
+	done
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov src/turboattention/_cpu*.so

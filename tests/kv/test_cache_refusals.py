@@ -159,6 +159,11 @@ def test_a_window_wider_than_the_cache_s():
             errors.ShapeError,
             r"^index: expected a vector of integers, got torch.float32 of shape \(1,\)$",
         ),
+        (
+            torch.tensor([True, False]),
+            errors.ShapeError,
+            r"^index: expected a vector of integers, got torch.bool of shape \(2,\)$",
+        ),
         (torch.tensor([0, 2]), errors.InputError, r"^index: expected values from 0 to 1, got \[0, 2\]$"),
         (torch.tensor([-1]), errors.InputError, r"^index: expected values from 0 to 1, got \[-1\]$"),
     ],

@@ -77,7 +77,7 @@ class KVCache(Growing):
         """Make sequence `i` what sequence `index[i]` was (int64 [B'], repeats allowed). Pages are shared."""
         leave_graph()
         index = torch.as_tensor(index).cpu()
-        if index.dim() != 1 or index.is_floating_point():
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ShapeError(f"index: expected a vector of integers, got {index.dtype} of shape {tuple(index.shape)}")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
             raise InputError(f"index: expected values from 0 to {self.batch_size - 1}, got {index.tolist()}")
