@@ -82,9 +82,7 @@ def _plane_offsets(D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BIT
 
 
 @triton.jit
-def _pack(
-    at, lines, D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr
-):
+def _pack(at, lines, D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
     """Write the PLANE lowest bits of codes uint8 [WIDTH / 8, 8 SIZE] as bytes."""
     offsets, there = _plane_offsets(D, SIZE, WIDTH, BITS, PLANE)
     if PLANE < 8:
@@ -105,6 +103,18 @@ def _unpack(at, D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: 
     return lines
 
 
+@triton.jit
+def _quotient(distance, step):
+    """round_half_even(distance / step), int32, of integers up to 255.
+
+    By an inverse in two parts: the product with the upper is exact, so that the sum is a tie where the
+    quotient is one, and nowhere else, since other quotients are at least 1/170 away from ties.
+    """
+    upper = float_of(bits_of(tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)) & -0x1000)
+    lower = tl.div_rn(1.0 - step * upper, step)
+    return nearest(distance * upper[None, :] + distance * lower[None, :])
+
+
 # -- one width ------------------------------------------------------------------------------------------
 
 
@@ -120,17 +130,15 @@ def _encode_width(
     BITS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    at = page + tl.load(place + 1)
+    at = page + tl.multiple_of(tl.load(place + 1), 16)
     if BITS == 8:
         _pack(at, _to_lines((codes.to(tl.int32) + 128).to(tl.uint8), SIDE, SIZE, WIDTH), D, SIZE, WIDTH, 8, 8)
     else:
         step, zero = step_and_zero(codes, BITS, SEARCH)
         channel = tl.arange(0, WIDTH)
-        tl.store(page + tl.load(place + 2) + channel, step.to(tl.uint8), mask=channel < D)
-        tl.store(page + tl.load(place + 3) + channel, zero.to(tl.uint8), mask=channel < D)
-        distance = (codes.to(tl.int32) - zero[None, :]).to(tl.float32)
-        # A quotient of integers this small is a tie only where it is one exactly.
-        code = nearest(tl.div_rn(distance, tl.broadcast_to(step[None, :].to(tl.float32), distance.shape)))
+        tl.store(page + tl.multiple_of(tl.load(place + 2), 8) + channel, step.to(tl.uint8), mask=channel < D)
+        tl.store(page + tl.multiple_of(tl.load(place + 3), 8) + channel, zero.to(tl.uint8), mask=channel < D)
+        code = _quotient((codes.to(tl.int32) - zero[None, :]).to(tl.float32), step.to(tl.float32))
         code = tl.minimum(tl.maximum(code, 0), (1 << BITS) - 1).to(tl.uint8)
         lines = _to_lines(code, SIDE, SIZE, WIDTH)
         if BITS == 3:
@@ -151,7 +159,7 @@ def _decode_width(
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    at = page + tl.load(place + 1)
+    at = page + tl.multiple_of(tl.load(place + 1), 16)
     if BITS == 3:
         lines = _unpack(at, D, SIZE, WIDTH, 3, 2) | (_unpack(at + 2 * SIZE, D, SIZE, WIDTH, 3, 1) << 2)
     else:
@@ -162,8 +170,8 @@ def _decode_width(
         code -= 128
     else:
         # Bytes, not signed: as a whole this fits int8, and only its lowest 8 bits are kept.
-        step = tl.load(page + tl.load(place + 2) + channel, mask=channel < D, other=0).to(tl.int32)
-        zero = tl.load(page + tl.load(place + 3) + channel, mask=channel < D, other=0).to(tl.int32)
+        step = tl.load(page + tl.multiple_of(tl.load(place + 2), 8) + channel, mask=channel < D, other=0).to(tl.int32)
+        zero = tl.load(page + tl.multiple_of(tl.load(place + 3), 8) + channel, mask=channel < D, other=0).to(tl.int32)
         code = code * step + zero
     tl.store(codes + tl.arange(0, SIZE)[:, None] * D + channel, code.to(tl.int8), mask=channel < D)
 
@@ -189,10 +197,11 @@ def encode_head(
 
     place: this head's row of `page_places`. WIDTHS: bit b is set where some head has width b."""
     token = tl.arange(0, SIZE)
-    channel = tl.arange(0, WIDTH)[None, :]
+    # Four neighbouring channels a thread, no more: the search keeps several numbers of each of them.
+    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
     tile = tl.load(codes + token[:, None] * D + channel, mask=channel < D, other=0)
     scale = tl.load(scales + token).to(tl.float32)
-    tile = _common_scale(tile, scale, page, tl.load(place + 4), tl.load(place + 5), SIZE, BY_TOKEN)
+    tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
         if WIDTHS >> BITS & 1:
@@ -217,7 +226,7 @@ def decode_head(
     token = tl.arange(0, SIZE)
     scale = tl.load((page + tl.load(place + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
     if BY_TOKEN:
-        scale -= tl.load(page + tl.load(place + 4) + token).to(tl.int32) << _TOKEN_SCALE_SHIFT
+        scale -= tl.load(page + tl.multiple_of(tl.load(place + 4), 16) + token).to(tl.int32) << _TOKEN_SCALE_SHIFT
     tl.store(scales + token, float_of(scale))
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
@@ -302,9 +311,7 @@ def refusal(layout: PageLayout) -> str | None:
     return None if size & (size - 1) == 0 else f"block_size: the GPU kernels take powers of two, got {size}"
 
 
-def encode_pages(
-    layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool
-) -> Tensor:
+def encode_pages(layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool) -> Tensor:
     """Tiles k8, v8 int8 [N, H, B, D] with scales float32 [N, H, B] -> uint8 [N, page_bytes].
 
     Raises UnsupportedError for block sizes that are no power of two."""

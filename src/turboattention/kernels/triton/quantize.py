@@ -123,9 +123,7 @@ def _tokens_kernel(
     there = row < rows
     tile, t = row // tokens, row % tokens
     b, h = tile // heads, tile % heads
-    wanted = (
-        there & (t >= tl.load(begin + b, mask=there, other=0)) & (t < tl.load(end + b, mask=there, other=0))
-    )
+    wanted = there & (t >= tl.load(begin + b, mask=there, other=0)) & (t < tl.load(end + b, mask=there, other=0))
     offsets = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
     smoothed = tl.load(first + b, mask=there, other=0) + t >= mean_from
     values, scale = stage_rows(x, offsets, wanted, mean, tile, smoothed, flag, D, ROWS, WIDTH, ROTATE)
