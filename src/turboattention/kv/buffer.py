@@ -31,7 +31,7 @@ class Int8Buffer:
     def nbytes(self) -> int:
         return sum(getattr(self, name).untyped_storage().nbytes() for name in self.TENSORS)
 
-    def memory(self, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def memory(self, rows: int) -> tuple[Tensor, ...]:
         """The tensors with `rows` rows a head, contiguous, at least `capacity`: some kernels want room for
         the token that fills a block. Moved only where there are more or fewer; the rows behind are zero."""
         whole = []
@@ -45,7 +45,7 @@ class Int8Buffer:
                 whole.append(moved)
             else:
                 whole.append(held.as_strided(size, (size[1] * stride, stride, *held.stride()[2:])))
-        return tuple(whole)  # type: ignore[return-value]
+        return tuple(whole)
 
     def tiles(self) -> Tiles:
         """What is buffered, scales as float32."""
