@@ -123,7 +123,7 @@ def _flush_side(
 ):
     encode_head(codes, scales, page, place, SIDE, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
     token = tl.arange(0, SIZE)
-    channel = tl.arange(0, WIDTH)[None, :]
+    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]  # as in `encode_head`: one layout serves both
     for at in range(0, width, SIZE):
         behind = at + SIZE + token
         moved = tl.load(codes + behind[:, None] * D + channel, mask=(behind < width)[:, None] & (channel < D), other=0)
@@ -156,7 +156,7 @@ def _flush_kernel(
     head, side, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     address = tl.load(fresh + b)
     if address != 0:
-        page = tl.multiple_of(address, 16).to(tl.pointer_type(tl.uint8))
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         row = (b * HEADS + head) * width
         if side == 0:
             place = places + head * 6

@@ -70,11 +70,6 @@ def _from_lines(lines, SIDE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
 def _plane_offsets(D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
     """Offsets of a plane's bytes [WIDTH / 8, SIZE * PLANE], and which there are."""
     octet = tl.arange(0, WIDTH // 8)[:, None]
@@ -88,7 +83,7 @@ def _pack(at, lines, D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, B
     if PLANE < 8:
         parts = tl.reshape(lines & ((1 << PLANE) - 1), (WIDTH // 8, 8 // PLANE, SIZE * PLANE))
         shift = (tl.arange(0, 8 // PLANE) * PLANE).to(tl.uint8)[None, :, None]
-        lines = tl.reduce(parts << shift, 1, _either)
+        lines = tl.sum(parts << shift, 1).to(tl.uint8)  # their bits are apart
     tl.store(at + offsets, lines, mask=there)
 
 
@@ -204,7 +199,7 @@ def encode_head(
     tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:
+        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
             if bits == BITS:
                 _encode_width(tile, page, place, SIDE, D, SIZE, WIDTH, BITS, SEARCH and BITS < 4)
 
@@ -230,7 +225,7 @@ def decode_head(
     tl.store(scales + token, float_of(scale))
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:
+        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
             if bits == BITS:
                 _decode_width(codes, page, place, SIDE, D, SIZE, WIDTH, BITS)
 
@@ -357,7 +352,7 @@ def layout_facts(layout: PageLayout) -> dict:
         "WIDTH": width,
         "WIDTHS": sum(1 << bits for bits in {*layout.k_bits, *layout.v_bits}),
         "BY_TOKEN": layout.token_scales,
-        "num_warps": min(max(layout.block_size * width // 2048, 1), 16),
+        "num_warps": min(max(layout.block_size * width // 1024, 1), 16),
         **EXACT,
     }
 

@@ -215,7 +215,7 @@ def _queries_kernel(
         mu = tl.load(mean + mean_row[:, None] * D + channel, mask=there[:, None] & (channel < D), other=0.0)
         product = tl.sum(x.to(tl.float64) * mu.to(tl.float64), 1)
         # A float argument of a kernel is float32: the rest of the scale makes it float64.
-        wide = scale.to(tl.float64) + scale_rest.to(tl.float64)
+        wide = tl.full([], scale, tl.float64) + tl.full([], scale_rest, tl.float64)
         tl.store(mean_logits + to, (wide * product).to(tl.float32), mask=there)
 
 
@@ -332,7 +332,7 @@ def first_block_mean(codes: Tensor, scales: Tensor, begin: int, end: int, wanted
     if batch * heads:
         _mean_kernel[(batch * heads,)](
             codes, scales, indices(wanted, codes), mean, begin, end, heads, width,
-            D=head_dim, ROWS=16, WIDTH=triton.next_power_of_2(head_dim), **EXACT,
+            D=head_dim, ROWS=8, WIDTH=triton.next_power_of_2(head_dim), **EXACT,
         )  # fmt: skip
     return mean
 
@@ -364,8 +364,8 @@ def check_tiles(codes: Tensor, scales: Tensor, scale_dtypes: tuple[torch.dtype, 
 
 
 def row_shape(rows: int, head_dim: int) -> dict[str, int]:
-    """How many rows a program takes: 32 values a thread, or 16 where there are few rows for all the
-    processors (decode)."""
+    """How many rows a program takes: up to 32 values a thread, or 16 where few rows must keep all
+    processors busy (decode)."""
     width = triton.next_power_of_2(head_dim)
-    values, warps = (4096, 4) if rows > 4096 else (512, 1)
-    return {"ROWS": max(values // width, 1), "WIDTH": width, "num_warps": warps, **EXACT}  # type: ignore[dict-item]
+    values, warps = (min(32 * width, 4096), 4) if rows > 4096 else (512, 1)
+    return {"ROWS": max(values // width, 1), "WIDTH": width, "num_warps": warps, **EXACT}
