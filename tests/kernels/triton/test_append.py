@@ -122,9 +122,9 @@ def test_an_empty_batch():
 def test_refusals():
     codes, scales = buffer(64, torch.float16)
     none, k = torch.zeros(BATCH, dtype=torch.int64), torch.zeros(BATCH, HEADS, 1, D)
-    with pytest.raises(DtypeError, match="^codes, scales: expected int8 and .* got torch.int8 and torch.float16"):
+    with pytest.raises(DtypeError, match=r"^codes, scales: expected int8 and .* got torch.int8 and torch.float16"):
         store_tokens(ta.TurboConfig(), (k, k), none, none, None, 0, codes, scales, torch.zeros(1, dtype=torch.int32))
-    with pytest.raises(DtypeError, match="^codes, scales"):
+    with pytest.raises(DtypeError, match=r"^codes, scales"):
         flush_blocks(LAYOUT, codes, scales, none, True)
-    with pytest.raises(UnsupportedError, match="^block_size"):
+    with pytest.raises(UnsupportedError, match=r"^block_size"):
         flush_blocks(PageLayout.uniform(2, D, 48, 4, True), codes, scales, none, True)

@@ -105,7 +105,7 @@ def test_pages_anywhere_in_memory_and_none_at_all():
 
 def test_blocks_that_are_no_power_of_two_are_refused():
     layout = PageLayout.uniform(1, 8, 48, 4, True)
-    with pytest.raises(UnsupportedError, match="^block_size: the GPU kernels take powers of two, got 48"):
+    with pytest.raises(UnsupportedError, match=r"^block_size: the GPU kernels take powers of two, got 48"):
         kernels.encode_pages(layout, *sides(layout), False)
-    with pytest.raises(UnsupportedError, match="^block_size"):
+    with pytest.raises(UnsupportedError, match=r"^block_size"):
         kernels.decode_pages(layout, torch.zeros(1, layout.page_bytes, dtype=torch.uint8))

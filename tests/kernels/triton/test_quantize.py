@@ -212,11 +212,11 @@ def test_empty_batches_and_no_tokens():
 def test_refusals():
     x, zeros = torch.zeros(1, 1, 2, 8), torch.zeros(1, dtype=torch.int64)
     codes, scales = torch.zeros(1, 1, 2, 8, dtype=torch.int8), torch.zeros(1, 1, 2)
-    with pytest.raises(DtypeError, match="^x: expected float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(DtypeError, match=r"^x: expected float32, bfloat16 or float16, got torch.float64"):
         kernels.quantize_tokens(x.double(), (zeros, zeros), zeros, None, 0, True, codes, scales, zeros)
-    with pytest.raises(DtypeError, match="^codes, scales: expected int8 and .* got torch.uint8 and torch.float32"):
+    with pytest.raises(DtypeError, match=r"^codes, scales: expected int8 and .* got torch.uint8 and torch.float32"):
         kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, codes.byte(), scales, zeros)
-    with pytest.raises(DtypeError, match="^codes, scales: expected contiguous tensors"):
+    with pytest.raises(DtypeError, match=r"^codes, scales: expected contiguous tensors"):
         kernels.first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8))
-    with pytest.raises(DtypeError, match="^out: expected channels side by side"):
+    with pytest.raises(DtypeError, match=r"^out: expected channels side by side"):
         kernels.restore_rows(x, torch.float32, True, torch.zeros(1, 1, 8, 2).mT)

@@ -352,7 +352,7 @@ def layout_facts(layout: PageLayout) -> dict:
         "WIDTH": width,
         "WIDTHS": sum(1 << bits for bits in {*layout.k_bits, *layout.v_bits}),
         "BY_TOKEN": layout.token_scales,
-        "num_warps": min(max(layout.block_size * width // 1024, 1), 16),
+        "num_warps": min(max(layout.block_size * width // 1024, 1), 8),
         **EXACT,
     }
 
