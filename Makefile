@@ -49,7 +49,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model bench-ggml clean
+  lint-types lint-imports format model bench-ggml gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -142,6 +142,10 @@ $(GGML)/ready:
 bench-ggml: $(BUILT) $(GGML)/ready ## time attention and memory beside PyTorch and ggml
 	TURBOATTENTION_GGML="$$($(GGML)/bin/python -c 'from importlib.util import find_spec as f; print(f("llama_cpp").submodule_search_locations[0] + "/lib")')" \
 	  $(BIN)/turboattention bench --out build/bench.json
+
+# From the plain source tree, with the Python and the packages that the machine has: nothing is installed or built.
+gpu-check: ## check and measure the GPU kernels; a dry run where there is no GPU (GPU_CHECK='--only graph')
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu/check.py $(GPU_CHECK)
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov src/turboattention/_cpu*.so
