@@ -90,6 +90,9 @@ def cross_compiling(target: str) -> Iterator[list[Assembly]]:
     )
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if self not in fresh:  # what it holds may be another target's
+            self.device_caches.clear()
+            fresh.append(self)
         kernel = _twice(lambda: run(self, *args, grid=grid, warmup=True, **options))
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
         if id(kernel) not in found:
@@ -101,6 +104,7 @@ def cross_compiling(target: str) -> Iterator[list[Assembly]]:
         return kernel
 
     kept: list[Any] = []  # or an id could be used again
+    fresh: list[JITFunction] = []
     architecture_of = configs.architecture_of
     triton.runtime.driver.set_active(here)  # type: ignore[arg-type]
     JITFunction.run = compile_only

@@ -50,9 +50,9 @@ ARCHITECTURES = {
 
 # By head_dim, up to and including the one named.
 _PREFILL = {
-    "sm_80": {64: Launch(128, 8, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
-    "sm_90": {64: Launch(128, 8, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 2)},
-    "gfx942": {64: Launch(128, 8, 1), 128: Launch(64, 4, 1), 256: Launch(64, 8, 1)},
+    "sm_80": {64: Launch(128, 8, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 1)},
+    "sm_90": {64: Launch(128, 8, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 3)},
+    "gfx942": {64: Launch(128, 8, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
     "interpreter": {256: Launch(64, 4, 1)},
 }
 
