@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +20,9 @@ from .tools import Pair, assert_close
 
 OFF = ta.TurboConfig(guard="off")
 
+quietly = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+"""What the interpreter of Triton 3.6 does with NumPy is deprecated there."""
+
 
 def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF, heads: int = 2, **options) -> KVCache:
     """A cache whose keys have an outlier channel, and whose values differ in size."""
@@ -29,7 +35,14 @@ def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF,
     return cache
 
 
-def both(
+def both(q: Tensor, cache: KVCache, new: tuple[Tensor, Tensor] | None = None, **options: Any) -> Pair:
+    """q [B, Hq, Lq, D] over a cache, and over new tokens behind it: by the kernels, checked against the reference."""
+    got, want = kernels_and_reference(q, cache, new, **options)
+    assert_close(got, want)
+    return got
+
+
+def kernels_and_reference(
     q: Tensor,
     cache: KVCache,
     new: tuple[Tensor, Tensor] | None = None,
@@ -41,10 +54,8 @@ def both(
     softcap: float | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
-) -> Pair:
-    """q [B, Hq, Lq, D] over a cache, and over new tokens behind it: by the kernels, checked against the reference.
-
-    Rows stand at the end, of the tokens that `valid` [B] counts, or from `first` [B] on."""
+) -> tuple[Pair, Pair]:
+    """Rows stand at the end, of the tokens that `valid` [B] counts, or from `first` [B] on."""
     config, batch, queries = cache.config, len(q), q.shape[2]
     valid = torch.full((batch,), queries) if valid is None else valid
     state = cache.state(q.device)
@@ -85,8 +96,7 @@ def both(
         window_size=window,
         softcap=softcap,
     )
-    assert_close(got, want)
-    return got
+    return got, want
 
 
 def _pages(cache: KVCache) -> Pages | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import PLACES, largest_of, token_scales
+from .operands import PLACES, largest_of, places_of, token_scales
 from .sight import row_sight
 from .softmax import LEVELS, rescaled, sum_of_levels, weigh
 from .unpacking import as_int8, field, shifted, stack, third
@@ -28,7 +28,7 @@ def _key_products(page, place, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl
     inside = None if D == WIDE else (channel < D)[None, :]
     FIELD_TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
     u = tl.arange(0, FIELD_TOKENS)
-    codes = page + tl.load(place + 1)
+    codes = page + place[0]
     at = (half // 4 * (64 * BITS) + half % 4)[None, :] + (u * 4)[:, None]
     b = tl.load(codes + at, mask=inside)
     if BITS == 8:
@@ -46,8 +46,8 @@ def _key_products(page, place, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl
             low = stack(field(b, 0, BITS, ASM), field(b, 1, BITS, ASM), True)
             high = stack(field(b, 2, BITS, ASM), field(b, 3, BITS, ASM), True)
         column = None if D == WIDE else channel < D
-        steps = page + tl.load(place + 3) + channel
-        zeros = page + tl.load(place + 4) + channel
+        steps = page + place[1] + channel
+        zeros = page + place[2] + channel
         step_low = tl.load(steps, mask=column).to(tl.int32)[:, None]
         step_high = tl.load(steps + 4, mask=column).to(tl.int32)[:, None]
         zero_low = tl.load(zeros, mask=column).to(tl.int8, bitcast=True).to(tl.int32)[:, None]
@@ -82,11 +82,11 @@ def _value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: t
     inside = None if D == WIDE else (d < D)[:, None]
     FIELD_TOKENS: tl.constexpr = 8 * BITS if BITS == 8 or BITS == 4 else 16
     j = tl.arange(0, FIELD_TOKENS)
-    codes = page + tl.load(place + 2)
+    codes = page + place[0]
     b = tl.load(codes + (d // 8 * (64 * BITS) + d % 8 * 4)[:, None] + (j // 4 * 32 + j % 4)[None, :], mask=inside)
     weights = p.to(tl.int8)
     if BITS == 8:
-        return tl.dot(as_int8(b, ASM), weights, out_dtype=tl.int32).to(tl.float32)
+        result = tl.dot(as_int8(b, ASM), weights, out_dtype=tl.int32).to(tl.float32)
     else:
         v = stack(field(b, 0, BITS, ASM), field(b, 1, BITS, ASM), False)
         if BITS < 4:
@@ -101,26 +101,76 @@ def _value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: t
                       stack(third(b, 4, ASM), third(b, 6, ASM), False), False)  # fmt: skip
             o = tl.dot(v.to(tl.int8, bitcast=True), weights, acc=o, out_dtype=tl.int32)
         column = None if D == WIDE else d < D
-        step = tl.load(page + tl.load(place + 5) + d, mask=column).to(tl.float32)[:, None]
-        zero = tl.load(page + tl.load(place + 6) + d, mask=column).to(tl.int8, bitcast=True).to(tl.float32)[:, None]
-        return tl.fma(o.to(tl.float32), step, zero * sum_of_levels(p, 0)[None, :])
+        step = tl.load(page + place[1] + d, mask=column).to(tl.float32)[:, None]
+        zero = tl.load(page + place[2] + d, mask=column).to(tl.int8, bitcast=True).to(tl.float32)[:, None]
+        result = tl.fma(o.to(tl.float32), step, zero * sum_of_levels(p, 0)[None, :])
+    return result
 
 
 @triton.jit
-def _row_products(k8_ptr, of, used, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl.constexpr):
-    """As `_key_products`, of open rows from `of` on, `used` of them."""
-    HALF: tl.constexpr = WIDE // 2
-    R: tl.constexpr = q_low.shape[1] // 2
-    half = tl.arange(0, HALF)
-    channel = half // 4 * 8 + half % 4
+def _over_pages(
+    acc, total, peak, table_ptr, begin, end, blank_ptr, place, queries, sight, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Folds pages `begin` to `end` of one layout in."""
+    q_low, q_high, is_high, unit, mean, mean_from = queries
+    k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
-    inside = (t < used)[:, None] & (channel < D)[None, :]
-    at = k8_ptr + of * D + t[:, None] * D + channel[None, :]
-    w_low = tl.where(is_high, 0, q_low).to(tl.int8)
-    w_high = tl.where(is_high, 0, q_high).to(tl.int8)
-    s = tl.dot(tl.load(at, mask=inside, other=0), w_low, out_dtype=tl.int32)
-    s = tl.dot(tl.load(at + 4, mask=inside, other=0), w_high, acc=s, out_dtype=tl.int32)
-    return tl.sum(tl.reshape(s, (64, R, 2)), 2)
+    # Loaded a block ahead: or loads of pages could not be.
+    ahead = tl.load(table_ptr + begin, mask=begin < end, other=0)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        evicted = ahead == 0
+        address = tl.where(evicted, blank_ptr.to(tl.int64), ahead)
+        ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1))
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+        s = _key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
+        s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]
+        v_scale = token_scales(page, v_place, t, BY_TOKEN)
+        largest = largest_of(v_scale)
+        p, block_total, block_peak = weigh(
+            s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
+            sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
+        )  # fmt: skip
+        o = _value_products(page, v_place, p, WIDE, D, V_BITS, ASM)
+        peak, keep, each = rescaled(peak, tl.where(evicted, float("-inf"), block_peak))
+        total = total * keep + block_total * each
+        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+    return acc, total, peak
+
+
+@triton.jit
+def _over_rows(
+    acc, total, peak, rows, begin, end, q, unit, mean, mean_from, sight, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """Folds blocks `begin` to `end` of open rows in. rows: (k8, v8, their scales, offset of position 0 in rows,
+    the position behind the last); q int8 [WIDE, R]."""
+    k8_ptr, v8_ptr, ks_ptr, vs_ptr, origin, used = rows
+    t = tl.arange(0, 64)
+    d = tl.arange(0, WIDE)
+    for block in tl.range(begin, end, num_stages=1):
+        key = block * 64 + t
+        there = key < used
+        at = origin + key
+        inside = there[:, None] & (d < D)[None, :]
+        k = tl.load(k8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
+        s = tl.dot(k, q, out_dtype=tl.int32).to(tl.float32)
+        s *= tl.load(ks_ptr + at, mask=there, other=0.0).to(tl.float32)[:, None]
+        v_scale = tl.load(vs_ptr + at, mask=there, other=0.0).to(tl.float32)
+        largest = largest_of(v_scale)
+        p, block_total, block_peak = weigh(
+            s, unit, tl.where(block >= mean_from, mean, 0.0), key, v_scale / largest * LEVELS,
+            sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
+        )  # fmt: skip
+        v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
+        o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
+        peak, keep, each = rescaled(peak, block_peak)
+        total = total * keep + block_total * each
+        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+    return acc, total, peak
 
 
 @triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from", "mask_keys"])
@@ -180,72 +230,36 @@ def decode(
         mean = tl.zeros_like(unit)
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
-        mask_ptr += b.to(tl.int64) * mask_b
+        rows_seen = (q_low, q_high, is_high, unit, mean, mean_from)
         mask_row = tl.minimum(row, rows - 1)
-        head = h * group
-        t = tl.arange(0, 64)
+        mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
+        sight = (begin, end, mask)
         acc = tl.zeros((WIDE, R), tl.float32)
         total = tl.zeros((R,), tl.float32)
         peak = tl.full((R,), float("-inf"), tl.float32)
         if SINKS or K_BITS > 0:
-            count = tl.load(counts_ptr + b).to(tl.int32)
+            count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
-        for KIND in tl.static_range(0, 2):  # sinks, then compressed pages
-            KB: tl.constexpr = 8 if KIND == 0 else K_BITS
-            VB: tl.constexpr = 8 if KIND == 0 else V_BITS
-            if SINKS if KIND == 0 else K_BITS > 0:
-                if KIND == 0:
-                    here = sink_place
-                    begins = low
-                    ends = tl.minimum(tl.minimum(high, count), sink_blocks)
-                else:
-                    here = place
-                    begins = tl.maximum(low, sink_blocks)
-                    ends = tl.minimum(high, count)
-                # Loaded a block ahead, or loads of pages could not be.
-                ahead = tl.load(table_ptr + begins, mask=begins < ends, other=0)
-                for block in tl.range(begins, ends):
-                    address = tl.where(ahead == 0, blank_ptr.to(tl.int64), ahead)
-                    page = tl.multiple_of(address, 16).to(tl.pointer_type(tl.uint8))
-                    gone = ahead == 0
-                    ahead = tl.load(table_ptr + tl.minimum(block + 1, ends - 1))
-                    s = _key_products(page, here, q_low, q_high, is_high, WIDE, D, KB, ASM).to(tl.float32)
-                    s = s * token_scales(page, tl.load(here + 9), tl.load(here + 7), t, BY_TOKEN)[:, None]
-                    v_scale = token_scales(page, tl.load(here + 10), tl.load(here + 8), t, BY_TOKEN)
-                    largest = largest_of(v_scale)
-                    p, block_total, block_peak = weigh(
-                        s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, begin, end,
-                        v_scale / largest * LEVELS, cap, threshold,
-                        mask_ptr, mask_row, head, group, mask_h, mask_q, mask_k, mask_keys,
-                        FORM, CUT, True, CAP, MASK, 0,
-                    )  # fmt: skip
-                    block_peak = tl.where(gone, float("-inf"), block_peak)
-                    o = _value_products(page, here, p, WIDE, D, VB, ASM)
-                    peak, keep, each = rescaled(peak, block_peak)
-                    total = total * keep + block_total * each
-                    acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+        if K_BITS > 0:
+            acc, total, peak = _over_pages(
+                acc, total, peak, table_ptr, tl.maximum(low, sink_blocks), count, blank_ptr, place,
+                rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, None,
+            )  # fmt: skip
+        if SINKS:
+            acc, total, peak = _over_pages(
+                acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
+                rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, 1,
+            )  # fmt: skip
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)
-            for block in tl.range(tl.maximum(low, start // 64), high, num_stages=1):
-                of = base * width + block * 64 - start
-                used = tl.minimum(length - block * 64, width + start - block * 64)
-                s = _row_products(k8_ptr, of, used, q_low, q_high, is_high, WIDE, D).to(tl.float32)
-                s = s * tl.load(ks_ptr + of + t, mask=t < used, other=0.0).to(tl.float32)[:, None]
-                v_scale = tl.load(vs_ptr + of + t, mask=t < used, other=0.0).to(tl.float32)
-                largest = largest_of(v_scale)
-                p, block_total, block_peak = weigh(
-                    s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, begin, end,
-                    v_scale / largest * LEVELS, cap, threshold,
-                    mask_ptr, mask_row, head, group, mask_h, mask_q, mask_k, mask_keys,
-                    FORM, CUT, True, CAP, MASK, 0,
-                )  # fmt: skip
-                d = tl.arange(0, WIDE)
-                v_at = v8_ptr + of * D + t[:, None] * D + d[None, :]
-                v = tl.load(v_at, mask=(t < used)[:, None] & (d < D)[None, :], other=0)
-                o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
-                peak, keep, each = rescaled(peak, block_peak)
-                total = total * keep + block_total * each
-                acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+            open_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
+            d = tl.arange(0, WIDE)[:, None]
+            q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
+            acc, total, peak = _over_rows(
+                acc, total, peak, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
+                sight, cap, threshold,
+                WIDE, D, FORM, CUT, CAP, MASK,
+            )  # fmt: skip
         tl.store(acc_ptr + partial[None, :] * WIDE + tl.arange(0, WIDE)[:, None], acc)
         tl.store(peak_ptr + partial, peak)
         tl.store(total_ptr + partial, total)

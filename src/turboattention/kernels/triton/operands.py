@@ -13,7 +13,7 @@ import triton.language as tl
 from .softmax import LEVELS
 
 # What a head's row of `places` holds (see attention._places).
-PLACES = 16
+PLACES = tl.constexpr(16)
 
 
 def bytes_a_block(wide: int) -> int:
@@ -22,13 +22,28 @@ def bytes_a_block(wide: int) -> int:
 
 
 @triton.jit
-def token_scales(page, scale_at, token_at, t, BY_TOKEN: tl.constexpr):
-    """A page's scales of tokens t, float32."""
-    bits = tl.load((page + scale_at).to(tl.pointer_type(tl.int32)))
+def places_of(place, D: tl.constexpr):
+    """A head's row of `places`, with what the compiler cannot know: by how much these offsets divide."""
+    EIGHTS: tl.constexpr = 16 if D % 16 == 0 else 8
+    k_codes = tl.multiple_of(tl.load(place + 1), 16)
+    v_codes = tl.multiple_of(tl.load(place + 2), 16)
+    k_step = tl.multiple_of(tl.load(place + 3), EIGHTS)
+    k_zero = tl.multiple_of(tl.load(place + 4), EIGHTS)
+    v_step = tl.multiple_of(tl.load(place + 5), EIGHTS)
+    v_zero = tl.multiple_of(tl.load(place + 6), EIGHTS)
+    k_token = tl.multiple_of(tl.load(place + 7), 16)
+    v_token = tl.multiple_of(tl.load(place + 8), 16)
+    k_scale = tl.multiple_of(tl.load(place + 9), 4)
+    v_scale = tl.multiple_of(tl.load(place + 10), 4)
+    return (k_codes, k_step, k_zero, k_token, k_scale), (v_codes, v_step, v_zero, v_token, v_scale)
+
+
+@triton.jit
+def token_scales(page, place, t, BY_TOKEN: tl.constexpr):
+    """A page's scales of tokens t, float32; `place`: of K or V, as in `places_of`."""
+    bits = tl.zeros_like(t) + tl.load((page + place[4]).to(tl.pointer_type(tl.int32)))
     if BY_TOKEN:
-        bits = bits - (tl.load(page + token_at + t).to(tl.int32) << 19)
-    else:
-        bits = tl.zeros_like(t) + bits
+        bits -= tl.load(page + place[3] + t).to(tl.int32) << 19
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -43,26 +58,27 @@ def largest_of(scales):
 def _codes(octets, index, inside, BITS: tl.constexpr):
     """Codes `index` (of 512) of octets, uint8."""
     if BITS == 8:
-        return tl.load(octets + index, mask=inside, other=128)
+        code = tl.load(octets + index, mask=inside, other=128)
     elif BITS == 4:
-        return (tl.load(octets + index % 256, mask=inside, other=0) >> (index // 256 * 4).to(tl.uint8)) & 15
+        code = (tl.load(octets + index % 256, mask=inside, other=0) >> (index // 256 * 4).to(tl.uint8)) & 15
     else:
         code = (tl.load(octets + index % 128, mask=inside, other=0) >> (index // 128 * 2).to(tl.uint8)) & 3
         if BITS == 3:
             high = tl.load(octets + 128 + index % 64, mask=inside, other=0) >> (index // 64).to(tl.uint8)
-            code = code | ((high & 1) << 2)
-        return code
+            code |= (high & 1) << 2
+    return code
 
 
 @triton.jit
-def _restored(code, page, step_at, zero_at, channel, inside, BITS: tl.constexpr):
+def _restored(code, page, place, channel, inside, BITS: tl.constexpr):
     """INT8 of codes: bytes wrap, but `code step + zero` fits one."""
     if BITS == 8:
-        return (code ^ 128).to(tl.int8, bitcast=True)
+        code ^= 128
     else:
-        step = tl.load(page + step_at + channel, mask=inside, other=0)
-        zero = tl.load(page + zero_at + channel, mask=inside, other=0)
-        return (code * step + zero).to(tl.int8, bitcast=True)
+        step = tl.load(page + place[1] + channel, mask=inside, other=0)
+        zero = tl.load(page + place[2] + channel, mask=inside, other=0)
+        code = code * step + zero
+    return code.to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -91,21 +107,22 @@ def page_operands(
     b = first_sequence + tl.program_id(2)
     address = tl.load(table_ptr + b.to(tl.int64) * table_stride + block)
     if (block < tl.load(counts_ptr + b)) & (address != 0):
-        page = address.to(tl.pointer_type(tl.uint8))
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         place = places_ptr + tl.program_id(1) * PLACES
+        k_place, v_place = places_of(place, D)
         t = tl.arange(0, 64)
         d = tl.arange(0, WIDE)
         inside = d < D
         octet = (d // 8 * (64 * K_BITS))[None, :]
         index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
-        k = _codes(page + tl.load(place + 1) + octet, index, inside[None, :], K_BITS)
-        k = _restored(k, page, tl.load(place + 3), tl.load(place + 4), d[None, :], inside[None, :], K_BITS)
+        k = _codes(page + k_place[0] + octet, index, inside[None, :], K_BITS)
+        k = _restored(k, page, k_place, d[None, :], inside[None, :], K_BITS)
         octet = (d // 8 * (64 * V_BITS))[:, None]
         index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]
-        v = _codes(page + tl.load(place + 2) + octet, index, inside[:, None], V_BITS)
-        v = _restored(v, page, tl.load(place + 5), tl.load(place + 6), d[:, None], inside[:, None], V_BITS)
-        k_scale = token_scales(page, tl.load(place + 9), tl.load(place + 7), t, BY_TOKEN)
-        v_scale = token_scales(page, tl.load(place + 10), tl.load(place + 8), t, BY_TOKEN)
+        v = _codes(page + v_place[0] + octet, index, inside[:, None], V_BITS)
+        v = _restored(v, page, v_place, d[:, None], inside[:, None], V_BITS)
+        k_scale = token_scales(page, k_place, t, BY_TOKEN)
+        v_scale = token_scales(page, v_place, t, BY_TOKEN)
         at = (tl.program_id(2) * heads + tl.load(place) - first_head) * blocks + block
         _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE)
 

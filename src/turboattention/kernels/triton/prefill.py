@@ -16,11 +16,11 @@ from .softmax import as_float, rescaled, weigh
 
 @triton.jit
 def _fold_block(
-    acc, total, peak, q, unit, mean, mean_from, block, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
-    begin, end, cap, threshold, mask_ptr, row, head, group, mask_h, mask_q, mask_k, mask_keys,
+    acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
     WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr,
 ):  # fmt: skip
+    k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr = operands
     t = tl.arange(0, 64)
     d = tl.arange(0, WIDE)
     key = block * 64 + t
@@ -28,14 +28,9 @@ def _fold_block(
     k = tl.load(k_ptr + at + t[None, :] * WIDE + d[:, None])
     s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * tl.load(k_scale_ptr + key)[None, :]
     if MEAN:
-        block_mean = tl.where(block >= mean_from, mean, 0.0)
-    else:
-        block_mean = tl.zeros_like(unit)
-    p, block_total, block_peak = weigh(
-        s, unit, block_mean, key, begin, end, tl.load(v_level_ptr + key), cap, threshold,
-        mask_ptr, row, head, group, mask_h, mask_q, mask_k, mask_keys,
-        FORM, CUT, SEEN, CAP, MASK, 1,
-    )  # fmt: skip
+        mean = tl.where(block >= mean_from, mean, 0.0)
+    levels = tl.load(v_level_ptr + key)
+    p, block_total, block_peak = weigh(s, unit, mean, key, levels, sight, cap, threshold, FORM, CUT, SEEN, CAP, MASK, 1)
     v = tl.load(v_ptr + at + d[None, :] * 64 + t[:, None])
     o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
     peak, keep, each = rescaled(peak, block_peak)
@@ -70,7 +65,7 @@ def prefill(
     inside = there[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
     unit = tl.load(unit_ptr + at, mask=there, other=1.0)
-    mean = unit
+    mean = tl.zeros_like(unit)
     if MEAN:
         mean = tl.load(mean_ptr + at, mask=there, other=0.0)
     first = tl.load(first_ptr + b).to(tl.int32)
@@ -86,29 +81,28 @@ def prefill(
     if MASK != "":
         clear = high
         clear_end = high
-    k_ptr += own.to(tl.int64) * blocks * (64 * WIDE)
-    v_ptr += own.to(tl.int64) * blocks * (64 * WIDE)
-    k_scale_ptr += own.to(tl.int64) * blocks * 64
-    v_level_ptr += own.to(tl.int64) * blocks * 64
-    v_scale_ptr += own.to(tl.int64) * blocks
-    mask_ptr += b.to(tl.int64) * mask_b
+    blocks_before = own.to(tl.int64) * blocks
+    k_ptr += blocks_before * (64 * WIDE)
+    v_ptr += blocks_before * (64 * WIDE)
+    operands = (k_ptr, v_ptr, k_scale_ptr + blocks_before * 64, v_level_ptr + blocks_before * 64,
+                v_scale_ptr + blocks_before)  # fmt: skip
     mask_row = tl.minimum(row, queries * group - 1)
+    mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
+    sight = (begin, end, mask)
     acc = tl.zeros((M, WIDE), tl.float32)
     total = tl.zeros((M,), tl.float32)
     peak = tl.full((M,), float("-inf"), tl.float32)
     if MASK == "":
         for block in tl.range(clear, clear_end):
             acc, total, peak = _fold_block(
-                acc, total, peak, q, unit, mean, mean_from, block, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
-                begin, end, cap, threshold, mask_ptr, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys,
+                acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
                 WIDE, FORM, CUT, False, CAP, MASK, MEAN, SLOW,
             )  # fmt: skip
     before = tl.maximum(tl.minimum(clear, high) - low, 0)
     for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
         block = tl.where(i < before, low + i, clear_end + i - before)
         acc, total, peak = _fold_block(
-            acc, total, peak, q, unit, mean, mean_from, block, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
-            begin, end, cap, threshold, mask_ptr, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys,
+            acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
             WIDE, FORM, CUT, True, CAP, MASK, MEAN, SLOW,
         )  # fmt: skip
     total = tl.where(some, total, 0.0)

@@ -26,13 +26,18 @@ def row_sight(row, group, first, valid, length, window, CAUSAL: tl.constexpr, WI
 
 
 @triton.jit
-def masked(x, mask_ptr, row, key, head, group, stride_h, stride_q, stride_k, keys, KIND: tl.constexpr):
-    """Scores x with a mask applied: KIND "bool" (bytes, zero hides) or "add". `row` and `key` are int32
-    that broadcast to x's shape; `mask_ptr` is the sequence's; `head` the first query head of the group.
-    Keys past the mask are past every length too."""
+def masked(x, mask, keys, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """Scores x, keys along AXIS, with a mask applied: KIND "bool" (bytes, zero hides) or "add".
+
+    mask: (pointer of the sequence's, row, head, group, strides of heads, queries and keys, keys), `head` the
+    first query head of the group; keys: positions that broadcast to x. Those past the mask are past every
+    length too.
+    """
+    pointer, row, head, group, stride_h, stride_q, stride_k, last = mask
     at = (head + row % group).to(tl.int64) * stride_h + (row // group).to(tl.int64) * stride_q
-    value = tl.load(mask_ptr + at + tl.minimum(key, keys - 1).to(tl.int64) * stride_k)
+    value = tl.load(pointer + tl.expand_dims(at, AXIS) + tl.minimum(keys, last - 1).to(tl.int64) * stride_k)
     if KIND == "bool":
-        return tl.where(value != 0, x, float("-inf"))
+        x = tl.where(value != 0, x, float("-inf"))
     else:
-        return x + value.to(tl.float32)
+        x += value.to(tl.float32)
+    return x

@@ -29,10 +29,7 @@ def bits_of(x):
 @triton.jit
 def as_float(x, SLOW: tl.constexpr):
     """int32 below 2^22 in magnitude to float32, exactly; by addition where conversion has a SLOW unit."""
-    if SLOW:
-        return (x + _MAGIC_BITS).to(tl.float32, bitcast=True) - _MAGIC
-    else:
-        return x.to(tl.float32)
+    return (x + _MAGIC_BITS).to(tl.float32, bitcast=True) - _MAGIC if SLOW else x.to(tl.float32)
 
 
 @triton.jit
@@ -83,15 +80,16 @@ def softcapped(x, cap):
 
 @triton.jit
 def weigh(
-    s, unit, mean, key, begin, end, value_levels, cap, threshold,
-    mask_ptr, row, head, group, mask_h, mask_q, mask_k, mask_keys,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, AXIS: tl.constexpr,
+    s, unit, mean, key, value_levels, sight, cap, threshold,
+    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
     """Weights of 64 keys, which stand along AXIS of s.
 
     s: float32 products times key scales; unit > 0, mean: per row, what one of s counts and what is added;
-    begin, end: per row, the keys it sees (read where SEEN); value_levels: per key, 127 times V's scale
-    relative to the block's largest. CAP, MASK: softcap, and the kind of mask ("" without).
+    value_levels: per key, 127 times V's scale relative to the block's largest; sight: (begin, end, mask),
+    the keys that each row sees (read where SEEN), and what `sight.masked` needs. CAP, MASK: softcap, and the
+    kind of mask ("" without).
 
     Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
     them in units of 1/127, and the block's maximum, a logit (-inf where a row sees nothing).
@@ -105,10 +103,9 @@ def weigh(
         if CAP:
             x = softcapped(x, cap)
         if MASK != "":
-            rows = tl.expand_dims(row, AXIS)
-            x = masked(x, mask_ptr, rows, keys, head, group, mask_h, mask_q, mask_k, mask_keys, MASK)
+            x = masked(x, sight[2], keys, AXIS, MASK)
     if SEEN:
-        seen = (keys >= tl.expand_dims(begin, AXIS)) & (keys < tl.expand_dims(end, AXIS))
+        seen = (keys >= tl.expand_dims(sight[0], AXIS)) & (keys < tl.expand_dims(sight[1], AXIS))
         x = tl.where(seen, x, float("-inf"))
     peak = tl.max(x, AXIS)
     against = peak

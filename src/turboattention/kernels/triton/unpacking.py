@@ -15,37 +15,37 @@ def _lanes(b, SHIFT: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr):
     """`(b >> SHIFT) & MASK` of bytes."""
     if ASM == "ptx":
         if SHIFT == 0:
-            return tl.inline_asm_elementwise(
+            b = tl.inline_asm_elementwise(
                 f"and.b32 $0, $1, {MASK * 0x01010101};", "=r,r", [b], dtype=tl.uint8, is_pure=True, pack=4
             )
         else:
-            return tl.inline_asm_elementwise(
+            b = tl.inline_asm_elementwise(
                 f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK * 0x01010101}; }}",
                 "=r,r", [b], dtype=tl.uint8, is_pure=True, pack=4,
             )  # fmt: skip
     else:
-        return (b >> SHIFT) & MASK
+        b = (b >> SHIFT) & MASK
+    return b
 
 
 @triton.jit
 def field(b, F: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """The F-th codes of a plane's bytes; of three bits, the lower two."""
-    if BITS == 4:
-        return _lanes(b, 4 * F, 15, ASM)
-    else:
-        return _lanes(b, 2 * F, 3, ASM)
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    return _lanes(b, WIDTH * F, 15 if BITS == 4 else 3, ASM)
 
 
 @triton.jit
 def third(b, F: tl.constexpr, ASM: tl.constexpr):
     """`((b >> F) & 1) << 2`: the F-th bits of the plane of highest ones, as what they add to three-bit codes."""
     if ASM == "ptx":
-        return tl.inline_asm_elementwise(
+        b = tl.inline_asm_elementwise(
             f"{{ .reg .b32 u; shf.l.wrap.b32 u, $1, $1, {(34 - F) % 32}; and.b32 $0, u, 0x04040404; }}",
             "=r,r", [b], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        return ((b >> F) & 1) << 2
+        b = ((b >> F) & 1) << 2
+    return b
 
 
 @triton.jit
@@ -53,12 +53,13 @@ def shifted(b, by, ASM: tl.constexpr):
     """b >> by for bytes by = 0 or 1, equal within a lane. Of the result, bits 0, 2, 4 and 6 are used: what a
     neighbour shifts in, bit 7, is not among them."""
     if ASM == "ptx":
-        return tl.inline_asm_elementwise(
+        b = tl.inline_asm_elementwise(
             "{ .reg .b32 u; and.b32 u, $2, 1; shr.u32 $0, $1, u; }",
             "=r,r,r", [b, by], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        return b >> by
+        b = b >> by
+    return b
 
 
 @triton.jit
@@ -77,6 +78,7 @@ def stack(a, b, ROWS: tl.constexpr):
     m: tl.constexpr = a.shape[0]
     k: tl.constexpr = a.shape[1]
     if ROWS:
-        return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * m, k))
-    else:  # an else: without it both returns are compiled, and must have one type
-        return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (m, 2 * k))
+        both = tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * m, k))
+    else:
+        both = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (m, 2 * k))
+    return both
