@@ -15,8 +15,8 @@ from turboattention.kv.quantizer import PYTORCH
 
 from ...helpers import normals
 
-BATCH, HEADS, D = 3, 2, 24
-LAYOUT = PageLayout(D, 64, (4, 2), (3, 8), True)
+BATCH, HEADS, D = 3, 3, 24  # pages then end in padding
+LAYOUT = PageLayout(D, 64, (4, 2, 4), (3, 8, 2), True)
 
 
 def buffer(width: int, dtype: torch.dtype, fill: int = 0) -> tuple:
@@ -127,4 +127,4 @@ def test_refusals():
     with pytest.raises(DtypeError, match=r"^codes, scales"):
         flush_blocks(LAYOUT, codes, scales, none, True)
     with pytest.raises(UnsupportedError, match=r"^block_size"):
-        flush_blocks(PageLayout.uniform(2, D, 48, 4, True), codes, scales, none, True)
+        flush_blocks(PageLayout.uniform(HEADS, D, 48, 4, True), codes, scales, none, True)

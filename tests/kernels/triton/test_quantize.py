@@ -165,14 +165,23 @@ def test_queries(dtype, head_dim):
     assert kernels.quantize_queries(q, 2, valid, None, 0.3, True)[2] is None
 
 
+@pytest.mark.usefixtures("large_tiles")
 def test_the_scale_of_the_mean_logit_is_not_rounded():
-    """To float32 it would be; a product of float32 values that is exact shows it."""
-    q, mean = torch.ones(1, 1, 1, 8), torch.zeros(1, 1, 8)
-    mean[..., 0] = 3.0
-    scale = 1 / 3 * (1 + 2**-30)
-    logit = kernels.quantize_queries(q, 1, torch.tensor([1]), mean, scale, False)[2]
+    """To float32 it would be; products of two values, exact in float64, show it."""
+    q, mean = normals(1, 1, 64, 8), torch.zeros(1, 1, 8)
+    mean[..., 0] = 3.1
+    logit = kernels.quantize_queries(q, 1, torch.tensor([64]), mean, 1 / 3, False)[2]
     assert logit is not None
-    assert logit.item() == torch.tensor(3 * scale, dtype=torch.float64).float().item()
+    want = 1 / 3 * (q[..., 0].double() * mean[0, 0, 0].double())
+    assert torch.equal(logit[:, 0], want.float())
+
+
+@pytest.mark.usefixtures("large_tiles")
+def test_scales_beside_the_grid():
+    """Peaks that make a scale of 4 mantissa bits, and those of the floats next to it."""
+    scale = torch.arange(16, 32) / 16
+    beside = torch.stack([scale, *(scale.nextafter(torch.tensor(way)) for way in (0.0, 9.0))]).flatten()
+    assert_same((beside * 119)[None, None, :, None].expand(1, 1, 48, 8), rotate=False, smooth=False)
 
 
 @pytest.mark.usefixtures("large_tiles")
