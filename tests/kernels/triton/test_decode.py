@@ -144,6 +144,7 @@ def test_masks(shape, kind):
     both(q, cache, new, mask=mask, causal=False, window=50, softcap=1.0)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_a_mask_of_lowest_numbers():
     """A row that sees only such keys weighs them alike, as exact attention does; strides are the mask's own."""
     q, cache, new = tokens_for(filled([100]), 4, 2)
