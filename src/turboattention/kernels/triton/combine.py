@@ -29,11 +29,11 @@ def combine(
     TOGETHER: tl.constexpr = 8 if SPLITS > 8 else SPLITS
     out = tl.zeros((TOGETHER, WIDE), tl.float32)
     for begin in tl.range(0, splits, TOGETHER):
-        s = begin + tl.arange(0, TOGETHER)
-        share = tl.load(peak_ptr + at + s * R, mask=s < splits, other=float("-inf"))
+        some = begin + tl.arange(0, TOGETHER)
+        share = tl.load(peak_ptr + at + some * R, mask=some < splits, other=float("-inf"))
         share = tl.exp2((share - safe) * LOG2_E)
         # Where a split saw nothing its memory holds anything.
-        part = tl.load(acc_ptr + (at + s * R)[:, None] * WIDE + d[None, :], mask=(share > 0.0)[:, None], other=0.0)
+        part = tl.load(acc_ptr + (at + some * R)[:, None] * WIDE + d[None, :], mask=(share > 0.0)[:, None], other=0.0)
         out = tl.fma(part, share[:, None], out)
     result = tl.sum(out, 0)[None, :] * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-30), 0.0)
     if ROTATE:
