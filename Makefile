@@ -53,7 +53,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model bench-ggml build-arm clean
+  lint-types lint-imports format model bench-ggml build-arm gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -159,6 +159,10 @@ build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64,
 	  $(ARM)/bin/python -m ziglang c++ -target aarch64-linux-gnu -std=c++17 -O2 -Wall $$headers -c csrc/cpu/$$name.cpp \
 	    -o $(ARM)/$$name.o || exit 1; echo "aarch64: $$name"; \
 	done
+
+# From the plain source tree, with the Python and the packages that the machine has: nothing is installed or built.
+gpu-check: ## check and measure the GPU kernels; a dry run where there is no GPU (GPU_CHECK='--only graph')
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu/check.py $(GPU_CHECK)
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov src/turboattention/_cpu*.so

@@ -32,6 +32,7 @@ from .validation import (
 _MODULES = {
     "cpu": ("turboattention.execution.cpu", "turboattention.execution.cpu"),
     "reference": ("turboattention.reference.prefill", "turboattention.reference.decode"),
+    "triton": ("turboattention.execution.triton", "turboattention.execution.triton"),
 }
 
 
@@ -92,8 +93,8 @@ def turbo_attention(
     window_size = check_window(window_size)
     mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))
-    for name, x in (("k", k), ("v", v)) if chosen.name == "cpu" else (("q", q), ("k", k), ("v", v)):
-        check_finite(name, x)  # the CPU kernels look at q as they read it
+    for name, x in (("k", k), ("v", v)) if chosen.name != "reference" else (("q", q), ("k", k), ("v", v)):
+        check_finite(name, x)  # kernels look at q as they read it
     out, lse = importlib.import_module(_MODULES[chosen.name][0]).prefill(
         q,
         k,
@@ -167,8 +168,8 @@ def turbo_attention_with_kvcache(
     chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2]))
     # Queries alone may reach back behind what a window has kept: that is looked at below.
     plain = lengths is None and attn_mask is None and (k_new is not None or cache.window_size is None)
-    if chosen.name == "cpu" and plain:
-        stepped = _step(q, cache, k_new, v_new, is_causal, scale, window_size, softcap)
+    if chosen.name != "reference" and plain:
+        stepped = _step(chosen.name, q, cache, k_new, v_new, is_causal, scale, window_size, softcap)
         if stepped is not None:
             return stepped if return_lse else stepped[0]
     counts = _new_tokens(q, k_new, lengths)
@@ -203,6 +204,7 @@ def turbo_attention_with_kvcache(
 
 
 def _step(
+    backend: str,
     q: Tensor,
     cache: KVCache,
     k: Tensor | None,
@@ -216,7 +218,7 @@ def _step(
     if k is not None and v is not None:
         shape = (cache.batch_size, cache.num_kv_heads, cache.head_dim)
         check_new(shape, cache.device, k, v, None, ("k_new", "v_new"), finite=False)
-    result = importlib.import_module(_MODULES["cpu"][1]).step(
+    result = importlib.import_module(_MODULES[backend][1]).step(
         q, cache, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap
     )
     if isinstance(result, str):

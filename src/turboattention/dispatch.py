@@ -53,7 +53,7 @@ SERIAL_QUERIES = 16
 def backends() -> dict[str, Backend]:
     """Every backend by name, fastest first: whether it is usable here, and why."""
     found = (
-        Backend("triton", False, "this version has no Triton kernels"),
+        _triton(),
         _cpu(),
         Backend("reference", True, "plain PyTorch, runs on any device"),
     )
@@ -96,20 +96,43 @@ def explain_choice(name: str, call: Call | None = None) -> Explanation:
 
 def _refusal(name: str, call: Call | None) -> str | None:
     """Why a usable backend does not compute a call, or None."""
-    if name != "cpu" or call is None:
+    if name == "reference" or call is None:
         return None
-    if call.device.type != "cpu":
+    if name == "cpu" and call.device.type != "cpu":
         return f"the tensors are on {call.device}"
-    return importlib.import_module("turboattention.kernels.cpu.attention").refusal(call.config, call.dtype)
+    if name == "triton" and call.device.type != "cuda" and not _interpreted():
+        return f"the tensors are on {call.device}, its kernels run on GPUs"
+    return importlib.import_module(f"turboattention.kernels.{name}.attention").refusal(call.config, call.dtype)
 
 
 def _slower(backend: Backend, call: Call | None) -> str | None:
     """Why "auto" leaves a call to the next backend although this one computes it, or None."""
+    if backend.name == "triton" and (call.device.type != "cuda" if call else _interpreted()):
+        return "Triton's interpreter is for tests"
     if backend.name != "cpu" or call is None or call.queries <= SERIAL_QUERIES:
         return None
     if importlib.import_module("turboattention.kernels.cpu").in_use() != "serial":
         return None
     return f"its serial path is slower than PyTorch for more than {SERIAL_QUERIES} query rows"
+
+
+def _triton() -> Backend:
+    return _triton_with(_interpreted())
+
+
+@functools.cache
+def _triton_with(interpreted: bool) -> Backend:
+    if not interpreted and not torch.cuda.is_available():  # without importing Triton
+        return Backend("triton", False, "no CUDA or ROCm device is there")
+    reason = importlib.import_module("turboattention.kernels.triton").available()
+    if reason:
+        return Backend("triton", False, reason)
+    return Backend("triton", True, "Triton's interpreter, for tests" if interpreted else "Triton kernels on the GPU")
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU (it looks when kernels are defined)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _cpu() -> Backend:
@@ -132,7 +155,16 @@ def _cpu_with(isa: str | None) -> Backend:
 
 def _quantizer(device: torch.device) -> quantizer.Quantizer | None:
     """Stage 1 and the page codec of caches on a device, where kernels have them."""
-    return _cpu_quantizer() if device.type == "cpu" else None
+    if device.type == "cpu":
+        return _cpu_quantizer()
+    return _triton_quantizer() if device.type == "cuda" else None
+
+
+@functools.cache
+def _triton_quantizer() -> quantizer.Quantizer | None:
+    if not _triton().usable or _interpreted():
+        return None
+    return importlib.import_module("turboattention.execution.triton_quantizer")  # type: ignore[return-value]
 
 
 @functools.cache

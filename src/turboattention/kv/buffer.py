@@ -29,7 +29,23 @@ class Int8Buffer:
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in self.TENSORS)
+        return sum(getattr(self, name).untyped_storage().nbytes() for name in self.TENSORS)
+
+    def memory(self, rows: int) -> tuple[Tensor, ...]:
+        """The tensors with `rows` rows a head, contiguous, at least `capacity`: some kernels want room for
+        the token that fills a block. Moved only where there are more or fewer; the rows behind are zero."""
+        whole = []
+        for name in self.TENSORS:
+            held = getattr(self, name)
+            stride, size = held.stride(1), (*held.shape[:2], rows, *held.shape[3:])
+            if stride != rows * (held.shape[3] if held.dim() == 4 else 1):
+                moved = held.new_zeros(size)
+                moved[:, :, : self.capacity] = held
+                setattr(self, name, moved[:, :, : self.capacity])
+                whole.append(moved)
+            else:
+                whole.append(held.as_strided(size, (size[1] * stride, stride, *held.stride()[2:])))
+        return tuple(whole)
 
     def tiles(self) -> Tiles:
         """What is buffered, scales as float32."""

@@ -116,12 +116,12 @@ class Growing(Contents):
             left = torch.where(self._lengths < size, torch.minimum(left, size - 1 - self._lengths), left)
         return int(left.min())
 
-    def buffer_memory(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Codes int8 [B, H, capacity, D] and scales [B, H, capacity] of K and V, to write new rows into
-        behind the old ones; `extend` then counts them."""
+    def buffer_memory(self, rows: int | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Codes int8 [B, H, rows, D] and scales [B, H, rows] of K and V, contiguous, to write new rows into
+        behind the old ones; `extend` then counts them. `rows` is the buffer's capacity unless given."""
         assert self._buffer is not None
-        b = self._buffer
-        return (b.k8, b.v8), (b.k_scale, b.v_scale)
+        k8, v8, k_scale, v_scale = self._buffer.memory(rows or self._buffer.capacity)
+        return (k8, v8), (k_scale, v_scale)
 
     def extend(self, tokens: int, filled: Sequence[int] = (), pages: Sequence[int] = ()) -> None:
         """Count `tokens` rows that were written behind those of every sequence, at most `room` of them; or

@@ -1,0 +1,157 @@
+"""Compile Triton kernels for GPUs that are not here, as their own launchers would launch them, and read the assembly.
+
+    with cross_compiling("sm_90") as compiled:
+        attend(...)                        # on CPU tensors: their addresses' alignment is what a launch looks at
+    compiled[0].count("IGMMA"), compiled[0].registers, compiled[0].spill_bytes
+
+Launching then means compiling, and nothing runs: results are whatever memory held. Works without a GPU or a driver in
+Triton 3.6 to 3.9, and not under TRITON_INTERPRET=1 (kernels are then interpreted functions, which cannot be compiled).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from turboattention.kernels.triton import configs
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_PRODUCT = re.compile(r"IGMMA\.(\d+)x(\d+)x(\d+)\.S8\.S8|IMMA\.(16)(8)(32)\.S8\.S8|v_mfma_i32_(\d+)x(\d+)x(\d+)_?i8")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Assembly:
+    """One compiled kernel. registers: of a thread (AMD: with accumulators); spill_bytes: local or scratch memory of a
+    thread; shared: bytes of a program; mnemonics: how often each instruction stands in the code."""
+
+    kernel: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared: int
+    mnemonics: Counter = field(repr=False)
+
+    def count(self, *prefixes: str) -> int:
+        return sum(n for name, n in self.mnemonics.items() if name.startswith(prefixes))
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.mnemonics.values())
+
+    @property
+    def products(self) -> dict[str, int]:
+        """Matrix instructions over INT8, and how often each stands in the code."""
+        return {name: n for name, n in sorted(self.mnemonics.items()) if _PRODUCT.match(name)}
+
+    @property
+    def multiplications(self) -> int:
+        """INT8 products that each matrix instruction in the code makes once, by all warps."""
+        total = 0
+        for name, count in self.products.items():
+            wide = _PRODUCT.match(name)
+            assert wide is not None
+            rows, columns, depth = (int(x) for x in wide.groups() if x)
+            # IGMMA is made by four warps together.
+            total += rows * columns * depth * count * self.warps // (4 if name.startswith("IGMMA") else 1)
+        return total
+
+
+@contextlib.contextmanager
+def cross_compiling(target: str) -> Iterator[list[Assembly]]:
+    """Within, every launch of a kernel compiles it for `target` instead; the list has each compiled kernel once."""
+    found: dict[int, Assembly] = {}
+    result: list[Assembly] = []
+    gpu, run = TARGETS[target], JITFunction.run
+    here = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: gpu,
+        get_active_torch_device=lambda: None,
+    )
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if self not in fresh:  # what it holds may be another target's
+            self.device_caches.clear()
+            fresh.append(self)
+        kernel = _twice(lambda: run(self, *args, grid=grid, warmup=True, **options))
+        kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        if id(kernel) not in found:
+            names = dict(zip(self.arg_names, args, strict=False)) | options
+            constants = {p.name: names.get(p.name) for p in self.params if p.is_constexpr}
+            found[id(kernel)] = _read(target, kernel, self.fn.__name__, constants)
+            kept.append(kernel)
+            result.append(found[id(kernel)])
+        return kernel
+
+    kept: list[Any] = []  # or an id could be used again
+    fresh: list[JITFunction] = []
+    architecture_of = configs.architecture_of
+    triton.runtime.driver.set_active(here)  # type: ignore[arg-type]
+    JITFunction.run = compile_only
+    configs.architecture_of = lambda device: configs.ARCHITECTURES[target]
+    try:
+        yield result
+    finally:
+        JITFunction.run, configs.architecture_of = run, architecture_of
+        triton.runtime.driver._active = None
+
+
+def _twice(compile_it: Any) -> Any:
+    """The assembler is a process of its own, which a busy machine may refuse once."""
+    try:
+        return compile_it()
+    except OSError:
+        time.sleep(1)
+        return compile_it()
+
+
+def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Assembly:
+    meta = kernel.metadata
+    read = _nvidia if target.startswith("sm") else _amd
+    registers, spill, mnemonics = read(kernel.asm)
+    return Assembly(name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, mnemonics)
+
+
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)")
+
+
+def _nvidia(asm: dict[str, Any]) -> tuple[int, int, Counter]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _output(_TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        text = _output(_TOOLS / "nvdisasm", "-c", file.name)
+    size = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    names = (match[1] for line in text.splitlines() if (match := _SASS.match(line)))
+    return size["REG"], size["STACK"] + size["LOCAL"], Counter(name for name in names if name != "NOP")
+
+
+def _amd(asm: dict[str, Any]) -> tuple[int, int, Counter]:
+    text = asm["amdgcn"]
+    number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
+    names = (match[1] for match in re.finditer(r"^\t((?:[vs]|ds|global|buffer|flat|scratch)_[a-z0-9_]+)", text, re.M))
+    return number["vgpr_count"], number["private_segment_fixed_size"], Counter(names)
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,192 @@
+"""Stage "correctness": the kernels against the reference and PyTorch's stage 1 and 2, at the sizes that are timed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan import Plan
+from problem import dtype, filled_cache, normals
+from timing import on_gpu, relative_error
+from torch import Tensor
+
+import turboattention as ta
+from turboattention.errors import NonFiniteError
+from turboattention.execution import triton_steps
+from turboattention.execution.triton_graph import DecodeGraph
+from turboattention.kernels.triton import pages, quantize
+from turboattention.kv import quantizer
+from turboattention.kv.layout import PageLayout
+
+sys.path.append(str(Path(__file__).parents[2]))
+from tests.kernels.cpu.attending import assert_close
+
+OFF = ta.TurboConfig(guard="off")
+
+
+def checks(plan: Plan) -> Iterator[dict[str, Any]]:
+    """One entry a check: name, whether it passed, a figure or what was wrong."""
+    real = on_gpu()
+    cases: dict[str, Callable[[], float | None]] = {
+        "stage 1 is PyTorch's to the bit": lambda: _stage_one(plan),
+        "pages are PyTorch's to the bit": lambda: _pages(plan),
+    }
+    tokens = 4096 if real else 70
+    for softmax in ("sas", "sas2", "exp") if real else ("sas",):
+        config = OFF.replace(softmax=softmax)
+        cases[f"prefill, {softmax}"] = lambda config=config: _prefill(plan, tokens, config, is_causal=True)
+    if real:
+        cases["prefill, full"] = lambda: _prefill(plan, tokens, OFF)
+        cases["prefill, window"] = lambda: _prefill(plan, tokens, OFF, is_causal=True, window_size=500)
+        cases["prefill, softcap"] = lambda: _prefill(plan, tokens, OFF, is_causal=True, softcap=20.0)
+        cases["prefill, mask"] = lambda: _prefill(plan, 1024, OFF, attn_mask=normals(1024, 1024, seed=8))
+    for bits in (8, *plan.bits) if real else plan.bits:
+        cases[f"decode, {bits} bits"] = lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
+    cases["a step's graph over a flush"] = lambda: _graph(plan, 8190 if real else 190)
+    cases["saved, loaded on the CPU, and back"] = lambda: _moved(plan, 1023 if real else 191)
+    cases["values that are not finite"] = lambda: _flagged(plan)
+    for name, check in cases.items():
+        try:
+            with torch.inference_mode():
+                figure = check()
+            yield {"name": name, "passed": True, "error": figure}
+        except ModuleNotFoundError as problem:
+            yield {"name": name, "passed": None, "problem": str(problem)}
+        except Exception as problem:  # a failure is a result here
+            said = (str(problem).splitlines() or [""])[0]
+            yield {"name": name, "passed": False, "problem": f"{type(problem).__name__}: {said[:300]}"}
+
+
+def _compared(call: Callable[[str], tuple[Tensor, Tensor]]) -> float:
+    got, want = call("triton"), call("reference")
+    assert_close(got, want)
+    return relative_error(got[0], want[0])
+
+
+def _prefill(plan: Plan, tokens: int, config: ta.TurboConfig, **options: Any) -> float:
+    q = normals(1, plan.heads, tokens, plan.head_dim, seed=1)
+    k, v = (normals(1, plan.kv_heads, tokens, plan.head_dim, seed=seed) for seed in (2, 3))
+    return _compared(lambda name: ta.turbo_attention(q, k, v, config=config, return_lse=True, backend=name, **options))
+
+
+def _decode(plan: Plan, tokens: int, config: ta.TurboConfig) -> float:
+    """Three steps, of which the first fills a block; none may wait for the device."""
+    cache = filled_cache(2, plan.kv_heads, plan.head_dim, tokens, config)
+    other, worst = cache.clone(), 0.0
+    for turn in range(3):
+        q, k, v = _new(plan, 2, turn)
+        want = ta.turbo_attention_with_kvcache(q, other, k, v, return_lse=True, backend="reference")
+        with _never_waiting() if turn else contextlib.nullcontext():  # compiling and building tables may
+            got = ta.turbo_attention_with_kvcache(q, cache, k, v, return_lse=True, backend="triton")
+        assert_close(got, want)
+        worst = max(worst, relative_error(got[0], want[0]))
+    _assert_same(cache, other)
+    return worst
+
+
+def _graph(plan: Plan, tokens: int) -> float:
+    cache = filled_cache(2, plan.kv_heads, plan.head_dim, tokens, OFF, max_tokens=tokens + 64)
+    other, worst = cache.clone(), 0.0
+    graph = DecodeGraph(cache, plan.heads, capture=on_gpu())
+    for turn in range(4):
+        q, k, v = _new(plan, 2, turn)
+        want = ta.turbo_attention_with_kvcache(q, other, k, v, return_lse=True, backend="reference")
+        got = graph.step(q, k, v)
+        assert_close(got, want)
+        worst = max(worst, relative_error(got[0], want[0]))
+    graph.close()
+    _assert_same(cache, other)
+    return worst
+
+
+def _moved(plan: Plan, tokens: int) -> float:
+    import safetensors  # noqa: F401 (a plain machine may lack it)
+
+    cache = filled_cache(1, plan.kv_heads, plan.head_dim, tokens, OFF)
+    q, k, v = _new(plan, 1, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save(f"{folder}/here")
+        there = ta.KVCache.load(f"{folder}/here", "cpu")
+        want = ta.turbo_attention_with_kvcache(q.cpu(), there, k.cpu(), v.cpu(), return_lse=True, backend="reference")
+        there.save(f"{folder}/there")
+        back = ta.KVCache.load(f"{folder}/there", q.device)
+    ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
+    _assert_same(cache, back)
+    got = ta.turbo_attention_with_kvcache(q, back, return_lse=True, backend="triton")
+    other = ta.turbo_attention_with_kvcache(q.cpu(), there, return_lse=True, backend="reference")
+    del want
+    assert_close((got[0].cpu(), got[1].cpu()), other)
+    return relative_error(got[0].cpu(), other[0])
+
+
+def _flagged(plan: Plan) -> None:
+    cache = filled_cache(1, plan.kv_heads, plan.head_dim, 130, OFF)
+    q, k, v = _new(plan, 1, 0)
+    k[0, 0, 0, 0] = torch.nan
+    ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
+    if on_gpu():
+        torch.cuda.synchronize()
+    assert all(bool(x.isfinite().all()) for x in cache.dequantize()), "the cache holds NaN"
+    try:
+        triton_steps.look(cache)
+    except NonFiniteError:
+        return
+    raise AssertionError("nothing was told")
+
+
+def _stage_one(plan: Plan) -> None:
+    count = 512 if on_gpu() else 70
+    x = normals(2, plan.kv_heads, count, plan.head_dim, seed=4)
+    none, mean = torch.zeros(2, dtype=torch.int64), normals(2, plan.kv_heads, plan.head_dim, seed=5).float()
+    results = []
+    for provider in (quantize, quantizer.PYTORCH):
+        codes = torch.zeros(x.shape, dtype=torch.int8, device=x.device)
+        scales = torch.zeros(x.shape[:3], device=x.device)
+        provider.quantize_tokens(x, (none, none + count), none, mean, 64, True, codes, scales, none)
+        results.append((codes, scales))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
+
+
+def _pages(plan: Plan) -> None:
+    widths = (8, 4, 3, 2) * plan.kv_heads
+    layout = PageLayout(plan.head_dim, 64, widths[: plan.kv_heads], widths[1 : plan.kv_heads + 1], token_scales=True)
+    x = normals(4, plan.kv_heads, 64, plan.head_dim, seed=6).float() * 30
+    k8, v8 = (x.round().clamp(-119, 119).to(torch.int8), (-x).round().clamp(-119, 119).to(torch.int8))
+    scale = torch.full(x.shape[:3], 0.25, device=x.device)
+    for search in (False, True):
+        got = pages.encode_pages(layout, k8, v8, scale, scale, search)
+        want = quantizer.PYTORCH.encode_pages(layout, k8, v8, scale, scale, search)
+        assert torch.equal(got, want), f"{int((got != want).sum())} of {got.numel()} bytes differ"
+        decoded = pages.decode_pages(layout, want), quantizer.PYTORCH.decode_pages(layout, want)
+        assert all(torch.equal(a, b) for a, b in zip(*decoded, strict=True)), "decoded pages differ"
+
+
+def _assert_same(cache: ta.KVCache, other: ta.KVCache) -> None:
+    assert torch.equal(cache.seq_lens, other.seq_lens), "lengths differ"
+    for a, b in zip(cache.dequantize(), other.dequantize(), strict=True):
+        assert torch.equal(a, b), "stored values differ"
+
+
+def _new(plan: Plan, batch: int, turn: int) -> tuple[Tensor, Tensor, Tensor]:
+    q = normals(batch, plan.heads, 1, plan.head_dim, seed=20 + turn)
+    k, v = (normals(batch, plan.kv_heads, 1, plan.head_dim, seed=seed + turn) for seed in (40, 60))
+    return q, k, v.to(dtype())
+
+
+@contextlib.contextmanager
+def _never_waiting() -> Iterator[None]:
+    """PyTorch raises where the host would wait for the device."""
+    if not on_gpu():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,129 @@
+"""Calls that launch every kernel in every configuration that is shipped: for compiling (assembly.py)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from turboattention.config import TurboConfig
+from turboattention.kernels.triton import append, attention, pages, quantize
+from turboattention.kv.layout import PageLayout
+
+BATCH, KV_HEADS, GROUP = 2, 8, 4
+CONFIG = TurboConfig()
+
+Work = Callable[[], object]
+
+
+def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
+    """What a call is for, and the call. `quick`: every entry of configs.py once, in the default softmax."""
+    widths = {1: 4, 8: 3, 16: 2}
+    for head_dim in (64, 128, 256):
+        yield f"prefill d{head_dim}", _prefill(CONFIG, head_dim)
+    for group, bits in widths.items():
+        yield f"decode d128 int{bits}, group {group}", _decode(CONFIG, 128, (bits,) * KV_HEADS, group)
+    yield "stage 1 d128", _stage_one(128)
+    yield "append d128", _append(128, (2, 4) * (KV_HEADS // 2))
+    if quick:
+        return
+    for head_dim, softmax in itertools.product((64, 128), ("sas2", "exp")):
+        yield f"prefill d{head_dim} {softmax}", _prefill(CONFIG.replace(softmax=softmax), head_dim)
+    for head_dim, bits in itertools.product((64, 128), (8, 4, 3, 2)):
+        yield f"decode d{head_dim} int{bits}, group 4", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, GROUP)
+    for softmax in ("sas2", "exp"):
+        config = CONFIG.replace(softmax=softmax)
+        yield f"decode d128 int4, group 4, {softmax}", _decode(config, 128, (4,) * KV_HEADS, GROUP)
+    yield "pages for prefill d128", _chunk(128)
+    yield "page codec d128", _codec(128)
+
+
+def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256) -> Work:
+    q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
+    return lambda: attention.attend(
+        config, q, _standing(tokens, 0), None, _rows(head_dim, tokens, torch.float32), **_options(head_dim)
+    )
+
+
+def _decode(config: TurboConfig, head_dim: int, bits: tuple[int, ...], group: int) -> Work:
+    q = torch.zeros(BATCH, KV_HEADS * group, 1, head_dim, dtype=torch.bfloat16)
+    table = _table(head_dim, bits)
+    return lambda: attention.attend(
+        config, q, _standing(1, 4096), table, _rows(head_dim, 64, torch.bfloat16), **_options(head_dim)
+    )
+
+
+def _chunk(head_dim: int) -> Work:
+    """Many query rows over a cache."""
+    q = torch.zeros(BATCH, KV_HEADS * GROUP, 256, head_dim, dtype=torch.bfloat16)
+    table = _table(head_dim, (2, 4) * (KV_HEADS // 2))
+    return lambda: attention.attend(
+        CONFIG, q, _standing(256, 4096), table, _rows(head_dim, 256, torch.float32), **_options(head_dim)
+    )
+
+
+def _stage_one(head_dim: int) -> Work:
+    def work() -> None:
+        none = torch.zeros(BATCH, dtype=torch.int64)
+        mean = torch.zeros(BATCH, KV_HEADS, head_dim)
+        for tokens in (1, 4096):
+            x = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.bfloat16)
+            rows = _rows(head_dim, tokens, torch.float32)
+            span = none, none + tokens
+            quantize.quantize_tokens(x, span, none, mean, 64, True, rows.k8, rows.k_scale, none)
+            quantize.quantize_tokens(x, span, none, None, 0, True, rows.k8, rows.k_scale, none)
+            q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
+            quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, True)
+        quantize.first_block_mean(rows.k8, rows.k_scale, 4, 64, none > 0, mean)
+
+    return work
+
+
+def _append(head_dim: int, bits: tuple[int, ...]) -> Work:
+    layout = PageLayout(head_dim, 64, bits, bits, True)
+
+    def work() -> None:
+        rows, none = _rows(head_dim, 64, torch.bfloat16), torch.zeros(BATCH, dtype=torch.int64)
+        x = torch.zeros(BATCH, KV_HEADS, 1, head_dim, dtype=torch.bfloat16)
+        codes, scales = (rows.k8, rows.v8), (rows.k_scale, rows.v_scale)
+        mean, flag = torch.zeros(BATCH, KV_HEADS, head_dim), torch.zeros(1, dtype=torch.int32)
+        append.store_tokens(CONFIG, (x, x), none, none, mean, 64, codes, scales, flag)
+        append.flush_blocks(layout, codes, scales, none, True)
+
+    return work
+
+
+def _codec(head_dim: int) -> Work:
+    def work() -> None:
+        for bits, search in ((8, False), (4, True), (3, True), (2, True), (4, False)):
+            layout = PageLayout.uniform(KV_HEADS, head_dim, 64, bits, True)
+            k8, v8 = (torch.zeros(4, KV_HEADS, 64, head_dim, dtype=torch.int8) for _ in range(2))
+            scale = torch.ones(4, KV_HEADS, 64)
+            pages.encode_pages(layout, k8, v8, scale, scale, search)
+            pages.decode_pages(layout, torch.zeros(4, layout.page_bytes, dtype=torch.uint8))
+
+    return work
+
+
+def _standing(queries: int, before: int) -> attention.Standing:
+    first = torch.full((BATCH,), before)
+    return attention.Standing(first, torch.full((BATCH,), queries), first + queries)
+
+
+def _rows(head_dim: int, tokens: int, dtype: torch.dtype) -> attention.OpenRows:
+    codes = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.int8)
+    scales = torch.ones(BATCH, KV_HEADS, tokens, dtype=dtype)
+    return attention.OpenRows(codes, codes.clone(), scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
+
+
+def _table(head_dim: int, bits: tuple[int, ...]) -> attention.Pages:
+    compressed = PageLayout(head_dim, 64, bits, bits, True)
+    sinks = PageLayout.uniform(KV_HEADS, head_dim, 64, 8, True)
+    counts = torch.full((BATCH,), 64)
+    return attention.Pages(torch.zeros(BATCH, 128, dtype=torch.int64), counts, 1, sinks, compressed)
+
+
+def _options(head_dim: int) -> dict:
+    mean = torch.zeros(BATCH, KV_HEADS, head_dim)
+    return dict(kv_heads=KV_HEADS, scale=0.1, mean=mean, mean_from=1, causal=True, window=None, softcap=None, mask=None)

@@ -1,0 +1,47 @@
+"""Tensors and caches that several stages need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import turboattention as ta
+
+SEED = 0
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype() -> torch.dtype:
+    """bfloat16 on GPUs; Triton's interpreter truncates where it should round."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def normals(*shape: int, seed: int = SEED) -> Tensor:
+    generator = torch.Generator(device()).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device(), dtype=torch.float32).to(dtype())
+
+
+def filled_cache(
+    batch: int, kv_heads: int, head_dim: int, tokens: int, config: ta.TurboConfig, max_tokens: int | None = None
+) -> ta.KVCache:
+    """A cache of `tokens` random tokens a sequence, appended in chunks."""
+    cache = ta.KVCache(batch, kv_heads, head_dim, config=config, max_tokens=max_tokens, device=device(), dtype=dtype())
+    chunk = max(64, min(4096, (1 << 28) // max(1, batch * kv_heads * head_dim)))
+    for first in range(0, tokens, chunk):
+        count = min(chunk, tokens - first)
+        cache.append(*(normals(batch, kv_heads, count, head_dim, seed=2 * first + side) for side in range(2)))
+    return cache
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Attention in float32 of q [B, Hq, Lq, D] whose last row stands at the last key."""
+    group, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    logits = q.float() @ k.transpose(-1, -2) * q.shape[3] ** -0.5
+    if causal:
+        at = torch.arange(keys, device=q.device)
+        logits.masked_fill_(at > at[keys - queries :, None], -torch.inf)
+    return logits.softmax(-1) @ v

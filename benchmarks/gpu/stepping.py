@@ -1,0 +1,58 @@
+"""Stage "graph": whole decode steps, captured and not, step by step over block flushes; and what storing costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from plan import Plan
+from problem import dtype, filled_cache, normals
+from timing import each_call, graphed, on_gpu, once
+
+import turboattention as ta
+from turboattention.benchmarking.records import Row
+from turboattention.benchmarking.statistics import spread
+from turboattention.execution.triton_graph import DecodeGraph
+from turboattention.execution.triton_steps import Call, steps_of
+
+_STEPS = 192
+
+
+def rows(plan: Plan, peaks: dict[str, float]) -> Iterator[Row]:
+    steps = _STEPS if on_gpu() else 3
+    with torch.inference_mode():
+        for batch, tokens in plan.graph:
+            yield _steps(plan, batch, tokens, steps)
+
+
+def _steps(plan: Plan, batch: int, tokens: int, count: int) -> Row:
+    config = ta.TurboConfig(guard="off")
+    held = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, config, max_tokens=tokens + 2 * count + 64)
+    q = normals(batch, plan.heads, 1, plan.head_dim, seed=1)
+    k, v = (normals(batch, plan.kv_heads, 1, plan.head_dim, seed=seed) for seed in (2, 3))
+    eager = each_call(lambda: ta.turbo_attention_with_kvcache(q, held, k, v, backend="triton"), count)
+    graph = DecodeGraph(held, plan.heads, capture=on_gpu())
+    seconds = each_call(lambda: graph.step(q, k, v), count)
+    alone = steps_of(held)
+    assert alone is not None
+    attending = once(graphed(functools.partial(alone.run, q, None, None, Call(plan.head_dim**-0.5), fills=False)))
+    # A flush ends each run of 64 steps.
+    flush = max(seconds)
+    mean = sum(seconds) / len(seconds)
+    graph.close()
+    figures = {
+        "eager step": spread(eager).median,
+        "attention alone": attending,
+        "storing and flushing of a step": max(0.0, mean - attending) / mean,
+        "slowest step over the median": flush / spread(seconds).median,
+    }
+    shape = {
+        "batch": batch,
+        "keys": tokens,
+        "heads": plan.heads,
+        "kv_heads": plan.kv_heads,
+        "head_dim": plan.head_dim,
+        "steps": count,
+    }
+    return Row("graph", shape, "4", "turboattention triton", str(dtype()), None, spread(seconds), figures=figures)

@@ -1,0 +1,194 @@
+"""Decode-time storing: new tokens into the INT8 buffer, and blocks that are full into their pages.
+
+Lengths, positions and page addresses stand on the device and are read there: nothing waits for it, and the
+same launches serve every step (CUDA graphs).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...config import TurboConfig
+from ...errors import UnsupportedError
+from ...kv.layout import PageLayout
+from .pages import clear_padding, encode_head, layout_facts, page_places, refusal
+from .quantize import check_tiles, float_rows, indices, means, row_shape, stage_rows, store_codes
+
+Pair = tuple[Tensor, Tensor]
+"""Of keys and of values."""
+
+_SCALES = (torch.float32, torch.bfloat16)  # both hold a token's scale, of 4 mantissa bits, exactly
+
+
+@triton.jit(do_not_specialize=["rows", "heads", "tokens", "width", "mean_from"])
+def _store_kernel(
+    k,
+    v,
+    lengths,
+    start,
+    mean,
+    k_codes,
+    v_codes,
+    k_scales,
+    v_scales,
+    flag,
+    rows,
+    heads,
+    tokens,
+    width,
+    mean_from,
+    k_stride_b,
+    k_stride_h,
+    k_stride_t,
+    v_stride_b,
+    v_stride_h,
+    v_stride_t,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    tile, t = row // tokens, (row % tokens).to(tl.int64)
+    b, h = (tile // heads).to(tl.int64), (tile % heads).to(tl.int64)
+    position = tl.load(lengths + b, mask=there, other=0) + t
+    open_row = position - tl.load(start + b, mask=there, other=0)
+    wanted = there & (open_row >= 0) & (open_row < width)
+    to = tile.to(tl.int64) * width + open_row
+    if tl.program_id(1) == 0:
+        offsets = b * k_stride_b + h * k_stride_h + t * k_stride_t
+        values, scale = stage_rows(k, offsets, wanted, mean, tile, position >= mean_from, flag, D, ROWS, WIDTH, ROTATE)
+        store_codes(k_codes, to, wanted, values, D, WIDTH)
+        tl.store(k_scales + to, scale.to(k_scales.dtype.element_ty), mask=wanted)
+    else:
+        offsets = b * v_stride_b + h * v_stride_h + t * v_stride_t
+        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, flag, D, ROWS, WIDTH, ROTATE)
+        store_codes(v_codes, to, wanted, values, D, WIDTH)
+        tl.store(v_scales + to, scale.to(v_scales.dtype.element_ty), mask=wanted)
+
+
+def store_tokens(
+    config: TurboConfig,
+    new: Pair,
+    lengths: Tensor,
+    start: Tensor,
+    mean: Tensor | None,
+    mean_from: int,
+    codes: Pair,
+    scales: Pair,
+    flag: Tensor,
+) -> None:
+    """Quantize new tokens k, v [B, H, T, D] (any strides) into rows `lengths[b] - start[b] + t` of the buffer.
+
+    lengths, start: int64 [B], tokens stored before and the position of the buffer's row 0. mean: float32
+    [B, H, D] or None, off the keys from position `mean_from` on. codes: int8 [B, H, W, D], scales: float32
+    or bfloat16 [B, H, W], both contiguous and written into; what would stand beyond row W is dropped. A row
+    that is not finite, or beyond 1e18 in magnitude, is stored as zeros with scale 1, and `flag`
+    (int32 [1]) becomes 1. Raises DtypeError.
+    """
+    batch, heads, tokens, head_dim = new[0].shape
+    k, v = map(float_rows, new)
+    for side in zip(codes, scales, strict=True):
+        check_tiles(*side, _SCALES)
+    rows = batch * heads * tokens
+    if rows:
+        shape = row_shape(rows, head_dim)
+        _store_kernel[(triton.cdiv(rows, shape["ROWS"]), 2)](
+            k, v, indices(lengths, k), indices(start, k), means(mean), *codes, *scales, flag, rows, heads, tokens,
+            codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3], D=head_dim, ROTATE=config.rotate, **shape,
+        )  # fmt: skip
+
+
+# -- blocks that are full -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _flush_side(
+    codes,
+    scales,
+    page,
+    place,
+    width,
+    SIDE: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    encode_head(codes, scales, page, place, SIDE, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+    token = tl.arange(0, SIZE)
+    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]  # as in `encode_head`: one layout serves both
+    for at in range(0, width, SIZE):
+        behind = at + SIZE + token
+        moved = tl.load(codes + behind[:, None] * D + channel, mask=(behind < width)[:, None] & (channel < D), other=0)
+        scale = tl.load(scales + behind, mask=behind < width, other=0.0)
+        tl.debug_barrier()  # all of it is read before any of it is written over
+        here = at + token
+        tl.store(codes + here[:, None] * D + channel, moved, mask=(here < width)[:, None] & (channel < D))
+        tl.store(scales + here, scale, mask=here < width)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _flush_kernel(
+    k_codes,
+    v_codes,
+    k_scales,
+    v_scales,
+    fresh,
+    places,
+    width,
+    HEADS: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    USED: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    head, side, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    address = tl.load(fresh + b)
+    if address != 0:
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+        row = (b * HEADS + head) * width
+        if side == 0:
+            place = places + head * 6
+            _flush_side(
+                k_codes + row * D, k_scales + row, page, place, width,
+                0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
+            )  # fmt: skip
+            if head == 0:
+                clear_padding(page, USED, PAGE_BYTES)
+        else:
+            place = places + (HEADS + head) * 6
+            _flush_side(
+                v_codes + row * D, v_scales + row, page, place, width,
+                1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
+            )  # fmt: skip
+
+
+def flush_blocks(layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, search: bool) -> None:
+    """Compress the buffer's first block of every sequence whose `fresh` is not 0 into the page there.
+
+    fresh: int64 [B], addresses (multiples of 16) of pages laid out as `layout`. codes int8 [B, H, W, D],
+    scales float32 or bfloat16 [B, H, W], contiguous, at least a block long: rows behind the block move to
+    the front, zeros follow them. Other sequences stay as they are. Raises DtypeError, UnsupportedError.
+    """
+    refused = refusal(layout)
+    if refused:
+        raise UnsupportedError(refused)
+    for side in zip(codes, scales, strict=True):
+        check_tiles(*side, _SCALES)
+    batch, heads, width, _ = codes[0].shape
+    if batch * heads:
+        _flush_kernel[(heads, 2, batch)](
+            *codes, *scales, indices(fresh, codes[0]), page_places(layout, codes[0].device), width,
+            SEARCH=search, **layout_facts(layout),
+        )  # fmt: skip

@@ -1,0 +1,43 @@
+"""The splits of a decode brought together: one row of one query head a program."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .results import log_sum_exp, unrotated
+from .softmax import LOG2_E
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"])
+def combine(
+    acc_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, splits, tiles, group, queries,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, KV heads, sequences); acc, peak and total as `decode` leaves them, out [B, Hkv g, Lq, D]
+    contiguous, lse float32. SPLITS: a power of two, at least `splits`."""
+    row = tl.program_id(0)
+    base = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    at = (base * tiles + row // R) * splits * R + row % R
+    s = tl.arange(0, SPLITS)
+    peaks = tl.load(peak_ptr + at + s * R, mask=s < splits, other=float("-inf"))
+    totals = tl.load(total_ptr + at + s * R, mask=s < splits, other=0.0)
+    peak = tl.max(peaks, 0)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(totals * tl.exp2((peaks - safe) * LOG2_E), 0)
+    d = tl.arange(0, WIDE)
+    TOGETHER: tl.constexpr = 8 if SPLITS > 8 else SPLITS
+    out = tl.zeros((TOGETHER, WIDE), tl.float32)
+    for begin in tl.range(0, splits, TOGETHER):
+        some = begin + tl.arange(0, TOGETHER)
+        share = tl.load(peak_ptr + at + some * R, mask=some < splits, other=float("-inf"))
+        share = tl.exp2((share - safe) * LOG2_E)
+        # Where a split saw nothing its memory holds anything.
+        part = tl.load(acc_ptr + (at + some * R)[:, None] * WIDE + d[None, :], mask=(share > 0.0)[:, None], other=0.0)
+        out = tl.fma(part, share[:, None], out)
+    result = tl.sum(out, 0)[None, :] * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-30), 0.0)
+    if ROTATE:
+        result = unrotated(result, 1, D, WIDE)
+    to = (base * group + row % group) * queries + row // group
+    tl.store(out_ptr + to * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
+    tl.store(lse_ptr + to, log_sum_exp(peak, total))

@@ -1,0 +1,106 @@
+"""Launch configurations as data: few, by architecture, chosen once for a device.
+
+Found by reading the assembly (tests/kernels/triton/test_assembly.py): none spills registers to memory.
+An architecture stands for those after it, up to the next one in the table.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched: `rows` of queries a program takes, warps, pipeline stages."""
+
+    rows: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch. Fusion is named because Triton's default changed in 3.9."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What kernels ask about a device beside its launches.
+
+    assembly: "ptx" where inline assembly of NVIDIA's may be used, else "".
+    slow_int_to_float: whether converting integers has a slow unit of its own, so that adding a magic
+    number is faster. least_rows: fewest columns of a product in decode.
+    """
+
+    name: str
+    assembly: str
+    slow_int_to_float: bool
+    least_rows: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture("sm_80", "ptx", True, 4),
+    "sm_90": Architecture("sm_90", "ptx", False, 4),
+    "gfx942": Architecture("gfx942", "", False, 16),
+    "interpreter": Architecture("interpreter", "", False, 4),
+}
+
+# By head_dim, up to and including the one named.
+_PREFILL = {
+    "sm_80": {64: Launch(128, 8, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 1)},
+    "sm_90": {64: Launch(128, 8, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 3)},
+    "gfx942": {64: Launch(128, 8, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
+    "interpreter": {256: Launch(64, 4, 1)},
+}
+
+# By columns of the product: query rows of a KV head's group, a power of two.
+_DECODE = {
+    "sm_80": {4: Launch(4, 1, 3), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
+    "sm_90": {4: Launch(4, 1, 3), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
+    "gfx942": {16: Launch(16, 4, 1)},
+    "interpreter": {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)},
+}
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> Architecture:
+    """The entry that stands for a device; the interpreter's for the CPU."""
+    if device.type == "cpu":
+        return ARCHITECTURES["interpreter"]
+    if torch.version.hip:
+        return ARCHITECTURES["gfx942"]
+    major, _ = torch.cuda.get_device_capability(device)
+    return ARCHITECTURES["sm_90" if major >= 9 else "sm_80"]
+
+
+@functools.cache
+def prefill(architecture: Architecture, head_dim: int) -> Launch:
+    """Many query rows over INT8 rows."""
+    table = _PREFILL[architecture.name]
+    return table[min(size for size in table if size >= head_dim)]
+
+
+@functools.cache
+def decode(architecture: Architecture, rows: int) -> Launch:
+    """Few query rows over pages: `rows` of a KV head's group, cut into programs of at most `Launch.rows`."""
+    table = _DECODE[architecture.name]
+    fitting = [size for size in table if size >= rows]
+    return table[min(fitting) if fitting else max(table)]
+
+
+LARGEST_DECODE_ROWS = 16
+"""Query rows of a KV head's group up to which decode's kernel is taken, in one program."""
+
+
+def splits(blocks: int, programs: int, device: torch.device) -> int:
+    """Parts that the blocks of a sequence are cut into, so that `programs` times as many occupy a device."""
+    wanted = -(-4 * _processors(device) // max(1, programs))
+    return max(1, min(wanted, -(-blocks // 4), 64))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

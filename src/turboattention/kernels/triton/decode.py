@@ -1,0 +1,265 @@
+"""Attention of few query rows over pages as they lie, sinks and open INT8 rows, in splits of a sequence.
+
+All is transposed: tokens (then channels) are the rows of the products, query rows their columns, so that
+packed codes are the first operand. `q . (code step + zero) = (q step) . code + q . zero`, and `q step` is split
+into 128 high + low, which stand in neighbouring columns. V needs no step in the product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .operands import PLACES, largest_of, places_of, token_scales
+from .sight import row_sight
+from .softmax import LEVELS, rescaled, sum_of_levels, weigh
+from .unpacking import as_int8, field, shifted, stack, third
+
+
+@triton.jit
+def _key_products(page, place, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+                  ASM: tl.constexpr):  # fmt: skip
+    """INT8 products of 64 packed keys and queries, int32 [64, R]. q_low, q_high int32 [WIDE / 2, 2 R]: channels
+    c % 8 < 4 and the others, every query twice; is_high: its second column."""
+    HALF: tl.constexpr = WIDE // 2
+    R: tl.constexpr = q_low.shape[1] // 2
+    half = tl.arange(0, HALF)
+    channel = half // 4 * 8 + half % 4
+    inside = None if D == WIDE else (channel < D)[None, :]
+    FIELD_TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
+    u = tl.arange(0, FIELD_TOKENS)
+    codes = page + place[0]
+    at = (half // 4 * (64 * BITS) + half % 4)[None, :] + (u * 4)[:, None]
+    b = tl.load(codes + at, mask=inside)
+    if BITS == 8:
+        low = as_int8(b, ASM)
+        high = as_int8(tl.load(codes + 256 + at, mask=inside), ASM)
+        w_low = tl.where(is_high, 0, q_low).to(tl.int8)
+        w_high = tl.where(is_high, 0, q_high).to(tl.int8)
+        s = tl.dot(low, w_low, out_dtype=tl.int32)
+        s = tl.dot(high, w_high, acc=s, out_dtype=tl.int32)
+    else:
+        if BITS == 4:
+            low = field(b, 0, BITS, ASM)
+            high = field(b, 1, BITS, ASM)
+        else:
+            low = stack(field(b, 0, BITS, ASM), field(b, 1, BITS, ASM), True)
+            high = stack(field(b, 2, BITS, ASM), field(b, 3, BITS, ASM), True)
+        column = None if D == WIDE else channel < D
+        steps = page + place[1] + channel
+        zeros = page + place[2] + channel
+        step_low = tl.load(steps, mask=column).to(tl.int32)[:, None]
+        step_high = tl.load(steps + 4, mask=column).to(tl.int32)[:, None]
+        zero_low = tl.load(zeros, mask=column).to(tl.int8, bitcast=True).to(tl.int32)[:, None]
+        zero_high = tl.load(zeros + 4, mask=column).to(tl.int8, bitcast=True).to(tl.int32)[:, None]
+        w_low = q_low * step_low
+        w_high = q_high * step_high
+        top_low = (w_low + 64) >> 7
+        top_high = (w_high + 64) >> 7
+        w_low = tl.where(is_high, top_low, w_low - top_low * 128).to(tl.int8)
+        w_high = tl.where(is_high, top_high, w_high - top_high * 128).to(tl.int8)
+        offset = tl.sum(tl.where(is_high, 0, q_low * zero_low + q_high * zero_high), 0)
+        s = tl.dot(low.to(tl.int8, bitcast=True), w_low, out_dtype=tl.int32)
+        s = tl.dot(high.to(tl.int8, bitcast=True), w_high, acc=s, out_dtype=tl.int32)
+        if BITS == 3:
+            # Products of their own: to join the planes first costs twice the instructions.
+            line = (half // 4 * (64 * BITS) + 128 + half % 4)[None, :] + (tl.arange(0, 16) * 4)[:, None]
+            b = tl.load(codes + line, mask=inside)
+            low = stack(stack(third(b, 0, ASM), third(b, 1, ASM), True),
+                        stack(third(b, 2, ASM), third(b, 3, ASM), True), True)  # fmt: skip
+            high = stack(stack(third(b, 4, ASM), third(b, 5, ASM), True),
+                         stack(third(b, 6, ASM), third(b, 7, ASM), True), True)  # fmt: skip
+            s = tl.dot(low.to(tl.int8, bitcast=True), w_low, acc=s, out_dtype=tl.int32)
+            s = tl.dot(high.to(tl.int8, bitcast=True), w_high, acc=s, out_dtype=tl.int32)
+        s = s * tl.where(is_high, 128, 1) + offset[None, :]
+    return tl.sum(tl.reshape(s, (64, R, 2)), 2)
+
+
+@triton.jit
+def _value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Packed values times weights (`round_levels` [64, R]): float32 [WIDE, R]."""
+    d = tl.arange(0, WIDE)
+    inside = None if D == WIDE else (d < D)[:, None]
+    FIELD_TOKENS: tl.constexpr = 8 * BITS if BITS == 8 or BITS == 4 else 16
+    j = tl.arange(0, FIELD_TOKENS)
+    codes = page + place[0]
+    b = tl.load(codes + (d // 8 * (64 * BITS) + d % 8 * 4)[:, None] + (j // 4 * 32 + j % 4)[None, :], mask=inside)
+    weights = p.to(tl.int8)
+    if BITS == 8:
+        result = tl.dot(as_int8(b, ASM), weights, out_dtype=tl.int32).to(tl.float32)
+    else:
+        v = stack(field(b, 0, BITS, ASM), field(b, 1, BITS, ASM), False)
+        if BITS < 4:
+            v = stack(v, stack(field(b, 2, BITS, ASM), field(b, 3, BITS, ASM), False), False)
+        o = tl.dot(v.to(tl.int8, bitcast=True), weights, out_dtype=tl.int32)
+        if BITS == 3:
+            # Half the tokens a byte line: shifted by one for the other half.
+            line = (d // 8 * (64 * BITS) + 128 + d % 8 * 4)[:, None] + (j // 4 % 2 * 32 + j % 4)[None, :]
+            by = tl.broadcast_to((j // 8).to(tl.uint8)[None, :], (WIDE, FIELD_TOKENS))
+            b = shifted(tl.load(codes + line, mask=inside), by, ASM)
+            v = stack(stack(third(b, 0, ASM), third(b, 2, ASM), False),
+                      stack(third(b, 4, ASM), third(b, 6, ASM), False), False)  # fmt: skip
+            o = tl.dot(v.to(tl.int8, bitcast=True), weights, acc=o, out_dtype=tl.int32)
+        column = None if D == WIDE else d < D
+        step = tl.load(page + place[1] + d, mask=column).to(tl.float32)[:, None]
+        zero = tl.load(page + place[2] + d, mask=column).to(tl.int8, bitcast=True).to(tl.float32)[:, None]
+        result = tl.fma(o.to(tl.float32), step, zero * sum_of_levels(p, 0)[None, :])
+    return result
+
+
+@triton.jit
+def _over_pages(
+    acc, total, peak, table_ptr, begin, end, blank_ptr, place, queries, sight, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Folds pages `begin` to `end` of one layout in."""
+    q_low, q_high, is_high, unit, mean, mean_from = queries
+    k_place, v_place = places_of(place, D)
+    t = tl.arange(0, 64)
+    # Loaded a block ahead: or loads of pages could not be.
+    ahead = tl.load(table_ptr + begin, mask=begin < end, other=0)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        evicted = ahead == 0
+        address = tl.where(evicted, blank_ptr.to(tl.int64), ahead)
+        ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1))
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+        s = _key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
+        s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]
+        v_scale = token_scales(page, v_place, t, BY_TOKEN)
+        largest = largest_of(v_scale)
+        p, block_total, block_peak = weigh(
+            s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
+            sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
+        )  # fmt: skip
+        o = _value_products(page, v_place, p, WIDE, D, V_BITS, ASM)
+        peak, keep, each = rescaled(peak, tl.where(evicted, float("-inf"), block_peak))
+        total = total * keep + block_total * each
+        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+    return acc, total, peak
+
+
+@triton.jit
+def _over_rows(
+    acc, total, peak, rows, begin, end, q, unit, mean, mean_from, sight, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """Folds blocks `begin` to `end` of open rows in. rows: (k8, v8, their scales, offset of position 0 in rows,
+    the position behind the last); q int8 [WIDE, R]."""
+    k8_ptr, v8_ptr, ks_ptr, vs_ptr, origin, used = rows
+    t = tl.arange(0, 64)
+    d = tl.arange(0, WIDE)
+    for block in tl.range(begin, end, num_stages=1):
+        key = block * 64 + t
+        there = key < used
+        at = origin + key
+        inside = there[:, None] & (d < D)[None, :]
+        k = tl.load(k8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
+        s = tl.dot(k, q, out_dtype=tl.int32).to(tl.float32)
+        s *= tl.load(ks_ptr + at, mask=there, other=0.0).to(tl.float32)[:, None]
+        v_scale = tl.load(vs_ptr + at, mask=there, other=0.0).to(tl.float32)
+        largest = largest_of(v_scale)
+        p, block_total, block_peak = weigh(
+            s, unit, tl.where(block >= mean_from, mean, 0.0), key, v_scale / largest * LEVELS,
+            sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
+        )  # fmt: skip
+        v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
+        o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
+        peak, keep, each = rescaled(peak, block_peak)
+        total = total * keep + block_total * each
+        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from", "mask_keys"])
+def decode(
+    q_ptr, unit_ptr, mean_ptr, first_ptr, valid_ptr, lengths_ptr,
+    table_ptr, counts_ptr, table_stride, blank_ptr, sink_blocks, sink_places_ptr, places_ptr,
+    k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, width,
+    acc_ptr, peak_ptr, total_ptr,
+    mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
+    kv_heads, group, queries, tiles, window, mean_from, cap, threshold,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    SINKS: tl.constexpr, OPEN: tl.constexpr, BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits, heads of one pair of widths x tiles of R rows, sequences).
+
+    Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, WIDE] (left as it was where a split sees
+    nothing), peak (a logit, -inf where nothing is seen) and total (in units of 1/127) [B, Hkv, tiles, splits, R].
+    K_BITS 0: no compressed pages.
+    """
+    splits = tl.num_programs(0)
+    split = tl.program_id(0)
+    tile = tl.program_id(1) % tiles
+    b = tl.program_id(2)
+    place = places_ptr + tl.program_id(1) // tiles * PLACES
+    sink_place = sink_places_ptr + tl.program_id(1) // tiles * PLACES
+    h = tl.load(place)
+    first = tl.load(first_ptr + b).to(tl.int32)
+    valid = tl.load(valid_ptr + b).to(tl.int32)
+    length = tl.load(lengths_ptr + b).to(tl.int32)
+    rows = queries * group
+    row = tile * R + tl.arange(0, R)
+    begin, end = row_sight(row, group, first, valid, length, window, CAUSAL, WINDOW)
+    low = tl.min(tl.where(end > begin, begin, length), 0) // 64
+    high = tl.cdiv(tl.max(end, 0), 64)
+    each_split = tl.maximum(tl.cdiv(high - low, splits), 1)
+    low = low + split * each_split
+    high = tl.minimum(high, low + each_split)
+    base = (b * kv_heads + h).to(tl.int64)
+    partial = ((base * tiles + tile) * splits + split) * R + tl.arange(0, R)
+    if low >= high:
+        tl.store(peak_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(total_ptr + partial, tl.zeros((R,), tl.float32))
+    else:
+        half = tl.arange(0, WIDE // 2)
+        channel = (half // 4 * 8 + half % 4)[:, None]
+        column = tl.arange(0, 2 * R)
+        q_row = tile * R + column // 2
+        q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
+        q_there = (q_row < rows)[None, :] & (channel < D)
+        q_low = tl.load(q_at, mask=q_there, other=0).to(tl.int32)
+        q_high = tl.load(q_at + 4, mask=q_there, other=0).to(tl.int32)
+        is_high = (column % 2 == 1)[None, :]
+        at = (base * group + row % group) * queries + row // group
+        unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
+        mean = tl.zeros_like(unit)
+        if MEAN:
+            mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
+        rows_seen = (q_low, q_high, is_high, unit, mean, mean_from)
+        mask_row = tl.minimum(row, rows - 1)
+        mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
+        sight = (begin, end, mask)
+        acc = tl.zeros((WIDE, R), tl.float32)
+        total = tl.zeros((R,), tl.float32)
+        peak = tl.full((R,), float("-inf"), tl.float32)
+        if SINKS or K_BITS > 0:
+            count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
+            table_ptr += b.to(tl.int64) * table_stride
+        if K_BITS > 0:
+            acc, total, peak = _over_pages(
+                acc, total, peak, table_ptr, tl.maximum(low, sink_blocks), count, blank_ptr, place,
+                rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, None,
+            )  # fmt: skip
+        if SINKS:
+            acc, total, peak = _over_pages(
+                acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
+                rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, 1,
+            )  # fmt: skip
+        if OPEN:
+            start = tl.load(start_ptr + b).to(tl.int32)
+            open_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
+            d = tl.arange(0, WIDE)[:, None]
+            q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
+            acc, total, peak = _over_rows(
+                acc, total, peak, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
+                sight, cap, threshold,
+                WIDE, D, FORM, CUT, CAP, MASK,
+            )  # fmt: skip
+        tl.store(acc_ptr + partial[None, :] * WIDE + tl.arange(0, WIDE)[:, None], acc)
+        tl.store(peak_ptr + partial, peak)
+        tl.store(total_ptr + partial, total)

@@ -1,0 +1,155 @@
+"""Blocks as operands for many query rows: pages unpacked, INT8 rows laid out, once for all queries.
+
+A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64], channels past D zero, with float32
+K scales [64], V levels [64] (127 times a token's scale relative to the block's largest) and that scale. Blocks
+stand in order of their positions, wherever they come from. Peak memory beside a cache: `bytes_a_block`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .softmax import LEVELS
+
+# What a head's row of `places` holds (see attention._places).
+PLACES = tl.constexpr(16)
+
+
+def bytes_a_block(wide: int) -> int:
+    """Of one KV head."""
+    return 64 * (2 * wide + 4 + 4) + 4
+
+
+@triton.jit
+def places_of(place, D: tl.constexpr):
+    """A head's row of `places`, with what the compiler cannot know: by how much these offsets divide."""
+    EIGHTS: tl.constexpr = 16 if D % 16 == 0 else 8
+    k_codes = tl.multiple_of(tl.load(place + 1), 16)
+    v_codes = tl.multiple_of(tl.load(place + 2), 16)
+    k_step = tl.multiple_of(tl.load(place + 3), EIGHTS)
+    k_zero = tl.multiple_of(tl.load(place + 4), EIGHTS)
+    v_step = tl.multiple_of(tl.load(place + 5), EIGHTS)
+    v_zero = tl.multiple_of(tl.load(place + 6), EIGHTS)
+    k_token = tl.multiple_of(tl.load(place + 7), 16)
+    v_token = tl.multiple_of(tl.load(place + 8), 16)
+    k_scale = tl.multiple_of(tl.load(place + 9), 4)
+    v_scale = tl.multiple_of(tl.load(place + 10), 4)
+    return (k_codes, k_step, k_zero, k_token, k_scale), (v_codes, v_step, v_zero, v_token, v_scale)
+
+
+@triton.jit
+def token_scales(page, place, t, BY_TOKEN: tl.constexpr):
+    """A page's scales of tokens t, float32; `place`: of K or V, as in `places_of`."""
+    bits = tl.zeros_like(t) + tl.load((page + place[4]).to(tl.pointer_type(tl.int32)))
+    if BY_TOKEN:
+        bits -= tl.load(page + place[3] + t).to(tl.int32) << 19
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def largest_of(scales):
+    """The largest scale of a block: 1 where all are zero."""
+    largest = tl.max(scales, 0)
+    return tl.where(largest > 0.0, largest, 1.0)
+
+
+@triton.jit
+def _codes(octets, index, inside, BITS: tl.constexpr):
+    """Codes `index` (of 512) of octets, uint8."""
+    if BITS == 8:
+        code = tl.load(octets + index, mask=inside, other=128)
+    elif BITS == 4:
+        code = (tl.load(octets + index % 256, mask=inside, other=0) >> (index // 256 * 4).to(tl.uint8)) & 15
+    else:
+        code = (tl.load(octets + index % 128, mask=inside, other=0) >> (index // 128 * 2).to(tl.uint8)) & 3
+        if BITS == 3:
+            high = tl.load(octets + 128 + index % 64, mask=inside, other=0) >> (index // 64).to(tl.uint8)
+            code |= (high & 1) << 2
+    return code
+
+
+@triton.jit
+def _restored(code, page, place, channel, inside, BITS: tl.constexpr):
+    """INT8 of codes: bytes wrap, but `code step + zero` fits one."""
+    if BITS == 8:
+        code ^= 128
+    else:
+        step = tl.load(page + place[1] + channel, mask=inside, other=0)
+        zero = tl.load(page + place[2] + channel, mask=inside, other=0)
+        code = code * step + zero
+    return code.to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE: tl.constexpr):
+    at = at.to(tl.int64)
+    largest = largest_of(v_scale)
+    tl.store(k_ptr + at * (64 * WIDE) + t[:, None] * WIDE + d[None, :], k)
+    tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + t[None, :], v)
+    tl.store(k_scale_ptr + at * 64 + t, k_scale)
+    tl.store(v_level_ptr + at * 64 + t, v_scale / largest * LEVELS)
+    tl.store(v_scale_ptr + at, largest)
+
+
+@triton.jit(do_not_specialize=["table_stride", "first_block", "first_head", "heads", "first_sequence", "blocks"])
+def page_operands(
+    table_ptr, counts_ptr, places_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
+    table_stride, first_block, first_head, heads, first_sequence, blocks,
+    D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks from first_block on, heads of one pair of widths, sequences from first_sequence on).
+
+    table: int64 [B, table_stride] addresses of pages (0: evicted, left alone); counts int64 [B]; operands
+    of `heads` heads from first_head on and `blocks` blocks.
+    """
+    block = first_block + tl.program_id(0)
+    b = first_sequence + tl.program_id(2)
+    address = tl.load(table_ptr + b.to(tl.int64) * table_stride + block)
+    if (block < tl.load(counts_ptr + b)) & (address != 0):
+        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+        place = places_ptr + tl.program_id(1) * PLACES
+        k_place, v_place = places_of(place, D)
+        t = tl.arange(0, 64)
+        d = tl.arange(0, WIDE)
+        inside = d < D
+        octet = (d // 8 * (64 * K_BITS))[None, :]
+        index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
+        k = _codes(page + k_place[0] + octet, index, inside[None, :], K_BITS)
+        k = _restored(k, page, k_place, d[None, :], inside[None, :], K_BITS)
+        octet = (d // 8 * (64 * V_BITS))[:, None]
+        index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]
+        v = _codes(page + v_place[0] + octet, index, inside[:, None], V_BITS)
+        v = _restored(v, page, v_place, d[:, None], inside[:, None], V_BITS)
+        k_scale = token_scales(page, k_place, t, BY_TOKEN)
+        v_scale = token_scales(page, v_place, t, BY_TOKEN)
+        at = (tl.program_id(2) * heads + tl.load(place) - first_head) * blocks + block
+        _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE)
+
+
+@triton.jit(do_not_specialize=["first_head", "first_sequence", "blocks"])
+def row_operands(
+    k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, lengths_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
+    width, kv_heads, first_head, first_sequence, blocks,
+    D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of rows, KV heads from first_head on, sequences from first_sequence on): k8, v8 int8
+    [B, Hkv, width, D] with scales of any float dtype, row 0 at position start[b]."""
+    b = first_sequence + tl.program_id(2)
+    start = tl.load(start_ptr + b).to(tl.int32)
+    used = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32) - start, width)
+    row = tl.program_id(0) * 64
+    if row < used:
+        t = tl.arange(0, 64)
+        d = tl.arange(0, WIDE)
+        of = (b * kv_heads + first_head + tl.program_id(1)).to(tl.int64) * width + row
+        there = row + t < used
+        k_in = k8_ptr + of * D + t[:, None] * D + d[None, :]
+        k = tl.load(k_in, mask=there[:, None] & (d < D)[None, :], other=0)
+        v_in = v8_ptr + of * D + t[:, None] * D + d[None, :]
+        v = tl.load(v_in, mask=there[:, None] & (d < D)[None, :], other=0)
+        k_scale = tl.load(ks_ptr + of + t, mask=there, other=0.0).to(tl.float32)
+        v_scale = tl.load(vs_ptr + of + t, mask=there, other=0.0).to(tl.float32)
+        at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * blocks + start // 64 + tl.program_id(0)
+        v = tl.trans(v)
+        _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE)

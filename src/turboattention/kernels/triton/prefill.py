@@ -1,0 +1,113 @@
+"""Attention of many query rows over blocks of 64 INT8 keys and values, both products in integers.
+
+The operands are those of `operands`: K [64, D] and V^T [D, 64] a block. Rows of a KV head are counted
+as in `sight`, so that a program's rows are neighbours of all its query heads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .results import log_sum_exp, unrotated
+from .sight import row_sight
+from .softmax import as_float, rescaled, weigh
+
+
+@triton.jit
+def _fold_block(
+    acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+    WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
+    MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr,
+):  # fmt: skip
+    k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr = operands
+    t = tl.arange(0, 64)
+    d = tl.arange(0, WIDE)
+    key = block * 64 + t
+    at = block * tl.full((), 64 * WIDE, tl.int64)
+    k = tl.load(k_ptr + at + t[None, :] * WIDE + d[:, None])
+    s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * tl.load(k_scale_ptr + key)[None, :]
+    if MEAN:
+        mean = tl.where(block >= mean_from, mean, 0.0)
+    levels = tl.load(v_level_ptr + key)
+    p, block_total, block_peak = weigh(s, unit, mean, key, levels, sight, cap, threshold, FORM, CUT, SEEN, CAP, MASK, 1)
+    v = tl.load(v_ptr + at + d[None, :] * 64 + t[:, None])
+    o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
+    peak, keep, each = rescaled(peak, block_peak)
+    total = total * keep + block_total * each
+    each = each * tl.load(v_scale_ptr + block)
+    return tl.fma(o, each[:, None], acc * keep[:, None]), total, peak
+
+
+@triton.jit(do_not_specialize=["first_head", "first_sequence", "blocks", "window", "mean_from", "mask_keys"])
+def prefill(
+    q_ptr, unit_ptr, mean_ptr, first_ptr, valid_ptr, lengths_ptr,
+    k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, out_ptr, lse_ptr,
+    mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
+    first_head, first_sequence, kv_heads, group, queries, blocks, window, mean_from, cap, threshold,
+    D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
+    ROTATE: tl.constexpr, SLOW: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of M rows, KV heads, sequences) of a part of the batch from first_head, first_sequence on.
+
+    q int8 [B, Hkv, g, Lq, D]; unit, mean float32 [B, Hkv, g, Lq]; operands of `blocks` blocks a KV head of
+    that part; out [B, Hkv g, Lq, D] contiguous, lse float32.
+    """
+    own = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    b = first_sequence + tl.program_id(2)
+    h = first_head + tl.program_id(1)
+    # The last rows see most under a causal mask: they go first.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M + tl.arange(0, M)
+    there = row < queries * group
+    at = ((b * kv_heads + h).to(tl.int64) * group + row % group) * queries + row // group
+    d = tl.arange(0, WIDE)
+    inside = there[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
+    unit = tl.load(unit_ptr + at, mask=there, other=1.0)
+    mean = tl.zeros_like(unit)
+    if MEAN:
+        mean = tl.load(mean_ptr + at, mask=there, other=0.0)
+    first = tl.load(first_ptr + b).to(tl.int32)
+    valid = tl.load(valid_ptr + b).to(tl.int32)
+    length = tl.load(lengths_ptr + b).to(tl.int32)
+    begin, end = row_sight(row, group, first, valid, length, window, CAUSAL, WINDOW)
+    some = end > begin
+    low = tl.min(tl.where(some, begin, length), 0) // 64
+    high = tl.cdiv(tl.max(end, 0), 64)
+    # Blocks that all rows see as a whole; rows that see nothing are left out at the end.
+    clear = tl.maximum(tl.cdiv(tl.max(tl.where(some, begin, 0), 0), 64), low)
+    clear_end = tl.maximum(tl.minimum(tl.min(tl.where(some, end, length), 0) // 64, high), clear)
+    if MASK != "":
+        clear = high
+        clear_end = high
+    blocks_before = own.to(tl.int64) * blocks
+    k_ptr += blocks_before * (64 * WIDE)
+    v_ptr += blocks_before * (64 * WIDE)
+    operands = (k_ptr, v_ptr, k_scale_ptr + blocks_before * 64, v_level_ptr + blocks_before * 64,
+                v_scale_ptr + blocks_before)  # fmt: skip
+    mask_row = tl.minimum(row, queries * group - 1)
+    mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
+    sight = (begin, end, mask)
+    acc = tl.zeros((M, WIDE), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    peak = tl.full((M,), float("-inf"), tl.float32)
+    if MASK == "":
+        for block in tl.range(clear, clear_end):
+            acc, total, peak = _fold_block(
+                acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+                WIDE, FORM, CUT, False, CAP, MASK, MEAN, SLOW,
+            )  # fmt: skip
+    before = tl.maximum(tl.minimum(clear, high) - low, 0)
+    for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
+        block = tl.where(i < before, low + i, clear_end + i - before)
+        acc, total, peak = _fold_block(
+            acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+            WIDE, FORM, CUT, True, CAP, MASK, MEAN, SLOW,
+        )  # fmt: skip
+    total = tl.where(some, total, 0.0)
+    out = acc * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1.0), 0.0)[:, None]
+    if ROTATE:
+        out = unrotated(out, M, D, WIDE)
+    tl.store(out_ptr + at[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + at, log_sum_exp(peak, total), mask=there)

@@ -1,0 +1,131 @@
+"""Attention weights of one block against the block's own maximum, as INT8 (numerics.md sections 5 and 6).
+
+Weights are in units of 1/127. The exponentials: `sas` takes e^-n from the exponential unit and a cubic,
+`sas2` takes 2^-n from exponent bits and a cubic, `exp` is exact. Arguments of the latter two are in base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .sight import masked
+
+LEVELS = tl.constexpr(127.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# 1.5 * 2^23: what is added to it is rounded to an integer, half to even, which stands in its low bits.
+_MAGIC = tl.constexpr(12582912.0)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_SUM_OF_64 = tl.constexpr(0x30000000)  # -64 * 0x4B400000 modulo 2^32
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def as_float(x, SLOW: tl.constexpr):
+    """int32 below 2^22 in magnitude to float32, exactly; by addition where conversion has a SLOW unit."""
+    return (x + _MAGIC_BITS).to(tl.float32, bitcast=True) - _MAGIC if SLOW else x.to(tl.float32)
+
+
+@triton.jit
+def round_levels(weight, unit):
+    """`weight * unit` rounded half to even, in the low bits of the result (int32)."""
+    return bits_of(tl.fma(weight, unit, _MAGIC))
+
+
+@triton.jit
+def sum_of_levels(levels, AXIS: tl.constexpr):
+    """Sum over 64 results of `round_levels`, float32: their high bits wrap and are taken off."""
+    return (tl.sum(levels, AXIS) + _SUM_OF_64).to(tl.float32)
+
+
+@triton.jit
+def exponential(x, FORM: tl.constexpr, CUT: tl.constexpr, threshold):
+    """e^x (2^x but for "sas") for x <= 0, 1 at 0. Where CUT, zero below `threshold`; elsewhere what lies
+    below it rounds to no level anyway."""
+    if FORM == "exp":
+        weight = tl.exp2(x)
+    elif FORM == "sas2":
+        z = tl.maximum(x, -24.0) + 0.5
+        t = z + _MAGIC  # -floor(-x) in the low bits
+        g = z - (t - _MAGIC)  # half less the fraction; the cubic is expanded about there
+        p = tl.fma(tl.fma(tl.fma(g, 0.0391340, 0.1718548), g, 0.4902165), g, 0.7070363)
+        weight = (bits_of(p) + (bits_of(t) << 23)).to(tl.float32, bitcast=True)
+    else:
+        z = tl.maximum(x, -8.0 if not CUT else -88.0) + 0.5
+        n = (z + _MAGIC) - _MAGIC
+        g = z - n
+        p = tl.fma(tl.fma(tl.fma(g, 0.1025, 0.30885), g, 0.606475), g, 0.6063375)
+        weight = tl.exp2(n * LOG2_E) * p
+    if CUT and FORM != "exp":
+        weight = tl.where(x < threshold, 0.0, weight)
+    return weight
+
+
+@triton.jit
+def softcapped(x, cap):
+    """`cap * tanh(x / cap)`; near 0, where the quotient cancels, by tanh's series."""
+    y = x / cap
+    square = tl.minimum(y * y, 1.0)
+    series = tl.fma(tl.fma(tl.fma(62.0 / 2835.0, square, -17.0 / 315.0), square, 2.0 / 15.0), square, -1.0 / 3.0)
+    e = tl.exp2(tl.abs(y) * (-2.0 * LOG2_E))
+    far = (1.0 - e) / (1.0 + e)
+    return cap * tl.where(tl.abs(y) < 0.25, y + series * square * y, tl.where(y < 0, -far, far))
+
+
+@triton.jit
+def weigh(
+    s, unit, mean, key, value_levels, sight, cap, threshold,
+    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    AXIS: tl.constexpr,
+):  # fmt: skip
+    """Weights of 64 keys, which stand along AXIS of s.
+
+    s: float32 products times key scales; unit > 0, mean: per row, what one of s counts and what is added;
+    value_levels: per key, 127 times V's scale relative to the block's largest; sight: (begin, end, mask),
+    the keys that each row sees (read where SEEN), and what `sight.masked` needs. CAP, MASK: softcap, and the
+    kind of mask ("" without).
+
+    Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
+    them in units of 1/127, and the block's maximum, a logit (-inf where a row sees nothing).
+    """
+    base: tl.constexpr = 1.0 if FORM == "sas" else 1.4426950408889634
+    plain: tl.constexpr = not CAP and MASK == ""
+    keys = tl.expand_dims(key, 1 - AXIS)
+    x = s
+    if not plain:
+        x = x * tl.expand_dims(unit, AXIS) + tl.expand_dims(mean, AXIS)
+        if CAP:
+            x = softcapped(x, cap)
+        if MASK != "":
+            x = masked(x, sight[2], keys, AXIS, MASK)
+    if SEEN:
+        seen = (keys >= tl.expand_dims(sight[0], AXIS)) & (keys < tl.expand_dims(sight[1], AXIS))
+        x = tl.where(seen, x, float("-inf"))
+    peak = tl.max(x, AXIS)
+    against = peak
+    if SEEN or MASK != "":
+        against = tl.where(peak == float("-inf"), 0.0, peak)
+    # The difference first, then its unit: exactly zero at the maximum.
+    x = x - tl.expand_dims(against, AXIS)
+    if plain:
+        x = x * tl.expand_dims(unit * base, AXIS)
+        peak = tl.where(peak == float("-inf"), peak, peak * unit + mean) if SEEN else peak * unit + mean
+    else:
+        x = tl.minimum(x, 0.0) * base
+    weight = exponential(x, FORM, CUT, threshold)
+    total = sum_of_levels(round_levels(weight, LEVELS), AXIS)
+    return round_levels(weight, tl.expand_dims(value_levels, 1 - AXIS)), total, peak
+
+
+@triton.jit
+def rescaled(peak, block_peak):
+    """The new running maximum, and by what earlier results and the block's shrink: e^(old - new)."""
+    new = tl.maximum(peak, block_peak)
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    return new, tl.exp2((peak - safe) * LOG2_E), tl.exp2((block_peak - safe) * LOG2_E)

@@ -1,0 +1,107 @@
+"""What tests of the Triton attention share: a call of the launcher, held to the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import turboattention as ta
+from turboattention.kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, attend
+from turboattention.kv.cache import KVCache
+from turboattention.kv.staging import stage
+from turboattention.reference.decode import attend_cache
+from turboattention.reference.queries import quantize_queries
+
+from ...helpers import normals
+from .tools import Pair, assert_close
+
+OFF = ta.TurboConfig(guard="off")
+
+quietly = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+"""What the interpreter of Triton 3.6 does with NumPy is deprecated there."""
+
+
+def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF, heads: int = 2, **options) -> KVCache:
+    """A cache whose keys have an outlier channel, and whose values differ in size."""
+    cache = KVCache(len(lengths), heads, head_dim, config=config, **options)
+    if lengths and max(lengths):
+        k, v = normals(2, len(lengths), heads, max(lengths), head_dim, seed=9)
+        k[..., 1] += 4.0
+        v[..., ::5, :] *= 6.0
+        cache.append(k, v, torch.tensor(lengths))
+    return cache
+
+
+def both(q: Tensor, cache: KVCache, new: tuple[Tensor, Tensor] | None = None, **options: Any) -> Pair:
+    """q [B, Hq, Lq, D] over a cache, and over new tokens behind it: by the kernels, checked against the reference."""
+    got, want = kernels_and_reference(q, cache, new, **options)
+    assert_close(got, want)
+    return got
+
+
+def kernels_and_reference(
+    q: Tensor,
+    cache: KVCache,
+    new: tuple[Tensor, Tensor] | None = None,
+    *,
+    valid: Tensor | None = None,
+    first: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Pair, Pair]:
+    """Rows stand at the end, of the tokens that `valid` [B] counts, or from `first` [B] on."""
+    config, batch, queries = cache.config, len(q), q.shape[2]
+    valid = torch.full((batch,), queries) if valid is None else valid
+    state = cache.state(q.device)
+    staged = None if new is None else stage(config, state, *new, valid)
+    lengths = state.lengths if staged is None else staged.lengths
+    tiles = state.open_tiles if staged is None else staged.tiles
+    first = lengths - valid if first is None else first
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    rows = torch.arange(queries) < valid[:, None]
+    clean = q.float().masked_fill(~rows[:, None, :, None], 0)
+    mean = (state if staged is None else staged).k_mean
+    codes = quantize_queries(config, clean, cache.num_kv_heads, factor, mean)
+    options = {"window": window, "softcap": softcap, "mask": mask}
+    got = attend(
+        config,
+        q,
+        Standing(first, valid, lengths),
+        _pages(cache),
+        None if tiles is None else OpenRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start),
+        kv_heads=cache.num_kv_heads,
+        scale=factor,
+        mean=mean,
+        mean_from=cache.mean_from // config.block_size,
+        causal=causal,
+        quantized=Int8Queries(codes.codes.to(torch.int8).contiguous(), codes.scale.contiguous(), codes.mean_logit),
+        **options,
+    )
+    want = attend_cache(
+        q,
+        cache,
+        staged,
+        head_bits=None,
+        positions=first[:, None] + torch.arange(queries),
+        valid=rows,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=factor,
+        window_size=window,
+        softcap=softcap,
+    )
+    return got, want
+
+
+def _pages(cache: KVCache) -> Pages | None:
+    store = cache.store
+    if store is None or not bool(store.counts.any()):
+        return None
+    compressed = store.compressed.layout if store.compressed is not None else None
+    return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)

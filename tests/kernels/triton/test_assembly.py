@@ -1,0 +1,66 @@
+"""What the kernels become on GPUs that are not here: integer matrix instructions for both products, and no spills.
+
+Compiled in processes of their own, which do not interpret; Triton keeps what it has compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu" / "assembly.py"
+every_target = pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
+LEAST_COLUMNS = {"sm_90": 8, "sm_80": 8, "gfx942": 16}
+NAMES = {"sm_90": ("IGMMA",), "sm_80": ("IMMA",), "gfx942": ("v_mfma_i32",)}
+
+
+@functools.cache
+def compiled(target: str) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[2] / "src")
+    command = [sys.executable, str(SCRIPT), target, "--quick", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def of(target: str, kernel: str) -> list[dict[str, Any]]:
+    return [row for row in compiled(target) if row["kernel"] == kernel]
+
+
+@every_target
+def test_no_kernel_spills_registers_to_memory(target):
+    rows = compiled(target)
+    assert {row["kernel"]: row["spill_bytes"] for row in rows if row["spill_bytes"]} == {}
+    assert all(0 < row["registers"] <= (512 if target == "gfx942" else 255) for row in rows)
+
+
+@every_target
+def test_both_products_of_prefill_are_integer_matrix_instructions(target):
+    rows = of(target, "prefill")
+    assert [row["constants"]["D"] for row in rows] == [64, 128, 256]
+    for row in rows:
+        c = row["constants"]
+        assert all(name.startswith(NAMES[target]) for name in row["products"])
+        # q k^T and p v, of 64 keys each, in the loop over whole blocks and in that over masked ones.
+        assert row["multiplications"] >= 2 * 2 * c["M"] * 64 * c["WIDE"]
+
+
+@every_target
+def test_both_products_of_decode_are_integer_matrix_instructions(target):
+    rows = of(target, "decode")
+    assert [row["constants"]["K_BITS"] for row in rows] == [4, 3, 2]
+    for row in rows:
+        c, least = row["constants"], LEAST_COLUMNS[target]
+        columns = max(least, 2 * c["R"]) + max(least, c["R"])
+        # Over INT8 pages, packed pages, and open rows.
+        assert row["multiplications"] >= 3 * 64 * c["WIDE"] * columns
