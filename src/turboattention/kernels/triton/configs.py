@@ -59,7 +59,7 @@ _PREFILL = {
 # By columns of the product: query rows of a KV head's group, a power of two.
 _DECODE = {
     "sm_80": {4: Launch(4, 1, 3), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
-    "sm_90": {4: Launch(4, 1, 3), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
+    "sm_90": {4: Launch(4, 1, 4), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
     "gfx942": {16: Launch(16, 4, 1)},
     "interpreter": {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)},
 }
