@@ -19,6 +19,7 @@ IN_PLACE := build/in-place
 BUILT := $(IN_PLACE)/ready
 SANITIZED := build/sanitized
 ARM := build/arm
+OLDEST_TRITON := build/triton-3.6.0
 OLDEST_TRANSFORMERS := 5.16.0
 OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
 
@@ -53,7 +54,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model bench-ggml build-arm gpu-check clean
+  lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,7 +82,7 @@ demo: $(BUILT) ## the bundled model over a long text, full precision beside the 
 	@$(BIN)/turboattention generate --demo --compare --max-new-tokens 32
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
-test coverage sanitize test-transformers-oldest: export OMP_NUM_THREADS ?= 1
+test coverage sanitize test-transformers-oldest test-triton-oldest: export OMP_NUM_THREADS ?= 1
 
 test: $(BUILT) ## run the tests
 	$(BIN)/python -m pytest -q --durations=10
@@ -152,6 +153,16 @@ $(ARM)/ready:
 	$(PYTHON) -m venv $(ARM)
 	$(ARM)/bin/python -m pip install --quiet --disable-pip-version-check ziglang
 	@touch $@
+
+# Triton's oldest release, whose interpreter wants an older NumPy; in an environment of its own.
+$(OLDEST_TRITON)/ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_TRITON)
+	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check "$$($(TORCH_HERE))"
+	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check 'triton==3.6.0' 'numpy<2.4' safetensors pytest hypothesis
+	@touch $@
+
+test-triton-oldest: $(BUILT) $(OLDEST_TRITON)/ready ## test the GPU kernels with the oldest Triton
+	PYTHONPATH=src $(OLDEST_TRITON)/bin/python -m pytest tests/kernels/triton
 
 build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64, to see that its portable path builds there
 	@headers=$$($(BIN)/python -c 'import nanobind, sysconfig; print("-I" + sysconfig.get_path("include"), "-I" + nanobind.include_dir())'); \

@@ -9,6 +9,8 @@ import turboattention as ta
 from turboattention import errors
 from turboattention.validation import LARGEST, check_finite, check_lengths
 
+_SCALE = "scale: expected a number of at most 1e+06 in magnitude, got "
+
 KINDS = {
     "ShapeError": ValueError,
     "DtypeError": TypeError,
@@ -122,9 +124,21 @@ ATTENTION = {
         errors.ConfigError,
         "is_causal: expected True or False (there is no dropout_p before it), got None",
     ),
-    "scale": (dict(scale=float("nan")), errors.ConfigError, "scale: expected a number of at most 1e+06 in magnitude, got nan"),
-    "scale as text": (dict(scale="1"), errors.ConfigError, "scale: expected a number of at most 1e+06 in magnitude, got '1'"),
-    "scale bool": (dict(scale=True), errors.ConfigError, "scale: expected a number of at most 1e+06 in magnitude, got True"),
+    "scale": (
+        dict(scale=float("nan")),
+        errors.ConfigError,
+        _SCALE + "nan",
+    ),
+    "scale as text": (
+        dict(scale="1"),
+        errors.ConfigError,
+        _SCALE + "'1'",
+    ),
+    "scale bool": (
+        dict(scale=True),
+        errors.ConfigError,
+        _SCALE + "True",
+    ),
     "softcap bool": (dict(softcap=True), errors.ConfigError, "softcap: expected a positive number, got True"),
     "softcap": (dict(softcap=0.0), errors.ConfigError, "softcap: expected a positive number, got 0.0"),
     "softcap inf": (dict(softcap=float("inf")), errors.ConfigError, "softcap: expected a positive number, got inf"),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import turboattention as ta
-from turboattention.kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, attend
 from turboattention.kv.cache import KVCache
 from turboattention.kv.staging import stage
 from turboattention.reference.decode import attend_cache
@@ -18,10 +16,9 @@ from turboattention.reference.queries import quantize_queries
 from ...helpers import normals
 from .tools import Pair, assert_close
 
-OFF = ta.TurboConfig(guard="off")
+from turboattention.kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, attend  # isort: skip
 
-quietly = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-"""What the interpreter of Triton 3.6 does with NumPy is deprecated there."""
+OFF = ta.TurboConfig(guard="off")
 
 
 def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF, heads: int = 2, **options) -> KVCache:

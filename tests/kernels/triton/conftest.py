@@ -19,6 +19,11 @@ def pytest_collection_finish() -> None:
         os.environ[_NAME] = _before
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Of the interpreter itself, in Triton 3.6.
+    item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
+
+
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(_NAME, "1")

@@ -15,9 +15,6 @@ from turboattention.kv.quantizer import PYTORCH
 
 from ...helpers import normals
 
-# The interpreter of Triton 3.6, where a loop's bounds are not constant.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-
 BATCH, HEADS, D = 3, 3, 24  # pages then end in padding
 LAYOUT = PageLayout(D, 64, (4, 2, 4), (3, 8, 2), True)
 

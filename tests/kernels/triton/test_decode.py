@@ -9,13 +9,11 @@ import turboattention as ta
 from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
-from .attending import OFF, both, filled, kernels_and_reference, quietly
+from .attending import OFF, both, filled, kernels_and_reference
 from .tools import assert_close
 
 from turboattention.kernels.triton import attention, configs  # isort: skip
 
-
-pytestmark = quietly
 
 SIGHTS = (
     {},

@@ -8,11 +8,9 @@ import torch
 from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
-from .attending import OFF, both, filled, quietly
+from .attending import OFF, both, filled
 
 from turboattention.kernels.triton import attention  # isort: skip
-
-pytestmark = quietly
 
 
 def prompt(lengths: list[int], heads: int, kv_heads: int, head_dim: int, config=OFF, dtype=torch.float32, **options):

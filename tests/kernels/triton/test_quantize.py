@@ -16,8 +16,6 @@ from turboattention.reference.queries import quantize_queries
 
 from ...helpers import normals
 
-# The interpreter of Triton 3.6, where a loop's bounds are not constant.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 24, 64, 96, 128, 256)
