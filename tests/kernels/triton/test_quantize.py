@@ -16,7 +16,6 @@ from turboattention.reference.queries import quantize_queries
 
 from ...helpers import normals
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 24, 64, 96, 128, 256)
 
