@@ -1,0 +1,113 @@
+"""Figures of the reports. Each returns a matplotlib `Figure`, which `Page.figure` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in the plane of size and loss; `low` to `high` is the loss's interval."""
+
+    name: str
+    bits: float
+    value: float
+    low: float
+    high: float
+    own: bool = False
+    """Whether it is one of this package's."""
+
+
+def heat_map(values: Sequence[Sequence[float]], *, title: str, label: str, highest: float | None = None) -> Figure:
+    """One cell a layer (rows, from 0) and head (columns); `highest` is where the colours end."""
+    figure = _figure(0.42 * len(values[0]) + 2.6, 0.3 * len(values) + 1.1)
+    axes = figure.subplots()
+    drawn = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+    axes.set(title=title, xlabel="head", ylabel="layer")
+    axes.set_xticks(_ticks(len(values[0])))
+    axes.set_yticks(_ticks(len(values)))
+    figure.colorbar(drawn, label=label)
+    return figure
+
+
+def pareto(points: Sequence[Point], *, ylabel: str) -> Figure:
+    """Loss against bits per element, with the front: the methods that none other beats in both."""
+    figure = _figure(8.6, 5.2)
+    axes = figure.subplots()
+    for point in points:
+        colour = "C0" if point.own else "C7"
+        spread = [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
+        axes.errorbar(point.bits, point.value, yerr=spread, marker="o" if point.own else "s", color=colour, capsize=2)
+        axes.annotate(
+            point.name, (point.bits, point.value), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=colour
+        )
+    best = front(points)
+    axes.plot(
+        [p.bits for p in best], [p.value for p in best], color="C3", linewidth=0.9, zorder=0, label="Pareto front"
+    )
+    if points and all(point.value > 0 for point in points):
+        axes.set_yscale("log")
+    axes.set(xlabel="bits per element, everything counted", ylabel=ylabel)
+    axes.grid(linewidth=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in size without losing more, from small to large."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.bits, p.value)):
+        if not best or point.value < best[-1].value:
+            best.append(point)
+    return best
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool = False,
+    emphasized: Sequence[str] = (),
+) -> Figure:
+    """One line a name, (x, y) each; the `emphasized` are solid, the others dashed."""
+    figure = _figure(8.6, 4.4)
+    axes = figure.subplots()
+    for index, (name, (x, y)) in enumerate(series.items()):
+        solid = name in emphasized
+        # Ten colours go round; the marker tells lines of one colour apart.
+        marker = "osv^DPX*"[index // 10 % 8]
+        axes.plot(
+            x,
+            y,
+            label=name,
+            marker=marker,
+            markersize=3,
+            linewidth=1.3 if solid else 0.9,
+            linestyle="-" if solid else "--",
+        )
+    positive = [value for _, y in series.values() for value in y]
+    if logarithmic and positive and min(positive) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(linewidth=0.3)
+    axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: it keeps every figure, and asks for a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _ticks(count: int) -> list[int]:
+    """0, 1, 2, ... for a few, multiples of some step for many."""
+    step = max(1, -(-count // 16))
+    return list(range(0, count, step))
