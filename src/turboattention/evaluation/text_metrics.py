@@ -7,6 +7,7 @@ own cache is compared token by token first, so that the text's own difficulty ca
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -130,7 +131,7 @@ def _by_position(passages: Sequence[dict[str, np.ndarray]]) -> dict[str, list[fl
     longest = max(len(p["nll"]) for p in passages)
     edges = np.unique(np.linspace(0, longest, min(BINS, longest) + 1).astype(int))
     rows: dict[str, list[float]] = {"position": [], "kl": [], "top1": []}
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         rows["position"].append(float(low + high) / 2)
         for name, column in (("kl", "kl"), ("top1", "same")):
             rows[name].append(float(np.concatenate([p[column][low:high] for p in passages]).mean()))
