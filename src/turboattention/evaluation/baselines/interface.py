@@ -54,6 +54,8 @@ class CacheMethod(Protocol):
     def bits_per_element(self, cache: Any) -> float:
         """Bits stored now over elements held: codes, scales, zeros, low-rank factors, full-precision windows.
 
+        Whatever is stored as a float counts 16 bits, also where the model runs in float32. Of TurboAttention every
+        byte allocated counts. Windows grow and are compressed as tokens come, so this moves with the length.
         Infinite while the cache is empty.
         """
         ...

@@ -2,75 +2,115 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from ...config import TurboConfig
 from ...errors import InputError
+from .gear import GearL
 from .interface import CacheMethod
+from .kinds import HubMethod, OwnCache, QuantizerMethod, TurboMethod
+from .kivi import KiviKeys, KiviValues
+from .kvarn import KVarN
+from .per_token import PerToken
+from .saw_int4 import RotatedPerToken
+from .turboquant import TurboQuantMse
 
-_TURBO_PAPER = "Kang et al., TurboAttention, arXiv 2412.08585"
-
-
-@dataclass(frozen=True)
-class OwnCache:
-    """The model's own full-precision cache."""
-
-    name: str = "fp16"
-    title: str = "FP16 (own cache)"
-    source: str = "transformers, DynamicCache"
-    settings: str = "keys and values in the model's dtype"
-    attention: str | None = None
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.baselines import own_cache
-
-        return own_cache(model_config)
-
-    def bits_per_element(self, cache: Any) -> float:
-        return 8.0 * max((layer.keys.element_size() for layer in cache.layers if layer.is_initialized), default=2)
+_KIVI = "Liu et al., KIVI, arXiv 2402.02750, section 3 and algorithm 1"
+_GEAR = "Kang et al., GEAR, arXiv 2403.05527, section 4; settings of its published runs"
+_TURBOQUANT = "Zandieh et al., TurboQuant, arXiv 2504.19874, algorithm 1"
+_SAW = "Jia et al., SAW-INT4, arXiv 2604.19157"
+_KVARN = "Mueller et al., KVarN, arXiv 2606.03458, and its published reference"
 
 
-@dataclass(frozen=True)
-class TurboMethod:
-    """TurboAttention in one configuration. Needs ``turboattention.integrations.transformers.enable()``."""
+def _baselines() -> list[CacheMethod]:
+    per_token = "asymmetric, one scale and min a token and head"
+    kivi = "keys per channel, values per token, groups of 32, residual 128"
+    return [
+        *(
+            QuantizerMethod(f"int{bits}", f"INT{bits} per token", "min-max", per_token, PerToken(bits), PerToken(bits))
+            for bits in (8, 4)
+        ),
+        *(
+            QuantizerMethod(f"kivi-{bits}", f"KIVI-{bits}", _KIVI, kivi, KiviKeys(bits), KiviValues(bits))
+            for bits in (4, 2)
+        ),
+        QuantizerMethod(
+            "gear-l-4",
+            "GEAR-L 4",
+            _GEAR,
+            "KCVT backbone, rank 4 for the prompt, then 2, buffer 64",
+            GearL("channel", 4),
+            GearL("token", 4),
+        ),
+        QuantizerMethod(
+            "gear-l-2",
+            "GEAR-L 2",
+            _GEAR,
+            "KIVI backbone with groups of 64, rank 4 for the prompt, then 2, buffer 64",
+            GearL("channel", 2, group=64),
+            GearL("token", 2, group=64),
+        ),
+        *(
+            QuantizerMethod(
+                f"turboquant-{bits}",
+                f"TurboQuant-MSE {bits}",
+                _TURBOQUANT,
+                "random rotation, Lloyd-Max codebook, one norm a token and head",
+                TurboQuantMse(bits),
+                TurboQuantMse(bits),
+            )
+            for bits in (4, 3)
+        ),
+        QuantizerMethod(
+            "saw-int4",
+            "SAW-INT4",
+            _SAW,
+            "keys rotated in Hadamard blocks of up to 128; asymmetric INT4 per token and head",
+            RotatedPerToken(),
+            PerToken(4),
+        ),
+        QuantizerMethod(
+            "saw-int4-kv",
+            "SAW-INT4, K and V rotated",
+            _SAW,
+            "keys and values rotated in Hadamard blocks of up to 128; asymmetric INT4 per token and head",
+            RotatedPerToken(),
+            RotatedPerToken(),
+        ),
+        QuantizerMethod(
+            "kvarn-k4v2",
+            "KVarN K4V2",
+            _KVARN,
+            "tiles of 128, keys per channel at 4 bits, values per token at 2, first 128 tokens FP16",
+            KVarN("channel", 4),
+            KVarN("token", 2),
+        ),
+    ]
 
-    name: str
-    title: str
-    settings: str
-    config: TurboConfig
-    source: str = _TURBO_PAPER
-    attention: str | None = "turbo"
 
-    def unavailable(self) -> str | None:
-        return None
-
-    def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.cache import TurboCache
-
-        return TurboCache(model_config, self.config)
-
-    def bits_per_element(self, cache: Any) -> float:
-        """Every byte allocated, as `TurboCache.bits_per_element` counts."""
-        return cache.bits_per_element
+def _hub() -> list[CacheMethod]:
+    return [
+        HubMethod("hf-quanto-4", "QuantizedCache quanto 4", "quanto", "optimum.quanto", {"nbits": 4}),
+        HubMethod("hf-quanto-2", "QuantizedCache quanto 2", "quanto", "optimum.quanto", {"nbits": 2}),
+        HubMethod("hf-hqq-4", "QuantizedCache HQQ 4", "hqq", "hqq", {"nbits": 4, "axis_key": 1, "axis_value": 1}),
+        HubMethod("hf-fp8", "QuantizedCache FP8", "fp8", "torch", {}),
+    ]
 
 
 def _turbo() -> list[CacheMethod]:
-    methods: list[CacheMethod] = []
-    for bits in (4, "mixed", 2):
-        settings = "as published: tile scales, running max, min-max stage 2"
-        name, title = f"turbo-paper-{bits}", f"TurboAttention {bits}, paper"
-        methods.append(TurboMethod(name, title, settings, TurboConfig.paper(bits=bits)))
-    for bits in (8, 4, 3, "mixed", 2):
-        settings = "default: smoothing, rotation, token scales, 64 sink tokens at INT8, search; guard as set"
-        methods.append(TurboMethod(f"turbo-{bits}", f"TurboAttention {bits}", settings, TurboConfig(bits=bits)))
-    return methods
+    paper = "as published: tile scales, running maximum, min-max stage 2"
+    default = "smoothing, rotation, token scales, 64 sink tokens at INT8, range search, adaptive guard"
+    return [
+        *(
+            TurboMethod(f"turbo-paper-{bits}", f"TurboAttention {bits}, paper", paper, TurboConfig.paper(bits=bits))
+            for bits in (4, "mixed", 2)
+        ),
+        *(
+            TurboMethod(f"turbo-{bits}", f"TurboAttention {bits}", default, TurboConfig(bits=bits))
+            for bits in (8, 4, 3, "mixed", 2)
+        ),
+    ]
 
 
-METHODS: dict[str, CacheMethod] = {method.name: method for method in [OwnCache(), *_turbo()]}
+METHODS: dict[str, CacheMethod] = {method.name: method for method in [OwnCache(), *_baselines(), *_hub(), *_turbo()]}
 """Every method by its name, in the order of tables."""
 
 
