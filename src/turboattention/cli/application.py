@@ -9,6 +9,7 @@ import typer
 from .. import __version__
 from .bench import bench
 from .doctor import doctor
+from .evaluate import evaluate
 from .failures import CleanGroup
 from .generate import generate
 from .output import never_fail_on_characters
@@ -42,5 +43,6 @@ def root(
 
 
 app.command()(generate)
+app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(doctor)

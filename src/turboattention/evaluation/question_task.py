@@ -8,6 +8,7 @@ from ..errors import InputError
 from .baselines import CacheMethod
 from .intervals import share
 from .questions import Question, QuestionSet
+from .records import fingerprint
 from .subject import PIECE, Progress, Subject
 
 SHOWN = 3
@@ -23,7 +24,13 @@ class QuestionTask:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"questions": len(self._questions), "max_new_tokens": self._set.max_new_tokens, "piece": PIECE}
+        contents = fingerprint(repr((self._set.context(len(self._set.shots)), self._questions)))
+        return {
+            "questions": len(self._questions),
+            "contents": contents,
+            "max_new_tokens": self._set.max_new_tokens,
+            "piece": PIECE,
+        }
 
     def run(self, subject: Subject, method: CacheMethod, progress: Progress) -> dict[str, Any]:
         """`accuracy`, the share of answers found at all, and the fewest worked examples that a question had."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,13 @@ class LanguageModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that tell other weights apart: the beginning of every parameter, not all of it."""
+        crc = 0
+        for parameter in self.model.parameters():
+            crc = zlib.crc32(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes(), crc)
+        return f"{crc:08x}"
 
     def use(self, attention: str) -> None:
         if self.model.config._attn_implementation != attention:
