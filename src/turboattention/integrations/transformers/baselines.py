@@ -94,8 +94,10 @@ def quantized_cache(model_config: Any, backend: str, **settings: int) -> Quantiz
 def quantized_cache_bits(cache: QuantizedCache) -> float:
     """Bits per element of a `QuantizedCache`: of the tensors that its layers hold, floats counted as float16."""
     bits, elements = 0, 0
-    layers: list[Any] = [layer for layer in cache.layers if layer.get_seq_length()]
+    layers: list[Any] = list(cache.layers)
     for layer in layers:
+        if not layer.get_seq_length():
+            continue
         keys, values = layer._quantized_keys, layer._quantized_values
         bits += sum(_bits(part) for part in (keys, values, layer.keys, layer.values))
         batch, heads, _, head_dim = layer._dequantize(keys).shape
