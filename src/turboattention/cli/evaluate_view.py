@@ -17,6 +17,8 @@ LEGEND = (
     "Read through the cache under test, in short pieces. bits/element: everything that the cache keeps. KL, top-1 and "
     "the change of perplexity: token by token against the model's own cache. Intervals are in the report and the JSON."
 )
+COLUMNS = 6
+"""Figures in one table."""
 
 
 def show(document: dict[str, Any], console: Console) -> None:
@@ -26,12 +28,15 @@ def show(document: dict[str, Any], console: Console) -> None:
         f"Model {facts['model']} in {facts['dtype']} on {facts['device']}.", style="dim", markup=False, highlight=False
     )
     columns, rows = summary.table(document, intervals=False, called="name")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(_header(name), justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    # As many columns side by side as a narrow terminal shows whole.
+    for at in range(1, len(columns) if rows else 1, COLUMNS):
+        shown = [0, *range(at, min(at + COLUMNS, len(columns)))]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for index in shown:
+            table.add_column(_header(columns[index]), justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[index] for index in shown))
+        console.print(table)
     console.print(LEGEND, style="dim", markup=False)
 
 

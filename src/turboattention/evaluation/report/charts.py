@@ -50,8 +50,11 @@ def pareto(points: Sequence[Point], *, ylabel: str) -> Figure:
     axes.plot(
         [p.bits for p in best], [p.value for p in best], color="C3", linewidth=0.9, zorder=0, label="Pareto front"
     )
-    if points and all(point.value > 0 for point in points):
+    if points and all(point.low > 0 for point in points):
         axes.set_yscale("log")
+    else:
+        axes.axhline(0, color="C7", linewidth=0.8)
+    axes.margins(x=0.18)  # room for the names
     axes.set(xlabel="bits per element, everything counted", ylabel=ylabel)
     axes.grid(linewidth=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -91,9 +94,8 @@ def lines(
             linewidth=1.3 if solid else 0.9,
             linestyle="-" if solid else "--",
         )
-    positive = [value for _, y in series.values() for value in y]
-    if logarithmic and positive and min(positive) > 0:
-        axes.set_yscale("log")
+    if logarithmic and any(value > 0 for _, y in series.values() for value in y):
+        axes.set_yscale("log", nonpositive="mask")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(linewidth=0.3)
     axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -28,15 +28,19 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; m
 h1 { font-size: 1.6rem; margin: 0; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 .subtitle, figcaption, .note { color: #5b6168; }
+figcaption { width: min-content; min-width: 100%; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; border-bottom: 2px solid #ccc; vertical-align: bottom; }
 tr.strong td { font-weight: 600; background: #f2f7ff; }
-figure { margin: .8rem 0; }
+/* Small figures stand side by side. */
+figure { margin: .8rem .8rem .8rem 0; display: inline-block; vertical-align: top; max-width: 100%; }
 figure img { max-width: 100%; height: auto; }
-figcaption, .note { font-size: .87rem; max-width: 60rem; }
+figcaption, .note, .below { font-size: .87rem; }
+figcaption, .note { max-width: 60rem; }
+.below { color: #5b6168; font-weight: 400; }
 """
 
 
@@ -65,7 +69,10 @@ class Page:
         self._parts.append(f'<p class="note">{escape(text)}</p>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Sequence[int] = ()) -> None:
-        """Cells of text; the first column is the row's name. `strong` are the indices of rows to bring out."""
+        """Cells of text, small from their second line on; the first column is the row's name.
+
+        `strong` are the indices of rows to bring out.
+        """
         head = "".join(f"<th>{_cell(name)}</th>" for name in columns)
         lines = []
         for index, row in enumerate(rows):
@@ -92,7 +99,8 @@ class Page:
 
 
 def _cell(text: str) -> str:
-    return escape(text).replace("\n", "<br>")
+    first, *below = escape(text).split("\n")
+    return "".join([first, *(f'<div class="below">{line}</div>' for line in below)])
 
 
 def _data_uri(figure: Figure) -> str:

@@ -24,7 +24,8 @@ def tasks(document: dict[str, Any]) -> list[str]:
 def table(
     document: dict[str, Any], *, intervals: bool = True, called: str = "title"
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of text; cells have the interval in brackets after the value, methods their "title" or "name"."""
+    """Columns and rows of text. Cells have the interval in brackets on a line of its own; methods are `called` by
+    their "title" or "name"."""
     names = tasks(document)
     # Heads have a picture of their own, and no column.
     others = [name for name in names if name not in ("perplexity", "heads")]
@@ -67,7 +68,7 @@ def _cells(units: Sequence[dict[str, Any] | None], names: Sequence[str], interva
 
 
 def figure(metric: dict[str, Any] | None, form: str, scale: float, interval: bool = True) -> str:
-    """{"value": 0.5, "low": 0.25, "high": 0.75} as "50.0% [25.0, 75.0]" where the scale is 100."""
+    """{"value": 0.5, "low": 0.25, "high": 0.75} as "50.0%", and "[25.0, 75.0]" below, where the scale is 100."""
     if metric is None or metric["value"] is None:
         return NOTHING
     unit = "%" if scale == 100 else ""
@@ -75,7 +76,7 @@ def figure(metric: dict[str, Any] | None, form: str, scale: float, interval: boo
     low, high = metric.get("low"), metric.get("high")
     if not interval or low is None or high is None or math.isnan(low) or low == high:
         return text
-    return f"{text} [{form.format(low * scale)}, {form.format(high * scale)}]"
+    return f"{text}\n[{form.format(low * scale)}, {form.format(high * scale)}]"
 
 
 def bits_text(size: float | None) -> str:
