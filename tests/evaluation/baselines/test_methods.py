@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from turboattention.errors import BackendError, InputError
+from turboattention.errors import BackendError, ConfigError, InputError
 from turboattention.evaluation.baselines import METHODS, parse_methods
-from turboattention.evaluation.baselines.kinds import HubMethod
+from turboattention.evaluation.baselines.kinds import HubMethod, TurboMethod
+
+from ...calibration.samples import calibration
 
 
 def test_names_in_the_order_given_each_once() -> None:
@@ -25,7 +27,9 @@ def test_all_are_those_that_can_run_here() -> None:
 
 @pytest.mark.parametrize("text, got", [("kivi-3", "'kivi-3'"), ("fp16,all", "'all'"), ("", "''"), (" , ", "' , '")])
 def test_refuses_other_names(text: str, got: str) -> None:
-    with pytest.raises(InputError, match=f"methods: expected names from fp16, int8, .* or all; got {got}"):
+    with pytest.raises(
+        InputError, match=f"methods: expected names from fp16, int8, .*, turbo-calibrated, or all; got {got}"
+    ):
         parse_methods(text)
 
 
@@ -61,3 +65,28 @@ def test_a_missing_backend_makes_no_cache() -> None:
     absent = replace(METHODS["hf-quanto-4"], module="no_such_package")  # type: ignore[type-var]
     with pytest.raises(BackendError, match="methods: hf-quanto-4 is not available: it needs no_such_package"):
         absent.make_cache(None)
+
+
+def test_calibrated_methods_follow_the_calibration() -> None:
+    made = calibration(0.01, 0.02, 0.4, 0.01, budget=3)
+    own, other = parse_methods("turbo-calibrated,turbo-calibrated-2.5", made)
+    assert isinstance(own, TurboMethod)
+    assert isinstance(other, TurboMethod)
+    assert (own.name, own.title) == ("turbo-calibrated", "TurboAttention 3, calibrated")
+    assert own.calibration is made
+    assert other.title == "TurboAttention 2.5, calibrated"
+    assert other.calibration is not None
+    assert other.calibration.average_bits < made.average_bits
+    assert own.settings != other.settings
+    assert parse_methods("all", made)[-1] == own
+
+
+@pytest.mark.parametrize("name", ["turbo-calibrated", "turbo-calibrated-3"])
+def test_calibrated_methods_need_one(name: str) -> None:
+    with pytest.raises(InputError, match=f"methods: {name} needs a calibration .turboattention calibrate., got none"):
+        parse_methods(name)
+
+
+def test_averages_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        parse_methods("turbo-calibrated-9", calibration())

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...config import TurboConfig
 from ...errors import BackendError
 from .stream import FLOAT_BITS, Quantizer
+
+if TYPE_CHECKING:
+    from ...calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class TurboMethod:
     title: str
     settings: str
     config: TurboConfig
+    calibration: Calibration | None = field(default=None, hash=False)
     source: str = "Kang et al., TurboAttention, arXiv 2412.08585"
     attention: str | None = "turbo"
 
@@ -116,7 +120,7 @@ class TurboMethod:
     def make_cache(self, model_config: Any) -> Any:
         from ...integrations.transformers.cache import TurboCache
 
-        return TurboCache(model_config, self.config)
+        return TurboCache(model_config, self.config, calibration=self.calibration)
 
     def bits_per_element(self, cache: Any) -> float:
         """Every byte allocated, as `TurboCache.bits_per_element` counts."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+from zlib import crc32
+
 from ...config import TurboConfig
 from ...errors import InputError
 from .gear import GearL
@@ -12,6 +16,11 @@ from .kvarn import KVarN
 from .per_token import PerToken
 from .saw_int4 import RotatedPerToken
 from .turboquant import TurboQuantMse
+
+if TYPE_CHECKING:
+    from ...calibration import Calibration
+
+CALIBRATED = "turbo-calibrated"
 
 _KIVI = "Liu et al., KIVI, arXiv 2402.02750, section 3 and algorithm 1"
 _GEAR = "Kang et al., GEAR, arXiv 2403.05527, section 4; settings of its published runs"
@@ -114,16 +123,46 @@ METHODS: dict[str, CacheMethod] = {method.name: method for method in [OwnCache()
 """Every method by its name, in the order of tables."""
 
 
-def parse_methods(text: str) -> list[CacheMethod]:
+def parse_methods(text: str, calibration: Calibration | None = None) -> list[CacheMethod]:
     """Methods from names separated by commas, in that order, each once; "all" is every one that can run here.
 
+    With a `calibration`, "turbo-calibrated" is TurboAttention with its widths, and "turbo-calibrated-2.5" with widths
+    chosen from the same measurements for another average, here 2.5 bits; the first also belongs to "all".
+
     Raises:
-        InputError: no name, or one that there is not.
+        InputError: no name, one that there is not, or a calibrated one without a calibration.
+        ConfigError: an average out of range.
     """
     names = list(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
     if names == ["all"]:
-        return [method for method in METHODS.values() if method.unavailable() is None]
-    for name in names or [""]:
-        if name not in METHODS:
-            raise InputError(f"methods: expected names from {', '.join(METHODS)}, or all; got {name or text!r}")
-    return [METHODS[name] for name in names]
+        names = [name for name, method in METHODS.items() if method.unavailable() is None]
+        names += [CALIBRATED] if calibration is not None else []
+    return [_method(name, text, calibration) for name in names or [""]]
+
+
+def _method(name: str, text: str, calibration: Calibration | None) -> CacheMethod:
+    calibrated = re.fullmatch(rf"{CALIBRATED}(-\d+(\.\d+)?)?", name)
+    if calibrated is not None:
+        if calibration is None:
+            raise InputError(f"methods: {name} needs a calibration (turboattention calibrate), got none")
+        budget = calibrated[1]
+        return _calibrated(
+            name, calibration.rechosen(float(budget[1:]), calibration.strategy) if budget else calibration
+        )
+    if name not in METHODS:
+        raise InputError(
+            f"methods: expected names from {', '.join(METHODS)}, {CALIBRATED}, or all; got {name or text!r}"
+        )
+    return METHODS[name]
+
+
+def _calibrated(name: str, calibration: Calibration) -> TurboMethod:
+    of = calibration.provenance
+    widths = str([bits.tolist() for bits in calibration.head_bits])
+    settings = (
+        f"widths per head by measured {calibration.strategy}, {calibration.average_bits:.2f} bits on average "
+        f"({crc32(widths.encode()):08x}); calibrated on {of.tokens} tokens ({of.text_hash[:8]}); "
+        f"{'its' if calibration.means else 'own'} means; otherwise as turbo-mixed"
+    )
+    title = f"TurboAttention {calibration.budget:g}, calibrated"
+    return TurboMethod(name, title, settings, TurboConfig(bits="mixed"), calibration)
