@@ -58,17 +58,22 @@ def keep_bounds(bits: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor
         bits: int64 [2, Hkv] per layer; errors: float [2, Hkv, len(WIDTHS)] likewise, relative.
     """
     kept = []
-    for chosen, error in zip(bits, errors, strict=True):
-        while bool((beyond := _beyond(chosen, error)).any()):
-            chosen = widen(chosen, beyond)
-        kept.append(chosen)
+    for widths, error in zip(bits, errors, strict=True):
+        while bool((beyond := _beyond(widths, error)).any()):
+            widths = widen(widths, beyond)
+        kept.append(widths)
     return kept
+
+
+def chosen(bits: Tensor, figures: Tensor) -> Tensor:
+    """float64 [2, Hkv]: of `figures` [2, Hkv, len(WIDTHS)] those at `bits`, int64 [2, Hkv]."""
+    index = torch.tensor([[WIDTHS.index(int(b)) for b in row] for row in bits]).reshape(bits.shape)
+    return figures.double().gather(-1, index[..., None]).squeeze(-1)
 
 
 def chosen_error(bits: Tensor, errors: Tensor) -> Tensor:
     """float64 [Hkv]: relative error with K and V stored at `bits`, int64 [2, Hkv]; their errors are independent."""
-    index = torch.tensor([[WIDTHS.index(int(b)) for b in row] for row in bits]).reshape(bits.shape)
-    return errors.double().gather(-1, index[..., None]).squeeze(-1).square().sum(0).sqrt()
+    return chosen(bits, errors).square().sum(0).sqrt()
 
 
 def _beyond(bits: Tensor, errors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..guard import BOUNDS
-from .assignment import Strategy, assign_bits, chosen_error, keep_bounds
+from .assignment import Strategy, assign_bits, chosen, chosen_error, keep_bounds
 from .measure import LayerStatistics
 
 
@@ -95,6 +95,16 @@ class Calibration:
     def chosen_errors(self) -> list[Tensor]:
         """Per layer float64 [Hkv], the relative error of each head's output at the chosen widths."""
         return [chosen_error(bits, layer.errors) for bits, layer in zip(self.head_bits, self.layers, strict=True)]
+
+    @property
+    def chosen_costs(self) -> list[Tensor]:
+        """Per layer float64 [2, Hkv], what K and V are expected to cost at the chosen widths, in nats per token."""
+        return [chosen(bits, layer.costs) for bits, layer in zip(self.head_bits, self.layers, strict=True)]
+
+    @property
+    def expected_kl(self) -> float:
+        """Their sum: the KL divergence from the model's own cache, where errors are small and independent."""
+        return sum(float(costs.sum()) for costs in self.chosen_costs)
 
     def check_shape(self, shape: Mapping[str, str | int | None]) -> None:
         """Raises `ConfigError` naming what differs if `shape` is another model's."""
