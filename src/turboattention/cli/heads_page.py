@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..config import WIDTHS
 from ..evaluation.report.charts import heat_map
 from ..evaluation.report.page import Page
 from .heads_view import COLUMNS, LEGEND, cells_of, heads, summary
@@ -23,7 +22,7 @@ def page(calibration: Calibration) -> str:
     for row, name in enumerate(("K", "V")):
         widths = [bits[row].tolist() for bits in calibration.head_bits]
         made.figure(
-            heat_map(_grid(widths), title=f"Width of {name}", label="bits", highest=max(WIDTHS)),
+            heat_map(_grid(widths), title=f"Width of {name}", label="bits"),
             f"Bits of {name} by layer and KV head",
         )
     errors = [error.tolist() for error in calibration.chosen_errors]
