@@ -165,12 +165,15 @@ def _run(request: Request, name: str, device: str, dtype: Dtype, threads: int | 
         language = generation.load(name, *choose(device, dtype))
     facts, units = _facts(language), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)
-    with generation.enabled():
-        subject = TransformersSubject(language)
-        for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
-            units.append(unit)
-            # After each unit, so that a run that is ended leaves a report of what it has.
-            document = suite.document(facts, request.methods, units)
+    subject = TransformersSubject(language)
+    try:
+        with generation.enabled():
+            for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
+                units.append(unit)
+    finally:
+        # A run that is ended leaves a report of what it has.
+        document = suite.document(facts, request.methods, units)
+        if units:
             write(request.out, document)
     if request.json:
         print_json(document)

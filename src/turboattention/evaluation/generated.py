@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import InputError
 from . import tasks
 from .baselines import CacheMethod
 from .intervals import share
@@ -22,7 +23,8 @@ SEED = 20_000_000
 
 
 class GeneratedTask:
-    """`limit` questions of one family of `evaluation.tasks` at each context length.
+    """`limit` questions of one family of `evaluation.tasks` at each context length. A length too short for them
+    raises InputError.
 
     Args:
         name: one of ``tasks.TASKS``. lengths: tokens of context, questions included. prose: hides the needles.
@@ -60,14 +62,18 @@ class GeneratedTask:
     def _ask(
         self, subject: Subject, method: CacheMethod, length: int, seed: int, questions: int
     ) -> tuple[list[bool], float]:
-        episode = tasks.generate(
-            self.name,
-            seed,
-            length - len(subject.begin),
-            measure=lambda text: len(subject.encode(text)),
-            questions=questions,
-            prose=self._prose,
-        )
+        try:
+            episode = tasks.generate(
+                self.name,
+                seed,
+                length - len(subject.begin),
+                measure=lambda text: len(subject.encode(text)),
+                questions=questions,
+                prose=self._prose,
+            )
+        except ValueError as error:
+            message = f"lengths: expected contexts that hold {questions} questions of {self.name}, got {length} tokens"
+            raise InputError(message) from error
         spans = [subject.encode(text) for text, _ in episode.spans]
         session = subject.open(method)
         session.read([*subject.begin, *spans[0]])

@@ -69,7 +69,8 @@ def run(
         except Exception as error:  # the hub, the data set library and the harness raise kinds of their own
             raise InputError(f"tasks: the data of {PREFIX}{name} cannot be loaded: {_first_line(error)}") from error
         model = _model_class()(language, method, progress)
-        found = simple_evaluate(model, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=1000)
+        options = {"task_manager": _manager_of(name, include), "log_samples": False, "bootstrap_iters": 1000}
+        found = simple_evaluate(model, tasks=tasks, limit=limit, **options)
     results, counts = ((found or {}).get(key, {}) for key in ("results", "n-samples"))
     asked = {task: row["effective"] for task, row in counts.items()}
     return {
