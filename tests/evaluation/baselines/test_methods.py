@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,11 @@ def test_calibrated_methods_need_one(name: str) -> None:
 def test_averages_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="budget"):
         parse_methods("turbo-calibrated-9", calibration())
+
+
+def test_the_page_has_every_baseline() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "baselines.md").read_text(encoding="utf-8")
+    for name in METHODS:
+        stem, _, last = name.rpartition("-")
+        if name != "fp16" and not name.startswith("turbo-"):
+            assert f"`{name}`" in page or (f"`{stem}-" in page and f"`-{last}`" in page)

@@ -107,6 +107,7 @@ def _hub() -> list[CacheMethod]:
 def _turbo() -> list[CacheMethod]:
     paper = "as published: tile scales, running maximum, min-max stage 2"
     default = "smoothing, rotation, token scales, 64 sink tokens at INT8, range search, adaptive guard"
+    lag = f"{default}; the last 64 to 127 tokens at INT8"
     return [
         *(
             TurboMethod(f"turbo-paper-{bits}", f"TurboAttention {bits}, paper", paper, TurboConfig.paper(bits=bits))
@@ -115,6 +116,11 @@ def _turbo() -> list[CacheMethod]:
         *(
             TurboMethod(f"turbo-{bits}", f"TurboAttention {bits}", default, TurboConfig(bits=bits))
             for bits in (8, 4, 3, "mixed", 2)
+        ),
+        # With a window of recent tokens, as most of the others have.
+        *(
+            TurboMethod(f"turbo-{bits}-lag", f"TurboAttention {bits}, lag", lag, TurboConfig(bits=bits, flush_lag=64))
+            for bits in (4, 3, 2)
         ),
     ]
 
