@@ -12,11 +12,11 @@ LEVEL = 0.95
 RESAMPLES = 2000
 
 
-def bootstrap(columns: Sequence[Sequence[float]], of: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> dict:
+def bootstrap(columns: Sequence[Any], of: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> dict[str, float]:
     """A statistic of sums over independent pieces, with its percentile bootstrap interval.
 
     Args:
-        columns: quantities by piece, each of the same length: [quantities, pieces].
+        columns: numbers [quantities, pieces].
         of: from sums [quantities, n] to statistics [n]; n is 1 for the value itself.
 
     Returns:

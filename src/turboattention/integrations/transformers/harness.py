@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,6 @@ def run(
     Raises:
         InputError: the task is not known, or its data cannot be loaded.
     """
-    from lm_eval import simple_evaluate
-
     with _quiet():
         spec, files = _with_local_data(_entry(name, include), name, data), None
         try:
@@ -70,7 +69,7 @@ def run(
             raise InputError(f"tasks: the data of {PREFIX}{name} cannot be loaded: {_first_line(error)}") from error
         model = _model_class()(language, method, progress)
         options = {"task_manager": _manager_of(name, include), "log_samples": False, "bootstrap_iters": 1000}
-        found = simple_evaluate(model, tasks=tasks, limit=limit, **options)
+        found = _lm_eval().simple_evaluate(model, tasks=tasks, limit=limit, **options)
     results, counts = ((found or {}).get(key, {}) for key in ("results", "n-samples"))
     asked = {task: row["effective"] for task, row in counts.items()}
     return {
@@ -82,9 +81,9 @@ def run(
 
 @cache
 def _model_class() -> Callable[[LanguageModel, CacheMethod, Progress], Any]:
-    from lm_eval.models.huggingface import HFLM
+    base: Any = _lm_eval("models.huggingface").HFLM
 
-    class MethodLM(HFLM):
+    class MethodLM(base):
         """The harness's class; its two calls to the model use a method's cache."""
 
         def __init__(self, language: LanguageModel, method: CacheMethod, progress: Progress):
@@ -189,9 +188,14 @@ def _manager_of(name: str, include: Path | None) -> Any:
 @cache
 def _manager(include: Path | None) -> Any:
     """The tasks of a folder, or the harness's own, which take seconds to read."""
-    from lm_eval.tasks import TaskManager
+    return _lm_eval("tasks").TaskManager(
+        include_path=None if include is None else str(include), include_defaults=include is None
+    )
 
-    return TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
+
+def _lm_eval(module: str = "") -> Any:
+    """The harness, or a module of it. Imported when first used: it is optional, and takes seconds."""
+    return import_module(f"lm_eval.{module}".rstrip("."))
 
 
 @contextmanager
@@ -218,10 +222,14 @@ class HarnessTask:
 
     @property
     def settings(self) -> dict[str, Any]:
-        from lm_eval import __version__
-
         local = str(self._data) if self._data else None
-        return {"questions": self._limit, "data": local, "lm-eval": __version__, "piece": PIECE, "asked": ASKED}
+        return {
+            "questions": self._limit,
+            "data": local,
+            "lm-eval": _lm_eval().__version__,
+            "piece": PIECE,
+            "asked": ASKED,
+        }
 
     def run(self, subject: Any, method: CacheMethod, progress: Progress) -> dict[str, Any]:
         name, options = self.name.removeprefix(PREFIX), {"data": self._data, "include": self._include}
