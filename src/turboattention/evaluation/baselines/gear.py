@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .groups import min_max
-from .kivi import check_groups
+from .groups import min_max, min_max_along
 from .stream import FLOAT_BITS, Restored, as_half
 
 
@@ -56,11 +55,7 @@ class GearL:
     def _backbone(self, x: Tensor) -> Restored:
         if self.group is None:
             return min_max(x, self.bits, 2 if self.axis == "channel" else (1, 3))
-        dim = 2 if self.axis == "channel" else 3
-        if dim == 3:
-            check_groups(x.shape[3], self.group)
-        values, bits = min_max(x.unflatten(dim, (-1, self.group)), self.bits, dim + 1)
-        return Restored(values.flatten(dim, dim + 1), bits)
+        return min_max_along(x, self.bits, 2 if self.axis == "channel" else 3, self.group)
 
 
 def low_rank(error: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:

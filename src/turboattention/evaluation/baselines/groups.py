@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from .stream import FLOAT_BITS, Restored, as_half
 
 
@@ -19,3 +20,16 @@ def min_max(x: Tensor, bits: int, dim: int | tuple[int, ...]) -> Restored:
     scale, low = as_half((high - low) / levels), as_half(low)
     codes = ((x - low) / scale.where(scale > 0, 1.0)).round().clamp(0, levels)
     return Restored(codes * scale + low, bits * x.numel() + 2 * FLOAT_BITS * low.numel())
+
+
+def min_max_along(x: Tensor, bits: int, dim: int, group: int) -> Restored:
+    """`min_max` of groups of `group` consecutive values along `dim` of x [B, H, T, D]: 2 for tokens, 3 for channels.
+
+    Raises:
+        UnsupportedError: they do not divide into groups.
+    """
+    if x.shape[dim] % group:
+        name = "head_dim" if dim == 3 else "tokens"
+        raise UnsupportedError(f"{name}: expected a multiple of the method's group size {group}, got {x.shape[dim]}")
+    values, stored = min_max(x.unflatten(dim, (-1, group)), bits, dim + 1)
+    return Restored(values.flatten(dim, dim + 1), stored)

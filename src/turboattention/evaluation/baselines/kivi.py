@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...errors import UnsupportedError
-from .groups import min_max
+from .groups import min_max_along
 from .stream import Restored
 
 
@@ -27,9 +26,7 @@ class KiviKeys:
         return length - length % self.residual
 
     def __call__(self, x: Tensor, start: int) -> Restored:
-        groups = x.unflatten(2, (-1, self.group))
-        values, bits = min_max(groups, self.bits, 3)
-        return Restored(values.flatten(2, 3), bits)
+        return min_max_along(x, self.bits, 2, self.group)
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,4 @@ class KiviValues:
         return max(length - self.residual, 0)
 
     def __call__(self, x: Tensor, start: int) -> Restored:
-        check_groups(x.shape[3], self.group)
-        groups = x.unflatten(3, (-1, self.group))
-        values, bits = min_max(groups, self.bits, 4)
-        return Restored(values.flatten(3, 4), bits)
-
-
-def check_groups(head_dim: int, group: int) -> None:
-    """Raises UnsupportedError where channels do not divide into groups."""
-    if head_dim % group:
-        raise UnsupportedError(f"head_dim: expected a multiple of the method's group size {group}, got {head_dim}")
+        return min_max_along(x, self.bits, 3, self.group)
