@@ -158,3 +158,25 @@ def test_inspect_refuses(run: Run, saved, options, message):
 
 def test_no_calibration(run: Run, tmp_path):
     assert "path: expected a calibration, " in run("inspect", "--calibration", tmp_path).error
+
+
+# -- generate ------------------------------------------------------------------------------------------
+
+
+def test_generate_takes_its_widths(run: Run, model, text, tmp_path):
+    assert run("calibrate", "--model", model, "--text", text, *ONE_PIECE, "--out", tmp_path).code == 0
+    prompt = ("--model", model, "--prompt", TEXT * 3, "--max-new-tokens", 2)
+    made = [Calibration.load(tmp_path).rechosen(bits) for bits in (2.0, 8.0)]
+    sizes = []
+    for calibration_of in made:
+        calibration_of.save(tmp_path)
+        said = run("generate", *prompt, "--calibration", tmp_path, "--compare", "--json").json
+        (setting,) = said["settings"]
+        sizes.append(setting["kv_bytes"])
+    assert sizes[0] < sizes[1]
+
+
+def test_generate_refuses_another_models(run: Run, model, saved):
+    said = run("generate", "--model", model, "--prompt", "x", "--calibration", saved, "--max-new-tokens", 1)
+    assert "error: " in said.stderr
+    assert run("generate", "--prompt", "x", "--calibration", saved / "none").error.startswith("path: expected a")
