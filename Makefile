@@ -4,6 +4,8 @@ PYTHON ?= python3
 # The release taken where the environment has no torch. One that is there is never replaced.
 TORCH ?= 2.13.0
 BOOKS ?=
+TEXT ?=
+CALIBRATION ?=
 MODEL ?= src/turboattention/bundled/model
 GGML := build/ggml
 
@@ -52,7 +54,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model bench-ggml clean
+  lint-types lint-imports format model bench-ggml accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -145,6 +147,10 @@ $(GGML)/ready:
 bench-ggml: $(BUILT) $(GGML)/ready ## time attention and memory beside PyTorch and ggml
 	TURBOATTENTION_GGML="$$($(GGML)/bin/python -c 'from importlib.util import find_spec as f; print(f("llama_cpp").submodule_search_locations[0] + "/lib")')" \
 	  $(BIN)/turboattention bench --out build/bench.json
+
+accuracy: $(BUILT) ## every method on the bundled model: make accuracy TEXT=a-text-it-was-not-trained-on
+	@test -n "$(TEXT)" || { echo 'TEXT: expected a file, as in make accuracy TEXT=books/valid.txt'; exit 2; }
+	$(BIN)/python benchmarks/accuracy.py --text '$(TEXT)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)')
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov src/turboattention/_cpu*.so

@@ -40,8 +40,9 @@ def main() -> int:
 
 
 def load(folder: Path) -> list[Result]:
-    """Results by file name."""
-    return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    """Results by file name. Those of accuracy have a page and a script of their own."""
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("accuracy-")]
+    return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def section(name: str, results: Sequence[Result]) -> str:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..bundled import model_path, text
-from ..errors import InputError
 from .device import MAX_THREADS, Dtype, choose, use_threads
+from .evaluate_options import calibrated, check_methods, check_outside, check_plots, outside, parse_lengths
 from .evaluate_view import failures, show, write
-from .missing import INSTALL
 from .output import note, print_json, results
 from .progress import Bars
 from .prompt import read_file
@@ -80,6 +79,14 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Folder with more tasks for lm-evaluation-harness.", rich_help_panel=WHAT),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="What `turboattention calibrate` wrote: adds the method turbo-calibrated.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -130,22 +137,24 @@ def evaluate(
     from ..evaluation.baselines import parse_methods
 
     chosen = parse_methods(methods)
+    if calibration is not None:
+        chosen.append(calibrated(calibration))
     names = [part.strip() for part in tasks.split(",") if part.strip()]
     suite.check_names(names, data)
-    _check_outside(names, include)
+    check_outside(names, include)
     source = "bundled text" if file is None else "stdin" if file == "-" else Path(file).name
     options = suite.Options(
         text=text() if file is None else read_file("--text", file),
         source=source,
         limit=limit,
         context=context,
-        lengths=_lengths(lengths),
+        lengths=parse_lengths(lengths),
         data=data,
-        outside=lambda name: _outside(name, limit, data, include),
+        outside=lambda name: outside(name, limit, data, include),
     )
-    _check_methods(chosen)
+    check_methods(chosen)
     if out is not None:
-        _check_plots()
+        check_plots()
     request = Request(chosen, names, options, out, json)
     name = str(model_path()) if model is None else model
     _run(request, name, device, dtype, threads)
@@ -204,43 +213,3 @@ def _facts(language: LanguageModel) -> dict[str, Any]:
         "device": model.device.type,
         "turboattention": __version__,
     }
-
-
-def _check_methods(methods: list[CacheMethod]) -> None:
-    for method in methods:
-        why = method.unavailable()
-        if why is not None:
-            raise InputError(f"--methods: {method.name} cannot run here: {why}")
-
-
-def _check_plots() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise InputError(f"--out: the report's figures need the package matplotlib: {INSTALL}")
-
-
-def _check_outside(names: list[str], include: Path | None) -> None:
-    from ..evaluation.suite import OUTSIDE
-
-    outside = [name.removeprefix(OUTSIDE) for name in names if name.startswith(OUTSIDE)]
-    if include is not None and not include.is_dir():
-        raise InputError(f"--include: expected a folder with task files, got {include}")
-    if outside:
-        from ..integrations.transformers import harness
-
-        for name in outside:
-            harness.check(name, include)
-
-
-def _outside(name: str, limit: int | None, data: Path | None, include: Path | None) -> Any:
-    from ..integrations.transformers.harness import HarnessTask
-
-    return HarnessTask(name, limit, data, include)
-
-
-def _lengths(text: str | None) -> tuple[int, ...]:
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"--lengths: expected numbers above 0 such as 1024,4096, got {text!r}")
-    return tuple(sorted({int(part) for part in parts}))
