@@ -39,7 +39,7 @@ def text_unit(method: str, kl: float, bits: float) -> dict[str, Any]:
 def measured() -> dict[str, Any]:
     """A document with every kind of unit."""
     by_length = [{"length": 512, **metric(1.0)}, {"length": 4000, **metric(0.5, 0.1)}]
-    units = [text_unit("fp16", 0.0, 16.0), text_unit("kivi-2", 0.04, 3.1), text_unit("turbo-4", 0.002, 4.5)]
+    units = [text_unit("fp16", 0.0, 16.0), text_unit("turboquant-3", 0.04, 3.1), text_unit("turbo-4", 0.002, 4.5)]
     units += [
         unit("turbo-4", "recall", {"accuracy": metric(0.75, 0.1)}, by_length=by_length),
         unit(
@@ -48,9 +48,9 @@ def measured() -> dict[str, Any]:
         unit(
             "turbo-4", "gsm8k", {"accuracy": metric(0.0)}, questions=7, fewest_shots=5, warnings=["layer 7: <raised>"]
         ),
-        {"method": "kivi-2", "title": "KIVI-2", "task": "gsm8k", "failed": "no room & no time"},
+        {"method": "turboquant-3", "title": "TurboQuant-MSE 3", "task": "gsm8k", "failed": "no room & no time"},
     ]
-    methods = [METHODS[name] for name in ("fp16", "kivi-2", "turbo-4", "turbo-2")]
+    methods = [METHODS[name] for name in ("fp16", "turboquant-3", "turbo-4", "turbo-2")]
     return document({"model": "some <model>", "dtype": "float32"}, methods, units)
 
 
@@ -58,7 +58,7 @@ def test_table(measured: dict[str, Any]) -> None:
     columns, rows = summary.table(measured, called="name")
     assert columns[:3] == ["method", "bits / element", "perplexity"]
     assert columns[-2:] == ["recall", "gsm8k"]
-    assert [row[0] for row in rows] == ["fp16", "kivi-2", "turbo-4"]
+    assert [row[0] for row in rows] == ["fp16", "turboquant-3", "turbo-4"]
     assert rows[2][1:] == [
         "4.50",
         "20.002\n[20.002, 20.002]",
@@ -119,7 +119,7 @@ def test_front_is_what_nothing_beats_in_both() -> None:
 def test_losses_leave_the_own_cache_out(measured: dict[str, Any]) -> None:
     points = evaluation.loss_points(measured, "kl", 1)
     assert [(point.name, point.bits, point.own) for point in points] == [
-        ("KIVI-2", 3.1, False),
+        ("TurboQuant-MSE 3", 3.1, False),
         ("TurboAttention 4", 4.5, True),
     ]
 

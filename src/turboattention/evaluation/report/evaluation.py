@@ -43,7 +43,7 @@ def _own_rows(document: dict[str, Any], rows: Sequence[Sequence[str]]) -> list[i
 
 
 def _is_own(name: str) -> bool:
-    return name.startswith("turbo")
+    return name.startswith("turbo-")  # and not turboquant-4
 
 
 def _trade(page: Page, document: dict[str, Any]) -> None:
