@@ -87,20 +87,26 @@ def test_order_of_layers_does_not_matter():
 
 
 @pytest.mark.parametrize(
-    "budget, expected",
+    "budget, keys, values",
     [
-        (2, [2, 2, 2, 2]),
-        (2.5, [4, 2, 2, 2]),
-        (3, [4, 2, 4, 2]),
-        (3.25, [4, 2, 4, 2]),
-        (4, [4, 4, 4, 4]),
-        (5, [8, 4, 4, 4]),
-        (8, [8, 8, 8, 8]),
+        (2, [2, 2, 2, 2], [2, 2, 2, 2]),
+        (2.5, [4, 2, 2, 2], [4, 2, 2, 2]),
+        (3, [4, 2, 4, 2], [4, 2, 4, 2]),
+        (3.25, [4, 2, 4, 2], [4, 2, 4, 4]),  # half a head that K has no use for
+        (4, [4, 4, 4, 4], [4, 4, 4, 4]),
+        (5, [8, 4, 4, 4], [8, 4, 4, 4]),
+        (8, [8, 8, 8, 8], [8, 8, 8, 8]),
     ],
 )
-def test_the_lowest_priority_takes_the_narrow_width(budget, expected):
+def test_the_lowest_priority_takes_the_narrow_width(budget, keys, values):
     priority = torch.tensor([[9.0, 1.0, 5.0, 2.0], [9.0, 1.0, 5.0, 2.0]])
-    assert assign_bits([priority], budget, "priority")[0].tolist() == [expected, expected]
+    assert assign_bits([priority], budget, "priority")[0].tolist() == [keys, values]
+
+
+@pytest.mark.parametrize("budget", [2.25, 2.5, 3, 3.75, 6])
+def test_priority_uses_the_budget_even_with_one_head_a_layer(budget):
+    bits = assign_bits([torch.ones(2, 1) for _ in range(16)], budget, "priority")
+    assert average(bits) == pytest.approx(budget)
 
 
 def test_keys_values_and_layers_are_ranked_apart():

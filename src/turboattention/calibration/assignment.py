@@ -47,7 +47,7 @@ def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "e
         if not bool(score.isfinite().all()):
             raise InputError(f"scores: expected finite values, got NaN or infinity in layer {layer}")
     if strategy == "priority":
-        return [torch.stack([_by_priority(row, budget) for row in score]) for score in scores]
+        return _by_priority(scores, budget)
     return _by_error(scores, budget)
 
 
@@ -81,12 +81,18 @@ def _beyond(bits: Tensor, errors: Tensor) -> Tensor:
     return ~(chosen_error(bits, errors) <= bound_of(bits)) & (bits.amin(0) < max(BOUNDS))
 
 
-def _by_priority(priority: Tensor, budget: float) -> Tensor:
+def _by_priority(scores: Sequence[Tensor], budget: float) -> list[Tensor]:
     low, high = (2, 4) if budget <= 4 else (4, 8)
-    count = math.ceil((high - budget) / (high - low) * len(priority) - 1e-9)
-    bits = torch.full_like(priority, high, dtype=torch.int64)
-    bits[torch.argsort(priority, stable=True)[:count]] = low
-    return bits
+    share, owed, widths = (budget - low) / (high - low), 1e-9, []
+    for score in scores:
+        bits = torch.full(score.shape, low, dtype=torch.int64)
+        for row, priority in zip(bits, score, strict=True):
+            # What a row has no whole head for goes to the next.
+            owed += share * len(priority)
+            row[torch.argsort(priority, stable=True)[len(priority) - int(owed) :]] = high
+            owed -= int(owed)
+        widths.append(bits)
+    return widths
 
 
 def _by_error(scores: Sequence[Tensor], budget: float) -> list[Tensor]:
