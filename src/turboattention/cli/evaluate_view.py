@@ -17,7 +17,7 @@ LEGEND = (
     "Read through the cache under test, in short pieces. bits/element: everything that the cache keeps. KL, top-1 and "
     "the change of perplexity: token by token against the model's own cache. Intervals are in the report and the JSON."
 )
-COLUMNS = 6
+COLUMNS = 5
 """Figures in one table."""
 
 

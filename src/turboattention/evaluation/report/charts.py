@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+PLACES = ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (6, 12, "left"))
+"""Where a name may stand beside its point: offset in points, and the side of it that is at the point."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +40,64 @@ def heat_map(values: Sequence[Sequence[float]], *, title: str, label: str, highe
     return figure
 
 
-def pareto(points: Sequence[Point], *, ylabel: str) -> Figure:
+def pareto(points: Sequence[Point], *, ylabel: str, with_front: bool = True) -> Figure:
     """Loss against bits per element, with the front: the methods that none other beats in both."""
-    figure = _figure(8.6, 5.2)
+    figure = _figure(10, 6)
     axes = figure.subplots()
     for point in points:
-        colour = "C0" if point.own else "C7"
         spread = [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
-        axes.errorbar(point.bits, point.value, yerr=spread, marker="o" if point.own else "s", color=colour, capsize=2)
-        axes.annotate(
-            point.name, (point.bits, point.value), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=colour
+        marker = "o" if point.own else "s"
+        axes.errorbar(
+            point.bits, point.value, yerr=spread, marker=marker, markersize=5, color=_colour(point), capsize=2
         )
-    best = front(points)
-    axes.plot(
-        [p.bits for p in best], [p.value for p in best], color="C3", linewidth=0.9, zorder=0, label="Pareto front"
-    )
+    if with_front:
+        best = front(points)
+        bits, values = [p.bits for p in best], [p.value for p in best]
+        axes.plot(bits, values, color="C3", linewidth=0.9, zorder=0, label="Pareto front")
+        axes.legend(frameon=False, fontsize=8)
     if points and all(point.low > 0 for point in points):
         axes.set_yscale("log")
     else:
         axes.axhline(0, color="C7", linewidth=0.8)
-    axes.margins(x=0.18)  # room for the names
+    # Most methods are between 2 and 5 bits; a logarithmic axis gives them the room.
+    axes.set_xscale("log", base=2)
+    sizes = [
+        size for size in (1, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 12, 16) if axes.get_xlim()[0] <= size <= axes.get_xlim()[1]
+    ]
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.margins(x=0.12)
     axes.set(xlabel="bits per element, everything counted", ylabel=ylabel)
     axes.grid(linewidth=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    _name(axes, points)
     return figure
+
+
+def _colour(point: Point) -> str:
+    return "C0" if point.own else "0.45"
+
+
+def _name(axes: Axes, points: Sequence[Point]) -> None:
+    """Writes each point's name beside it, where it covers no other name if there is such a place."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # only now are places on the page known
+    taken = []
+    for point in sorted(points, key=lambda p: (not p.own, p.value)):
+        for place in PLACES:
+            text = axes.annotate(
+                point.name,
+                (point.bits, point.value),
+                xytext=place[:2],
+                textcoords="offset points",
+                fontsize=7.5,
+                color=_colour(point),
+                horizontalalignment=place[2],
+            )
+            box = text.get_window_extent()
+            if place is PLACES[-1] or not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -53,7 +53,8 @@ def _trade(page: Page, document: dict[str, Any]) -> None:
             if metric == LOSSES[0][0]:
                 page.section("Accuracy against size")
             title = f"{label[0].upper()}{label[1:]} against bits per element, with 95 % intervals"
-            page.figure(pareto(points, ylabel=label), title)
+            # A perplexity may fall by luck, and has no front.
+            page.figure(pareto(points, ylabel=label, with_front=metric == "kl"), title)
 
 
 def loss_points(document: dict[str, Any], metric: str, scale: float) -> list[Point]:
