@@ -118,7 +118,7 @@ def lines(
     emphasized: Sequence[str] = (),
 ) -> Figure:
     """One line a name, (x, y) each; the `emphasized` are solid, the others dashed."""
-    figure = _figure(8.6, 4.4)
+    figure = _figure(11, 4.8)
     axes = figure.subplots()
     for index, (name, (x, y)) in enumerate(series.items()):
         solid = name in emphasized
