@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -76,10 +76,6 @@ class Calibration:
         """The same statistics under another budget or strategy."""
         means = self.means if means is None else means
         return Calibration.choose(self.layers, self.provenance, budget, strategy, means)
-
-    def replace_bits(self, head_bits: tuple[Tensor, ...]) -> Calibration:
-        """A copy with widths of one's own."""
-        return replace(self, head_bits=head_bits)
 
     @property
     def average_bits(self) -> float:

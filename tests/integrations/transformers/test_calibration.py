@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from turboattention import TurboConfig
-from turboattention.calibration import Calibration
+from turboattention.calibration import Calibration, LayerMeter
 from turboattention.errors import ConfigError, InputError, NonFiniteError, UnsupportedError
 from turboattention.integrations.transformers import TurboCache, calibrate
+from turboattention.integrations.transformers.calibration import collect
 
 LENGTH = 208
 
@@ -63,6 +64,28 @@ def test_windows_softcaps_and_learned_sinks(tiny, tokens, name):
     made = calibrate(tiny(name), tokens(1, LENGTH)[0].tolist(), length=LENGTH)
     TurboCache(tiny(name).config, calibration=made)
     assert all(bool(layer.costs.isfinite().all()) for layer in made.layers)
+
+
+def test_layers_are_measured_as_they_attend(tiny, tokens, monkeypatch):
+    """Windows, softcaps, scales and sinks reach the meter."""
+    given = []
+
+    def note(self, q, k, v, gradient, **options):
+        given.append(options)
+
+    monkeypatch.setattr(LayerMeter, "add", note)
+    monkeypatch.setattr(LayerMeter, "statistics", lambda self: None)
+
+    def options(name: str, option: str) -> list:
+        given.clear()
+        collect(tiny(name), tokens(1, LENGTH)[0].tolist(), length=LENGTH)
+        return [x[option] for x in given]
+
+    assert options("gemma3", "window_size") == [24, None, 24]
+    assert options("gemma2", "softcap") == [50.0] * 3
+    assert options("gemma2", "scale") == [256**-0.5] * 3
+    assert [x.shape for x in options("gpt_oss", "sinks")] == [(4,)] * 3
+    assert options("llama", "sinks") == [None] * 3
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "turbo"])
