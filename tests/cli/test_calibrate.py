@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from turboattention.calibration import Calibration
 from turboattention.cli.heads_view import LEGEND, cells_of, summary
@@ -117,7 +118,8 @@ def test_other_widths_for_what_was_kept(run: Run, saved):
 def test_heads_beyond_their_bound_are_named():
     made = calibration(0.1, 0.4)
     assert "Beyond" not in summary(made)
-    bad = Calibration((layer(0.1), layer(0.9)), made.provenance, made.head_bits, 2.0, "error")
+    narrow = torch.full((2, 2), 2)
+    bad = Calibration((layer(0.1), layer(0.9)), made.provenance, (narrow, narrow), 2.0, "error")
     assert summary(bad).endswith("Beyond their bound (layer.head): 1.0.")
 
 
