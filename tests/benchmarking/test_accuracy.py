@@ -33,7 +33,8 @@ def units(method: str, bits: float, kl: float, change: float, recall: float) -> 
     names = {"perplexity": 20.0, "perplexity_change": change, "bits_per_byte": 1.5, "kl": kl, "top1": 0.9}
     metrics = {name: metric(value, 0.0001) for name, value in names.items()}
     common = {"method": method, "title": METHODS[method].title, "bits_per_element": bits}
-    by_length = [{"length": 512, "right": 1, "asked": 2, **metric(recall, 0.1)}]
+    solved = [int(index < recall * 200) for index in range(200)]
+    by_length = [{"length": 512, "right": 1, "asked": 2, "solved": solved, **metric(recall, 0.1)}]
     return [
         common | {"task": "perplexity", "metrics": metrics},
         common | {"task": "recall", "metrics": {"accuracy": metric(recall, 0.1)}, "by_length": by_length},
@@ -52,9 +53,9 @@ def test_aims(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None
     lines = module("accuracy_tables", monkeypatch).aims(measured).splitlines()[2:]
     assert [line.split(" | ")[1:] for line in lines] == [
         ["+0.20%<br>[+0.19, +0.21]", "not decided: the interval holds the bound |"],
-        ["+0.5 points lost", "reached |"],
+        ["+0.5 points lost<br>[+0.0, +1.5]", "not decided: the interval holds the bound |"],
         ["+1.00%<br>[+0.99, +1.01]", "missed |"],
-        ["+10.0 points lost", "missed |"],
+        ["+10.0 points lost<br>[+6.0, +14.5]", "missed |"],
     ]
 
 

@@ -45,13 +45,15 @@ class GeneratedTask:
         total = per_length * len(self._lengths)
         by_length, bits, done = [], 0.0, 0
         for length in self._lengths:
-            right = asked = 0
+            solved: list[bool] = []
             for index in range(per_length):
                 progress(done, total)
                 questions = min(QUESTIONS, self._limit - index * QUESTIONS)
-                solved, bits = self._ask(subject, method, length, SEED + index, questions)
-                right, asked, done = right + sum(solved), asked + len(solved), done + 1
-            by_length.append({"length": length, "right": right, "asked": asked} | share(right, asked))
+                some, bits = self._ask(subject, method, length, SEED + index, questions)
+                solved, done = solved + some, done + 1
+            # Question by question, so that two methods can be compared on the same ones.
+            row = {"length": length, "right": sum(solved), "asked": len(solved), "solved": [int(x) for x in solved]}
+            by_length.append(row | share(row["right"], row["asked"]))
         total_right, total_asked = (sum(row[name] for row in by_length) for name in ("right", "asked"))
         return {
             "bits_per_element": bits,
