@@ -10,7 +10,7 @@ import typer
 
 from ..bundled import model_path, text
 from .device import MAX_THREADS, Dtype, choose, use_threads
-from .evaluate_options import calibrated, check_methods, check_outside, check_plots, outside, parse_lengths
+from .evaluate_options import check_methods, check_outside, check_plots, outside, parse_lengths
 from .evaluate_view import failures, show, write
 from .output import note, print_json, results
 from .progress import Bars
@@ -83,7 +83,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="What `turboattention calibrate` wrote: adds the method turbo-calibrated.",
+            help="What `turboattention calibrate` wrote, for the methods turbo-calibrated and turbo-calibrated-BITS.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -133,12 +133,11 @@ def evaluate(
 
     Example: turboattention eval --methods all --tasks perplexity,heads,recall --text book.txt --out results
     """
+    from ..calibration import Calibration
     from ..evaluation import suite
     from ..evaluation.baselines import parse_methods
 
-    chosen = parse_methods(methods)
-    if calibration is not None:
-        chosen.append(calibrated(calibration))
+    chosen = parse_methods(methods, None if calibration is None else Calibration.load(calibration))
     names = [part.strip() for part in tasks.split(",") if part.strip()]
     suite.check_names(names, data)
     check_outside(names, include)

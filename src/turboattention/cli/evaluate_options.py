@@ -20,23 +20,6 @@ def check_methods(methods: list[CacheMethod]) -> None:
             raise InputError(f"--methods: {method.name} cannot run here: {why}")
 
 
-def calibrated(path: Path) -> CacheMethod:
-    """TurboAttention with the widths of a calibration."""
-    from ..calibration import Calibration
-    from ..config import TurboConfig
-    from ..evaluation.baselines.kinds import TurboMethod
-    from ..evaluation.records import fingerprint
-
-    found = Calibration.load(path)
-    widths = fingerprint(repr([bits.tolist() for bits in found.head_bits]))
-    settings = (
-        f"default, widths by {found.strategy}, {found.average_bits:.2f} bits of code on average ({widths}); "
-        f"calibrated on {found.provenance.tokens:,} tokens"
-    )
-    title = f"TurboAttention {found.budget:g}, calibrated"
-    return TurboMethod("turbo-calibrated", title, settings, TurboConfig(bits="mixed"), found)
-
-
 def check_plots() -> None:
     """Raises InputError where the report's figures could not be drawn after a long run."""
     from importlib.util import find_spec
