@@ -4,6 +4,8 @@ PYTHON ?= python3
 # The release taken where the environment has no torch. One that is there is never replaced.
 TORCH ?= 2.13.0
 BOOKS ?=
+TEXT ?=
+CALIBRATION ?=
 MODEL ?= src/turboattention/bundled/model
 GGML := build/ggml
 
@@ -54,7 +56,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-check clean
+  lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-check accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -174,6 +176,10 @@ build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64,
 # From the plain source tree, with the Python and the packages that the machine has: nothing is installed or built.
 gpu-check: ## check and measure the GPU kernels; a dry run where there is no GPU (GPU_CHECK='--only graph')
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/check.py $(GPU_CHECK)
+
+accuracy: $(BUILT) ## every method on the bundled model: make accuracy TEXT=a-text-it-was-not-trained-on
+	@test -n "$(TEXT)" || { echo 'TEXT: expected a file, as in make accuracy TEXT=books/valid.txt'; exit 2; }
+	$(BIN)/python benchmarks/accuracy.py --text '$(TEXT)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)')
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov src/turboattention/_cpu*.so

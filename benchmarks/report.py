@@ -40,8 +40,8 @@ def main() -> int:
 
 
 def load(folder: Path) -> list[Result]:
-    """Results by file name; those of GPUs have pictures and a page of their own (gpu/check.py)."""
-    paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith("gpu-"))
+    """Results by file name. Those of GPUs and of accuracy have pages and scripts of their own."""
+    paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith(("gpu-", "accuracy-")))
     return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 

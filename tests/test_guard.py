@@ -9,7 +9,7 @@ import torch
 
 import turboattention as ta
 from turboattention.errors import GuardWarning, NonFiniteError
-from turboattention.guard import BOUNDS, _widen, bound_of
+from turboattention.guard import BOUNDS, bound_of, widen
 from turboattention.reference.exact import exact_attention
 
 from .helpers import qkv, relative_error
@@ -119,7 +119,7 @@ def test_an_error_that_is_not_a_number_is_beyond_every_bound(monkeypatch):
 def test_the_narrower_of_keys_and_values_goes_up_first():
     bits = torch.tensor([[4, 2, 8, 8, 3], [2, 4, 8, 4, 3]])
     chosen = torch.tensor([True, True, True, True, False])
-    assert _widen(bits, chosen).tolist() == [[4, 3, 8, 8, 3], [3, 4, 8, 8, 3]]
+    assert widen(bits, chosen).tolist() == [[4, 3, 8, 8, 3], [3, 4, 8, 8, 3]]
     cache, _ = run(hard((0,)), ta.TurboConfig(bits=(3, 8)))
     assert cache.head_bits.tolist() == [[8, 3, 3, 3], [8, 8, 8, 8]]
 

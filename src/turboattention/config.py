@@ -31,7 +31,8 @@ class TurboConfig:
 
     bits: Bits = 4
     """Width of stored codes: 8, 4, 3 or 2; ``(k_bits, v_bits)``; or ``"mixed"``: per layer the
-    `low_bit_fraction` of KV heads with the lowest priority take 2 bits, the others 4."""
+    `low_bit_fraction` of KV heads with the lowest priority take 2 bits, the others 4. A `TurboCache`
+    with a calibration takes that one's widths for ``"mixed"`` instead."""
 
     block_size: int = 64
     """Tokens per tile and per compressed block, B. A multiple of 16 from 16 to 256."""

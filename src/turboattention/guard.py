@@ -48,7 +48,7 @@ def guarded_bits(
     failing = beyond.clone()
     if cache.config.guard == "adapt" and not cache.widths_given:
         while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
-            bits = _widen(bits, beyond)
+            bits = widen(bits, beyond)
             errors = sample.errors(bits)
             beyond = _beyond(errors, bits)
     if bool(failing.any()):
@@ -65,7 +65,7 @@ def _beyond(errors: Tensor, bits: Tensor) -> Tensor:
     return ~(errors <= bound_of(bits))
 
 
-def _widen(bits: Tensor, heads: Tensor) -> Tensor:
+def widen(bits: Tensor, heads: Tensor) -> Tensor:
     """The narrower of K and V (both, if equal) one step wider, for the chosen heads."""
     wider = torch.tensor([[_WIDER[int(b)] for b in row] for row in bits])
     return torch.where(heads & (bits == bits.amin(0)), wider, bits)

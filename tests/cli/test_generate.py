@@ -304,7 +304,8 @@ def test_a_damaged_cache(run: Run, model: Path, tmp_path: Path) -> None:
         (["--prompt", "x", "--bits", "4", "--bits", "3"], "--bits: expected one value without --compare, got 2"),
         (
             ["--load-cache", "x", "--bits", "4"],
-            "--load-cache: expected no --bits, --preset or --guard with it: the file says how it is quantized",
+            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file says how it is "
+            "quantized",
         ),
         (
             ["--prompt", "x", "--compare", "--load-cache", "y"],
@@ -403,7 +404,7 @@ def test_not_utf8(run: Run, model: Path, tmp_path: Path) -> None:
 def test_a_model_that_is_not_supported(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from turboattention.errors import UnsupportedError
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
 
     monkeypatch.setattr(generation, "TurboCache", refuse)

@@ -8,9 +8,12 @@ import typer
 
 from .. import __version__
 from .bench import bench
+from .calibrate import calibrate
 from .doctor import doctor
+from .evaluate import evaluate
 from .failures import CleanGroup
 from .generate import generate
+from .inspect import inspect
 from .output import never_fail_on_characters
 
 app = typer.Typer(
@@ -42,5 +45,8 @@ def root(
 
 
 app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(calibrate)
+app.command()(inspect)
 app.command()(bench)
 app.command()(doctor)

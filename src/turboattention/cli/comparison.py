@@ -106,12 +106,12 @@ def _run(
     """The outcome, and what was ranked first at each token of `reference` after its tokens before."""
     from ..integrations.transformers.generation import Run, generate
 
-    config = setting.config if setting else None
+    config, calibration = (setting.config, setting.calibration) if setting else (None, None)
     with bars.task(f"{label}: warming up"), guard_warnings(show=False):
-        warm_up = Run(language, language.new_cache(config))
+        warm_up = Run(language, language.new_cache(config, calibration))
         warm_up.prefill(list(ids[:_WARM_UP_TOKENS]))
         generate(warm_up, 3)
-    run = Run(language, language.new_cache(config))
+    run = Run(language, language.new_cache(config, calibration))
     with bars.task(f"{label}: prompt") as update:
         start = time.perf_counter()
         run.prefill(ids, update)

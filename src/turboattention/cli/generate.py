@@ -21,7 +21,7 @@ from .output import note, print_json, results
 from .plain import Start, config_of, continue_text
 from .progress import Bars
 from .prompt import check_length, read_prompt
-from .settings import Guard, Preset, Setting, make_setting
+from .settings import Guard, Preset, Setting, load_calibration, make_setting
 from .stream import printable
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ def generate(
         Guard | None,
         typer.Option(help="What to do about heads that quantize badly. By default adapt.", rich_help_panel=QUANTIZING),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="What `calibrate` wrote for this model: the widths of --bits mixed, the default with it.",
+            rich_help_panel=QUANTIZING,
+        ),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -133,7 +141,7 @@ def generate(
     Example: turboattention generate --demo --compare --bits 4 --bits 3
     """
     request = Request(
-        settings=_settings(bits, preset, guard, demo, compare, load_cache),
+        settings=_settings(bits, preset, guard, demo, compare, load_cache, calibration),
         prompt=read_prompt(prompt, file, demo),
         limit=max_new_tokens,
         temperature=temperature,
@@ -161,16 +169,19 @@ def _settings(
     demo: bool,
     compare: bool,
     load_cache: Path | None,
+    calibration: Path | None,
 ) -> list[Setting]:
-    if load_cache is not None and (bits or preset or guard):
+    if load_cache is not None and (bits or preset or guard or calibration):
         raise InputError(
-            "--load-cache: expected no --bits, --preset or --guard with it: the file says how it is quantized"
+            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file says how it is "
+            "quantized"
         )
     if not bits:
-        bits = ["4", "3", "mixed"] if demo and compare else ["4"]
+        bits = ["4", "3", "mixed"] if demo and compare else ["4" if calibration is None else "mixed"]
     if len(bits) > 1 and not compare:
         raise InputError(f"--bits: expected one value without --compare, got {len(bits)}")
-    return [make_setting(text, preset or Preset.default, guard) for text in bits]
+    measured = load_calibration(calibration)
+    return [make_setting(text, preset or Preset.default, guard, measured) for text in bits]
 
 
 def _check(request: Request) -> None:
@@ -254,7 +265,7 @@ def _start(request: Request, language: LanguageModel) -> Start:
         assert request.prompt is not None
         ids = language.encode(request.prompt)
         check_length(len(ids), request.limit, language.context)
-        cache = language.new_cache(request.settings[0].config)
+        cache = language.new_cache(request.settings[0].config, request.settings[0].calibration)
         return Start(ids, cache)  # type: ignore[arg-type]
     cache, cached = cache_file.load(language, request.load_cache)
     ids = cached if request.prompt is None else language.encode(request.prompt)

@@ -22,24 +22,41 @@ def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
         raise InputError(f"prompt: expected one of --prompt, --file and --demo, got {' and '.join(given)}")
     if not given:
         return None
-    text = prompt if prompt is not None else bundled_text() if demo else _read(str(file))
-    if not text.strip():
-        raise InputError(f"{given[0]}: expected some text, got none")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"{given[0]}: expected UTF-8 text, got other bytes")
+    if prompt is None and not demo:
+        return read_file("--file", str(file))
+    text = bundled_text() if prompt is None else prompt
+    _check_text(given[0], text)
     return text
 
 
-def _read(file: str) -> str:
+def read_file(option: str, file: str) -> str:
+    """The text of a file that an option named; "-" is stdin.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8, or there is nothing in it.
+    """
+    text = _read(option, file)
+    _check_text(option, text)
+    return text
+
+
+def _check_text(option: str, text: str) -> None:
+    if not text.strip():
+        raise InputError(f"{option}: expected some text, got none")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{option}: expected UTF-8 text, got other bytes")
+
+
+def _read(option: str, file: str) -> str:
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"--file: {file} cannot be read: {reason}") from error
+        raise InputError(f"{option}: {file} cannot be read: {reason}") from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"--file: expected UTF-8 text, got other bytes in {file} at offset {error.start}") from error
+        raise InputError(f"{option}: expected UTF-8 text, got other bytes in {file} at offset {error.start}") from error
 
 
 def check_length(tokens: int, new_tokens: int, context: int | None) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import WIDTHS, Bits, TurboConfig
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
 
 
 class Preset(str, Enum):
@@ -22,20 +27,37 @@ class Guard(str, Enum):
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration, what was typed for its bits, and how a table names it."""
+    """A configuration, what was typed for its bits, how a table names it, and the calibration it draws on."""
 
     bits: str
     label: str
     config: TurboConfig
+    calibration: Calibration | None = None
 
 
-def make_setting(bits: str, preset: Preset = Preset.default, guard: Guard | None = None) -> Setting:
+def load_calibration(folder: Path | None) -> Calibration | None:
+    """What `calibrate` wrote. Raises InputError, FormatError."""
+    if folder is None:
+        return None
+    from ..calibration import Calibration
+
+    return Calibration.load(folder)
+
+
+def make_setting(
+    bits: str,
+    preset: Preset = Preset.default,
+    guard: Guard | None = None,
+    calibration: Calibration | None = None,
+) -> Setting:
     """Raises ConfigError for bits that there are not."""
     make = TurboConfig.paper if preset is Preset.paper else TurboConfig
     widths = parse_bits(bits)
     config = make(bits=widths) if guard is None else make(bits=widths, guard=guard.value)
     label = bits_label(widths)
-    return Setting(bits, f"paper {label}" if preset is Preset.paper else label, config)
+    if widths == "mixed" and calibration is not None:
+        label = "measured"
+    return Setting(bits, f"paper {label}" if preset is Preset.paper else label, config, calibration)
 
 
 def parse_bits(text: str) -> Bits:

@@ -3,6 +3,7 @@
     enable()                                   # registers "turbo"; disable() undoes it
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="turbo")
     model.generate(**inputs, past_key_values=TurboCache(model.config))
+    calibrate(model, token_ids).save("folder")  # widths per head, by measured error
 
 Without a `TurboCache`, "turbo" runs on the model's own full-precision cache. Nothing is patched on import.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 try:
     from .cache import TurboCache
+    from .calibration import calibrate
     from .registry import disable, enable
 except ImportError as error:
     if (error.name or "").partition(".")[0] != "transformers":
@@ -21,4 +23,4 @@ except ImportError as error:
         name="transformers",
     ) from None
 
-__all__ = ["TurboCache", "disable", "enable"]
+__all__ = ["TurboCache", "calibrate", "disable", "enable"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ... import dispatch
+from ...calibration import Calibration
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError
 from ...validation import check_config
@@ -28,7 +30,9 @@ class TurboCache(Cache):
 
     Args:
         model_config: ``model.config``.
-        config: `TurboConfig()` by default.
+        config: `TurboConfig()` by default; with a `calibration`, ``bits="mixed"``.
+        calibration: a `Calibration` of this model. Under ``bits="mixed"`` its widths take the place of the paper's; its
+            means of K, if it has any to give, serve under every width.
         head_bits: widths per layer, each as `KVCache` takes them ([Hkv] or [2, Hkv]).
         k_mean: calibrated means of K per layer, each float [Hkv, D].
         max_tokens: tokens per sequence to reserve memory for; more may follow.
@@ -54,11 +58,15 @@ class TurboCache(Cache):
         model_config: Any,
         config: TurboConfig | None = None,
         *,
+        calibration: Calibration | None = None,
         head_bits: Sequence[Any] | Tensor | None = None,
         k_mean: Sequence[Tensor | None] | Tensor | None = None,
         max_tokens: int | None = None,
         backend: str = "auto",
     ):
+        if calibration is not None:
+            config = config or TurboConfig(bits="mixed")
+            head_bits, k_mean = _calibrated(calibration, model_config, config, head_bits, k_mean)
         check_config(config)
         dispatch.choose(backend)  # raises now, not in the middle of a first forward
         windows = layer_windows(model_config)
@@ -245,6 +253,21 @@ class TurboCache(Cache):
             raise InputError("prompt_ids: expected a cache saved with input_ids, got one saved without")
         check_goes_on(input_ids, self.prompt_ids, self.get_seq_length())
         return self.get_seq_length()
+
+
+def _calibrated(
+    calibration: Any, model_config: Any, config: TurboConfig, head_bits: Any, k_mean: Any
+) -> tuple[Any, Any]:
+    """Widths and means per layer, as far as `config` wants them."""
+    if not isinstance(calibration, Calibration):
+        raise ConfigError(f"calibration: expected a Calibration, got {type(calibration).__name__}")
+    for name, given in (("head_bits", head_bits), ("k_mean", k_mean)):
+        if given is not None:
+            raise ConfigError(f"{name}: expected None with a calibration, which has its own, got a value")
+    check_config(config)
+    calibration.check_shape(asdict(ModelShape.of(model_config)))
+    bits = calibration.head_bits if config.bits == "mixed" else None
+    return bits, (calibration.k_mean if config.smooth_k else None)
 
 
 def _per_layer(values: Any, name: str, count: int) -> list[Any]:

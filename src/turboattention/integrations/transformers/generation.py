@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from ...calibration import Calibration
 from ...config import TurboConfig
 from ...errors import InputError
 from .cache import TurboCache
@@ -57,14 +59,25 @@ class LanguageModel:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def fingerprint(self) -> str:
+        """Eight hex digits that tell other weights apart: the beginning of every parameter, not all of it."""
+        crc = 0
+        for parameter in self.model.parameters():
+            crc = zlib.crc32(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes(), crc)
+        return f"{crc:08x}"
+
     def use(self, attention: str) -> None:
         if self.model.config._attn_implementation != attention:
             self.model.set_attn_implementation(attention)
 
-    def new_cache(self, config: TurboConfig | None) -> TurboCache | DynamicCache:
+    def new_cache(
+        self, config: TurboConfig | None, calibration: Calibration | None = None
+    ) -> TurboCache | DynamicCache:
         """A quantized cache, or without `config` the model's own."""
-        config_of_model = self.model.config
-        return DynamicCache(config=config_of_model) if config is None else TurboCache(config_of_model, config)
+        of_model = self.model.config
+        if config is None:
+            return DynamicCache(config=of_model)
+        return TurboCache(of_model, config, calibration=calibration)
 
     def load_cache(self, path: Path) -> TurboCache:
         """A saved cache of this model, with the tokens it was made from in `prompt_ids`.

@@ -1,0 +1,116 @@
+"""Which head gets which width, under a budget of average bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..config import WIDTHS
+from ..errors import ConfigError, InputError, ShapeError
+from ..guard import BOUNDS, bound_of, widen
+
+Strategy = Literal["error", "priority"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "error") -> list[Tensor]:
+    """Widths for K and V of every head.
+
+    Args:
+        scores: per layer. For "error" what each width loses, float [2, Hkv, len(WIDTHS)] (`LayerStatistics.costs`, or
+            any other measure that adds up); for "priority" the paper's, float [2, Hkv].
+        budget: average width from 2 to 8, over K and V of all heads; steps, zeros and scales come on top. It is
+            not exceeded.
+        strategy: "error": all begin at 2 bits, and the next ones go where they save most per bit, in whichever layer.
+            "priority": the paper's (section 3.2), in each layer and for K and V apart: the heads of lowest priority
+            take 2 bits and the others 4 (or 4 and 8, for budgets above 4).
+
+    Returns:
+        int64 [2, Hkv] per layer.
+
+    Raises:
+        ConfigError, ShapeError, InputError: arguments out of range.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not WIDTHS[0] <= budget <= WIDTHS[-1]:
+        raise ConfigError(f"budget: expected an average width from {WIDTHS[0]} to {WIDTHS[-1]} bits, got {budget!r}")
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    trailing = (len(WIDTHS),) if strategy == "error" else ()
+    for layer, score in enumerate(scores):
+        if score.shape != (2, *score.shape[1:2], *trailing):
+            wanted = "[2, Hkv" + "".join(f", {n}" for n in trailing) + "]"
+            raise ShapeError(f"scores: expected {wanted} for {strategy!r}, got {list(score.shape)} in layer {layer}")
+        if not bool(score.isfinite().all()):
+            raise InputError(f"scores: expected finite values, got NaN or infinity in layer {layer}")
+    if strategy == "priority":
+        return _by_priority(scores, budget)
+    return _by_error(scores, budget)
+
+
+def keep_bounds(bits: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor]:
+    """`bits` with what the guard would add: heads whose error is beyond their width's bound take the next wider one.
+
+    Args:
+        bits: int64 [2, Hkv] per layer; errors: float [2, Hkv, len(WIDTHS)] likewise, relative.
+    """
+    kept = []
+    for widths, error in zip(bits, errors, strict=True):
+        while bool((beyond := _beyond(widths, error)).any()):
+            widths = widen(widths, beyond)
+        kept.append(widths)
+    return kept
+
+
+def chosen(bits: Tensor, figures: Tensor) -> Tensor:
+    """float64 [2, Hkv]: of `figures` [2, Hkv, len(WIDTHS)] those at `bits`, int64 [2, Hkv]."""
+    index = torch.tensor([[WIDTHS.index(int(b)) for b in row] for row in bits]).reshape(bits.shape)
+    return figures.double().gather(-1, index[..., None]).squeeze(-1)
+
+
+def chosen_error(bits: Tensor, errors: Tensor) -> Tensor:
+    """float64 [Hkv]: relative error with K and V stored at `bits`, int64 [2, Hkv]; their errors are independent."""
+    return chosen(bits, errors).square().sum(0).sqrt()
+
+
+def _beyond(bits: Tensor, errors: Tensor) -> Tensor:
+    """bool [Hkv]; at the widest there is nothing left to do."""
+    return ~(chosen_error(bits, errors) <= bound_of(bits)) & (bits.amin(0) < max(BOUNDS))
+
+
+def _by_priority(scores: Sequence[Tensor], budget: float) -> list[Tensor]:
+    low, high = (2, 4) if budget <= 4 else (4, 8)
+    share, owed, widths = (budget - low) / (high - low), 1e-9, []
+    for score in scores:
+        bits = torch.full(score.shape, low, dtype=torch.int64)
+        for row, priority in zip(bits, score, strict=True):
+            # What a row has no whole head for goes to the next.
+            owed += share * len(priority)
+            row[torch.argsort(priority, stable=True)[len(priority) - int(owed) :]] = high
+            owed -= int(owed)
+        widths.append(bits)
+    return widths
+
+
+def _by_error(scores: Sequence[Tensor], budget: float) -> list[Tensor]:
+    """Greedy: the step, of one width or several, that saves most per bit and is still within the budget."""
+    flat = torch.cat([score.reshape(-1, len(WIDTHS)).double().cpu() for score in scores])
+    widths = torch.tensor(WIDTHS, dtype=torch.float64)
+    at = torch.zeros(len(flat), dtype=torch.int64)
+    left = math.floor((budget - WIDTHS[0]) * len(flat) + 1e-9)
+    price = widths - widths[at][:, None]
+    while left > 0:
+        gain = (flat.gather(1, at[:, None]) - flat) / price
+        gain[(price <= 0) | (price > left)] = -torch.inf
+        best = int(gain.argmax())
+        entry, width = divmod(best, len(WIDTHS))
+        if gain[entry, width] == -torch.inf:
+            break
+        left -= int(price[entry, width])
+        at[entry] = width
+        price[entry] = widths - widths[width]
+    bits = torch.tensor(WIDTHS)[at]
+    return [part.reshape(2, -1) for part in bits.split([score.shape[0] * score.shape[1] for score in scores])]

@@ -1,0 +1,133 @@
+"""`Calibration`: what was measured of a model, and the widths that follow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..guard import BOUNDS
+from .assignment import Strategy, assign_bits, chosen, chosen_error, keep_bounds
+from .measure import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the figures come from.
+
+    model: its name or folder; model_hash: SHA-256 over its parameters' names, shapes and first values.
+    shape: sizes by which a model is recognized (`integrations.transformers.model.ModelShape`).
+    text_hash: SHA-256 of the token ids; tokens: how many, in texts of `length`. version: of this package.
+    """
+
+    model: str
+    model_hash: str
+    shape: Mapping[str, str | int | None]
+    text_hash: str
+    tokens: int
+    length: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics per layer, and the widths chosen from them.
+
+    layers: one entry for each layer of the cache.
+    provenance: where they come from.
+    head_bits: int64 [2, Hkv] per layer, the widths of K and V.
+    budget, strategy: what `head_bits` were chosen under, see `assign_bits`.
+    means: whether caches take the measured means of K for smoothing, instead of their own first block's.
+    bounds: largest relative error of a head, by width, that `head_bits` keep.
+    """
+
+    layers: tuple[LayerStatistics, ...]
+    provenance: Provenance
+    head_bits: tuple[Tensor, ...]
+    budget: float
+    strategy: Strategy
+    means: bool = False
+    bounds: Mapping[int, float] = field(default_factory=lambda: dict(BOUNDS))
+
+    @classmethod
+    def choose(
+        cls,
+        layers: tuple[LayerStatistics, ...],
+        provenance: Provenance,
+        budget: float = 3.0,
+        strategy: Strategy = "error",
+        means: bool = False,
+    ) -> Calibration:
+        """The widths of `assign_bits`, wider where a head would be beyond its bound: then above the budget.
+
+        Raises:
+            ConfigError: budget or strategy out of range.
+        """
+        scores = [layer.costs if strategy == "error" else layer.priority for layer in layers]
+        bits = assign_bits(scores, budget, strategy)
+        if strategy == "error":
+            bits = keep_bounds(bits, [layer.errors for layer in layers])
+        return cls(layers, provenance, tuple(bits), float(budget), strategy, means)
+
+    def rechosen(self, budget: float, strategy: Strategy = "error", means: bool | None = None) -> Calibration:
+        """The same statistics under another budget or strategy."""
+        means = self.means if means is None else means
+        return Calibration.choose(self.layers, self.provenance, budget, strategy, means)
+
+    @property
+    def average_bits(self) -> float:
+        """Mean width of K and V over all heads; steps, zeros and scales come on top."""
+        return sum(int(bits.sum()) for bits in self.head_bits) / sum(bits.numel() for bits in self.head_bits)
+
+    @property
+    def k_mean(self) -> list[Tensor] | None:
+        """Means of K per layer, float32 [Hkv, D], where caches are to take them."""
+        return [layer.k_mean for layer in self.layers] if self.means else None
+
+    @property
+    def chosen_errors(self) -> list[Tensor]:
+        """Per layer float64 [Hkv], the relative error of each head's output at the chosen widths."""
+        return [chosen_error(bits, layer.errors) for bits, layer in zip(self.head_bits, self.layers, strict=True)]
+
+    @property
+    def chosen_costs(self) -> list[Tensor]:
+        """Per layer float64 [2, Hkv], what K and V are expected to cost at the chosen widths, in nats per token."""
+        return [chosen(bits, layer.costs) for bits, layer in zip(self.head_bits, self.layers, strict=True)]
+
+    @property
+    def expected_kl(self) -> float:
+        """Their sum: the KL divergence from the model's own cache, where errors are small and independent."""
+        return sum(float(costs.sum()) for costs in self.chosen_costs)
+
+    def check_shape(self, shape: Mapping[str, str | int | None]) -> None:
+        """Raises `ConfigError` naming what differs if `shape` is another model's."""
+        for name, expected in self.provenance.shape.items():
+            if shape.get(name) != expected:
+                raise ConfigError(
+                    f"calibration: expected one of this model ({name}={shape.get(name)!r}), got one of "
+                    f"{self.provenance.model} ({name}={expected!r})"
+                )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``calibration.json`` into `folder`, made if need be; the file appears whole or not at all.
+
+        Raises:
+            InputError: it cannot be written there.
+        """
+        from .files import save_calibration
+
+        save_calibration(self, folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` wrote, from its folder or the file itself.
+
+        Raises:
+            InputError: there is none. FormatError: the file is damaged, foreign or of another version.
+        """
+        from .files import load_calibration
+
+        return load_calibration(path)

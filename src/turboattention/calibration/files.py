@@ -1,0 +1,130 @@
+"""A `Calibration` as JSON: small, readable, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import WIDTHS
+from ..errors import FormatError, InputError, TurboError
+from ..kv.widths import parse_head_bits
+from .assignment import STRATEGIES
+from .calibration import Calibration, Provenance
+from .measure import LayerStatistics
+
+FORMAT = "turboattention-calibration"
+VERSION = 1
+FILE = "calibration.json"
+
+
+def save_calibration(calibration: Calibration, folder: str | os.PathLike[str]) -> None:
+    """Write `calibration` to `folder`/calibration.json."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "provenance": asdict(calibration.provenance),
+        "budget": calibration.budget,
+        "strategy": calibration.strategy,
+        "means": calibration.means,
+        "bounds": {str(width): bound for width, bound in calibration.bounds.items()},
+        "widths": list(WIDTHS),
+        "layers": [_layer(layer, bits) for layer, bits in zip(calibration.layers, calibration.head_bits, strict=True)],
+    }
+    target = Path(folder) / FILE
+    temporary = target.with_name(f"{FILE}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise InputError(f"folder: {os.fspath(folder)} cannot be written: {error.strerror or error}") from error
+
+
+def load_calibration(path: str | os.PathLike[str]) -> Calibration:
+    """Read `path`, or `path`/calibration.json."""
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"path: expected a calibration, {file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FormatError(f"path: expected a calibration, got {file}, which is no JSON") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise FormatError(f"path: expected a calibration, got another kind of file: {file}")
+    if content.get("version") != VERSION:
+        raise FormatError(f"path: expected version {VERSION} of a calibration, got {content.get('version')} in {file}")
+    try:
+        return _read(content)
+    except (TurboError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"path: expected a calibration, got a damaged one: {file} ({_reason(error)})") from error
+
+
+def _layer(layer: LayerStatistics, bits: Tensor) -> dict[str, Any]:
+    return {
+        "head_bits": bits.tolist(),
+        "errors": _rounded(layer.errors),
+        "costs": _rounded(layer.costs),
+        "priority": _rounded(layer.priority),
+        "outliers": [list(channels) for channels in layer.outliers],
+        "k_mean": _rounded(layer.k_mean),
+    }
+
+
+def _rounded(x: Tensor) -> Any:
+    """Six digits are more than the figures are worth."""
+
+    def short(value: Any) -> Any:
+        return [short(x) for x in value] if isinstance(value, list) else float(f"{value:.6g}")
+
+    return short(x.tolist())
+
+
+def _read(content: dict[str, Any]) -> Calibration:
+    if content["widths"] != list(WIDTHS) or content["strategy"] not in STRATEGIES or not content["layers"]:
+        raise ValueError("widths, strategy or layers")
+    layers, widths = [], []
+    for entry in content["layers"]:
+        heads = len(entry["outliers"])
+        mean = _numbers(entry, "k_mean", (heads, None), torch.float32)
+        layers.append(
+            LayerStatistics(
+                errors=_numbers(entry, "errors", (2, heads, len(WIDTHS))),
+                costs=_numbers(entry, "costs", (2, heads, len(WIDTHS))),
+                priority=_numbers(entry, "priority", (2, heads)),
+                k_mean=mean,
+                outliers=tuple(tuple(int(channel) for channel in row) for row in entry["outliers"]),
+            )
+        )
+        bits = parse_head_bits(entry["head_bits"], heads)
+        if bits is None:
+            raise ValueError("head_bits")
+        widths.append(bits)
+    return Calibration(
+        layers=tuple(layers),
+        provenance=Provenance(**content["provenance"]),
+        head_bits=tuple(widths),
+        budget=float(content["budget"]),
+        strategy=content["strategy"],
+        means=bool(content["means"]),
+        bounds={int(width): float(bound) for width, bound in content["bounds"].items()},
+    )
+
+
+def _numbers(
+    entry: dict[str, Any], name: str, shape: tuple[int | None, ...], dtype: torch.dtype = torch.float64
+) -> Tensor:
+    values = torch.tensor(entry[name], dtype=dtype)
+    fits = values.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, values.shape, strict=True))
+    if not fits or not bool(values.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers {list(shape)}, got shape {list(values.shape)}")
+    return values
+
+
+def _reason(error: Exception) -> str:
+    return f"without {error}" if isinstance(error, KeyError) else str(error)

@@ -1,0 +1,164 @@
+"""What calibration measures of a layer, head by head: what each width loses, and what that costs the model.
+
+Errors are measured as decode meets them: the last block before a query, its buffer, is exact, what lies behind is
+stored. Attention that stays near the query then loses little, however badly its keys quantize.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import WIDTHS, TurboConfig
+from ..errors import InputError, ShapeError
+from ..flashq import head_priority
+from ..kv.cache import KVCache
+from ..reference.exact import exact_attention
+
+OUTLIER = 4.0
+"""A channel of K is an outlier where its largest value is this many times that of the head's median channel."""
+
+_PLACES = 8  # blocks of a text that query
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Figures per KV head; row 0 is K, row 1 is V, and W = len(WIDTHS) are 2, 3, 4 and 8 bits.
+
+    errors: float64 [2, Hkv, W], relative error of the head's attention output (Frobenius) with K, or V, alone stored.
+    costs: float64 [2, Hkv, W], the KL divergence in nats per token that this error is expected to cause:
+        `1/2 E_t E_y [(sum_h g_th . delta_th)^2]`, with `delta` the error of a query head's output at token t and `g`
+        the gradient of the log-likelihood of y, drawn from the model. (The second-order expansion of the divergence,
+        by the Fisher information; errors of different tokens and KV heads taken as independent.)
+    priority: float64 [2, Hkv], the paper's gap * std (section 3.2), mean over the texts.
+    k_mean: float32 [Hkv, D], mean of each channel of K.
+    outliers: per head the channels of K that stand out (`OUTLIER`).
+    """
+
+    errors: Tensor
+    costs: Tensor
+    priority: Tensor
+    k_mean: Tensor
+    outliers: tuple[tuple[int, ...], ...]
+
+
+class LayerMeter:
+    """Sums over texts, from which `statistics` come.
+
+    Args:
+        config: how a cache would store; its `bits` do not matter.
+    """
+
+    def __init__(self, config: TurboConfig):
+        self._config = config.replace(guard="off")  # there is no query to guard, and no width to widen
+        self._texts: list[tuple[Tensor, ...]] = []
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens of the shortest text in which anything is compressed and then read."""
+        return self._config.sink_tokens + 2 * self._config.block_size
+
+    @torch.no_grad()
+    def add(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gradient: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window_size: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Measure one text.
+
+        Args:
+            q: [1, Hq, L, D]; k, v: [1, Hkv, L, D], attended causally.
+            gradient: [1, Hq, L, D] of the text's log-likelihood (summed over tokens) by the attention output.
+            sinks: learned sink logits [Hq].
+            scale, softcap, window_size: as in `turbo_attention`.
+
+        Raises:
+            NonFiniteError: NaN or infinity in k or v. InputError: the text is shorter than `least_tokens`.
+            ShapeError: shapes do not fit.
+        """
+        if gradient.shape != q.shape:
+            raise ShapeError(f"gradient: expected the shape of q {tuple(q.shape)}, got {tuple(gradient.shape)}")
+        length, block = k.shape[2], self._config.block_size
+        if length < self.least_tokens:
+            raise InputError(f"text: expected at least {self.least_tokens} tokens, got {length}")
+        stored = [self._stored(k, v, width) for width in WIDTHS]
+        lost, cost, whole = (torch.zeros(2, k.shape[1], len(WIDTHS), dtype=torch.float64) for _ in range(3))
+        ends = torch.linspace(self.least_tokens, length, _PLACES).int().unique().tolist()
+        for end in ends:
+            place = _Place(q, end, block, k.shape[1], scale, softcap, window_size, sinks)
+            slope = place.rows(gradient).double()
+            exact = k[:, :, :end], v[:, :, :end]
+            wanted = place.attend(*exact)
+            whole += (wanted**2).sum((1, 2, 3)).cpu()[:, None]
+            for width, pair in enumerate(stored):
+                for which in (0, 1):
+                    mixed = list(exact)
+                    mixed[which] = torch.cat((pair[which][:, :, : end - block], exact[which][:, :, end - block :]), 2)
+                    delta = place.attend(*mixed) - wanted
+                    lost[which, :, width] += (delta**2).sum((1, 2, 3)).cpu()
+                    cost[which, :, width] += 0.5 * ((delta * slope).sum((1, 3)) ** 2).mean(-1).cpu() / len(ends)
+        priority = torch.stack([head_priority(x).double() for x in (k, v)]).cpu()
+        self._texts.append((lost, whole, cost, priority, k[0].double().mean(1).cpu(), k[0].float().abs().amax(1).cpu()))
+
+    def statistics(self) -> LayerStatistics:
+        """What was measured, all texts alike.
+
+        Raises:
+            InputError: no text was.
+        """
+        if not self._texts:
+            raise InputError("text: expected at least one, got none")
+        lost, whole, cost, priority, mean, peaks = (torch.stack(x) for x in zip(*self._texts, strict=True))
+        highest = peaks.amax(0)
+        stands_out = highest > OUTLIER * highest.median(-1, keepdim=True).values
+        return LayerStatistics(
+            # A head without output loses nothing.
+            errors=(lost.sum(0) / whole.sum(0).clamp(min=1e-300)).sqrt(),
+            costs=cost.mean(0),
+            priority=priority.mean(0),
+            k_mean=mean.mean(0).float(),
+            outliers=tuple(tuple(row.nonzero().flatten().tolist()) for row in stands_out),
+        )
+
+    def _stored(self, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """k and v as a cache of this width would give them back."""
+        cache = KVCache(k.shape[0], k.shape[1], k.shape[3], config=self._config.replace(bits=width))
+        cache.append(k, v)
+        return cache.dequantize()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The queries of the block that ends at `end`, over the text up to there."""
+
+    q: Tensor
+    end: int
+    block: int
+    kv_heads: int
+    scale: float | None
+    softcap: float | None
+    window_size: int | None
+    sinks: Tensor | None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[1, Hq, L, D] -> [Hkv, g, block, D]."""
+        return x[0, :, self.end - self.block : self.end].unflatten(0, (self.kv_heads, -1))
+
+    def attend(self, k: Tensor, v: Tensor) -> Tensor:
+        """float64 [Hkv, g, block, D], from k and v [1, Hkv, end, D]."""
+        q = self.rows(self.q).flatten(0, 1)[None]
+        out, lse = exact_attention(
+            q, k, v, is_causal=True, scale=self.scale, softcap=self.softcap, window_size=self.window_size
+        )
+        if self.sinks is not None:
+            out = out * torch.sigmoid(lse - self.sinks.double()[:, None])[..., None]
+        return out[0].unflatten(0, (self.kv_heads, -1))

@@ -1,0 +1,77 @@
+"""``turboattention calibrate``: widths per head for one model, measured once and kept in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .calibrating import CHOICE, LENGTH, MACHINE, SOURCE, TOKENS, Request, Strategy, measure
+from .device import MAX_THREADS, Dtype
+from .heads_view import as_json, summary, widths_table
+from .output import note, print_json, results
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for calibration.json.", rich_help_panel=MACHINE)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A model's folder, or its name on the hub. By default the bundled one.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A UTF-8 file, best of what the model will read; - is stdin. By default the bundled text (4k tokens).",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=SOURCE)] = TOKENS,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=SOURCE)
+    ] = LENGTH,
+    bits: Annotated[
+        float,
+        typer.Option(help="Average width of K and V from 2 to 8; scales come on top.", rich_help_panel=CHOICE),
+    ] = 3.0,
+    strategy: Annotated[
+        Strategy, typer.Option(help="By measured error, or the paper's gap x std.", rich_help_panel=CHOICE)
+    ] = Strategy.error,
+    means: Annotated[
+        bool,
+        typer.Option("--means", help="Smooth K by the measured means, not by each text's own.", rich_help_panel=CHOICE),
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
+    ] = Dtype.auto,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)
+    ] = False,
+) -> None:
+    """Measure what each width costs in every head of a model, and choose widths under a budget.
+
+    Example: turboattention calibrate --text book.txt --bits 3 --out calibrated
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: expected a folder, got the file {out}")
+    request = Request(model, text, "--text", bits, strategy, means, tokens, length, device, dtype, threads, json)
+    request.check()
+    calibration = measure(request)
+    calibration.save(out)
+    if json:
+        print_json(as_json(calibration) | {"file": str(out / "calibration.json")})
+        return
+    console = results()
+    console.print(widths_table(calibration))
+    console.print(summary(calibration), markup=False)
+    note(f'{out / "calibration.json"}: TurboCache(model.config, calibration=Calibration.load("{out}"))')

@@ -1,0 +1,214 @@
+"""``turboattention eval``: how near methods of keeping a KV cache stay to the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..bundled import model_path, text
+from .device import MAX_THREADS, Dtype, choose, use_threads
+from .evaluate_options import check_methods, check_outside, check_plots, outside, parse_lengths
+from .evaluate_view import failures, show, write
+from .output import note, print_json, results
+from .progress import Bars
+from .prompt import read_file
+
+if TYPE_CHECKING:
+    from ..evaluation.baselines import CacheMethod
+    from ..evaluation.suite import Options
+    from ..integrations.transformers.generation import LanguageModel
+
+WHAT, HOW, MACHINE = "What is measured", "How much of it", "Machine and output"
+METHODS = "fp16,turbo-4,turbo-3,turbo-mixed,turbo-2"
+TASKS = "perplexity,recall,needle,arithmetic"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options, checked."""
+
+    methods: list[CacheMethod]
+    tasks: list[str]
+    options: Options
+    out: Path | None
+    json: bool
+
+
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A model's folder, or its name on the hub. By default the bundled one.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,NAME,...", help="Ways to keep the cache, or all.", rich_help_panel=WHAT)
+    ] = METHODS,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="perplexity (with KL and top-1), heads, recall, needle, copy, arithmetic; from files in --data gsm8k, "
+            "aqua, bbh, bbh/TASK; lm-eval/TASK of lm-evaluation-harness.",
+            rich_help_panel=WHAT,
+        ),
+    ] = TASKS,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="PATH",
+            help="A UTF-8 text for perplexity, heads and needle; - is stdin. By default the bundled one (4k tokens).",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with gsm8k, aqua and bbh as published; lm-eval/gsm8k and lm-eval/bbh_* read it too.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    include: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with more tasks for lm-evaluation-harness.", rich_help_panel=WHAT),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="What `turboattention calibrate` wrote, for the methods turbo-calibrated and turbo-calibrated-BITS.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Passages, questions at each length, or questions of a benchmark. By default 8, 32, and all.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens of a passage. By default up to 4,096 as the model takes them.", rich_help_panel=HOW
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Contexts of recall, needle, copy and arithmetic, in tokens. By default 512 to 4,096.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep results.json, report.html and one file a method and task here; what is there already is not "
+            "measured again.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
+    ] = Dtype.auto,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)
+    ] = False,
+) -> None:
+    """Measure accuracy through the cache: perplexity, KL, recall, needles, sums, benchmarks.
+
+    Example: turboattention eval --methods all --tasks perplexity,heads,recall --text book.txt --out results
+    """
+    from ..calibration import Calibration
+    from ..evaluation import suite
+    from ..evaluation.baselines import parse_methods
+
+    chosen = parse_methods(methods, None if calibration is None else Calibration.load(calibration))
+    names = [part.strip() for part in tasks.split(",") if part.strip()]
+    suite.check_names(names, data)
+    check_outside(names, include)
+    source = "bundled text" if file is None else "stdin" if file == "-" else Path(file).name
+    options = suite.Options(
+        text=text() if file is None else read_file("--text", file),
+        source=source,
+        limit=limit,
+        context=context,
+        lengths=parse_lengths(lengths),
+        data=data,
+        outside=lambda name: outside(name, limit, data, include),
+    )
+    check_methods(chosen)
+    if out is not None:
+        check_plots()
+    request = Request(chosen, names, options, out, json)
+    name = str(model_path()) if model is None else model
+    _run(request, name, device, dtype, threads)
+
+
+def _run(request: Request, name: str, device: str, dtype: Dtype, threads: int | None) -> None:
+    from ..evaluation import suite
+    from ..evaluation.records import Records
+
+    records = Records(request.out)
+    bars = Bars(hidden=request.json)
+    with bars.task("Loading the model"):
+        from ..integrations.transformers import generation
+        from ..integrations.transformers.subject import TransformersSubject
+
+        use_threads(threads)
+        language = generation.load(name, *choose(device, dtype))
+    facts, units = _facts(language), []
+    chosen = suite.make_tasks(request.tasks, request.options, language.context)
+    subject = TransformersSubject(language)
+    try:
+        with generation.enabled():
+            for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
+                units.append(unit)
+    finally:
+        # A run that is ended leaves a report of what it has.
+        document = suite.document(facts, request.methods, units)
+        if units:
+            write(request.out, document)
+    if request.json:
+        print_json(document)
+    else:
+        show(document, results())
+    reused = sum(bool(unit.get("reused")) for unit in units)
+    if reused:
+        note(f"{reused} of {len(units)} results were there already")
+    if request.out is not None:
+        note(f"written to {request.out / 'report.html'} and results.json beside it")
+    failed = failures(document)
+    for line in failed:
+        note(line, "warning")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _facts(language: LanguageModel) -> dict[str, Any]:
+    """What every result depends on."""
+    from .. import __version__
+
+    model = language.model
+    name = "bundled model" if language.name == str(model_path()) else language.name
+    return {
+        "model": name,
+        "weights": language.fingerprint(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "turboattention": __version__,
+    }

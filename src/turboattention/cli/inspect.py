@@ -1,0 +1,131 @@
+"""``turboattention inspect``: where bits go in a model, head by head, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError
+from .bench_files import check_target
+from .calibrating import CHOICE, LENGTH, MACHINE, SOURCE, TOKENS, Request, Strategy, measure
+from .device import MAX_THREADS, Dtype
+from .heads_view import as_json, heads_table, summary
+from .output import note, print_json, results
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+
+
+def inspect(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A model's folder, or its name on the hub. By default the bundled one.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A UTF-8 file to measure on; - is stdin. By default the bundled text (4k tokens).",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Show what `calibrate` wrote; nothing is run.", rich_help_panel=SOURCE),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=SOURCE)] = TOKENS,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=SOURCE)
+    ] = LENGTH,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Average width of K and V from 2 to 8. By default 3, or the calibration's.", rich_help_panel=CHOICE
+        ),
+    ] = None,
+    strategy: Annotated[
+        Strategy | None, typer.Option(help="By measured error, or the paper's gap x std.", rich_help_panel=CHOICE)
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Also write one page with figures (needs matplotlib).", rich_help_panel=MACHINE
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
+    ] = Dtype.auto,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)
+    ] = False,
+) -> None:
+    """Show each head's error, the paper's priority, the widths it gets, and outlier channels.
+
+    Example: turboattention inspect --file book.txt --html heads.html
+    """
+    if calibration is not None and (model is not None or file is not None):
+        raise InputError("--calibration: expected no --model or --file with it: it holds what was measured of them")
+    if html is not None:
+        check_target("--html", html)
+        _check_plots()
+    if calibration is not None:
+        found = _chosen(calibration, bits, strategy)
+    else:
+        request = Request(
+            model,
+            file,
+            "--file",
+            3.0 if bits is None else bits,
+            strategy or Strategy.error,
+            False,
+            tokens,
+            length,
+            device,
+            dtype,
+            threads,
+            json,
+        )
+        request.check()
+        found = measure(request)
+    if html is not None:
+        from .heads_page import page
+
+        html.write_text(page(found), encoding="utf-8")
+    if json:
+        print_json(as_json(found))
+    else:
+        console = results()
+        console.print(heads_table(found))
+        console.print(summary(found), markup=False)
+        if html is not None:
+            note(f"written to {html}")
+
+
+def _chosen(folder: Path, bits: float | None, strategy: Strategy | None) -> Calibration:
+    from ..calibration import Calibration
+
+    found = Calibration.load(folder)
+    if bits is None and strategy is None:
+        return found
+    return found.rechosen(
+        found.budget if bits is None else bits, found.strategy if strategy is None else strategy.value
+    )
+
+
+def _check_plots() -> None:
+    from importlib.util import find_spec
+
+    from .missing import INSTALL
+
+    if find_spec("matplotlib") is None:
+        raise InputError(f"--html: the page's figures need the package matplotlib: {INSTALL}")

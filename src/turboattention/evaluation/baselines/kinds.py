@@ -1,0 +1,127 @@
+"""The kinds of methods: the model's own cache, a baseline's quantizers, transformers' quantized cache, and ours.
+
+transformers is imported when a cache is made, so that names can be listed and checked without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ...config import TurboConfig
+from ...errors import BackendError
+from .stream import FLOAT_BITS, Quantizer
+
+if TYPE_CHECKING:
+    from ...calibration import Calibration
+
+
+@dataclass(frozen=True)
+class OwnCache:
+    """The model's own full-precision cache."""
+
+    name: str = "fp16"
+    title: str = "FP16 (own cache)"
+    source: str = "transformers, DynamicCache"
+    settings: str = "keys and values in the model's dtype"
+    attention: str | None = None
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def make_cache(self, model_config: Any) -> Any:
+        from ...integrations.transformers.baselines import own_cache
+
+        return own_cache(model_config)
+
+    def bits_per_element(self, cache: Any) -> float:
+        return float(FLOAT_BITS) if cache.get_seq_length() else float("inf")
+
+
+@dataclass(frozen=True)
+class QuantizerMethod:
+    """A published baseline: a quantizer for keys and one for values."""
+
+    name: str
+    title: str
+    source: str
+    settings: str
+    keys: Quantizer
+    values: Quantizer
+    attention: str | None = None
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def make_cache(self, model_config: Any) -> Any:
+        from ...integrations.transformers.baselines import BaselineCache
+
+        return BaselineCache(model_config, self.keys, self.values)
+
+    def bits_per_element(self, cache: Any) -> float:
+        return cache.bits_per_element
+
+
+@dataclass(frozen=True)
+class HubMethod:
+    """transformers' own `QuantizedCache`, where its backend is installed."""
+
+    name: str
+    title: str
+    backend: str
+    module: str
+    options: dict[str, int] = field(hash=False)
+    source: str = "transformers, QuantizedCache"
+    attention: str | None = None
+
+    @property
+    def settings(self) -> str:
+        if not self.options:
+            return "float8_e4m3, one scale a tensor, frozen after the first call"
+        return f"{self.options['nbits']} bits, groups of 64, residual 128"
+
+    def unavailable(self) -> str | None:
+        try:
+            found = find_spec(self.module) is not None
+        except ModuleNotFoundError:  # the package that the module is in
+            found = False
+        return None if found else f"not available: it needs {self.module}, which is not installed"
+
+    def make_cache(self, model_config: Any) -> Any:
+        from ...integrations.transformers.baselines import quantized_cache
+
+        reason = self.unavailable()
+        if reason is not None:
+            raise BackendError(f"methods: {self.name} is {reason}")
+        return quantized_cache(model_config, self.backend, **self.options)
+
+    def bits_per_element(self, cache: Any) -> float:
+        from ...integrations.transformers.baselines import quantized_cache_bits
+
+        return quantized_cache_bits(cache)
+
+
+@dataclass(frozen=True)
+class TurboMethod:
+    """TurboAttention in one configuration. Needs ``turboattention.integrations.transformers.enable()``."""
+
+    name: str
+    title: str
+    settings: str
+    config: TurboConfig
+    calibration: Calibration | None = field(default=None, hash=False)
+    source: str = "Kang et al., TurboAttention, arXiv 2412.08585"
+    attention: str | None = "turbo"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def make_cache(self, model_config: Any) -> Any:
+        from ...integrations.transformers.cache import TurboCache
+
+        return TurboCache(model_config, self.config, calibration=self.calibration)
+
+    def bits_per_element(self, cache: Any) -> float:
+        """Every byte allocated, as `TurboCache.bits_per_element` counts."""
+        return cache.bits_per_element

@@ -1,0 +1,31 @@
+"""Where a method errs: attention's relative error by layer and query head, over one passage of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .baselines import CacheMethod
+from .subject import PIECE, Progress, Subject
+from .text_metrics import cut
+
+
+class HeadTask:
+    """The first `context` tokens of a text; the second half is looked at, over the first."""
+
+    name = "heads"
+
+    def __init__(self, text: str, source: str, context: int):
+        self._text, self._source, self._context = text, source, context
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"text": self._source, "context": self._context, "piece": PIECE}
+
+    def run(self, subject: Subject, method: CacheMethod, progress: Progress) -> dict[str, Any]:
+        progress(0, 1)
+        ids = cut(subject.encode(self._text.replace("\f", "\n")), self._context, 1)[0]
+        errors = subject.head_errors(method, [*subject.begin, *ids], len(ids) // 2)
+        mean, worst = float(np.mean(errors)), float(np.max(errors))
+        return {"metrics": {"mean_error": {"value": mean}, "worst_error": {"value": worst}}, "errors": errors}

@@ -1,0 +1,48 @@
+"""Figures with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+def bootstrap(columns: Sequence[Any], of: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> dict[str, float]:
+    """A statistic of sums over independent pieces, with its percentile bootstrap interval.
+
+    Args:
+        columns: numbers [quantities, pieces].
+        of: from sums [quantities, n] to statistics [n]; n is 1 for the value itself.
+
+    Returns:
+        {"value", "low", "high"}. With a single piece there is nothing to resample: low and high are the value.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    data = np.asarray(columns, dtype=np.float64)
+    pieces = data.shape[1]
+    value = float(of(data.sum(1, keepdims=True))[0])
+    drawn = np.random.default_rng(seed).multinomial(pieces, np.full(pieces, 1 / pieces), size=RESAMPLES)
+    spread = of(data @ drawn.T)
+    low, high = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def share(right: int, total: int) -> dict[str, Any]:
+    """A share of successes with its Wilson interval, which has a width at 0 and 1 too.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference (JASA, 1927).
+    """
+    if total == 0:
+        return {"value": None, "low": None, "high": None}
+    z, p = 1.959963984540054, right / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    # At the ends the formula gives exactly 0 and 1, but for rounding.
+    low, high = (0.0 if right == 0 else centre - half), (1.0 if right == total else centre + half)
+    return {"value": p, "low": low, "high": high}

@@ -1,0 +1,102 @@
+"""Questions with worked examples before them, and how an answer is read from what a model writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+
+NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+
+
+@dataclass(frozen=True)
+class Question:
+    """`prompt` ends where the model is to go on; `target` is the right answer as `QuestionSet.extract` gives it."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A benchmark.
+
+    Attributes:
+        head: instructions before the examples, or "".
+        shots: worked examples, each a whole paragraph; as many are used as fit the model's context.
+        extract: the answer in a generated text, or None where it gives none.
+        stops: where a generated text ends, as the model begins the next question by itself.
+    """
+
+    name: str
+    head: str
+    shots: tuple[str, ...]
+    questions: tuple[Question, ...]
+    extract: Callable[[str], str | None]
+    stops: tuple[str, ...]
+    max_new_tokens: int
+
+    def context(self, shots: int) -> str:
+        """Everything before a question, with the first `shots` examples."""
+        return self.head + "".join(self.shots[:shots])
+
+    def until_stop(self, generated: str) -> str:
+        """What was generated before the first stop."""
+        ends = [generated.find(stop) for stop in self.stops if stop in generated]
+        return generated[: min(ends)] if ends else generated
+
+    def is_right(self, question: Question, generated: str) -> bool:
+        return self.extract(self.until_stop(generated)) == question.target
+
+
+def plain_number(text: str) -> str | None:
+    """ "$1,234.50" -> "1234.5", "18.00" -> "18"; None where it is no number."""
+    digits = text.replace(",", "").replace("$", "").rstrip(".")
+    if not re.fullmatch(r"-?\d+(\.\d+)?", digits):
+        return None
+    whole, _, part = digits.partition(".")
+    part = part.rstrip("0")
+    sign = "-" if whole.startswith("-") else ""
+    whole = whole.lstrip("-").lstrip("0") or "0"
+    return f"{sign if whole != '0' or part else ''}{whole}{'.' + part if part else ''}"
+
+
+def read_text(path: Path) -> str:
+    """Raises InputError where the file cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """JSON lines that have all of `fields`.
+
+    Raises:
+        InputError: the file, or a line of it, is something else.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"data: expected JSON lines in {path}, got none in line {number}: {error}") from error
+        check_fields(row, fields, f"{path}, line {number}")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"data: expected questions in {path}, got an empty file")
+    return rows
+
+
+def check_fields(row: Any, fields: Sequence[str], where: str) -> None:
+    """Raises InputError where a question is no object or lacks a field."""
+    got = sorted(row) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict) or not set(fields) <= set(row):
+        raise InputError(f"data: expected the fields {', '.join(fields)} in {where}, got {got}")

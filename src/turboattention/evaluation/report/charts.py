@@ -1,0 +1,154 @@
+"""Figures of the reports. Each returns a matplotlib `Figure`, which `Page.figure` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+PLACES = ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (6, 12, "left"))
+"""Where a name may stand beside its point: offset in points, and the side of it that is at the point."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in the plane of size and loss; `low` to `high` is the loss's interval."""
+
+    name: str
+    bits: float
+    value: float
+    low: float
+    high: float
+    own: bool = False
+    """Whether it is one of this package's."""
+
+
+def heat_map(values: Sequence[Sequence[float]], *, title: str, label: str, highest: float | None = None) -> Figure:
+    """One cell a layer (rows, from 0) and head (columns); `highest` is where the colours end."""
+    figure = _figure(0.42 * len(values[0]) + 2.6, 0.3 * len(values) + 1.1)
+    axes = figure.subplots()
+    drawn = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+    axes.set(title=title, xlabel="head", ylabel="layer")
+    axes.set_xticks(_ticks(len(values[0])))
+    axes.set_yticks(_ticks(len(values)))
+    figure.colorbar(drawn, label=label)
+    return figure
+
+
+def pareto(points: Sequence[Point], *, ylabel: str, with_front: bool = True) -> Figure:
+    """Loss against bits per element, with the front: the methods that none other beats in both."""
+    figure = _figure(10, 6)
+    axes = figure.subplots()
+    for point in points:
+        spread = [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
+        marker = "o" if point.own else "s"
+        axes.errorbar(
+            point.bits, point.value, yerr=spread, marker=marker, markersize=5, color=_colour(point), capsize=2
+        )
+    if with_front:
+        best = front(points)
+        bits, values = [p.bits for p in best], [p.value for p in best]
+        axes.plot(bits, values, color="C3", linewidth=0.9, zorder=0, label="Pareto front")
+        axes.legend(frameon=False, fontsize=8)
+    if points and all(point.low > 0 for point in points):
+        axes.set_yscale("log")
+    else:
+        axes.axhline(0, color="C7", linewidth=0.8)
+    # Most methods are between 2 and 5 bits; a logarithmic axis gives them the room.
+    axes.set_xscale("log", base=2)
+    sizes = [
+        size for size in (1, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 12, 16) if axes.get_xlim()[0] <= size <= axes.get_xlim()[1]
+    ]
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.margins(x=0.12)
+    axes.set(xlabel="bits per element, everything counted", ylabel=ylabel)
+    axes.grid(linewidth=0.3)
+    _name(axes, points)
+    return figure
+
+
+def _colour(point: Point) -> str:
+    return "C0" if point.own else "0.45"
+
+
+def _name(axes: Axes, points: Sequence[Point]) -> None:
+    """Writes each point's name beside it, where it covers no other name if there is such a place."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # only now are places on the page known
+    taken = []
+    for point in sorted(points, key=lambda p: (not p.own, p.value)):
+        for place in PLACES:
+            text = axes.annotate(
+                point.name,
+                (point.bits, point.value),
+                xytext=place[:2],
+                textcoords="offset points",
+                fontsize=7.5,
+                color=_colour(point),
+                horizontalalignment=place[2],
+            )
+            box = text.get_window_extent()
+            if place is PLACES[-1] or not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in size without losing more, from small to large."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.bits, p.value)):
+        if not best or point.value < best[-1].value:
+            best.append(point)
+    return best
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool = False,
+    emphasized: Sequence[str] = (),
+) -> Figure:
+    """One line a name, (x, y) each; the `emphasized` are solid, the others dashed."""
+    figure = _figure(11, 4.8)
+    axes = figure.subplots()
+    for index, (name, (x, y)) in enumerate(series.items()):
+        solid = name in emphasized
+        # Ten colours go round; the marker tells lines of one colour apart.
+        marker = "osv^DPX*"[index // 10 % 8]
+        axes.plot(
+            x,
+            y,
+            label=name,
+            marker=marker,
+            markersize=3,
+            linewidth=1.3 if solid else 0.9,
+            linestyle="-" if solid else "--",
+        )
+    if logarithmic and any(value > 0 for _, y in series.values() for value in y):
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(linewidth=0.3)
+    axes.legend(fontsize=7, ncols=2, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: it keeps every figure, and asks for a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _ticks(count: int) -> list[int]:
+    """0, 1, 2, ... for a few, multiples of some step for many."""
+    step = max(1, -(-count // 16))
+    return list(range(0, count, step))

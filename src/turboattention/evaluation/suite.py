@@ -1,0 +1,171 @@
+"""Which tasks there are, and running each with each method."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import GuardWarning, InputError, TurboError
+from . import questions, tasks
+from .baselines import CacheMethod
+from .generated import GeneratedTask
+from .head_task import HeadTask
+from .question_task import QuestionTask
+from .records import VERSION, Records, fingerprint
+from .subject import Progress, Subject
+from .text_metrics import TextTask
+
+MEASURES = ("perplexity", "heads", *tasks.TASKS)
+"""Tasks that need a text at most."""
+OUTSIDE = "lm-eval/"
+PASSAGES, QUESTIONS, HEAD_TOKENS = 8, 32, 1024
+LENGTHS = (512, 1024, 2048, 4096)
+MARGIN = 96
+"""Tokens of the model's context that generated tasks leave free."""
+
+
+class Task(Protocol):
+    """Something that a model over a method's cache is measured by."""
+
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a result depends on, beside the model and the method. JSON."""
+        ...
+
+    def run(self, subject: Any, method: CacheMethod, progress: Progress) -> dict[str, Any]:
+        """JSON with `metrics`: name -> {"value", "low", "high"}, and `bits_per_element` where a cache was full."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What tasks are made of.
+
+    Attributes:
+        text, source: a text and what to call it. limit: passages, questions a length, or questions; None: 8, 32, all.
+        context: tokens of a passage. lengths: of contexts that are asked about. data: folder of GSM8K, AQuA and BBH.
+    """
+
+    text: str
+    source: str
+    limit: int | None = None
+    context: int | None = None
+    lengths: tuple[int, ...] = ()
+    data: Path | None = None
+    outside: Callable[[str], Task] | None = field(default=None, compare=False)
+
+
+def check_names(names: Sequence[str], data: Path | None) -> None:
+    """Raises InputError for a task that there is not, or one whose files are missing, before anything long begins."""
+    if not names:
+        raise InputError("tasks: expected at least one, got none")
+    for name in names:
+        if questions.is_question_set(name):
+            if data is None:
+                raise InputError(f"--data: expected the folder with the files of {name}, got none")
+            questions.load(name, data)
+        elif name not in MEASURES and not name.startswith(OUTSIDE):
+            raise InputError(
+                f"tasks: expected some of {', '.join(MEASURES)}, gsm8k, aqua, bbh, bbh/TASK, {OUTSIDE}TASK; "
+                f"got {name!r}"
+            )
+
+
+def make_tasks(names: Sequence[str], options: Options, context: int | None) -> list[Task]:
+    """The tasks for a model of this context."""
+    return [task for name in dict.fromkeys(names) for task in _make(name, options, context or max(LENGTHS))]
+
+
+def _make(name: str, options: Options, context: int) -> list[Task]:
+    source = f"{options.source} ({len(options.text):,} characters, {fingerprint(options.text)})"
+    if name == "perplexity":
+        # One token is left for a BOS.
+        size = min(options.context or max(LENGTHS), context - 1)
+        return [TextTask(options.text, source, size, options.limit or PASSAGES)]
+    if name == "heads":
+        return [HeadTask(options.text, source, min(options.context or HEAD_TOKENS, context - 1))]
+    if name in tasks.TASKS:
+        most = context - MARGIN
+        wanted = options.lengths or tuple(length for length in LENGTHS if length <= context)
+        lengths = sorted({min(length, most) for length in wanted})
+        return [GeneratedTask(name, lengths, options.limit or QUESTIONS, options.text, source)]
+    if name.startswith(OUTSIDE):
+        assert options.outside is not None
+        return [options.outside(name)]
+    assert options.data is not None
+    return [QuestionTask(one, options.limit) for one in questions.load(name, options.data)]
+
+
+def run(
+    subject: Subject,
+    methods: Sequence[CacheMethod],
+    chosen: Sequence[Task],
+    records: Records,
+    facts: dict[str, Any],
+    doing: Callable[[str], Any],
+) -> Iterator[dict[str, Any]]:
+    """One unit for each task and method, kept as soon as it is there; those kept before are not measured again.
+
+    Args:
+        facts: what all results depend on: the model, its dtype, the version.
+        doing: gives a context manager with a `Progress` for a line of text, as `Bars.task` does.
+
+    A unit that fails with an error of this package has `failed`, its message, and is not kept.
+    """
+    total, number = len(methods) * len(chosen), 0
+    for task in chosen:
+        for method in methods:
+            number += 1
+            settings = {"facts": facts, "method": method.settings, "task": task.settings}
+            found = records.find(method.name, task.name, settings)
+            if found is not None:
+                yield found | {"reused": True}
+                continue
+            with doing(f"{number}/{total} {task.name}: {method.title}") as progress:
+                unit = _measure(subject, method, task, progress)
+            unit |= {"version": VERSION, "settings": settings}
+            if "failed" not in unit:
+                records.keep(unit)
+            yield unit
+
+
+def _measure(subject: Subject, method: CacheMethod, task: Task, progress: Progress) -> dict[str, Any]:
+    names = {"method": method.name, "title": method.title, "task": task.name}
+    begun = time.perf_counter()
+    with _guard_warnings() as said:
+        try:
+            result = task.run(subject, method, progress)
+        except TurboError as error:
+            return names | {"failed": str(error)}
+    return names | {"seconds": time.perf_counter() - begun} | result | {"warnings": list(dict.fromkeys(said))}
+
+
+@contextmanager
+def _guard_warnings() -> Iterator[list[str]]:
+    """What the guard says inside; other warnings go their way."""
+    said: list[str] = []
+    show = warnings.showwarning
+
+    def take(message: Any, category: Any, *rest: Any, **named: Any) -> None:
+        if issubclass(category, GuardWarning):
+            said.append(str(message))
+        else:
+            show(message, category, *rest, **named)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GuardWarning)
+        warnings.showwarning = take
+        yield said
+
+
+def document(facts: dict[str, Any], methods: Sequence[CacheMethod], units: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything as one JSON object; what `report.evaluation.html` and `benchmarks/accuracy.py` read."""
+    described = [{name: getattr(m, name) for name in ("name", "title", "source", "settings")} for m in methods]
+    return {"version": VERSION, "facts": facts, "methods": described, "units": list(units)}

@@ -1,0 +1,120 @@
+"""Other ways to keep a cache, for comparison: `turboattention.evaluation.baselines` as `past_key_values`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ...errors import BackendError, UnsupportedError
+from ...evaluation.baselines.stream import FLOAT_BITS, Quantizer, Stream
+from .model import layer_windows
+
+
+class BaselineLayer(DynamicLayer):
+    """A growing cache whose older tokens are what a quantizer gives back of them.
+
+    The tokens of a call attend to each other at the model's precision, as published for prefill and for the window
+    of decoding; what is due is quantized behind them. Padding is stored like any token.
+    """
+
+    def __init__(self, keys: Quantizer, values: Quantizer):
+        super().__init__()
+        self.streams = Stream(keys), Stream(values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen = super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = (stream.settle(x) for stream, x in zip(self.streams, seen, strict=True))
+        return seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        for stream in self.streams:
+            stream.crop(self.get_seq_length())
+
+    def reset(self) -> None:
+        super().reset()
+        for stream in self.streams:
+            stream.crop(0)
+
+    @property
+    def elements(self) -> int:
+        """Of keys and values."""
+        return sum(x.numel() for x in (self.keys, self.values) if x is not None)
+
+    @property
+    def stored_bits(self) -> float:
+        """Codes, scales, zeros, factors and windows."""
+        held = zip(self.streams, (self.keys, self.values), strict=True)
+        return sum(stream.stored_bits(x) for stream, x in held if x is not None)
+
+
+class BaselineCache(Cache):
+    """One `BaselineLayer` a layer. Sliding-window layers keep every token; their masks do the sliding.
+
+    Raises:
+        UnsupportedError: models that a key/value cache of this kind cannot serve.
+    """
+
+    layers: list[BaselineLayer]
+
+    def __init__(self, model_config: Any, keys: Quantizer, values: Quantizer):
+        layers = [BaselineLayer(keys, values) for _ in layer_windows(model_config)]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits stored over elements held; infinite while empty."""
+        elements = sum(layer.elements for layer in self.layers)
+        return sum(layer.stored_bits for layer in self.layers) / elements if elements else float("inf")
+
+
+def own_cache(model_config: Any) -> DynamicCache:
+    """The model's own cache."""
+    return DynamicCache(config=model_config)
+
+
+def quantized_cache(model_config: Any, backend: str, **settings: int) -> QuantizedCache:
+    """transformers' `QuantizedCache`.
+
+    Raises:
+        UnsupportedError: the model has layers that it has no cache for.
+        BackendError: the backend is installed, but does not run.
+    """
+    if any(window is not None for window in layer_windows(model_config)):
+        raise UnsupportedError("model_config: transformers' QuantizedCache has no sliding-window layers")
+    try:
+        return QuantizedCache(backend, model_config, **settings)
+    except ImportError as error:
+        raise BackendError(f"methods: transformers' {backend} cache cannot run here: {error}") from error
+
+
+def quantized_cache_bits(cache: QuantizedCache) -> float:
+    """Bits per element of a `QuantizedCache`: of the tensors that its layers hold, floats counted as float16."""
+    bits, elements = 0, 0
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
+        if not layer.get_seq_length():
+            continue
+        keys, values = layer._quantized_keys, layer._quantized_values
+        bits += sum(_bits(part) for part in (keys, values, layer.keys, layer.values))
+        batch, heads, _, head_dim = layer._dequantize(keys).shape
+        elements += 2 * batch * heads * layer.get_seq_length() * head_dim
+    return bits / elements if elements else float("inf")
+
+
+def _bits(part: Any) -> int:
+    """Of a tensor, of those inside a tensor that packs several, or of a container of these."""
+    if isinstance(part, dict):
+        return sum(_bits(value) for value in part.values())
+    if isinstance(part, (tuple, list)):
+        return sum(_bits(value) for value in part)
+    if not isinstance(part, Tensor):
+        return 0
+    flatten = getattr(part, "__tensor_flatten__", None)
+    if flatten is not None:
+        return sum(_bits(getattr(part, name)) for name in flatten()[0])
+    width = 8 * part.element_size()
+    return part.numel() * (min(width, FLOAT_BITS) if part.is_floating_point() else width)

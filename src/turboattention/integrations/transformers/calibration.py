@@ -1,0 +1,188 @@
+"""Calibration of a model: a text goes through it, and what its attention sees is measured layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from ... import __version__
+from ...calibration import Calibration, LayerMeter, LayerStatistics, Provenance, Strategy
+from ...config import TurboConfig
+from ...errors import InputError, NonFiniteError, UnsupportedError
+from .model import ModelShape, layer_windows
+from .registry import NAME as TURBO
+
+TEXT_LENGTH = 1024
+"""Tokens of a text that go through the model at once, forward and back."""
+
+_NAME = "turbo_calibration"
+
+
+def calibrate(
+    model: Any,
+    input_ids: Sequence[int],
+    *,
+    budget: float = 3.0,
+    strategy: Strategy = "error",
+    means: bool = False,
+    length: int = TEXT_LENGTH,
+    config: TurboConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Measure `model` on a text, and choose widths.
+
+    Each piece of the text goes forward and back once, so that an error is judged by what the model makes of it
+    (`LayerStatistics`): the activations of a whole piece are in memory at that time, more than inference needs.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        input_ids: the text's tokens; they are cut into pieces of `length`, and a shorter last one is left out if it is
+            too short to measure.
+        budget, strategy, means: as in `Calibration.choose`.
+        config: how caches will store; `TurboConfig()` by default.
+        progress: called with the pieces done and to do.
+
+    Raises:
+        InputError: the text is too short. NonFiniteError: the model gives NaN or infinity, with the layer.
+        UnsupportedError: models that `TurboCache` refuses, or without an attention function to watch.
+        ConfigError: budget or strategy out of range.
+    """
+    layers = collect(model, input_ids, length=length, config=config, progress=progress)
+    ids = torch.tensor(list(input_ids), dtype=torch.int64)
+    provenance = Provenance(
+        model=str(getattr(model, "name_or_path", "") or type(model).__name__),
+        model_hash=_model_hash(model),
+        shape=asdict(ModelShape.of(model.config)),
+        text_hash=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        tokens=len(ids),
+        length=length,
+        version=__version__,
+    )
+    return Calibration.choose(layers, provenance, budget, strategy, means)
+
+
+def collect(
+    model: Any,
+    input_ids: Sequence[int],
+    *,
+    length: int = TEXT_LENGTH,
+    config: TurboConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[LayerStatistics, ...]:
+    """The statistics of `calibrate`, one entry for each layer of the model's cache."""
+    windows = layer_windows(model.config)
+    meters = [LayerMeter(config or TurboConfig()) for _ in windows]
+    least = meters[0].least_tokens
+    if length < least:
+        raise InputError(f"length: expected at least {least} tokens, got {length}")
+    pieces = [input_ids[at : at + length] for at in range(0, len(input_ids), length)]
+    pieces = [list(piece) for piece in pieces if len(piece) >= least]
+    if not pieces:
+        raise InputError(f"text: expected at least {least} tokens, got {len(input_ids)}")
+    generator = torch.Generator().manual_seed(0)
+    with _frozen(model), _watched(model) as seen:
+        for done, piece in enumerate(pieces):
+            seen.clear()
+            ids = torch.tensor([piece], device=model.device)
+            with torch.enable_grad():
+                logs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
+                # Tokens drawn from the model, not the text's: that is what makes it a divergence.
+                drawn = torch.multinomial(
+                    logs.detach().exp().nan_to_num(0.0).clamp(min=1e-30).cpu(), 1, generator=generator
+                )
+                logs.gather(-1, drawn.to(logs.device)).sum().backward()
+            for index, (meter, window) in enumerate(zip(meters, windows, strict=True)):
+                _measure(meter, seen, index, window)
+            if progress:
+                progress(done + 1, len(pieces))
+    return tuple(meter.statistics() for meter in meters)
+
+
+class _Seen:
+    """What a layer's attention was given, and gave."""
+
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], out: Tensor, options: dict[str, Any]):
+        self.q, self.k, self.v = tensors
+        self.out, self.options = out, options
+
+
+def _measure(meter: LayerMeter, seen: dict[int, _Seen], index: int, window: int | None) -> None:
+    layer = seen.get(index)
+    if layer is None or layer.out.grad is None:
+        raise UnsupportedError(f"model: no attention function of layer {index} was called that could be watched")
+    try:
+        meter.add(
+            layer.q,
+            layer.k,
+            layer.v,
+            layer.out.grad.transpose(1, 2),
+            scale=layer.options.get("scaling"),
+            softcap=layer.options.get("softcap"),
+            window_size=layer.options.get("sliding_window") or window,
+            sinks=layer.options.get("s_aux"),
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"layer {index}, {error}") from error
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[dict[int, _Seen]]:
+    """Inside, `model` attends as before and leaves behind what each layer's attention saw."""
+    own = model.config._attn_implementation
+    name = "eager" if own == TURBO else own  # "turbo" refuses gradients, and "eager" is what every model has
+    attend, mask = AttentionInterface().get(name), AttentionMaskInterface().get(name)
+    if mask is None:
+        raise UnsupportedError(f"attn_implementation: calibration needs one that is registered, got {own!r}")
+    seen: dict[int, _Seen] = {}
+
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        function = attend or sys.modules[type(module).__module__].eager_attention_forward
+        out, weights = function(module, query, key, value, *args, **options)
+        if not out.requires_grad:
+            out.requires_grad_()  # the first layer: gradients need go no further back
+        out.retain_grad()
+        # The first call is the layer's own; later layers that share its keys come after.
+        seen.setdefault(int(module.layer_idx), _Seen((query.detach(), key.detach(), value.detach()), out, options))  # type: ignore[arg-type]
+        return out, weights
+
+    AttentionInterface.register(_NAME, forward)
+    AttentionMaskInterface.register(_NAME, mask)
+    model.set_attn_implementation(_NAME)
+    try:
+        yield seen
+    finally:
+        model.set_attn_implementation(own)
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            registry._global_mapping.pop(_NAME, None)
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Parameters collect no gradients inside."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
+
+
+def _model_hash(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + head)
+    return digest.hexdigest()

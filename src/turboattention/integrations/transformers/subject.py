@@ -1,0 +1,78 @@
+"""A language model as `turboattention.evaluation` wants it: tokens in, logits out, over any method's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...evaluation.baselines import CacheMethod
+from ...evaluation.subject import PIECE
+from .generation import PREFILL_CHUNK, LanguageModel
+from .head_errors import head_errors
+
+
+class TransformersSubject:
+    """Implements `evaluation.subject.Subject`. "turbo" must be enabled while it is used."""
+
+    def __init__(self, language: LanguageModel):
+        self.language = language
+
+    @property
+    def name(self) -> str:
+        return self.language.name
+
+    @property
+    def context(self) -> int | None:
+        return self.language.context
+
+    @property
+    def begin(self) -> list[int]:
+        bos = self.language.tokenizer.bos_token_id
+        return [] if bos is None else [bos]
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return self.language.stop_tokens
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.language.decode(ids)
+
+    def open(self, method: CacheMethod) -> MethodSession:
+        return MethodSession(self.language, method)
+
+    def head_errors(self, method: CacheMethod, ids: Sequence[int], skip: int) -> list[list[float]]:
+        return head_errors(self.language.model, self.open, method, ids, skip)
+
+
+class MethodSession:
+    """One text on its way through a model over a method's cache."""
+
+    def __init__(self, language: LanguageModel, method: CacheMethod):
+        self._language, self._method = language, method
+        self.cache = method.make_cache(language.model.config)
+
+    def read(self, ids: Sequence[int]) -> None:
+        for at in range(0, len(ids), PREFILL_CHUNK):
+            self._forward(ids[at : at + PREFILL_CHUNK], logits_to_keep=1)
+
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        pieces = [self._forward(ids[at : at + PIECE]) for at in range(0, len(ids), PIECE)]
+        return torch.cat(pieces).float().cpu()
+
+    @property
+    def bits_per_element(self) -> float:
+        return self._method.bits_per_element(self.cache)
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[int], **options: Any) -> Tensor:
+        model = self._language.model
+        # Sessions over different caches take turns, so each sets its own attention.
+        self._language.use(self._method.attention or self._language.own_attention)
+        tokens = torch.tensor([list(ids)], device=model.device)
+        return model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **options).logits[0]

@@ -1,0 +1,202 @@
+"""Published formats, and how answers are read. The lines here are made up in those formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from turboattention.errors import InputError
+from turboattention.evaluation.baselines import METHODS
+from turboattention.evaluation.question_task import QuestionTask
+from turboattention.evaluation.questions import aqua, bbh, gsm8k, load
+from turboattention.evaluation.questions.question import plain_number
+
+from .subject import ScriptedSubject, no_progress
+
+PROMPTS = """Some notice about the data.
+-----
+Say whether it holds.
+
+Q: Is 1 < 2?
+A: Let's think step by step.
+One is less. So the answer is (A).
+
+Q: Is 2 < 1?
+A: Let's think step by step.
+It is not. So the answer is (B)."""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    def lines(name: str, rows: list[dict]) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    sums = [
+        {"question": f"What is {n} + {n}?", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
+        for n in range(600, 607)
+    ]
+    options = ["A)1", "B)2", "C)3", "D)4", "E)5"]
+    algebra = [{"question": "x = 1?", "options": options, "rationale": "It is one.", "correct": "A"}] * 7
+    lines("gsm8k/train.jsonl", sums)
+    lines("gsm8k/test.jsonl", sums[:3])
+    lines("aqua/dev.json", algebra)
+    lines("aqua/test.json", algebra[:2])
+    examples = {"canary": "", "examples": [{"input": "Is 3 < 4?\nOptions:\n(A) Yes\n(B) No", "target": "(A)"}]}
+    lines("bbh/bbh/small.json", [examples])
+    (tmp_path / "bbh/cot-prompts").mkdir()
+    (tmp_path / "bbh/cot-prompts/small.txt").write_text(PROMPTS, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("5 * 2 = 10\n#### 1,010", "1010"),
+        ("#### $18.00\n\n#### 4", "18"),
+        ("She has 3 dogs, so 7 in all.", "7"),
+        ("#### -5", "-5"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_gsm8k_answers(text: str, answer: str | None) -> None:
+    assert gsm8k.extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("1,234.50", "1234.5"), ("$7.", "7"), ("-0.0", "0"), ("-0.5", "-0.5"), ("007", "7"), ("1.2.3", None), ("", None)],
+)
+def test_numbers_have_one_form(text: str, answer: str | None) -> None:
+    assert plain_number(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So x = 2.\nThe answer is B.", "B"),
+        ("Correct answer - (C)", "C"),
+        ("Answer: D", "D"),
+        ("the ANSWER is E", "E"),
+        ("It is (A) or rather (B).", "B"),
+        ("An apple a day", None),
+        ("The answer is Because.", None),
+    ],
+)
+def test_aqua_answers(text: str, answer: str | None) -> None:
+    assert aqua.extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "answer"),
+    [
+        ("So the answer is (B).", True, "(B)"),
+        ("So the answer is B.", True, "(B)"),
+        ("It must be (C)", True, "(C)"),
+        ("So the answer is valid.", False, "valid"),
+        ("So the answer is ] } ].\n", False, "] } ]"),
+        ("The answer is No. Or, the answer is Yes.", False, "No. Or, the answer is Yes"),
+        ("I do not know", False, None),
+        ("", True, None),
+    ],
+)
+def test_bbh_answers(text: str, options: bool, answer: str | None) -> None:
+    assert bbh.extract(text, options=options) == answer
+
+
+def test_gsm8k_files(data: Path) -> None:
+    (questions,) = load("gsm8k", data)
+    assert [q.target for q in questions.questions] == ["1200", "1202", "1204"]
+    assert questions.questions[0].prompt == "Question: What is 600 + 600?\nAnswer:"
+    assert len(questions.shots) == gsm8k.SHOTS
+    assert questions.shots[1] == "Question: What is 601 + 601?\nAnswer: 601+601=<<601+601=1202>>1202\n#### 1202\n\n"
+
+
+def test_aqua_files(data: Path) -> None:
+    (questions,) = load("aqua", data)
+    prompt = "Question: x = 1?\nOptions: A)1 B)2 C)3 D)4 E)5\nAnswer:"
+    assert (questions.questions[0].prompt, questions.questions[0].target) == (prompt, "A")
+    assert questions.shots[0] == prompt + " It is one.\nThe answer is A.\n\n"
+
+
+def test_bbh_files(data: Path) -> None:
+    (questions,) = load("bbh", data)
+    assert questions.name == "bbh/small"
+    assert questions.head == "Say whether it holds.\n\n"
+    assert [questions.extract(shot) for shot in questions.shots] == ["(A)", "(B)"]
+    assert questions.questions[0].prompt.endswith("(B) No\nA: Let's think step by step.\n")
+    assert questions.context(1).endswith("So the answer is (A).\n\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("gsm8k", "gsm8k/test.jsonl", None, "cannot be read: No such file"),
+        ("gsm8k", "gsm8k/test.jsonl", "", "got an empty file"),
+        ("gsm8k", "gsm8k/test.jsonl", "{", "expected JSON lines in .* line 1"),
+        ("aqua", "aqua/test.json", '{"question": ""}', "expected the fields question, options, rationale, correct"),
+        ("aqua", "aqua/dev.json", "[]", "got list"),
+        ("bbh/small", "bbh/bbh/small.json", "[]", "expected an object with examples"),
+        ("bbh/small", "bbh/cot-prompts/small.txt", None, "cannot be read"),
+        ("bbh/other", "bbh/bbh/small.json", "{}", "expected bbh/TASK with one of small; got 'other'"),
+    ],
+)
+def test_other_files_are_refused(data: Path, name: str, file: str, content: str | None, message: str) -> None:
+    (data / file).unlink()
+    if content is not None:
+        (data / file).write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        load(name, data)
+
+
+def writes(script: str):
+    """A model that writes `script` after every "Answer:" at the end of the last question, then stops."""
+
+    def follow(text: str) -> str:
+        begun = text.rpartition("Answer:")[2]
+        return script[len(begun)] if script.startswith(begun) and len(begun) < len(script) else "\0"
+
+    return follow
+
+
+def ask(data: Path, script: str, context: int = 100_000) -> tuple[dict, ScriptedSubject]:
+    subject = ScriptedSubject({"": writes(script)}, context)
+    return QuestionTask(load("gsm8k", data)[0], None).run(subject, METHODS["turbo-4"], no_progress), subject
+
+
+def test_right_and_wrong_answers(data: Path) -> None:
+    result, _ = ask(data, " 1202 it is.\n#### 1202")
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(1 / 3)
+    assert result["metrics"]["answered"]["value"] == 1.0
+    assert [row["answer"] for row in result["shown"]] == ["1202"] * 3
+    assert (result["questions"], result["fewest_shots"], result["bits_per_element"]) == (3, 5, 4.25)
+
+
+def test_what_comes_after_the_next_question_does_not_count(data: Path) -> None:
+    result, subject = ask(data, " none\n\nQuestion: #### 1202")
+    assert result["metrics"]["answered"]["value"] == 0.0
+    assert not subject.sessions[0].text.endswith("1202")
+
+
+def test_examples_are_read_and_the_question_is_fed(data: Path) -> None:
+    _, subject = ask(data, " 1")
+    (reading, examples), (feeding, question), *generated = subject.sessions[0].calls
+    assert (reading, feeding) == (True, False)
+    assert examples.count("####") == 5
+    assert question == "Question: What is 600 + 600?\nAnswer:"
+    assert [text for _, text in generated] == [" ", "1"]
+
+
+def test_fewer_examples_where_the_context_is_small(data: Path) -> None:
+    result, subject = ask(data, " 1", context=256 + 200)
+    assert 0 < result["fewest_shots"] < 5
+    assert all(len(session.text) <= 456 for session in subject.sessions)
+
+
+def test_a_question_that_never_fits_is_refused(data: Path) -> None:
+    with pytest.raises(InputError, match="gsm8k: expected questions that fit the model's context"):
+        ask(data, "", context=270)
