@@ -18,7 +18,8 @@ LOOSE = "turbo-2"
 def page(document: dict[str, Any]) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items())
     columns, rows = summary.table(document)
-    parts = [facts, markdown(columns, rows), "## The aims", aims(document), "## Against each baseline"]
+    picture = "![KL against bits per element](accuracy.png)"
+    parts = [picture, facts, markdown(columns, rows), "## The aims", aims(document), "## Against each baseline"]
     return "\n\n".join([*parts, against(document), "## By context length", *lengths(document)])
 
 
