@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tables import Result, full, result_of, summary
+from tables import OTHER_ISAS, Result, full, result_of, summary
 
 from turboattention.cli.bench_files import write_plot
 from turboattention.cli.bench_view import facts_line
@@ -74,6 +74,8 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     """One plot a file: causal prefill and INT4 decode at head_dim 128."""
     drawn = []
     for result in results:
+        if result.path.stem.startswith(OTHER_ISAS):
+            continue
         rows = [
             replace(row, rivals=[rival for rival in row.rivals if rival.peer in DRAWN])
             for row in result.rows

@@ -70,7 +70,7 @@ def full(results: Sequence[Result]) -> str:
     for result in results:
         rows = result.rows
         parts += [heading(result), ratios([row for row in rows if row.work == "prefill"], tuple(PEERS))]
-        parts += [ratios([row for row in rows if row.work == "decode"], tuple(PEERS))]
+        parts += [ratios([row for row in rows if row.work == work], tuple(PEERS)) for work in ("chunk", "decode")]
         parts += [steps(rows), compress(rows), memory(rows), models(result.models)]
     parts.insert(1, limits(results))
     return "\n\n".join(part for part in parts if part)
@@ -97,6 +97,8 @@ def targets(results: Sequence[Result]) -> str:
     for target in TARGETS:
         cells = []
         for result in results:
+            if result.path.stem.startswith(OTHER_ISAS):
+                continue
             found = target.measured(result.rows)
             if found is not None:
                 text, reached = found

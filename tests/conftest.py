@@ -5,9 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton decides where a function is defined whether its interpreter runs it, and defines its own library when it is
+# imported, which any test may do first: so it is imported here. Kernels are left to tests/kernels/triton.
+with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
+    _patch.setenv("TRITON_INTERPRET", "1")
+    import triton  # noqa: F401
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1_000, print_blob=True)
