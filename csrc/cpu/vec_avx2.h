@@ -39,6 +39,11 @@ inline F f_quotient(F x, F y, F inverse) {
     const F guess = x * inverse;
     return f_fma(f_fma(f_set(0.0f) - guess, y, x), inverse, guess);
 }
+inline F f_add_square(F sum, F x) { return f_fma(x, x, sum); }
+inline F f_abs(F x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
 inline F f_floor(F x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
 inline F f_round(F x) {
     constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

@@ -42,6 +42,9 @@ inline F f_quotient(F x, F y, F inverse) {
     const F guess = x * inverse;
     return f_fma(f_fma(f_set(0.0f) - guess, y, x), inverse, guess);
 }
+// sum + x^2, rounded once or twice: for sums that are exact.
+inline F f_add_square(F sum, F x) { return f_fma(x, x, sum); }
+inline F f_abs(F a) { return {_mm512_abs_ps(a.v)}; }
 inline F f_floor(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 inline F f_round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F f_from_int(I a) { return {_mm512_cvtepi32_ps(a.v)}; }

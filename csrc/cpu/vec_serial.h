@@ -60,6 +60,10 @@ inline F f_fma(F a, F b, F c) {
 }
 // As in vec_avx512.h, but for processors where a fused product is slower than a division.
 inline F f_quotient(F x, F y, F) { return x / y; }
+inline F f_add_square(F sum, F x) { return sum + x * x; }
+inline F f_abs(F a) {
+    return lanes<F>([&](int i) { return std::fabs(a.v[i]); });
+}
 inline F f_floor(F a) {
     return lanes<F>([&](int i) { return std::floor(a.v[i]); });
 }

@@ -35,8 +35,6 @@ inline void load_channels(const std::int8_t* codes, std::int64_t row, int tokens
     }
 }
 
-inline F f_abs(F x) { return f_max(x, f_set(0.0f) - x); }
-
 // Squared distance of every channel from the nearest of `zero + k step`, 0 <= k < 2^kBits, summed over
 // the tokens, for three ranges of one step. Folding at the middle of the levels halves them: after
 // kBits - 1 folds one level is left on each side. At most 255^2 * 256 < 2^24, so float32 is exact.
@@ -44,21 +42,21 @@ template <int kBits>
 inline void squared_errors(const ChannelTile& tile, const std::int32_t* steps, const std::int32_t (*zeros)[kLanes],
                            float (*errors)[kLanes]) {
     const F step = f_from_int(i_load(steps));
-    const F half = step * f_set(0.5f), middle = step * f_set(((1 << kBits) - 1) * 0.5f);
+    const F half = step * f_set(0.5f), twice = step + step, middle = step * f_set(((1 << kBits) - 1) * 0.5f);
     const F center0 = f_from_int(i_load(zeros[0])) + middle, center1 = f_from_int(i_load(zeros[1])) + middle,
             center2 = f_from_int(i_load(zeros[2])) + middle;
     F error0 = f_set(0.0f), error1 = error0, error2 = error0;
     const auto fold = [&](F x) {
         x = f_abs(x);
-        if (kBits == 3) x = f_abs(x - step - step);
-        x = f_abs(x - step) - half;
-        return x * x;
+        if (kBits == 3) x = f_abs(x - twice);
+        return f_abs(x - step) - half;
     };
     for (int t = 0; t < tile.tokens; ++t) {
         const F value = f_load(tile.at[t]);
-        error0 = error0 + fold(value - center0);
-        error1 = error1 + fold(value - center1);
-        error2 = error2 + fold(value - center2);
+        const F miss0 = fold(value - center0), miss1 = fold(value - center1), miss2 = fold(value - center2);
+        error0 = f_add_square(error0, miss0);
+        error1 = f_add_square(error1, miss1);
+        error2 = f_add_square(error2, miss2);
     }
     f_store(errors[0], error0);
     f_store(errors[1], error1);
