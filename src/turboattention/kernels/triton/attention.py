@@ -370,7 +370,7 @@ def _pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[i
     return tuple((pair, tuple(heads)) for pair, heads in pairs.items())
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache  # for ever: captured graphs hold addresses alone
 def _places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [heads, PLACES]: the head, byte offsets of its codes (K, V), K steps and zeros, V steps and zeros,
     token scales (K, V) and scales (K, V); 0 for what it has not."""
@@ -389,7 +389,7 @@ def _places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) ->
     return table.to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for ever, as `_places`
 def _blank(size: int, device: torch.device) -> Tensor:
     """What is read, and not used, where a page was evicted."""
     return torch.zeros(size, dtype=torch.uint8, device=device)
