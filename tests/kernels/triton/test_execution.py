@@ -218,12 +218,15 @@ def test_a_step_that_fails_keeps_no_page(monkeypatch, broken, attends):
 def test_some_sequences_have_pages_reserved():
     cache, *_ = filled([191, 191], config=NO_SINKS)
     want = cache.clone()
-    triton_steps.steps_of(cache).reserve([0, 2])
+    steps = triton_steps.steps_of(cache)
+    steps.reserve([0, 2])
     for turn, count in enumerate((1, 64, 64)):
         _, k, v = tokens_of(2, count, turn)
         assert triton_steps.append(cache, k, v)
         want.commit(want.stage(k, v))
     assert content(cache) == content(want)
+    assert cache.kept is steps
+    assert steps._reserved == [[], []]
 
 
 def test_what_is_uploaded_without_waiting_is_pinned():
