@@ -70,6 +70,7 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
                     "instructions": kernel.instructions,
                     "products": kernel.products,
                     "multiplications": kernel.multiplications,
+                    "accesses": kernel.accesses,
                 }
             )
     return rows

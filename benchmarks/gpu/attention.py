@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import contenders
 import torch
 from plan import Plan
 from problem import device, dtype, exact, filled_cache, normals
-from timing import Work, copies_past_cache, graphed, in_turns, relative_error, rotated
+from timing import (
+    WRONG,
+    Work,
+    attempted,
+    copies_past_cache,
+    graphed,
+    in_turns,
+    relative_error,
+    rotated,
+    said,
+    wrong,
+)
 from torch import Tensor
 
 import turboattention as ta
 from turboattention.benchmarking.records import Rival, Row
 from turboattention.execution.triton_steps import Call, steps_of
 
-WRONG = 0.1
-"""Relative error from which on a contender is not timed."""
 _ROWS = 64  # last query rows that errors are taken over
 
 
@@ -25,7 +35,8 @@ def rows(plan: Plan, peaks: dict[str, float]) -> Iterator[Row]:
     with torch.inference_mode():
         for batch, tokens in plan.prefill:
             for causal in (True, False):
-                yield _prefill(plan, batch, tokens, causal)
+                row = functools.partial(_prefill, plan, batch, tokens, causal)
+                yield attempted(row, "prefill", _shape(plan, batch, tokens, tokens, causal))
         for batch, tokens in plan.decode:
             yield from _decode(plan, batch, tokens, peaks)
 
@@ -49,32 +60,51 @@ def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Ite
     q, k, v = _qkv(plan, batch, 1, tokens, 0)
     want = exact(q[:1], k[:1], v[:1], False)
     rivals: dict[str, Work] = {}
-    refused: list[Rival] = []
+    entries: list[Rival] = []
     for name, way in contenders.decode().items():
         work, rival = _accepted(name, way, (q, k, v), _first_of, want)
         if work is not None:
-            rivals[name] = graphed(work)
-        refused.append(rival)
+            try:
+                rivals[name] = graphed(work)
+            except Exception as problem:
+                rival = replace(rival, refused=said(problem))
+        entries.append(rival)
     for bits in plan.bits:
-        config = ta.TurboConfig(bits=bits, guard="off")
-        cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, config)
-        steps = steps_of(cache)
-        assert steps is not None
-        own = graphed(functools.partial(steps.run, q, None, None, Call(plan.head_dim**-0.5), fills=False))
-        error = None
-        if batch * tokens <= 1 << 18:  # memory of floats
-            error = relative_error(own()[0][:1], exact(q[:1], *(x[:1] for x in cache.dequantize()), False))
-        timed = in_turns({"own": own} | rivals)
-        seconds, _ = timed["own"]
-        layers_bytes = sum(pool.nbytes for pool in (cache.store.sinks, cache.store.compressed) if pool)  # type: ignore
-        rate = layers_bytes / seconds.median / 1e9
-        figures = {"GB/s": rate} | ({"of measured bandwidth": rate / peaks["GB/s"]} if peaks else {})
-        yield Row(
-            "decode", _shape(plan, batch, 1, tokens, False), str(bits), "turboattention triton", str(dtype()),
-            error, seconds, 4 * batch * plan.heads * plan.head_dim * tokens / seconds.median / 1e9,
-            [_with_times(rival, timed) for rival in refused], figures,
-        )  # fmt: skip
-        del cache, steps, own
+        row = functools.partial(_decode_at, plan, batch, tokens, bits, q, rivals, entries, peaks)
+        yield attempted(row, "decode", _shape(plan, batch, 1, tokens, False), str(bits))
+
+
+def _decode_at(
+    plan: Plan,
+    batch: int,
+    tokens: int,
+    bits: int | str,
+    q: Tensor,
+    rivals: dict[str, Work],
+    entries: list[Rival],
+    peaks: dict[str, float],
+) -> Row:
+    shape = _shape(plan, batch, 1, tokens, False)
+    config = ta.TurboConfig(bits=bits, guard="off")
+    cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, config)
+    steps = steps_of(cache)
+    assert steps is not None
+    own = graphed(functools.partial(steps.run, q, None, None, Call(plan.head_dim**-0.5), fills=False))
+    error = None
+    if batch * tokens <= 1 << 18:  # memory of floats
+        error = relative_error(own()[0][:1], exact(q[:1], *(x[:1] for x in cache.dequantize()), False))
+        if not error <= WRONG:
+            return wrong("decode", shape, str(bits), error)
+    timed, failed = in_turns({"own": own} | rivals)
+    seconds, _ = timed["own"]
+    layers_bytes = sum(pool.nbytes for pool in (cache.store.sinks, cache.store.compressed) if pool)  # type: ignore
+    rate = layers_bytes / seconds.median / 1e9
+    figures = {"GB/s": rate} | ({"of measured bandwidth": rate / peaks["GB/s"]} if peaks else {})
+    return Row(
+        "decode", shape, str(bits), "turboattention triton", str(dtype()),
+        error, seconds, 4 * batch * plan.heads * plan.head_dim * tokens / seconds.median / 1e9,
+        [_with_times(rival, timed, failed) for rival in entries], figures,
+    )  # fmt: skip
 
 
 def _first_of(way: contenders.Attend, tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -105,12 +135,14 @@ def _compared(
             works[name] = rotated([functools.partial(way, *each) for each in tensors])
         rivals.append(rival)
     error = relative_error(last(own, sets[0]), want)
-    timed = in_turns(works)
+    if not error <= WRONG:
+        return wrong(work, shape, bits, error)
+    timed, failed = in_turns(works)
     seconds, _ = timed["own"]
     figures = {"TOPS": operations / seconds.median / 1e12}
     return Row(
         work, shape, bits, "turboattention triton", str(dtype()), error, seconds, operations / seconds.median / 1e9,
-        [_with_times(rival, timed, operations) for rival in rivals], figures,
+        [_with_times(rival, timed, failed, operations) for rival in rivals], figures,
     )  # fmt: skip
 
 
@@ -126,7 +158,7 @@ def _accepted(
         error = relative_error(last(way, tensors), want)
         way(*tensors)
     except Exception as problem:  # of whatever kind: it is said, and the others are measured
-        return None, Rival(name, name, refused=f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}")
+        return None, Rival(name, name, refused=said(problem))
     if not error <= WRONG:
         return None, Rival(name, name, error=error, refused="wrong result")
     return functools.partial(way, *tensors), Rival(name, name, error=error)
@@ -138,7 +170,9 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
 
-def _with_times(rival: Rival, timed: dict, operations: float | None = None) -> Rival:
+def _with_times(rival: Rival, timed: dict, failed: dict[str, str], operations: float | None = None) -> Rival:
+    if rival.name in failed:
+        return replace(rival, refused=failed[rival.name])
     if rival.name not in timed:
         return rival
     seconds, ratio = timed[rival.name]

@@ -4,7 +4,9 @@ Needs PyTorch, Triton and a GPU; nothing has to be built or installed. Without a
 shapes through Triton's interpreter, measures nothing, and says so.
 
 Stages write benchmarks/results/gpu-STAGE.json as each row completes, so that a time limit loses nothing:
-correctness, attention (prefill and decode beside PyTorch's ways), graph (steps as CUDA graphs), throughput.
+correctness, attention (prefill and decode beside PyTorch's ways), graph (steps as CUDA graphs), throughput. What fails
+is recorded, and the rest goes on. Wrong results are not timed: attention and graph look at their own, throughput is
+left out where a stage before it found any.
 """
 
 from __future__ import annotations
@@ -47,44 +49,70 @@ def main() -> int:
 
 
 def _run(stages: list[str], gpu: bool, out: Path, deadline: float) -> bool:
-    """Whether nothing was found wrong."""
+    """Whether nothing was found wrong, and nothing failed."""
     import plan
     import timing
 
-    from turboattention.benchmarking.records import as_document
     from turboattention.cli.bench_files import write_json
 
     shapes = plan.REAL if gpu else plan.TINY
     facts: dict[str, Any] = _facts() | {"peaks": timing.peaks() if gpu else {}}
     print(", ".join(f"{name}: {value}" for name, value in facts.items() if value), flush=True)
-    sound = True
+    wrong = failed = False
     for stage in stages:
-        path, rows = out / f"gpu-{stage}.json", []
         start = time.monotonic()
-        if stage == "correctness":
-            import correctness
-
-            for entry in correctness.checks(shapes):
-                rows.append(entry)
-                sound = sound and entry["passed"] is not False
-                word = {True: "right", False: "WRONG", None: "not checked"}[entry["passed"]]
-                print(f"{word:11} {entry['name']}  {entry.get('problem') or entry.get('error') or ''}", flush=True)
-                write_json(path, {"facts": facts, "checks": rows})
-                if time.monotonic() > deadline:
-                    return sound
-        else:
-            import report
-
-            for row in importlib.import_module(_MODULES[stage]).rows(shapes, facts["peaks"]):
-                rows.append(row)
-                print(report.line(row), flush=True)
-                write_json(path, as_document(rows, facts))
-                if time.monotonic() > deadline:
-                    return sound
-            if report.plot(path.with_suffix(".png"), rows, f"{stage}: {facts['gpu'] or 'dry run, no GPU'}"):
-                print(path.with_suffix(".png"))
+        if stage == "throughput" and wrong:
+            print("throughput: not timed, results are wrong (--only throughput runs it all the same)", flush=True)
+            continue
+        try:
+            if stage == "correctness":
+                wrong |= not _right(shapes, facts, out / "gpu-correctness.json", deadline)
+            else:
+                rows = _measured(stage, shapes, facts, out / f"gpu-{stage}.json", deadline)
+                failed |= any(row.refused for row in rows)
+                wrong |= any(row.refused and row.error is not None for row in rows)
+        except Exception as problem:  # the stages behind it are worth as much
+            failed = True
+            print(f"{stage}: stopped by {timing.said(problem)}", flush=True)
+            write_json(out / f"gpu-{stage}-stopped.json", {"facts": facts, "problem": timing.said(problem)})
         print(f"{stage}: {time.monotonic() - start:.0f} s", flush=True)
-    return sound
+        if time.monotonic() > deadline:
+            break
+    return not (wrong or failed)
+
+
+def _right(shapes: Any, facts: dict[str, Any], path: Path, deadline: float) -> bool:
+    import correctness
+
+    from turboattention.cli.bench_files import write_json
+
+    entries: list[dict[str, Any]] = []
+    for entry in correctness.checks(shapes):
+        entries.append(entry)
+        word = {True: "right", False: "WRONG", None: "not checked"}[entry["passed"]]
+        print(f"{word:11} {entry['name']}  {entry.get('problem') or entry.get('error') or ''}", flush=True)
+        write_json(path, {"facts": facts, "checks": entries})
+        if time.monotonic() > deadline:
+            break
+    return all(entry["passed"] is not False for entry in entries)
+
+
+def _measured(stage: str, shapes: Any, facts: dict[str, Any], path: Path, deadline: float) -> list[Any]:
+    import report
+
+    from turboattention.benchmarking.records import as_document
+    from turboattention.cli.bench_files import write_json
+
+    rows = []
+    for row in importlib.import_module(_MODULES[stage]).rows(shapes, facts["peaks"]):
+        rows.append(row)
+        print(report.line(row), flush=True)
+        write_json(path, as_document(rows, facts))
+        if time.monotonic() > deadline:
+            break
+    if report.plot(path.with_suffix(".png"), rows, f"{stage}: {facts['gpu'] or 'dry run, no GPU'}"):
+        print(path.with_suffix(".png"))
+    return rows
 
 
 def _facts() -> dict[str, Any]:

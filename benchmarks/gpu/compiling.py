@@ -11,6 +11,7 @@ Triton 3.6 to 3.9, and not under TRITON_INTERPRET=1 (kernels are then interprete
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -34,13 +35,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _PRODUCT = re.compile(r"IGMMA\.(\d+)x(\d+)x(\d+)\.S8\.S8|IMMA\.(16)(8)(32)\.S8\.S8|v_mfma_i32_(\d+)x(\d+)x(\d+)_?i8")
+_ACCESSES = {"LDG": "L", "STG": "S", "BAR": "B"} | {
+    "global_load": "L", "buffer_load": "L", "global_store": "S", "buffer_store": "S", "s_barrier": "B"
+}  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass
 class Assembly:
     """One compiled kernel. registers: of a thread (AMD: with accumulators); spill_bytes: local or scratch memory of a
-    thread; shared: bytes of a program; mnemonics: how often each instruction stands in the code."""
+    thread; shared: bytes of a program; code: its instructions, without operands."""
 
     kernel: str
     constants: dict[str, Any]
@@ -49,14 +53,24 @@ class Assembly:
     registers: int
     spill_bytes: int
     shared: int
-    mnemonics: Counter = field(repr=False)
+    code: list[str] = field(repr=False)
+
+    @functools.cached_property
+    def mnemonics(self) -> Counter:
+        """How often each instruction stands in the code."""
+        return Counter(self.code)
 
     def count(self, *prefixes: str) -> int:
         return sum(n for name, n in self.mnemonics.items() if name.startswith(prefixes))
 
     @property
     def instructions(self) -> int:
-        return sum(self.mnemonics.values())
+        return len(self.code)
+
+    @property
+    def accesses(self) -> str:
+        """Loads (L) and stores (S) of global memory and barriers (B), as they follow each other in the code."""
+        return "".join(letter for name in self.code for prefix, letter in _ACCESSES.items() if name.startswith(prefix))
 
     @property
     def products(self) -> dict[str, int]:
@@ -128,14 +142,14 @@ def _twice(compile_it: Any) -> Any:
 def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Assembly:
     meta = kernel.metadata
     read = _nvidia if target.startswith("sm") else _amd
-    registers, spill, mnemonics = read(kernel.asm)
-    return Assembly(name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, mnemonics)
+    registers, spill, code = read(kernel.asm)
+    return Assembly(name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, code)
 
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)")
 
 
-def _nvidia(asm: dict[str, Any]) -> tuple[int, int, Counter]:
+def _nvidia(asm: dict[str, Any]) -> tuple[int, int, list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -143,14 +157,14 @@ def _nvidia(asm: dict[str, Any]) -> tuple[int, int, Counter]:
         text = _output(_TOOLS / "nvdisasm", "-c", file.name)
     size = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     names = (match[1] for line in text.splitlines() if (match := _SASS.match(line)))
-    return size["REG"], size["STACK"] + size["LOCAL"], Counter(name for name in names if name != "NOP")
+    return size["REG"], size["STACK"] + size["LOCAL"], [name for name in names if name != "NOP"]
 
 
-def _amd(asm: dict[str, Any]) -> tuple[int, int, Counter]:
+def _amd(asm: dict[str, Any]) -> tuple[int, int, list[str]]:
     text = asm["amdgcn"]
     number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
     names = (match[1] for match in re.finditer(r"^\t((?:[vs]|ds|global|buffer|flat|scratch)_[a-z0-9_]+)", text, re.M))
-    return number["vgpr_count"], number["private_segment_fixed_size"], Counter(names)
+    return number["vgpr_count"], number["private_segment_fixed_size"], list(names)
 
 
 def _output(*command: Any) -> str:

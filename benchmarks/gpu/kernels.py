@@ -22,8 +22,8 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
     widths = {1: 4, 8: 3, 16: 2}
     for head_dim in (64, 128, 256):
         yield f"prefill d{head_dim}", _prefill(CONFIG, head_dim)
-    for group, bits in widths.items():
-        yield f"decode d128 int{bits}, group {group}", _decode(CONFIG, 128, (bits,) * KV_HEADS, group)
+    for head_dim, (group, bits) in itertools.product((128, 256), widths.items()):
+        yield f"decode d{head_dim} int{bits}, group {group}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group)
     yield "stage 1 d128", _stage_one(128)
     yield "append d128", _append(128, (2, 4) * (KV_HEADS // 2))
     if quick:

@@ -3,7 +3,9 @@ limit holds, with the quantized cache and with one of 16-bit floats."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import contenders
 import torch
 from plan import Model, Plan
 from problem import device, dtype, filled_cache, normals
-from timing import Work, each_call, graphed, on_gpu, once
+from timing import Work, attempted, each_call, graphed, on_gpu, once
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,21 +27,22 @@ _ROOM = 128  # tokens of every sequence beyond its context
 
 
 def rows(plan: Plan, peaks: dict[str, float]) -> Iterator[Row]:
-    with torch.inference_mode():
+    with torch.inference_mode(), _limited(_limit(plan)):
         layers = [_Layer(plan.model) for _ in range(plan.model.layers)]
         weights = sum(layer.nbytes for layer in layers)
         for context in plan.contexts:
             budget = _limit(plan) - weights - plan.memory_limit / 16  # activations
             for bits in (None, 4, 2):
-                yield _measured(plan, layers, context, bits, budget)
+                row = functools.partial(_measured, plan, layers, context, bits, budget)
+                yield attempted(row, "throughput", _shape(plan, context, bits, budget), _text(bits))
 
 
 def _measured(plan: Plan, layers: list[_Layer], context: int, bits: int | None, budget: float) -> Row:
-    model = plan.model
-    batch = max(1, int(budget / model.layers / _bytes_a_sequence(model, context, bits)))
-    shape = {"batch": batch, "keys": context, "layers": model.layers, "memory_limit": _limit(plan)}
+    model, shape = plan.model, _shape(plan, context, bits, budget)
+    batch = shape["batch"]
     name = "16-bit cache" if bits is None else "turboattention triton"
     x = normals(batch, model.hidden, seed=7)
+    _forget()
     try:
         caches = _floats(model, batch, context) if bits is None else _quantized(model, batch, context, bits)
         replay = graphed(functools.partial(_decode, layers, caches.attends, x), caches.advance)
@@ -51,8 +54,41 @@ def _measured(plan: Plan, layers: list[_Layer], context: int, bits: int | None, 
         seconds = spread(each_call(step, _STEPS if on_gpu() else 2))
     except torch.cuda.OutOfMemoryError as error:
         return Row("throughput", shape, _text(bits), name, str(dtype()), refused=str(error).splitlines()[0])
-    figures = {"tokens/s": batch / seconds.median, "cache bytes": float(caches.nbytes)}
+    figures = {"tokens/s": batch / seconds.median, "cache bytes": float(caches.nbytes)} | _peak()
     return Row("throughput", shape, _text(bits), name, str(dtype()), None, seconds, figures=figures)
+
+
+def _shape(plan: Plan, context: int, bits: int | None, budget: float) -> dict:
+    """As many sequences as the budget holds."""
+    batch = max(1, int(budget / plan.model.layers / _bytes_a_sequence(plan.model, context, bits)))
+    return {"batch": batch, "keys": context, "layers": plan.model.layers, "memory_limit": _limit(plan)}
+
+
+@contextlib.contextmanager
+def _limited(limit: float) -> Iterator[None]:
+    """PyTorch takes no more memory than this of the GPU: what does not fit raises OutOfMemoryError."""
+    if not on_gpu():
+        yield
+        return
+    _forget()
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _forget() -> None:
+    """Memory of earlier rows goes back, or it would count."""
+    gc.collect()
+    if on_gpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> dict[str, float]:
+    """What the limit is held to: memory taken of the GPU, weights included."""
+    return {"peak bytes": float(torch.cuda.max_memory_reserved())} if on_gpu() else {}
 
 
 class _Caches(NamedTuple):

@@ -8,13 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from problem import dtype
 from torch import Tensor
 
+from turboattention.benchmarking.records import Row
 from turboattention.benchmarking.statistics import Spread, paired_ratio, spread
 
 Work = Callable[[], object]
 
 ROUNDS = 5
+WRONG = 0.1
+"""Relative error from which on nothing is timed."""
+
 MILLISECONDS = 60
 """Of samples for a contender in a round."""
 
@@ -37,14 +42,42 @@ def copies_past_cache(nbytes: int) -> int:
     return max(1, min(16, -(-2 * cache // max(1, nbytes))))
 
 
-def in_turns(works: dict[str, Work]) -> dict[str, tuple[Spread, Spread]]:
-    """For each contender: seconds, and its time over the first one's, paired by round."""
+def in_turns(works: dict[str, Work]) -> tuple[dict[str, tuple[Spread, Spread]], dict[str, str]]:
+    """For each contender: seconds, and its time over the first one's, paired by round; and what was wrong with those
+    that failed, which the others outlive. The first one may not fail."""
     rounds: dict[str, list[float]] = {name: [] for name in works}
+    first = next(iter(works))
+    failed: dict[str, str] = {}
     for _ in range(ROUNDS if on_gpu() else 1):
         for name, work in works.items():
-            rounds[name].append(once(work))
-    first = next(iter(rounds.values()))
-    return {name: (spread(values), paired_ratio(values, first)) for name, values in rounds.items()}
+            if name in failed:
+                continue
+            try:
+                rounds[name].append(once(work))
+            except Exception as problem:
+                if name == first:
+                    raise
+                failed[name] = said(problem)
+    timed = {name: values for name, values in rounds.items() if name not in failed}
+    return {name: (spread(values), paired_ratio(values, rounds[first])) for name, values in timed.items()}, failed
+
+
+def said(problem: Exception) -> str:
+    """A failure in one line."""
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:300]}"
+
+
+def attempted(row: Callable[[], Row], work: str, shape: dict, bits: str | None = None) -> Row:
+    """The row, or one that says why there is none: what comes after it is measured all the same."""
+    try:
+        return row()
+    except Exception as problem:
+        return Row(work, shape, bits, "turboattention triton", str(dtype()), refused=said(problem))
+
+
+def wrong(work: str, shape: dict, bits: str | None, error: float) -> Row:
+    """What stands for a row whose result was not what it should be."""
+    return Row(work, shape, bits, "turboattention triton", str(dtype()), error, refused=f"WRONG, error {error:.3g}")
 
 
 def once(work: Work, milliseconds: int = MILLISECONDS) -> float:

@@ -91,7 +91,7 @@ def turbo_attention(
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
     window_size = check_window(window_size)
-    mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    mask = check_mask(attn_mask, q, k.shape[2])
     chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))
     for name, x in (("k", k), ("v", v)) if chosen.name != "reference" else (("q", q), ("k", k), ("v", v)):
         check_finite(name, x)  # kernels look at q as they read it
@@ -174,7 +174,7 @@ def turbo_attention_with_kvcache(
             return stepped if return_lse else stepped[0]
     counts = _new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
-    mask = check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], int(ends.max()) if len(ends) else 0)
+    mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0)
     row = torch.arange(q.shape[2]).expand(q.shape[0], -1)
     # With lengths, query i is token i; otherwise the last query stands at the last key.
     positions = row + (cache.seq_lens if lengths is not None else ends - q.shape[2])[:, None]
@@ -291,5 +291,5 @@ def explain(
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
     check_window(window_size)
-    check_mask(attn_mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    check_mask(attn_mask, q, k.shape[2])
     return dispatch.explain_choice(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))

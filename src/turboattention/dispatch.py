@@ -102,7 +102,14 @@ def _refusal(name: str, call: Call | None) -> str | None:
         return f"the tensors are on {call.device}"
     if name == "triton" and call.device.type != "cuda" and not _interpreted():
         return f"the tensors are on {call.device}, its kernels run on GPUs"
-    return importlib.import_module(f"turboattention.kernels.{name}.attention").refusal(call.config, call.dtype)
+    refusal = _device_refusal(call.device) if name == "triton" else None
+    kernels = f"turboattention.kernels.{name}.attention"
+    return refusal or importlib.import_module(kernels).refusal(call.config, call.dtype)
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    """Why the GPU kernels do not run on a device, or None."""
+    return importlib.import_module("turboattention.kernels.triton.configs").refusal(device)
 
 
 def _slower(backend: Backend, call: Call | None) -> str | None:
@@ -157,7 +164,8 @@ def _quantizer(device: torch.device) -> quantizer.Quantizer | None:
     """Stage 1 and the page codec of caches on a device, where kernels have them."""
     if device.type == "cpu":
         return _cpu_quantizer()
-    return _triton_quantizer() if device.type == "cuda" else None
+    found = _triton_quantizer() if device.type == "cuda" else None
+    return None if found is None or _device_refusal(device) else found
 
 
 @functools.cache

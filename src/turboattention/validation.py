@@ -166,8 +166,8 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
             )
 
 
-def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
-    """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk]; returned with four dimensions."""
+def check_mask(mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
+    """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk], where q is; returned with four dimensions."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -176,7 +176,9 @@ def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: 
         raise UnsupportedError("attn_mask: expected a tensor without gradients, got requires_grad=True")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise DtypeError(f"attn_mask: expected bool or a floating-point dtype, got {mask.dtype}")
-    full = (batch, heads, queries, keys)
+    if mask.device != q.device:
+        raise DtypeError(f"attn_mask: expected a tensor on {q.device}, as q is, got one on {mask.device}")
+    full = (*q.shape[:3], keys)
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
         raise ShapeError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")

@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import turboattention as ta
+from turboattention.validation import check_new
 
 from ..flashq import formulas
 from ..helpers import normals
@@ -180,3 +182,12 @@ def test_attention_over_an_empty_cache_gives_zero(config):
         assert not bool(out.any())
         assert bool((lse == -torch.inf).all())
         cache.append(torch.zeros(2, 2, 0, 16), torch.zeros(2, 2, 0, 16))
+
+
+def test_a_device_without_a_number_is_that_of_its_tensors():
+    """Tensors name the current GPU by its number; without one it would not equal theirs."""
+    with FakeTensorMode():
+        cache = ta.KVCache(1, 2, 16, device="cuda")
+        k = torch.empty(1, 2, 3, 16, device="cuda")
+        assert cache.device == k.device
+        check_new((1, 2, 16), cache.device, k, k, None, finite=False)

@@ -12,11 +12,13 @@ from ..kv.cache import KVCache
 from ..kv.staging import SequenceState, Stage, fresh_state, stage
 from ..reference.queries import quantize_queries as quantize_by_tile
 from ..validation import check_finite
-from .triton_steps import pages_of, step
+from .triton_device import on_own_device
+from .triton_steps import look, pages_of, step
 
 __all__ = ["attend_cache", "prefill", "step"]
 
 
+@on_own_device
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -54,6 +56,7 @@ def prefill(
     )
 
 
+@on_own_device
 def attend_cache(
     q: Tensor,
     cache: KVCache,
@@ -73,6 +76,7 @@ def attend_cache(
     `positions` and `valid` are runs: every row stands one behind the last, and rows of padding
     stand at the end. `head_bits` is read under `stored_prefill` alone, which is refused.
     """
+    look(cache)
     state = staged if staged is not None else cache.state(q.device)
     return _attend(
         cache.config,

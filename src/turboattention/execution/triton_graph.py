@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedError
+from ..errors import DtypeError, InputError, ShapeError, UnsupportedError
 from ..kv.cache import KVCache
-from .triton_steps import BLOCK, Call, look, steps_of
+from ..validation import check_floats, check_softmax, check_window
+from .triton_device import guard
+from .triton_steps import BLOCK, Call, flag_of, look, new_steps, steps_of
 
 
 class DecodeGraph:
@@ -18,6 +20,7 @@ class DecodeGraph:
 
     Within a capture of the caller's own (a whole model's step) call `attend`, and `advance` before every
     replay. In between, `cache` may be read and saved; after anything else that changes it, make a new graph.
+    Of several graphs over a cache the latest alone may step.
 
     Args:
         cache: on a CUDA device, past its first block and its sinks, with `max_tokens`: pages for so many
@@ -28,6 +31,7 @@ class DecodeGraph:
 
     Raises:
         InputError: a cache that is not as above. UnsupportedError: one whose configuration takes no steps.
+        ShapeError, ConfigError: other arguments out of range.
     """
 
     def __init__(
@@ -45,16 +49,23 @@ class DecodeGraph:
                 "cache: expected max_tokens beyond its lengths and every sequence past its first block and sinks, "
                 f"got max_tokens={cache.max_tokens} and lengths {cache.lengths.tolist()}"
             )
-        steps = steps_of(cache)
-        if steps is None or cache.dtype is None or cache.device is None:
+        kv_heads = cache.num_kv_heads
+        if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1 or num_heads % kv_heads:
+            raise ShapeError(f"num_heads: expected a multiple of the {kv_heads} KV heads, got {num_heads!r}")
+        check_softmax(scale, softcap)
+        window = check_window(cache.window_size if window_size is None else window_size)
+        if cache.window_size is not None and (window is None or window > cache.window_size):
+            raise InputError(f"window_size: expected at most the cache's own {cache.window_size}, got {window}")
+        if steps_of(cache) is None or cache.dtype is None or cache.device is None:
             raise UnsupportedError("cache: expected a configuration whose steps are one call, got another")
-        self._cache, self._steps = cache, steps
-        steps.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
-        window = cache.window_size if window_size is None else window_size
-        self._call = Call(cache.head_dim**-0.5 if scale is None else scale, True, window, softcap)
-        heads = (num_heads, cache.num_kv_heads, cache.num_kv_heads)
+        # Of its own: an older graph goes on to hold what it captured, and is refused when it steps.
+        cache.kept = self._steps = new_steps(cache)
+        self._cache = cache
+        self._steps.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
+        self._call = Call(cache.head_dim**-0.5 if scale is None else float(scale), True, window, softcap)
         self._inputs = tuple(
-            torch.zeros(cache.batch_size, h, 1, cache.head_dim, dtype=cache.dtype, device=cache.device) for h in heads
+            torch.zeros(cache.batch_size, heads, 1, cache.head_dim, dtype=cache.dtype, device=cache.device)
+            for heads in (num_heads, kv_heads, kv_heads)
         )
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._graph = self._capture() if capture else None
@@ -63,8 +74,9 @@ class DecodeGraph:
         """q [B, Hq, 1, D], k, v [B, Hkv, 1, D] -> out like q and lse float32 [B, Hq, 1], valid until the next step.
 
         Raises InputError where the cache is full or was changed by something else; NonFiniteError for values of
-        an earlier step.
+        an earlier step; ShapeError, DtypeError, UnsupportedError (gradients). Nothing was counted then.
         """
+        self._check(q, k, v)
         self.advance()
         for held, new in zip(self._inputs, (q, k, v), strict=True):
             held.copy_(new)
@@ -72,11 +84,13 @@ class DecodeGraph:
             self._outputs = self.attend(*self._inputs)
         else:
             self._graph.replay()
+        flag_of(self._cache).send()
         assert self._outputs is not None
         return self._outputs
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The device's work of a step, and none of the host's."""
+        """The device's work of a step, and none of the host's. Raises as `step` does for q, k and v."""
+        self._check(q, k, v)
         return self._steps.run(q, k, v, self._call, fills=True)
 
     def advance(self) -> None:
@@ -91,6 +105,7 @@ class DecodeGraph:
         assert filled is not None
         pages = self._steps.fresh(self._cache, filled)
         self._steps.count(self._cache, 1, filled, pages)
+        flag_of(self._cache).send()  # of the step before: this one's work is not on its way yet
 
     def close(self) -> None:
         """Give back pages that were not filled. The graph is then of no use."""
@@ -98,15 +113,27 @@ class DecodeGraph:
         if self._cache.kept is self._steps:
             self._cache.kept = None
 
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        check_floats(q=q, k=k, v=v)
+        for name, held, x in zip(("q", "k", "v"), self._inputs, (q, k, v), strict=True):
+            if x.shape != held.shape:
+                raise ShapeError(f"{name}: expected shape {tuple(held.shape)}, got {tuple(x.shape)}")
+            if x.dtype != held.dtype or x.device != held.device:
+                want, got = f"{held.dtype} on {held.device}", f"{x.dtype} on {x.device}"
+                raise DtypeError(f"{name}: expected {want}, as the cache is, got {got}")
+
     def _capture(self) -> torch.cuda.CUDAGraph:
-        # Kernels are compiled before the capture, by a step on copies.
-        stream = torch.cuda.Stream(self._cache.device)
-        stream.wait_stream(torch.cuda.current_stream(self._cache.device))
-        with torch.cuda.stream(stream):
-            q, k, v = self._inputs
-            self._steps.copied().run(q, k, v, self._call, fills=True)
-        torch.cuda.current_stream(self._cache.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._outputs = self.attend(*self._inputs)
+        device, graph = self._cache.device, torch.cuda.CUDAGraph()
+        assert device is not None
+        with guard(device):
+            # Kernels are compiled before the capture, by a step on copies.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                q, k, v = self._inputs
+                self._steps.copied().run(q, k, v, self._call, fills=True)
+            torch.cuda.current_stream().wait_stream(stream)
+            # PyTorch's own stream for captures stays on the device of the first one.
+            with torch.cuda.graph(graph, stream=stream):
+                self._outputs = self.attend(q, k, v)
         return graph

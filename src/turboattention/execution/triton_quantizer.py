@@ -1,7 +1,12 @@
 """What caches on a GPU quantize and append with (`kv.quantizer.Quantizer`): the Triton kernels."""
 
-from ..kernels.triton.pages import decode_pages, encode_pages
-from ..kernels.triton.quantize import first_block_mean, quantize_tokens
+from ..kernels.triton import pages, quantize
+from .triton_device import on_own_device
 from .triton_steps import append
 
 __all__ = ["append", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]
+
+decode_pages = on_own_device(pages.decode_pages)
+encode_pages = on_own_device(pages.encode_pages)
+first_block_mean = on_own_device(quantize.first_block_mean)
+quantize_tokens = on_own_device(quantize.quantize_tokens)

@@ -7,11 +7,11 @@ lengths and page tables are never read back.
 from __future__ import annotations
 
 import copy
-import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import NonFiniteError
 from ..kernels.triton.append import flush_blocks, store_tokens
@@ -19,9 +19,12 @@ from ..kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, a
 from ..kernels.triton.quantize import quantize_queries
 from ..kv.cache import KVCache
 from ..kv.growth import Growing
+from .triton_device import on_own_device, upload
 
 BLOCK = 64
 """Rows of a buffer that steps write into: a token that fills a block has room in front of its compression."""
+
+_SPARE_COLUMNS = 64  # of a page table, when it is full
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,11 @@ def step(
     try:
         result = steps.run(q, k, v, Call(factor, is_causal, window_size, softcap), fills=bool(filled))
     except BaseException:
-        steps.discard(pages)
+        steps.abandon(cache, pages)
         raise
     if tokens:
         steps.count(cache, tokens, filled, pages)
+    flag_of(cache).send()
     return result
 
 
@@ -81,8 +85,13 @@ def append(cache: Growing, k: Tensor, v: Tensor) -> bool:
     if steps is None or filled is None:
         return False
     pages = steps.fresh(cache, filled)
-    steps.store(k, v, fills=bool(filled))
+    try:
+        steps.store(k, v, fills=bool(filled))
+    except BaseException:
+        steps.abandon(cache, pages)
+        raise
     steps.count(cache, tokens, filled, pages)
+    flag_of(cache).send()
     return True
 
 
@@ -110,7 +119,7 @@ class Steps:
         self._reserved: list[list[int]] = [[] for _ in self._open]
         self.addresses = cache.store.addresses()
         device = cache.store.device
-        self.flag = _flag_of(cache).on_device
+        self.flag = flag_of(cache).on_device
         self._codes, self._scales = cache.buffer_memory(BLOCK)
         mean = cache.state(device).k_mean
         self._mean, self._mean_from = None if mean is None else mean.contiguous(), cache.mean_from
@@ -154,22 +163,41 @@ class Steps:
         """Pages for the blocks that `filled` fill, their addresses in the device's table."""
         if not filled:
             return []
-        if all(self._reserved[b] for b in filled):
-            return [self._reserved[b].pop(0) for b in filled]
-        assert self._pages is not None and self._store.compressed is not None
-        pages = self._store.fresh_pages(len(filled))
+        missing = [b for b in filled if not self._reserved[b]]
+        new = dict(zip(missing, self._store.fresh_pages(len(missing)), strict=True))
+        try:
+            self._enter(new)
+        except BaseException:
+            self.discard(list(new.values()))
+            raise
+        return [new[b] if b in new else self._reserved[b].pop(0) for b in filled]
+
+    def _enter(self, pages: dict[int, int]) -> None:
+        """A page of each of some sequences into the device's table, behind those that are there."""
+        if not pages:
+            return
+        p, compressed = self._pages, self._store.compressed
+        assert p is not None and compressed is not None
+        if max(map(len, self._store.tables)) >= p.addresses.shape[1]:
+            self._pages = p = replace(p, addresses=pad(p.addresses, (0, _SPARE_COLUMNS)))
         fresh = torch.zeros(len(self._open), dtype=torch.int64)
-        for b, page in zip(filled, pages, strict=True):
-            fresh[b] = self._store.compressed.address(page)
-        table, column = self._pages.addresses, self._pages.counts[:, None]
-        fresh = fresh.to(table.device, non_blocking=True)[:, None]
+        for b, page in pages.items():
+            fresh[b] = compressed.address(page)
+        table, column = p.addresses, p.counts[:, None]
+        fresh = upload(fresh, table.device)[:, None]
         table.scatter_(1, column, torch.where(fresh != 0, fresh, table.gather(1, column)))
-        return pages
 
     def discard(self, pages: list[int]) -> None:
         """Give back pages of a step that was not taken."""
         if pages:
             self._store.discard(pages)
+
+    def abandon(self, cache: Growing, pages: list[int]) -> None:
+        """Give back all pages after a step that failed: how far it came is unknown, so that the next call
+        starts from what the host knows."""
+        self.discard(pages)
+        self.release()
+        cache.kept = None
 
     def release(self) -> None:
         """Give back pages that were reserved and not filled."""
@@ -186,10 +214,10 @@ class Steps:
             for b in filled:
                 self._open[b] -= BLOCK
             self._room = self._capacity - max(self._open)
-        _flag_of(cache).send()
 
     # -- what the device does --------------------------------------------------------------------------
 
+    @on_own_device
     def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, call: Call, *, fills: bool) -> tuple[Tensor, Tensor]:
         """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D] -> out in q's dtype, lse float32 [B, Hq, Lq].
 
@@ -225,6 +253,7 @@ class Steps:
             self._advance(tokens, fills)
         return result
 
+    @on_own_device
     def store(self, k: Tensor, v: Tensor, *, fills: bool) -> None:
         """The new tokens alone."""
         self._write(k, v)
@@ -272,21 +301,27 @@ def steps_of(cache: Growing) -> Steps | None:
     do not take steps."""
     if cache.store is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
-    if refusal(cache.config, cache.dtype):
+    # Blocks that wait for a lag stay in the buffer longer than its BLOCK rows here have room for.
+    if cache.config.flush_lag or refusal(cache.config, cache.dtype):
         return None
     kept = cache.kept
     if not isinstance(kept, Steps) or kept.addresses is not cache.store.addresses():
-        if isinstance(kept, Steps):
-            kept.release()
-        cache.kept = kept = Steps(cache)
+        cache.kept = kept = new_steps(cache)
     return kept
+
+
+def new_steps(cache: Growing) -> Steps:
+    """In place of those kept, which give back the pages they reserved."""
+    if isinstance(cache.kept, Steps):
+        cache.kept.release()
+    return Steps(cache)
 
 
 # -- what was not finite ------------------------------------------------------------------------------------
 
 
 class _Flag:
-    """int32 [1] that kernels raise, and the host's copy, which arrives when it arrives."""
+    """`Growing.notice`: int32 [1] that kernels raise, and the host's copy, which arrives when it arrives."""
 
     def __init__(self, device: torch.device):
         self.on_device = torch.zeros(1, dtype=torch.int32, device=device)
@@ -294,33 +329,37 @@ class _Flag:
         if device.type != "cpu":
             self._here = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
+    def copied(self) -> _Flag:
+        """For a copy of the cache, which is to hear of it as well."""
+        other = _Flag(self.on_device.device)
+        other.on_device.copy_(self.on_device)
+        other.send()
+        return other
+
     def send(self) -> None:
         if self._here is not self.on_device:
             self._here.copy_(self.on_device, non_blocking=True)
 
-    def raised(self) -> bool:
-        """Whether it was raised, as far as is known here; lowers it."""
+    def look(self, label: str | None) -> None:
+        """Raise NonFiniteError where it was raised, as far as is known here; lowers it."""
         if not int(self._here):
-            return False
+            return
         self.on_device.zero_()
         self._here.zero_()
-        return True
+        raise NonFiniteError(
+            "q, k_new, v_new: expected finite values, got others in an earlier step "
+            f"({label or 'cache'}); they were read as zeros"
+        )
 
 
-_flags: weakref.WeakKeyDictionary[Growing, _Flag] = weakref.WeakKeyDictionary()
-
-
-def _flag_of(cache: Growing) -> _Flag:
-    if cache not in _flags:
+def flag_of(cache: Growing) -> _Flag:
+    """The cache's notice, which its steps raise."""
+    if cache.notice is None:
         assert cache.store is not None
-        _flags[cache] = _Flag(cache.store.device)
-    return _flags[cache]
+        cache.notice = _Flag(cache.store.device)
+    return cache.notice
 
 
 def look(cache: Growing) -> None:
     """Raise NonFiniteError where a step before this one had values that were not finite."""
-    if cache in _flags and _flags[cache].raised():
-        name = cache.label or "cache"
-        raise NonFiniteError(
-            f"q, k_new, v_new: expected finite values, got others in an earlier step ({name}); they were read as zeros"
-        )
+    cache.look()

@@ -98,6 +98,7 @@ class KVCache(Growing):
         """Copies of any kind have handles of their own."""
         self.__dict__.update(state)
         self._handle = new_handle(self)
+        self.notice = None if self.notice is None else self.notice.copied()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to one safetensors file (kv/storage.py)."""

@@ -53,6 +53,9 @@ class Contents:
         self._universal: Tensor | None = None
         self.kept: Any = None
         """What a backend keeps from step to step; forgotten when pages, buffer or sequences change."""
+        self.notice: Any = None
+        """What a backend that does not wait for its device learns later: `look(label)` raises it, copies of
+        the cache have it `copied()`."""
         if device is not None:
             self._allocate(torch.device(device))
 
@@ -116,6 +119,11 @@ class Contents:
     def mean_from(self) -> int:
         """First position whose key is stored without the mean of K (with `smooth_k`)."""
         return 0 if self._given_mean is not None else self.config.block_size
+
+    def look(self) -> None:
+        """Raise NonFiniteError where an earlier call had values that were not finite, and nobody was told yet."""
+        if self.notice is not None:
+            self.notice.look(self.label)
 
     @property
     def nbytes(self) -> int:
@@ -184,6 +192,7 @@ class Contents:
     def _allocate(self, device: torch.device) -> None:
         if self._store is not None:
             return
+        device = torch.empty(0, device=device).device  # "cuda" means the current one: tensors name it
         c, batch = self.config, self.batch_size
         state = self.state(device)
         self._k_mean, self._universal = state.k_mean, state.universal

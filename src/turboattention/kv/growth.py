@@ -50,6 +50,7 @@ class Growing(Contents):
         changing the cache."""
         shape = (self.batch_size, self.num_kv_heads, self.head_dim)
         counts = check_new(shape, self.device, k, v, lengths, names)
+        self.look()
         self._allocate(k.device)
         if self.dtype is None:
             self.dtype = k.dtype

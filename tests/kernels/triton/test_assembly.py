@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,12 @@ def test_both_products_of_prefill_are_integer_matrix_instructions(target):
 @every_target
 def test_both_products_of_decode_are_integer_matrix_instructions(target):
     rows = of(target, "decode")
-    assert [row["constants"]["K_BITS"] for row in rows] == [4, 3, 2]
+    assert [row["constants"]["K_BITS"] for row in rows] == [4, 3, 2] * 2
     for row in rows:
         c = row["constants"]
+        # IGMMA takes four warps.
+        kind = "IMMA" if target == "sm_90" and row["warps"] < 4 else NAMES[target]
+        assert all(name.startswith(kind) for name in row["products"]), row["products"]
         values = max(LEAST_COLUMNS[target], c["R"])
         # A packed key's step stands in two columns, a high and a low part.
         keys = max(LEAST_COLUMNS[target], 2 * c["R"])
@@ -69,3 +73,11 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
             2 * keys + values + 3 * values + (keys if c["K_BITS"] == 3 else 0) + (values if c["V_BITS"] == 3 else 0)
         )
         assert row["multiplications"] >= 64 * c["WIDE"] * wanted
+
+
+@every_target
+def test_a_flush_reads_all_rows_before_it_writes_over_them(target):
+    """Rows move within the buffer: threads read what others write."""
+    (row,) = of(target, "_flush_kernel")
+    # Keys' move and values', of all rows at once; other loads and stores are fewer.
+    assert len(re.findall(r"L{5,}B+S{5,}", row["accesses"])) == 2, row["accesses"]

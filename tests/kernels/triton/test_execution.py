@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import pickle
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.runtime.interpreter import GridExecutor
+
 import turboattention as ta
-from turboattention.errors import InputError, NonFiniteError
-from turboattention.execution import triton_steps
+from turboattention.errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
+from turboattention.execution import triton_device, triton_quantizer, triton_steps
 from turboattention.execution.triton_graph import DecodeGraph
+from turboattention.kernels.triton import attention
+from turboattention.kernels.triton.pages import page_places
+from turboattention.kv import quantizer
+from turboattention.kv.layout import PageLayout
 
 from ...helpers import normals, qkv
 from ...kv.tools import content, filled, live_pages
@@ -156,6 +167,178 @@ def test_compiled_whole():
     assert content(cache) == content(want)
 
 
+# -- steps that take the long way, or fail ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lag", [1, 2, 70])
+def test_blocks_that_wait_are_staged(lag):
+    cache, *_ = filled([130, 191], config=NO_SINKS.replace(flush_lag=lag))
+    want = cache.clone()
+    for turn in range(3):
+        q, k, v = tokens_of(2, 1, turn)
+        cache_both(q, cache, k, v)
+        assert not triton_steps.append(cache, k, v)
+        want.commit(want.stage(k, v))
+    assert content(cache) == content(want)
+
+
+def test_a_table_that_is_full_grows():
+    """More blocks than a page table has room for when it is made."""
+    cache, *_ = filled([64], heads=1, config=NO_SINKS)
+    want = cache.clone()
+    k, v = (normals(1, 1, 70 * 64, 16, seed=i) for i in range(2))
+    for at in range(0, k.shape[2], 64):
+        assert triton_steps.append(cache, k[:, :, at : at + 64], v[:, :, at : at + 64])
+    want.commit(want.stage(k, v))
+    assert content(cache) == content(want)
+    assert live_pages(cache) == 1 + 2 * 70
+
+
+@pytest.mark.parametrize("broken", ["upload", "flush_blocks"])
+@pytest.mark.parametrize("attends", [False, True])
+def test_a_step_that_fails_keeps_no_page(monkeypatch, broken, attends):
+    cache, *_ = filled([191, 130], config=NO_SINKS)
+    q, k, v = tokens_of(2, 1, 0)
+    pages = live_pages(cache)
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    call = ta.turbo_attention_with_kvcache if attends else lambda q, cache, k, v, backend: cache.append(k, v)
+    with monkeypatch.context() as m:
+        m.setattr(triton_steps, broken, fail)
+        m.setattr(quantizer, "_providers", [lambda device: triton_quantizer])
+        with pytest.raises(MemoryError):
+            call(q, cache, k, v, backend="triton")
+    assert live_pages(cache) == pages
+    assert cache.seq_lens.tolist() == [191, 130]
+    cache_both(q, cache, k, v)
+
+
+def test_some_sequences_have_pages_reserved():
+    cache, *_ = filled([191, 191], config=NO_SINKS)
+    want = cache.clone()
+    steps = triton_steps.steps_of(cache)
+    steps.reserve([0, 2])
+    for turn, count in enumerate((1, 64, 64)):
+        _, k, v = tokens_of(2, count, turn)
+        assert triton_steps.append(cache, k, v)
+        want.commit(want.stage(k, v))
+    assert content(cache) == content(want)
+    assert cache.kept is steps
+    assert steps._reserved == [[], []]
+
+
+def test_what_is_uploaded_without_waiting_is_pinned():
+    class Recorder:
+        calls: ClassVar = []
+
+        def pin_memory(self):
+            self.calls.append("pin")
+            return self
+
+        def to(self, device, non_blocking=False):
+            self.calls.append((device, non_blocking))
+            return self
+
+    triton_device.upload(Recorder(), torch.device("cuda", 1))
+    assert Recorder.calls == ["pin", (torch.device("cuda", 1), True)]
+
+
+def test_kernels_run_under_their_tensors_device(monkeypatch):
+    """Triton launches on the current device."""
+    current, launches, run = [], [], GridExecutor.__call__
+
+    @contextlib.contextmanager
+    def guard(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def launched(self, *args, **kwargs):
+        assert current[-1:] == [torch.device("cpu")]
+        launches.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(triton_device, "guard", guard)
+    monkeypatch.setattr(GridExecutor, "__call__", launched)
+    q, k, v = tokens_of(2, 66, 0)
+    ta.turbo_attention(q, k, v, backend="triton")
+    monkeypatch.setattr(quantizer, "_providers", [lambda device: triton_quantizer])
+    cache = ta.KVCache(2, 2, 16, config=NO_SINKS, max_tokens=256)
+    cache.append(k, v)
+    q, k, v = tokens_of(2, 1, 1)
+    cache.append(k, v)
+    ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
+    ta.turbo_attention_with_kvcache(q, cache, attn_mask=torch.ones(1, dtype=torch.bool), backend="triton")
+    DecodeGraph(cache, 4, capture=False).step(q, k, v)
+    cache.dequantize()
+    assert {"_tokens_kernel", "_encode_kernel", "_decode_kernel", "_mean_kernel", "_store_kernel"} <= {*launches}
+
+
+# -- values that are not finite -----------------------------------------------------------------------------
+
+TELLING = {
+    "storing": lambda cache, q, k, v: triton_steps.append(cache, k, v),
+    "storing some": lambda cache, q, k, v: cache.append(k, v, torch.tensor([1, 0])),
+    "attending": lambda cache, q, k, v: ta.turbo_attention_with_kvcache(q, cache, backend="triton"),
+    "attending with a mask": lambda cache, q, k, v: ta.turbo_attention_with_kvcache(
+        q, cache, attn_mask=torch.ones(1, dtype=torch.bool), backend="triton"
+    ),
+    "another backend": lambda cache, q, k, v: ta.turbo_attention_with_kvcache(q, cache, k, v, backend="reference"),
+}
+EARLIER = r"^q, k_new, v_new: expected finite values, got others in an earlier step \(layer 3\)"
+
+
+def flagged() -> ta.KVCache:
+    """After a step that had a NaN."""
+    cache, *_ = filled([130, 191], config=NO_SINKS)
+    cache.label = "layer 3"
+    q, k, v = tokens_of(2, 1, 0)
+    k[0, 0, 0, 0] = torch.nan
+    ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
+    return cache
+
+
+@pytest.mark.parametrize("call", TELLING.values(), ids=TELLING.keys())
+def test_any_call_tells_of_values_that_were_not_finite(call):
+    cache, new = flagged(), tokens_of(2, 1, 1)
+    with pytest.raises(NonFiniteError, match=EARLIER):
+        call(cache, *new)
+    assert cache.seq_lens.tolist() == [131, 192]
+    call(cache, *new)  # told once
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [ta.KVCache.clone, copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["clone", "copy", "deepcopy", "pickle"],
+)
+def test_copies_are_told_on_their_own(duplicate):
+    cache = flagged()
+    _, k, v = tokens_of(2, 1, 1)
+    for x in (duplicate(cache), cache):
+        with pytest.raises(NonFiniteError, match=EARLIER):
+            x.stage(k, v)
+        x.stage(k, v)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_flag_is_on_its_way_when_a_call_returns(graph):
+    """As on a GPU, where the host's copy is another."""
+    cache, *_ = filled([130, 190], config=NO_SINKS, max_tokens=256)
+    cache.notice = triton_steps._Flag(torch.device("cpu"))
+    cache.notice._here = torch.zeros(1, dtype=torch.int32)
+    q, k, v = tokens_of(2, 1, 0)
+    q[0, 0, 0, 0] = torch.nan
+    if graph:
+        DecodeGraph(cache, 4, capture=False).step(q, k, v)
+    else:
+        ta.turbo_attention_with_kvcache(q, cache, backend="triton")
+    with pytest.raises(NonFiniteError):
+        triton_steps.look(cache)
+
+
 # -- graphs: the captured work run eagerly, over the same memory --------------------------------------------
 
 
@@ -226,3 +409,78 @@ def test_padded_head_dims_and_half_precision():
     cache.append(k, v)
     q = normals(1, 3, 1, 24, seed=3).to(torch.float16)
     cache_both(q, cache, k[:, :, :1], v[:, :, :1])
+
+
+def test_of_two_graphs_the_latest_steps():
+    cache, *_ = filled([126, 190], config=NO_SINKS, max_tokens=256)
+    want, pages = cache.clone(), live_pages(cache)
+    first = DecodeGraph(cache, 4, capture=False)
+    table = first._steps._pages.addresses
+    second = DecodeGraph(cache, 4, capture=False)
+    assert first._steps._pages.addresses is table  # whatever it captured lives as long as it does
+    assert second._steps._pages.addresses is not table
+    q, k, v = tokens_of(2, 1, 0)
+    with pytest.raises(InputError, match=r"^cache: expected it as the graph left it"):
+        first.step(q, k, v)
+    first.close()
+    for turn in range(3):
+        q, k, v = tokens_of(2, 1, turn)
+        second.step(q, k, v)
+        want.commit(want.stage(k, v))
+        assert content(cache) == content(want)
+    second.close()
+    assert live_pages(cache) == pages + 2 * 2  # blocks that filled: two of each cache
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_heads": 3}, ShapeError, "num_heads: expected a multiple of the 2 KV heads, got 3"),
+        ({"num_heads": 0}, ShapeError, "num_heads: expected a multiple of the 2 KV heads, got 0"),
+        ({"num_heads": 4.0}, ShapeError, "num_heads: expected a multiple of the 2 KV heads, got 4.0"),
+        ({"softcap": -1.0}, ConfigError, "softcap: expected a positive number"),
+        ({"scale": float("nan")}, ConfigError, "scale: expected a number"),
+        ({"window_size": 0}, ConfigError, "window_size: expected an integer of at least 1, got 0"),
+        ({"window_size": 41}, InputError, "window_size: expected at most the cache's own 40, got 41"),
+    ],
+)
+def test_a_graph_checks_its_arguments(options, error, message):
+    cache, *_ = filled([126, 190], config=NO_SINKS, max_tokens=256, window_size=40)
+    pages = live_pages(cache)
+    with pytest.raises(error, match=f"^{message}"):
+        DecodeGraph(cache, **{"num_heads": 4, "capture": False, **options})
+    assert live_pages(cache) == pages
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_graph_checks_tensors_before_it_counts(name):
+    cache, *_ = filled([126, 190], config=NO_SINKS, max_tokens=256)
+    graph = DecodeGraph(cache, 4, capture=False)
+    good = dict(zip("qkv", tokens_of(2, 1, 0), strict=True))
+    x = good[name]
+    for bad, error, message in (
+        (x[:1], ShapeError, rf"^{name}: expected shape \(2, "),
+        (x.repeat(1, 1, 2, 1), ShapeError, rf"^{name}: expected shape \(2, "),
+        (x[:, :1], ShapeError, rf"^{name}: expected shape \(2, "),
+        (x.half(), DtypeError, r"^[qkv]: expected torch.float"),
+        (x.to("meta"), DtypeError, r"^[qkv]: expected torch.float"),
+        (x.clone().requires_grad_(), UnsupportedError, rf"^{name}: expected a tensor without gradients"),
+    ):
+        with pytest.raises(error, match=message):
+            graph.step(**{**good, name: bad})
+    with pytest.raises(DtypeError, match=r"^q: expected torch.float32 on cpu, as the cache is, got torch.float16"):
+        graph.attend(*(x.half() for x in good.values()))
+    assert cache.seq_lens.tolist() == [126, 190]
+
+
+def test_tables_that_captured_graphs_read_live_for_ever():
+    cpu = torch.device("cpu")
+    layouts = [PageLayout.uniform(heads, 16, 64, 4, True) for heads in range(1, 71)]
+    places, blanks = ([make(x) for x in layouts] for make in (lambda x: page_places(x, cpu), lambda x: blank(x, cpu)))
+    assert all(page_places(layout, cpu) is x for layout, x in zip(layouts, places, strict=True))
+    assert all(blank(layout, cpu) is x for layout, x in zip(layouts, blanks, strict=True))
+    assert attention._places.cache_info().maxsize is None
+
+
+def blank(layout: PageLayout, device: torch.device) -> torch.Tensor:
+    return attention._blank(layout.page_bytes, device)

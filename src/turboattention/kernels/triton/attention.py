@@ -26,6 +26,8 @@ from .quantize import quantize_queries
 BLOCK = 64
 """The only block size that the kernels are written for."""
 
+_LARGEST_WINDOW = 1 << 30  # no sequence is longer, and positions plus it stay int32
+
 OPERAND_BYTES = 1 << 28
 """Memory for operands of `prefill`; more where a single KV head of one sequence needs it."""
 
@@ -113,9 +115,9 @@ def attend(
     or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place
     of q's values. All tensors on one device. Whether q is finite is told by `quantize_queries` alone.
 
-    Raises UnsupportedError for what `refusal` names.
+    Raises UnsupportedError for what `refusal` and `configs.refusal` name.
     """
-    reason = refusal(config, q.dtype)
+    reason = refusal(config, q.dtype) or configs.refusal(q.device)
     if reason:
         raise UnsupportedError(f'backend: expected a configuration that "triton" computes, got one where {reason}')
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -214,7 +216,7 @@ class _Call:
             "mask_ptr": mask.view(torch.uint8) if kind == "bool" else mask,
             **dict(zip(("mask_b", "mask_h", "mask_q", "mask_k"), strides, strict=True)),
             "mask_keys": mask.shape[3],
-            "window": self.window or 0,
+            "window": min(self.window or 0, _LARGEST_WINDOW),
             "mean_from": self.mean_from,
             "cap": self.softcap or 0.0,
             "threshold": config.sas_threshold * (1.0 if config.softmax == "sas" else _LOG2_E),
@@ -235,7 +237,7 @@ class _Call:
 def _few_rows(call: _Call) -> None:
     """Splits of the sequences over pages as they lie, one launch for each pair of widths among the heads (one
     kernel for all would take the registers of the most demanding), then `combine`."""
-    launch = configs.decode(call.architecture, call.rows)
+    launch = configs.decode(call.architecture, call.rows, call.head_dim)
     tiles = -(-call.rows // launch.rows)
     device, pages, opened = call.out.device, call.pages, call.open
     splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, device)
@@ -286,7 +288,7 @@ def _few_rows(call: _Call) -> None:
     combine[call.rows, call.kv_heads, call.batch](
         acc, peak, total, call.out, call.lse, splits, tiles, call.group, call.queries,
         D=call.head_dim, WIDE=call.wide, R=launch.rows, SPLITS=1 << (splits - 1).bit_length(),
-        ROTATE=call.config.rotate, num_warps=1,
+        ROTATE=call.config.rotate, num_warps=1, **configs.FUSION,
     )  # fmt: skip
 
 
@@ -349,12 +351,12 @@ def _make_operands(call: _Call, sequences: range, heads: range, operands: tuple[
                     page_operands[last - first, len(chosen), len(sequences)](
                         pages.addresses, pages.counts, _places(layout, chosen, device), *operands,
                         pages.addresses.stride(0), first, heads=len(heads), **sizes, **shape,
-                        K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales,
+                        K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales, **configs.FUSION,
                     )  # fmt: skip
     if opened is not None:
         row_operands[-(-opened.k8.shape[2] // BLOCK), len(heads), len(sequences)](
             opened.k8, opened.v8, opened.k_scale, opened.v_scale, opened.start, call.standing.lengths, *operands,
-            opened.k8.shape[2], call.kv_heads, **sizes, **shape,
+            opened.k8.shape[2], call.kv_heads, **sizes, **shape, **configs.FUSION,
         )  # fmt: skip
 
 
@@ -370,7 +372,7 @@ def _pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[i
     return tuple((pair, tuple(heads)) for pair, heads in pairs.items())
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache  # for ever: captured graphs hold addresses alone
 def _places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [heads, PLACES]: the head, byte offsets of its codes (K, V), K steps and zeros, V steps and zeros,
     token scales (K, V) and scales (K, V); 0 for what it has not."""
@@ -389,7 +391,7 @@ def _places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) ->
     return table.to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for ever, as `_places`
 def _blank(size: int, device: torch.device) -> Tensor:
     """What is read, and not used, where a page was evicted."""
     return torch.zeros(size, dtype=torch.uint8, device=device)

@@ -1,7 +1,8 @@
 """Launch configurations as data: few, by architecture, chosen once for a device.
 
-Found by reading the assembly (tests/kernels/triton/test_assembly.py): none spills registers to memory.
-An architecture stands for those after it, up to the next one in the table.
+Found by reading the assembly: of what benchmarks/gpu/kernels.py lists none spills registers to memory
+(tests/kernels/triton/test_assembly.py); masks in prefill do, see docs/gpu.md.
+An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
+
+FUSION = {"enable_fp_fusion": True}
+"""Of kernels whose results need not be equal to the bit; named in every launch, as Triton will change its default."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Keyword arguments of a launch. Fusion is named because Triton's default changed in 3.9."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **FUSION}
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,18 @@ _PREFILL = {
     "interpreter": {256: Launch(64, 4, 1)},
 }
 
-# By columns of the product: query rows of a KV head's group, a power of two.
+# By head_dim, likewise, and columns of the product: query rows of a KV head's group, a power of two.
 _DECODE = {
-    "sm_80": {4: Launch(4, 1, 3), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
-    "sm_90": {4: Launch(4, 1, 4), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
-    "gfx942": {16: Launch(16, 4, 1)},
-    "interpreter": {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)},
+    "sm_80": {
+        128: {4: Launch(4, 1, 3), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
+        256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3), 16: Launch(16, 8, 3)},
+    },
+    "sm_90": {
+        128: {4: Launch(4, 1, 4), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
+        256: {4: Launch(4, 2, 4), 8: Launch(8, 4, 3), 16: Launch(16, 8, 3)},
+    },
+    "gfx942": {256: {16: Launch(16, 4, 1)}},
+    "interpreter": {256: {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)}},
 }
 
 
@@ -73,7 +83,17 @@ def architecture_of(device: torch.device) -> Architecture:
     if torch.version.hip:
         return ARCHITECTURES["gfx942"]
     major, _ = torch.cuda.get_device_capability(device)
-    return ARCHITECTURES["sm_90" if major >= 9 else "sm_80"]
+    # Programs have 227 KiB of shared memory on these, 99 on sm_120.
+    return ARCHITECTURES["sm_90" if major in (9, 10) else "sm_80"]
+
+
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why the kernels do not run on a device, or None."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"{device} has compute capability {major}.{minor}, its kernels need 8.0"
 
 
 @functools.cache
@@ -84,9 +104,10 @@ def prefill(architecture: Architecture, head_dim: int) -> Launch:
 
 
 @functools.cache
-def decode(architecture: Architecture, rows: int) -> Launch:
+def decode(architecture: Architecture, rows: int, head_dim: int) -> Launch:
     """Few query rows over pages: `rows` of a KV head's group, cut into programs of at most `Launch.rows`."""
-    table = _DECODE[architecture.name]
+    widths = _DECODE[architecture.name]
+    table = widths[min(size for size in widths if size >= head_dim)]
     fitting = [size for size in table if size >= rows]
     return table[min(fitting) if fitting else max(table)]
 

@@ -357,7 +357,7 @@ def layout_facts(layout: PageLayout) -> dict:
     }
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for ever: captured graphs hold addresses alone
 def page_places(layout: PageLayout, device: torch.device) -> Tensor:
     """int32 [2, H, 6] for K and V: width, then the bytes' offsets of codes, steps, zeros, tokens' scales
     and the head's scale (of what a head has not, any number)."""
