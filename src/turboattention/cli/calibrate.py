@@ -8,22 +8,31 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .calibrating import CHOICE, LENGTH, MACHINE, SOURCE, TOKENS, Request, Strategy, measure
-from .device import MAX_THREADS, Dtype
+from .calibrating import (
+    CHOICE,
+    LENGTH,
+    MACHINE,
+    SOURCE,
+    TOKENS,
+    AsJson,
+    Device,
+    Kind,
+    Length,
+    Model,
+    Request,
+    Strategy,
+    Threads,
+    Tokens,
+    measure,
+)
+from .device import Dtype
 from .heads_view import as_json, summary, widths_table
 from .output import note, print_json, results
 
 
 def calibrate(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for calibration.json.", rich_help_panel=MACHINE)],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_PATH",
-            help="A model's folder, or its name on the hub. By default the bundled one.",
-            rich_help_panel=SOURCE,
-        ),
-    ] = None,
+    model: Model = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -32,10 +41,8 @@ def calibrate(
             rich_help_panel=SOURCE,
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=SOURCE)] = TOKENS,
-    length: Annotated[
-        int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=SOURCE)
-    ] = LENGTH,
+    tokens: Tokens = TOKENS,
+    length: Length = LENGTH,
     bits: Annotated[
         float,
         typer.Option(help="Average width of K and V from 2 to 8; scales come on top.", rich_help_panel=CHOICE),
@@ -47,16 +54,10 @@ def calibrate(
         bool,
         typer.Option("--means", help="Smooth K by the measured means, not by each text's own.", rich_help_panel=CHOICE),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
-    ] = Dtype.auto,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
-    ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)
-    ] = False,
+    device: Device = "auto",
+    dtype: Kind = Dtype.auto,
+    threads: Threads = None,
+    json: AsJson = False,
 ) -> None:
     """Measure what each width costs in every head of a model, and choose widths under a budget.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..bundled import model_path
 from ..bundled import text as bundled_text
 from ..errors import InputError
-from .device import Dtype, choose, use_threads
+from .device import MAX_THREADS, Dtype, choose, use_threads
 from .output import note
 from .progress import Bars
 from .prompt import read_file
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
 SOURCE, CHOICE, MACHINE = "What is measured", "Which widths are chosen", "Machine and output"
 TOKENS = 8192
 LENGTH = 1024
+
+# Options of both commands.
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME_OR_PATH",
+        help="A model's folder, or its name on the hub. By default the bundled one.",
+        rich_help_panel=SOURCE,
+    ),
+]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=SOURCE)]
+Length = Annotated[
+    int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=SOURCE)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)]
+Kind = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)]
+Threads = Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)]
 
 
 class Strategy(str, Enum):

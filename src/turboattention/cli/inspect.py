@@ -9,8 +9,24 @@ import typer
 
 from ..errors import InputError
 from .bench_files import check_target
-from .calibrating import CHOICE, LENGTH, MACHINE, SOURCE, TOKENS, Request, Strategy, measure
-from .device import MAX_THREADS, Dtype
+from .calibrating import (
+    CHOICE,
+    LENGTH,
+    MACHINE,
+    SOURCE,
+    TOKENS,
+    AsJson,
+    Device,
+    Kind,
+    Length,
+    Model,
+    Request,
+    Strategy,
+    Threads,
+    Tokens,
+    measure,
+)
+from .device import Dtype
 from .heads_view import as_json, heads_table, summary
 from .output import note, print_json, results
 
@@ -19,14 +35,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_PATH",
-            help="A model's folder, or its name on the hub. By default the bundled one.",
-            rich_help_panel=SOURCE,
-        ),
-    ] = None,
+    model: Model = None,
     file: Annotated[
         str | None,
         typer.Option(
@@ -39,10 +48,8 @@ def inspect(
         Path | None,
         typer.Option(metavar="DIR", help="Show what `calibrate` wrote; nothing is run.", rich_help_panel=SOURCE),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=SOURCE)] = TOKENS,
-    length: Annotated[
-        int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=SOURCE)
-    ] = LENGTH,
+    tokens: Tokens = TOKENS,
+    length: Length = LENGTH,
     bits: Annotated[
         float | None,
         typer.Option(
@@ -58,16 +65,10 @@ def inspect(
             metavar="PATH", help="Also write one page with figures (needs matplotlib).", rich_help_panel=MACHINE
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
-    ] = Dtype.auto,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
-    ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)
-    ] = False,
+    device: Device = "auto",
+    dtype: Kind = Dtype.auto,
+    threads: Threads = None,
+    json: AsJson = False,
 ) -> None:
     """Show each head's error, the paper's priority, the widths it gets, and outlier channels.
 
