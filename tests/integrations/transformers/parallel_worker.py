@@ -65,16 +65,20 @@ def run(model: Any, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def saved_and_loaded(model: Any, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """A prompt of 70 tokens kept in a file, and gone on from."""
-    cache = new_cache(model, folder, case)
+def saved_and_loaded(model: Any, folder: Path, cache: TurboCache) -> dict[str, Any]:
+    """A prompt of 70 tokens kept in a file in `folder`, and gone on from."""
     with torch.no_grad():
         model(IDS[:, :70], past_key_values=cache)
     cache.save(folder / "prompt.cache", IDS[:, :70])
     loaded = TurboCache.load(folder / "prompt.cache", model.config)
-    result = {"known": loaded.check_prompt(IDS), "ids": go_on(model, loaded, IDS)}
+    loaded.save(folder / "again.cache")
+    result = {"known": loaded.check_prompt(IDS), "first": first_heads(loaded), "ids": go_on(model, loaded, IDS)}
     loaded.reset()
-    return {**result, "again": go_on(model, loaded, IDS)}
+    return {**result, "again": go_on(model, loaded, IDS), "first_again": first_heads(loaded)}
+
+
+def first_heads(cache: TurboCache) -> list[int]:
+    return [layer.kv.first_head for layer in cache.layers]
 
 
 def refused(action: Any) -> str:
@@ -93,7 +97,7 @@ def refusals(model: Any, folder: Path) -> dict[str, str]:
         "mixed": refused(generated(config={"bits": "mixed"})),
         "widths": refused(generated(config={}, head_bits=[[4, 4, 4]] * 2)),
         "calibrate": refused(lambda: calibrate(model, IDS[0].tolist())),
-        "whole": refused(lambda: go_on(model, TurboCache.load(folder / "whole.cache"), IDS)),
+        "whole": refused(lambda: go_on(model, TurboCache.load(folder / "whole" / "prompt.cache"), IDS)),
         "unsaid": refused(lambda: TurboCache.load(f"{folder / 'prompt.cache'}.rank0of2")),
     }
 
@@ -109,7 +113,7 @@ def main() -> None:
     for dtype in ("float32", "float64"):
         model = load(folder, dtype, distributed_config=DistributedConfig(tp_size=size))
         results |= {name: run(model, folder, case) for name, case in cases.items() if case["dtype"] == dtype}
-    results["saved"] = saved_and_loaded(model, folder, cases["calibrated"])
+    results["saved"] = saved_and_loaded(model, folder, new_cache(model, folder, cases["calibrated"]))
     distributed.barrier()  # every file is there
     results["refusals"] = refusals(model, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(results))

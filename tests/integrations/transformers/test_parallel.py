@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turboattention import TurboConfig
 from turboattention.errors import ConfigError, InputError, UnsupportedError
 from turboattention.integrations.transformers import TurboCache, calibrate
 from turboattention.integrations.transformers.layer import TurboLayer
@@ -73,10 +72,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     worker.enable()
     models = {dtype: worker.load(folder, dtype) for dtype in ("float32", "float64")}
     single = {name: worker.run(models[case["dtype"]], folder, case) for name, case in CASES.items()}
-    whole = TurboCache(models["float64"].config, TurboConfig(**QUIET))
-    with torch.no_grad():
-        models["float64"](worker.IDS[:, :70], past_key_values=whole)
-    whole.save(folder / "whole.cache")
+    (folder / "whole").mkdir()
+    whole = worker.new_cache(models["float64"], folder, CASES["calibrated"])
+    single["saved"] = worker.saved_and_loaded(models["float64"], folder / "whole", whole)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, folder]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -119,12 +117,16 @@ class TestTwoProcesses:
         assert [rank["guard"]["warnings"] for rank in outcome.ranks] == [[], expected]
 
     def test_save_and_load_their_parts(self, outcome):
-        files = {path.name for path in outcome.folder.glob("prompt.cache*")}
-        assert files == {"prompt.cache.rank0of2", "prompt.cache.rank1of2"}
-        for rank in outcome.ranks:
-            assert rank["saved"]["known"] == 70
-            assert rank["saved"]["ids"] == outcome.ranks[0]["saved"]["ids"]
-            assert rank["saved"]["again"] == outcome.single["calibrated"]["ids"]
+        names = {"prompt.cache.rank0of2", "prompt.cache.rank1of2", "again.cache.rank0of2", "again.cache.rank1of2"}
+        assert {path.name for path in outcome.folder.glob("*.cache*")} == names
+        single = outcome.single["saved"]
+        assert (single["known"], single["first"], single["first_again"]) == (70, [0] * LAYERS, [0] * LAYERS)
+        for rank, result in enumerate(outcome.ranks):
+            heads = [rank * HEADS // 2] * LAYERS
+            assert result["saved"] == {**single, "first": heads, "first_again": heads}
+
+    def test_a_loaded_part_serves_other_texts(self, outcome):
+        assert outcome.single["saved"]["again"] == outcome.single["calibrated"]["ids"]
 
     def test_part_of_a_cache_is_none_for_a_single_process(self, outcome):
         with pytest.raises(InputError, match="saved by a single process, got one saved by tensor parallel rank 1 of 2"):
