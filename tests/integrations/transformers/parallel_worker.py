@@ -40,10 +40,14 @@ def new_cache(model: Any, folder: Path, case: dict[str, Any]) -> TurboCache:
     return TurboCache(model.config, config, calibration=calibration, head_bits=case.get("head_bits"))
 
 
-def go_on(model: Any, cache: TurboCache, ids: torch.Tensor) -> list[list[int]]:
-    """The ids that follow, greedily."""
+def go_on(
+    model: Any, cache: TurboCache, ids: torch.Tensor, padding: int = 0, options: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """The ids that follow without sampling, where the first `padding` of the first row are none."""
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=NEW, do_sample=False
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, do_sample=False, **(options or {})
     )
     return output[:, ids.shape[1] :].tolist()
 
@@ -53,7 +57,7 @@ def run(model: Any, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     cache = new_cache(model, folder, case)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ids = go_on(model, cache, IDS)
+        ids = go_on(model, cache, IDS, case.get("padding", 0), case.get("options"))
     return {
         "ids": ids,
         "heads": [layer.kv.num_kv_heads for layer in cache.layers],

@@ -54,7 +54,8 @@ def calibrate(
 
     Raises:
         InputError: the text is too short. NonFiniteError: the model gives NaN or infinity, with the layer.
-        UnsupportedError: models that `TurboCache` refuses, or without an attention function to watch.
+        UnsupportedError: models that `TurboCache` refuses, parts of models (tensor parallelism), or models without
+            an attention function to watch.
         ConfigError: budget or strategy out of range.
     """
     layers = collect(model, input_ids, length=length, config=config, progress=progress)
