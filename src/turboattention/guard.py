@@ -74,17 +74,21 @@ def widen(bits: Tensor, heads: Tensor) -> Tensor:
 def _message(cache: KVCache, failing: Tensor, beyond: Tensor, errors: Tensor, planned: Tensor, bits: Tensor) -> str:
     heads = failing.nonzero().flatten().tolist()
     worst = max(heads, key=lambda head: float(errors[head]))
-    what = f"{cache.label or 'cache'}: KV heads {', '.join(map(str, heads))} lose too much in the quantized cache"
+    what = f"{cache.label or 'cache'}: KV heads {_numbers(cache, heads)} lose too much in the quantized cache"
     how = (
-        f"head {worst} has relative error {float(errors[worst]):.2f} at K {int(planned[0, worst])} and V "
-        f"{int(planned[1, worst])} bits, bound {float(bound_of(planned)[worst]):.2f}"
+        f"head {cache.first_head + worst} has relative error {float(errors[worst]):.2f} at K {int(planned[0, worst])} "
+        f"and V {int(planned[1, worst])} bits, bound {float(bound_of(planned)[worst]):.2f}"
     )
     if torch.equal(bits, planned):
         return f"{what} ({how}); widths kept as configured"
-    widths = ", ".join(f"{head}: {int(bits[0, head])}/{int(bits[1, head])}" for head in heads)
+    widths = ", ".join(f"{cache.first_head + head}: {int(bits[0, head])}/{int(bits[1, head])}" for head in heads)
     rest = beyond.nonzero().flatten().tolist()
-    still = f"; heads {', '.join(map(str, rest))} stay beyond their bound even so" if rest else ""
+    still = f"; heads {_numbers(cache, rest)} stay beyond their bound even so" if rest else ""
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
+
+
+def _numbers(cache: KVCache, heads: list[int]) -> str:
+    return ", ".join(str(cache.first_head + head) for head in heads)
 
 
 class _Sample:

@@ -42,6 +42,8 @@ class Contents:
         self.window_size, self.max_tokens, self.dtype = window_size, max_tokens, dtype
         self.label: str | None = None
         """How messages name this cache, such as "layer 3"."""
+        self.first_head = 0
+        """How messages number its first head, where it holds a part of a layer's."""
         self._given_bits = parse_head_bits(head_bits, num_kv_heads)
         self._given_mean = check_mean(k_mean, self.config, num_kv_heads, head_dim)
         self._lengths = torch.zeros(batch_size, dtype=torch.int64)

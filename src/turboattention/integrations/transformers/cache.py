@@ -18,6 +18,7 @@ from ...errors import ConfigError, InputError
 from ...validation import check_config
 from .layer import TurboLayer
 from .model import ModelShape, layer_windows
+from .parallel import TensorParallel
 from .prompt import check_goes_on
 
 
@@ -27,6 +28,9 @@ class TurboCache(Cache):
     Works wherever transformers takes a `Cache`: greedy and sampled decoding, beams,
     `num_return_sequences`, left-padded batches, assisted and prompt-lookup decoding, chunked
     prefill. Attention reads the packed cache; padding is not stored.
+
+    Under transformers' tensor parallelism each process makes one with the same arguments, and it holds the heads that
+    are computed there: `head_bits`, `k_mean` and a `calibration` are of all heads, and cut; sizes are this process's.
 
     Args:
         model_config: ``model.config``.
@@ -80,6 +84,7 @@ class TurboCache(Cache):
                 k_mean=means[index],
                 max_tokens=max_tokens,
                 model=ModelShape.of(model_config),
+                parallel=TensorParallel.of(model_config),
                 backend=backend,
             )
             for index, window in enumerate(windows)
@@ -203,7 +208,8 @@ class TurboCache(Cache):
         return self.clone()
 
     def save(self, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
-        """Write the whole cache to one safetensors file.
+        """Write the whole cache to one safetensors file; under tensor parallelism each process writes its heads, to
+        `path` with ``.rank0of2`` and so on behind it.
 
         Args:
             input_ids: the tokens it holds, integers [B, L] with L its length, padding included; kept as
@@ -226,7 +232,8 @@ class TurboCache(Cache):
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ) -> TurboCache:
-        """Read what `save` wrote, for a prompt that begins with the same tokens.
+        """Read what `save` wrote, for a prompt that begins with the same tokens. Under tensor parallelism this is what
+        the same process of as many saved to the same `path`, and wants `model_config`.
 
         Args:
             model_config: ``model.config``, to check now that the file is this model's; the first
@@ -234,7 +241,7 @@ class TurboCache(Cache):
 
         Raises:
             FormatError: the file is damaged, foreign or of another version.
-            InputError: it is another model's.
+            InputError: it is another model's, or of other heads.
         """
         from .storage import load_cache
 

@@ -19,6 +19,7 @@ from ...calibration import Calibration, LayerMeter, LayerStatistics, Provenance,
 from ...config import TurboConfig
 from ...errors import InputError, NonFiniteError, UnsupportedError
 from .model import ModelShape, layer_windows
+from .parallel import TensorParallel
 from .registry import NAME as TURBO
 
 TEXT_LENGTH = 1024
@@ -53,7 +54,8 @@ def calibrate(
 
     Raises:
         InputError: the text is too short. NonFiniteError: the model gives NaN or infinity, with the layer.
-        UnsupportedError: models that `TurboCache` refuses, or without an attention function to watch.
+        UnsupportedError: models that `TurboCache` refuses, parts of models (tensor parallelism), or models without
+            an attention function to watch.
         ConfigError: budget or strategy out of range.
     """
     layers = collect(model, input_ids, length=length, config=config, progress=progress)
@@ -79,6 +81,12 @@ def collect(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LayerStatistics, ...]:
     """The statistics of `calibrate`, one entry for each layer of the model's cache."""
+    parallel = TensorParallel.of(model.config)
+    if parallel.size > 1:
+        raise UnsupportedError(
+            f"model: expected a whole model, got {parallel}: calibrate in a single process, and give every rank's "
+            "TurboCache the calibration"
+        )
     windows = layer_windows(model.config)
     meters = [LayerMeter(config or TurboConfig()) for _ in windows]
     least = meters[0].least_tokens

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ...config import TurboConfig
-from ...errors import InputError, ShapeError, UnsupportedError
+from ...errors import ConfigError, InputError, ShapeError, UnsupportedError
 from ...kv.cache import KVCache
 from .call import Call
 from .masks import MaskPlan
 from .model import ModelShape
 from .padding import attend_tokens, valid_after
+from .parallel import HeadShare, TensorParallel
 
 _HANDLE = "_turbo_layer"
 
@@ -50,11 +51,12 @@ class TurboLayer(CacheLayerMixin):
         k_mean: Tensor | None = None,
         max_tokens: int | None = None,
         model: ModelShape | None = None,
+        parallel: TensorParallel | None = None,
         backend: str = "auto",
     ):
         super().__init__()
         self.index, self.window, self.backend = index, window, backend
-        self.config, self.model = config or TurboConfig(), model
+        self.config, self.model, self.parallel = config or TurboConfig(), model, parallel or TensorParallel()
         self.kv: KVCache | None = None
         self.valid: Tensor | None = None
         self.record_past = False
@@ -95,20 +97,35 @@ class TurboLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
+        share = self._share(heads)
         self.kv = KVCache(
             batch,
             heads,
             head_dim,
             config=self.config,
-            head_bits=self._head_bits,
+            head_bits=share.cut(self._head_bits, "head_bits", -1),
             max_tokens=self._max_tokens,
             device=key_states.device,
             dtype=key_states.dtype,
             window_size=self.window,
-            k_mean=self._k_mean,
+            k_mean=share.cut(self._k_mean, "k_mean", 0),
         )
-        self.kv.label = f"layer {self.index}"
+        self.kv.label, self.kv.first_head = f"layer {self.index}", share.first
         self.is_initialized = True
+
+    def _share(self, heads: int) -> HeadShare:
+        """The model's KV heads that `heads` of the keys are.
+
+        Raises:
+            ConfigError: their widths follow from the others'.
+        """
+        share = self.parallel.share(heads, None if self.model is None else self.model.num_key_value_heads)
+        if share.partial and self.config.bits == "mixed" and self._head_bits is None:
+            raise ConfigError(
+                f"head_bits: expected widths for the {share.total} KV heads of layer {self.index}, by themselves or in "
+                f'a calibration: "mixed" compares all heads, and this process holds {share.count} (tensor parallelism)'
+            )
+        return share
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.check_settled()
@@ -202,6 +219,7 @@ class TurboLayer(CacheLayerMixin):
 
     def restore(self, kv: KVCache, stored: int, valid: Tensor | None) -> None:
         """Take what a file held."""
+        kv.first_head = self._share(kv.num_kv_heads).first
         self.kv, self._stored, self.valid = kv, stored, valid
         self.is_initialized = True
 

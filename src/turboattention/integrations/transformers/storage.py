@@ -15,10 +15,12 @@ from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors, rea
 from .cache import TurboCache
 from .layer import TurboLayer
 from .model import ModelShape
+from .parallel import TensorParallel
 from .prompt import checked_ids
 
 VERSION = 1
 _KIND = "turbo_cache"
+_PARALLEL = "tensor_parallel"
 _VALID, _PROMPT = "valid", "prompt_ids"
 
 
@@ -36,17 +38,18 @@ def save_cache(cache: TurboCache, path: str | os.PathLike[str], input_ids: Tenso
         tensors[_VALID] = valid.to(torch.uint8).contiguous()
     if input_ids is not None:
         tensors[_PROMPT] = checked_ids(input_ids, cache.batch_size, cache.get_seq_length()).contiguous()
-    model = cache.layers[0].model
+    model, parallel = cache.layers[0].model, cache.layers[0].parallel
     content = {
         "version": VERSION,
         "model": None if model is None else asdict(model),
+        _PARALLEL: parallel.metadata(),
         "length": cache.get_seq_length(),
         "layers": [
             {"window": layer.window, "kv": None if layer.kv is None else cache_metadata(layer.kv)}
             for layer in cache.layers
         ],
     }
-    write_file(path, tensors, {_KIND: content})
+    write_file(parallel.path(os.fspath(path)), tensors, {_KIND: content})
 
 
 def load_cache(
@@ -54,6 +57,8 @@ def load_cache(
 ) -> TurboCache:
     """Read what `save_cache` wrote."""
     dispatch.choose(backend)
+    parallel = TensorParallel.of(model_config)
+    path = parallel.path(os.fspath(path))
     if os.path.isdir(path):
         raise FormatError(f"path: expected a file written by TurboCache.save, got the folder {os.fspath(path)}")
     tensors, metadata = read_file(path)
@@ -64,9 +69,11 @@ def load_cache(
         raise FormatError(f"path: expected version {VERSION} of a TurboCache, got {content.get('version')} in {path}")
     try:
         model = None if content["model"] is None else ModelShape(**content["model"])
+        saved = TensorParallel(**content.get(_PARALLEL, {}))
+        parallel.check(saved, path)
         valid = tensors[_VALID].to(torch.bool) if _VALID in tensors else None
         layers = [
-            _layer(index, entry, tensors, content["length"], valid, model, device, backend)
+            _layer(index, entry, tensors, content["length"], valid, model, parallel, device, backend)
             for index, entry in enumerate(content["layers"])
         ]
     except TurboError:
@@ -89,11 +96,12 @@ def _layer(
     length: int,
     valid: Tensor | None,
     model: ModelShape | None,
+    parallel: TensorParallel,
     device: torch.device | str,
     backend: str,
 ) -> TurboLayer:
     if entry["kv"] is None:
-        return TurboLayer(index, entry["window"], model=model, backend=backend)
+        return TurboLayer(index, entry["window"], model=model, parallel=parallel, backend=backend)
     kv = cache_from_tensors(tensors, entry["kv"], _prefix(index), device)
     expected = torch.full_like(kv.seq_lens, length) if valid is None else valid.sum(-1)
     if (valid is not None and valid.shape[1] != length) or not torch.equal(kv.seq_lens, expected):
@@ -108,6 +116,7 @@ def _layer(
         k_mean=tensors.get(f"{_prefix(index)}given_mean"),
         max_tokens=kv.max_tokens,
         model=model,
+        parallel=parallel,
         backend=backend,
     )
     layer.restore(kv, length, valid)
