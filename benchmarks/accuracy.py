@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--calibration", type=Path, help="what `turboattention calibrate` made, of another text")
     parser.add_argument("--methods", default="all")
     parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--tasks", default="recall,needle,copy,arithmetic", help="of the generated ones")
     parser.add_argument("--questions", type=int, default=64, help="of each generated task at each length")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "accuracy")
     parser.add_argument("--table", action="store_true", help="only write the page")
@@ -60,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # Passages and questions have limits of their own, so they are two runs into one folder.
     subprocess.run([*call, "--tasks", "perplexity,heads", "--limit", str(options.passages)], check=True)
     texts = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
-    generated = ["--tasks", "recall,needle,copy,arithmetic", "--limit", str(options.questions)]
+    generated = ["--tasks", options.tasks, "--limit", str(options.questions)]
     subprocess.run([*call, *generated], check=True)
     asked = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
     return texts | {"units": texts["units"] + asked["units"]}
