@@ -10,6 +10,7 @@
 
 #include "dispatch.h"
 #include "step.h"
+#include "store.h"
 
 namespace nb = nanobind;
 
@@ -31,6 +32,11 @@ bool attend(std::uintptr_t arguments, const std::string& isa) {
 int step(std::uintptr_t arguments) {
     const nb::gil_scoped_release unlocked;
     return turbo::run_step(*reinterpret_cast<const turbo::StepArgs*>(arguments));
+}
+
+int store(std::uintptr_t arguments) {
+    const nb::gil_scoped_release unlocked;
+    return turbo::store(*reinterpret_cast<const turbo::StoreArgs*>(arguments));
 }
 
 // INT8 operations a second, in billions, that `threads` threads reach in registers.
@@ -63,6 +69,9 @@ NB_MODULE(_cpu, m) {
     m.def("peak_gops", &peak_gops, nb::arg("isa"), nb::arg("threads") = 1,
           "INT8 operations a second, in billions, that an instruction set reaches in registers.");
     m.def("step", &step, nb::arg("arguments"), "A decode step; 1, 2, 3 where q, k, v are not finite.");
+    m.def("store", &store, nb::arg("arguments"),
+          "New tokens into open blocks and pages; 1, 2 where k, v are not finite.");
+    m.attr("store_bytes") = sizeof(turbo::StoreArgs);
     m.attr("step_bytes") = sizeof(turbo::StepArgs);
     m.attr("attend_bytes") = sizeof(turbo::AttendArgs);
     bind_quantize(m);

@@ -132,6 +132,17 @@ class TurboConfig:
         }
         return cls(**(published | overrides))
 
+    @classmethod
+    def serving(cls, **overrides: Any) -> TurboConfig:
+        """What paged serving computes (`turboattention.paged`): pages are of one size, and a page's bytes depend on
+        its tokens alone, never on how a prompt was cut into calls.
+
+        Complete blocks are read as stored, none stays INT8, keys are not smoothed (set `smooth_k` where means are
+        calibrated), and the guard only warns.
+        """
+        fixed: dict[str, Any] = {"stored_prefill": True, "sink_tokens": 0, "smooth_k": False, "guard": "warn"}
+        return cls(**(fixed | overrides))
+
     def replace(self, **changes: Any) -> TurboConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)

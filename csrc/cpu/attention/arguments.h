@@ -12,11 +12,13 @@ constexpr int kMaxHeadDim = 256;
 
 enum FloatKind : std::int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// Float rows [B, H, T] of D channels.
+// Float rows [B, H, T] of D channels. With `starts` the sequences stand behind each other: token t of sequence b
+// is token starts[b] + t, and there is no batch_stride.
 struct FloatRows {
     void* data;
     std::int64_t kind;  // FloatKind
     std::int64_t batch_stride, head_stride, token_stride;
+    const std::int64_t* starts;
 };
 
 // Byte offsets of one head's half (K or V) of a page; step and zero are -1 at 8 bits.
@@ -54,11 +56,18 @@ struct AttendArgs {
     const std::int64_t* page_counts;
     std::int64_t page_stride, sink_blocks;
     PagePlan sinks, compressed;
-    // Open rows from position start[b] (a multiple of 64) on: int8 rows of D, one scale a row.
+    // Open rows from position start[b] (a multiple of 64) on: int8 rows of D, one scale a row. Those of sequence b
+    // begin at row open_rows[b], or b open_stride_batch where that is null; with a ring, a multiple of 64, position p
+    // is row p % open_ring of them.
     const std::int8_t* open[2];
     const float* open_scale[2];
     const std::int64_t* start;
     std::int64_t open_stride_batch, open_stride_head;  // in rows
+    const std::int64_t* open_rows;
+    std::int64_t open_ring;  // 0 for none
+    // Blocks from start[b] on may be pages too: queries behind such a block read the page, those in it its rows.
+    // Value scales are then relative to what each row sees.
+    std::int64_t stored;
     // Softmax.
     std::int64_t softmax;  // 0 sas, 1 sas2, 2 exp
     float threshold;
@@ -69,7 +78,7 @@ struct AttendArgs {
     const void* mask;
     std::int64_t mask_stride[4];
     std::int64_t mask_keys;  // how many keys the mask covers
-    // Results: rows [B, H G, Lq], rotated back (if `rotate`), and float32 [B, H, G, Lq].
+    // Results: rows [B, H G, Lq], rotated back (if `rotate`), and float32 [B, H, G, Lq], or null.
     FloatRows out;
     float* lse;
     std::int64_t threads;

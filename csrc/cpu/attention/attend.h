@@ -43,6 +43,7 @@ inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, s
         if (a.rotate) unrotate_row(x, head_dim, signs);
     }
     store_row(a.out, row_offset(a.out, b, head, i), head_dim, x);
+    if (!a.lse) return;
     a.lse[(b * a.heads * a.group + head) * a.queries + i] =
         seen ? peak + std::log(total) : -std::numeric_limits<float>::infinity();
 }
@@ -143,7 +144,8 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
                 finish_row(a, bh / a.heads, head, i, peak, total, out);
             });
         });
-    // Rows of padding: zero, and nothing seen.
+    // Rows of padding: zero, and nothing seen. Where sequences stand behind each other there is none.
+    if (a.out.starts) return;
     for (std::int64_t b = 0; b < a.batch; ++b)
         for (std::int64_t head = 0; head < a.heads * a.group; ++head)
             for (std::int64_t i = a.valid_rows[b]; i < a.queries; ++i) finish_row(a, b, head, i, 0.0f, 0.0f, nullptr);

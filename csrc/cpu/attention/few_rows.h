@@ -23,29 +23,25 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
     float* out[R];
     int used;
 
-    void weigh(std::int64_t block) {
+    void weigh(std::int64_t block, bool page) {
         Weights& w = scratch.weights;
-        float peaks[R];
-        std::int32_t totals[R];
-        for (int r = 0; r < R; ++r) {
-            if (r >= used) {
-                w.p_sum[r] = w.p_sum[used - 1];
-                std::memcpy(w.p[r], w.p[used - 1], kBlock);
-                continue;
-            }
-            const Sight sight = sight_at(job.a, job.b, job.a.first_position[job.b] + row[r].query, block);
-            const auto [peak, total] =
-                row_weights(job, level, row[r], block, sight, scratch.scales, w.scores[r], w.p[r], w.p_sum[r]);
-            peaks[r] = peak, totals[r] = total;
+        Seen seen[R];
+        for (int r = 0; r < used; ++r) {
+            const Sight sight = sight_at(job.a, job.b, job.a.first_position[job.b] + row[r].query, block, page);
+            seen[r] = row_weights(job, level, row[r], block, sight, scratch.scales, w.scores[r], w.p[r], w.p_sum[r]);
         }
-        fold(w, state, used, index, peaks, totals, scratch.scales.value_unit);
+        for (int r = std::max(used, 1); r < R; ++r) {
+            w.p_sum[r] = w.p_sum[r - 1];
+            std::memcpy(w.p[r], w.p[r - 1], kBlock);
+        }
+        fold(w, state, used, index, seen);
         for (int r = used; r < R; ++r) w.keep[r] = w.unit[r] = 0.0f;
     }
 
     void over_open(std::int64_t block) {
         Weights& w = scratch.weights;
         key_products<R>(q, q_sum, scratch.open.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
-        weigh(block);
+        weigh(block, false);
         value_products<R>(w.p, w.p_sum, scratch.open.values, state.wide, out, w.keep, w.unit);
     }
 
@@ -58,7 +54,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
             case 3: packed_key_products<3, R>(q, q_sum, page, d, w.scores); break;
             default: packed_key_products<2, R>(q, q_sum, page, d, w.scores);
         }
-        weigh(block);
+        weigh(block, true);
         switch (page.place(1).bits) {
             case 8: packed_value_products<8, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
             case 4: packed_value_products<4, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
@@ -81,12 +77,12 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
         const std::int64_t i = task.first_query + row % queries;
         scratch.rows[row] = {g, i, take_query(a, task.b, task.h, g, i, scratch.q[row])};
     }
-    const auto pass_over = [&](std::int64_t block, auto&& run) {
+    const auto pass_over = [&](std::int64_t block, bool page, auto&& run) {
         for (int row = 0; row < rows;) {
             Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
             for (; pass.used < R && row < rows; ++row) {
                 const Row& at = scratch.rows[row];
-                if (sight_at(a, task.b, a.first_position[task.b] + at.query, block).none()) continue;
+                if (sight_at(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
                 const int r = pass.used++;
                 pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[row], pass.q_sum[r] = at.taken.sum;
                 pass.out[r] = state.out + static_cast<std::size_t>(row) * state.wide;
@@ -100,16 +96,16 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
     };
     std::memset(scratch.spare, 0, sizeof scratch.spare);
     for (std::int64_t block = task.first_block; block < task.last_block; ++block) {
-        if (!task_sees(a, task, block)) continue;
-        if (is_page(a, task.b, block)) {
+        if (task_sees(a, task, block, true)) {
             const PageHead page = page_of(a, task.b, task.h, block);
             read_scales(scratch.scales, page);
-            pass_over(block, [&](auto& pass) { pass.over_page(page, block); });
-        } else {
+            pass_over(block, true, [&](auto& pass) { pass.over_page(page, block); });
+        }
+        if (task_sees(a, task, block, false)) {
             const OpenBlock open = open_block(a, task.b, task.h, block);
             read_scales(scratch.scales, open);
             row_operand(scratch.open, open, head_dim);
-            pass_over(block, [&](auto& pass) { pass.over_open(block); });
+            pass_over(block, false, [&](auto& pass) { pass.over_open(block); });
         }
     }
 }

@@ -15,9 +15,10 @@ struct Operand {
     alignas(64) std::uint8_t work[kBlock * kMaxHeadDim];
 };
 
-// Of a block: the keys' scales, the values' over the largest of them, and that one / 127.
+// Of a block: the keys' scales, the values', those over the largest of them, and that one / 127.
 struct BlockScales {
     alignas(64) float key[kBlock];
+    alignas(64) float own[kBlock];
     alignas(64) float value[kBlock];
     float value_unit;
 };
@@ -27,7 +28,10 @@ inline void set_value_scales(BlockScales& block, const float* scale) {
     for (int t = 16; t < kBlock; t += 16) largest = f_max(largest, f_load(scale + t));
     const float top = f_reduce_max(largest);
     const F divisor = f_set(top > 0 ? top : 1.0f);
-    for (int t = 0; t < kBlock; t += 16) f_store(block.value + t, f_load(scale + t) / divisor);
+    for (int t = 0; t < kBlock; t += 16) {
+        f_store(block.own + t, f_load(scale + t));
+        f_store(block.value + t, f_load(scale + t) / divisor);
+    }
     block.value_unit = top / kLevels;
 }
 
@@ -61,19 +65,21 @@ struct GroupWork {
     bool all, shrinks;
 };
 
-// Whether every lane sees the whole block; fills low and high where not. `none`: no lane sees any.
-inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, const Group& g, GroupWork& w,
+// Whether every lane sees the whole block (its page, or its open rows); fills low and high where not. `none`: no lane
+// sees any.
+inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bool page, const Group& g, GroupWork& w,
                      bool& none) {
     const std::int64_t first = block * kBlock, last = first + kBlock - 1;
     none = false;
     bool all = g.used == kQueryLanes && last < a.lengths[b];
     if (a.causal) all = all && last <= g.nearest;
+    if (a.stored) all = all && (page ? last < g.nearest || !is_open(a, b, block) : !is_page(a, b, block));
     if (a.window) all = all && first > g.farthest - a.window && (a.causal || last < g.nearest + a.window);
     if (all) return true;
     none = true;
     for (int lane = 0; lane < kQueryLanes; ++lane) {
         Sight sight{0, 0};
-        if (lane < g.used) sight = sight_at(a, b, g.position[lane], block);
+        if (lane < g.used) sight = sight_at(a, b, g.position[lane], block, page);
         w.low[lane] = sight.low, w.high[lane] = sight.high;
         none = none && sight.none();
     }
@@ -126,20 +132,28 @@ inline void group_logits(const Job& job, std::int64_t block, const BlockScales& 
 }
 
 // Weights of all lanes: INT8 codes into w.p, by how much results shrink into w.keep, and what a
-// product of this block counts into w.factor. Returns whether any result shrinks.
-template <class Levels>
+// product of this block counts into w.factor. `Own`: value scales relative to the largest that a lane sees. Returns
+// whether any result shrinks.
+template <bool Own, class Levels>
 inline bool group_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w, const F* peak) {
-    const F none = f_set(-std::numeric_limits<float>::infinity()), zero = f_set(0.0f);
+    const F none = f_set(-std::numeric_limits<float>::infinity());
     bool shrinks = false;
     for (int n = 0; n < kQueryVectors; ++n) {
         const F against = f_keep_gt(peak[n], none, peak[n]);
+        F largest = f_set(0.0f), divisor = f_set(1.0f);
+        if constexpr (Own) {
+            for (int t = 0; t < kBlock; ++t)
+                largest = f_max(largest, f_keep_gt(f_load(w.x[t] + 16 * n), none, f_set(scales.own[t])));
+            divisor = largest + f_keep_ge(f_set(0.0f), largest, divisor);
+        }
         I total = i_set(0);
         for (int t = 0; t < kBlock; t += 4) {
             I code[4];
             for (int k = 0; k < 4; ++k) {
                 const F level = levels(against - f_load(w.x[t + k] + 16 * n));
                 total = total + i_from_float(level);
-                code[k] = i_from_float(level * f_set(scales.value[t + k]));
+                const F value = Own ? f_set(scales.own[t + k]) / divisor : f_set(scales.value[t + k]);
+                code[k] = i_from_float(level * value);
             }
             i_store(reinterpret_cast<std::int32_t*>(w.p[t / 4][16 * n]),
                     (code[0] | i_shl<8>(code[1])) | (i_shl<16>(code[2]) | i_shl<24>(code[3])));
@@ -151,9 +165,8 @@ inline bool group_weights(const Levels& levels, const BlockScales& scales, Group
         const F sum = f_from_int(total) / f_set(kLevels);
         f_store(g.total + 16 * n, f_fma(sum, each, f_load(g.total + 16 * n) * keep));
         f_store(w.keep + 16 * n, keep);
-        f_store(w.factor + 16 * n, f_set(scales.value_unit) * each);
+        f_store(w.factor + 16 * n, (Own ? largest / f_set(kLevels) : f_set(scales.value_unit)) * each);
         shrinks = shrinks || f_any_lt(keep, f_set(1.0f));
     }
-    (void)zero;
     return shrinks;
 }

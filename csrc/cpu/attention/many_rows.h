@@ -36,12 +36,12 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
 // All groups over one block, as a pipeline: while weights of one group are computed, the products of
 // the next one's scores and of the last one's outputs are under way, and nothing waits for its stores.
 template <class Level>
-inline void groups_over_block(const Job& job, const Level& level, std::int64_t block, Buffer<Group>& groups, int count,
-                              ManyScratch& s) {
+inline void groups_over_block(const Job& job, const Level& level, std::int64_t block, bool page, Buffer<Group>& groups,
+                              int count, ManyScratch& s) {
     const int head_dim = static_cast<int>(job.a.head_dim);
     const auto next_seen = [&](int n, GroupWork& w) {
         for (bool none; n < count; ++n) {
-            w.all = sees_all(job.a, job.b, block, groups[n], w, none);
+            w.all = sees_all(job.a, job.b, block, page, groups[n], w, none);
             if (w.all || !none) break;
         }
         if (n < count) lane_scores(s.block, groups[n], head_dim, w);
@@ -56,7 +56,10 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
         const int next = next_seen(now + 1, other);
         F peak[kQueryVectors];
         group_logits(job, block, s.scales, groups[now], w, !w.all, peak);
-        w.shrinks = group_weights(level, s.scales, groups[now], w, peak);
+        if (job.a.stored && (!w.all || job.a.mask_kind))
+            w.shrinks = group_weights<true>(level, s.scales, groups[now], w, peak);
+        else
+            w.shrinks = group_weights<false>(level, s.scales, groups[now], w, peak);
         if (behind) lane_outputs(s.block, *behind, head_dim, other, shrinks);
         last = now, now = next;
         if (now >= count) lane_outputs(s.block, groups[last], head_dim, w, w.shrinks);
@@ -75,17 +78,18 @@ inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& le
     for (int n = 0; n < count; ++n) start_group(a, task, n * kQueryLanes, rows, groups[n]);
     const Tiles tiles(head_dim);
     for (std::int64_t block = task.first_block; block < task.last_block; ++block) {
-        if (!task_sees(a, task, block)) continue;
-        if (is_page(a, task.b, block)) {
+        if (task_sees(a, task, block, true)) {
             const PageHead page = page_of(a, task.b, task.h, block);
             read_scales(scratch.scales, page);
             lane_operand(scratch.block, page, head_dim);
-        } else {
+            groups_over_block(job, level, block, true, groups, count, scratch);
+        }
+        if (task_sees(a, task, block, false)) {
             const OpenBlock open = open_block(a, task.b, task.h, block);
             read_scales(scratch.scales, open);
             lane_operand(scratch.block, open, head_dim);
+            groups_over_block(job, level, block, false, groups, count, scratch);
         }
-        groups_over_block(job, level, block, groups, count, scratch);
     }
     for (int row = 0; row < rows; ++row) {
         const Group& g = groups[row / kQueryLanes];

@@ -23,11 +23,17 @@ struct Weights {  // of R rows
     alignas(64) float keep[16], unit[16];
 };
 
-// Weights of one row: fills p and p_sum, returns (the row's maximum in this block, the levels' sum).
+// What a row saw in a block: its maximum, the sum of its levels, and what one unit of its products is.
+struct Seen {
+    float peak;
+    std::int32_t total;
+    float value_unit;
+};
+
+// Weights of one row: fills p and p_sum.
 template <class Level>
-inline std::pair<float, std::int32_t> row_weights(const Job& job, const Level& level, const Row& row,
-                                                  std::int64_t block, Sight sight, const BlockScales& scales,
-                                                  const std::int32_t* scores, std::uint8_t* p, std::int32_t& p_sum) {
+inline Seen row_weights(const Job& job, const Level& level, const Row& row, std::int64_t block, Sight sight,
+                        const BlockScales& scales, const std::int32_t* scores, std::uint8_t* p, std::int32_t& p_sum) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
     const F unit = f_set(row.taken.unit);
@@ -47,26 +53,35 @@ inline std::pair<float, std::int32_t> row_weights(const Job& job, const Level& l
     const float peak = f_reduce_max(f_max(f_max(x[0], x[1]), f_max(x[2], x[3])));
     const F against = f_set(peak == -std::numeric_limits<float>::infinity() ? 0.0f : peak);
     I total = i_set(0), sum = i_set(0);
+    F value[4];
+    for (int n = 0; n < 4; ++n) value[n] = f_load(scales.value + 16 * n);
+    float value_unit = scales.value_unit;
+    if (a.stored && (!sight.all() || a.mask_kind)) {
+        F largest = f_set(0.0f);
+        for (int n = 0; n < 4; ++n) largest = f_max(largest, f_keep_gt(x[n], lowest, f_load(scales.own + 16 * n)));
+        const float top = f_reduce_max(largest);
+        for (int n = 0; n < 4; ++n) value[n] = f_load(scales.own + 16 * n) / f_set(top > 0 ? top : 1.0f);
+        value_unit = top / kLevels;
+    }
     for (int n = 0; n < 4; ++n) {
         const F levels = level(against - x[n]);
-        const I code = i_from_float(levels * f_load(scales.value + 16 * n));
+        const I code = i_from_float(levels * value[n]);
         total = total + i_from_float(levels);
         sum = sum + code;
         i_store_u8(p + 16 * n, code);
     }
     p_sum = i_sum(sum);
-    return {peak, i_sum(total)};
+    return {peak, i_sum(total), value_unit};
 }
 
 // Folds what `rows` rows saw in a block into their running maximum and total; leaves in `w` by how much
 // their output shrinks (keep) and what a product of this block counts (unit).
-inline void fold(Weights& w, Running& state, int rows, const int* index, const float* peaks, const std::int32_t* totals,
-                 float value_unit) {
+inline void fold(Weights& w, Running& state, int rows, const int* index, const Seen* seen) {
     const float none = -std::numeric_limits<float>::infinity();
     alignas(64) float old_peak[16], new_peak[16], block_peak[16];
     for (int r = 0; r < 16; ++r) {
         old_peak[r] = r < rows ? state.peak[index[r]] : none;
-        block_peak[r] = r < rows ? peaks[r] : none;
+        block_peak[r] = r < rows ? seen[r].peak : none;
         new_peak[r] = std::max(old_peak[r], block_peak[r]);
         if (r < rows) state.peak[index[r]] = new_peak[r];
         if (new_peak[r] == none) new_peak[r] = 0.0f;
@@ -76,7 +91,7 @@ inline void fold(Weights& w, Running& state, int rows, const int* index, const f
     f_store(each, f_exp(f_load(block_peak) - f_load(new_peak)));
     for (int r = 0; r < rows; ++r) {
         float& total = state.total[index[r]];
-        total = total * w.keep[r] + static_cast<float>(totals[r]) / kLevels * each[r];
-        w.unit[r] = value_unit * each[r];
+        total = total * w.keep[r] + static_cast<float>(seen[r].total) / kLevels * each[r];
+        w.unit[r] = seen[r].value_unit * each[r];
     }
 }

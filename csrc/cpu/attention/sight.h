@@ -7,8 +7,17 @@ struct Sight {  // the keys of a block that a row sees: low <= t < high
     bool none() const { return low >= high; }
 };
 
-inline Sight sight_at(const AttendArgs& a, std::int64_t b, std::int64_t position, std::int64_t block) {
+inline bool is_page(const AttendArgs& a, std::int64_t b, std::int64_t block) { return block < a.page_counts[b]; }
+
+inline bool is_open(const AttendArgs& a, std::int64_t b, std::int64_t block) {
+    return block >= a.page_counts[b] || (a.stored && a.open[0] && block * kBlock >= a.start[b]);
+}
+
+// Of the block's page, or of its open rows.
+inline Sight sight_at(const AttendArgs& a, std::int64_t b, std::int64_t position, std::int64_t block, bool page) {
     const std::int64_t first = block * kBlock;
+    const bool behind = position >= first + kBlock;
+    if (page != behind && is_page(a, b, block) && is_open(a, b, block)) return {0, 0};
     std::int64_t low = 0, high = std::min<std::int64_t>(kBlock, a.lengths[b] - first);
     if (a.causal) high = std::min(high, position + 1 - first);
     if (a.window) {

@@ -10,26 +10,26 @@ struct Task {
 // Up to this many rows read pages as they lie; more pay for restoring INT8 once.
 constexpr int kFewRows = 16;
 
-inline bool is_page(const AttendArgs& a, std::int64_t b, std::int64_t block) { return block < a.page_counts[b]; }
-
 inline PageHead page_of(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t block) {
     const auto* page = reinterpret_cast<const std::uint8_t*>(a.pages[b * a.page_stride + block]);
     return {page, block < a.sink_blocks ? &a.sinks : &a.compressed, h};
 }
 
 inline OpenBlock open_block(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t block) {
-    const std::int64_t row = block * kBlock - a.start[b];
-    const std::int64_t at = b * a.open_stride_batch + h * a.open_stride_head + row;
+    const std::int64_t row = a.open_ring ? block * kBlock % a.open_ring : block * kBlock - a.start[b];
+    const std::int64_t first = a.open_rows ? a.open_rows[b] : b * a.open_stride_batch;
+    const std::int64_t at = first + h * a.open_stride_head + row;
     return {a.open[0] + at * a.head_dim, a.open[1] + at * a.head_dim, a.open_scale[0] + at, a.open_scale[1] + at,
             static_cast<int>(std::min<std::int64_t>(kBlock, a.lengths[b] - block * kBlock))};
 }
 
-// Whether a row of the task sees the block: what the first and the last row see lies at both ends.
-inline bool task_sees(const AttendArgs& a, const Task& task, std::int64_t block) {
-    if (is_page(a, task.b, block) && !a.pages[task.b * a.page_stride + block]) return false;  // evicted
+// Whether a row of the task sees the block's page, or its open rows.
+inline bool task_sees(const AttendArgs& a, const Task& task, std::int64_t block, bool page) {
+    if (page && !(is_page(a, task.b, block) && a.pages[task.b * a.page_stride + block])) return false;  // evicted
+    if (!page && !is_open(a, task.b, block)) return false;
     const std::int64_t first = a.first_position[task.b] + task.first_query;
     const std::int64_t last = a.first_position[task.b] + task.last_query - 1;
     for (std::int64_t position = first; position <= last; ++position)
-        if (!sight_at(a, task.b, position, block).none()) return true;
+        if (!sight_at(a, task.b, position, block, page).none()) return true;
     return false;
 }

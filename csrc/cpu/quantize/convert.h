@@ -40,7 +40,8 @@ inline std::uint16_t bfloat_from_float(float x) {
 }
 
 inline std::int64_t row_offset(const FloatRows& rows, std::int64_t b, std::int64_t h, std::int64_t t) {
-    return b * rows.batch_stride + h * rows.head_stride + t * rows.token_stride;
+    const std::int64_t sequence = rows.starts ? rows.starts[b] * rows.token_stride : b * rows.batch_stride;
+    return sequence + h * rows.head_stride + t * rows.token_stride;
 }
 
 // Elements may lie at any address that their type allows.

@@ -11,6 +11,7 @@ from ..kv.cache import KVCache
 from ..kv.staging import SequenceState, Stage, fresh_state, stage
 from ..reference.queries import quantize_queries as quantize_by_tile
 from ..validation import check_finite
+from .cpu_filled import with_filled
 from .cpu_steps import pages_of, step
 
 __all__ = ["attend_cache", "prefill", "step"]
@@ -75,7 +76,8 @@ def attend_cache(
     """Checked inputs -> out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq] (see reference/decode.py).
 
     `positions` and `valid` are runs: every row stands one behind the last, and rows of padding
-    stand at the end. `head_bits` is read under `stored_prefill` alone, which is refused.
+    stand at the end. `head_bits` are the widths that committing `staged` would freeze (read under `stored_prefill`
+    alone).
     """
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
@@ -83,6 +85,9 @@ def attend_cache(
     standing = Standing(first, valid.sum(1), state.lengths.contiguous())
     factor = _factor(scale, q)
     mean = None if state.k_mean is None else state.k_mean.contiguous()
+    pages = pages_of(cache)
+    if config.stored_prefill and staged is not None:
+        pages = with_filled(pages, cache, staged, head_bits)
     return _finite(
         q,
         standing.valid,
@@ -90,7 +95,7 @@ def attend_cache(
             config,
             q,
             standing,
-            pages_of(cache),
+            pages,
             _open_rows(state),
             kv_heads=cache.num_kv_heads,
             scale=factor,

@@ -80,7 +80,7 @@ class _Steps:
         self.addresses = _addresses(cache)
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
         self._open = (cache.lengths - self._start).tolist()
-        self._size = cache.config.block_size
+        self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
         mean = cache.state(torch.device("cpu")).k_mean
         codes, scales = cache.buffer_memory()
         self.step = Step(
@@ -99,6 +99,8 @@ class _Steps:
             return []
         if not self._may_fill or tokens > LARGEST:
             return None
+        if self._stored and max(self._open) + tokens > self._size:
+            return None  # rows behind a block that fills read its page, which a step writes last
         return [b for b, open_rows in enumerate(self._open) if open_rows + tokens >= self._size]
 
     def fresh(self, cache: Growing, filled: list[int]) -> tuple[list[int], Tensor | None]:

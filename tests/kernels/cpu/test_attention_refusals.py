@@ -20,7 +20,6 @@ REFUSED = {
     "row_max is 'running', its kernels compute 'block'": (ta.TurboConfig.paper(), torch.float32),
     "p_scale is 'tile', its kernels compute 'static'": (ta.TurboConfig(p_scale="tile"), torch.float32),
     "rescale is 'sas', its kernels compute 'exact'": (ta.TurboConfig(rescale="sas"), torch.float32),
-    "stored_prefill is True, its kernels compute False": (ta.TurboConfig(stored_prefill=True), torch.float32),
 }
 
 

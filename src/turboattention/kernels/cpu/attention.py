@@ -29,13 +29,15 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16
 @dataclass(frozen=True)
 class Pages:
     """Page tables of a batch: `addresses` int64 [B, P] (0 where evicted), `counts` int64 [B], the
-    number of INT8 blocks at the start, and both layouts (`compressed` may be missing while unused)."""
+    number of INT8 blocks at the start, and both layouts (`compressed` may be missing while unused).
+    `kept`: what addresses point into, where nobody else holds it."""
 
     addresses: Tensor
     counts: Tensor
     sink_blocks: int
     sinks: PageLayout
     compressed: PageLayout | None
+    kept: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
         return "float64 is computed by the reference alone"
     if config.block_size != BLOCK:
         return f"block_size is {config.block_size}, its kernels are written for {BLOCK}"
-    wanted = {"row_max": "block", "p_scale": "static", "rescale": "exact", "stored_prefill": False}
+    wanted = {"row_max": "block", "p_scale": "static", "rescale": "exact"}
     for name, value in wanted.items():
         if getattr(config, name) != value:
             return f"{name} is {getattr(config, name)!r}, its kernels compute {value!r}"
@@ -162,7 +164,7 @@ def fill_call(
 ) -> None:
     """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax], config.sas_threshold, softcap or 0.0
-    a.causal, a.window = causal, window or 0
+    a.causal, a.window, a.stored = causal, window or 0, config.stored_prefill
     a.mask_kind = 0
     if mask is not None:
         a.mask_kind = _MASK_KINDS[mask.dtype]
@@ -200,6 +202,9 @@ class Arguments(ctypes.Structure):
         ("start", ctypes.c_void_p),
         ("open_stride_batch", ctypes.c_int64),
         ("open_stride_head", ctypes.c_int64),
+        ("open_rows", ctypes.c_void_p),
+        ("open_ring", ctypes.c_int64),
+        ("stored", ctypes.c_int64),
         ("softmax", ctypes.c_int64),
         ("threshold", ctypes.c_float),
         ("softcap", ctypes.c_float),

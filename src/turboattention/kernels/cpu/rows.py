@@ -16,6 +16,7 @@ class FloatRows(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("kind", "batch_stride", "head_stride", "token_stride")),
+        ("starts", ctypes.c_void_p),
     ]
 
 
@@ -26,3 +27,11 @@ def float_rows(x: Tensor) -> tuple[FloatRows, Tensor]:
     if x.stride(-1) != 1:
         x = x.contiguous()
     return FloatRows(x.data_ptr(), _KINDS[x.dtype], *x.stride()[:3]), x
+
+
+def flat_rows(x: Tensor, starts: Tensor) -> tuple[FloatRows, Tensor]:
+    """The same for sequences that stand behind each other: x [T, H, D], of which sequence b begins at token
+    `starts[b]` (int64, contiguous; it must outlive the call, too)."""
+    rows, kept = float_rows(x[None].transpose(1, 2))
+    rows.starts = starts.data_ptr()
+    return rows, kept

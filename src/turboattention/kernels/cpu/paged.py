@@ -1,0 +1,136 @@
+"""Steps over paged memory: the launchers of csrc/cpu/store.cpp, and of attention over flat tokens."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...config import TurboConfig
+from ...kv.layout import PageLayout
+from .attention import Arguments, Pages, Plan, fill_call, fill_pages, page_plan
+from .rows import FloatRows, flat_rows
+
+_cpu = importlib.import_module("turboattention._cpu")
+
+
+@dataclass(frozen=True)
+class OpenRows:
+    """Open blocks: codes int8 [..., D] and scales float32 [...] of K and V, contiguous. Sequence b's begin at row
+    `first[b]` (int64 [B]), with `head_rows` for each head; `ring`: see csrc/cpu/store.h, 0 for none."""
+
+    codes: tuple[Tensor, Tensor]
+    scales: tuple[Tensor, Tensor]
+    first: Tensor
+    head_rows: int
+    ring: int
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """B sequences that take `tokens` tokens each, from token `starts[b]` of the flat tensors on, behind `before[b]`
+    stored ones. int64 [B], contiguous."""
+
+    tokens: int
+    starts: Tensor
+    before: Tensor
+
+
+def store(
+    config: TurboConfig,
+    layout: PageLayout,
+    rows: FlatRows,
+    k: Tensor,
+    v: Tensor,
+    mean: Tensor | None,
+    opened: OpenRows,
+    addresses: Tensor,
+) -> bool:
+    """k, v [T, H, D] into open rows, and blocks that are full then into the pages at `addresses` (int64 [B, P]).
+
+    mean: float32 [H, D] in the stored space, or None. False where k or v is not finite: no page is written then,
+    and open rows from `before` on are to be written anew.
+    """
+    heads, head_dim = k.shape[1:]
+    s = _Store(batch=len(rows.before), heads=heads, head_dim=head_dim, tokens=rows.tokens, rotate=config.rotate)
+    s.k, kept_k = flat_rows(k, rows.starts)
+    s.v, kept_v = flat_rows(v, rows.starts)
+    s.mean = None if mean is None else mean.data_ptr()
+    s.before = rows.before.data_ptr()
+    s.codes[:] = [x.data_ptr() for x in opened.codes]
+    s.scales[:] = [x.data_ptr() for x in opened.scales]
+    s.open_rows, s.head_rows, s.ring = opened.first.data_ptr(), opened.head_rows, opened.ring
+    s.pages, s.page_stride, s.page_bytes = addresses.data_ptr(), addresses.shape[1], layout.page_bytes
+    s.search, s.plan, s.threads = config.search, page_plan(layout), torch.get_num_threads()
+    bad = _cpu.store(ctypes.addressof(s))
+    del kept_k, kept_v
+    return not bad
+
+
+def attend(
+    config: TurboConfig,
+    layout: PageLayout,
+    rows: FlatRows,
+    q: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    opened: OpenRows,
+    addresses: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> bool:
+    """q [T, Hq, D] of these rows, causally, over pages and open rows, which hold their own tokens -> out, likewise.
+
+    mean: as for `store`, [B, H, D]. False where q is not finite: what is not counts as zeros.
+    """
+    batch, heads = len(rows.before), layout.num_kv_heads
+    a = Arguments(batch=batch, heads=heads, group=q.shape[1] // heads, queries=rows.tokens, head_dim=layout.head_dim)
+    a.q, kept = flat_rows(q, rows.starts)
+    a.out, _ = flat_rows(out, rows.starts)
+    a.rotate, a.scale = config.rotate, scale
+    a.mean = None if mean is None else mean.data_ptr()
+    after = rows.before + rows.tokens
+    valid = torch.full_like(after, rows.tokens)
+    start = rows.before // layout.block_size * layout.block_size
+    a.first_position, a.valid_rows, a.lengths = rows.before.data_ptr(), valid.data_ptr(), after.data_ptr()
+    pages = Pages(addresses, after // layout.block_size, 0, layout, layout)
+    fill_pages(a, pages)
+    a.open[:] = [x.data_ptr() for x in opened.codes]
+    a.open_scale[:] = [x.data_ptr() for x in opened.scales]
+    a.start, a.open_rows = start.data_ptr(), opened.first.data_ptr()
+    a.open_stride_head, a.open_ring = opened.head_rows, opened.ring
+    fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
+    a.threads = torch.get_num_threads()
+    finite = _cpu.attend(ctypes.addressof(a))
+    del kept, pages
+    return finite
+
+
+class _Store(ctypes.Structure):
+    """`StoreArgs` of csrc/cpu/store.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "head_dim", "tokens", "rotate")),
+        ("k", FloatRows),
+        ("v", FloatRows),
+        ("mean", ctypes.c_void_p),
+        ("before", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p * 2),
+        ("scales", ctypes.c_void_p * 2),
+        ("open_rows", ctypes.c_void_p),
+        ("head_rows", ctypes.c_int64),
+        ("ring", ctypes.c_int64),
+        ("pages", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("page_stride", "page_bytes", "search")),
+        ("plan", Plan),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+if ctypes.sizeof(_Store) != _cpu.store_bytes:
+    raise ImportError("turboattention._cpu: expected the build of this version, got another: build it anew")

@@ -1,0 +1,200 @@
+"""Attention over pages that somebody else manages: block tables, open blocks in a pool of slots, ragged batches.
+
+For servers, which own the memory and decide where blocks lie. A page holds a full block of 64 tokens in the packed
+format (`kv/layout.py`) and is final. Blocks that are not full yet are INT8 rows in `OpenBlocks`, one slot a running
+sequence. What is computed is `stored_prefill` (numerics.md section 6): a query in block j reads the blocks before
+j as stored, and block j as INT8, so that a page's bytes do not depend on how tokens were scheduled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import TurboConfig
+from .dispatch import Call, choose
+from .errors import ConfigError, InputError, ShapeError
+from .kv.layout import PageLayout
+
+BLOCK = 64
+"""Tokens of a page."""
+
+PAGE_UNIT = 64
+"""Pages are reserved in multiples of this many bytes, so that a token's share is a whole number."""
+
+HeadBits = tuple[tuple[int, ...], tuple[int, ...]]
+"""Widths of K and V, one per KV head."""
+
+_MODULES = {"cpu": "turboattention.execution.cpu_paged"}
+
+
+@dataclass(frozen=True)
+class PagedFormat:
+    """The pages of all layers.
+
+    head_bits: per layer the widths of this process's KV heads. page_bytes: bytes reserved for each page, the
+    largest of all layers (and of all ranks, where heads are spread over several).
+
+    Raises:
+        ConfigError: a configuration that pages cannot serve.
+    """
+
+    config: TurboConfig
+    head_dim: int
+    head_bits: tuple[HeadBits, ...]
+    page_bytes: int
+
+    def __post_init__(self) -> None:
+        wanted = {"block_size": BLOCK, "stored_prefill": True, "sink_tokens": 0, "token_scales": True}
+        for name, value in wanted.items():
+            if getattr(self.config, name) != value:
+                raise ConfigError(f"config: expected {name}={value!r} for pages, got {getattr(self.config, name)!r}")
+        needed = max((self.layout(layer).page_bytes for layer in range(len(self.head_bits))), default=0)
+        if self.page_bytes % PAGE_UNIT or self.page_bytes < needed:
+            raise ConfigError(
+                f"page_bytes: expected a multiple of {PAGE_UNIT} of at least {needed}, got {self.page_bytes}"
+            )
+
+    @classmethod
+    def of(
+        cls, config: TurboConfig, head_dim: int, head_bits: Sequence[HeadBits], rank: int = 0, ranks: int = 1
+    ) -> PagedFormat:
+        """For rank `rank` of `ranks`, which hold equal runs of the heads; `head_bits` are the widths of all of them."""
+        parts = [tuple(_share(bits, r, ranks) for bits in head_bits) for r in range(ranks)]
+        layouts = {PageLayout(head_dim, BLOCK, k, v, True).page_bytes for part in parts for k, v in part}
+        largest = max(layouts, default=0)
+        return cls(config, head_dim, parts[rank], -(-largest // PAGE_UNIT) * PAGE_UNIT)
+
+    @property
+    def kv_heads(self) -> int:
+        return len(self.head_bits[0][0])
+
+    def layout(self, layer: int) -> PageLayout:
+        k, v = self.head_bits[layer]
+        return PageLayout(self.head_dim, BLOCK, k, v, token_scales=True)
+
+
+class OpenBlocks:
+    """INT8 rows of blocks that are not full yet: one slot a running sequence, for all layers.
+
+    codes: int8 [layers, slots, H, ring, D] of K and V; scales: float32 [layers, slots, H, ring]. Position p of a
+    sequence is row `p % ring` of its slot.
+
+    ring: 64; or 128 where tokens may be taken back (speculative decoding), up to 64 of them.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device | str = "cpu",
+        ring: int = BLOCK,
+    ):
+        if ring not in (BLOCK, 2 * BLOCK):
+            raise InputError(f"ring: expected {BLOCK} or {2 * BLOCK}, got {ring}")
+        self.ring = ring
+        shape = layers, slots, kv_heads, ring
+        self.codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device) for _ in "kv"]
+        self.scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in "kv"]
+
+    @property
+    def slots(self) -> int:
+        return self.codes[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.codes, *self.scales))
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """What one step asks of every layer.
+
+    query_start: int64 [R + 1], sequence r has rows `query_start[r]` to `query_start[r + 1]` of the flat tokens;
+    seq_lens: int64 [R], its tokens with those of this step; block_table: int64 [R, P], its pages;
+    slots: int64 [R], its slot in the `OpenBlocks`. All on the device of the tokens.
+
+    A sequence begins at a multiple of 64, or goes on in the slot that has its open block. Where tokens were taken
+    back, a step begins before the last one's end.
+    """
+
+    query_start: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slots: Tensor
+    plan: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a backend derives once for all layers."""
+
+
+def paged_attention(
+    fmt: PagedFormat,
+    layer: int,
+    batch: PagedBatch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    pages: Tensor,
+    open_blocks: OpenBlocks,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mean: Tensor | None = None,
+    backend: str = "auto",
+) -> bool:
+    """Store a step's tokens, all sequences' first, then attend causally into `out`.
+
+    Args:
+        q, out: [T, Hq, D]; k, v: [T, H, D]. float32, bfloat16 or float16.
+        pages: uint8 [N, page_bytes or more], pages of this layer, channels side by side; written where blocks fill.
+        scale: of the logits, `1 / sqrt(D)` unless given. window: keys `p - window + 1` to p of a query at p. Pages
+            wholly behind every window are not read.
+        mean: float32 [H, D] that keys are stored without (in the model's space), or None.
+
+    Returns:
+        Whether all of q, k and v was finite. What was not is stored and attended as zeros.
+
+    Raises:
+        ShapeError: tensors that do not fit. BackendError, UnsupportedError: as for `turbo_attention`.
+    """
+    _check(fmt, q, k, v, out, pages)
+    chosen = choose(backend, Call(fmt.config, q.dtype, q.device, queries=1))
+    if chosen.name not in _MODULES:
+        raise InputError(f"backend: expected one of {', '.join(_MODULES)} for pages, got {chosen.name!r}")
+    factor = fmt.head_dim**-0.5 if scale is None else float(scale)
+    run = importlib.import_module(_MODULES[chosen.name]).paged_attention
+    return run(
+        fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap, mean=mean
+    )
+
+
+def _check(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages: Tensor) -> None:
+    heads, head_dim = fmt.kv_heads, fmt.head_dim
+    if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % heads or out.shape != q.shape:
+        raise ShapeError(
+            f"q, out: expected [tokens, a multiple of {heads} heads, {head_dim}] both, got {list(q.shape)} and "
+            f"{list(out.shape)}"
+        )
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != (q.shape[0], heads, head_dim):
+            raise ShapeError(f"{name}: expected [{q.shape[0]}, {heads}, {head_dim}], got {list(x.shape)}")
+    if pages.dim() != 2 or pages.dtype != torch.uint8 or pages.shape[1] < fmt.page_bytes or pages.stride(1) != 1:
+        raise ShapeError(
+            f"pages: expected uint8 [pages, {fmt.page_bytes} or more], got {pages.dtype} {list(pages.shape)}"
+        )
+
+
+def _share(bits: HeadBits, rank: int, ranks: int) -> HeadBits:
+    k, v = bits
+    if len(k) % ranks:
+        raise ConfigError(f"ranks: expected a divisor of {len(k)} KV heads, got {ranks}")
+    each = len(k) // ranks
+    return k[rank * each : (rank + 1) * each], v[rank * each : (rank + 1) * each]

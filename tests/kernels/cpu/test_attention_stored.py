@@ -1,0 +1,72 @@
+"""`stored_prefill` in the C++ kernels: queries read earlier blocks' pages and their own block's INT8 rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import turboattention as ta
+from turboattention.kv.cache import KVCache
+
+from ...helpers import qkv
+from . import tools  # noqa: F401
+from .attending import cache_both, prefill_both
+from .test_attention_cache import filled, with_new
+
+STORED = ta.TurboConfig(guard="off", stored_prefill=True)
+CONFIGS = {
+    "default": STORED,
+    "serving": STORED.replace(sink_tokens=0, smooth_k=False),
+    "2 bits": STORED.replace(bits=2, sink_tokens=0),
+    "mixed": STORED.replace(bits="mixed", sink_tokens=128),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("options", [{}, {"window_size": 90}, {"is_causal": False}, {"softcap": 2.0}], ids=str)
+def test_calls_that_fill_blocks(config, options):
+    lengths = [0, 1, 60, 64, 100, 127, 300]
+    for tokens in (1, 4, 30, 70, 200):
+        cache_both(*with_new(filled(lengths, config=config), 4, tokens), **options)
+
+
+def test_masks():
+    cache = filled([100, 10], config=STORED)
+    q, cache, k, v = with_new(cache, 4, 150)
+    mask = torch.rand(2, 1, 150, 250, generator=torch.Generator().manual_seed(3)) > 0.3
+    cache_both(q, cache, k, v, attn_mask=mask)
+
+
+def test_without_a_cache():
+    prefill_both(*qkv(2, 4, 2, 150, 200, 32), is_causal=True, config=STORED)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@settings(max_examples=10)
+@given(cuts=st.lists(st.integers(1, 299), max_size=6))
+def test_chunks_do_not_matter(config, cuts):
+    """Neither the result, but for the order of sums, nor what is then stored."""
+    q, k, v = qkv(2, 4, 2, 300, 300, 16)
+
+    def run(ends):
+        cache, start, parts = KVCache(2, 2, 16, config=config), 0, []
+        for end in ends:
+            part = (x[:, :, start:end] for x in (q, k, v))
+            one, *new = part
+            parts.append(ta.turbo_attention_with_kvcache(one, cache, *new, backend="cpu"))
+            start = end
+        return torch.cat(parts, 2), cache
+
+    whole, stored = run([300])
+    cut, other = run([*sorted(set(cuts)), 300])
+    assert torch.allclose(cut, whole, rtol=1e-5, atol=2e-6)
+    for x, y in zip(stored.dequantize(), other.dequantize(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_steps_take_one_call_but_not_past_a_block_that_fills():
+    cache = filled([200, 190], config=STORED)
+    cache_both(*with_new(cache, 4, 1))
+    cache_both(*with_new(cache, 4, 60))

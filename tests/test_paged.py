@@ -1,0 +1,226 @@
+"""Attention over pages that a server manages, against caches of one sequence each at the same configuration."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import turboattention as ta
+from turboattention.errors import ConfigError, InputError, ShapeError
+from turboattention.kv.cache import KVCache
+from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat, paged_attention
+
+from .helpers import normals, relative_error
+from .kernels.cpu import tools  # noqa: F401
+
+CONFIG = ta.TurboConfig.serving(guard="off")
+HEADS, QUERY_HEADS = 2, 4
+UNIFORM = {bits: ((bits,) * HEADS, (bits,) * HEADS) for bits in (8, 4, 3, 2)}
+MIXED = ((4, 2), (2, 8))
+
+
+class Server:
+    """Pages in no order, slots, and what every sequence was given."""
+
+    def __init__(self, head_bits=UNIFORM[4], head_dim=16, config=CONFIG, ring=BLOCK, slots=4, seed=0, layers=1):
+        self.random = random.Random(seed)
+        self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers)
+        self.pages = torch.full((64, self.fmt.page_bytes + 64), 0xAB, dtype=torch.uint8)
+        self.free = self.random.sample(range(64), 64)
+        self.open_blocks = OpenBlocks(layers, slots, HEADS, head_dim, ring=ring)
+        self.open_blocks.codes[0].fill_(77)
+        self.blocks: dict[int, list[int]] = {}
+        self.slots: dict[int, int] = {}
+        self.lengths: dict[int, int] = {}
+
+    def step(self, new: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], **options):
+        """`new`: of each sequence q [Hq, T, D], k, v [H, T, D]; the results [Hq, T, D]."""
+        for key, (q, _, _) in new.items():
+            self.slots.setdefault(key, len(self.slots))
+            self.lengths[key] = self.lengths.get(key, 0) + q.shape[1]
+            table = self.blocks.setdefault(key, [])
+            while len(table) * BLOCK < self.lengths[key]:
+                table.append(self.free.pop())
+        flat = [torch.cat([parts[i] for parts in new.values()], 1).transpose(0, 1).contiguous() for i in range(3)]
+        counts = [parts[0].shape[1] for parts in new.values()]
+        widest = max(len(self.blocks[key]) for key in new)
+        table = [self.blocks[key] + [63] * (widest - len(self.blocks[key])) for key in new]
+        batch = PagedBatch(
+            torch.tensor([0, *counts]).cumsum(0),
+            torch.tensor([self.lengths[key] for key in new]),
+            torch.tensor(table),
+            torch.tensor([self.slots[key] for key in new]),
+        )
+        out = torch.full_like(flat[0], torch.nan)
+        self.finite = paged_attention(self.fmt, 0, batch, *flat, out, self.pages, self.open_blocks, **options)
+        return dict(zip(new, (x.transpose(0, 1) for x in out.split(counts)), strict=True))
+
+    def page(self, key: int, block: int) -> torch.Tensor:
+        return self.pages[self.blocks[key][block], : self.fmt.layout(0).page_bytes]
+
+
+def tokens(seed: int, count: int, head_dim: int = 16, dtype: torch.dtype = torch.float32):
+    q, k, v = (
+        normals(1, heads, count, head_dim, seed=seed + i)[0] for i, heads in enumerate((QUERY_HEADS, HEADS, HEADS))
+    )
+    k[..., 1] += 3.0
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def expected(sequence, head_bits, config=CONFIG, backend="reference", **options):
+    """The whole sequence through a cache of its own, and the cache."""
+    q, k, v = (x[None] for x in sequence)
+    options["window_size"] = options.pop("window", None)
+    cache = KVCache(1, HEADS, q.shape[3], config=config, head_bits=torch.tensor(head_bits))
+    return ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, **options)[0], cache
+
+
+def serve(server: Server, sequences: dict, schedule: list[dict[int, int]], **options) -> dict[int, torch.Tensor]:
+    done = dict.fromkeys(sequences, 0)
+    parts: dict[int, list] = {key: [] for key in sequences}
+    for counts in schedule:
+        new = {}
+        for key, count in counts.items():
+            new[key] = tuple(x[:, done[key] : done[key] + count] for x in sequences[key])
+            done[key] += count
+        for key, out in server.step(new, **options).items():
+            parts[key].append(out)
+    return {key: torch.cat(outs, 1) for key, outs in parts.items()}
+
+
+def random_schedule(seed: int, totals: dict[int, int]) -> list[dict[int, int]]:
+    """Prefill in pieces beside decoding, in random order, some sequences left out of some steps."""
+    chance, left, schedule = random.Random(seed), dict(totals), []
+    while any(left.values()):
+        picked = [key for key, count in left.items() if count and chance.random() < 0.7]
+        chance.shuffle(picked)
+        step = {key: min(left[key], chance.choice((1, 1, 2, 30, 64, 65, 130))) for key in picked}
+        for key, count in step.items():
+            left[key] -= count
+        schedule += [step] if step else []
+    return schedule
+
+
+TOTALS = {7: 200, 3: 131, 5: 64, 1: 1}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, MIXED], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 90}, {"softcap": 3.0, "scale": 0.5}], ids=str)
+def test_any_schedule_gives_what_a_cache_of_its_own_does(bits, options):
+    head_bits = UNIFORM.get(bits, MIXED) if isinstance(bits, int) else MIXED
+    sequences = {key: tokens(10 * key, count) for key, count in TOTALS.items()}
+    for seed in range(2):
+        server = Server(head_bits, seed=seed)
+        got = serve(server, sequences, random_schedule(seed, TOTALS), **options)
+        for key, sequence in sequences.items():
+            want, cache = expected(sequence, head_bits, **options)
+            assert relative_error(got[key], want) < 1e-3
+            assert cache.store is not None
+            for block in range(TOTALS[key] // BLOCK):
+                page = cache.store.compressed.gather([cache.store.tables[0][block]])[0]
+                assert torch.equal(server.page(key, block), page)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_batch_composition_does_not_change_a_bit(dtype):
+    sequences = {key: tokens(key, 150, 64, dtype) for key in range(4)}
+    alone = [
+        serve(Server(head_dim=64), {key: x}, [{key: 70}, {key: 20}] + [{key: 1}] * 60) for key, x in sequences.items()
+    ]
+    schedule = [dict.fromkeys(range(4), 70), dict.fromkeys(range(4), 20)] + [dict.fromkeys(range(4), 1)] * 60
+    together = serve(Server(head_dim=64), sequences, schedule)
+    for key in sequences:
+        assert torch.equal(together[key], alone[key][key])
+
+
+@pytest.mark.parametrize("drafts", [1, 5, 64])
+def test_tokens_taken_back(drafts):
+    """Drafts are stored, some of them rejected, also behind a block that they filled."""
+    sequence, wrong = tokens(1, 330), tokens(2, 330)
+    server, chance = Server(ring=2 * BLOCK), random.Random(drafts)
+    first = server.step({0: tuple(x[:, :100] for x in sequence)})[0]
+    parts, done = [first], 100
+    while done < 330:
+        accepted = min(chance.randint(1, drafts), 330 - done)
+        right, drafted = (x[:, done : done + accepted] for x in sequence), (x[:, : drafts - accepted] for x in wrong)
+        out = server.step({0: tuple(torch.cat(pair, 1) for pair in zip(right, drafted, strict=True))})[0]
+        parts.append(out[:, :accepted])
+        done += accepted
+        server.lengths[0] = done
+    want, cache = expected(sequence, UNIFORM[4])
+    assert relative_error(torch.cat(parts, 1), want) < 1e-3
+    server.lengths[0] = 0  # the pages of blocks that were drafted twice are what the accepted tokens make them
+    for block in range(330 // BLOCK):
+        page = cache.store.compressed.gather([cache.store.tables[0][block]])[0]
+        assert torch.equal(server.page(0, block), page)
+
+
+def test_pages_filled_in_a_step_are_read_by_others_in_the_same():
+    """A prefix that two sequences share, the second admitted while the first computes it."""
+    shared, tail = tokens(1, 128), tokens(2, 40)
+    server = Server()
+    second = tuple(torch.cat(pair, 1) for pair in zip(shared, tail, strict=True))
+    server.blocks, server.lengths, server.slots = {0: [5, 9], 1: [5, 9]}, {0: 0, 1: 128}, {0: 0, 1: 1}
+    got = server.step({1: tail, 0: shared})
+    want, _ = expected(second, UNIFORM[4])
+    assert relative_error(got[1], want[:, 128:]) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_finite_counts_as_zero_and_is_told(name):
+    for count in (1, 70):
+        sequence, index = tokens(3, count), "qkv".index(name)
+        sequence[index][0, count // 2, 3] = torch.inf
+        clean = tuple(x.clone() for x in sequence)
+        if name == "q":
+            clean[index][0, count // 2] = 0
+        else:
+            clean[index][0, count // 2, 3] = 0
+        server, other = Server(), Server()
+        got, want = server.step({0: sequence})[0], other.step({0: clean})[0]
+        assert not server.finite
+        assert other.finite
+        assert torch.equal(got, want)
+        assert all(torch.equal(x, y) for x, y in zip(server.open_blocks.codes, other.open_blocks.codes, strict=True))
+
+
+def test_calibrated_means():
+    config = CONFIG.replace(smooth_k=True)
+    sequence, mean = tokens(4, 150), torch.randn(HEADS, 16, generator=torch.Generator().manual_seed(1))
+    got = serve(Server(config=config), {0: sequence}, [{0: 100}] + [{0: 1}] * 50, mean=mean)[0]
+    q, k, v = (x[None] for x in sequence)
+    cache = KVCache(1, HEADS, 16, config=config, head_bits=torch.tensor(UNIFORM[4]), k_mean=mean)
+    want = ta.turbo_attention_with_kvcache(q, cache, k, v, backend="reference")[0]
+    assert relative_error(got, want) < 1e-3
+
+
+def test_heads_over_ranks_reserve_the_same_bytes():
+    widths = [((8, 8, 2, 2), (4, 4, 2, 2)), ((2, 2, 2, 2), (2, 2, 2, 2))]
+    ranks = [PagedFormat.of(CONFIG, 64, widths, rank, 2) for rank in range(2)]
+    assert ranks[0].head_bits == (((8, 8), (4, 4)), ((2, 2), (2, 2)))
+    assert ranks[1].head_bits == (((2, 2), (2, 2)), ((2, 2), (2, 2)))
+    assert ranks[0].page_bytes == ranks[1].page_bytes >= ranks[0].layout(0).page_bytes
+    with pytest.raises(ConfigError, match=r"^ranks: expected a divisor of 4 KV heads, got 3$"):
+        PagedFormat.of(CONFIG, 64, widths, 0, 3)
+
+
+def test_refusals():
+    for change in ({"stored_prefill": False}, {"sink_tokens": 64}, {"token_scales": False}, {"block_size": 32}):
+        with pytest.raises(ConfigError, match=rf"^config: expected {next(iter(change))}="):
+            PagedFormat.of(CONFIG.replace(**change), 16, [UNIFORM[4]])
+    with pytest.raises(ConfigError, match=r"^page_bytes: expected a multiple of 64 of at least"):
+        PagedFormat(CONFIG, 16, (UNIFORM[4],), 64)
+    with pytest.raises(InputError, match=r"^ring: expected 64 or 128, got 65$"):
+        OpenBlocks(1, 1, 1, 16, ring=65)
+    server, sequence = Server(), tokens(1, 3)
+    for index, name in ((0, "q, out"), (1, "k"), (2, "v")):
+        broken = [x if i != index else x[:, :, :8] for i, x in enumerate(sequence)]
+        with pytest.raises(ShapeError, match=rf"^{name}: expected "):
+            Server().step({0: tuple(broken)})
+    server.pages = server.pages[:, :64]
+    with pytest.raises(ShapeError, match=r"^pages: expected uint8"):
+        server.step({0: sequence})
+    with pytest.raises(InputError, match=r"^backend: expected one of cpu"):
+        Server().step({0: sequence}, backend="reference")
