@@ -25,6 +25,7 @@ else:
     os.environ.update(
         TURBOATTENTION_VLLM="1",
         VLLM_CPU_CI_ENV="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )

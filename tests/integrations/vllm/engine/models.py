@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from turboattention import TurboConfig, bundled
 from turboattention.calibration import Calibration
@@ -55,6 +57,17 @@ def save_gemma(folder: Path) -> Path:
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+def save_changed(folder: Path, name: str, change: Callable[[Tensor], object]) -> Path:
+    """The bundled model with one parameter changed in place."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights[name])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
