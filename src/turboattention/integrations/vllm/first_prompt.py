@@ -40,9 +40,7 @@ class FirstPrompt:
             exact_attention(q, *pair, is_causal=True, scale=scale, softcap=softcap, window_size=window)[0]
             for pair in ((k, v), cache.dequantize())
         )
-        lost, whole = (
-            (x[0].unflatten(0, (k.shape[1], -1)) ** 2).sum((1, 2, 3)).cpu() for x in (got - wanted, wanted)
-        )
+        lost, whole = ((x[0].unflatten(0, (k.shape[1], -1)) ** 2).sum((1, 2, 3)).cpu() for x in (got - wanted, wanted))
         return self._message((lost / whole.clamp(min=1e-300)).sqrt())
 
     def _message(self, errors: Tensor) -> str | None:

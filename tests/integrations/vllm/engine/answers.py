@@ -11,8 +11,8 @@ MOVED = 0.001
 
 MOVED_BY_SHAPE = 0.1
 """The same where answers were computed several tokens at a time: verified drafts, or resumed after a preemption. Matrix
-products of another shape add up in another order, in the last bits of float32, and a code of the cache that lies between
-two values falls to the other side. Seen: 0.03."""
+products of another shape add up in another order, in the last bits of float32, and a code of the cache that lies
+between two values falls to the other side. Seen: 0.03."""
 
 MOVED_BY_LIBRARY = {8: 0.15, 4: 0.15, 3: 0.15, 2: 0.3}
 """The same between vLLM and transformers, whose norms and activations round differently, by bits: with fewer of them

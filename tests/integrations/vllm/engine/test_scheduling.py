@@ -20,7 +20,9 @@ def idle(start) -> Any:
 @pytest.fixture(scope="module")
 def busy(start, idle) -> Any:
     """Prompts in pieces that end inside blocks, few blocks, shared prefixes."""
-    return start(max_num_batched_tokens=56, block_size=64, num_gpu_blocks_override=11, max_num_seqs=6, max_model_len=512)
+    return start(
+        max_num_batched_tokens=56, block_size=64, num_gpu_blocks_override=11, max_num_seqs=6, max_model_len=512
+    )
 
 
 @pytest.fixture(scope="module")
