@@ -16,7 +16,7 @@ from ...errors import UnsupportedError
 from ...paged import OpenBlocks, PagedFormat, paged_attention
 from .first_prompt import FirstPrompt
 from .metadata import TurboMetadata
-from .refusals import refuse_engine, refuse_layer
+from .refusals import refuse_device, refuse_engine, refuse_layer
 from .settings import VARIABLE, Settings
 from .slots import ring_for
 from .widths import Rank, Widths, widths_of
@@ -84,6 +84,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.window, self.softcap = sliding_window, logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self.device = torch.get_default_device()
+        refuse_device(self.widths.config, config.model_config.dtype, self.device)
         # A slot more than sequences can run, for what vLLM runs through a model without a sequence.
         self.open_blocks = OpenBlocks(
             layers=1,

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionType
 
+from ...config import TurboConfig
+from ...dispatch import Call, choose
 from ...errors import UnsupportedError
 from ...paged import BLOCK
 from ...validation import check_head_dim
 from .settings import VARIABLE
 
+_BACKENDS = ("cpu",)
 _DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
 
 
@@ -49,6 +53,13 @@ def refuse_engine(config: VllmConfig) -> None:
         _refuse(what)
 
 
+def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises `UnsupportedError` where no kernels for pages run: on GPUs as yet, and without the CPU extension."""
+    chosen = choose("auto", Call(config, dtype, device, queries=1)).name
+    if chosen not in _BACKENDS:
+        _refuse(f"{device.type} through backend {chosen!r} (pages are read by {', '.join(_BACKENDS)})")
+
+
 def _of_engine(config: VllmConfig) -> Iterator[str]:
     model, parallel, draft = config.model_config, config.parallel_config, config.speculative_config
     if config.cache_config.block_size % BLOCK:
@@ -61,6 +72,8 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
         yield "reference sliding windows"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism"
+    if parallel.use_ubatching:
+        yield "batches split in two (--enable-dbo)"
     if config.kv_transfer_config is not None and config.kv_transfer_config.is_kv_transfer_instance:
         yield "KV connectors and offloading (blocks that are not full yet are not in vLLM's pages)"
     if draft is not None and draft.method not in _DRAFTS_WITHOUT_MODEL:

@@ -29,8 +29,15 @@ class Step:
     slots: Slots
 
     def row_slots(self, rows: int) -> list[int]:
-        """The slot of each row of the batch."""
-        return self.slots.of(self.runner.input_batch.req_ids[:rows])
+        """The slot of each row of the batch, which may have padding behind them.
+
+        Raises:
+            RuntimeError: it is a part of the batch, and nothing says which.
+        """
+        names = self.runner.input_batch.req_ids
+        if rows < len(names):
+            raise RuntimeError(f"a batch of {rows} rows in a step of {len(names)} requests")
+        return self.slots.of(names)
 
 
 def current_step() -> Step | None:

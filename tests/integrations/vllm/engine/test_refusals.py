@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from turboattention.errors import ConfigError, ShapeError, UnsupportedError
 
@@ -53,6 +54,7 @@ def engine(**changes: Any) -> Any:
         rswa_window=None,
         decode_context_parallel_size=1,
         prefill_context_parallel_size=1,
+        use_ubatching=False,
         transfer=None,
         drafts=None,
     )
@@ -78,6 +80,7 @@ def engine(**changes: Any) -> Any:
         ({"rswa_window": 100}, "reference sliding windows"),
         ({"decode_context_parallel_size": 2}, "context parallelism"),
         ({"prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"use_ubatching": True}, "batches split in two"),
         ({"transfer": SimpleNamespace(is_kv_transfer_instance=True)}, "KV connectors and offloading"),
         ({"drafts": SimpleNamespace(method="eagle", num_speculative_tokens=3)}, "speculative decoding by 'eagle'"),
         ({"drafts": SimpleNamespace(method="ngram", num_speculative_tokens=64)}, "64 speculative tokens"),
@@ -103,6 +106,17 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
 def test_engines_that_do_not_start(start, options: dict[str, Any], error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=re.escape(named)):
         start(**options)
+
+
+def test_devices(monkeypatch) -> None:
+    from turboattention import TurboConfig, dispatch
+    from turboattention.integrations.vllm.refusals import refuse_device
+
+    where = TurboConfig.serving(), torch.float32, torch.device("cpu")
+    refuse_device(*where)
+    monkeypatch.setattr(dispatch, "backends", lambda: {"reference": dispatch.Backend("reference", True, "")})
+    with pytest.raises(UnsupportedError, match="does not support cpu through backend 'reference'"):
+        refuse_device(*where)
 
 
 def test_multi_head_latent_attention() -> None:
