@@ -42,13 +42,12 @@ async def _serve(asked: list[dict[str, list[int]]]) -> dict[int, Answer]:
     answers: dict[int, Answer] = {}
 
     async def client(index: int) -> None:
-        output: Any = None
-        seen = 0
+        outputs: list[Any] = []
         async for output in engine.generate(asked[index], greedy(40), f"client-{index}"):
-            seen += 1
-            if index in LEFT and seen == 5:
+            outputs.append(output)
+            if index in LEFT and len(outputs) == 5:
                 return  # leaving the loop aborts the request
-        answers[index] = Answer.of(output)
+        answers[index] = Answer.of(outputs[-1])
 
     try:
         await asyncio.gather(*(client(index) for index in range(len(asked))))
