@@ -45,7 +45,7 @@ def test_one_width_everywhere(bits, wanted) -> None:
     assert widths.mean(7, Rank(1, 2, 3)) is None
     assert widths.page_bytes(3, D) == bytes_of([wanted[0]] * 3, [wanted[1]] * 3)
     assert not widths.config.smooth_k
-    assert widths.format(7, Rank(1, 2, 3), D).layout(0).num_kv_heads == 3
+    assert widths.format(7, Rank(1, 2, 3), D).layouts[0].num_kv_heads == 3
 
 
 def test_calibrated_widths_and_means_of_a_rank(tmp_path) -> None:
