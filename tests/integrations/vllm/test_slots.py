@@ -65,7 +65,8 @@ def test_preempted_and_resumed_elsewhere(told: tuple[str, ...] | None) -> None:
     slots.step(step(new={"a": (0, 100)}))
     slots.step(step(new={"b": (0, 10)}, preempted=told))
     assert len(slots) == (1 if told else 2)
-    slots.step(step(cached={"b": (10, 1), "a": (64, 37)}, resumed=("a",)))
+    # Others have filled a block more of the same prompt meanwhile.
+    slots.step(step(cached={"b": (10, 1), "a": (128, 9)}, resumed=("a",)))
     assert sorted(slots.of(["a", "b"])) == [0, 1]
 
 
@@ -106,11 +107,12 @@ def test_more_requests_than_slots_raise() -> None:
         slots.step(step(new={"b": (0, 1)}, cached={"a": (1, 1)}))
 
 
-def test_a_gap_raises() -> None:
+@pytest.mark.parametrize("start", [12, 64])
+def test_a_gap_raises(start: int) -> None:
     slots = Slots(1)
     slots.step(step(new={"a": (0, 10)}))
-    with pytest.raises(RuntimeError, match="request a: goes on at token 12, but its slot holds tokens up to 10"):
-        slots.step(step(cached={"a": (12, 1)}))
+    with pytest.raises(RuntimeError, match=f"request a: goes on at token {start}, but its slot holds tokens up to 10"):
+        slots.step(step(cached={"a": (start, 1)}))
 
 
 def test_rows_of_requests_that_hold_none_raise() -> None:

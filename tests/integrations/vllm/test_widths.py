@@ -14,7 +14,7 @@ from turboattention.integrations.vllm.widths import Rank, Widths
 from turboattention.kv.layout import PageLayout
 
 D = 16
-BITS = [[[8, 4, 3, 2], [4, 4, 2, 2]], [[2, 2, 2, 2], [3, 3, 8, 8]]]
+BITS = [[[8, 4, 3, 2], [4, 4, 2, 2]], [[2, 2, 2, 4], [3, 3, 8, 8]]]
 
 
 def calibrated(folder: Path, means: bool = True) -> Widths:
