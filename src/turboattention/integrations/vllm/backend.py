@@ -1,0 +1,93 @@
+"""The backend vLLM selects: what it supports, and how many bytes a block of 64 tokens takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, NoReturn
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+
+from ...errors import UnsupportedError
+from ...paged import BLOCK
+from ...validation import MAX_HEAD_DIM
+from .implementation import TurboImpl, latest_widths, widths_for
+from .metadata import TurboMetadataBuilder
+from .settings import VARIABLE
+
+
+class TurboBackend(AttentionBackend):
+    """Attention over packed pages. A page is ours as bytes: one slot [1, 64, bytes / 64] for all its heads."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        """vLLM looks it up among its own backends' names: ours is that of the entry taken."""
+        return "CPU_ATTN" if current_platform.is_cpu() else "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[TurboImpl]:
+        return TurboImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TurboMetadataBuilder]:
+        return TurboMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [BLOCK]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(range(8, MAX_HEAD_DIM + 1, 8))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The same layer with packed pages. Idempotent.
+
+        vLLM calls this with its configuration at hand, or after it made the layers.
+        """
+        config = get_current_vllm_config_or_none()
+        widths = latest_widths() if config is None else widths_for(config)
+        page_bytes = widths.page_bytes(spec.num_kv_heads, spec.head_size)
+        return replace(spec, num_head_slots=1, state_content_bytes=page_bytes // BLOCK, dtype=torch.uint8)
+
+
+class RefusedMLA(AttentionBackend):
+    """In place of the CPU platform's backends for multi-head latent attention, which would not quantize anything."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_MLA"
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        return True
+
+    @staticmethod
+    def get_impl_cls() -> NoReturn:
+        raise UnsupportedError(
+            f"TurboAttention does not support multi-head latent attention in vLLM; unset {VARIABLE} to serve without it"
+        )
+
+    @staticmethod
+    def get_builder_cls() -> NoReturn:
+        RefusedMLA.get_impl_cls()

@@ -1,0 +1,162 @@
+"""One layer's attention: new tokens into its pages and open blocks, queries over both."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from ...errors import UnsupportedError
+from ...paged import OpenBlocks, PagedFormat, paged_attention
+from .first_prompt import FirstPrompt
+from .metadata import TurboMetadata
+from .refusals import refuse_device, refuse_engine, refuse_layer
+from .settings import VARIABLE, Settings
+from .slots import ring_for
+from .widths import Rank, Widths, widths_of
+
+# Below vLLM's own logger, whose settings then hold.
+logger = init_logger("vllm.turboattention")
+
+_latest: list[Widths] = []
+
+
+def widths_for(config: VllmConfig) -> Widths:
+    """What an engine of `config` stores. Raises `ConfigError` for settings out of range."""
+    additional = config.additional_config
+    settings = Settings.resolve(os.environ.get(VARIABLE), additional if isinstance(additional, dict) else None)
+    _latest[:] = [widths_of(settings)]
+    return _latest[0]
+
+
+def latest_widths() -> Widths:
+    """Those of the engine whose layers this process made last."""
+    return _latest[0]
+
+
+class TurboImpl(AttentionImpl[TurboMetadata]):
+    """Attention of one layer on one tensor-parallel rank.
+
+    The side pool (`open_blocks`) is allocated with the layer, so that vLLM counts it with the weights. What depends on
+    the layer's place in the model, which vLLM does not say here, is set by `bind`.
+    """
+
+    format: PagedFormat
+    name: str
+    mean: Tensor | None
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
+    ):
+        """Raises `UnsupportedError` for what refusals.py lists, `ConfigError` for settings out of range."""
+        refuse_layer(
+            head_size,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_cache_dtype=kv_cache_dtype,
+            attn_type=attn_type,
+            kv_sharing_target=kv_sharing_target_layer_name,
+            others=others,
+        )
+        config = get_current_vllm_config()
+        refuse_engine(config)
+        self.widths = widths_for(config)
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.window, self.softcap = sliding_window, logits_soft_cap or None
+        self.kv_cache_dtype = kv_cache_dtype
+        self.device = torch.get_default_device()
+        refuse_device(self.widths.config, config.model_config.dtype, self.device)
+        # A slot more than sequences can run, for what vLLM runs through a model without a sequence.
+        self.open_blocks = OpenBlocks(
+            layers=1,
+            slots=config.scheduler_config.max_num_seqs + 1,
+            kv_heads=self.num_kv_heads,
+            head_dim=head_size,
+            device=self.device,
+            ring=ring_for(config.speculative_config is not None),
+        )
+        self._finite = True
+
+    def bind(self, name: str, layer: int) -> None:
+        """Make this the layer `name`, number `layer` of the whole model.
+
+        Raises:
+            ConfigError: the calibration is another model's.
+        """
+        rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
+        mean = self.widths.mean(layer, rank)
+        self.name, self.format = name, self.widths.format(layer, rank, self.head_size)
+        self.mean = None if mean is None else mean.to(self.device)
+        self.first_prompt = FirstPrompt(self.format, self.mean) if self.widths.settings.guard else None
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TurboMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query and output [T, Hq, D], key and value [T, Hkv, D], T at least the batch's tokens; kv_cache uint8
+        [blocks, 1, 64, bytes / 64]. Padding of `output` is left as it is."""
+        if attn_metadata is None:
+            # vLLM measures memory: nothing to attend to.
+            return output.zero_()
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError("TurboAttention does not support fused output quantization in vLLM")
+        tokens = attn_metadata.num_actual_tokens
+        q, k, v = query[:tokens], key[:tokens], value[:tokens]
+        if self.first_prompt is not None and attn_metadata.first_prompt is not None:
+            self._check(q, k, v, attn_metadata.first_prompt)
+        finite = paged_attention(
+            self.format,
+            0,
+            attn_metadata.batch,
+            q,
+            k,
+            v,
+            output[:tokens],
+            kv_cache.view(kv_cache.shape[0], -1),
+            self.open_blocks,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            mean=self.mean,
+        )
+        if not finite and self._finite:
+            self._finite = False
+            logger.error("%s: NaN or infinity among queries, keys or values; they count as zeros", self.name)
+        return output
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> None:
+        """Once: whether this layer's heads survive their widths."""
+        assert self.first_prompt is not None
+        message = self.first_prompt.complaint(
+            q[rows], k[rows], v[rows], scale=self.scale, softcap=self.softcap, window=self.window
+        )
+        self.first_prompt = None
+        if message is not None:
+            logger.warning("%s: %s", self.name, message)

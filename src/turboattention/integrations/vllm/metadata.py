@@ -1,0 +1,105 @@
+"""A step's plan: vLLM's common metadata as a `PagedBatch`, the same for all layers of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+from ...errors import UnsupportedError
+from ...paged import BLOCK, PagedBatch
+
+logger = init_logger("vllm.turboattention")
+
+
+@dataclass(frozen=True)
+class TurboMetadata(AttentionMetadata):
+    """batch: the plan. num_actual_tokens: rows of it; what follows is padding. first_prompt: rows of a sequence that
+    starts in this step with at least a block, as long as none did before."""
+
+    batch: PagedBatch
+    num_actual_tokens: int
+    first_prompt: slice | None
+
+
+class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
+    """Binds the layers of its group to their places in the model, and plans their steps."""
+
+    def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: Any):
+        """Raises `UnsupportedError` for a kind of layer that is refused, `ConfigError` for a foreign calibration."""
+        from .steps import follow_steps
+
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        _check_spec(kv_cache_spec)
+        follow_steps()
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for name, layer in layers.items():
+            layer.impl.bind(name, extract_layer_index(name))
+        impls = [layer.impl for layer in layers.values()]
+        self.spare_slot = vllm_config.scheduler_config.max_num_seqs
+        self._seen_prompt = False
+        logger.info(
+            "TurboAttention: %s, %d bytes for %d tokens of a layer; %.1f MiB beside them for the open blocks of "
+            "%d sequences in %d layers",
+            impls[0].widths.settings.name,
+            impls[0].format.page_bytes,
+            BLOCK,
+            sum(impl.open_blocks.nbytes for impl in impls) / 2**20,
+            self.spare_slot,
+            len(impls),
+        )
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TurboMetadata:
+        """Raises `UnsupportedError` where attention is not causal, `RuntimeError` for a row without a slot."""
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise UnsupportedError("TurboAttention does not support attention that is not causal in vLLM")
+        batch = PagedBatch(
+            query_start=common.query_start_loc.to(torch.int64),
+            seq_lens=common.seq_lens.to(torch.int64),
+            block_table=common.block_table_tensor.to(torch.int64),
+            slots=self._slots(common),
+        )
+        return TurboMetadata(batch, common.num_actual_tokens, self._first_prompt(common))
+
+    def _slots(self, common: CommonAttentionMetadata) -> Tensor:
+        from .steps import current_step
+
+        step = current_step()
+        if common.req_idx is not None:
+            slots = common.req_idx.tolist()
+        elif step is not None:
+            slots = step.row_slots(common.num_reqs)
+        else:
+            # No sequence runs: what is written is never read.
+            slots = []
+        slots += [self.spare_slot] * (common.num_reqs - len(slots))
+        return torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def _first_prompt(self, common: CommonAttentionMetadata) -> slice | None:
+        """Lengths are read from host memory: upper bounds, which are exact for prompts."""
+        if self._seen_prompt or common.max_query_len < BLOCK or common.seq_lens_cpu_upper_bound is None:
+            return None
+        starts = common.query_start_loc_cpu.tolist()
+        for row, length in enumerate(common.seq_lens_cpu_upper_bound.tolist()):
+            begin, end = starts[row : row + 2]
+            if BLOCK <= end - begin == length:
+                self._seen_prompt = True
+                return slice(begin, end)
+        return None
+
+
+def _check_spec(spec: KVCacheSpec) -> None:
+    plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
+    if not plain or getattr(spec, "attention_chunk_size", None) or getattr(spec, "non_causal", False):
+        raise UnsupportedError(f"TurboAttention does not support layers of {type(spec).__name__} {spec} in vLLM")

@@ -1,0 +1,86 @@
+"""What vLLM can ask for and this backend refuses: once, at start-up, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionType
+
+from ...config import TurboConfig
+from ...dispatch import Call, choose
+from ...errors import UnsupportedError
+from ...paged import BLOCK
+from ...validation import check_head_dim
+from .settings import VARIABLE
+
+_BACKENDS = ("cpu",)
+_DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
+
+
+def refuse_layer(
+    head_size: int,
+    *,
+    alibi_slopes: Any,
+    sinks: Any,
+    kv_cache_dtype: str,
+    attn_type: str,
+    kv_sharing_target: str | None,
+    others: dict[str, Any],
+) -> None:
+    """Raises `UnsupportedError` naming what a layer asks for that is refused, `ShapeError` for its head_dim."""
+    check_head_dim("head_dim", head_size)
+    if attn_type != AttentionType.DECODER:
+        _refuse(f"{attn_type} attention (only decoders have a cache to quantize)")
+    if kv_cache_dtype != "auto":
+        _refuse(f'kv_cache_dtype {kv_cache_dtype!r} (leave it "auto": blocks have a format of their own)')
+    if alibi_slopes is not None:
+        _refuse("ALiBi")
+    if sinks is not None:
+        _refuse("attention sinks")
+    if kv_sharing_target is not None:
+        _refuse(f"layers that share the cache of another ({kv_sharing_target})")
+    asked = [name for name, value in others.items() if value not in (None, False)]
+    if asked:
+        _refuse(f"an attention layer with {', '.join(asked)}")
+
+
+def refuse_engine(config: VllmConfig) -> None:
+    """Raises `UnsupportedError` naming what a server asks for that is refused."""
+    for what in _of_engine(config):
+        _refuse(what)
+
+
+def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises `UnsupportedError` where no kernels for pages run: on GPUs as yet, and without the CPU extension."""
+    chosen = choose("auto", Call(config, dtype, device, queries=1)).name
+    if chosen not in _BACKENDS:
+        _refuse(f"{device.type} through backend {chosen!r} (pages are read by {', '.join(_BACKENDS)})")
+
+
+def _of_engine(config: VllmConfig) -> Iterator[str]:
+    model, parallel, draft = config.model_config, config.parallel_config, config.speculative_config
+    if config.cache_config.block_size % BLOCK:
+        yield f"--block-size {config.cache_config.block_size} (a multiple of {BLOCK} is needed)"
+    if model.is_hybrid:
+        yield "models that mix attention with recurrent layers"
+    if model.is_mm_prefix_lm or config.attention_config.use_non_causal:
+        yield "attention that is not causal"
+    if model.rswa_window is not None:
+        yield "reference sliding windows"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "context parallelism"
+    if parallel.use_ubatching:
+        yield "batches split in two (--enable-dbo)"
+    if config.kv_transfer_config is not None and config.kv_transfer_config.is_kv_transfer_instance:
+        yield "KV connectors and offloading (blocks that are not full yet are not in vLLM's pages)"
+    if draft is not None and draft.method not in _DRAFTS_WITHOUT_MODEL:
+        yield f"speculative decoding by {draft.method!r} (only {' and '.join(_DRAFTS_WITHOUT_MODEL)})"
+    if draft is not None and draft.num_speculative_tokens >= BLOCK:
+        yield f"{draft.num_speculative_tokens} speculative tokens (fewer than {BLOCK} are supported)"
+
+
+def _refuse(what: str) -> None:
+    raise UnsupportedError(f"TurboAttention does not support {what} in vLLM; unset {VARIABLE} to serve without it")

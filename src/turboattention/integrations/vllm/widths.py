@@ -1,0 +1,118 @@
+"""What each layer stores: widths and means of its KV heads, sliced for a tensor-parallel rank, and bytes of a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from torch import Tensor
+
+from ...calibration import Calibration
+from ...config import Bits, TurboConfig
+from ...errors import ConfigError
+from ...kv.layout import PageLayout
+from ...paged import BLOCK, PAGE_UNIT, HeadBits, PagedFormat
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which KV heads of a layer are here: rank `index` of `size`, `heads` of them."""
+
+    index: int
+    size: int
+    heads: int
+
+    def of(self, total: int) -> slice:
+        """Of `total` heads, of which ranks share one where there are fewer heads than ranks."""
+        first = self.index * self.heads if total >= self.size else self.index * total // self.size
+        return slice(first, first + self.heads)
+
+
+class Widths:
+    """The decisions of `settings` for every layer, the same for every sequence."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        folder = self.settings.calibration
+        return None if folder is None else Calibration.load(folder)
+
+    @property
+    def config(self) -> TurboConfig:
+        """The serving configuration (numerics.md); smoothing only by means that are known beforehand."""
+        means = self.calibration is not None and self.calibration.means
+        bits: Bits = self.settings.bits or ("mixed" if self.settings.calibrated_widths else 4)
+        return TurboConfig.serving(bits=bits, smooth_k=means)
+
+    def head_bits(self, layer: int, rank: Rank) -> HeadBits:
+        """Widths of K and of V, one per KV head of the rank.
+
+        Raises:
+            ConfigError: the calibration knows no such layer, or other heads.
+        """
+        if not self.settings.calibrated_widths:
+            k, v = self.config.kv_bits
+            return (k,) * rank.heads, (v,) * rank.heads
+        chosen = self._of_layer(layer).head_bits[layer]
+        part = chosen[:, rank.of(chosen.shape[1])]
+        if part.shape[1] != rank.heads:
+            raise ConfigError(
+                f"calibration: expected {rank.heads} KV heads per rank in layer {layer}, got {chosen.shape[1]} in all "
+                f"for {rank.size} ranks"
+            )
+        k_bits, v_bits = part.tolist()
+        return tuple(k_bits), tuple(v_bits)
+
+    def mean(self, layer: int, rank: Rank) -> Tensor | None:
+        """float32 [Hkv, D] of the rank, where the calibration has means to subtract."""
+        if self.calibration is None or not self.calibration.means:
+            return None
+        mean = self._of_layer(layer).layers[layer].k_mean
+        return mean[rank.of(mean.shape[0])].contiguous()
+
+    def page_bytes(self, heads: int, head_dim: int) -> int:
+        """Bytes for a block: enough for every layer and rank that has `heads` heads, in units of pages.
+
+        vLLM asks for a page's size without saying of which layer, and every rank's pages have one size.
+        """
+        largest = max(self._layout(bits, head_dim).page_bytes for bits in self._all(heads))
+        return -(-largest // PAGE_UNIT) * PAGE_UNIT
+
+    def format(self, layer: int, rank: Rank, head_dim: int) -> PagedFormat:
+        """The format of one layer's pages."""
+        return PagedFormat(
+            config=self.config,
+            head_dim=head_dim,
+            head_bits=(self.head_bits(layer, rank),),
+            page_bytes=self.page_bytes(rank.heads, head_dim),
+        )
+
+    def _all(self, heads: int) -> set[HeadBits]:
+        if not self.settings.calibrated_widths:
+            return {self.head_bits(0, Rank(0, 1, heads))}
+        assert self.calibration is not None
+        totals = [bits.shape[1] for bits in self.calibration.head_bits]
+        return {
+            self.head_bits(layer, Rank(index, max(1, total // heads), heads))
+            for layer, total in enumerate(totals)
+            for index in range(max(1, total // heads))
+        }
+
+    def _layout(self, bits: HeadBits, head_dim: int) -> PageLayout:
+        return PageLayout(head_dim, BLOCK, *bits, token_scales=self.config.token_scales)
+
+    def _of_layer(self, layer: int) -> Calibration:
+        calibration = self.calibration
+        assert calibration is not None
+        if not 0 <= layer < len(calibration.layers):
+            raise ConfigError(f"calibration: expected one with layer {layer}, got {len(calibration.layers)} layers")
+        return calibration
+
+
+@lru_cache(maxsize=8)
+def widths_of(settings: Settings) -> Widths:
+    """One for all layers: a calibration is read once."""
+    return Widths(settings)

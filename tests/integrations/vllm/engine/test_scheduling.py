@@ -1,0 +1,109 @@
+"""Answers do not depend on scheduling: what vLLM does with blocks, against each prompt alone in an idle engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .answers import MOVED_BY_SHAPE, Answer, answer, assert_same, greedy, metric, prompts
+
+LENGTHS = (3, 64, 65, 130, 200, 1, 127, 300, 256)
+
+
+@pytest.fixture(scope="module")
+def idle(start) -> Any:
+    """Whole prompts, no sharing, vLLM's own block size."""
+    return start(enable_prefix_caching=False)
+
+
+@pytest.fixture(scope="module")
+def busy(start, idle) -> Any:
+    """Prompts in pieces that end inside blocks, few blocks, shared prefixes."""
+    return start(
+        max_num_batched_tokens=56, block_size=64, num_gpu_blocks_override=11, max_num_seqs=6, max_model_len=512
+    )
+
+
+@pytest.fixture(scope="module")
+def asked(token_ids) -> list[dict[str, list[int]]]:
+    return prompts(token_ids, LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def solo(idle, asked) -> list[Answer]:
+    return [answer(idle, [prompt])[0] for prompt in asked]
+
+
+def test_batched(idle, asked, solo) -> None:
+    assert_same(answer(idle, asked), solo)
+
+
+def test_chunked_prefill_mixed_with_decoding_and_preempted(busy, asked, solo) -> None:
+    before = metric(busy, "num_preemptions")
+    assert_same(answer(busy, asked), solo, MOVED_BY_SHAPE)
+    assert metric(busy, "num_preemptions") > before
+
+
+def test_prefix_cache_hits(busy, idle, token_ids) -> None:
+    shared = list(token_ids[500:692])
+    asked = [{"prompt_token_ids": shared + list(token_ids[700 : 700 + n])} for n in (1, 30, 64, 100)]
+    solo = [answer(idle, [prompt])[0] for prompt in asked]
+    assert_same(answer(busy, asked[:1]), solo[:1])
+    before = metric(busy, "prefix_cache_hits")
+    assert_same(answer(busy, asked), solo)
+    assert metric(busy, "prefix_cache_hits") - before >= 3 * 192
+
+
+def test_hit_of_a_block_that_the_same_step_fills(start, idle, token_ids) -> None:
+    twin = {"prompt_token_ids": list(token_ids[900:1030])}
+    solo = answer(idle, [twin])
+    fresh = start(block_size=64)
+    assert_same(answer(fresh, [twin, twin, twin]), solo * 3)
+    assert metric(fresh, "prefix_cache_hits") == 2 * 128
+
+
+def test_abort(busy, asked, solo) -> None:
+    engine = busy.llm_engine
+    for index, prompt in enumerate(asked):
+        engine.add_request(f"abort-{index}", prompt, greedy(40))
+    names = {f"abort-{index}": index for index in range(len(asked))}
+    done: dict[int, Answer] = {}
+    for step in range(2000):
+        if not engine.has_unfinished_requests():
+            break
+        for output in engine.step():
+            if output.finished:
+                done[names[output.request_id]] = Answer.of(output)
+        if step == 12:
+            engine.abort_request(["abort-0", "abort-4", "abort-8"])
+    kept = [index for index in range(len(asked)) if index not in (0, 4, 8)]
+    assert_same([done[index] for index in kept], [solo[index] for index in kept], MOVED_BY_SHAPE)
+
+
+def test_several_answers_to_one_prompt(busy, idle, token_ids) -> None:
+    from vllm import SamplingParams
+
+    asked = prompts(token_ids, [150, 90])
+    # Of one candidate a draw is greedy, which vLLM itself has for one answer only.
+    drawn = SamplingParams(n=3, top_k=1, max_tokens=40, ignore_eos=True, logprobs=2)
+    solo = [answer(idle, [prompt])[0] for prompt in asked]
+    for output, wanted in zip(busy.generate(asked, drawn, use_tqdm=False), solo, strict=True):
+        assert_same([Answer.of(output, index) for index in range(3)], [wanted] * 3)
+
+
+def test_beam_search(busy, idle, token_ids) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    asked = prompts(token_ids, [70, 130])
+    params = BeamSearchParams(beam_width=3, max_tokens=16, ignore_eos=True)
+    got, wanted = ([o.sequences[0].tokens for o in llm.beam_search(asked, params)] for llm in (busy, idle))
+    assert got == wanted
+
+
+def test_slots_are_given_back(busy, asked) -> None:
+    from turboattention.integrations.vllm import steps
+
+    runner = busy.llm_engine.model_executor.driver_worker.worker.model_runner
+    answer(busy, asked[:1], max_tokens=2)
+    assert len(steps._slots[runner]) == 1  # the one that just ended: vLLM says so with the next step
