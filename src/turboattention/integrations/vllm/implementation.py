@@ -103,7 +103,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
         mean = self.widths.mean(layer, rank)
         self.name, self.format = name, self.widths.format(layer, rank, self.head_size)
-        self.mean = None if mean is None else mean.to(self.open_blocks.device)
+        self.mean = None if mean is None else mean.to(self.open_blocks.codes[0].device)
         self.first_prompt = FirstPrompt(self.format, self.mean) if self.widths.settings.guard else None
 
     def forward(

@@ -47,7 +47,7 @@ class Widths:
         """The serving configuration (numerics.md); smoothing only by means that are known beforehand."""
         means = self.calibration is not None and self.calibration.means
         bits: Bits = self.settings.bits or ("mixed" if self.settings.calibrated_widths else 4)
-        return TurboConfig.serving(bits, smooth_k=means)
+        return TurboConfig.serving(bits=bits, smooth_k=means)
 
     def head_bits(self, layer: int, rank: Rank) -> HeadBits:
         """Widths of K and of V, one per KV head of the rank.
