@@ -83,13 +83,14 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.window, self.softcap = sliding_window, logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
+        self.device = torch.get_default_device()
         # A slot more than sequences can run, for what vLLM runs through a model without a sequence.
         self.open_blocks = OpenBlocks(
             layers=1,
             slots=config.scheduler_config.max_num_seqs + 1,
             kv_heads=self.num_kv_heads,
             head_dim=head_size,
-            device=torch.get_default_device(),
+            device=self.device,
             ring=ring_for(config.speculative_config is not None),
         )
         self._finite = True
@@ -103,7 +104,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
         mean = self.widths.mean(layer, rank)
         self.name, self.format = name, self.widths.format(layer, rank, self.head_size)
-        self.mean = None if mean is None else mean.to(self.open_blocks.codes[0].device)
+        self.mean = None if mean is None else mean.to(self.device)
         self.first_prompt = FirstPrompt(self.format, self.mean) if self.widths.settings.guard else None
 
     def forward(

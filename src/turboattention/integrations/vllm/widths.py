@@ -11,10 +11,8 @@ from ...calibration import Calibration
 from ...config import Bits, TurboConfig
 from ...errors import ConfigError
 from ...kv.layout import PageLayout
-from ...paged import BLOCK, PagedFormat
+from ...paged import BLOCK, PAGE_UNIT, HeadBits, PagedFormat
 from .settings import Settings
-
-HeadBits = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,12 @@ class Widths:
         return mean[rank.of(mean.shape[0])].contiguous()
 
     def page_bytes(self, heads: int, head_dim: int) -> int:
-        """Bytes for a block: enough for every layer and rank that has `heads` heads, in 64s.
+        """Bytes for a block: enough for every layer and rank that has `heads` heads, in units of pages.
 
         vLLM asks for a page's size without saying of which layer, and every rank's pages have one size.
         """
-        return -(-max(self._layout(bits, head_dim).page_bytes for bits in self._all(heads)) // BLOCK) * BLOCK
+        largest = max(self._layout(bits, head_dim).page_bytes for bits in self._all(heads))
+        return -(-largest // PAGE_UNIT) * PAGE_UNIT
 
     def format(self, layer: int, rank: Rank, head_dim: int) -> PagedFormat:
         """The format of one layer's pages."""

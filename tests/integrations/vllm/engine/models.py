@@ -1,0 +1,91 @@
+"""Small models in folders, and their answers through transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turboattention import TurboConfig, bundled
+from turboattention.calibration import Calibration
+
+from .answers import Answer
+
+MODEL = Path(bundled.__file__).parent / "model"
+
+
+def save_window(folder: Path, window: int = 100) -> Path:
+    """The bundled weights with every layer looking back `window` tokens: what Mistral is to Llama."""
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_gemma(folder: Path) -> Path:
+    """Random weights with softcapped logits and layers that see all tokens and a window in turn; large enough weights
+    that answers vary."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        attn_logit_softcapping=20.0,
+        sliding_window=70,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    """In float32, for `attn_implementation="turbo"`, and without an end."""
+    from transformers import AutoModelForCausalLM
+
+    from turboattention.integrations.transformers import enable
+
+    enable()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="turbo", dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def transformers_answer(
+    model: Any,
+    prompt: dict[str, list[int]],
+    config: TurboConfig,
+    max_tokens: int = 40,
+    calibration: Calibration | None = None,
+) -> Answer:
+    """Greedy, through `generate()` and a `TurboCache`."""
+    from turboattention.integrations.transformers import TurboCache
+
+    ids = torch.tensor([prompt["prompt_token_ids"]])
+    result = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=TurboCache(model.config, config, calibration=calibration),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = [logits[0].log_softmax(-1).topk(2).values.tolist() for logits in result.logits]
+    return Answer(tuple(result.sequences[0, ids.shape[1] :].tolist()), tuple(a - b for a, b in best))

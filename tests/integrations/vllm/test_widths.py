@@ -1,0 +1,88 @@
+"""Widths, means and page sizes per layer and rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from turboattention.calibration import Calibration, LayerStatistics, Provenance
+from turboattention.errors import ConfigError
+from turboattention.integrations.vllm.settings import Settings
+from turboattention.integrations.vllm.widths import Rank, Widths
+from turboattention.kv.layout import PageLayout
+
+D = 16
+BITS = [[[8, 4, 3, 2], [4, 4, 2, 2]], [[2, 2, 2, 2], [3, 3, 8, 8]]]
+
+
+def calibrated(folder: Path, means: bool = True) -> Widths:
+    generator = torch.Generator().manual_seed(0)
+    layers = tuple(
+        LayerStatistics(
+            errors=torch.zeros(2, 4, 4, dtype=torch.float64),
+            costs=torch.zeros(2, 4, 4, dtype=torch.float64),
+            priority=torch.zeros(2, 4, dtype=torch.float64),
+            k_mean=torch.randn(4, D, generator=generator).mul(1000).round(),
+            outliers=((),) * 4,
+        )
+        for _ in BITS
+    )
+    provenance = Provenance("model", "hash", {"num_hidden_layers": 2}, "text", 1, 1, "0")
+    Calibration(layers, provenance, tuple(torch.tensor(b) for b in BITS), 3.0, "error", means).save(folder)
+    return Widths(Settings(calibration=str(folder)))
+
+
+def bytes_of(k: list[int], v: list[int]) -> int:
+    return -(-PageLayout(D, 64, tuple(k), tuple(v), True).page_bytes // 64) * 64
+
+
+@pytest.mark.parametrize("bits, wanted", [(None, (4, 4)), (3, (3, 3)), ((4, 2), (4, 2))])
+def test_one_width_everywhere(bits, wanted) -> None:
+    widths = Widths(Settings(bits=bits))
+    assert widths.head_bits(7, Rank(1, 2, 3)) == ((wanted[0],) * 3, (wanted[1],) * 3)
+    assert widths.mean(7, Rank(1, 2, 3)) is None
+    assert widths.page_bytes(3, D) == bytes_of([wanted[0]] * 3, [wanted[1]] * 3)
+    assert not widths.config.smooth_k
+    assert widths.format(7, Rank(1, 2, 3), D).layout(0).num_kv_heads == 3
+
+
+def test_calibrated_widths_and_means_of_a_rank(tmp_path) -> None:
+    widths = calibrated(tmp_path)
+    assert widths.head_bits(0, Rank(0, 1, 4)) == ((8, 4, 3, 2), (4, 4, 2, 2))
+    assert widths.head_bits(0, Rank(1, 2, 2)) == ((3, 2), (2, 2))
+    assert widths.head_bits(1, Rank(0, 2, 2)) == ((2, 2), (3, 3))
+    # Eight ranks share four heads.
+    assert widths.head_bits(0, Rank(5, 8, 1)) == ((3,), (2,))
+    mean = widths.mean(1, Rank(1, 2, 2))
+    assert mean is not None and torch.equal(mean, widths.calibration.layers[1].k_mean[2:])
+    assert widths.config.smooth_k
+
+
+def test_every_rank_reserves_the_largest_page(tmp_path) -> None:
+    widths = calibrated(tmp_path)
+    assert widths.page_bytes(4, D) == max(bytes_of(*bits) for bits in BITS)
+    assert widths.page_bytes(2, D) == max(bytes_of(k[i : i + 2], v[i : i + 2]) for k, v in BITS for i in (0, 2))
+    assert widths.format(0, Rank(1, 2, 2), D).page_bytes == widths.page_bytes(2, D)
+
+
+def test_means_are_left_out_where_the_calibration_does(tmp_path) -> None:
+    widths = calibrated(tmp_path, means=False)
+    assert widths.mean(0, Rank(0, 1, 4)) is None
+    assert not widths.config.smooth_k
+
+
+def test_calibrated_means_with_one_width(tmp_path) -> None:
+    calibrated(tmp_path)
+    widths = Widths(Settings(calibration=str(tmp_path), bits=3))
+    assert widths.head_bits(0, Rank(1, 2, 2)) == ((3, 3), (3, 3))
+    assert widths.mean(0, Rank(1, 2, 2)) is not None
+
+
+def test_a_calibration_of_other_layers_or_heads(tmp_path) -> None:
+    widths = calibrated(tmp_path)
+    with pytest.raises(ConfigError, match="calibration: expected one with layer 2, got 2 layers"):
+        widths.head_bits(2, Rank(0, 1, 4))
+    with pytest.raises(ConfigError, match="calibration: expected 8 KV heads per rank in layer 0, got 4 in all"):
+        widths.head_bits(0, Rank(0, 1, 8))
