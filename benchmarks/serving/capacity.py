@@ -16,10 +16,9 @@ from typing import Any
 import contenders
 import models
 import processes
+from sections import FLOORS
 
 GIB = 2**30
-FLOORS = {"turbo-4": 3.6, "turbo-3": 4.4}
-"""Times the tokens of 16-bit pages."""
 
 
 def main() -> int:

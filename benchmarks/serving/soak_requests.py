@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _PREFIXES = 12
-_SHARED, _ABORTED = 0.4, 0.15
+_SHARED, _ABORTED, _AT_EDGE = 0.4, 0.15, 0.4
+_BLOCK = 64
 _PROMPT, _PREFIX, _OUTPUT, _STEPS = (10, 600), (64, 480), (1, 64), (1, 80)
 
 
@@ -33,9 +34,12 @@ def requests_of(count: int, ids: Sequence[int], seed: int = 0) -> list[Request]:
 def _request(draw: random.Random, number: int, ids: Sequence[int], prefixes: Sequence[tuple[int, ...]]) -> Request:
     shared = draw.random() < _SHARED
     prompt = draw.choice(prefixes) if shared else ()
-    prompt += _piece(draw, ids, *_PROMPT)
+    prompt = (prompt + _piece(draw, ids, *_PROMPT))[: _PROMPT[1]]
+    if draw.random() < _AT_EDGE and len(prompt) > 2 * _BLOCK:
+        # About to fill a block, or just done: the next tokens need another one, when there may be none left.
+        prompt = prompt[: len(prompt) // _BLOCK * _BLOCK + draw.randint(-2, 1)]
     abort = draw.randint(*_STEPS) if draw.random() < _ABORTED else None
-    return Request(f"request-{number}", prompt[: _PROMPT[1]], draw.randint(*_OUTPUT), abort, shared)
+    return Request(f"request-{number}", prompt, draw.randint(*_OUTPUT), abort, shared)
 
 
 def _piece(draw: random.Random, ids: Sequence[int], least: int, most: int) -> tuple[int, ...]:

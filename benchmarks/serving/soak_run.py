@@ -13,7 +13,7 @@ from turboattention import bundled
 
 _WAITING = 32  # requests beyond those that can run
 _SAMPLED = 20  # ended requests between two looks at the memory
-_TOLD = 200
+_TOLD = 100
 
 
 class Load:
@@ -45,9 +45,7 @@ class Load:
                     self._end(name, told)
 
     def _add(self, request: Request) -> None:
-        self.served.add_request(
-            request.name, {"prompt_token_ids": list(request.prompt)}, engine.greedy(request.output)
-        )
+        self.served.add_request(request.name, {"prompt_token_ids": list(request.prompt)}, engine.greedy(request.output))
         self.answers[request.name] = []
         steps = float("inf") if request.abort_after is None else request.abort_after
         self._deadlines[request.name] = self._step + steps

@@ -9,7 +9,7 @@ import engine
 from soak_requests import Request, requests_of
 from soak_run import text_ids
 
-_TOLD = 200
+_TOLD = 100
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import engine
@@ -41,9 +42,7 @@ def serve(served: LLMEngine, requests: Sequence[Request]) -> tuple[Times, int, f
     while coming or served.has_unfinished_requests():
         while coming and coming[0].arrival <= time.perf_counter() - begin:
             request = coming.popleft()
-            served.add_request(
-                request.name, {"prompt_token_ids": list(request.prompt)}, engine.greedy(request.output)
-            )
+            served.add_request(request.name, {"prompt_token_ids": list(request.prompt)}, engine.greedy(request.output))
         if not served.has_unfinished_requests():
             time.sleep(max(0.0, coming[0].arrival - (time.perf_counter() - begin)))
             continue
@@ -61,7 +60,7 @@ def figures(requests: Sequence[Request], times: Times, seconds: float) -> dict[s
     per_token = [
         (held[-1] - held[0]) / (len(held) - 1) for held in (times[request.name] for request in requests) if held[1:]
     ]
-    gaps = [b - a for held in times.values() for a, b in zip(held, held[1:], strict=False)]
+    gaps = [b - a for held in times.values() for a, b in pairwise(held)]
     output = sum(request.output for request in requests)
     prompt = sum(len(request.prompt) for request in requests)
     return {
