@@ -58,7 +58,7 @@ class Server:
         return dict(zip(new, (x.transpose(0, 1) for x in out.split(counts)), strict=True))
 
     def page(self, key: int, block: int) -> torch.Tensor:
-        return self.pages[self.blocks[key][block], : self.fmt.layout(0).page_bytes]
+        return self.pages[self.blocks[key][block], : self.fmt.layouts[0].page_bytes]
 
 
 def tokens(seed: int, count: int, head_dim: int = 16, dtype: torch.dtype = torch.float32):
@@ -201,7 +201,7 @@ def test_heads_over_ranks_reserve_the_same_bytes():
     ranks = [PagedFormat.of(CONFIG, 64, widths, rank, 2) for rank in range(2)]
     assert ranks[0].head_bits == (((8, 8), (4, 4)), ((2, 2), (2, 2)))
     assert ranks[1].head_bits == (((2, 2), (2, 2)), ((2, 2), (2, 2)))
-    assert ranks[0].page_bytes == ranks[1].page_bytes >= ranks[0].layout(0).page_bytes
+    assert ranks[0].page_bytes == ranks[1].page_bytes >= ranks[0].layouts[0].page_bytes
     with pytest.raises(ConfigError, match=r"^ranks: expected a divisor of 4 KV heads, got 3$"):
         PagedFormat.of(CONFIG, 64, widths, 0, 3)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class PagedFormat:
         for name, value in wanted.items():
             if getattr(self.config, name) != value:
                 raise ConfigError(f"config: expected {name}={value!r} for pages, got {getattr(self.config, name)!r}")
-        needed = max((self.layout(layer).page_bytes for layer in range(len(self.head_bits))), default=0)
+        needed = max((layout.page_bytes for layout in self.layouts), default=0)
         if self.page_bytes % PAGE_UNIT or self.page_bytes < needed:
             raise ConfigError(
                 f"page_bytes: expected a multiple of {PAGE_UNIT} of at least {needed}, got {self.page_bytes}"
@@ -74,9 +75,10 @@ class PagedFormat:
     def kv_heads(self) -> int:
         return len(self.head_bits[0][0])
 
-    def layout(self, layer: int) -> PageLayout:
-        k, v = self.head_bits[layer]
-        return PageLayout(self.head_dim, BLOCK, k, v, token_scales=True)
+    @cached_property
+    def layouts(self) -> tuple[PageLayout, ...]:
+        """One per layer."""
+        return tuple(PageLayout(self.head_dim, BLOCK, k, v, token_scales=True) for k, v in self.head_bits)
 
 
 class OpenBlocks:

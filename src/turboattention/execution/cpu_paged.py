@@ -30,7 +30,7 @@ def paged_attention(
     mean: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention`, arguments checked."""
-    config, layout = fmt.config, fmt.layout(layer)
+    config, layout = fmt.config, fmt.layouts[layer]
     if mean is not None:
         mean = rotate(mean.float()) if config.rotate else mean.float()
         mean = mean.contiguous()

@@ -24,8 +24,8 @@ if find_spec("vllm") is None:
 else:
     os.environ.update(
         TURBOATTENTION_VLLM="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_CI_ENV="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )
@@ -40,13 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., Any]]:
-    """Start an engine; all are gone with the module's last test."""
+    """Start an engine, in this process or in some of its own; all are gone with the module's last test."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     started: list[Any] = []
 
-    def start(**options: Any) -> Any:
+    def start(processes: bool = False, **options: Any) -> Any:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes))
         defaults = {
             "model": str(MODEL),
             "dtype": "float32",
@@ -61,6 +62,8 @@ def start() -> Iterator[Callable[..., Any]]:
         return started[-1]
 
     yield start
+    for llm in started:
+        llm.llm_engine.engine_core.shutdown()
     started.clear()
     gc.collect()
     cleanup_dist_env_and_memory()

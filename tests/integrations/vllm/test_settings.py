@@ -36,7 +36,7 @@ def test_variable_names_a_folder(tmp_path) -> None:
 
 @pytest.mark.parametrize("text", ["5", "16", "int4", "/no/such/folder"])
 def test_other_values_of_the_variable(text: str) -> None:
-    with pytest.raises(ConfigError, match="TURBOATTENTION_VLLM: expected 1, a width of 2, 3, 4, 8, .* got '"):
+    with pytest.raises(ConfigError, match=r"TURBOATTENTION_VLLM: expected 1, a width of 2, 3, 4, 8, .* got '"):
         parse_variable(text)
 
 

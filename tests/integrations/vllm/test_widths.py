@@ -56,7 +56,8 @@ def test_calibrated_widths_and_means_of_a_rank(tmp_path) -> None:
     # Eight ranks share four heads.
     assert widths.head_bits(0, Rank(5, 8, 1)) == ((3,), (2,))
     mean = widths.mean(1, Rank(1, 2, 2))
-    assert mean is not None and torch.equal(mean, widths.calibration.layers[1].k_mean[2:])
+    assert mean is not None
+    assert torch.equal(mean, widths.calibration.layers[1].k_mean[2:])
     assert widths.config.smooth_k
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -24,7 +24,7 @@ class TurboBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]  # type: ignore[assignment]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
     @staticmethod
     def get_name() -> str:
@@ -83,11 +83,11 @@ class RefusedMLA(AttentionBackend):
         return True
 
     @staticmethod
-    def get_impl_cls():  # noqa: ANN205 - it never returns
+    def get_impl_cls() -> NoReturn:
         raise UnsupportedError(
             f"TurboAttention does not support multi-head latent attention in vLLM; unset {VARIABLE} to serve without it"
         )
 
     @staticmethod
-    def get_builder_cls():  # noqa: ANN205 - it never returns
-        return RefusedMLA.get_impl_cls()
+    def get_builder_cls() -> NoReturn:
+        RefusedMLA.get_impl_cls()

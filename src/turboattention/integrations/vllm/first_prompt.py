@@ -25,12 +25,14 @@ class FirstPrompt:
     def complaint(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int | None
     ) -> str | None:
-        """None, or which heads lose too much.
+        """None, or which heads lose too much; None, too, where values are not finite, which is another complaint.
 
         q [T, Hq, D], k, v [T, Hkv, D]: a sequence from its start, of at least a block.
         """
         tokens = min(len(k) // BLOCK * BLOCK, _TOKENS)
         q, k, v = (x[:tokens].transpose(0, 1)[None].float() for x in (q, k, v))
+        if not all(bool(x.isfinite().all()) for x in (q, k, v)):
+            return None
         cache = KVCache(1, k.shape[1], k.shape[3], config=self.config, head_bits=self.bits, k_mean=self.mean)
         cache.append(k, v)
         q = q[:, :, -_QUERIES:]
@@ -38,9 +40,7 @@ class FirstPrompt:
             exact_attention(q, *pair, is_causal=True, scale=scale, softcap=softcap, window_size=window)[0]
             for pair in ((k, v), cache.dequantize())
         )
-        lost, whole = (
-            (x[0].unflatten(0, (k.shape[1], -1)) ** 2).sum((1, 2, 3)).cpu() for x in (got - wanted, wanted)
-        )
+        lost, whole = ((x[0].unflatten(0, (k.shape[1], -1)) ** 2).sum((1, 2, 3)).cpu() for x in (got - wanted, wanted))
         return self._message((lost / whole.clamp(min=1e-300)).sqrt())
 
     def _message(self, errors: Tensor) -> str | None:

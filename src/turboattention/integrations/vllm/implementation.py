@@ -159,4 +159,3 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.first_prompt = None
         if message is not None:
             logger.warning("%s: %s", self.name, message)
-

@@ -42,7 +42,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         follow_steps()
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
-            layer.impl.bind(name, extract_layer_index(name))  # type: ignore[attr-defined]
+            layer.impl.bind(name, extract_layer_index(name))
         impls = [layer.impl for layer in layers.values()]
         self.spare_slot = vllm_config.scheduler_config.max_num_seqs
         self._seen_prompt = False

@@ -42,7 +42,7 @@ def follow_steps() -> None:
     """Keep `current_step` up to date in this process; again is the same as once."""
     execute_model = GPUModelRunner.execute_model
     if not hasattr(execute_model, "followed"):
-        GPUModelRunner.execute_model = _followed(execute_model)  # type: ignore[method-assign]
+        GPUModelRunner.execute_model = _followed(execute_model)
 
 
 def _followed(execute_model: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,9 @@ def _followed(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     def follow(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         slots = _slots.get(self)
         if slots is None:
-            slots = _slots[self] = Slots(self.scheduler_config.max_num_seqs, ring_for(self.speculative_config is not None))
+            slots = _slots[self] = Slots(
+                self.scheduler_config.max_num_seqs, ring_for(self.speculative_config is not None)
+            )
         slots.step(scheduler_output)
         token = _current.set(Step(self, slots))
         try:

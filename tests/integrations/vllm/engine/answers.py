@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TIE = 0.02
-"""Largest distance, in nats, of the two best tokens where two runs may take different ones. The model around the
-attention adds up in another order when batches differ, in the last bits of float32; a code of the cache that lies
-between two values then falls to the other side."""
+MOVED = 0.001
+"""Largest change, in nats, of the distance between the two best tokens, from one run of vLLM to another. Seen: 1e-6."""
+
+MOVED_BY_SHAPE = 0.1
+"""The same where answers were computed several tokens at a time: verified drafts, or resumed after a preemption. Matrix
+products of another shape add up in another order, in the last bits of float32, and a code of the cache that lies
+between two values falls to the other side. Seen: 0.03."""
+
+MOVED_BY_LIBRARY = {8: 0.15, 4: 0.15, 3: 0.15, 2: 0.3}
+"""The same between vLLM and transformers, whose norms and activations round differently, by bits: with fewer of them
+codes lie further apart. Seen: 0.1, and 0.17 at 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,16 @@ def answer(llm: Any, asked: Sequence[dict[str, list[int]]], max_tokens: int = 40
     return [Answer.of(output) for output in outputs]
 
 
-def assert_same(got: Sequence[Answer], wanted: Sequence[Answer], tie: float = TIE) -> None:
-    """Token by token, up to a difference at a tie."""
+def assert_same(got: Sequence[Answer], wanted: Sequence[Answer], moved: float = MOVED) -> None:
+    """Token by token, and in the distance of the two best; up to a difference where that distance is no larger."""
     assert len(got) == len(wanted)
     for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
         assert len(a.tokens) == len(b.tokens)
-        for at, pair in enumerate(zip(a.tokens, b.tokens, strict=True)):
-            if pair[0] != pair[1]:
-                assert min(a.gaps[at], b.gaps[at]) <= tie, f"answer {index} differs at token {at}: {a} {b}"
+        for at in range(len(a.tokens)):
+            same = a.tokens[at] == b.tokens[at]
+            change = abs(a.gaps[at] - b.gaps[at]) if same else a.gaps[at] + b.gaps[at]
+            assert change <= moved, f"answer {index}, token {at}: the two best moved by {change} ({a}, {b})"
+            if not same:
                 break
 
 

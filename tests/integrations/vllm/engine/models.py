@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from turboattention import TurboConfig, bundled
 from turboattention.calibration import Calibration
@@ -17,7 +19,7 @@ from .answers import Answer
 MODEL = Path(bundled.__file__).parent / "model"
 
 
-def save_window(folder: Path, window: int = 100) -> Path:
+def save_window(folder: Path, window: int = 70) -> Path:
     """The bundled weights with every layer looking back `window` tokens: what Mistral is to Llama."""
     shutil.copytree(MODEL, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -27,8 +29,7 @@ def save_window(folder: Path, window: int = 100) -> Path:
 
 
 def save_gemma(folder: Path) -> Path:
-    """Random weights with softcapped logits and layers that see all tokens and a window in turn; large enough weights
-    that answers vary."""
+    """Random weights; softcapped logits, and layers that see all tokens and a window in turn."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -41,17 +42,32 @@ def save_gemma(folder: Path) -> Path:
         num_key_value_heads=2,
         head_dim=64,
         query_pre_attn_scalar=64,
-        attn_logit_softcapping=20.0,
+        attn_logit_softcapping=5.0,
         sliding_window=70,
         max_position_embeddings=1024,
-        initializer_range=0.3,
+        initializer_range=0.1,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
-    Gemma2ForCausalLM(config).save_pretrained(folder)
+    model = Gemma2ForCausalLM(config)
+    # Small embeddings leave the word to the layers; a large last norm parts the logits again.
+    model.model.embed_tokens.weight.data.mul_(0.2)
+    model.model.norm.weight.data.fill_(20.0)
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+def save_changed(folder: Path, name: str, change: Callable[[Tensor], object]) -> Path:
+    """The bundled model with one parameter changed in place."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights[name])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -1,0 +1,112 @@
+"""What is refused says so when the engine starts."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from turboattention.errors import ConfigError, ShapeError, UnsupportedError
+
+
+def layer(**changes: Any) -> dict[str, Any]:
+    plain = dict(alibi_slopes=None, sinks=None, kv_cache_dtype="auto", attn_type="decoder", kv_sharing_target=None)
+    return {**plain, "others": {}, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"sinks": [0.5]}, "attention sinks"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' (leave it \"auto\""),
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"kv_sharing_target": "model.layers.0"}, "layers that share the cache of another (model.layers.0)"),
+        ({"others": {"use_irope": True, "quiet": None}}, "an attention layer with use_irope"),
+    ],
+)
+def test_layers(changes: dict[str, Any], named: str) -> None:
+    from turboattention.integrations.vllm.refusals import refuse_layer
+
+    wanted = re.escape(f"TurboAttention does not support {named}") + ".*unset TURBOATTENTION_VLLM"
+    with pytest.raises(UnsupportedError, match=wanted):
+        refuse_layer(64, **layer(**changes))
+    refuse_layer(64, **layer())
+
+
+def test_head_dims() -> None:
+    from turboattention.integrations.vllm.refusals import refuse_layer
+
+    with pytest.raises(ShapeError, match="head_dim: expected a multiple of 8 up to 256, got 576"):
+        refuse_layer(576, **layer())
+
+
+def engine(**changes: Any) -> Any:
+    values = dict(
+        block_size=128,
+        is_hybrid=False,
+        is_mm_prefix_lm=False,
+        use_non_causal=False,
+        rswa_window=None,
+        decode_context_parallel_size=1,
+        prefill_context_parallel_size=1,
+        transfer=None,
+        drafts=None,
+    )
+    values.update(changes)
+    part = SimpleNamespace(**values)
+    return SimpleNamespace(
+        cache_config=part,
+        model_config=part,
+        attention_config=part,
+        parallel_config=part,
+        kv_transfer_config=part.transfer,
+        speculative_config=part.drafts,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"block_size": 32}, "--block-size 32 (a multiple of 64 is needed)"),
+        ({"is_hybrid": True}, "models that mix attention with recurrent layers"),
+        ({"is_mm_prefix_lm": True}, "attention that is not causal"),
+        ({"use_non_causal": True}, "attention that is not causal"),
+        ({"rswa_window": 100}, "reference sliding windows"),
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"transfer": SimpleNamespace(is_kv_transfer_instance=True)}, "KV connectors and offloading"),
+        ({"drafts": SimpleNamespace(method="eagle", num_speculative_tokens=3)}, "speculative decoding by 'eagle'"),
+        ({"drafts": SimpleNamespace(method="ngram", num_speculative_tokens=64)}, "64 speculative tokens"),
+    ],
+)
+def test_engines(changes: dict[str, Any], named: str) -> None:
+    from turboattention.integrations.vllm.refusals import refuse_engine
+
+    with pytest.raises(UnsupportedError, match=re.escape(f"TurboAttention does not support {named}")):
+        refuse_engine(engine(**changes))
+    refuse_engine(engine(drafts=SimpleNamespace(method="ngram", num_speculative_tokens=63)))
+
+
+@pytest.mark.parametrize(
+    "options, error, named",
+    [
+        ({"block_size": 32}, UnsupportedError, "--block-size 32"),
+        ({"kv_cache_dtype": "fp8"}, UnsupportedError, "kv_cache_dtype 'fp8'"),
+        ({"kv_offloading_size": 1.0}, UnsupportedError, "KV connectors and offloading"),
+        ({"additional_config": {"turboattention": {"bits": "mixed"}}}, ConfigError, '"mixed" needs a calibration'),
+    ],
+)
+def test_engines_that_do_not_start(start, options: dict[str, Any], error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=re.escape(named)):
+        start(**options)
+
+
+def test_multi_head_latent_attention() -> None:
+    from turboattention.integrations.vllm.backend import RefusedMLA
+
+    with pytest.raises(UnsupportedError, match="does not support multi-head latent attention in vLLM"):
+        RefusedMLA.get_impl_cls()
