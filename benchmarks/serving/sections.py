@@ -105,8 +105,8 @@ def soak(document: dict[str, Any], name: str) -> str:
             machine(document["facts"]),
             "The bundled model in float32, greedy: requests of random length through an engine whose cache is too "
             "small for them, each answer beside the one it gets alone (one sequence at a time, no prefix cache), those "
-            "taken back as far as they came. Then the API server is killed (SIGKILL) in the middle of requests, started "
-            "again, and asked again.",
+            "taken back as far as they came. Then the API server is killed (SIGKILL) in the middle of requests, "
+            "started again, and asked again.",
             markdown(["", ""], rows),
             "\n".join(f"- {problem}" for problem in document["problems"]) or "Nothing was wrong.",
         ]
