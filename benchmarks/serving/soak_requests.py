@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_PREFIXES = 12
+_PREFIXES = 6
 _SHARED, _ABORTED, _AT_EDGE = 0.4, 0.15, 0.4
 _BLOCK = 64
 _PROMPT, _PREFIX, _OUTPUT, _STEPS = (10, 600), (64, 480), (1, 64), (1, 80)

@@ -12,7 +12,7 @@ from soak_requests import Request, requests_of
 from turboattention import bundled
 
 _WAITING = 32  # requests beyond those that can run
-_SAMPLED = 20  # ended requests between two looks at the memory
+_SAMPLED = 5  # ended requests between two looks at the memory
 _TOLD = 100
 
 
