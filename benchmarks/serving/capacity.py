@@ -1,7 +1,8 @@
 """Tokens of cache per GiB in vLLM: `python benchmarks/serving/capacity.py`, with the Python that has vLLM.
 
 Starts an engine for each width and model, all with the same `kv_cache_memory_bytes`, and reads how many blocks it has.
-Writes benchmarks/results/serving-capacity.json; `page.py --table` then writes docs/serving.md.
+Writes benchmarks/results/serving-capacity.json (with --gpu serving-capacity-gpu.json); `page.py --table` then writes
+docs/serving.md.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="memory for pages")
     parser.add_argument("--sequences", type=int, default=64, help="max_num_seqs, for which there are open blocks")
-    parser.add_argument("--out", type=Path, default=processes.RESULTS / "serving-capacity.json")
+    parser.add_argument("--gpu", action="store_true", help="engines on a GPU")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    out = options.out or processes.RESULTS / f"serving-capacity{'-gpu' * options.gpu}.json"
     document: dict[str, Any] = {"budget": int(options.gib * GIB), "sequences": options.sequences, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         served = (models.bundled_model(), models.llama(Path(folder, "llama"), attention_only=True))
         for model in served:
             calibration = model.mixed(Path(folder, f"mixed-{model.kv_heads}"))
             for contender in contenders.ALL:
-                found = _measure(model, contender, calibration, document)
+                found = _measure(model, contender, calibration, document, options.gpu)
                 document["facts"] = found.pop("facts")
                 document["rows"].append(_row(model, contender, found, document["budget"], document["rows"]))
                 print(_line(document["rows"][-1]), flush=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return int(not all(reached(row) for row in document["rows"]))
 
 
@@ -47,10 +50,11 @@ def reached(row: dict[str, Any]) -> bool:
 
 
 def _measure(
-    model: models.Model, contender: contenders.Contender, calibration: Path, document: dict[str, Any]
+    model: models.Model, contender: contenders.Contender, calibration: Path, document: dict[str, Any], gpu: bool
 ) -> dict[str, Any]:
     options = {
         **model.options(),
+        **contender.options(gpu),
         "dtype": "bfloat16",  # that of the stock backend's pages
         "kv_cache_memory_bytes": document["budget"],
         "max_num_seqs": document["sequences"],

@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 PARTS = {
     "serving-capacity": (sections.capacity, pictures.capacity),
+    "serving-capacity-gpu": (sections.capacity, pictures.capacity),
     "serving-throughput": (sections.throughput, pictures.throughput),
     "serving-throughput-gpu": (sections.throughput, pictures.throughput),
     "serving-soak": (sections.soak, None),

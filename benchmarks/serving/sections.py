@@ -61,7 +61,7 @@ def throughput(document: dict[str, Any], name: str) -> str:
         [
             f"## Throughput under a fixed cache, {document['model']}",
             machine(document["facts"]),
-            f"{plan['requests']} requests, {lengths}, bfloat16, medians of {document['rounds']} rounds in which the "
+            f"{plan['requests']} requests, {lengths}, bfloat16, medians over {document['rounds']} rounds, in which the "
             f"contenders take turns, each an engine of its own. A cache is all the memory for keys and values: "
             f"TurboAttention's side pool, for up to {plan['sequences']} sequences, comes out of it. *At once*: tokens "
             "that a step makes, on average. *Times*: the first line's time over this one's, for all requests; where "
