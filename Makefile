@@ -57,8 +57,9 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test coverage sanitize test-transformers-oldest vllm vllm-test lint lint-code lint-format lint-cpp \
-  lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-check accuracy clean
+.PHONY: help setup build demo test coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
+  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-check \
+  accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -201,6 +202,22 @@ gpu-check: ## check and measure the GPU kernels; a dry run where there is no GPU
 accuracy: $(BUILT) ## every method on the bundled model: make accuracy TEXT=a-text-it-was-not-trained-on
 	@test -n "$(TEXT)" || { echo 'TEXT: expected a file, as in make accuracy TEXT=books/valid.txt'; exit 2; }
 	$(BIN)/python benchmarks/accuracy.py --text '$(TEXT)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)')
+
+# A Python that has vLLM and finds the package; what `make vllm` makes. The page's pictures want .venv.
+VLLM_PYTHON ?= build/vllm/bin/python
+VLLM_BENCH ?=
+VLLM_SOAK ?=
+
+vllm-bench: $(BUILT) ## vLLM's capacity and throughput with the quantized cache and without (VLLM_BENCH=--gpu on a GPU)
+	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM, run make vllm first'; exit 2; }
+	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/capacity.py $(VLLM_BENCH)
+	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py $(VLLM_BENCH)
+	$(BIN)/python benchmarks/serving/page.py --table
+
+vllm-soak: $(BUILT) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes)
+	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM, run make vllm first'; exit 2; }
+	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/soak.py $(VLLM_SOAK)
+	$(BIN)/python benchmarks/serving/page.py --table
 
 clean: ## remove what builds, tests and linters left behind; .venv stays
 	rm -rf build dist htmlcov src/turboattention/_cpu*.so

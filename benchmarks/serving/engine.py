@@ -1,0 +1,67 @@
+"""A vLLM engine in this process, and what can be read from it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.v1.metrics.reader import Counter
+
+
+def start(options: dict[str, Any]) -> LLM:
+    """An engine that counts, without compiling unless told."""
+    defaults = {"enforce_eager": True, "seed": 0, "disable_log_stats": False}
+    return LLM(**(defaults | options))
+
+
+def greedy(tokens: int, **more: Any) -> SamplingParams:
+    """Exactly `tokens` tokens, as ids."""
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
+
+
+def cache_facts(llm: LLM) -> dict[str, int]:
+    """blocks and tokens that the scheduler has, bytes of the layers' own tensors, and of the pool beside them."""
+    config = llm.llm_engine.vllm_config
+    layers = config.compilation_config.static_forward_context.values()
+    pools = [layer.impl.open_blocks.nbytes for layer in layers if hasattr(layer.impl, "open_blocks")]
+    blocks, size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
+    assert blocks is not None
+    return {
+        "blocks": blocks,
+        "block_size": size,
+        "tokens": blocks * size,
+        "page_bytes": sum(_nbytes(layer.kv_cache) for layer in layers),
+        "side_pool_bytes": sum(pools),
+    }
+
+
+def counters(llm: LLM) -> dict[str, int]:
+    """vLLM's own counters, since it started."""
+    names = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "generation_tokens")
+    found = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+    return {name: int(found[f"vllm:{name}"]) for name in names}
+
+
+def resident_bytes() -> int:
+    """Memory of this process, the engine with it."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def facts() -> dict[str, Any]:
+    """Where and with what this ran."""
+    from turboattention.cli.bench_facts import bench_facts
+
+    found = bench_facts("cpu" if not torch.cuda.is_available() else "triton", vllm=vllm.__version__)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    kept = ("turboattention", "commit", "cpu", "isa", "threads", "torch", "vllm", "time")
+    return {name: found[name] for name in kept} | {"gpu": gpu, "python": platform.python_version()}
+
+
+def _nbytes(cache: Any) -> int:
+    parts = cache if isinstance(cache, (list, tuple)) else [cache]
+    return sum(part.nbytes for part in parts)

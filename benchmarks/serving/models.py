@@ -1,0 +1,93 @@
+"""The models that are served: the bundled one, and the shapes of Llama 3 8B with random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turboattention import __version__, bundled
+from turboattention.calibration import Calibration, LayerStatistics, Provenance
+from turboattention.config import WIDTHS
+from turboattention.paged import OpenBlocks
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder for vLLM. random: without weights and tokenizer; vLLM makes weights up."""
+
+    title: str
+    folder: Path
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    random: bool
+
+    def options(self) -> dict[str, object]:
+        """For `LLM`."""
+        made_up = {"load_format": "dummy", "skip_tokenizer_init": True} if self.random else {}
+        return {"model": str(self.folder), **made_up}
+
+    def side_pool(self, sequences: int) -> int:
+        """Bytes beside the pages: a slot for each sequence that may run, and a spare one."""
+        return OpenBlocks(self.layers, sequences + 1, self.kv_heads, self.head_dim, device="meta").nbytes
+
+    def mixed(self, folder: Path) -> Path:
+        """A calibration with the paper's widths: half of the KV heads at 2 bits, the others at 4. Its statistics are
+        blank: sizes depend on the widths alone."""
+        bits = torch.tensor([[2 if head < self.kv_heads // 2 else 4 for head in range(self.kv_heads)]] * 2)
+        layer = LayerStatistics(
+            errors=torch.zeros(2, self.kv_heads, len(WIDTHS), dtype=torch.float64),
+            costs=torch.zeros(2, self.kv_heads, len(WIDTHS), dtype=torch.float64),
+            priority=torch.zeros(2, self.kv_heads, dtype=torch.float64),
+            k_mean=torch.zeros(self.kv_heads, self.head_dim),
+            outliers=((),) * self.kv_heads,
+        )
+        source = Provenance(str(self.folder), "", {}, "", 0, 0, __version__)
+        Calibration((layer,) * self.layers, source, (bits,) * self.layers, 3.0, "priority").save(folder)
+        return folder
+
+
+def bundled_model() -> Model:
+    return _read("the bundled model", bundled.model_path(), random=False)
+
+
+def llama(folder: Path, *, attention_only: bool) -> Model:
+    """Llama 3 8B's shapes, written into `folder`.
+
+    attention_only: two layers, and the least of everything that is not attention.
+    """
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 512 if attention_only else 128256,
+        "hidden_size": 256 if attention_only else 4096,
+        "intermediate_size": 256 if attention_only else 14336,
+        "num_hidden_layers": 2 if attention_only else 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    title = "2 layers of Llama 3 8B's attention" if attention_only else "Llama 3 8B's shapes"
+    return _read(title, folder, random=True)
+
+
+def _read(title: str, folder: Path, random: bool) -> Model:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
+    return Model(title, folder, *(int(config[name]) for name in names), random)

@@ -1,0 +1,71 @@
+"""Writes the measured part of docs/serving.md from benchmarks/results/serving-*.json, and its pictures.
+
+`page.py --table`; `--check` fails where the page differs. Needs matplotlib for the pictures, and no vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pictures
+import sections
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "serving.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
+PARTS = {
+    "serving-capacity": (sections.capacity, pictures.capacity),
+    "serving-capacity-gpu": (sections.capacity, pictures.capacity),
+    "serving-throughput": (sections.throughput, pictures.throughput),
+    "serving-throughput-gpu": (sections.throughput, pictures.throughput),
+    "serving-soak": (sections.soak, None),
+}
+"""A file of results, its section, and its picture."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="write the page and its pictures")
+    parser.add_argument("--check", action="store_true", help="fail where the page differs")
+    options = parser.parse_args()
+    if options.table == options.check:
+        parser.error("expected one of --table and --check")
+    text = PAGE.read_text(encoding="utf-8")
+    new = with_section(text, section(RESULTS))
+    if options.check:
+        print("" if text == new else f"{PAGE.name} differs from its results; run benchmarks/serving/page.py --table")
+        return int(text != new)
+    PAGE.write_text(new, encoding="utf-8")
+    for name, document in documents(RESULTS).items():
+        draw = PARTS[name][1]
+        if draw is not None:
+            draw(document).savefig(PAGE.with_name(f"{name}.png"), dpi=110)
+    return 0
+
+
+def documents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Those that are there."""
+    files = {name: folder / f"{name}.json" for name in PARTS}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+
+
+def section(folder: Path) -> str:
+    parts = [PARTS[name][0](document, name) for name, document in documents(folder).items()]
+    return "\n\n".join(parts) or "Nothing has been measured yet."
+
+
+def with_section(text: str, section: str) -> str:
+    """Raises ValueError for a page without the markers."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{PAGE.name}: expected {BEGIN} and {END}, got a page without them")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{section}\n{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

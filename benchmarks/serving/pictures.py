@@ -1,0 +1,70 @@
+"""The pictures of docs/serving.md. Each returns a matplotlib `Figure`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sections import MIB, middle, scenarios
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def capacity(document: dict[str, Any]) -> Figure:
+    """Bars per model: tokens per GiB of pages, and with the side pool paid."""
+    models = list(dict.fromkeys(row["model"] for row in document["rows"]))
+    figure = _figure(5.2 * len(models), 3.6)
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        rows = [row for row in document["rows"] if row["model"] == model]
+        places = range(len(rows))
+        axes.bar(places, [row["tokens_per_gib"] for row in rows], 0.8, color="C0", label="pages")
+        axes.bar(places, [row["with_side_pool"] for row in rows], 0.5, color="C1", label="pages and side pool")
+        for place, row in zip(places, rows, strict=True):
+            axes.annotate(f"{row['times']:.2f}x", (place, row["tokens_per_gib"]), ha="center", va="bottom", fontsize=7)
+        axes.set_xticks(places, [_short(row["title"]) for row in rows], fontsize=7)
+        axes.set_title(model, fontsize=9)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
+        axes.set_ylabel("tokens of cache per GiB")
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def throughput(document: dict[str, Any]) -> Figure:
+    """Against the budget, with all requests at once: tokens a second, first token, time per token."""
+    burst = {budget: found for (budget, rate), found in scenarios(document).items() if rate is None}
+    panels = (
+        ("output tokens / s", "output_tokens_per_second", None, 1.0),
+        ("first token, p50, s", "first_token", "p50", 1.0),
+        ("time per output token, p95, ms", "per_token", "p95", 1e3),
+        ("preemptions", "num_preemptions", None, 1.0),
+    )
+    figure = _figure(3.4 * len(panels), 3.2)
+    for axes, (label, name, at, factor) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        _lines(axes, burst, name, at, factor)
+        axes.set_title(label, fontsize=9)
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _lines(axes: Axes, burst: dict[int, Any], name: str, at: str | None, factor: float) -> None:
+    budgets = sorted(burst)
+    for contender in burst[budgets[0]]:
+        rows = [burst[budget][contender] for budget in budgets]
+        heights = [middle(row, name, at) * factor for row in rows]
+        axes.plot([budget / MIB for budget in budgets], heights, marker="o", markersize=3, label=rows[0][0]["title"])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([budget / MIB for budget in budgets], [f"{budget / MIB:,.0f}" for budget in budgets])
+    axes.set_xlabel("memory for the cache, MiB")
+    axes.set_ylim(bottom=0)
+    axes.grid(linewidth=0.3)
+
+
+def _short(title: str) -> str:
+    return title.split(", ")[1].replace(" 2 and 4 bits", "\n2 and 4 bits")
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,136 @@
+"""The measured sections of docs/serving.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+MIB = 2**20
+FLOORS = {"turbo-4": 3.6, "turbo-3": 4.4}
+"""Times the tokens of 16-bit pages."""
+
+Rows = list[dict[str, Any]]
+
+
+def capacity(document: dict[str, Any], name: str) -> str:
+    columns = ["model", "cache", "blocks", "tokens/GiB", "times 16 bits", "tokens/GiB, side pool paid", "times"]
+    rows = []
+    for row in document["rows"]:
+        floor = FLOORS.get(row["contender"])
+        told = "" if floor is None else f" (floor {floor}{'' if row['times'] >= floor else ', missed'})"
+        blocks = f"{row['blocks']:,} of {row['block_size']}"
+        alone, both = f"{row['tokens_per_gib']:,}", f"{row['with_side_pool']:,}"
+        paid = f"{row['times_with_side_pool']:.2f}"
+        rows.append([row["model"], row["title"], blocks, alone, f"{row['times']:.2f}{told}", both, paid])
+    pools = {row["model"]: row["side_pool_bytes"] for row in document["rows"] if row["side_pool_bytes"]}
+    beside = ", ".join(f"{size / MIB:.1f} MiB for {model}" for model, size in pools.items())
+    budget = document["budget"] / 2**30
+    return "\n\n".join(
+        [
+            "## Capacity",
+            machine(document["facts"]),
+            f"Blocks of engines with `kv_cache_memory_bytes` of {budget:g} GiB and bfloat16 models. The side pool, "
+            f"INT8 rows of the blocks that are not full yet, has a slot for each of `max_num_seqs` = "
+            f"{document['sequences']} sequences ({beside}) and lies beside the pages, whatever their number; the last "
+            "two columns count it.",
+            markdown(columns, rows),
+            f"![tokens per GiB]({name}.png)",
+        ]
+    )
+
+
+def throughput(document: dict[str, Any], name: str) -> str:
+    plan = document["plan"]
+    columns = ["cache, requests", "attention", "output tokens/s", "times", "at once", "preemptions"]
+    columns += ["first token, s (p50, p95)", "then ms a token (mean, p50, p95)"]
+    rows = []
+    for (budget, rate), found in scenarios(document).items():
+        base = next(iter(found.values()))
+        for mine in found.values():
+            times = middle(base, "seconds") / middle(mine, "seconds")
+            what = f"{budget / MIB:,.0f} MiB, {'all at once' if rate is None else f'{rate:g} a second'}"
+            cells = [f"{middle(mine, 'output_tokens_per_second'):.0f}", f"{times:.2f}"]
+            cells += [f"{middle(mine, 'tokens_a_step'):.1f}", f"{middle(mine, 'num_preemptions'):.0f}"]
+            cells += [", ".join(f"{middle(mine, 'first_token', at):.2f}" for at in ("p50", "p95"))]
+            cells += [", ".join(f"{middle(mine, 'per_token', at) * 1e3:.1f}" for at in ("mean", "p50", "p95"))]
+            rows.append([what, mine[0]["title"], *cells])
+    lengths = f"prompts of {plan['prompt'][0]:,} to {plan['prompt'][1]:,} tokens, {plan['output'][0]} to "
+    lengths += f"{plan['output'][1]} generated"
+    return "\n\n".join(
+        [
+            f"## Throughput under a fixed cache, {document['model']}",
+            machine(document["facts"]),
+            f"{plan['requests']} requests, {lengths}, bfloat16, medians over {document['rounds']} rounds, in which the "
+            f"contenders take turns, each an engine of its own. A cache is all the memory for keys and values: "
+            f"TurboAttention's side pool, for up to {plan['sequences']} sequences, comes out of it. *At once*: tokens "
+            "that a step makes, on average. *Times*: the first line's time over this one's, for all requests; where "
+            "requests come by and by, the load bounds it.",
+            markdown(columns, rows),
+            f"![throughput and latency]({name}.png)",
+        ]
+    )
+
+
+def soak(document: dict[str, Any], name: str) -> str:
+    answers, memory, server = document["answers"], document["memory"], document.get("server")
+    rows = [
+        ["requests", f"{document['requests']:,}, {document['shared_prefixes']:,} of them behind a shared prefix"],
+        ["taken back before their end", f"{document['taken_back']:,}"],
+        ["cache", f"{document['blocks']:,} blocks of {document['block_size']} tokens, {document['bits']} bits"],
+        ["preemptions", f"{document['num_preemptions']:,}"],
+        ["prompt tokens from blocks of others", f"{document['prefix_cache_hits']:,}"],
+        ["tokens generated", f"{document['generated']:,}"],
+        ["answers as alone", f"{answers['equal']:,}"],
+        [
+            f"that part where the two best logits are closer than {document['bound']:g}",
+            f"{answers['close']:,}" + (f" (at most {answers['widest']:.4f})" if answers["close"] else ""),
+        ],
+        ["wrong answers", f"{len(answers['wrong']):,}"],
+        [
+            "resident memory after the warm-up, at the end",
+            f"{memory['early'] / MIB:.1f} MiB, {memory['late'] / MIB:.1f} MiB ({memory['growth']:+.2%})",
+        ],
+    ]
+    if server:
+        both = ", ".join(f"{server[which]['equal'] + server[which]['close']}" for which in ("first", "second"))
+        rows += [
+            ["API server: requests at once", f"{server['requests']}"],
+            ["answers as alone, before the kill and after the new start", both],
+            ["requests that the kill cut off", f"{server['lost']}"],
+        ]
+    return "\n\n".join(
+        [
+            "## Correctness under load",
+            machine(document["facts"]),
+            "The bundled model in float32, greedy: requests of random length through an engine whose cache is too "
+            "small for them, each answer beside the one it gets alone (one sequence at a time, no prefix cache), those "
+            "taken back as far as they came. Then the API server is killed (SIGKILL) in the middle of requests, "
+            "started again, and asked again.",
+            markdown(["", ""], rows),
+            "\n".join(f"- {problem}" for problem in document["problems"]) or "Nothing was wrong.",
+        ]
+    )
+
+
+def scenarios(document: dict[str, Any]) -> dict[tuple[int, float | None], dict[str, Rows]]:
+    """Rounds by scenario and contender, in the order they ran."""
+    found: dict[tuple[int, float | None], dict[str, Rows]] = {}
+    for row in document["rows"]:
+        found.setdefault((row["budget"], row["rate"]), {}).setdefault(row["contender"], []).append(row)
+    return found
+
+
+def middle(rows: Rows, name: str, at: str | None = None) -> float:
+    """Of the rounds, the median."""
+    return statistics.median(row[name] if at is None else row[name][at] for row in rows)
+
+
+def machine(facts: dict[str, Any]) -> str:
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    return f"**{where}**, vLLM {facts['vllm']}, torch {facts['torch']}, turboattention {facts['turboattention']}"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

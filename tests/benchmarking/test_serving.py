@@ -1,0 +1,142 @@
+"""What benchmarks/serving makes of its measurements. What starts engines needs vLLM: `make vllm-bench` runs that."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FACTS = {"gpu": None, "cpu": "some", "threads": 1, "vllm": "0", "torch": "2", "turboattention": "0"}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module as it runs: those beside it are top-level."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "serving"))
+    for file in (ROOT / "benchmarks" / "serving").glob("*.py"):
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for file in (ROOT / "benchmarks" / "serving").glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
+def test_answers_are_held_to_solo_answers(script: Any) -> None:
+    solo = {"same": [1, 2, 3], "near": [1, 2, 3], "far": [1, 2, 3], "short": [1, 2, 3], "cut": [1, 2, 3], "none": [1]}
+    got = {"same": [1, 2, 3], "near": [1, 9, 9], "far": [1, 2, 9], "short": [1, 2], "cut": [1, 2], "none": []}
+    gaps = {name: [1.0, 0.01, 0.2] for name in solo}
+    found = script("comparing").compare(got, solo, gaps, ["cut"], bound=0.05)
+    assert found.equal == 2
+    assert (found.close, found.widest) == (1, 0.01)
+    assert found.wrong == ("far", "short", "none")
+
+
+def test_memory_that_grows_after_the_warm_up(script: Any) -> None:
+    memory_of = script("comparing").memory_of
+    flat = [100, 500, 1000, 1000, 1000, 1000, 1000, 1000]
+    assert memory_of(flat).growth == 0
+    assert memory_of([*flat[:-2], 1100, 1100]).growth == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="expected 8 or more, got 7"):
+        memory_of(flat[1:])
+
+
+def test_soak_requests(script: Any) -> None:
+    requests_of = script("soak_requests").requests_of
+    ids = [random.Random(0).randrange(2048) for _ in range(4000)]
+    requests = requests_of(2000, ids)
+    assert requests == requests_of(2000, ids)
+    assert all(10 <= len(r.prompt) <= 600 and 1 <= r.output <= 64 for r in requests)
+    assert 200 < sum(r.abort_after is not None for r in requests) < 400
+    shared = {r.prompt[:64] for r in requests if r.shared and len(r.prompt) >= 64}
+    assert len(shared) <= 6
+    assert {len(r.prompt) % 64 for r in requests} == set(range(64))
+
+
+def test_workload(script: Any) -> None:
+    module = script("workload")
+    load = module.Workload(50, (5, 9), (2, 3), 4.0, 100)
+    requests = module.requests_of(load)
+    assert requests == module.requests_of(load)
+    assert {len(r.prompt) for r in requests} == {5, 6, 7, 8, 9}
+    assert all(10 <= token < 100 for r in requests for token in r.prompt)
+    arrivals = [r.arrival for r in requests]
+    assert arrivals == sorted(arrivals)
+    assert 6 < arrivals[-1] < 25
+    together = module.requests_of(module.Workload(5, (5, 9), (2, 3), None, 100))
+    assert {r.arrival for r in together} == {0.0}
+
+
+@pytest.mark.parametrize("name, variable", [("stock", ""), ("turbo-4", "4"), ("turbo-mixed", "folder")])
+def test_contenders_are_told_by_the_environment(script: Any, name: str, variable: str) -> None:
+    module = script("contenders")
+    assert module.BY_NAME[name].environment(Path("folder")) == {"TURBOATTENTION_VLLM": variable}
+
+
+def test_mixed_needs_a_calibration(script: Any) -> None:
+    with pytest.raises(ValueError, match="expected a folder for turbo-mixed, got none"):
+        script("contenders").MIXED.environment()
+
+
+def test_models(script: Any, tmp_path: Path) -> None:
+    """The side pool has INT8 codes and float32 scales of 64 tokens, K and V, for every sequence and a spare one."""
+    from turboattention.calibration import Calibration
+
+    model = script("models").llama(tmp_path / "model", attention_only=True)
+    assert (model.layers, model.kv_heads, model.head_dim) == (2, 8, 128)
+    assert model.side_pool(4) == 2 * 5 * 2 * 8 * 64 * (128 + 4)
+    bits = Calibration.load(model.mixed(tmp_path / "mixed")).head_bits
+    assert [x.tolist() for x in bits] == [[[2] * 4 + [4] * 4] * 2] * 2
+
+
+def row(contender: str, seconds: float, rate: float | None = None) -> dict[str, Any]:
+    spread = {"mean": 0.01, "p50": 0.02, "p95": 0.03}
+    figures = {"seconds": seconds, "output_tokens_per_second": 100 / seconds, "tokens_a_step": 2.0}
+    return {
+        "contender": contender,
+        "title": contender,
+        "budget": 24 << 20,
+        "rate": rate,
+        "num_preemptions": 3,
+        "first_token": spread,
+        "per_token": spread,
+        **figures,
+    }
+
+
+def test_throughput_section(script: Any) -> None:
+    rows = [row("stock", 4.0), row("turbo-4", 2.0), row("stock", 6.0), row("turbo-4", 2.0), row("stock", 5.0, 1.0)]
+    plan = {"requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4}
+    document = {"facts": FACTS, "model": "some", "plan": plan, "rounds": 2, "rows": rows}
+    text = script("sections").throughput(document, "picture").splitlines()
+    assert "| 24 MiB, all at once | stock | 21 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+    assert "| 24 MiB, all at once | turbo-4 | 50 | 2.50 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+    assert "| 24 MiB, 1 a second | stock | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+
+
+def test_capacity_section_tells_of_a_missed_floor(script: Any) -> None:
+    common = {"model": "m", "blocks": 1, "block_size": 128, "tokens_per_gib": 9, "with_side_pool": 8}
+    common |= {"side_pool_bytes": 1 << 20, "times_with_side_pool": 3.0, "title": "t"}
+    rows = [common | {"contender": "turbo-4", "times": times} for times in (3.6, 3.59)]
+    text = script("sections").capacity({"facts": FACTS, "budget": 1 << 30, "sequences": 1, "rows": rows}, "picture")
+    assert "3.60 (floor 3.6) |" in text
+    assert "3.59 (floor 3.6, missed) |" in text
+
+
+def test_page_is_what_the_results_say(script: Any) -> None:
+    page = script("page")
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert text == page.with_section(text, page.section(page.RESULTS))
+
+
+def test_page_without_markers(script: Any) -> None:
+    with pytest.raises(ValueError, match="got a page without them"):
+        script("page").with_section("text", "section")
