@@ -204,18 +204,20 @@ accuracy: $(BUILT) ## every method on the bundled model: make accuracy TEXT=a-te
 	$(BIN)/python benchmarks/accuracy.py --text '$(TEXT)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)')
 
 # A Python that has vLLM and finds the package; what `make vllm` makes. The page's pictures want .venv.
-VLLM_PYTHON ?= build/vllm/bin/python
+VLLM_PYTHON ?= $(VLLM)/bin/python
+# Another one is as it is.
+VLLM_READY := $(if $(filter $(VLLM)/bin/python,$(VLLM_PYTHON)),$(VLLM)/ready)
 VLLM_BENCH ?=
 VLLM_SOAK ?=
 
-vllm-bench: $(BUILT) ## vLLM's capacity and throughput with the quantized cache and without (VLLM_BENCH=--gpu on a GPU)
-	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM, run make vllm first'; exit 2; }
+vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the quantized cache and without (VLLM_BENCH=--gpu on a GPU)
+	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM'; exit 2; }
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/capacity.py $(VLLM_BENCH)
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py $(VLLM_BENCH)
 	$(BIN)/python benchmarks/serving/page.py --table
 
-vllm-soak: $(BUILT) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes)
-	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM, run make vllm first'; exit 2; }
+vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes)
+	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM'; exit 2; }
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/soak.py $(VLLM_SOAK)
 	$(BIN)/python benchmarks/serving/page.py --table
 

@@ -41,7 +41,7 @@ def main() -> int:
 
 def load(folder: Path) -> list[Result]:
     """Results by file name. Those of GPUs and of accuracy have pages and scripts of their own."""
-    paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith(("gpu-", "accuracy-")))
+    paths = (path for path in sorted(folder.glob("*.json")) if path.name.startswith(("cpu-", "isa-")))
     return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
