@@ -40,8 +40,9 @@ def main() -> int:
 
 
 def load(folder: Path) -> list[Result]:
-    """Results by file name. Those of GPUs and of accuracy have pages and scripts of their own."""
-    paths = (path for path in sorted(folder.glob("*.json")) if path.name.startswith(("cpu-", "isa-")))
+    """Results by file name. Those of GPUs, accuracy and serving have pages and scripts of their own."""
+    others = ("gpu-", "accuracy-", "serving-")
+    paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others))
     return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
