@@ -17,7 +17,6 @@ from torch import Tensor
 
 import turboattention as ta
 from turboattention.errors import NonFiniteError
-from turboattention.execution import triton_steps
 from turboattention.execution.triton_graph import DecodeGraph
 from turboattention.kernels.triton import pages, quantize
 from turboattention.kv import quantizer
@@ -133,7 +132,7 @@ def _flagged(plan: Plan) -> None:
         torch.cuda.synchronize()
     assert all(bool(x.isfinite().all()) for x in cache.dequantize()), "the cache holds NaN"
     try:
-        triton_steps.look(cache)
+        cache.look()
     except NonFiniteError:
         return
     raise AssertionError("nothing was told")

@@ -215,7 +215,8 @@ class _Call:
         return {
             "mask_ptr": mask.view(torch.uint8) if kind == "bool" else mask,
             **dict(zip(("mask_b", "mask_h", "mask_q", "mask_k"), strides, strict=True)),
-            "mask_keys": mask.shape[3],
+            # One key's stands for all.
+            "mask_keys": mask.shape[3] if mask.shape[3] > 1 else _LARGEST_WINDOW,
             "window": min(self.window or 0, _LARGEST_WINDOW),
             "mean_from": self.mean_from,
             "cap": self.softcap or 0.0,
@@ -237,7 +238,8 @@ class _Call:
 def _few_rows(call: _Call) -> None:
     """Splits of the sequences over pages as they lie, one launch for each pair of widths among the heads (one
     kernel for all would take the registers of the most demanding), then `combine`."""
-    launch = configs.decode(call.architecture, call.rows, call.head_dim)
+    adjusted = call.mask is not None or call.softcap is not None
+    launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
     tiles = -(-call.rows // launch.rows)
     device, pages, opened = call.out.device, call.pages, call.open
     splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, device)
@@ -297,7 +299,8 @@ def _few_rows(call: _Call) -> None:
 
 def _many_rows(call: _Call) -> None:
     """Blocks are made operands once, for as many heads and sequences at a time as memory allows."""
-    launch, device = configs.prefill(call.architecture, call.head_dim), call.out.device
+    launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
+    device = call.out.device
     for sequences, heads in _parts(call):
         shape = len(sequences), len(heads), max(1, call.blocks)
         k, v = (torch.empty(*shape, BLOCK, call.wide, dtype=torch.int8, device=device) for _ in range(2))
