@@ -22,7 +22,7 @@ from turboattention.execution.triton_graph import DecodeGraph
 from turboattention.execution.triton_notice import Notice
 from turboattention.execution.triton_state import Call, Steps
 from turboattention.kernels.triton import attention
-from turboattention.kernels.triton.pages import page_places
+from turboattention.kernels.triton.places import all_places, head_places
 from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout
 
@@ -469,10 +469,10 @@ def test_a_graph_checks_tensors_before_it_counts(name):
 def test_tables_that_captured_graphs_read_live_for_ever():
     cpu = torch.device("cpu")
     layouts = [PageLayout.uniform(heads, 16, 64, 4, True) for heads in range(1, 71)]
-    places, blanks = ([make(x) for x in layouts] for make in (lambda x: page_places(x, cpu), lambda x: blank(x, cpu)))
-    assert all(page_places(layout, cpu) is x for layout, x in zip(layouts, places, strict=True))
-    assert all(blank(layout, cpu) is x for layout, x in zip(layouts, blanks, strict=True))
-    assert attention._places.cache_info().maxsize is None
+    made = [(all_places(x, cpu), blank(x, cpu)) for x in layouts]
+    assert all(all_places(layout, cpu) is x for layout, (x, _) in zip(layouts, made, strict=True))
+    assert all(blank(layout, cpu) is x for layout, (_, x) in zip(layouts, made, strict=True))
+    assert head_places.cache_info().maxsize is None
 
 
 def blank(layout: PageLayout, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
-from .pages import clear_padding, encode_head, layout_facts, page_places, refusal
+from .pages import clear_padding, encode_head, layout_facts, refusal
+from .places import OF_KEYS, OF_VALUES, PLACES, all_places
 from .quantize import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape, stage_rows, store_codes
 
 Pair = tuple[Tensor, Tensor]
@@ -161,7 +162,7 @@ def _flush_kernel(
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         row = (b * HEADS + head) * width
         if side == 0:
-            place = places + head * 6
+            place = places + head * PLACES + OF_KEYS
             _flush_side(
                 k_codes + row * D, k_scales + row, page, place, width,
                 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
@@ -169,7 +170,7 @@ def _flush_kernel(
             if head == 0:
                 clear_padding(page, USED, PAGE_BYTES)
         else:
-            place = places + (HEADS + head) * 6
+            place = places + head * PLACES + OF_VALUES
             _flush_side(
                 v_codes + row * D, v_scales + row, page, place, width,
                 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
@@ -191,6 +192,6 @@ def flush_blocks(layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, s
     batch, heads, width, _ = codes[0].shape
     if batch * heads:
         _flush_kernel[(heads, 2, batch)](
-            *codes, *scales, indices(fresh, codes[0]), page_places(layout, codes[0].device), width,
+            *codes, *scales, indices(fresh, codes[0]), all_places(layout, codes[0].device), width,
             SEARCH=search, **layout_facts(layout),
         )  # fmt: skip

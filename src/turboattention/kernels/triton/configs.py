@@ -78,7 +78,7 @@ _DECODE = {
 }
 
 # Likewise, where logits are masked or capped before they are weighed; elsewhere as above.
-_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 4), 8: Launch(8, 4, 3)}, 256: {16: Launch(16, 8, 4)}}}
+_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)}, 256: {16: Launch(16, 8, 4)}}}
 
 
 @functools.cache

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .results import log_sum_exp, unrotated
+from .rotation import rotate_back
 from .sight import row_sight
-from .softmax import as_float, rescaled, weigh
+from .softmax import as_float, log_sum_exp, rescaled, weigh
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def prefill(
     total = tl.where(some, total, 0.0)
     out = acc * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1.0), 0.0)[:, None]
     if ROTATE:
-        out = unrotated(out, M, D, WIDE)
+        out = rotate_back(out, M, WIDE, D & -D, False)
     to = out_ptr + base * D + at.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + base + at, log_sum_exp(peak, total), mask=there)

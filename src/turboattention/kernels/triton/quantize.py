@@ -279,7 +279,7 @@ def _restore_kernel(
     there = (row < rows)[:, None] & (channel < D)
     values = tl.load(x + row.to(tl.int64)[:, None] * D + channel, mask=there, other=0.0)
     if ROTATE:
-        values = rotate_back(values, ROWS, WIDTH, D & -D)
+        values = rotate_back(values, ROWS, WIDTH, D & -D, True)
     to = (tile // heads) * stride_b + (tile % heads) * stride_h + t * stride_t
     tl.store(out + to[:, None] + channel, values.to(out.dtype.element_ty), mask=there)
 
