@@ -76,7 +76,11 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
     return rows
 
 
+ATTENTION = ("prefill", "decode")
+
+
 def table(rows: list[dict]) -> str:
+    """Of every call prefill or decode; what else they launch once for all that launch the same."""
     import triton
 
     lines = [
@@ -85,7 +89,12 @@ def table(rows: list[dict]) -> str:
         "| GPU | for | kernel | integer products | instructions | registers | spilled bytes | shared | warps, stages |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    told = set()
     for row in rows:
+        same = tuple(row[name] for name in ("target", "kernel", "instructions", "registers", "shared", "warps"))
+        if row["kernel"] not in ATTENTION and same in told:
+            continue
+        told.add(same)
         products = ", ".join(f"{count} {name}" for name, count in row["products"].items())
         lines.append(
             f"| {row['target']} | {row['purpose']} | {row['kernel']} | {products} | {row['instructions']} "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .results import log_sum_exp, unrotated
-from .softmax import LOG2_E
+from .rotation import rotate_back
+from .softmax import LOG2_E, log_sum_exp
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"])
@@ -37,7 +37,7 @@ def combine(
         out = tl.fma(part, share[:, None], out)
     result = tl.sum(out, 0)[None, :] * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-30), 0.0)
     if ROTATE:
-        result = unrotated(result, 1, D, WIDE)
+        result = rotate_back(result, 1, WIDE, D & -D, False)
     to = (base * group + row % group) * queries + row // group
     tl.store(out_ptr + to * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
     tl.store(lse_ptr + to, log_sum_exp(peak, total))
