@@ -118,7 +118,7 @@ $(OLDEST)/ready: $(READY)
 	@touch $@
 
 vllm: $(VLLM)/ready ## create build/vllm, an environment with vLLM for CPUs and the plugin
-	@echo "TURBOATTENTION_VLLM=4 $(VLLM)/bin/vllm serve MODEL"
+	@echo "TURBOATTENTION_VLLM=4 $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model MODEL"
 
 vllm-test: $(VLLM)/ready ## test the vLLM plugin, in that environment
 	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm

@@ -1,6 +1,8 @@
 """vLLM (0.32): attention over our packed cache, as an out-of-tree plugin.
 
-    TURBOATTENTION_VLLM=4 vllm serve MODEL          # 8, 4, 3, 2, or a calibration's folder; 1 is 4
+    TURBOATTENTION_VLLM=4 python -m vllm.entrypoints.openai.api_server --model MODEL
+
+The variable is a width (8, 4, 3, 2), a calibration's folder, or 1, which is 4 bits.
 
 vLLM finds `register` by its entry point and calls it in every process. Without the variable nothing happens there, and
 no module of vLLM is imported. More settings: `settings.Settings`; what is refused: `refusals`.
