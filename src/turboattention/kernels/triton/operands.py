@@ -82,24 +82,6 @@ def _restored(code, page, place, channel, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def page_keys(page, place, t, d, D: tl.constexpr, BITS: tl.constexpr):
-    """A page's keys as INT8, [tokens t, channels d], zeros past D; `place`: of K, as in `places_of`."""
-    inside = (d < D)[None, :]
-    index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
-    code = _codes(page + place[0] + (d // 8 * (64 * BITS))[None, :], index, inside, BITS)
-    return _restored(code, page, place, d[None, :], inside, BITS)
-
-
-@triton.jit
-def page_values(page, place, t, d, D: tl.constexpr, BITS: tl.constexpr):
-    """A page's values as INT8, [channels d, tokens t], likewise."""
-    inside = (d < D)[:, None]
-    index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]
-    code = _codes(page + place[0] + (d // 8 * (64 * BITS))[:, None], index, inside, BITS)
-    return _restored(code, page, place, d[:, None], inside, BITS)
-
-
-@triton.jit
 def _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE: tl.constexpr):
     at = at.to(tl.int64)
     largest = largest_of(v_scale)
@@ -130,8 +112,15 @@ def page_operands(
         k_place, v_place = places_of(place, D)
         t = tl.arange(0, 64)
         d = tl.arange(0, WIDE)
-        k = page_keys(page, k_place, t, d, D, K_BITS)
-        v = page_values(page, v_place, t, d, D, V_BITS)
+        inside = d < D
+        octet = (d // 8 * (64 * K_BITS))[None, :]
+        index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
+        k = _codes(page + k_place[0] + octet, index, inside[None, :], K_BITS)
+        k = _restored(k, page, k_place, d[None, :], inside[None, :], K_BITS)
+        octet = (d // 8 * (64 * V_BITS))[:, None]
+        index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]
+        v = _codes(page + v_place[0] + octet, index, inside[:, None], V_BITS)
+        v = _restored(v, page, v_place, d[:, None], inside[:, None], V_BITS)
         k_scale = token_scales(page, k_place, t, BY_TOKEN)
         v_scale = token_scales(page, v_place, t, BY_TOKEN)
         at = (tl.program_id(2) * heads + tl.load(place) - first_head) * blocks + block

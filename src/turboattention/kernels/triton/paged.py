@@ -201,5 +201,5 @@ def _many_rows(
             **arguments, places_ptr=_places(layout, chosen, out.device), out_ptr=out,
             out_stride_t=out.stride(0), out_stride_h=out.stride(1), sequences=batch.sequences, steps=batch.steps,
             M=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ROTATE=config.rotate, SLOW=architecture.slow_int_to_float,
-            **launch.options,
+            ASM=architecture.assembly, **launch.options,
         )  # fmt: skip

@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import PLACES, page_keys, page_values, places_of, token_scales
+from .operands import PLACES, places_of, token_scales
 from .ragged import open_rows_of, sequence_at, standing
+from .restoring import halves, page_keys, page_values
 from .results import unrotated
 from .softmax import as_float, rescaled
 from .stored import weigh_stored
@@ -40,13 +41,12 @@ def _fold_page(
     state, page, place, block, queries, sees, sees_end, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
     FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
-    SLOW: tl.constexpr,
+    SLOW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
-    d = tl.arange(0, WIDE)
-    k = tl.trans(page_keys(page, k_place, t, d, D, K_BITS))
-    v = tl.trans(page_values(page, v_place, t, d, D, V_BITS))
+    k = tl.trans(page_keys(page, k_place, WIDE, D, K_BITS, ASM))
+    v = tl.trans(page_values(page, v_place, WIDE, D, V_BITS, ASM))
     k_scale = token_scales(page, k_place, t, BY_TOKEN)
     v_scale = token_scales(page, v_place, t, BY_TOKEN)
     return _fold(
@@ -67,10 +67,10 @@ def _fold_rows(
     d = tl.arange(0, WIDE)
     key = block * 64 + t
     there = key < length
-    at = (origin + t)[:, None] * D + d[None, :]
-    inside = there[:, None] & (d < D)[None, :]
-    k = tl.trans(tl.load(k8 + at, mask=inside, other=0))
-    v = tl.load(v8 + at, mask=inside, other=0)
+    at = (origin + t)[:, None] * D
+    channel = halves(WIDE)
+    k = tl.trans(tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0))
+    v = tl.load(v8 + at + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
     k_scale = tl.load(k_scales + origin + t, mask=there, other=0.0)
     v_scale = tl.load(v_scales + origin + t, mask=there, other=0.0)
     return _fold(
@@ -87,6 +87,7 @@ def paged_prefill(
     D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     MEAN: tl.constexpr, RING: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads of one pair of widths): tile i is the one of sequence b, the last with
     `starts[b] group // M + b <= i`. q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T], out [T, Hkv g, D]."""
@@ -101,13 +102,13 @@ def paged_prefill(
         place = places_ptr + tl.program_id(1) * PLACES
         h = tl.load(place)
         at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
-        d = tl.arange(0, WIDE)
-        inside = there[:, None] & (d < D)[None, :]
         unit = tl.load(unit_ptr + at, mask=there, other=1.0)
         mean = tl.zeros_like(unit)
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=there, other=0.0)
-        queries = (tl.load(q_ptr + at[:, None] * D + d[None, :], mask=inside, other=0), unit, mean)
+        channel = halves(WIDE)[None, :]
+        q = tl.load(q_ptr + at[:, None] * D + channel, mask=there[:, None] & (channel < D), other=0)
+        queries = (q, unit, mean)
         before = length - count
         # Rows past the last repeat its sight; they are dropped.
         position = before + tl.minimum(row, count * group - 1) // group
@@ -126,14 +127,14 @@ def paged_prefill(
             page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
                 state, page, place, block, queries, sees, own, cap, threshold,
-                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, False, False, CAP, SLOW,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, False, False, CAP, SLOW, ASM,
             )  # fmt: skip
         for j in tl.range(0, clear - low + newest - oldest, num_stages=1):
             block = tl.where(j < clear - low, low + j, oldest + j - (clear - low))
             page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
                 state, page, place, block, queries, sees, own, cap, threshold,
-                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, True, WINDOW, CAP, SLOW,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, True, WINDOW, CAP, SLOW, ASM,
             )  # fmt: skip
         for block in tl.range(oldest, newest + 1, num_stages=1):
             origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
@@ -146,4 +147,5 @@ def paged_prefill(
         if ROTATE:
             out = unrotated(out, M, D, WIDE)
         to = (start + row // group).to(tl.int64) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
-        tl.store(out_ptr + to[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+        d = tl.arange(0, WIDE)[None, :]
+        tl.store(out_ptr + to[:, None] + d, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (d < D))
