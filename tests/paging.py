@@ -21,7 +21,9 @@ MIXED = ((4, 2), (2, 8))
 class Server:
     """Pages in no order, slots, and what every sequence was given."""
 
-    def __init__(self, head_bits=UNIFORM[4], head_dim=16, config=CONFIG, ring=BLOCK, slots=4, seed=0, layers=1, backend="auto"):
+    def __init__(
+        self, head_bits=UNIFORM[4], head_dim=16, config=CONFIG, ring=BLOCK, slots=4, seed=0, layers=1, backend="auto"
+    ):
         self.random = random.Random(seed)
         self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers)
         self.pages = torch.full((64, self.fmt.page_bytes + 64), 0xAB, dtype=torch.uint8)
@@ -57,13 +59,22 @@ class Server:
         self.finite = paged_attention(self.fmt, 0, batch, *flat, out, self.pages, self.open_blocks, **options)
         return dict(zip(new, (x.transpose(0, 1) for x in out.split(counts)), strict=True))
 
+    def holds(self, key: int, cache: KVCache, blocks: int) -> bool:
+        """Whether a sequence's first pages are those of a cache, byte for byte."""
+        assert cache.store is not None
+        assert cache.store.compressed is not None
+        want = cache.store.compressed.gather(cache.store.tables[0][:blocks])
+        return all(torch.equal(self.page(key, block), want[block]) for block in range(blocks))
+
     def page(self, key: int, block: int) -> torch.Tensor:
         return self.pages[self.blocks[key][block], : self.fmt.layout(0).page_bytes]
 
 
-def tokens(seed: int, count: int, head_dim: int = 16, dtype: torch.dtype = torch.float32):
+def tokens(
+    seed: int, count: int, head_dim: int = 16, dtype: torch.dtype = torch.float32, query_heads: int = QUERY_HEADS
+):
     q, k, v = (
-        normals(1, heads, count, head_dim, seed=seed + i)[0] for i, heads in enumerate((QUERY_HEADS, HEADS, HEADS))
+        normals(1, heads, count, head_dim, seed=seed + i)[0] for i, heads in enumerate((query_heads, HEADS, HEADS))
     )
     k[..., 1] += 3.0
     return q.to(dtype), k.to(dtype), v.to(dtype)
@@ -101,3 +112,17 @@ def random_schedule(seed: int, totals: dict[int, int]) -> list[dict[int, int]]:
             left[key] -= count
         schedule += [step] if step else []
     return schedule
+
+
+def draft(server: Server, sequence, wrong, prompt: int, drafts: int) -> torch.Tensor:
+    """A prompt, then steps of `drafts` tokens, of which the first few are the sequence's and stay."""
+    chance, done, count = random.Random(drafts), prompt, sequence[0].shape[1]
+    parts = [server.step({0: tuple(x[:, :prompt] for x in sequence)})[0]]
+    while done < count:
+        accepted = min(chance.randint(1, drafts), count - done)
+        right, drafted = (x[:, done : done + accepted] for x in sequence), (x[:, : drafts - accepted] for x in wrong)
+        out = server.step({0: tuple(torch.cat(pair, 1) for pair in zip(right, drafted, strict=True))})[0]
+        parts.append(out[:, :accepted])
+        done += accepted
+        server.lengths[0] = done
+    return torch.cat(parts, 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ from turboattention.paged import BLOCK, OpenBlocks, PagedFormat
 
 from .helpers import relative_error
 from .kernels.cpu import tools  # noqa: F401
-from .paging import CONFIG, HEADS, MIXED, UNIFORM, Server, expected, random_schedule, serve, tokens
+from .paging import CONFIG, HEADS, MIXED, UNIFORM, Server, draft, expected, random_schedule, serve, tokens
 
 TOTALS = {7: 200, 3: 131, 5: 64, 1: 1}
 
@@ -30,10 +28,7 @@ def test_any_schedule_gives_what_a_cache_of_its_own_does(bits, options):
         for key, sequence in sequences.items():
             want, cache = expected(sequence, head_bits, **options)
             assert relative_error(got[key], want) < 1e-3
-            assert cache.store is not None
-            for block in range(TOTALS[key] // BLOCK):
-                page = cache.store.compressed.gather([cache.store.tables[0][block]])[0]
-                assert torch.equal(server.page(key, block), page)
+            assert server.holds(key, cache, TOTALS[key] // BLOCK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -52,22 +47,11 @@ def test_batch_composition_does_not_change_a_bit(dtype):
 def test_tokens_taken_back(drafts):
     """Drafts are stored, some of them rejected, also behind a block that they filled."""
     sequence, wrong = tokens(1, 330), tokens(2, 330)
-    server, chance = Server(ring=2 * BLOCK), random.Random(drafts)
-    first = server.step({0: tuple(x[:, :100] for x in sequence)})[0]
-    parts, done = [first], 100
-    while done < 330:
-        accepted = min(chance.randint(1, drafts), 330 - done)
-        right, drafted = (x[:, done : done + accepted] for x in sequence), (x[:, : drafts - accepted] for x in wrong)
-        out = server.step({0: tuple(torch.cat(pair, 1) for pair in zip(right, drafted, strict=True))})[0]
-        parts.append(out[:, :accepted])
-        done += accepted
-        server.lengths[0] = done
+    server = Server(ring=2 * BLOCK)
+    got = draft(server, sequence, wrong, 100, drafts)
     want, cache = expected(sequence, UNIFORM[4])
-    assert relative_error(torch.cat(parts, 1), want) < 1e-3
-    server.lengths[0] = 0  # the pages of blocks that were drafted twice are what the accepted tokens make them
-    for block in range(330 // BLOCK):
-        page = cache.store.compressed.gather([cache.store.tables[0][block]])[0]
-        assert torch.equal(server.page(0, block), page)
+    assert relative_error(got, want) < 1e-3
+    assert server.holds(0, cache, 330 // BLOCK)  # of blocks that were drafted twice, what the accepted tokens make them
 
 
 def test_pages_filled_in_a_step_are_read_by_others_in_the_same():

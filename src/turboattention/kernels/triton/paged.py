@@ -166,9 +166,7 @@ def _softmax(config: TurboConfig, window: int | None, softcap: float | None) -> 
     }
 
 
-def _few_rows(
-    config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]
-) -> None:
+def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
     device, heads, wide = out.device, layout.num_kv_heads, arguments["WIDE"]
     architecture = configs.architecture_of(device)
     rows = min(batch.most * arguments["group"], arguments["most"])
@@ -190,9 +188,7 @@ def _few_rows(
     )  # fmt: skip
 
 
-def _many_rows(
-    config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]
-) -> None:
+def _many_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
     architecture = configs.architecture_of(out.device)
     launch = configs.prefill(architecture, layout.head_dim)
     tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
