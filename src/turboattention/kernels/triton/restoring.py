@@ -1,7 +1,8 @@
 """Packed pages back to INT8 in registers, as operands of products with many query rows.
 
-Keys come with their channels in another order, in which queries are to come too (`halves`): channels c % 8 < 4 first,
-then the others, as fields of a byte hold them. Where ASM is "ptx" four bytes share an instruction.
+Octets of channels are read as they lie, and put in order by views of the tile. Keys come with their channels in
+another order, in which queries are to come too (`halves`): channels c % 8 < 4 first, then the others, as fields of
+a byte hold them. Where ASM is "ptx" four bytes share an instruction.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpacking import as_int8, stack
+from .unpacking import as_int8, field, shifted, stack, third
 
 
 @triton.jit
@@ -20,71 +21,107 @@ def halves(WIDE: tl.constexpr):
     return half // 4 * 8 + half % 4 + place // (WIDE // 2) * 4
 
 
+# -- keys: octets of lines [tokens][4 channels] -----------------------------------------------------------------------
+
+
 @triton.jit
 def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """A page's keys, int8 [64, WIDE], zeros past D; `place`: of K, as in `operands.places_of`."""
-    low = _half_of_keys(page, place, 0, WIDE, D, BITS, ASM)
-    high = _half_of_keys(page, place, 1, WIDE, D, BITS, ASM)
+    TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
+    octet = tl.arange(0, WIDE // 8)[:, None, None]
+    t = tl.arange(0, TOKENS)[None, :, None]
+    c = tl.arange(0, 4)[None, None, :]
+    inside = None if D == WIDE else octet < D // 8
+    line = page + place[0] + octet * (64 * BITS) + (t * 4 + c)
+    b = tl.load(line, mask=inside)
+    if BITS == 8:
+        high = as_int8(tl.load(line + 256, mask=inside), ASM)
+        return stack(_rows(as_int8(b, ASM), TOKENS, WIDE), _rows(high, TOKENS, WIDE), False)
+    thirds = b
+    if BITS == 3:
+        # Tokens 16 apart share a byte: its bits are shifted so that those of a tile stand side by side.
+        thirds = tl.load(page + place[0] + 128 + octet * (64 * BITS) + (t % 16 * 4 + c), mask=inside)
+        thirds = shifted(thirds, tl.broadcast_to((t // 16).to(tl.uint8), thirds.shape), ASM)
+    step = page + place[1] + octet * 8 + c
+    zero = page + place[2] + octet * 8 + c
+    low = _half_of_keys(b, thirds, tl.load(step, mask=inside), tl.load(zero, mask=inside), 0, WIDE, BITS, ASM)
+    high = _half_of_keys(b, thirds, tl.load(step + 4, mask=inside), tl.load(zero + 4, mask=inside), 1, WIDE, BITS, ASM)
     return stack(low, high, False)
 
 
 @triton.jit
 def _half_of_keys(
-    page, place, HIGH: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+    b, thirds, step, zero, HIGH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
 ):
-    t = tl.arange(0, 64)[:, None]
-    half = tl.arange(0, WIDE // 2)[None, :]
-    channel = half // 4 * 8 + half % 4 + 4 * HIGH
-    inside = channel < D
-    line = page + place[0] + (half // 4 * (64 * BITS) + half % 4)
-    if BITS == 8:
-        return as_int8(tl.load(line + 256 * HIGH + t * 4, mask=inside, other=128), ASM)
     if BITS == 4:
-        code = _bits(tl.load(line + t * 4, mask=inside, other=0), t * 0 + 4 * HIGH, 15, 0, ASM)
+        keys = _rows(_by_channels(field(b, HIGH, BITS, ASM), step, zero, ASM), 64, WIDE)
     else:
-        code = _bits(tl.load(line + t % 32 * 4, mask=inside, other=0), t // 32 * 2 + 4 * HIGH, 3, 0, ASM)
+        first = field(b, 2 * HIGH, BITS, ASM)
+        second = field(b, 2 * HIGH + 1, BITS, ASM)
         if BITS == 3:
-            third = tl.load(line + 128 + t % 16 * 4, mask=inside, other=0)
-            code |= _bits(third, t // 16 + 4 * HIGH, 1, 2, ASM)
-    step = tl.load(page + place[1] + channel, mask=inside, other=0)
-    zero = tl.load(page + place[2] + channel, mask=inside, other=0)
-    return _by_channels(code, step, zero, ASM).to(tl.int8, bitcast=True)
+            first |= third(thirds, 4 * HIGH, ASM)
+            second |= third(thirds, 4 * HIGH + 2, ASM)
+        first = _rows(_by_channels(first, step, zero, ASM), 32, WIDE)
+        keys = stack(first, _rows(_by_channels(second, step, zero, ASM), 32, WIDE), True)
+    return keys.to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _rows(lines, TOKENS: tl.constexpr, WIDE: tl.constexpr):
+    """[octets, tokens, 4] -> [tokens, WIDE / 2]."""
+    return tl.reshape(tl.permute(lines, (1, 0, 2)), (TOKENS, WIDE // 2))
+
+
+# -- values: octets of lines [quads of tokens][8 channels][4 tokens] --------------------------------------------------
 
 
 @triton.jit
 def page_values(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """A page's values, int8 [WIDE, 64], zeros past D; `place`: of V, likewise."""
-    d = tl.arange(0, WIDE)[:, None]
-    t = tl.arange(0, 64)[None, :]
-    inside = d < D
-    line = page + place[0] + (d // 8 * (64 * BITS) + d % 8 * 4)
+    QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
+    octet = tl.arange(0, WIDE // 8)[:, None, None, None]
+    quad = tl.arange(0, QUADS)[None, :, None, None]
+    c = tl.arange(0, 8)[None, None, :, None]
+    t = tl.arange(0, 4)[None, None, None, :]
+    inside = None if D == WIDE else octet < D // 8
+    line = page + place[0] + octet * (64 * BITS) + (c * 4 + t)
+    b = tl.load(line + quad * 32, mask=inside)
     if BITS == 8:
-        return as_int8(tl.load(line + (t // 4 * 32 + t % 4), mask=inside, other=128), ASM)
-    if BITS == 4:
-        code = _bits(tl.load(line + (t % 32 // 4 * 32 + t % 4), mask=inside, other=0), t // 32 * 4, 15, 0, ASM)
-    else:
-        code = _bits(tl.load(line + (t % 16 // 4 * 32 + t % 4), mask=inside, other=0), t // 16 * 2, 3, 0, ASM)
-        if BITS == 3:
-            third = tl.load(line + 128 + (t // 4 % 2 * 32 + t % 4), mask=inside, other=0)
-            code |= _bits(third, t // 8, 1, 2, ASM)
-    step = tl.load(page + place[1] + d, mask=inside, other=0)
-    zero = tl.load(page + place[2] + d, mask=inside, other=0)
-    return _by_rows(code, step, zero, ASM).to(tl.int8, bitcast=True)
+        return _columns(as_int8(b, ASM), QUADS, WIDE)
+    thirds = b
+    if BITS == 3:
+        thirds = tl.load(line + 128 + quad % 2 * 32, mask=inside)
+        thirds = shifted(thirds, tl.broadcast_to((quad // 2).to(tl.uint8), thirds.shape), ASM)
+    channel = octet * 8 + c
+    step = tl.load(page + place[1] + channel, mask=inside)
+    zero = tl.load(page + place[2] + channel, mask=inside)
+    first = _part_of_values(b, thirds, step, zero, 0, WIDE, QUADS, BITS, ASM)
+    values = stack(first, _part_of_values(b, thirds, step, zero, 1, WIDE, QUADS, BITS, ASM), False)
+    if BITS < 4:
+        first = _part_of_values(b, thirds, step, zero, 2, WIDE, QUADS, BITS, ASM)
+        last = _part_of_values(b, thirds, step, zero, 3, WIDE, QUADS, BITS, ASM)
+        values = stack(values, stack(first, last, False), False)
+    return values.to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def _bits(b, by, MASK: tl.constexpr, UP: tl.constexpr, ASM: tl.constexpr):
-    """`((b >> by) & MASK) << UP` of bytes; `by` is the same for four neighbours."""
-    by = by.to(tl.uint8)
-    if ASM == "ptx":
-        b = tl.inline_asm_elementwise(
-            f"{{ .reg .b32 u; and.b32 u, $2, 7; shr.u32 u, $1, u; and.b32 u, u, {MASK * 0x01010101}; "
-            f"shl.b32 $0, u, {UP}; }}",
-            "=r,r,r", [b, by], dtype=tl.uint8, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        b = ((b >> by) & MASK) << UP
-    return b
+def _part_of_values(
+    b, thirds, step, zero, F: tl.constexpr, WIDE: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    code = field(b, F, BITS, ASM)
+    if BITS == 3:
+        code |= third(thirds, 2 * F, ASM)
+    return _columns(_by_rows(code, step, zero, ASM), QUADS, WIDE)
+
+
+@triton.jit
+def _columns(lines, QUADS: tl.constexpr, WIDE: tl.constexpr):
+    """[octets, quads, 8, 4] -> [WIDE, tokens]."""
+    return tl.reshape(tl.permute(lines, (0, 2, 1, 3)), (WIDE, 4 * QUADS))
+
+
+# -- steps and zeros --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
