@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
-import paged
+import paged_kernels
 import torch
 
 from turboattention.config import TurboConfig
@@ -27,17 +27,10 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
         yield f"decode d{head_dim} int{bits}, group {group}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group)
     yield "stage 1 d128", _stage_one(128)
     yield "append d128", _append(128, (2, 4) * (KV_HEADS // 2))
-    for head_dim in (64, 128, 256):
-        yield f"mixed step over a server's pages d{head_dim} int4", paged.mixed(head_dim, 4)
-    yield "decode over a server's pages d128 int3, group 8", paged.decode(128, 3, 8)
-    yield "decode over a server's pages d256 int2, group 16", paged.decode(256, 2, 16)
+    yield from paged_kernels.calls(quick=True)
     if quick:
         return
-    for head_dim, bits in ((128, 8), (128, 3), (128, 2), (256, 3)):
-        yield f"mixed step over a server's pages d{head_dim} int{bits}", paged.mixed(head_dim, bits)
-    for options in ({"window": 1000}, {"softcap": 30.0}):
-        name = next(iter(options))
-        yield f"mixed step over a server's pages d128 int4, {name}", paged.mixed(128, 4, **options)
+    yield from paged_kernels.calls(quick=False)
     for head_dim, softmax in itertools.product((64, 128), ("sas2", "exp")):
         yield f"prefill d{head_dim} {softmax}", _prefill(CONFIG.replace(softmax=softmax), head_dim)
     for head_dim, bits in itertools.product((64, 128), (8, 4, 3, 2)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
-from . import configs
+from . import configs, paged_configs
 from .attention import BLOCK, Int8Queries, _pairs_of_widths, _places, _with_positive_unit
 from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
@@ -190,7 +190,7 @@ def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tenso
 
 def _many_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
     architecture = configs.architecture_of(out.device)
-    launch = configs.prefill(architecture, layout.head_dim)
+    launch = paged_configs.prefill(architecture, layout.head_dim)
     tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
     for (k_bits, v_bits), chosen in _pairs_of_widths(layout):
         paged_prefill[tiles, len(chosen)](

@@ -18,18 +18,22 @@ from .stored import weigh_stored
 
 
 @triton.jit
-def _fold(
-    state, k, v, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold,
+def _weights(
+    k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold,
     FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr,
 ):  # fmt: skip
-    """Folds INT8 keys [WIDE, 64] and values [64, WIDE] in."""
-    acc, total, peak = state
+    """What `weigh_stored` says of INT8 keys [WIDE, 64]."""
     q, unit, mean = queries
     s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * k_scale[None, :]
-    p, block_total, block_peak, largest = weigh_stored(
-        s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, SEEN, OWN, CAP, 1
-    )
+    return weigh_stored(s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, SEEN, OWN, CAP, 1)
+
+
+@triton.jit
+def _folded(state, weighed, v, SLOW: tl.constexpr):
+    """The running result with INT8 values [64, WIDE] under these weights."""
+    acc, total, peak = state
+    p, block_total, block_peak, largest = weighed
     o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
     peak, keep, each = rescaled(peak, block_peak)
     total = total * keep + block_total * each
@@ -45,14 +49,14 @@ def _fold_page(
 ):  # fmt: skip
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
-    k = tl.trans(page_keys(page, k_place, WIDE, D, K_BITS, ASM))
-    v = tl.trans(page_values(page, v_place, WIDE, D, V_BITS, ASM))
     k_scale = token_scales(page, k_place, t, BY_TOKEN)
     v_scale = token_scales(page, v_place, t, BY_TOKEN)
-    return _fold(
-        state, k, v, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold,
-        FORM, CUT, SEEN, OWN, CAP, SLOW,
-    )  # fmt: skip
+    k = tl.trans(page_keys(page, k_place, WIDE, D, K_BITS, ASM))
+    weighed = _weights(
+        k, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold, FORM, CUT, SEEN, OWN, CAP, SLOW
+    )
+    # Restored behind the weights: beside them they would take too many registers.
+    return _folded(state, weighed, tl.trans(page_values(page, v_place, WIDE, D, V_BITS, ASM)), SLOW)
 
 
 @triton.jit
@@ -70,13 +74,13 @@ def _fold_rows(
     at = (origin + t)[:, None] * D
     channel = halves(WIDE)
     k = tl.trans(tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0))
-    v = tl.load(v8 + at + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
     k_scale = tl.load(k_scales + origin + t, mask=there, other=0.0)
     v_scale = tl.load(v_scales + origin + t, mask=there, other=0.0)
-    return _fold(
-        state, k, v, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold,
-        FORM, CUT, True, True, CAP, SLOW,
-    )  # fmt: skip
+    weighed = _weights(
+        k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold, FORM, CUT, True, True, CAP, SLOW
+    )
+    v = tl.load(v8 + at + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+    return _folded(state, weighed, v, SLOW)
 
 
 @triton.jit(do_not_specialize=["sequences", "steps", "table_stride", "ring", "room", "tokens", "most", "window"])

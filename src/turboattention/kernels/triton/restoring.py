@@ -50,9 +50,7 @@ def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
-def _half_of_keys(
-    b, thirds, step, zero, HIGH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
-):
+def _half_of_keys(b, thirds, step, zero, HIGH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     if BITS == 4:
         keys = _rows(_by_channels(field(b, HIGH, BITS, ASM), step, zero, ASM), 64, WIDE)
     else:
