@@ -67,7 +67,7 @@ class Server:
         return all(torch.equal(self.page(key, block), want[block]) for block in range(blocks))
 
     def page(self, key: int, block: int) -> torch.Tensor:
-        return self.pages[self.blocks[key][block], : self.fmt.layout(0).page_bytes]
+        return self.pages[self.blocks[key][block], : self.fmt.layouts[0].page_bytes]
 
 
 def tokens(

@@ -98,7 +98,7 @@ def test_heads_over_ranks_reserve_the_same_bytes():
     ranks = [PagedFormat.of(CONFIG, 64, widths, rank, 2) for rank in range(2)]
     assert ranks[0].head_bits == (((8, 8), (4, 4)), ((2, 2), (2, 2)))
     assert ranks[1].head_bits == (((2, 2), (2, 2)), ((2, 2), (2, 2)))
-    assert ranks[0].page_bytes == ranks[1].page_bytes >= ranks[0].layout(0).page_bytes
+    assert ranks[0].page_bytes == ranks[1].page_bytes >= ranks[0].layouts[0].page_bytes
     with pytest.raises(ConfigError, match=r"^ranks: expected a divisor of 4 KV heads, got 3$"):
         PagedFormat.of(CONFIG, 64, widths, 0, 3)
 

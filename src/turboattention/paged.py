@@ -8,10 +8,10 @@ j as stored, and block j as INT8, so that a page's bytes do not depend on how to
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class PagedFormat:
         for name, value in wanted.items():
             if getattr(self.config, name) != value:
                 raise ConfigError(f"config: expected {name}={value!r} for pages, got {getattr(self.config, name)!r}")
-        needed = max((self.layout(layer).page_bytes for layer in range(len(self.head_bits))), default=0)
+        needed = max((layout.page_bytes for layout in self.layouts), default=0)
         if self.page_bytes % PAGE_UNIT or self.page_bytes < needed:
             raise ConfigError(
                 f"page_bytes: expected a multiple of {PAGE_UNIT} of at least {needed}, got {self.page_bytes}"
@@ -75,9 +75,10 @@ class PagedFormat:
     def kv_heads(self) -> int:
         return len(self.head_bits[0][0])
 
-    def layout(self, layer: int) -> PageLayout:
-        k, v = self.head_bits[layer]
-        return PageLayout(self.head_dim, BLOCK, k, v, token_scales=True)
+    @cached_property
+    def layouts(self) -> tuple[PageLayout, ...]:
+        """One per layer."""
+        return tuple(PageLayout(self.head_dim, BLOCK, k, v, token_scales=True) for k, v in self.head_bits)
 
 
 class OpenBlocks:
@@ -175,8 +176,8 @@ def paged_attention(
         mean: float32 [H, D] that keys are stored without (in the model's space), or None.
 
     Returns:
-        Whether all of q, k and v was finite. What was not is stored and attended as zeros. On a GPU nothing waits
-        for the answer: always true, and `OpenBlocks.notice` tells.
+        Whether all of q, k and v was finite. What was not is stored and attended as zeros, on a GPU with
+        its row, and nothing waits for the answer there: always true, and `OpenBlocks.notice` tells.
 
     Raises:
         ShapeError: tensors that do not fit. BackendError, UnsupportedError: as for `turbo_attention`.
@@ -192,7 +193,7 @@ def paged_attention(
     )
 
 
-@functools.cache
+@cache
 def _over_caches(config: TurboConfig) -> TurboConfig:
     """What a backend is asked for: those with kernels for pages compute `stored_prefill` there, whatever they do
     over caches."""

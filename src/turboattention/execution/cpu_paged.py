@@ -30,7 +30,7 @@ def paged_attention(
     mean: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention`, arguments checked."""
-    config, layout = fmt.config, fmt.layout(layer)
+    config, layout = fmt.config, fmt.layouts[layer]
     if mean is not None:
         mean = rotate(mean.float()) if config.rotate else mean.float()
         mean = mean.contiguous()
@@ -64,13 +64,13 @@ class _Group:
         """Where the open blocks are from the first one that the step touches on, older rows in place."""
         heads, head_dim = fields
         if self.in_place:
-            codes, scales = (tuple(x[layer] for x in side) for side in (pool.codes, pool.scales))
+            codes, scales = ((side[0][layer], side[1][layer]) for side in (pool.codes, pool.scales))
             return OpenRows(codes, scales, self.slots * (heads * pool.ring), pool.ring, pool.ring)
         before, after = self.rows.before, self.rows.before + self.rows.tokens
         width = int(((after + BLOCK - 1) // BLOCK - before // BLOCK).max()) * BLOCK
         shape = len(before), heads, width
-        codes = tuple(torch.empty(*shape, head_dim, dtype=torch.int8) for _ in "kv")
-        scales = tuple(torch.empty(shape) for _ in "kv")
+        codes = torch.empty(*shape, head_dim, dtype=torch.int8), torch.empty(*shape, head_dim, dtype=torch.int8)
+        scales = torch.empty(shape), torch.empty(shape)
         for row, (slot, position) in enumerate(zip(self.slots.tolist(), before.tolist(), strict=True)):
             held, first = position % BLOCK, position // BLOCK * BLOCK % pool.ring
             for side in range(2):

@@ -36,7 +36,7 @@ def paged_attention(
     _check(pages, out)
     if not ragged.tokens or not ragged.sequences:
         return True
-    config, layout = fmt.config, fmt.layout(layer)
+    config, layout = fmt.config, fmt.layouts[layer]
     if mean is not None:
         mean = (rotate(mean.float()) if config.rotate else mean.float()).contiguous()
     codes, scales = ((side[0][layer], side[1][layer]) for side in (open_blocks.codes, open_blocks.scales))
