@@ -26,31 +26,36 @@ def halves(WIDE: tl.constexpr):
 
 @triton.jit
 def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's keys, int8 [64, WIDE], zeros past D; `place`: of K, as in `operands.places_of`."""
+    """A page's keys, int8 [64, WIDE], anything past D; `place`: of K, as in `operands.places_of`."""
     TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
     octet = tl.arange(0, WIDE // 8)[:, None, None]
     t = tl.arange(0, TOKENS)[None, :, None]
     c = tl.arange(0, 4)[None, None, :]
     inside = None if D == WIDE else octet < D // 8
-    line = page + place[0] + octet * (64 * BITS) + (t * 4 + c)
-    b = tl.load(line, mask=inside)
+    line = page + place[0] + octet * (64 * BITS) + c
+    b = tl.load(line + t * 4, mask=inside)
     if BITS == 8:
-        high = as_int8(tl.load(line + 256, mask=inside), ASM)
-        return stack(_rows(as_int8(b, ASM), TOKENS, WIDE), _rows(high, TOKENS, WIDE), False)
-    thirds = b
-    if BITS == 3:
-        # Tokens 16 apart share a byte: its bits are shifted so that those of a tile stand side by side.
-        thirds = tl.load(page + place[0] + 128 + octet * (64 * BITS) + (t % 16 * 4 + c), mask=inside)
-        thirds = shifted(thirds, tl.broadcast_to((t // 16).to(tl.uint8), thirds.shape), ASM)
-    step = page + place[1] + octet * 8 + c
-    zero = page + place[2] + octet * 8 + c
-    low = _half_of_keys(b, thirds, tl.load(step, mask=inside), tl.load(zero, mask=inside), 0, WIDE, BITS, ASM)
-    high = _half_of_keys(b, thirds, tl.load(step + 4, mask=inside), tl.load(zero + 4, mask=inside), 1, WIDE, BITS, ASM)
+        low = _rows(as_int8(b, ASM), TOKENS, WIDE)
+        high = _rows(as_int8(tl.load(line + 256 + t * 4, mask=inside), ASM), TOKENS, WIDE)
+    else:
+        thirds = b
+        if BITS == 3:
+            # Tokens 16 apart share a byte: its bits are shifted so that those of a tile stand side by side.
+            thirds = tl.load(line + 128 + t % 16 * 4, mask=inside)
+            thirds = shifted(thirds, tl.broadcast_to((t // 16).to(tl.uint8), thirds.shape), ASM)
+        step = page + place[1] + octet * 8 + c
+        zero = page + place[2] + octet * 8 + c
+        low = _half_of_keys(b, thirds, step, zero, inside, 0, WIDE, BITS, ASM)
+        high = _half_of_keys(b, thirds, step, zero, inside, 1, WIDE, BITS, ASM)
     return stack(low, high, False)
 
 
 @triton.jit
-def _half_of_keys(b, thirds, step, zero, HIGH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def _half_of_keys(
+    b, thirds, step, zero, inside, HIGH: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+):
+    step = tl.load(step + 4 * HIGH, mask=inside)
+    zero = tl.load(zero + 4 * HIGH, mask=inside)
     if BITS == 4:
         keys = _rows(_by_channels(field(b, HIGH, BITS, ASM), step, zero, ASM), 64, WIDE)
     else:
@@ -75,7 +80,7 @@ def _rows(lines, TOKENS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def page_values(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's values, int8 [WIDE, 64], zeros past D; `place`: of V, likewise."""
+    """A page's values, int8 [WIDE, 64], anything past D; `place`: of V, likewise."""
     QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
     octet = tl.arange(0, WIDE // 8)[:, None, None, None]
     quad = tl.arange(0, QUADS)[None, :, None, None]
@@ -85,21 +90,22 @@ def page_values(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.const
     line = page + place[0] + octet * (64 * BITS) + (c * 4 + t)
     b = tl.load(line + quad * 32, mask=inside)
     if BITS == 8:
-        return _columns(as_int8(b, ASM), QUADS, WIDE)
-    thirds = b
-    if BITS == 3:
-        thirds = tl.load(line + 128 + quad % 2 * 32, mask=inside)
-        thirds = shifted(thirds, tl.broadcast_to((quad // 2).to(tl.uint8), thirds.shape), ASM)
-    channel = octet * 8 + c
-    step = tl.load(page + place[1] + channel, mask=inside)
-    zero = tl.load(page + place[2] + channel, mask=inside)
-    first = _part_of_values(b, thirds, step, zero, 0, WIDE, QUADS, BITS, ASM)
-    values = stack(first, _part_of_values(b, thirds, step, zero, 1, WIDE, QUADS, BITS, ASM), False)
-    if BITS < 4:
-        first = _part_of_values(b, thirds, step, zero, 2, WIDE, QUADS, BITS, ASM)
-        last = _part_of_values(b, thirds, step, zero, 3, WIDE, QUADS, BITS, ASM)
-        values = stack(values, stack(first, last, False), False)
-    return values.to(tl.int8, bitcast=True)
+        values = _columns(as_int8(b, ASM), QUADS, WIDE)
+    else:
+        thirds = b
+        if BITS == 3:
+            thirds = tl.load(line + 128 + quad % 2 * 32, mask=inside)
+            thirds = shifted(thirds, tl.broadcast_to((quad // 2).to(tl.uint8), thirds.shape), ASM)
+        step = tl.load(page + place[1] + octet * 8 + c, mask=inside)
+        zero = tl.load(page + place[2] + octet * 8 + c, mask=inside)
+        first = _part_of_values(b, thirds, step, zero, 0, WIDE, QUADS, BITS, ASM)
+        second = _part_of_values(b, thirds, step, zero, 1, WIDE, QUADS, BITS, ASM)
+        values = stack(first, second, False)
+        if BITS < 4:
+            first = _part_of_values(b, thirds, step, zero, 2, WIDE, QUADS, BITS, ASM)
+            last = _part_of_values(b, thirds, step, zero, 3, WIDE, QUADS, BITS, ASM)
+            values = stack(values, stack(first, last, False), False)
+    return values
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def _part_of_values(
     code = field(b, F, BITS, ASM)
     if BITS == 3:
         code |= third(thirds, 2 * F, ASM)
-    return _columns(_by_rows(code, step, zero, ASM), QUADS, WIDE)
+    return _columns(_by_rows(code, step, zero, ASM).to(tl.int8, bitcast=True), QUADS, WIDE)
 
 
 @triton.jit
