@@ -26,7 +26,9 @@ from torch import Tensor
 
 import turboattention as ta
 from turboattention.benchmarking.records import Rival, Row
-from turboattention.execution.triton_steps import Call, steps_of
+from turboattention.execution.triton_state import Call
+from turboattention.execution.triton_steps import steps_of
+from turboattention.execution.triton_tally import Fills
 
 _ROWS = 64  # last query rows that errors are taken over
 
@@ -89,7 +91,7 @@ def _decode_at(
     cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, config)
     steps = steps_of(cache)
     assert steps is not None
-    own = graphed(functools.partial(steps.run, q, None, None, Call(plan.head_dim**-0.5), fills=False))
+    own = graphed(functools.partial(steps.run, q, None, None, Call(plan.head_dim**-0.5), fills=Fills()))
     error = None
     if batch * tokens <= 1 << 18:  # memory of floats
         error = relative_error(own()[0][:1], exact(q[:1], *(x[:1] for x in cache.dequantize()), False))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import turboattention as ta
 from turboattention.errors import NonFiniteError
-from turboattention.execution import triton_steps
 from turboattention.execution.triton_graph import DecodeGraph
 from turboattention.kernels.triton import pages, quantize
 from turboattention.kv import quantizer
@@ -47,6 +46,7 @@ def checks(plan: Plan) -> Iterator[dict[str, Any]]:
         cases["prefill, mask"] = lambda: _prefill(plan, 1024, OFF, attn_mask=normals(1024, 1024, seed=8))
     for bits in (8, *plan.bits) if real else plan.bits:
         cases[f"decode, {bits} bits"] = lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
+    cases["masks, lengths, first blocks and lags"] = lambda: _other_steps(plan)
     cases["a step's graph over a flush"] = lambda: _graph(plan, 8190 if real else 190)
     cases["saved, loaded on the CPU, and back"] = lambda: _moved(plan, 1023 if real else 191)
     cases["values that are not finite"] = lambda: _flagged(plan)
@@ -86,6 +86,27 @@ def _decode(plan: Plan, tokens: int, config: ta.TurboConfig) -> float:
         assert_close(got, want)
         worst = max(worst, relative_error(got[0], want[0]))
     _assert_same(cache, other)
+    return worst
+
+
+def _other_steps(plan: Plan) -> float:
+    """Steps with a mask and `lengths`, over the end of a first block and over one that waits: none may wait for the
+    device once their kernels are compiled."""
+    worst = 0.0
+    for config, tokens in ((OFF, 62), (OFF.replace(flush_lag=2), 191)):
+        held = filled_cache(2, plan.kv_heads, plan.head_dim, tokens, config)
+        for compiled in (False, True):
+            cache, other = held.clone(), held.clone()
+            for turn in range(4):
+                q, k, v = _new(plan, 2, turn)
+                options: dict[str, Any] = {"lengths": torch.tensor([1, turn % 2]), "return_lse": True}
+                options["attn_mask"] = normals(1, 1, 1, tokens + turn + 1, seed=9) > -1
+                want = ta.turbo_attention_with_kvcache(q, other, k, v, **options, backend="reference")
+                with _never_waiting() if compiled else contextlib.nullcontext():
+                    got = ta.turbo_attention_with_kvcache(q, cache, k, v, **options, backend="triton")
+                assert_close(got, want)
+                worst = max(worst, relative_error(got[0], want[0]))
+            _assert_same(cache, other)
     return worst
 
 
@@ -133,7 +154,7 @@ def _flagged(plan: Plan) -> None:
         torch.cuda.synchronize()
     assert all(bool(x.isfinite().all()) for x in cache.dequantize()), "the cache holds NaN"
     try:
-        triton_steps.look(cache)
+        cache.look()
     except NonFiniteError:
         return
     raise AssertionError("nothing was told")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import paged_kernels
 import torch
@@ -15,26 +16,46 @@ from turboattention.kv.layout import PageLayout
 BATCH, KV_HEADS, GROUP = 2, 8, 4
 CONFIG = TurboConfig()
 
+MASKS = {"bool mask": torch.bool, "16-bit mask": torch.bfloat16, "32-bit mask": torch.float32}
+SIGHTS = {
+    "full": {"causal": False},
+    "window": {"window": 100},
+    "softcap": {"softcap": 30.0},
+    "window, softcap, 32-bit mask": {"window": 100, "softcap": 30.0, "mask": torch.zeros(1, 1, 256, 256)},
+}
+
 Work = Callable[[], object]
 
 
 def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
-    """What a call is for, and the call. `quick`: every entry of configs.py once, in the default softmax."""
+    """What a call is for, and the call. `quick`: every entry of configs.py, in the default softmax, without masks
+    and under those of every size of element."""
     widths = {1: 4, 8: 3, 16: 2}
     for head_dim in (64, 128, 256):
         yield f"prefill d{head_dim}", _prefill(CONFIG, head_dim)
+        for name, dtype in MASKS.items():
+            yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, mask=_mask(dtype, 256))
     for head_dim, (group, bits) in itertools.product((128, 256), widths.items()):
-        yield f"decode d{head_dim} int{bits}, group {group}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group)
+        purpose = f"decode d{head_dim} int{bits}, group {group}"
+        yield purpose, _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group)
+        for name, dtype in MASKS.items():
+            mask = _mask(dtype, 1, 4097)
+            yield f"{purpose}, {name}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, mask=mask)
     yield "stage 1 d128", _stage_one(128)
     yield "append d128", _append(128, (2, 4) * (KV_HEADS // 2))
     yield from paged_kernels.calls(quick=True)
     if quick:
         return
     yield from paged_kernels.calls(quick=False)
-    for head_dim, softmax in itertools.product((64, 128), ("sas2", "exp")):
+    for head_dim, softmax in itertools.product((64, 128, 256), ("sas2", "exp")):
         yield f"prefill d{head_dim} {softmax}", _prefill(CONFIG.replace(softmax=softmax), head_dim)
-    for head_dim, bits in itertools.product((64, 128), (8, 4, 3, 2)):
+    for head_dim, (name, options) in itertools.product((64, 128, 256), SIGHTS.items()):
+        yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, **options)
+    for head_dim, bits in itertools.product((64, 128, 256), (8, 4, 3, 2)):
         yield f"decode d{head_dim} int{bits}, group 4", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, GROUP)
+    for head_dim, (group, bits) in itertools.product((128, 256), widths.items()):
+        work = _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, softcap=30.0)
+        yield f"decode d{head_dim} int{bits}, group {group}, softcap", work
     for softmax in ("sas2", "exp"):
         config = CONFIG.replace(softmax=softmax)
         yield f"decode d128 int4, group 4, {softmax}", _decode(config, 128, (4,) * KV_HEADS, GROUP)
@@ -42,18 +63,19 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
     yield "page codec d128", _codec(128)
 
 
-def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256) -> Work:
+def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256, **options: Any) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
+    options = _options(head_dim) | options
     return lambda: attention.attend(
-        config, q, _standing(tokens, 0), None, _rows(head_dim, tokens, torch.float32), **_options(head_dim)
+        config, q, _standing(tokens, 0), None, _rows(head_dim, tokens, torch.float32), **options
     )
 
 
-def _decode(config: TurboConfig, head_dim: int, bits: tuple[int, ...], group: int) -> Work:
+def _decode(config: TurboConfig, head_dim: int, bits: tuple[int, ...], group: int, **options: Any) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * group, 1, head_dim, dtype=torch.bfloat16)
-    table = _table(head_dim, bits)
+    table, options = _table(head_dim, bits), _options(head_dim) | options
     return lambda: attention.attend(
-        config, q, _standing(1, 4096), table, _rows(head_dim, 64, torch.bfloat16), **_options(head_dim)
+        config, q, _standing(1, 4096), table, _rows(head_dim, 64, torch.bfloat16), **options
     )
 
 
@@ -91,7 +113,7 @@ def _append(head_dim: int, bits: tuple[int, ...]) -> Work:
         x = torch.zeros(BATCH, KV_HEADS, 1, head_dim, dtype=torch.bfloat16)
         codes, scales = (rows.k8, rows.v8), (rows.k_scale, rows.v_scale)
         mean, flag = torch.zeros(BATCH, KV_HEADS, head_dim), torch.zeros(1, dtype=torch.int32)
-        append.store_tokens(CONFIG, (x, x), none, none, mean, 64, codes, scales, flag)
+        append.store_tokens(CONFIG, (x, x), none, none + 1, none, mean, 64, codes, scales, flag)
         append.flush_blocks(layout, codes, scales, none, True)
 
     return work
@@ -127,6 +149,10 @@ def _table(head_dim: int, bits: tuple[int, ...]) -> attention.Pages:
     return attention.Pages(torch.zeros(BATCH, 128, dtype=torch.int64), counts, 1, sinks, compressed)
 
 
-def _options(head_dim: int) -> dict:
+def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Tensor:
+    return torch.zeros(1, 1, queries, keys or queries, dtype=dtype)
+
+
+def _options(head_dim: int) -> dict[str, Any]:
     mean = torch.zeros(BATCH, KV_HEADS, head_dim)
     return dict(kv_heads=KV_HEADS, scale=0.1, mean=mean, mean_from=1, causal=True, window=None, softcap=None, mask=None)

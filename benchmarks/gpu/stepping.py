@@ -14,7 +14,9 @@ import turboattention as ta
 from turboattention.benchmarking.records import Row
 from turboattention.benchmarking.statistics import spread
 from turboattention.execution.triton_graph import DecodeGraph
-from turboattention.execution.triton_steps import Call, steps_of
+from turboattention.execution.triton_state import Call
+from turboattention.execution.triton_steps import steps_of
+from turboattention.execution.triton_tally import Fills
 
 _STEPS = 192
 
@@ -50,7 +52,7 @@ def _steps(plan: Plan, batch: int, tokens: int, count: int, shape: dict) -> Row:
     seconds = each_call(lambda: graph.step(q, k, v), count)
     alone = steps_of(held)
     assert alone is not None
-    attending = once(graphed(functools.partial(alone.run, q, None, None, Call(plan.head_dim**-0.5), fills=False)))
+    attending = once(graphed(functools.partial(alone.run, q, None, None, Call(plan.head_dim**-0.5), fills=Fills())))
     # A flush ends each run of 64 steps.
     flush = max(seconds)
     mean = sum(seconds) / len(seconds)

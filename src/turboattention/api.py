@@ -167,9 +167,9 @@ def turbo_attention_with_kvcache(
     _check_window_kept(cache, window_size)
     chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2]))
     # Queries alone may reach back behind what a window has kept: that is looked at below.
-    plain = lengths is None and attn_mask is None and (k_new is not None or cache.window_size is None)
-    if chosen.name != "reference" and plain:
-        stepped = _step(chosen.name, q, cache, k_new, v_new, is_causal, scale, window_size, softcap)
+    plain = lengths is None or (k_new is not None and k_new.dim() == 4 and q.shape[2] == k_new.shape[2])
+    if chosen.name != "reference" and plain and (k_new is not None or cache.window_size is None):
+        stepped = _step(chosen.name, q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
         if stepped is not None:
             return stepped if return_lse else stepped[0]
     counts = _new_tokens(q, k_new, lengths)
@@ -209,17 +209,31 @@ def _step(
     cache: KVCache,
     k: Tensor | None,
     v: Tensor | None,
+    lengths: Tensor | None,
+    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor] | None:
     """A decode step in one call of the kernels, where it is one; else None."""
+    counts, ends = None, cache.lengths
     if k is not None and v is not None:
         shape = (cache.batch_size, cache.num_kv_heads, cache.head_dim)
-        check_new(shape, cache.device, k, v, None, ("k_new", "v_new"), finite=False)
+        counts = check_new(shape, cache.device, k, v, lengths, ("k_new", "v_new"), finite=False)
+        ends = ends + counts
+    mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
     result = importlib.import_module(_MODULES[backend][1]).step(
-        q, cache, k, v, is_causal=is_causal, scale=scale, window_size=window_size, softcap=softcap
+        q,
+        cache,
+        k,
+        v,
+        counts=None if lengths is None else counts,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
     )
     if isinstance(result, str):
         bad = {"q": q, "k_new": k, "v_new": v}[result]

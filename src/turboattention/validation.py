@@ -166,8 +166,10 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
             )
 
 
-def check_mask(mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
-    """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk], where q is; returned with four dimensions."""
+def check_mask(mask: Tensor | None, q: Tensor, keys: int, finite: bool = True) -> Tensor | None:
+    """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk], where q is; returned with four dimensions.
+
+    Without `finite` values are not looked at."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -183,7 +185,7 @@ def check_mask(mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
     if mask.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
         raise ShapeError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
     # NaN if any is, in one pass and without a copy.
-    if mask.is_floating_point() and mask.numel() and not bool(mask.amax() < torch.inf):
+    if finite and mask.is_floating_point() and mask.numel() and not bool(mask.amax() < torch.inf):
         raise NonFiniteError("attn_mask: expected finite values or -inf, got NaN or +inf")
     return mask.reshape(shape)
 

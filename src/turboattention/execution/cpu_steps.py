@@ -17,6 +17,8 @@ def step(
     k: Tensor | None,
     v: Tensor | None,
     *,
+    counts: Tensor | None,
+    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     window_size: int | None,
@@ -26,7 +28,7 @@ def step(
     one call, for tensors whose shapes were checked. None where it is not such a step; the name of a tensor
     that holds what is not finite ("q", "k_new" or "v_new"), nothing having changed."""
     tokens = k.shape[2] if k is not None else 0
-    if k is not None and q.shape[2] != tokens:
+    if counts is not None or attn_mask is not None or (k is not None and q.shape[2] != tokens):
         return None
     steps = _steps_of(cache)
     filled = steps.filled_by(tokens) if steps is not None else None
@@ -45,10 +47,10 @@ def step(
     return result
 
 
-def append(cache: Growing, k: Tensor, v: Tensor) -> bool:
+def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -> bool:
     """`kv.quantizer.Quantizer.append`."""
     tokens = k.shape[2]
-    if refusal(cache.config, k.dtype) or not tokens:
+    if counts is not None or refusal(cache.config, k.dtype) or not tokens:
         return False
     steps = _steps_of(cache)
     filled = steps.filled_by(tokens) if steps is not None else None
@@ -76,7 +78,7 @@ class _Steps:
 
     def __init__(self, cache: Growing):
         self._room, self._capacity = cache.room, cache.buffer_memory()[0][0].shape[2]
-        self._may_fill = cache.settled
+        self._may_fill = cache.settled and not cache.config.flush_lag
         self.addresses = _addresses(cache)
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
         self._open = (cache.lengths - self._start).tolist()

@@ -13,7 +13,8 @@ from ..kv.staging import SequenceState, Stage, fresh_state, stage
 from ..reference.queries import quantize_queries as quantize_by_tile
 from ..validation import check_finite
 from .triton_device import on_own_device
-from .triton_steps import look, pages_of, step
+from .triton_steps import step
+from .triton_tables import pages_of
 
 __all__ = ["attend_cache", "prefill", "step"]
 
@@ -76,7 +77,7 @@ def attend_cache(
     `positions` and `valid` are runs: every row stands one behind the last, and rows of padding
     stand at the end. `head_bits` is read under `stored_prefill` alone, which is refused.
     """
-    look(cache)
+    cache.look()
     state = staged if staged is not None else cache.state(q.device)
     return _attend(
         cache.config,

@@ -32,5 +32,5 @@ def on_own_device(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without waiting for it: only from pinned memory does a copy not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """x in memory of its own on the device, without waiting for it: only from pinned memory does a copy not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device, copy=True)

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from ..errors import DtypeError, InputError, ShapeError, UnsupportedError
+from ..kernels.triton.attention import BLOCK
 from ..kv.cache import KVCache
 from ..validation import check_floats, check_softmax, check_window
 from .triton_device import guard
-from .triton_steps import BLOCK, Call, flag_of, look, new_steps, steps_of
+from .triton_notice import notice_of
+from .triton_state import Call
+from .triton_steps import new_steps, steps_of
+from .triton_tally import Fills
+
+_FILLS = Fills(pages=True)
 
 
 class DecodeGraph:
@@ -61,7 +67,7 @@ class DecodeGraph:
         # Of its own: an older graph goes on to hold what it captured, and is refused when it steps.
         cache.kept = self._steps = new_steps(cache)
         self._cache = cache
-        self._steps.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
+        self._steps.tables.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
         self._call = Call(cache.head_dim**-0.5 if scale is None else float(scale), True, window, softcap)
         self._inputs = tuple(
             torch.zeros(cache.batch_size, heads, 1, cache.head_dim, dtype=cache.dtype, device=cache.device)
@@ -84,32 +90,31 @@ class DecodeGraph:
             self._outputs = self.attend(*self._inputs)
         else:
             self._graph.replay()
-        flag_of(self._cache).send()
+        notice_of(self._cache).send()
         assert self._outputs is not None
         return self._outputs
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The device's work of a step, and none of the host's. Raises as `step` does for q, k and v."""
         self._check(q, k, v)
-        return self._steps.run(q, k, v, self._call, fills=True)
+        return self._steps.run(q, k, v, self._call, fills=_FILLS)
 
     def advance(self) -> None:
         """Count a step on the host, ahead of the device. Raises as `step` does."""
-        look(self._cache)
+        self._cache.look()
         if self._cache.kept is not self._steps:
             raise InputError("cache: expected it as the graph left it, got one changed by another call")
         assert self._cache.max_tokens is not None
         if int(self._cache.lengths.max()) >= self._cache.max_tokens:
             raise InputError(f"cache: expected room in its max_tokens={self._cache.max_tokens}, got it full")
-        filled = self._steps.filled_by(1)
-        assert filled is not None
-        pages = self._steps.fresh(self._cache, filled)
-        self._steps.count(self._cache, 1, filled, pages)
-        flag_of(self._cache).send()  # of the step before: this one's work is not on its way yet
+        plan = self._steps.tally.plan([1] * self._cache.batch_size)
+        assert plan is not None
+        self._steps.count(self._cache, plan, self._steps.tables.take(plan))
+        notice_of(self._cache).send()  # of the step before: this one's work is not on its way yet
 
     def close(self) -> None:
         """Give back pages that were not filled. The graph is then of no use."""
-        self._steps.release()
+        self._steps.tables.release()
         if self._cache.kept is self._steps:
             self._cache.kept = None
 
@@ -131,7 +136,7 @@ class DecodeGraph:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 q, k, v = self._inputs
-                self._steps.copied().run(q, k, v, self._call, fills=True)
+                self._steps.copied().run(q, k, v, self._call, fills=_FILLS)
             torch.cuda.current_stream().wait_stream(stream)
             # PyTorch's own stream for captures stays on the device of the first one.
             with torch.cuda.graph(graph, stream=stream):

@@ -16,7 +16,7 @@ from .contents import Contents
 from .quantizer import quantizer_for
 from .staging import Stage, stage
 from .store import Encoded, Flush
-from .widths import decide_head_bits
+from .widths import decide_head_bits, uniform_head_bits
 
 
 class Growing(Contents):
@@ -38,11 +38,10 @@ class Growing(Contents):
             refuse_gradients(k=k, v=v)
             torch.ops.turboattention.append(self._handle, k, v, lengths)
             return
-        if lengths is None:
-            shape = (self.batch_size, self.num_kv_heads, self.head_dim)
-            check_new(shape, self.device, k, v, None, finite=False)
-            if quantizer_for(k.device, k.dtype).append(self, k, v):
-                return
+        shape = (self.batch_size, self.num_kv_heads, self.head_dim)
+        counts = check_new(shape, self.device, k, v, lengths, finite=False)
+        if quantizer_for(k.device, k.dtype).append(self, k, v, None if lengths is None else counts):
+            return
         self.commit(self.stage(k, v, lengths))
 
     def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")) -> Stage:
@@ -65,8 +64,7 @@ class Growing(Contents):
             bits = self.planned_bits(staged, flush)
         parts = self.encode(flush, bits)
         if bits is not None and self._store.head_bits is None:
-            self._store.freeze(bits)
-            self._store.reserve(self.max_tokens or 0)
+            self.freeze_widths(bits)
         self._store.append(parts)
         kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
         self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept)
@@ -90,6 +88,17 @@ class Growing(Contents):
         frozen = self._store is not None and self._store.head_bits is not None
         return not frozen and bool((flush.block >= self.sink_blocks).any())
 
+    @property
+    def known_bits(self) -> Tensor | None:
+        """int64 [2, Hkv]: the widths that will be frozen whatever the tokens are; None where those decide."""
+        return self._given_bits if self._given_bits is not None else uniform_head_bits(self.config, self.num_kv_heads)
+
+    def freeze_widths(self, head_bits: Tensor) -> None:
+        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and reserve memory for `max_tokens`."""
+        assert self._store is not None
+        self._store.freeze(head_bits)
+        self._store.reserve(self.max_tokens or 0)
+
     def planned_bits(self, staged: Stage, flush: Flush) -> Tensor:
         """int64 [2, Hkv]: the widths that committing would freeze."""
         if self._given_bits is not None:
@@ -106,6 +115,11 @@ class Growing(Contents):
         return self._store.encode(flush, self._store.head_bits if self._store.head_bits is not None else head_bits)
 
     @property
+    def learns_mean(self) -> bool:
+        """Whether the mean of K is taken from each sequence's first block."""
+        return self.config.smooth_k and self._given_mean is None
+
+    @property
     def room(self) -> int:
         """Tokens that every sequence can take before something is decided or compressed: before the
         buffer is full, or its first block, which the mean of K is taken from. 0 before the first tokens."""
@@ -113,7 +127,7 @@ class Growing(Contents):
             return 0
         size = self.config.block_size
         left = self._buffer.capacity - (self._lengths - self.page_counts * size)
-        if self.config.smooth_k and self._given_mean is None:
+        if self.learns_mean:
             left = torch.where(self._lengths < size, torch.minimum(left, size - 1 - self._lengths), left)
         return int(left.min())
 
@@ -124,27 +138,37 @@ class Growing(Contents):
         k8, v8, k_scale, v_scale = self._buffer.memory(rows or self._buffer.capacity)
         return (k8, v8), (k_scale, v_scale)
 
-    def extend(self, tokens: int, filled: Sequence[int] = (), pages: Sequence[int] = ()) -> None:
-        """Count `tokens` rows that were written behind those of every sequence, at most `room` of them; or
-        more where the sequences `filled` filled a block each, which stands in `pages` now (`fresh_pages` of
-        the store), and the buffer holds what is behind it.
+    def extend(
+        self,
+        tokens: int | Tensor,
+        filled: Sequence[int] = (),
+        pages: Sequence[int] = (),
+        k_mean: Tensor | None = None,
+    ) -> None:
+        """Count `tokens` rows (of each sequence: int64 [B], CPU) that were written behind those of every
+        sequence, at most `room` of them; or more where the sequences `filled` filled a block each, which
+        stands in `pages` now (`fresh_pages` of the store), and the buffer holds what is behind it.
 
-        Only for caches of token scales; a block may fill only where `settled`.
+        Only for caches of token scales. Where a block fills that is not `settled`, who calls has decided:
+        widths are frozen, and `k_mean` float32 [B, H, D] is what the first blocks that filled gave.
         """
         assert self._store is not None
         if filled:
             self._store.adopt(filled, pages)
+        if k_mean is not None:
+            self._k_mean = k_mean
         self._lengths = self._lengths + tokens
         self._evict()
 
     @property
     def settled(self) -> bool:
-        """Whether a block that fills is compressed without any decision, and at once: widths and means are
-        known, every sequence is past its sinks, and blocks do not wait."""
+        """Whether a block is compressed without any decision: widths and means are known, and every
+        sequence is past its sinks."""
         frozen = self._store is not None and self._store.head_bits is not None
-        if not frozen or not len(self._lengths) or self.config.flush_lag:
+        if not frozen or not len(self._lengths):
             return False
-        return int(self._lengths.min()) >= max(self.config.block_size, self.config.sink_tokens)
+        past_sinks = int(self.page_counts.min()) >= self.sink_blocks
+        return past_sinks and int(self._lengths.min()) >= self.config.block_size
 
     def _evict(self) -> None:
         if self.window_size is None or self._store is None:

@@ -65,9 +65,10 @@ class Quantizer(Protocol):
         """uint8 [N, page_bytes] -> k8, v8, k_scale, v_scale."""
         ...
 
-    def append(self, cache: Growing, k: Tensor, v: Tensor) -> bool:
-        """Append k, v [B, H, T, D], whose shapes were checked, at once. False, and nothing done, where it
-        does not do that: values that are not finite, blocks that need a decision, many tokens."""
+    def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
+        """Append k, v [B, H, T, D], whose shapes were checked, at once; of each sequence the first
+        `counts[b]` tokens (int64 [B], CPU), where given. False, and nothing done, where it does not do
+        that: values that are not finite, blocks that need a decision, many tokens."""
         ...
 
 
@@ -123,7 +124,7 @@ class _PyTorch:
         tiles = decode_tiles(layout, pages)
         return tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
 
-    def append(self, cache: Growing, k: Tensor, v: Tensor) -> bool:
+    def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
         return False
 
 

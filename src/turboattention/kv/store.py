@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,24 +116,25 @@ class PageStore:
             for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
                 self.tables[sequence].append(page)
 
-    def fresh_pages(self, count: int) -> list[int]:
-        """Numbers of compressed pages to write into, which `adopt` or `discard` must be told of."""
-        assert self.compressed is not None
-        return self.compressed.allocate(count)
+    def fresh_pages(self, count: int, sinks: bool = False) -> list[int]:
+        """Numbers of compressed pages (or of sinks) to write into, which `adopt` or `discard` must be told of."""
+        return self._pool(sinks).allocate(count)
 
-    def discard(self, pages: list[int]) -> None:
+    def discard(self, pages: list[int], sinks: bool = False) -> None:
         """Give back pages that were not adopted."""
-        assert self.compressed is not None
-        self.compressed.release(pages)
+        self._pool(sinks).release(pages)
+
+    def page_address(self, page: int, sinks: bool = False) -> int:
+        """Where the bytes of a page from `fresh_pages` stand."""
+        return self._pool(sinks).address(page)
 
     def adopt(self, sequences: Sequence[int], pages: Sequence[int]) -> None:
-        """Put pages that were written behind those of `sequences`, one each, all behind the sinks."""
-        pool, addresses = self.compressed, self._addresses
-        assert pool is not None
+        """Put pages that were written behind those of `sequences`, one each."""
+        addresses = self._addresses
         for sequence, page in zip(sequences, pages, strict=True):
             table = self.tables[sequence]
             if addresses is not None and len(table) < addresses.shape[1]:
-                addresses[sequence, len(table)] = pool.address(page)
+                addresses[sequence, len(table)] = self._pool_of(len(table)).address(page)
             else:
                 addresses = None
             table.append(page)
@@ -162,8 +164,15 @@ class PageStore:
             self._addresses = torch.tensor(padded, dtype=torch.int64).view(len(self.tables), widest)
         return self._addresses
 
+    def evicted(self) -> list[int]:
+        """Blocks at the front of each sequence that `evict` has released."""
+        return [bisect_left(table, True, key=lambda page: page != EVICTED) for table in self.tables]
+
     def _pool_of(self, block: int) -> PagePool:
-        pool = self.sinks if block < self.sink_blocks else self.compressed
+        return self._pool(block < self.sink_blocks)
+
+    def _pool(self, sinks: bool) -> PagePool:
+        pool = self.sinks if sinks else self.compressed
         assert pool is not None
         return pool
 

@@ -34,11 +34,18 @@ def parse_head_bits(head_bits: HeadBits | None, heads: int) -> Tensor | None:
     return bits.clone(memory_format=torch.contiguous_format)
 
 
+def uniform_head_bits(config: TurboConfig, heads: int) -> Tensor | None:
+    """int64 [2, Hkv] where `config.bits` says it all; None for ``"mixed"``, which looks at the tokens."""
+    if config.bits == "mixed":
+        return None
+    k_bits, v_bits = config.kv_bits
+    return torch.tensor([[k_bits] * heads, [v_bits] * heads])
+
+
 def decide_head_bits(config: TurboConfig, k: Tensor, v: Tensor) -> Tensor:
     """int64 [2, Hkv] under `config.bits`, from the first blocks [N, Hkv, B, D] before smoothing and
     rotation. Only ``"mixed"`` looks at them: K and V are scored apart."""
-    heads = k.shape[1]
-    if config.bits == "mixed":
-        return torch.stack([assign_head_bits(head_priority(x), config.low_bit_fraction).cpu() for x in (k, v)])
-    k_bits, v_bits = config.kv_bits
-    return torch.tensor([[k_bits] * heads, [v_bits] * heads])
+    uniform = uniform_head_bits(config, k.shape[1])
+    if uniform is not None:
+        return uniform
+    return torch.stack([assign_head_bits(head_priority(x), config.low_bit_fraction).cpu() for x in (k, v)])

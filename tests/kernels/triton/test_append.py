@@ -49,7 +49,18 @@ def test_storing_tokens(tokens, rotate, smooth, dtype):
         for x, m, c, s in zip((k, v), (mean, None), codes, scales, strict=True)
     ]
     flag = torch.zeros(1, dtype=torch.int32)
-    store_tokens(ta.TurboConfig(rotate=rotate), (k, v), lengths, start, mean, 64, codes, scales, flag)
+    store_tokens(
+        ta.TurboConfig(rotate=rotate),
+        (k, v),
+        lengths,
+        torch.full((BATCH,), tokens),
+        start,
+        mean,
+        64,
+        codes,
+        scales,
+        flag,
+    )
     for (want_codes, want_scales), c, s in zip(want, codes, scales, strict=True):
         assert torch.equal(c, want_codes)
         assert torch.equal(s.float(), want_scales)
@@ -61,7 +72,7 @@ def test_what_has_no_room_is_dropped():
     guard = [x.clone() for x in (*codes, *scales)]
     k, v = normals(2, BATCH, HEADS, 2, D, seed=1)
     lengths, flag = torch.tensor([63, 64, 70]), torch.zeros(1, dtype=torch.int32)
-    store_tokens(ta.TurboConfig(), (k, v), lengths, lengths * 0, None, 0, codes, scales, flag)
+    store_tokens(ta.TurboConfig(), (k, v), lengths, torch.full((BATCH,), 2), lengths * 0, None, 0, codes, scales, flag)
     for x, before in zip((*codes, *scales), guard, strict=True):
         assert bool((x[0, :, 63] != 0).any())
         x[0, :, 63] = 0
@@ -75,12 +86,14 @@ def test_rows_that_are_not_finite_become_zeros(side, bad):
     lengths, start, flag = torch.full((BATCH,), 130), torch.full((BATCH,), 128), torch.zeros(1, dtype=torch.int32)
     mean = normals(BATCH, HEADS, D, seed=3)
     want, want_scales = buffer(64, torch.bfloat16)
-    store_tokens(ta.TurboConfig(), tuple(new), lengths, start, mean, 0, want, want_scales, flag)
+    store_tokens(
+        ta.TurboConfig(), tuple(new), lengths, torch.full((BATCH,), 2), start, mean, 0, want, want_scales, flag
+    )
     assert flag.tolist() == [0]
     want[side][1, 1, 3], want_scales[side][1, 1, 3] = 0, 1
     new[side][1, 1, 1, 5] = bad
     codes, scales = buffer(64, torch.bfloat16)
-    store_tokens(ta.TurboConfig(), tuple(new), lengths, start, mean, 0, codes, scales, flag)
+    store_tokens(ta.TurboConfig(), tuple(new), lengths, torch.full((BATCH,), 2), start, mean, 0, codes, scales, flag)
     assert flag.tolist() == [1]
     for got, expected in zip((*codes, *scales), (*want, *want_scales), strict=True):
         assert torch.equal(got, expected)
@@ -93,7 +106,7 @@ def test_full_blocks_move_into_their_pages(width, dtype, search):
     zeros, flag = torch.zeros(BATCH, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     new = normals(2, BATCH, HEADS, width, D, seed=5)
     new[:, :, :, 3] *= 1e7  # rows so far apart are requantized
-    store_tokens(ta.TurboConfig(), tuple(new), zeros, zeros, None, 0, codes, scales, flag)
+    store_tokens(ta.TurboConfig(), tuple(new), zeros, zeros + width, zeros, None, 0, codes, scales, flag)
     before = [x.clone() for x in (*codes, *scales)]
     tiles = [x[:, :, :64].clone() for x in (*codes, *(s.float() for s in scales))]
     want = PYTORCH.encode_pages(LAYOUT, *tiles, search)
@@ -115,7 +128,7 @@ def test_an_empty_batch():
     none = torch.zeros(0, dtype=torch.int64)
     cut = tuple(x[:0] for x in codes), tuple(x[:0] for x in scales)
     k = torch.zeros(0, HEADS, 1, D)
-    store_tokens(ta.TurboConfig(), (k, k), none, none, None, 0, *cut, torch.zeros(1, dtype=torch.int32))
+    store_tokens(ta.TurboConfig(), (k, k), none, none, none, None, 0, *cut, torch.zeros(1, dtype=torch.int32))
     flush_blocks(LAYOUT, *cut, none, True)
 
 
@@ -123,7 +136,9 @@ def test_refusals():
     codes, scales = buffer(64, torch.float16)
     none, k = torch.zeros(BATCH, dtype=torch.int64), torch.zeros(BATCH, HEADS, 1, D)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected int8 and .* got torch.int8 and torch.float16"):
-        store_tokens(ta.TurboConfig(), (k, k), none, none, None, 0, codes, scales, torch.zeros(1, dtype=torch.int32))
+        store_tokens(
+            ta.TurboConfig(), (k, k), none, none, none, None, 0, codes, scales, torch.zeros(1, dtype=torch.int32)
+        )
     with pytest.raises(DtypeError, match=r"^codes, scales"):
         flush_blocks(LAYOUT, codes, scales, none, True)
     with pytest.raises(UnsupportedError, match=r"^block_size"):

@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu" / "assembly.py"
 every_target = pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
 LEAST_COLUMNS = {"sm_90": 8, "sm_80": 8, "gfx942": 16}
+MASKS = ("", "bool", "add", "add")  # without, and those of benchmarks/gpu/kernels.py
 NAMES = {"sm_90": ("IGMMA",), "sm_80": ("IMMA",), "gfx942": ("v_mfma_i32",)}
 
 
@@ -41,25 +42,28 @@ def of(target: str, kernel: str) -> list[dict[str, Any]]:
 @every_target
 def test_no_kernel_spills_registers_to_memory(target):
     rows = compiled(target)
-    assert {row["kernel"]: row["spill_bytes"] for row in rows if row["spill_bytes"]} == {}
+    assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"]} == {}
     assert all(0 < row["registers"] <= (512 if target == "gfx942" else 255) for row in rows)
 
 
 @every_target
 def test_both_products_of_prefill_are_integer_matrix_instructions(target):
     rows = of(target, "prefill")
-    assert [row["constants"]["D"] for row in rows] == [64, 128, 256]
+    shipped = [(d, mask) for d in (64, 128, 256) for mask in MASKS]
+    assert [(row["constants"]["D"], row["constants"]["MASK"]) for row in rows] == shipped
     for row in rows:
         c = row["constants"]
         assert all(name.startswith(NAMES[target]) for name in row["products"])
-        # q k^T and p v, of 64 keys each, in the loop over whole blocks and in that over masked ones.
-        assert row["multiplications"] >= 2 * 2 * c["M"] * 64 * c["WIDE"]
+        # q k^T and p v, of 64 keys each, in the loop over whole blocks, which masks do without, and in the other.
+        loops = 1 if c["MASK"] else 2
+        assert row["multiplications"] >= 2 * loops * c["M"] * 64 * c["WIDE"]
 
 
 @every_target
 def test_both_products_of_decode_are_integer_matrix_instructions(target):
     rows = of(target, "decode")
-    assert [row["constants"]["K_BITS"] for row in rows] == [4, 3, 2] * 2
+    shipped = [(d, bits, mask) for d in (128, 256) for bits in (4, 3, 2) for mask in MASKS]
+    assert [tuple(row["constants"][name] for name in ("D", "K_BITS", "MASK")) for row in rows] == shipped
     for row in rows:
         c = row["constants"]
         # IGMMA takes four warps.

@@ -18,6 +18,8 @@ from turboattention import dispatch
 from turboattention.config import TurboConfig
 from turboattention.errors import DtypeError, UnsupportedError
 from turboattention.execution import triton_quantizer, triton_steps
+from turboattention.execution.triton_state import Call
+from turboattention.execution.triton_tally import Fills
 from turboattention.kv import quantizer
 
 from ...helpers import normals, qkv
@@ -173,12 +175,12 @@ def test_the_devices_work_of_a_step_reads_nothing_in_any_way(lengths, fills, mon
     cache, *_ = filled_with(lengths, config=NO_SINKS)
     q, k, v = qkv(2, 4, 2, 1, 1, 16, seed=7)
     steps = triton_steps.steps_of(cache)
-    filled_now = steps.filled_by(1)
-    assert bool(filled_now) is fills
-    steps.fresh(cache, filled_now)
+    plan = steps.tally.plan([1, 1])
+    assert plan.fills == Fills(pages=fills)
+    steps.tables.take(plan)
     with nothing_read(monkeypatch):
-        steps.copied().run(q, k, v, triton_steps.Call(0.25), fills=fills)
-        steps.store(k, v, fills=fills)
+        steps.copied().run(q, k, v, Call(0.25), fills=plan.fills)
+        steps.store(k, v, fills=plan.fills)
 
 
 # -- the quantizer that caches on a GPU take --------------------------------------------------------------

@@ -17,10 +17,12 @@ from triton.runtime.interpreter import GridExecutor
 
 import turboattention as ta
 from turboattention.errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
-from turboattention.execution import triton_device, triton_quantizer, triton_steps
+from turboattention.execution import triton_device, triton_quantizer, triton_state, triton_steps, triton_tables
 from turboattention.execution.triton_graph import DecodeGraph
+from turboattention.execution.triton_notice import Notice
+from turboattention.execution.triton_state import Call, Steps
 from turboattention.kernels.triton import attention
-from turboattention.kernels.triton.pages import page_places
+from turboattention.kernels.triton.places import all_places, head_places
 from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout
 
@@ -60,7 +62,7 @@ def test_steps_store_and_attend_as_stages_do(config):
         q, k, v = tokens_of(3, count, turn)
         before = cache.kept
         cache_both(q, cache, k, v)
-        assert isinstance(cache.kept, triton_steps.Steps)
+        assert isinstance(cache.kept, Steps)
         assert turn == 0 or cache.kept is before
         want.commit(want.stage(k, v))
         assert content(cache) == content(want)
@@ -100,9 +102,10 @@ def test_the_devices_work_of_a_step_reads_nothing():
     cache, *_ = filled([191, 130], config=NO_SINKS)
     q, k, v = tokens_of(2, 1, 0)
     steps = triton_steps.steps_of(cache)
-    steps.fresh(cache, steps.filled_by(1))
+    plan = steps.tally.plan([1, 1])
+    steps.tables.take(plan)
     with NoReads():
-        steps.run(q, k, v, triton_steps.Call(0.25), fills=True)
+        steps.run(q, k, v, Call(0.25), fills=plan.fills)
     with pytest.raises(AssertionError, match="a tensor was read"), NoReads():
         bool(q.sum())
 
@@ -116,7 +119,9 @@ def test_values_that_are_not_finite_are_told_later_and_never_stored(name):
     assert bool(out.isfinite().all())
     assert all(bool(x.isfinite().all()) for x in cache.dequantize())
     q, k, v = tokens_of(2, 1, 1)
-    with pytest.raises(NonFiniteError, match=r"^q, k_new, v_new: expected finite values, got others in an earlier"):
+    with pytest.raises(
+        NonFiniteError, match=r"^q, k_new, v_new, attn_mask: expected finite values .* got others in an earlier"
+    ):
         ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
     assert cache.seq_lens.tolist() == [131, 192]
     cache_both(q, cache, k, v)  # told once
@@ -170,18 +175,6 @@ def test_compiled_whole():
 # -- steps that take the long way, or fail ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lag", [1, 2, 70])
-def test_blocks_that_wait_are_staged(lag):
-    cache, *_ = filled([130, 191], config=NO_SINKS.replace(flush_lag=lag))
-    want = cache.clone()
-    for turn in range(3):
-        q, k, v = tokens_of(2, 1, turn)
-        cache_both(q, cache, k, v)
-        assert not triton_steps.append(cache, k, v)
-        want.commit(want.stage(k, v))
-    assert content(cache) == content(want)
-
-
 def test_a_table_that_is_full_grows():
     """More blocks than a page table has room for when it is made."""
     cache, *_ = filled([64], heads=1, config=NO_SINKS)
@@ -194,9 +187,9 @@ def test_a_table_that_is_full_grows():
     assert live_pages(cache) == 1 + 2 * 70
 
 
-@pytest.mark.parametrize("broken", ["upload", "flush_blocks"])
+@pytest.mark.parametrize(("where", "broken"), [(triton_tables, "upload"), (triton_state, "flush_blocks")])
 @pytest.mark.parametrize("attends", [False, True])
-def test_a_step_that_fails_keeps_no_page(monkeypatch, broken, attends):
+def test_a_step_that_fails_keeps_no_page(monkeypatch, where, broken, attends):
     cache, *_ = filled([191, 130], config=NO_SINKS)
     q, k, v = tokens_of(2, 1, 0)
     pages = live_pages(cache)
@@ -206,7 +199,7 @@ def test_a_step_that_fails_keeps_no_page(monkeypatch, broken, attends):
 
     call = ta.turbo_attention_with_kvcache if attends else lambda q, cache, k, v, backend: cache.append(k, v)
     with monkeypatch.context() as m:
-        m.setattr(triton_steps, broken, fail)
+        m.setattr(where, broken, fail)
         m.setattr(quantizer, "_providers", [lambda device: triton_quantizer])
         with pytest.raises(MemoryError):
             call(q, cache, k, v, backend="triton")
@@ -219,14 +212,14 @@ def test_some_sequences_have_pages_reserved():
     cache, *_ = filled([191, 191], config=NO_SINKS)
     want = cache.clone()
     steps = triton_steps.steps_of(cache)
-    steps.reserve([0, 2])
+    steps.tables.reserve([0, 2])
     for turn, count in enumerate((1, 64, 64)):
         _, k, v = tokens_of(2, count, turn)
         assert triton_steps.append(cache, k, v)
         want.commit(want.stage(k, v))
     assert content(cache) == content(want)
     assert cache.kept is steps
-    assert steps._reserved == [[], []]
+    assert steps.tables._reserved == [[], []]
 
 
 def test_what_is_uploaded_without_waiting_is_pinned():
@@ -287,7 +280,7 @@ TELLING = {
     ),
     "another backend": lambda cache, q, k, v: ta.turbo_attention_with_kvcache(q, cache, k, v, backend="reference"),
 }
-EARLIER = r"^q, k_new, v_new: expected finite values, got others in an earlier step \(layer 3\)"
+EARLIER = r"^q, k_new, v_new, attn_mask: expected finite values .* got others in an earlier step \(layer 3\)"
 
 
 def flagged() -> ta.KVCache:
@@ -327,7 +320,7 @@ def test_copies_are_told_on_their_own(duplicate):
 def test_the_flag_is_on_its_way_when_a_call_returns(graph):
     """As on a GPU, where the host's copy is another."""
     cache, *_ = filled([130, 190], config=NO_SINKS, max_tokens=256)
-    cache.notice = triton_steps._Flag(torch.device("cpu"))
+    cache.notice = Notice(torch.device("cpu"))
     cache.notice._here = torch.zeros(1, dtype=torch.int32)
     q, k, v = tokens_of(2, 1, 0)
     q[0, 0, 0, 0] = torch.nan
@@ -336,7 +329,7 @@ def test_the_flag_is_on_its_way_when_a_call_returns(graph):
     else:
         ta.turbo_attention_with_kvcache(q, cache, backend="triton")
     with pytest.raises(NonFiniteError):
-        triton_steps.look(cache)
+        cache.look()
 
 
 # -- graphs: the captured work run eagerly, over the same memory --------------------------------------------
@@ -415,10 +408,10 @@ def test_of_two_graphs_the_latest_steps():
     cache, *_ = filled([126, 190], config=NO_SINKS, max_tokens=256)
     want, pages = cache.clone(), live_pages(cache)
     first = DecodeGraph(cache, 4, capture=False)
-    table = first._steps._pages.addresses
+    table = first._steps.tables.on_device.addresses
     second = DecodeGraph(cache, 4, capture=False)
-    assert first._steps._pages.addresses is table  # whatever it captured lives as long as it does
-    assert second._steps._pages.addresses is not table
+    assert first._steps.tables.on_device.addresses is table  # whatever it captured lives as long as it does
+    assert second._steps.tables.on_device.addresses is not table
     q, k, v = tokens_of(2, 1, 0)
     with pytest.raises(InputError, match=r"^cache: expected it as the graph left it"):
         first.step(q, k, v)
@@ -476,10 +469,10 @@ def test_a_graph_checks_tensors_before_it_counts(name):
 def test_tables_that_captured_graphs_read_live_for_ever():
     cpu = torch.device("cpu")
     layouts = [PageLayout.uniform(heads, 16, 64, 4, True) for heads in range(1, 71)]
-    places, blanks = ([make(x) for x in layouts] for make in (lambda x: page_places(x, cpu), lambda x: blank(x, cpu)))
-    assert all(page_places(layout, cpu) is x for layout, x in zip(layouts, places, strict=True))
-    assert all(blank(layout, cpu) is x for layout, x in zip(layouts, blanks, strict=True))
-    assert attention._places.cache_info().maxsize is None
+    made = [(all_places(x, cpu), blank(x, cpu)) for x in layouts]
+    assert all(all_places(layout, cpu) is x for layout, (x, _) in zip(layouts, made, strict=True))
+    assert all(blank(layout, cpu) is x for layout, (_, x) in zip(layouts, made, strict=True))
+    assert head_places.cache_info().maxsize is None
 
 
 def blank(layout: PageLayout, device: torch.device) -> torch.Tensor:

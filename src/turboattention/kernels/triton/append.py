@@ -6,7 +6,6 @@ same launches serve every step (CUDA graphs).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,13 +13,12 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
-from .pages import clear_padding, encode_head, layout_facts, page_places, refusal
-from .quantize import check_tiles, float_rows, indices, means, row_shape, stage_rows, store_codes
+from .pages import clear_padding, encode_head, layout_facts, refusal
+from .places import OF_KEYS, OF_VALUES, PLACES, all_places
+from .quantize import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape, stage_rows, store_codes
 
 Pair = tuple[Tensor, Tensor]
 """Of keys and of values."""
-
-_SCALES = (torch.float32, torch.bfloat16)  # both hold a token's scale, of 4 mantissa bits, exactly
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "tokens", "width", "mean_from"])
@@ -28,6 +26,7 @@ def _store_kernel(
     k,
     v,
     lengths,
+    counts,
     start,
     mean,
     k_codes,
@@ -55,6 +54,7 @@ def _store_kernel(
     there = row < rows
     tile, t = row // tokens, (row % tokens).to(tl.int64)
     b, h = (tile // heads).to(tl.int64), (tile % heads).to(tl.int64)
+    there &= t < tl.load(counts + b, mask=there, other=0)
     position = tl.load(lengths + b, mask=there, other=0) + t
     open_row = position - tl.load(start + b, mask=there, other=0)
     wanted = there & (open_row >= 0) & (open_row < width)
@@ -75,6 +75,7 @@ def store_tokens(
     config: TurboConfig,
     new: Pair,
     lengths: Tensor,
+    counts: Tensor,
     start: Tensor,
     mean: Tensor | None,
     mean_from: int,
@@ -82,24 +83,26 @@ def store_tokens(
     scales: Pair,
     flag: Tensor,
 ) -> None:
-    """Quantize new tokens k, v [B, H, T, D] (any strides) into rows `lengths[b] - start[b] + t` of the buffer.
+    """Quantize new tokens t < counts[b] of k, v [B, H, T, D] (any strides) into rows
+    `lengths[b] - start[b] + t` of the buffer. The others of k and v are never read.
 
-    lengths, start: int64 [B], tokens stored before and the position of the buffer's row 0. mean: float32
-    [B, H, D] or None, off the keys from position `mean_from` on. codes: int8 [B, H, W, D], scales: float32
-    or bfloat16 [B, H, W], both contiguous and written into; what would stand beyond row W is dropped. A row
-    that is not finite, or beyond 1e18 in magnitude, is stored as zeros with scale 1, and `flag`
-    (int32 [1]) becomes 1. Raises DtypeError.
+    lengths, counts, start: int64 [B], tokens stored before, new ones, and the position of the buffer's row 0.
+    mean: float32 [B, H, D] or None, off the keys from position `mean_from` on. codes: int8 [B, H, W, D],
+    scales: float32 or bfloat16 [B, H, W], both contiguous and written into; what would stand beyond row W
+    is dropped. A row that is not finite, or beyond 1e18 in magnitude, is stored as zeros with scale 1, and
+    `flag` (int32 [1]) becomes 1. Raises DtypeError.
     """
     batch, heads, tokens, head_dim = new[0].shape
     k, v = map(float_rows, new)
     for side in zip(codes, scales, strict=True):
-        check_tiles(*side, _SCALES)
+        check_tiles(*side, TOKEN_SCALES)
     rows = batch * heads * tokens
     if rows:
         shape = row_shape(rows, head_dim)
         _store_kernel[(triton.cdiv(rows, shape["ROWS"]), 2)](
-            k, v, indices(lengths, k), indices(start, k), means(mean), *codes, *scales, flag, rows, heads, tokens,
-            codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3], D=head_dim, ROTATE=config.rotate, **shape,
+            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), *codes, *scales, flag, rows, heads,
+            tokens, codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3],
+            D=head_dim, ROTATE=config.rotate, **shape,
         )  # fmt: skip
 
 
@@ -159,7 +162,7 @@ def _flush_kernel(
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         row = (b * HEADS + head) * width
         if side == 0:
-            place = places + head * 6
+            place = places + head * PLACES + OF_KEYS
             _flush_side(
                 k_codes + row * D, k_scales + row, page, place, width,
                 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
@@ -167,7 +170,7 @@ def _flush_kernel(
             if head == 0:
                 clear_padding(page, USED, PAGE_BYTES)
         else:
-            place = places + (HEADS + head) * 6
+            place = places + head * PLACES + OF_VALUES
             _flush_side(
                 v_codes + row * D, v_scales + row, page, place, width,
                 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
@@ -185,10 +188,10 @@ def flush_blocks(layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, s
     if refused:
         raise UnsupportedError(refused)
     for side in zip(codes, scales, strict=True):
-        check_tiles(*side, _SCALES)
+        check_tiles(*side, TOKEN_SCALES)
     batch, heads, width, _ = codes[0].shape
     if batch * heads:
         _flush_kernel[(heads, 2, batch)](
-            *codes, *scales, indices(fresh, codes[0]), page_places(layout, codes[0].device), width,
+            *codes, *scales, indices(fresh, codes[0]), all_places(layout, codes[0].device), width,
             SEARCH=search, **layout_facts(layout),
         )  # fmt: skip

@@ -19,7 +19,8 @@ from ...kv.layout import WIDEST, PageLayout
 from . import configs
 from .combine import combine
 from .decode import decode
-from .operands import PLACES, bytes_a_block, page_operands, row_operands
+from .operands import bytes_a_block, page_operands, row_operands
+from .places import head_places
 from .prefill import prefill
 from .quantize import quantize_queries
 
@@ -215,7 +216,8 @@ class _Call:
         return {
             "mask_ptr": mask.view(torch.uint8) if kind == "bool" else mask,
             **dict(zip(("mask_b", "mask_h", "mask_q", "mask_k"), strides, strict=True)),
-            "mask_keys": mask.shape[3],
+            # One key's stands for all.
+            "mask_keys": mask.shape[3] if mask.shape[3] > 1 else _LARGEST_WINDOW,
             "window": min(self.window or 0, _LARGEST_WINDOW),
             "mean_from": self.mean_from,
             "cap": self.softcap or 0.0,
@@ -237,7 +239,8 @@ class _Call:
 def _few_rows(call: _Call) -> None:
     """Splits of the sequences over pages as they lie, one launch for each pair of widths among the heads (one
     kernel for all would take the registers of the most demanding), then `combine`."""
-    launch = configs.decode(call.architecture, call.rows, call.head_dim)
+    adjusted = call.mask is not None or call.softcap is not None
+    launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
     tiles = -(-call.rows // launch.rows)
     device, pages, opened = call.out.device, call.pages, call.open
     splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, device)
@@ -280,8 +283,8 @@ def _few_rows(call: _Call) -> None:
     for (k_bits, v_bits), heads in _pairs_of_widths(compressed or plain):
         decode[splits, len(heads) * tiles, call.batch](
             **arguments,
-            sink_places_ptr=_places(sinks, heads, device),
-            places_ptr=_places(compressed or plain, heads, device),
+            sink_places_ptr=head_places(sinks, heads, device),
+            places_ptr=head_places(compressed or plain, heads, device),
             K_BITS=k_bits if compressed else 0,
             V_BITS=v_bits if compressed else 0,
         )
@@ -297,7 +300,8 @@ def _few_rows(call: _Call) -> None:
 
 def _many_rows(call: _Call) -> None:
     """Blocks are made operands once, for as many heads and sequences at a time as memory allows."""
-    launch, device = configs.prefill(call.architecture, call.head_dim), call.out.device
+    launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
+    device = call.out.device
     for sequences, heads in _parts(call):
         shape = len(sequences), len(heads), max(1, call.blocks)
         k, v = (torch.empty(*shape, BLOCK, call.wide, dtype=torch.int8, device=device) for _ in range(2))
@@ -349,7 +353,7 @@ def _make_operands(call: _Call, sequences: range, heads: range, operands: tuple[
                 chosen = tuple(h for h in chosen if h in heads)
                 if chosen:
                     page_operands[last - first, len(chosen), len(sequences)](
-                        pages.addresses, pages.counts, _places(layout, chosen, device), *operands,
+                        pages.addresses, pages.counts, head_places(layout, chosen, device), *operands,
                         pages.addresses.stride(0), first, heads=len(heads), **sizes, **shape,
                         K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales, **configs.FUSION,
                     )  # fmt: skip
@@ -372,26 +376,7 @@ def _pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[i
     return tuple((pair, tuple(heads)) for pair, heads in pairs.items())
 
 
-@functools.cache  # for ever: captured graphs hold addresses alone
-def _places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [heads, PLACES]: the head, byte offsets of its codes (K, V), K steps and zeros, V steps and zeros,
-    token scales (K, V) and scales (K, V); 0 for what it has not."""
-    table = torch.zeros(len(heads), PLACES, dtype=torch.int32)
-    sides = ((layout.k_groups, layout.k_coded, layout.k_steps), (layout.v_groups, layout.v_coded, layout.v_steps))
-    for row, head in zip(table, heads, strict=True):
-        row[0] = head
-        for side, (groups, coded, steps) in enumerate(sides):
-            group = next(group for group in groups if head in group.heads)
-            row[1 + side] = group.offset + group.heads.index(head) * group.head_bytes
-            if head in coded:
-                row[3 + 2 * side] = steps + coded.index(head) * layout.head_dim
-                row[4 + 2 * side] = steps + (len(coded) + coded.index(head)) * layout.head_dim
-        row[7], row[8] = (at + head * layout.block_size for at in (layout.k_token_scales, layout.v_token_scales))
-        row[9], row[10] = (at + 4 * head for at in (layout.k_scales, layout.v_scales))
-    return table.to(device)
-
-
-@functools.cache  # for ever, as `_places`
+@functools.cache  # for ever, as `head_places`
 def _blank(size: int, device: torch.device) -> Tensor:
     """What is read, and not used, where a page was evicted."""
     return torch.zeros(size, dtype=torch.uint8, device=device)

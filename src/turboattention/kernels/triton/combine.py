@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .results import log_sum_exp, unrotated
-from .softmax import LOG2_E
+from .rotation import rotate_back
+from .softmax import LOG2_E, log_sum_exp
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def combine(
     result, peak, total = merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE, R, SPLITS)
     d = tl.arange(0, WIDE)
     if ROTATE:
-        result = unrotated(result, 1, D, WIDE)
+        result = rotate_back(result, 1, WIDE, D & -D, False)
     to = (base * group + row % group) * queries + row // group
     tl.store(out_ptr + to * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
     tl.store(lse_ptr + to, log_sum_exp(peak, total))

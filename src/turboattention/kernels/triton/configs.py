@@ -1,7 +1,7 @@
 """Launch configurations as data: few, by architecture, chosen once for a device.
 
 Found by reading the assembly: of what benchmarks/gpu/kernels.py lists none spills registers to memory
-(tests/kernels/triton/test_assembly.py); masks in prefill do, see docs/gpu.md.
+(tests/kernels/triton/test_assembly.py).
 An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
 
@@ -60,6 +60,9 @@ _PREFILL = {
     "interpreter": {256: Launch(64, 4, 1)},
 }
 
+# Where a mask's addresses and values take registers too; elsewhere as without.
+_MASKED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "sm_90": {128: Launch(64, 8, 2)}}
+
 # By head_dim, likewise, and columns of the product: query rows of a KV head's group, a power of two.
 _DECODE = {
     "sm_80": {
@@ -73,6 +76,9 @@ _DECODE = {
     "gfx942": {256: {16: Launch(16, 4, 1)}},
     "interpreter": {256: {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)}},
 }
+
+# Likewise, where logits are masked or capped before they are weighed; elsewhere as above.
+_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)}, 256: {16: Launch(16, 8, 4)}}}
 
 
 @functools.cache
@@ -97,19 +103,23 @@ def refusal(device: torch.device) -> str | None:
 
 
 @functools.cache
-def prefill(architecture: Architecture, head_dim: int) -> Launch:
-    """Many query rows over INT8 rows."""
+def prefill(architecture: Architecture, head_dim: int, masked: bool) -> Launch:
+    """Many query rows over INT8 rows; `masked`: under an `attn_mask`."""
     table = _PREFILL[architecture.name]
-    return table[min(size for size in table if size >= head_dim)]
+    size = min(size for size in table if size >= head_dim)
+    return _MASKED_PREFILL.get(architecture.name, {}).get(size, table[size]) if masked else table[size]
 
 
 @functools.cache
-def decode(architecture: Architecture, rows: int, head_dim: int) -> Launch:
-    """Few query rows over pages: `rows` of a KV head's group, cut into programs of at most `Launch.rows`."""
+def decode(architecture: Architecture, rows: int, head_dim: int, adjusted: bool) -> Launch:
+    """Few query rows over pages: `rows` of a KV head's group, cut into programs of at most `Launch.rows`;
+    `adjusted`: under an `attn_mask` or a softcap."""
     widths = _DECODE[architecture.name]
-    table = widths[min(size for size in widths if size >= head_dim)]
-    fitting = [size for size in table if size >= rows]
-    return table[min(fitting) if fitting else max(table)]
+    size = min(size for size in widths if size >= head_dim)
+    fitting = [columns for columns in widths[size] if columns >= rows]
+    columns = min(fitting) if fitting else max(widths[size])
+    plain = widths[size][columns]
+    return _ADJUSTED_DECODE.get(architecture.name, {}).get(size, {}).get(columns, plain) if adjusted else plain
 
 
 LARGEST_DECODE_ROWS = 16

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import PLACES, largest_of, places_of, token_scales
+from .operands import largest_of, token_scales
+from .places import PLACES, places_of
 from .sight import row_sight
 from .softmax import LEVELS, rescaled, sum_of_levels, weigh
 from .unpacking import as_int8, field, shifted, stack, third

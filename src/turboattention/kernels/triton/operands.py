@@ -10,32 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .places import PLACES, places_of
 from .softmax import LEVELS
-
-# What a head's row of `places` holds (see attention._places).
-PLACES = tl.constexpr(16)
 
 
 def bytes_a_block(wide: int) -> int:
     """Of one KV head."""
     return 64 * (2 * wide + 4 + 4) + 4
-
-
-@triton.jit
-def places_of(place, D: tl.constexpr):
-    """A head's row of `places`, with what the compiler cannot know: by how much these offsets divide."""
-    EIGHTS: tl.constexpr = 16 if D % 16 == 0 else 8
-    k_codes = tl.multiple_of(tl.load(place + 1), 16)
-    v_codes = tl.multiple_of(tl.load(place + 2), 16)
-    k_step = tl.multiple_of(tl.load(place + 3), EIGHTS)
-    k_zero = tl.multiple_of(tl.load(place + 4), EIGHTS)
-    v_step = tl.multiple_of(tl.load(place + 5), EIGHTS)
-    v_zero = tl.multiple_of(tl.load(place + 6), EIGHTS)
-    k_token = tl.multiple_of(tl.load(place + 7), 16)
-    v_token = tl.multiple_of(tl.load(place + 8), 16)
-    k_scale = tl.multiple_of(tl.load(place + 9), 4)
-    v_scale = tl.multiple_of(tl.load(place + 10), 4)
-    return (k_codes, k_step, k_zero, k_token, k_scale), (v_codes, v_step, v_zero, v_token, v_scale)
 
 
 @triton.jit

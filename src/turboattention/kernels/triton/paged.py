@@ -16,11 +16,12 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from . import configs, paged_configs
-from .attention import BLOCK, Int8Queries, _pairs_of_widths, _places, _with_positive_unit
+from .attention import BLOCK, Int8Queries, _pairs_of_widths, _with_positive_unit
 from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
 from .paged_store import fill_pages, hold_rows, store_rows
-from .pages import layout_facts, page_places
+from .pages import layout_facts
+from .places import all_places, head_places
 from .quantize import EXACT, float_rows, means, quantize_queries, row_shape
 
 _LARGEST_WINDOW = 1 << 30  # no sequence is longer, and positions plus it stay int32
@@ -107,7 +108,7 @@ def store(
     blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
     fill_pages[heads, 2, blocks](
         batch.starts, batch.lengths, batch.slots, *opened.codes, *opened.scales, batch.table, pages,
-        page_places(layout, k.device), batch.sequences, batch.steps, slots.ring, opened.room,
+        all_places(layout, k.device), batch.sequences, batch.steps, slots.ring, opened.room,
         batch.table.stride(0), pages.stride(0), SEARCH=config.search, RING=in_place, **layout_facts(layout),
     )  # fmt: skip
     return opened
@@ -170,7 +171,7 @@ def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tenso
     device, heads, wide = out.device, layout.num_kv_heads, arguments["WIDE"]
     architecture = configs.architecture_of(device)
     rows = min(batch.most * arguments["group"], arguments["most"])
-    launch = configs.decode(architecture, rows, layout.head_dim)
+    launch = configs.decode(architecture, rows, layout.head_dim, arguments["CAP"])
     tiles = -(-rows // launch.rows)
     splits = configs.splits(batch.table.shape[1], batch.sequences * heads * tiles, device)
     shape = batch.sequences, heads, tiles, splits, launch.rows
@@ -178,7 +179,7 @@ def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tenso
     peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     for (k_bits, v_bits), chosen in _pairs_of_widths(layout):
         paged_decode[splits, len(chosen) * tiles, batch.sequences](
-            **arguments, places_ptr=_places(layout, chosen, device), acc_ptr=acc, peak_ptr=peak, total_ptr=total,
+            **arguments, places_ptr=head_places(layout, chosen, device), acc_ptr=acc, peak_ptr=peak, total_ptr=total,
             tiles=tiles, R=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ASM=architecture.assembly, **launch.options,
         )  # fmt: skip
     paged_combine[rows, heads, batch.sequences](
@@ -194,7 +195,7 @@ def _many_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tens
     tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
     for (k_bits, v_bits), chosen in _pairs_of_widths(layout):
         paged_prefill[tiles, len(chosen)](
-            **arguments, places_ptr=_places(layout, chosen, out.device), out_ptr=out,
+            **arguments, places_ptr=head_places(layout, chosen, out.device), out_ptr=out,
             out_stride_t=out.stride(0), out_stride_h=out.stride(1), sequences=batch.sequences, steps=batch.steps,
             M=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ROTATE=config.rotate, SLOW=architecture.slow_int_to_float,
             ASM=architecture.assembly, **launch.options,

@@ -11,9 +11,10 @@ import triton.language as tl
 
 from .combine import merged
 from .decode import key_products, value_products
-from .operands import PLACES, places_of, token_scales
+from .operands import token_scales
+from .places import PLACES, places_of
 from .ragged import open_rows_of, standing
-from .results import unrotated
+from .rotation import rotate_back
 from .softmax import rescaled
 from .stored import weigh_stored
 
@@ -164,7 +165,7 @@ def paged_combine(
         at = ((b * tl.num_programs(1) + h).to(tl.int64) * tiles + row // R) * splits * R + row % R
         result, _, _ = merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE, R, SPLITS)
         if ROTATE:
-            result = unrotated(result, 1, D, WIDE)
+            result = rotate_back(result, 1, WIDE, D & -D, False)
         d = tl.arange(0, WIDE)[None, :]
         to = (start + row // group) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
         tl.store(out_ptr + to + d, result.to(out_ptr.dtype.element_ty), mask=d < D)

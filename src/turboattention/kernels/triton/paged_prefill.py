@@ -9,10 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import PLACES, places_of, token_scales
+from .operands import token_scales
+from .places import PLACES, places_of
 from .ragged import open_rows_of, sequence_at, standing
 from .restoring import halves, page_keys, page_values
-from .results import unrotated
+from .rotation import rotate_back
 from .softmax import as_float, rescaled
 from .stored import weigh_stored
 
@@ -149,7 +150,7 @@ def paged_prefill(
         acc, total, _ = state
         out = acc * (1.0 / tl.maximum(total, 1.0))[:, None]
         if ROTATE:
-            out = unrotated(out, M, D, WIDE)
+            out = rotate_back(out, M, WIDE, D & -D, False)
         to = (start + row // group).to(tl.int64) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
         d = tl.arange(0, WIDE)[None, :]
         tl.store(out_ptr + to[:, None] + d, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (d < D))

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .pages import clear_padding, encode_head
+from .places import OF_KEYS, OF_VALUES, PLACES
 from .quantize import stage_rows, store_codes
 from .ragged import open_rows_of, sequence_at, standing
 
@@ -115,10 +116,10 @@ def fill_pages(
         page = tl.multiple_of(pages + number * page_stride, 16)
         row = open_rows_of(slots, b, h, HEADS, first, block, start, ring, room, RING)
         if tl.program_id(1) == 0:
-            place = places + h * 6
+            place = places + h * PLACES + OF_KEYS
             encode_head(k_codes + row * D, k_scales + row, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
             if h == 0:
                 clear_padding(page, USED, PAGE_BYTES)
         else:
-            place = places + (HEADS + h) * 6
+            place = places + h * PLACES + OF_VALUES
             encode_head(v_codes + row * D, v_scales + row, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)

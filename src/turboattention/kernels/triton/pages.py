@@ -6,15 +6,14 @@ a reshape of it, and a plane's bytes are a reduction over the codes that share o
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from ...kv.layout import WIDEST, PageLayout
+from ...kv.layout import PageLayout
+from .places import OF_KEYS, OF_VALUES, PLACES, all_places
 from .quantize import EXACT
 from .rounding import bits_of, float_of, nearest, nearest_int8
 from .search import step_and_zero
@@ -190,7 +189,7 @@ def encode_head(
 ):
     """A tile of INT8 rows at `codes` [SIZE, D] and `scales` [SIZE] -> its bytes in `page`.
 
-    place: this head's row of `page_places`. WIDTHS: bit b is set where some head has width b."""
+    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b."""
     token = tl.arange(0, SIZE)
     # Four neighbouring channels a thread, no more: the search keeps several numbers of each of them.
     channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
@@ -263,12 +262,12 @@ def _encode_kernel(
     page, head = pages + tile // HEADS * PAGE_BYTES, tile % HEADS
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
-        place = places + head * 6
+        place = places + head * PLACES + OF_KEYS
         encode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
         if head == 0:
             clear_padding(page, USED, PAGE_BYTES)
     else:
-        place = places + (HEADS + head) * 6
+        place = places + head * PLACES + OF_VALUES
         encode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
 
 
@@ -294,9 +293,10 @@ def _decode_kernel(
     page, head = pages + tile // HEADS * PAGE_BYTES, tile % HEADS
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
-        decode_head(k8 + codes, k_scale + scales, page, places + head * 6, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
+        place = places + head * PLACES + OF_KEYS
+        decode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
     else:
-        place = places + (HEADS + head) * 6
+        place = places + head * PLACES + OF_VALUES
         decode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
 
 
@@ -337,7 +337,7 @@ def _launch(kernel, layout: PageLayout, pages: Tensor, codes: list[Tensor], scal
         raise UnsupportedError(refused)
     tiles = len(pages) * layout.num_kv_heads
     if tiles:
-        kernel[(tiles, 2)](*codes, *scales, pages, page_places(layout, pages.device), **layout_facts(layout), **more)
+        kernel[(tiles, 2)](*codes, *scales, pages, all_places(layout, pages.device), **layout_facts(layout), **more)
 
 
 def layout_facts(layout: PageLayout) -> dict:
@@ -355,24 +355,3 @@ def layout_facts(layout: PageLayout) -> dict:
         "num_warps": min(max(layout.block_size * width // 1024, 1), 8),
         **EXACT,
     }
-
-
-@functools.cache  # for ever: captured graphs hold addresses alone
-def page_places(layout: PageLayout, device: torch.device) -> Tensor:
-    """int32 [2, H, 6] for K and V: width, then the bytes' offsets of codes, steps, zeros, tokens' scales
-    and the head's scale (of what a head has not, any number)."""
-    rows = []
-    sides = (
-        (layout.k_groups, layout.k_coded, layout.k_steps, layout.k_token_scales, layout.k_scales),
-        (layout.v_groups, layout.v_coded, layout.v_steps, layout.v_token_scales, layout.v_scales),
-    )
-    for groups, coded, steps, token_scales, scales in sides:
-        row = {}
-        for group in groups:
-            for i, head in enumerate(group.heads):
-                step = steps + coded.index(head) * layout.head_dim if group.bits < WIDEST else 0
-                zero = step + len(coded) * layout.head_dim
-                exponents = token_scales + head * layout.block_size
-                row[head] = (group.bits, group.offset + i * group.head_bytes, step, zero, exponents, scales + 4 * head)
-        rows.append([row[head] for head in range(layout.num_kv_heads)])
-    return torch.tensor(rows, dtype=torch.int32, device=device)

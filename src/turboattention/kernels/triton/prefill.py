@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .results import log_sum_exp, unrotated
+from .rotation import rotate_back
 from .sight import row_sight
-from .softmax import as_float, rescaled, weigh
+from .softmax import as_float, log_sum_exp, rescaled, weigh
 
 
 @triton.jit
@@ -60,14 +60,16 @@ def prefill(
     # The last rows see most under a causal mask: they go first.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M + tl.arange(0, M)
     there = row < queries * group
-    at = ((b * kv_heads + h).to(tl.int64) * group + row % group) * queries + row // group
+    # What stays in registers to the end is 32 bits wide: at head_dim 256 there is none to spare.
+    base = (b * kv_heads + h).to(tl.int64) * group * queries
+    at = row % group * queries + row // group
     d = tl.arange(0, WIDE)
     inside = there[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
-    unit = tl.load(unit_ptr + at, mask=there, other=1.0)
+    q = tl.load(q_ptr + base * D + at.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0)
+    unit = tl.load(unit_ptr + base + at, mask=there, other=1.0)
     mean = tl.zeros_like(unit)
     if MEAN:
-        mean = tl.load(mean_ptr + at, mask=there, other=0.0)
+        mean = tl.load(mean_ptr + base + at, mask=there, other=0.0)
     first = tl.load(first_ptr + b).to(tl.int32)
     valid = tl.load(valid_ptr + b).to(tl.int32)
     length = tl.load(lengths_ptr + b).to(tl.int32)
@@ -108,6 +110,7 @@ def prefill(
     total = tl.where(some, total, 0.0)
     out = acc * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1.0), 0.0)[:, None]
     if ROTATE:
-        out = unrotated(out, M, D, WIDE)
-    tl.store(out_ptr + at[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + at, log_sum_exp(peak, total), mask=there)
+        out = rotate_back(out, M, WIDE, D & -D, False)
+    to = out_ptr + base * D + at.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + base + at, log_sum_exp(peak, total), mask=there)

@@ -19,6 +19,9 @@ from .rounding import bits_of, float_of, nearest_int8
 _LARGEST = tl.constexpr(0x5D5E0B6B)  # the bits of 1e18: values beyond it are refused
 _SMALLEST_SCALE = tl.constexpr(2.0**-100)
 
+TOKEN_SCALES = (torch.float32, torch.bfloat16)
+"""Both hold a token's scale, of 4 mantissa bits, exactly."""
+
 NOT_FINITE = 1
 """What a kernel writes into a flag (int32 [1]) where a row holds what is not finite or beyond 1e18."""
 
@@ -276,7 +279,7 @@ def _restore_kernel(
     there = (row < rows)[:, None] & (channel < D)
     values = tl.load(x + row.to(tl.int64)[:, None] * D + channel, mask=there, other=0.0)
     if ROTATE:
-        values = rotate_back(values, ROWS, WIDTH, D & -D)
+        values = rotate_back(values, ROWS, WIDTH, D & -D, True)
     to = (tile // heads) * stride_b + (tile % heads) * stride_h + t * stride_t
     tl.store(out + to[:, None] + channel, values.to(out.dtype.element_ty), mask=there)
 
@@ -324,11 +327,11 @@ def _mean_kernel(
 
 
 def first_block_mean(codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor) -> Tensor:
-    """float32 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows
-    `begin` to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W]. Raises DtypeError."""
+    """float32 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows `begin`
+    to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W], float32 or bfloat16. Raises DtypeError."""
     mean = mean.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     batch, heads, width, head_dim = codes.shape
-    check_tiles(codes, scales)
+    check_tiles(codes, scales, TOKEN_SCALES)
     if batch * heads:
         _mean_kernel[(batch * heads,)](
             codes, scales, indices(wanted, codes), mean, begin, end, heads, width,

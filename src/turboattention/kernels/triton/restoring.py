@@ -26,7 +26,7 @@ def halves(WIDE: tl.constexpr):
 
 @triton.jit
 def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's keys, int8 [64, WIDE], anything past D; `place`: of K, as in `operands.places_of`."""
+    """A page's keys, int8 [64, WIDE], anything past D; `place`: of K, as in `places.places_of`."""
     TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
     octet = tl.arange(0, WIDE // 8)[:, None, None]
     t = tl.arange(0, TOKENS)[None, :, None]

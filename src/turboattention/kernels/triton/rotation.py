@@ -24,10 +24,14 @@ def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rotate_back(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse of `rotate`."""
-    wide = _hadamard(x.to(tl.float64), ROWS, WIDTH, BLOCK) * tl.full([], BLOCK**-0.5, tl.float64)
-    return wide.to(tl.float32) * _signs(WIDTH)[None, :]
+def rotate_back(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """The inverse of `rotate`; where not EXACT summed in float32, in which results of attention are."""
+    if EXACT:
+        wide = _hadamard(x.to(tl.float64), ROWS, WIDTH, BLOCK) * tl.full([], BLOCK**-0.5, tl.float64)
+        x = wide.to(tl.float32) * _signs(WIDTH)[None, :]
+    else:
+        x = _hadamard(x, ROWS, WIDTH, BLOCK) * (_signs(WIDTH) * BLOCK**-0.5)[None, :]
+    return x
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rounding import bits_of
 from .sight import masked
 
 LEVELS = tl.constexpr(127.0)
@@ -19,11 +20,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 _SUM_OF_64 = tl.constexpr(0x30000000)  # -64 * 0x4B400000 modulo 2^32
-
-
-@triton.jit
-def bits_of(x):
-    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -140,3 +136,9 @@ def rescaled(peak, block_peak):
     new = tl.maximum(peak, block_peak)
     safe = tl.where(new == float("-inf"), 0.0, new)
     return new, tl.exp2((peak - safe) * LOG2_E), tl.exp2((block_peak - safe) * LOG2_E)
+
+
+@triton.jit
+def log_sum_exp(peak, total):
+    """-inf where nothing was seen; `total` counts units of 1/127."""
+    return tl.where(total > 0.0, peak + tl.log2(tl.maximum(total, 1.0) / LEVELS) * LN_2, float("-inf"))

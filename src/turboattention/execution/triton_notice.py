@@ -1,0 +1,48 @@
+"""What was not finite in a step: a flag on the device that the host hears of later."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import NonFiniteError
+from ..kv.growth import Growing
+
+
+class Notice:
+    """`Growing.notice`: int32 [1] that kernels raise, and the host's copy, which arrives when it arrives."""
+
+    def __init__(self, device: torch.device):
+        self.on_device = torch.zeros(1, dtype=torch.int32, device=device)
+        self._here = self.on_device
+        if device.type != "cpu":
+            self._here = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+    def copied(self) -> Notice:
+        """For a copy of the cache, which is to hear of it as well."""
+        other = Notice(self.on_device.device)
+        other.on_device.copy_(self.on_device)
+        other.send()
+        return other
+
+    def send(self) -> None:
+        if self._here is not self.on_device:
+            self._here.copy_(self.on_device, non_blocking=True)
+
+    def look(self, label: str | None) -> None:
+        """Raise NonFiniteError where it was raised, as far as is known here; lowers it."""
+        if not int(self._here):
+            return
+        self.on_device.zero_()
+        self._here.zero_()
+        raise NonFiniteError(
+            "q, k_new, v_new, attn_mask: expected finite values (of attn_mask also -inf), got others in an earlier "
+            f"step ({label or 'cache'}); they were read as zeros"
+        )
+
+
+def notice_of(cache: Growing) -> Notice:
+    """The cache's notice, which its steps raise."""
+    if cache.notice is None:
+        assert cache.store is not None
+        cache.notice = Notice(cache.store.device)
+    return cache.notice

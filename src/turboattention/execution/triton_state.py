@@ -1,0 +1,167 @@
+"""A cache's sequences on the device, and what a step does with them there: nothing of it is read back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.triton.append import flush_blocks, store_tokens
+from ..kernels.triton.attention import BLOCK, Int8Queries, OpenRows, Standing, attend
+from ..kernels.triton.quantize import first_block_mean, quantize_queries
+from ..kv.growth import Growing
+from ..kv.staging import MEAN_SKIPS
+from .triton_device import on_own_device, upload
+from .triton_notice import notice_of
+from .triton_tables import PageTables
+from .triton_tally import Fills, Plan, Tally
+
+
+@dataclass(frozen=True)
+class Call:
+    """What stays the same from step to step of a layer."""
+
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Steps:
+    """What steps of a cache share while nothing changes it but they: its state on the device, changed in
+    place, its page tables there, and what the host counts beside it."""
+
+    def __init__(self, cache: Growing):
+        assert cache.store is not None
+        device = cache.store.device
+        self._config, self._mean_from = cache.config, cache.mean_from
+        # Whole blocks: the token that fills one has room in front of its compression, and what waits before it.
+        rows = BLOCK * (1 + -(-cache.config.flush_lag // BLOCK))
+        self.tally, self.tables = Tally(cache, rows), PageTables(cache)
+        self._codes, self._scales = cache.buffer_memory(rows)
+        mean = cache.state(device).k_mean
+        self._mean = None if mean is None else mean.contiguous()
+        self._lengths, self._start = (upload(x, device) for x in (cache.lengths, cache.page_counts * BLOCK))
+        self.flag = notice_of(cache).on_device
+
+    def copied(self) -> Steps:
+        """The same sequences in memory of their own, to try a step on."""
+        other = copy.copy(self)
+        other._lengths, other._start, other.flag = (x.clone() for x in (self._lengths, self._start, self.flag))
+        other._codes, other._scales = (tuple(x.clone() for x in pair) for pair in (self._codes, self._scales))
+        other.tables = self.tables.copied()
+        return other
+
+    def count(self, cache: Growing, plan: Plan, pages: list[int]) -> None:
+        """The step was taken."""
+        alike = len(set(plan.counts)) == 1
+        tokens = plan.counts[0] if alike else torch.tensor(plan.counts)
+        cache.extend(tokens, plan.filled, pages, self._mean if plan.learned else None)
+        self.tally.count(plan)
+        self.tables.follow()
+
+    @on_own_device
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: Call,
+        *,
+        fills: Fills,
+        counts: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D] -> out in q's dtype, lse float32 [B, Hq, Lq].
+
+        fills: what the host knows of blocks that fill, or may. counts: int64 [B] (CPU), the tokens that each
+        sequence takes, and its rows of q; without, all. mask: as in `attend`; what it may not hold counts as 0.
+
+        Without counts there is only device work, the same for every step: a CUDA graph may hold it.
+        """
+        tokens = 0 if k is None else k.shape[2]
+        taken = self._taken(tokens, counts)
+        if k is not None and v is not None:
+            self._write(k, v, taken)
+        lengths = self._lengths + taken if tokens else self._lengths
+        valid = torch.full_like(lengths, q.shape[2]) if counts is None else taken
+        result = self._attend(q, Standing(lengths - valid, valid, lengths), call, self._cleaned(mask))
+        if tokens:
+            self._advance(taken, fills)
+        return result
+
+    @on_own_device
+    def store(self, k: Tensor, v: Tensor, *, fills: Fills, counts: Tensor | None = None) -> None:
+        """The new tokens alone."""
+        taken = self._taken(k.shape[2], counts)
+        self._write(k, v, taken)
+        self._advance(taken, fills)
+
+    def _taken(self, tokens: int, counts: Tensor | None) -> Tensor:
+        return torch.full_like(self._lengths, tokens) if counts is None else upload(counts, self._lengths.device)
+
+    def _cleaned(self, mask: Tensor | None) -> Tensor | None:
+        """The mask without NaN and +inf, of which the notice tells."""
+        if mask is None or not mask.is_floating_point():
+            return mask
+        bad = ~(mask < torch.inf)
+        self.flag.bitwise_or_(bad.any().to(self.flag.dtype))
+        return mask.masked_fill(bad, 0)
+
+    def _attend(self, q: Tensor, standing: Standing, call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        kv_heads, rotated = self._codes[0].shape[1], self._config.rotate
+        codes, unit, logit, _ = quantize_queries(
+            q, kv_heads, standing.valid, self._mean, call.scale, rotated, self.flag
+        )
+        return attend(
+            self._config,
+            q,
+            standing,
+            self.tables.on_device if self.tally.paged else None,
+            OpenRows(*self._codes, *self._scales, self._start),
+            kv_heads=kv_heads,
+            scale=call.scale,
+            mean=self._mean,
+            mean_from=self._mean_from // BLOCK,
+            causal=call.causal,
+            window=call.window,
+            softcap=call.softcap,
+            mask=mask,
+            quantized=Int8Queries(codes, unit, logit),
+        )
+
+    def _write(self, k: Tensor, v: Tensor, counts: Tensor) -> None:
+        store_tokens(
+            self._config,
+            (k, v),
+            self._lengths,
+            counts,
+            self._start,
+            self._mean,
+            self._mean_from,
+            self._codes,
+            self._scales,
+            self.flag,
+        )
+
+    def _advance(self, counts: Tensor, fills: Fills) -> None:
+        if fills.means and self._mean is not None:
+            wanted = (self._lengths < BLOCK) & (self._lengths + counts >= BLOCK)
+            keys = self._codes[0], self._scales[0]
+            self._mean = first_block_mean(*keys, MEAN_SKIPS, BLOCK, wanted, self._mean)
+        self._lengths += counts
+        if not fills.pages and not fills.sinks:
+            return
+        p, search = self.tables.on_device, self._config.search
+        full = self._lengths - self._start - self._config.flush_lag >= BLOCK
+        column = p.counts.clamp(max=p.addresses.shape[1] - 1)[:, None]
+        fresh = torch.where(full, p.addresses.gather(1, column)[:, 0], 0)
+        sink = p.counts < p.sink_blocks
+        if fills.sinks:
+            flush_blocks(p.sinks, self._codes, self._scales, torch.where(sink, fresh, 0), search)
+        if fills.pages and p.compressed is not None:
+            flush_blocks(p.compressed, self._codes, self._scales, torch.where(sink, 0, fresh), search)
+        p.counts.add_(full)
+        self._start.add_(full, alpha=BLOCK)

@@ -1,0 +1,125 @@
+"""Page tables on the device, and the pages that the host hands out for blocks about to fill."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import pad
+
+from ..kernels.triton.attention import Pages
+from ..kv.growth import Growing
+from .triton_device import upload
+from .triton_tally import Plan
+
+_SPARE_COLUMNS = 64  # of a table, when it is full
+
+
+def pages_of(cache: Growing) -> Pages | None:
+    """The cache's page tables for the kernels, copied to the device; None where it has no page."""
+    store = cache.store
+    return None if store is None or not bool(store.counts.any()) else _copied(cache)
+
+
+def _copied(cache: Growing) -> Pages:
+    store = cache.store
+    assert store is not None
+    compressed = store.compressed.layout if store.compressed is not None else None
+    addresses, counts = (upload(x, store.device) for x in (store.addresses(), store.counts))
+    return Pages(addresses, counts, store.sink_blocks, store.sinks.layout, compressed)
+
+
+class PageTables:
+    """`on_device`: the tables, changed in place; `host`: the store's own, of the same pages."""
+
+    def __init__(self, cache: Growing):
+        assert cache.store is not None
+        self._store = cache.store
+        self.host = cache.store.addresses()
+        self.on_device = _copied(cache)
+        self._reserved: list[list[int]] = [[] for _ in self._store.tables]
+
+    def copied(self) -> PageTables:
+        """With counts of its own, to try a step on."""
+        other = copy.copy(self)
+        other.on_device = replace(self.on_device, counts=self.on_device.counts.clone())
+        return other
+
+    def freeze(self, cache: Growing) -> None:
+        """Fix the widths of pages, which do not depend on tokens here."""
+        assert cache.known_bits is not None
+        cache.freeze_widths(cache.known_bits)
+        assert self._store.compressed is not None
+        self.on_device = replace(self.on_device, compressed=self._store.compressed.layout)
+
+    def reserve(self, blocks: list[int]) -> None:
+        """Compressed pages for `blocks[b]` more blocks of each sequence, which the device then finds by itself."""
+        missing = [max(0, want - len(have)) for want, have in zip(blocks, self._reserved, strict=True)]
+        pages = self._store.fresh_pages(sum(missing))
+        for reserved, count in zip(self._reserved, missing, strict=True):
+            reserved.extend(pages[:count])
+            del pages[:count]
+        # The table grows before it is captured by anything.
+        counts = self._store.counts.tolist()
+        width = max(count + len(reserved) for count, reserved in zip(counts, self._reserved, strict=True))
+        host = self._store.addresses()
+        table = host.new_zeros(len(counts), max(width, host.shape[1]))
+        table[:, : host.shape[1]] = host
+        for row, count, reserved in zip(table, counts, self._reserved, strict=True):
+            addresses = [self._store.page_address(page) for page in reserved]
+            row[count : count + len(reserved)] = torch.tensor(addresses, dtype=torch.int64)
+        self.on_device = replace(self.on_device, addresses=upload(table, self._store.device))
+
+    def take(self, plan: Plan) -> list[int]:
+        """Pages for the blocks that `plan.filled` fill, their addresses in the device's table."""
+        missing = [b for b in plan.filled if not self._reserved[b]]
+        new: dict[int, int] = {}
+        try:
+            for sinks in (True, False):
+                some = [b for b in missing if (b in plan.sinks) is sinks]
+                if some:
+                    new |= zip(some, self._store.fresh_pages(len(some), sinks), strict=True)
+            if new:
+                self._enter({b: self._store.page_address(page, b in plan.sinks) for b, page in new.items()})
+        except BaseException:
+            for b, page in new.items():
+                self._store.discard([page], b in plan.sinks)
+            raise
+        return [new[b] if b in new else self._reserved[b].pop(0) for b in plan.filled]
+
+    def _enter(self, addresses: dict[int, int]) -> None:
+        """A page of each of some sequences into the device's table, behind those that are there."""
+        p = self.on_device
+        if max(map(len, self._store.tables)) >= p.addresses.shape[1]:
+            self.on_device = p = replace(p, addresses=pad(p.addresses, (0, _SPARE_COLUMNS)))
+        fresh = torch.zeros(len(self._store.tables), dtype=torch.int64)
+        for b, address in addresses.items():
+            fresh[b] = address
+        table, column = p.addresses, p.counts[:, None]
+        fresh = upload(fresh, table.device)[:, None]
+        table.scatter_(1, column, torch.where(fresh != 0, fresh, table.gather(1, column)))
+
+    def give_back(self, plan: Plan, pages: list[int]) -> None:
+        """Pages of a step that was not taken, and those that were reserved."""
+        for b, page in zip(plan.filled, pages, strict=True):
+            self._store.discard([page], b in plan.sinks)
+        self.release()
+
+    def release(self) -> None:
+        """Give back pages that were reserved and not filled."""
+        for reserved in self._reserved:
+            if reserved:
+                self._store.discard(reserved)
+            reserved.clear()
+
+    def follow(self) -> None:
+        """After a step the store may have evicted pages: what is theirs no more is read by nobody, and not left
+        where it could be."""
+        if self._store.addresses() is self.host:
+            return
+        self.host, table = self._store.addresses(), self.on_device.addresses
+        evicted = self._store.evicted()
+        if any(evicted):
+            end = upload(torch.tensor(evicted), table.device)[:, None]
+            table.masked_fill_(torch.arange(table.shape[1], device=table.device) < end, 0)

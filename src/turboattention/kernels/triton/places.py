@@ -1,0 +1,64 @@
+"""Where a head's bytes stand within a page, as a table that kernels read."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...kv.layout import WIDEST, PageLayout
+
+# Numbers of a head's row, and where those of its keys and values begin in it.
+PLACES = tl.constexpr(16)
+OF_KEYS = tl.constexpr(1)
+OF_VALUES = tl.constexpr(7)
+
+
+@functools.cache  # for ever: captured graphs hold addresses alone
+def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [heads, PLACES]: the head; then for K and for V its width and the bytes' offsets of its codes, steps,
+    zeros, tokens' scales and scale; 0 for what it has not."""
+    sides = (
+        (layout.k_groups, layout.k_coded, layout.k_steps, layout.k_token_scales, layout.k_scales),
+        (layout.v_groups, layout.v_coded, layout.v_steps, layout.v_token_scales, layout.v_scales),
+    )
+    rows = []
+    for head in heads:
+        row = [head]
+        for groups, coded, steps, token_scales, scales in sides:
+            group = next(group for group in groups if head in group.heads)
+            codes = group.offset + group.heads.index(head) * group.head_bytes
+            step = zero = 0
+            if group.bits < WIDEST:
+                step = steps + coded.index(head) * layout.head_dim
+                zero = step + len(coded) * layout.head_dim
+            row += [group.bits, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
+        rows.append(row + [0] * (PLACES.value - len(row)))
+    return torch.tensor(rows, dtype=torch.int32).view(len(rows), PLACES.value).to(device)
+
+
+@functools.cache
+def all_places(layout: PageLayout, device: torch.device) -> Tensor:
+    """`head_places` of every head."""
+    return head_places(layout, tuple(range(layout.num_kv_heads)), device)
+
+
+@triton.jit
+def places_of(place, D: tl.constexpr):
+    """A head's row, with what the compiler cannot know: by how much these offsets divide."""
+    return _side(place + OF_KEYS, D), _side(place + OF_VALUES, D)
+
+
+@triton.jit
+def _side(place, D: tl.constexpr):
+    """codes, steps, zeros, tokens' scales, scale."""
+    EIGHTS: tl.constexpr = 16 if D % 16 == 0 else 8
+    codes = tl.multiple_of(tl.load(place + 1), 16)
+    step = tl.multiple_of(tl.load(place + 2), EIGHTS)
+    zero = tl.multiple_of(tl.load(place + 3), EIGHTS)
+    tokens = tl.multiple_of(tl.load(place + 4), 16)
+    scale = tl.multiple_of(tl.load(place + 5), 4)
+    return codes, step, zero, tokens, scale
