@@ -171,7 +171,8 @@ def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tenso
     device, heads, wide = out.device, layout.num_kv_heads, arguments["WIDE"]
     architecture = configs.architecture_of(device)
     rows = min(batch.most * arguments["group"], arguments["most"])
-    launch = configs.decode(architecture, rows, layout.head_dim, arguments["CAP"])
+    # The address of a page, by its number, takes registers as a mask does.
+    launch = configs.decode(architecture, rows, layout.head_dim, True)
     tiles = -(-rows // launch.rows)
     splits = configs.splits(batch.table.shape[1], batch.sequences * heads * tiles, device)
     shape = batch.sequences, heads, tiles, splits, launch.rows

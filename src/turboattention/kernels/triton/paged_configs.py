@@ -12,7 +12,7 @@ from .configs import Architecture, Launch
 # By head_dim, up to and including the one named.
 _PREFILL = {
     "sm_80": {64: Launch(128, 8, 2), 128: Launch(64, 8, 2), 256: Launch(32, 8, 1)},
-    "sm_90": {128: Launch(128, 8, 2), 256: Launch(64, 8, 2)},
+    "sm_90": {128: Launch(128, 8, 2), 256: Launch(64, 8, 3)},
     "gfx942": {64: Launch(128, 8, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
     "interpreter": {256: Launch(64, 4, 1)},
 }

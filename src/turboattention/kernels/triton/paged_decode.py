@@ -109,21 +109,15 @@ def paged_decode(
     each_split = tl.maximum(tl.cdiv(high - low, splits), 1)
     begin = low + split * each_split
     end = tl.minimum(high, begin + each_split)
-    base = (b * kv_heads + h).to(tl.int64)
-    partial = ((base * tiles + tile) * splits + split) * R + tl.arange(0, R)
+    # A corner of 64 bits, and offsets of 32: what stays in registers to the end.
+    partial = (((b * kv_heads + h).to(tl.int64) * tiles + tile) * splits + split) * R
+    peak_ptr += partial
+    total_ptr += partial
+    lane = tl.arange(0, R)
     if (begin >= end) & (tile * R < rows):
-        tl.store(peak_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
-        tl.store(total_ptr + partial, tl.zeros((R,), tl.float32))
+        tl.store(peak_ptr + lane, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(total_ptr + lane, tl.zeros((R,), tl.float32))
     if (begin < end) & (tile * R < rows):
-        half = tl.arange(0, WIDE // 2)
-        channel = (half // 4 * 8 + half % 4)[:, None]
-        column = tl.arange(0, 2 * R)
-        q_row = tile * R + column // 2
-        q_at = ((h * group + q_row % group).to(tl.int64) * tokens + start + q_row // group)[None, :] * D + channel
-        q_there = (q_row < rows)[None, :] & (channel < D)
-        q_low = tl.load(q_ptr + q_at, mask=q_there, other=0).to(tl.int32)
-        q_high = tl.load(q_ptr + q_at + 4, mask=q_there, other=0).to(tl.int32)
-        is_high = (column % 2 == 1)[None, :]
         at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
         unit = tl.load(unit_ptr + at, mask=there, other=1.0)
         mean = tl.zeros_like(unit)
@@ -132,12 +126,7 @@ def paged_decode(
         acc = tl.zeros((WIDE, R), tl.float32)
         total = tl.zeros((R,), tl.float32)
         peak = tl.full((R,), float("-inf"), tl.float32)
-        acc, total, peak = _over_pages(
-            acc, total, peak, table + b.to(tl.int64) * table_stride, pages, page_stride,
-            begin, tl.minimum(end, high - 1), place, (q_low, q_high, is_high, unit, mean),
-            sees, tl.where(there, own, 0), cap, threshold,
-            WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, WINDOW, CAP, ASM,
-        )  # fmt: skip
+        # Open blocks first: what they alone need is then not held over the pages.
         d = tl.arange(0, WIDE)[:, None]
         q = tl.load(q_ptr + at[None, :] * D + d, mask=there[None, :] & (d < D), other=0)
         oldest = tl.min(tl.where(there, position, length), 0) // 64
@@ -147,9 +136,24 @@ def paged_decode(
                 acc, total, peak, (k8, v8, k_scales, v_scales, origin), block, length, q, unit, mean,
                 tl.maximum(sees, own), tl.where(there, position + 1, 0), cap, threshold, WIDE, D, FORM, CUT, CAP,
             )  # fmt: skip
-        tl.store(acc_ptr + partial[None, :] * WIDE + tl.arange(0, WIDE)[:, None], acc)
-        tl.store(peak_ptr + partial, peak)
-        tl.store(total_ptr + partial, total)
+        half = tl.arange(0, WIDE // 2)
+        channel = (half // 4 * 8 + half % 4)[:, None]
+        column = tl.arange(0, 2 * R)
+        q_row = tile * R + column // 2
+        q_at = ((h * group + q_row % group).to(tl.int64) * tokens + start + q_row // group)[None, :] * D + channel
+        q_there = (q_row < rows)[None, :] & (channel < D)
+        q_low = tl.load(q_ptr + q_at, mask=q_there, other=0).to(tl.int32)
+        q_high = tl.load(q_ptr + q_at + 4, mask=q_there, other=0).to(tl.int32)
+        is_high = (column % 2 == 1)[None, :]
+        acc, total, peak = _over_pages(
+            acc, total, peak, table + b.to(tl.int64) * table_stride, pages, page_stride,
+            begin, tl.minimum(end, high - 1), place, (q_low, q_high, is_high, unit, mean),
+            sees, tl.where(there, own, 0), cap, threshold,
+            WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, WINDOW, CAP, ASM,
+        )  # fmt: skip
+        tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
+        tl.store(peak_ptr + lane, peak)
+        tl.store(total_ptr + lane, total)
 
 
 @triton.jit(do_not_specialize=["splits", "tiles", "most"])
