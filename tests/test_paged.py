@@ -2,106 +2,17 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
 import turboattention as ta
 from turboattention.errors import ConfigError, InputError, ShapeError
 from turboattention.kv.cache import KVCache
-from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat, paged_attention
+from turboattention.paged import BLOCK, OpenBlocks, PagedFormat
 
-from .helpers import normals, relative_error
+from .helpers import relative_error
 from .kernels.cpu import tools  # noqa: F401
-
-CONFIG = ta.TurboConfig.serving(guard="off")
-HEADS, QUERY_HEADS = 2, 4
-UNIFORM = {bits: ((bits,) * HEADS, (bits,) * HEADS) for bits in (8, 4, 3, 2)}
-MIXED = ((4, 2), (2, 8))
-
-
-class Server:
-    """Pages in no order, slots, and what every sequence was given."""
-
-    def __init__(self, head_bits=UNIFORM[4], head_dim=16, config=CONFIG, ring=BLOCK, slots=4, seed=0, layers=1):
-        self.random = random.Random(seed)
-        self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers)
-        self.pages = torch.full((64, self.fmt.page_bytes + 64), 0xAB, dtype=torch.uint8)
-        self.free = self.random.sample(range(64), 64)
-        self.open_blocks = OpenBlocks(layers, slots, HEADS, head_dim, ring=ring)
-        self.open_blocks.codes[0].fill_(77)
-        self.blocks: dict[int, list[int]] = {}
-        self.slots: dict[int, int] = {}
-        self.lengths: dict[int, int] = {}
-
-    def step(self, new: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], **options):
-        """`new`: of each sequence q [Hq, T, D], k, v [H, T, D]; the results [Hq, T, D]."""
-        for key, (q, _, _) in new.items():
-            self.slots.setdefault(key, len(self.slots))
-            self.lengths[key] = self.lengths.get(key, 0) + q.shape[1]
-            table = self.blocks.setdefault(key, [])
-            while len(table) * BLOCK < self.lengths[key]:
-                table.append(self.free.pop())
-        flat = [torch.cat([parts[i] for parts in new.values()], 1).transpose(0, 1).contiguous() for i in range(3)]
-        counts = [parts[0].shape[1] for parts in new.values()]
-        widest = max(len(self.blocks[key]) for key in new)
-        table = [self.blocks[key] + [63] * (widest - len(self.blocks[key])) for key in new]
-        batch = PagedBatch(
-            torch.tensor([0, *counts]).cumsum(0),
-            torch.tensor([self.lengths[key] for key in new]),
-            torch.tensor(table),
-            torch.tensor([self.slots[key] for key in new]),
-        )
-        out = torch.full_like(flat[0], torch.nan)
-        self.finite = paged_attention(self.fmt, 0, batch, *flat, out, self.pages, self.open_blocks, **options)
-        return dict(zip(new, (x.transpose(0, 1) for x in out.split(counts)), strict=True))
-
-    def page(self, key: int, block: int) -> torch.Tensor:
-        return self.pages[self.blocks[key][block], : self.fmt.layouts[0].page_bytes]
-
-
-def tokens(seed: int, count: int, head_dim: int = 16, dtype: torch.dtype = torch.float32):
-    q, k, v = (
-        normals(1, heads, count, head_dim, seed=seed + i)[0] for i, heads in enumerate((QUERY_HEADS, HEADS, HEADS))
-    )
-    k[..., 1] += 3.0
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def expected(sequence, head_bits, config=CONFIG, backend="reference", **options):
-    """The whole sequence through a cache of its own, and the cache."""
-    q, k, v = (x[None] for x in sequence)
-    options["window_size"] = options.pop("window", None)
-    cache = KVCache(1, HEADS, q.shape[3], config=config, head_bits=torch.tensor(head_bits))
-    return ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, **options)[0], cache
-
-
-def serve(server: Server, sequences: dict, schedule: list[dict[int, int]], **options) -> dict[int, torch.Tensor]:
-    done = dict.fromkeys(sequences, 0)
-    parts: dict[int, list] = {key: [] for key in sequences}
-    for counts in schedule:
-        new = {}
-        for key, count in counts.items():
-            new[key] = tuple(x[:, done[key] : done[key] + count] for x in sequences[key])
-            done[key] += count
-        for key, out in server.step(new, **options).items():
-            parts[key].append(out)
-    return {key: torch.cat(outs, 1) for key, outs in parts.items()}
-
-
-def random_schedule(seed: int, totals: dict[int, int]) -> list[dict[int, int]]:
-    """Prefill in pieces beside decoding, in random order, some sequences left out of some steps."""
-    chance, left, schedule = random.Random(seed), dict(totals), []
-    while any(left.values()):
-        picked = [key for key, count in left.items() if count and chance.random() < 0.7]
-        chance.shuffle(picked)
-        step = {key: min(left[key], chance.choice((1, 1, 2, 30, 64, 65, 130))) for key in picked}
-        for key, count in step.items():
-            left[key] -= count
-        schedule += [step] if step else []
-    return schedule
-
+from .paging import CONFIG, HEADS, MIXED, UNIFORM, Server, draft, expected, random_schedule, serve, tokens
 
 TOTALS = {7: 200, 3: 131, 5: 64, 1: 1}
 
@@ -117,10 +28,7 @@ def test_any_schedule_gives_what_a_cache_of_its_own_does(bits, options):
         for key, sequence in sequences.items():
             want, cache = expected(sequence, head_bits, **options)
             assert relative_error(got[key], want) < 1e-3
-            assert cache.store is not None
-            for block in range(TOTALS[key] // BLOCK):
-                page = cache.store.compressed.gather([cache.store.tables[0][block]])[0]
-                assert torch.equal(server.page(key, block), page)
+            assert server.holds(key, cache, TOTALS[key] // BLOCK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -139,22 +47,11 @@ def test_batch_composition_does_not_change_a_bit(dtype):
 def test_tokens_taken_back(drafts):
     """Drafts are stored, some of them rejected, also behind a block that they filled."""
     sequence, wrong = tokens(1, 330), tokens(2, 330)
-    server, chance = Server(ring=2 * BLOCK), random.Random(drafts)
-    first = server.step({0: tuple(x[:, :100] for x in sequence)})[0]
-    parts, done = [first], 100
-    while done < 330:
-        accepted = min(chance.randint(1, drafts), 330 - done)
-        right, drafted = (x[:, done : done + accepted] for x in sequence), (x[:, : drafts - accepted] for x in wrong)
-        out = server.step({0: tuple(torch.cat(pair, 1) for pair in zip(right, drafted, strict=True))})[0]
-        parts.append(out[:, :accepted])
-        done += accepted
-        server.lengths[0] = done
+    server = Server(ring=2 * BLOCK)
+    got = draft(server, sequence, wrong, 100, drafts)
     want, cache = expected(sequence, UNIFORM[4])
-    assert relative_error(torch.cat(parts, 1), want) < 1e-3
-    server.lengths[0] = 0  # the pages of blocks that were drafted twice are what the accepted tokens make them
-    for block in range(330 // BLOCK):
-        page = cache.store.compressed.gather([cache.store.tables[0][block]])[0]
-        assert torch.equal(server.page(0, block), page)
+    assert relative_error(got, want) < 1e-3
+    assert server.holds(0, cache, 330 // BLOCK)  # of blocks that were drafted twice, what the accepted tokens make them
 
 
 def test_pages_filled_in_a_step_are_read_by_others_in_the_same():

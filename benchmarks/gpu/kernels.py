@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import paged_kernels
 import torch
 
 from turboattention.config import TurboConfig
@@ -42,8 +43,10 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
             yield f"{purpose}, {name}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, mask=mask)
     yield "stage 1 d128", _stage_one(128)
     yield "append d128", _append(128, (2, 4) * (KV_HEADS // 2))
+    yield from paged_kernels.calls(quick=True)
     if quick:
         return
+    yield from paged_kernels.calls(quick=False)
     for head_dim, softmax in itertools.product((64, 128, 256), ("sas2", "exp")):
         yield f"prefill d{head_dim} {softmax}", _prefill(CONFIG.replace(softmax=softmax), head_dim)
     for head_dim, (name, options) in itertools.product((64, 128, 256), SIGHTS.items()):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ PAGE_UNIT = 64
 HeadBits = tuple[tuple[int, ...], tuple[int, ...]]
 """Widths of K and V, one per KV head."""
 
-_MODULES = {"cpu": "turboattention.execution.cpu_paged"}
+_MODULES = {"cpu": "turboattention.execution.cpu_paged", "triton": "turboattention.execution.triton_paged"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,15 @@ class OpenBlocks:
         shape = layers, slots, kv_heads, ring
         self.codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device) for _ in "kv"]
         self.scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in "kv"]
+        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
+        """On a GPU: becomes 1 where a step meets what is not finite."""
+
+    def notice(self) -> bool:
+        """Whether steps on a GPU met values that were not finite since this was last asked. Waits for the device."""
+        raised = bool(self.flag)
+        if raised:
+            self.flag.zero_()
+        return raised
 
     @property
     def slots(self) -> int:
@@ -121,7 +130,11 @@ class PagedBatch:
 
     query_start: int64 [R + 1], sequence r has rows `query_start[r]` to `query_start[r + 1]` of the flat tokens;
     seq_lens: int64 [R], its tokens with those of this step; block_table: int64 [R, P], its pages;
-    slots: int64 [R], its slot in the `OpenBlocks`. All on the device of the tokens.
+    slots: int64 [R], its slot in the `OpenBlocks`. All on the device of the tokens, where int32 will do too.
+
+    max_query_len: the most tokens that a sequence has in this step, or more; None where it is not known. On a GPU
+    kernels are chosen by it, and by shapes: steps of one token, or of up to 64 with a ring of 128, need no memory of
+    their own. Sequences of no tokens and tokens behind `query_start[R]` are padding, and left alone.
 
     A sequence begins at a multiple of 64, or goes on in the slot that has its open block. Where tokens were taken
     back, a step begins before the last one's end.
@@ -131,6 +144,7 @@ class PagedBatch:
     seq_lens: Tensor
     block_table: Tensor
     slots: Tensor
+    max_query_len: int | None = None
     plan: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """What a backend derives once for all layers."""
 
@@ -162,13 +176,14 @@ def paged_attention(
         mean: float32 [H, D] that keys are stored without (in the model's space), or None.
 
     Returns:
-        Whether all of q, k and v was finite. What was not is stored and attended as zeros.
+        Whether all of q, k and v was finite. What was not is stored and attended as zeros, on a GPU with
+        its row, and nothing waits for the answer there: always true, and `OpenBlocks.notice` tells.
 
     Raises:
         ShapeError: tensors that do not fit. BackendError, UnsupportedError: as for `turbo_attention`.
     """
     _check(fmt, q, k, v, out, pages)
-    chosen = choose(backend, Call(fmt.config, q.dtype, q.device, queries=1))
+    chosen = choose(backend, Call(_over_caches(fmt.config), q.dtype, q.device, queries=1))
     if chosen.name not in _MODULES:
         raise InputError(f"backend: expected one of {', '.join(_MODULES)} for pages, got {chosen.name!r}")
     factor = fmt.head_dim**-0.5 if scale is None else float(scale)
@@ -176,6 +191,13 @@ def paged_attention(
     return run(
         fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap, mean=mean
     )
+
+
+@cache
+def _over_caches(config: TurboConfig) -> TurboConfig:
+    """What a backend is asked for: those with kernels for pages compute `stored_prefill` there, whatever they do
+    over caches."""
+    return config.replace(stored_prefill=False)
 
 
 def _check(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The few PTX instructions that unpacking is written in, on NumPy's 32-bit lanes (PTX ISA 9.7: logic and shift)."""
+"""The few PTX instructions that unpacking is written in, on NumPy's 32-bit lanes (PTX ISA 9.7: integers, logic)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,25 @@ def _shifted_left(low: Lanes, high: Lanes, by: Lanes) -> Lanes:
     return ((high << np.uint64(32) | low) << (by & np.uint64(31))) >> np.uint64(32)
 
 
+def _permuted(low: Lanes, high: Lanes, selector: Lanes) -> Lanes:
+    """prmt: of the bytes of [high, low], those that the selector's four hexadecimal digits name."""
+    both, result = high << np.uint64(32) | low, low & np.uint64(0)
+    for place in range(4):
+        at = (selector >> np.uint64(4 * place) & np.uint64(7)) * np.uint64(8)
+        result |= (both >> at & np.uint64(255)) << np.uint64(8 * place)
+    return result
+
+
 INSTRUCTIONS: dict[str, Callable[..., Lanes]] = {
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, b: a >> np.minimum(b, np.uint64(32)),
     "shf.l.wrap.b32": _shifted_left,
+    "bfe.u32": lambda a, at, bits: a >> at & (np.uint64(1) << bits) - np.uint64(1),
+    "add.u32": lambda a, b: a + b,
+    "mul.lo.u32": lambda a, b: a * b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "prmt.b32": _permuted,
 }
 
 

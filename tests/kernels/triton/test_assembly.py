@@ -80,6 +80,29 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
 
 
 @every_target
+def test_both_products_over_pages_of_a_server_are_integer_matrix_instructions(target):
+    rows = of(target, "paged_prefill")
+    assert [row["constants"]["D"] for row in rows] == [64, 128, 256]
+    for row in rows:
+        c = row["constants"]
+        assert all(name.startswith(NAMES[target]) for name in row["products"])
+        # Whole pages, pages that some rows see, and open blocks.
+        assert row["multiplications"] >= 2 * 3 * c["M"] * 64 * c["WIDE"]
+    rows = of(target, "paged_decode")
+    assert {(row["constants"]["WIDE"], row["constants"]["R"]) for row in rows} == {
+        (wide, 16 if target == "gfx942" else size)
+        for wide, size in ((64, 16), (128, 16), (128, 4), (128, 8), (256, 16), (256, 4), (256, 8))
+    }
+    for row in rows:
+        c = row["constants"]
+        kind = "IMMA" if target == "sm_90" and row["warps"] < 4 else NAMES[target]
+        assert all(name.startswith(kind) for name in row["products"]), row["products"]
+        values, keys = (max(LEAST_COLUMNS[target], n * c["R"]) for n in (1, 2))
+        thirds = (keys if c["K_BITS"] == 3 else 0) + (values if c["V_BITS"] == 3 else 0)
+        assert row["multiplications"] >= 64 * c["WIDE"] * (keys + values + 2 * values + thirds)
+
+
+@every_target
 def test_a_flush_reads_all_rows_before_it_writes_over_them(target):
     """Rows move within the buffer: threads read what others write."""
     (row,) = of(target, "_flush_kernel")

@@ -36,7 +36,7 @@ def test_instructions():
     assert ptx.evaluated("{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 255; }", a).tolist() == [0, 0x67]
     assert ptx.evaluated("shf.l.wrap.b32 $0, $1, $1, 33;", a).tolist() == [3, 0x2468ACF0]
     with pytest.raises(KeyError):
-        ptx.evaluated("add.u32 $0, $1, 1;", a)
+        ptx.evaluated("sub.u32 $0, $1, 1;", a)
 
 
 # What each width takes: planes' fields, the third bits at any place, and the shift of half a line.

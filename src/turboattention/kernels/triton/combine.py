@@ -9,16 +9,9 @@ from .rotation import rotate_back
 from .softmax import LOG2_E, log_sum_exp
 
 
-@triton.jit(do_not_specialize=["splits", "tiles"])
-def combine(
-    acc_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, splits, tiles, group, queries,
-    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Grid (rows, KV heads, sequences); acc, peak and total as `decode` leaves them, out [B, Hkv g, Lq, D]
-    contiguous, lse float32. SPLITS: a power of two, at least `splits`."""
-    row = tl.program_id(0)
-    base = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    at = (base * tiles + row // R) * splits * R + row % R
+@triton.jit
+def merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr):
+    """A row's result [1, WIDE] of its splits, which stand R apart from `at` on, its peak and its total."""
     s = tl.arange(0, SPLITS)
     peaks = tl.load(peak_ptr + at + s * R, mask=s < splits, other=float("-inf"))
     totals = tl.load(total_ptr + at + s * R, mask=s < splits, other=0.0)
@@ -36,6 +29,21 @@ def combine(
         part = tl.load(acc_ptr + (at + some * R)[:, None] * WIDE + d[None, :], mask=(share > 0.0)[:, None], other=0.0)
         out = tl.fma(part, share[:, None], out)
     result = tl.sum(out, 0)[None, :] * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-30), 0.0)
+    return result, peak, total
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"])
+def combine(
+    acc_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, splits, tiles, group, queries,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, KV heads, sequences); acc, peak and total as `decode` leaves them, out [B, Hkv g, Lq, D]
+    contiguous, lse float32. SPLITS: a power of two, at least `splits`."""
+    row = tl.program_id(0)
+    base = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    at = (base * tiles + row // R) * splits * R + row % R
+    result, peak, total = merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE, R, SPLITS)
+    d = tl.arange(0, WIDE)
     if ROTATE:
         result = rotate_back(result, 1, WIDE, D & -D, False)
     to = (base * group + row % group) * queries + row // group

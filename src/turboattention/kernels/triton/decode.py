@@ -18,8 +18,8 @@ from .unpacking import as_int8, field, shifted, stack, third
 
 
 @triton.jit
-def _key_products(page, place, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
-                  ASM: tl.constexpr):  # fmt: skip
+def key_products(page, place, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+                 ASM: tl.constexpr):  # fmt: skip
     """INT8 products of 64 packed keys and queries, int32 [64, R]. q_low, q_high int32 [WIDE / 2, 2 R]: channels
     c % 8 < 4 and the others, every query twice; is_high: its second column."""
     HALF: tl.constexpr = WIDE // 2
@@ -77,7 +77,7 @@ def _key_products(page, place, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl
 
 
 @triton.jit
-def _value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """Packed values times weights (`round_levels` [64, R]): float32 [WIDE, R]."""
     d = tl.arange(0, WIDE)
     inside = None if D == WIDE else (d < D)[:, None]
@@ -126,7 +126,7 @@ def _over_pages(
         address = tl.where(evicted, blank_ptr.to(tl.int64), ahead)
         ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1))
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-        s = _key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
+        s = key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
         s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]
         v_scale = token_scales(page, v_place, t, BY_TOKEN)
         largest = largest_of(v_scale)
@@ -134,7 +134,7 @@ def _over_pages(
             s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
             sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
         )  # fmt: skip
-        o = _value_products(page, v_place, p, WIDE, D, V_BITS, ASM)
+        o = value_products(page, v_place, p, WIDE, D, V_BITS, ASM)
         peak, keep, each = rescaled(peak, tl.where(evicted, float("-inf"), block_peak))
         total = total * keep + block_total * each
         acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])

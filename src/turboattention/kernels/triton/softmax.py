@@ -90,6 +90,17 @@ def weigh(
     Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
     them in units of 1/127, and the block's maximum, a logit (-inf where a row sees nothing).
     """
+    weight, total, peak = weights(s, unit, mean, key, sight, cap, threshold, FORM, CUT, SEEN, CAP, MASK, AXIS)
+    return round_levels(weight, tl.expand_dims(value_levels, 1 - AXIS)), total, peak
+
+
+@triton.jit
+def weights(
+    s, unit, mean, key, sight, cap, threshold,
+    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    AXIS: tl.constexpr,
+):  # fmt: skip
+    """As `weigh`, with the weights as they are, 1 at the maximum, in place of INT8 ones."""
     base: tl.constexpr = 1.0 if FORM == "sas" else 1.4426950408889634
     plain: tl.constexpr = not CAP and MASK == ""
     keys = tl.expand_dims(key, 1 - AXIS)
@@ -116,7 +127,7 @@ def weigh(
         x = tl.minimum(x, 0.0) * base
     weight = exponential(x, FORM, CUT, threshold)
     total = sum_of_levels(round_levels(weight, LEVELS), AXIS)
-    return round_levels(weight, tl.expand_dims(value_levels, 1 - AXIS)), total, peak
+    return weight, total, peak
 
 
 @triton.jit

@@ -1,0 +1,71 @@
+"""Backend "triton" over pages that a server manages (`turboattention.paged`): nothing waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..flashq import rotate
+from ..kernels.triton.paged import Ragged, Slots, attend, store
+from ..paged import OpenBlocks, PagedBatch, PagedFormat
+from .triton_device import on_own_device
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+@on_own_device
+def paged_attention(
+    fmt: PagedFormat,
+    layer: int,
+    batch: PagedBatch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    pages: Tensor,
+    open_blocks: OpenBlocks,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    mean: Tensor | None,
+) -> bool:
+    """`turboattention.paged.paged_attention`, arguments checked. Always true: `OpenBlocks.notice` tells."""
+    ragged = _ragged(batch, q)
+    _check(pages, out)
+    if not ragged.tokens or not ragged.sequences:
+        return True
+    config, layout = fmt.config, fmt.layouts[layer]
+    if mean is not None:
+        mean = (rotate(mean.float()) if config.rotate else mean.float()).contiguous()
+    codes, scales = ((side[0][layer], side[1][layer]) for side in (open_blocks.codes, open_blocks.scales))
+    slots, flag = Slots(codes, scales, open_blocks.ring), open_blocks.flag
+    opened = store(config, layout, ragged, k, v, mean, pages, slots, flag)
+    attend(
+        config, layout, ragged, q, out, mean, pages, slots, opened, flag,
+        scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+    return True
+
+
+def _ragged(batch: PagedBatch, q: Tensor) -> Ragged:
+    parts = {"query_start": batch.query_start, "seq_lens": batch.seq_lens, "slots": batch.slots}
+    parts["block_table"] = batch.block_table
+    for name, x in parts.items():
+        if x.dtype not in _INTEGERS or x.device != q.device or x.stride(-1) != 1:
+            raise ShapeError(
+                f"{name}: expected int32 or int64 side by side on {q.device}, got {x.dtype} on {x.device}, "
+                f"strides {x.stride()}"
+            )
+    tokens = q.shape[0]
+    most = tokens if batch.max_query_len is None else min(tokens, batch.max_query_len)
+    return Ragged(batch.query_start, batch.seq_lens, batch.slots, batch.block_table, tokens, most)
+
+
+def _check(pages: Tensor, out: Tensor) -> None:
+    if pages.data_ptr() % 16 or pages.stride(0) % 16:
+        raise ShapeError(f"pages: expected addresses that are multiples of 16, got {pages.data_ptr():#x} and strides "
+                         f"{pages.stride()}")  # fmt: skip
+    if out.stride(-1) != 1:
+        raise ShapeError(f"out: expected channels side by side, got strides {out.stride()}")

@@ -1,0 +1,203 @@
+"""Steps over pages that a server manages: the launchers of `paged_store`, `paged_decode` and `paged_prefill`.
+
+Nothing here reads a tensor's values: what depends on them is decided by the kernels, and grids follow from
+shapes and from the most tokens that a sequence may take. A CUDA graph may hold these launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...config import TurboConfig
+from ...kv.layout import PageLayout
+from . import configs, paged_configs
+from .attention import BLOCK, Int8Queries, _pairs_of_widths, _with_positive_unit
+from .paged_decode import paged_combine, paged_decode
+from .paged_prefill import paged_prefill
+from .paged_store import fill_pages, hold_rows, store_rows
+from .pages import layout_facts
+from .places import all_places, head_places
+from .quantize import EXACT, float_rows, means, quantize_queries, row_shape
+
+_LARGEST_WINDOW = 1 << 30  # no sequence is longer, and positions plus it stay int32
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """R sequences, one behind the other in flat tensors of T tokens: `starts` [R + 1], `lengths` [R] with the
+    step's own, `slots` [R], `table` [R, P] numbers of pages; int32 or int64, channels of each side by side.
+    most: tokens that one sequence takes at most. Tokens from `starts[R]` on are padding, and left alone."""
+
+    starts: Tensor
+    lengths: Tensor
+    slots: Tensor
+    table: Tensor
+    tokens: int
+    most: int
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def steps(self) -> int:
+        return self.sequences.bit_length()
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Open blocks of a layer: int8 [slots, H, ring, D] and float32 [slots, H, ring] of K and V, contiguous."""
+
+    codes: tuple[Tensor, Tensor]
+    scales: tuple[Tensor, Tensor]
+    ring: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Where a step's open blocks are: in slots, or (in_place false) in rows of its own, [H, room, D] and [H, room]."""
+
+    codes: tuple[Tensor, Tensor]
+    scales: tuple[Tensor, Tensor]
+    room: int
+    in_place: bool
+
+
+def store(
+    config: TurboConfig,
+    layout: PageLayout,
+    batch: Ragged,
+    k: Tensor,
+    v: Tensor,
+    mean: Tensor | None,
+    pages: Tensor,
+    slots: Slots,
+    flag: Tensor,
+) -> Opened:
+    """k, v [T, H, D] into open blocks, and blocks that are full then into `pages` uint8 [N, bytes].
+
+    mean: float32 [H, D] in the stored space, or None. flag: as in `append.store_tokens`. Beside the slots a step
+    of many tokens takes `2 H (T + 64 R) (D + 4)` bytes. Raises DtypeError."""
+    k, v = map(float_rows, (k, v))
+    heads, head_dim = k.shape[1:]
+    # What a slot has room for beside the rows that the step's queries still read.
+    in_place = batch.most == 1 or (slots.ring > BLOCK and batch.most <= BLOCK)
+    opened = Opened(slots.codes, slots.scales, 0, True)
+    rows = batch.tokens * heads
+    shape = row_shape(rows, head_dim)
+    if not in_place:
+        room = batch.tokens + BLOCK * batch.sequences
+        codes = tuple(torch.empty(heads, room, head_dim, dtype=torch.int8, device=k.device) for _ in range(2))
+        scales = tuple(torch.empty(heads, room, dtype=torch.float32, device=k.device) for _ in range(2))
+        opened = Opened(codes, scales, room, False)
+        hold_rows[batch.sequences, heads, 2](
+            batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales, *codes, *scales,
+            slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **EXACT,
+        )  # fmt: skip
+    store_rows[triton.cdiv(rows, shape["ROWS"]), 2](
+        k, v, means(mean), batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales,
+        *opened.codes, *opened.scales, flag, rows, heads, batch.sequences, batch.steps, slots.ring, opened.room,
+        *k.stride()[:2], *v.stride()[:2], D=head_dim, ROTATE=config.rotate, RING=in_place, **shape,
+    )  # fmt: skip
+    blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
+    fill_pages[heads, 2, blocks](
+        batch.starts, batch.lengths, batch.slots, *opened.codes, *opened.scales, batch.table, pages,
+        all_places(layout, k.device), batch.sequences, batch.steps, slots.ring, opened.room,
+        batch.table.stride(0), pages.stride(0), SEARCH=config.search, RING=in_place, **layout_facts(layout),
+    )  # fmt: skip
+    return opened
+
+
+def attend(
+    config: TurboConfig,
+    layout: PageLayout,
+    batch: Ragged,
+    q: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    pages: Tensor,
+    slots: Slots,
+    opened: Opened,
+    flag: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """q [T, Hq, D] causally over pages and open blocks, which hold their own tokens -> out, likewise, whose channels
+    stand side by side. Arguments as for `store`. Raises DtypeError."""
+    heads, valid = layout.num_kv_heads, batch.starts[-1:]
+    # Without a softcap the mean's part is the same for all keys of a row.
+    seen = mean[None] if mean is not None and softcap is not None else None
+    codes, unit, logit, _ = quantize_queries(q.transpose(0, 1)[None], heads, valid, seen, scale, config.rotate, flag)
+    x = _with_positive_unit(Int8Queries(codes, unit, logit), scale)
+    group = q.shape[1] // heads
+    few = max(configs.LARGEST_DECODE_ROWS, group)
+    arguments = {
+        "q_ptr": x.codes, "unit_ptr": x.unit, "mean_ptr": x.unit if x.mean_logit is None else x.mean_logit,
+        "starts": batch.starts, "lengths": batch.lengths, "slots": batch.slots,
+        "table": batch.table, "table_stride": batch.table.stride(0), "pages": pages, "page_stride": pages.stride(0),
+        "k8": opened.codes[0], "v8": opened.codes[1], "k_scales": opened.scales[0], "v_scales": opened.scales[1],
+        "ring": slots.ring, "room": opened.room, "RING": opened.in_place,
+        "kv_heads": heads, "group": group, "tokens": batch.tokens, "most": few,
+        "D": layout.head_dim, "WIDE": max(64, triton.next_power_of_2(layout.head_dim)),
+        "BY_TOKEN": layout.token_scales, "MEAN": x.mean_logit is not None,
+        **_softmax(config, window, softcap),
+    }  # fmt: skip
+    _few_rows(config, layout, batch, out, arguments)
+    if batch.most * group > few:
+        _many_rows(config, layout, batch, out, arguments)
+
+
+def _softmax(config: TurboConfig, window: int | None, softcap: float | None) -> dict[str, Any]:
+    return {
+        "window": min(window or 0, _LARGEST_WINDOW),
+        "cap": softcap or 0.0,
+        "threshold": config.sas_threshold * (1.0 if config.softmax == "sas" else _LOG2_E),
+        "FORM": config.softmax,
+        "CUT": config.softmax != "exp" and config.sas_threshold > -5.7,  # as in `attention`
+        "WINDOW": window is not None,
+        "CAP": softcap is not None,
+    }
+
+
+def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
+    device, heads, wide = out.device, layout.num_kv_heads, arguments["WIDE"]
+    architecture = configs.architecture_of(device)
+    rows = min(batch.most * arguments["group"], arguments["most"])
+    # The address of a page, by its number, takes registers as a mask does.
+    launch = configs.decode(architecture, rows, layout.head_dim, True)
+    tiles = -(-rows // launch.rows)
+    splits = configs.splits(batch.table.shape[1], batch.sequences * heads * tiles, device)
+    shape = batch.sequences, heads, tiles, splits, launch.rows
+    acc = torch.empty(*shape, wide, dtype=torch.float32, device=device)
+    peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    for (k_bits, v_bits), chosen in _pairs_of_widths(layout):
+        paged_decode[splits, len(chosen) * tiles, batch.sequences](
+            **arguments, places_ptr=head_places(layout, chosen, device), acc_ptr=acc, peak_ptr=peak, total_ptr=total,
+            tiles=tiles, R=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ASM=architecture.assembly, **launch.options,
+        )  # fmt: skip
+    paged_combine[rows, heads, batch.sequences](
+        acc, peak, total, out, batch.starts, splits, tiles, arguments["group"], arguments["most"], *out.stride()[:2],
+        D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),
+        ROTATE=config.rotate, num_warps=1, **configs.FUSION,
+    )  # fmt: skip
+
+
+def _many_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
+    architecture = configs.architecture_of(out.device)
+    launch = paged_configs.prefill(architecture, layout.head_dim)
+    tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
+    for (k_bits, v_bits), chosen in _pairs_of_widths(layout):
+        paged_prefill[tiles, len(chosen)](
+            **arguments, places_ptr=head_places(layout, chosen, out.device), out_ptr=out,
+            out_stride_t=out.stride(0), out_stride_h=out.stride(1), sequences=batch.sequences, steps=batch.steps,
+            M=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ROTATE=config.rotate, SLOW=architecture.slow_int_to_float,
+            ASM=architecture.assembly, **launch.options,
+        )  # fmt: skip

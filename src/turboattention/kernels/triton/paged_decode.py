@@ -1,0 +1,175 @@
+"""Attention of few query rows over pages that a server manages, in splits of a sequence, as in `decode`.
+
+A sequence is here where it has at most `most` rows (tokens times query heads of a KV head); `paged_prefill` takes
+the others. `paged_combine` brings the splits together.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .combine import merged
+from .decode import key_products, value_products
+from .operands import token_scales
+from .places import PLACES, places_of
+from .ragged import open_rows_of, standing
+from .rotation import rotate_back
+from .softmax import rescaled
+from .stored import weigh_stored
+
+
+@triton.jit
+def _over_pages(
+    acc, total, peak, table, pages, page_stride, begin, end, place, queries, sees, sees_end, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Folds pages `begin` to `end` in. Only a window lets a row see a part of a page."""
+    q_low, q_high, is_high, unit, mean = queries
+    k_place, v_place = places_of(place, D)
+    t = tl.arange(0, 64)
+    # Loaded a block ahead: or loads of pages could not be.
+    ahead = tl.load(table + begin, mask=begin < end, other=0).to(tl.int64)
+    for block in tl.range(begin, end):
+        page = tl.multiple_of(pages + ahead * page_stride, 16)
+        ahead = tl.load(table + tl.minimum(block + 1, end - 1)).to(tl.int64)
+        s = key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
+        s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]
+        v_scale = token_scales(page, v_place, t, BY_TOKEN)
+        p, block_total, block_peak, largest = weigh_stored(
+            s, unit, mean, block * 64 + t, v_scale, sees, sees_end, cap, threshold, FORM, CUT, True, WINDOW, CAP, 0
+        )
+        o = value_products(page, v_place, p, WIDE, D, V_BITS, ASM)
+        peak, keep, each = rescaled(peak, block_peak)
+        total = total * keep + block_total * each
+        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+    return acc, total, peak
+
+
+@triton.jit
+def _over_rows(
+    acc, total, peak, rows, block, length, q, unit, mean, sees, sees_end, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """Folds one open block in. rows: (k8, v8, their scales, the row of its token 0); q int8 [WIDE, R]."""
+    k8, v8, k_scales, v_scales, origin = rows
+    t = tl.arange(0, 64)
+    d = tl.arange(0, WIDE)
+    key = block * 64 + t
+    there = key < length
+    at = origin + t
+    inside = there[:, None] & (d < D)[None, :]
+    k = tl.load(k8 + at[:, None] * D + d[None, :], mask=inside, other=0)
+    s = tl.dot(k, q, out_dtype=tl.int32).to(tl.float32)
+    s *= tl.load(k_scales + at, mask=there, other=0.0)[:, None]
+    v_scale = tl.load(v_scales + at, mask=there, other=0.0)
+    p, block_total, block_peak, largest = weigh_stored(
+        s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, True, True, CAP, 0
+    )
+    v = tl.load(v8 + at[:, None] * D + d[None, :], mask=inside, other=0)
+    o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
+    peak, keep, each = rescaled(peak, block_peak)
+    total = total * keep + block_total * each
+    return tl.fma(o, (each * largest)[None, :], acc * keep[None, :]), total, peak
+
+
+@triton.jit(do_not_specialize=["table_stride", "ring", "room", "tokens", "most", "window"])
+def paged_decode(
+    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, places_ptr,
+    k8, v8, k_scales, v_scales, ring, room, acc_ptr, peak_ptr, total_ptr,
+    kv_heads, group, tokens, most, tiles, window, cap, threshold,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    MEAN: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits, heads of one pair of widths x tiles of R rows, sequences).
+
+    q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T]. Results as those of `decode`: acc
+    [B, Hkv, tiles, splits, R, WIDE], peak and total [B, Hkv, tiles, splits, R], of sequences that are here.
+    """
+    splits = tl.num_programs(0)
+    split = tl.program_id(0)
+    tile = tl.program_id(1) % tiles
+    b = tl.program_id(2)
+    place = places_ptr + tl.program_id(1) // tiles * PLACES
+    h = tl.load(place)
+    start, count, length = standing(starts, lengths, b)
+    rows = tl.where(count * group <= most, count * group, 0)
+    row = tile * R + tl.arange(0, R)
+    there = row < rows
+    before = length - count
+    position = before + row // group
+    own = position // 64 * 64
+    sees = tl.zeros_like(row)
+    if WINDOW:
+        sees = tl.maximum(position - window + 1, 0)
+    high = tl.max(tl.where(there, position, -1), 0) // 64 + 1
+    low = tl.min(tl.where(there, sees, length), 0) // 64
+    each_split = tl.maximum(tl.cdiv(high - low, splits), 1)
+    begin = low + split * each_split
+    end = tl.minimum(high, begin + each_split)
+    # A corner of 64 bits, and offsets of 32: what stays in registers to the end.
+    partial = (((b * kv_heads + h).to(tl.int64) * tiles + tile) * splits + split) * R
+    peak_ptr += partial
+    total_ptr += partial
+    lane = tl.arange(0, R)
+    if (begin >= end) & (tile * R < rows):
+        tl.store(peak_ptr + lane, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(total_ptr + lane, tl.zeros((R,), tl.float32))
+    if (begin < end) & (tile * R < rows):
+        at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
+        unit = tl.load(unit_ptr + at, mask=there, other=1.0)
+        mean = tl.zeros_like(unit)
+        if MEAN:
+            mean = tl.load(mean_ptr + at, mask=there, other=0.0)
+        acc = tl.zeros((WIDE, R), tl.float32)
+        total = tl.zeros((R,), tl.float32)
+        peak = tl.full((R,), float("-inf"), tl.float32)
+        # Open blocks first: what they alone need is then not held over the pages.
+        d = tl.arange(0, WIDE)[:, None]
+        q = tl.load(q_ptr + at[None, :] * D + d, mask=there[None, :] & (d < D), other=0)
+        oldest = tl.min(tl.where(there, position, length), 0) // 64
+        for block in tl.range(tl.maximum(begin, oldest), end, num_stages=1):
+            origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
+            acc, total, peak = _over_rows(
+                acc, total, peak, (k8, v8, k_scales, v_scales, origin), block, length, q, unit, mean,
+                tl.maximum(sees, own), tl.where(there, position + 1, 0), cap, threshold, WIDE, D, FORM, CUT, CAP,
+            )  # fmt: skip
+        half = tl.arange(0, WIDE // 2)
+        channel = (half // 4 * 8 + half % 4)[:, None]
+        column = tl.arange(0, 2 * R)
+        q_row = tile * R + column // 2
+        q_at = ((h * group + q_row % group).to(tl.int64) * tokens + start + q_row // group)[None, :] * D + channel
+        q_there = (q_row < rows)[None, :] & (channel < D)
+        q_low = tl.load(q_ptr + q_at, mask=q_there, other=0).to(tl.int32)
+        q_high = tl.load(q_ptr + q_at + 4, mask=q_there, other=0).to(tl.int32)
+        is_high = (column % 2 == 1)[None, :]
+        acc, total, peak = _over_pages(
+            acc, total, peak, table + b.to(tl.int64) * table_stride, pages, page_stride,
+            begin, tl.minimum(end, high - 1), place, (q_low, q_high, is_high, unit, mean),
+            sees, tl.where(there, own, 0), cap, threshold,
+            WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, WINDOW, CAP, ASM,
+        )  # fmt: skip
+        tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
+        tl.store(peak_ptr + lane, peak)
+        tl.store(total_ptr + lane, total)
+
+
+@triton.jit(do_not_specialize=["splits", "tiles", "most"])
+def paged_combine(
+    acc_ptr, peak_ptr, total_ptr, out_ptr, starts, splits, tiles, group, most, out_stride_t, out_stride_h,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, KV heads, sequences): into out [T, Hkv g, D]. SPLITS: a power of two, at least `splits`."""
+    row, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts + b).to(tl.int64)
+    rows = (tl.load(starts + b + 1).to(tl.int64) - start) * group
+    if (rows <= most) & (row < rows):
+        at = ((b * tl.num_programs(1) + h).to(tl.int64) * tiles + row // R) * splits * R + row % R
+        result, _, _ = merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE, R, SPLITS)
+        if ROTATE:
+            result = rotate_back(result, 1, WIDE, D & -D, False)
+        d = tl.arange(0, WIDE)[None, :]
+        to = (start + row // group) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
+        tl.store(out_ptr + to + d, result.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,0 +1,156 @@
+"""Attention of many query rows over pages that a server manages: pages restored to INT8 as they are read.
+
+A program takes M rows of a sequence that has more than `most` of them (`paged_decode` takes the others). Every
+query reads blocks before its own as pages and its own as INT8 rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .operands import token_scales
+from .places import PLACES, places_of
+from .ragged import open_rows_of, sequence_at, standing
+from .restoring import halves, page_keys, page_values
+from .rotation import rotate_back
+from .softmax import as_float, rescaled
+from .stored import weigh_stored
+
+
+@triton.jit
+def _weights(
+    k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold,
+    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    SLOW: tl.constexpr,
+):  # fmt: skip
+    """What `weigh_stored` says of INT8 keys [WIDE, 64]."""
+    q, unit, mean = queries
+    s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * k_scale[None, :]
+    return weigh_stored(s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, SEEN, OWN, CAP, 1)
+
+
+@triton.jit
+def _folded(state, weighed, v, SLOW: tl.constexpr):
+    """The running result with INT8 values [64, WIDE] under these weights."""
+    acc, total, peak = state
+    p, block_total, block_peak, largest = weighed
+    o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
+    peak, keep, each = rescaled(peak, block_peak)
+    total = total * keep + block_total * each
+    return tl.fma(o, (each * largest)[:, None], acc * keep[:, None]), total, peak
+
+
+@triton.jit
+def _fold_page(
+    state, page, place, block, queries, sees, sees_end, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    SLOW: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    k_place, v_place = places_of(place, D)
+    t = tl.arange(0, 64)
+    k_scale = token_scales(page, k_place, t, BY_TOKEN)
+    v_scale = token_scales(page, v_place, t, BY_TOKEN)
+    k = tl.trans(page_keys(page, k_place, WIDE, D, K_BITS, ASM))
+    weighed = _weights(
+        k, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold, FORM, CUT, SEEN, OWN, CAP, SLOW
+    )
+    # Restored behind the weights: beside them they would take too many registers.
+    return _folded(state, weighed, tl.trans(page_values(page, v_place, WIDE, D, V_BITS, ASM)), SLOW)
+
+
+@triton.jit
+def _fold_rows(
+    state, rows, block, length, queries, sees, sees_end, cap, threshold,
+    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr,
+    SLOW: tl.constexpr,
+):  # fmt: skip
+    """rows: (k8, v8, their scales, the row of the block's token 0)."""
+    k8, v8, k_scales, v_scales, origin = rows
+    t = tl.arange(0, 64)
+    d = tl.arange(0, WIDE)
+    key = block * 64 + t
+    there = key < length
+    at = (origin + t)[:, None] * D
+    channel = halves(WIDE)
+    k = tl.trans(tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0))
+    k_scale = tl.load(k_scales + origin + t, mask=there, other=0.0)
+    v_scale = tl.load(v_scales + origin + t, mask=there, other=0.0)
+    weighed = _weights(
+        k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold, FORM, CUT, True, True, CAP, SLOW
+    )
+    v = tl.load(v8 + at + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+    return _folded(state, weighed, v, SLOW)
+
+
+@triton.jit(do_not_specialize=["sequences", "steps", "table_stride", "ring", "room", "tokens", "most", "window"])
+def paged_prefill(
+    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, places_ptr,
+    k8, v8, k_scales, v_scales, ring, room, out_ptr, out_stride_t, out_stride_h,
+    sequences, steps, kv_heads, group, tokens, most, window, cap, threshold,
+    D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    MEAN: tl.constexpr, RING: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, heads of one pair of widths): tile i is the one of sequence b, the last with
+    `starts[b] group // M + b <= i`. q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T], out [T, Hkv g, D]."""
+    i = tl.program_id(0)
+    b = sequence_at(starts, sequences, steps, i, group, M, 1)
+    start, count, length = standing(starts, lengths, b)
+    tile = i - (start * group // M + b)
+    if (count * group > most) & (tile * M < count * group):
+        # The last rows see most: they go first.
+        row = (tl.cdiv(count * group, M) - 1 - tile) * M + tl.arange(0, M)
+        there = row < count * group
+        place = places_ptr + tl.program_id(1) * PLACES
+        h = tl.load(place)
+        at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
+        unit = tl.load(unit_ptr + at, mask=there, other=1.0)
+        mean = tl.zeros_like(unit)
+        if MEAN:
+            mean = tl.load(mean_ptr + at, mask=there, other=0.0)
+        channel = halves(WIDE)[None, :]
+        q = tl.load(q_ptr + at[:, None] * D + channel, mask=there[:, None] & (channel < D), other=0)
+        queries = (q, unit, mean)
+        before = length - count
+        # Rows past the last repeat its sight; they are dropped.
+        position = before + tl.minimum(row, count * group - 1) // group
+        own = position // 64 * 64
+        sees = tl.zeros_like(row)
+        if WINDOW:
+            sees = tl.maximum(position - window + 1, 0)
+        oldest = tl.min(position, 0) // 64
+        newest = tl.max(position, 0) // 64
+        low = tl.min(sees, 0) // 64
+        # Pages that all rows see as a whole.
+        clear = tl.minimum(tl.cdiv(tl.max(sees, 0), 64), oldest)
+        state = (tl.zeros((M, WIDE), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32))
+        table += b.to(tl.int64) * table_stride
+        for block in tl.range(clear, oldest):
+            page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
+            state = _fold_page(
+                state, page, place, block, queries, sees, own, cap, threshold,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, False, False, CAP, SLOW, ASM,
+            )  # fmt: skip
+        for j in tl.range(0, clear - low + newest - oldest, num_stages=1):
+            block = tl.where(j < clear - low, low + j, oldest + j - (clear - low))
+            page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
+            state = _fold_page(
+                state, page, place, block, queries, sees, own, cap, threshold,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, True, WINDOW, CAP, SLOW, ASM,
+            )  # fmt: skip
+        for block in tl.range(oldest, newest + 1, num_stages=1):
+            origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
+            state = _fold_rows(
+                state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
+                tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, CAP, SLOW,
+            )  # fmt: skip
+        acc, total, _ = state
+        out = acc * (1.0 / tl.maximum(total, 1.0))[:, None]
+        if ROTATE:
+            out = rotate_back(out, M, WIDE, D & -D, False)
+        to = (start + row // group).to(tl.int64) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
+        d = tl.arange(0, WIDE)[None, :]
+        tl.store(out_ptr + to[:, None] + d, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (d < D))

@@ -1,0 +1,36 @@
+"""Weights under `stored_prefill`: a block is seen as its page by queries behind it, as INT8 by its own.
+
+Values' scales are relative to the largest that a row sees, so that what a row gets does not depend on later tokens.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .operands import largest_of
+from .softmax import LEVELS, round_levels, weights
+
+
+@triton.jit
+def weigh_stored(
+    s, unit, mean, key, v_scale, begin, end, cap, threshold,
+    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    AXIS: tl.constexpr,
+):  # fmt: skip
+    """`softmax.weigh` without masks, of keys `begin <= key < end` of each row (read where SEEN or OWN), and as fourth
+    result the scale that values' levels are relative to: OWN: of each row, of what it sees of the block; else one."""
+    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, SEEN, CAP, "", AXIS)
+    scale = tl.expand_dims(v_scale, 1 - AXIS)
+    if OWN:
+        keys = tl.expand_dims(key, 1 - AXIS)
+        seen = (keys >= tl.expand_dims(begin, AXIS)) & (keys < tl.expand_dims(end, AXIS))
+        # Zeros elsewhere: a weight that is small, not zero, must not meet a scale of any size.
+        scale = tl.where(seen, scale, 0.0)
+        largest = tl.max(scale, AXIS)
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        levels = scale * tl.expand_dims(1.0 / largest * LEVELS, AXIS)
+    else:
+        largest = largest_of(v_scale)
+        levels = scale / largest * LEVELS
+    return round_levels(weight, levels), total, peak, largest

@@ -1,0 +1,181 @@
+"""Pages that a server manages, by the kernels in Triton's interpreter, against caches of one sequence each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turboattention.errors import ShapeError
+from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, paged_attention
+
+from ...helpers import relative_error
+from ...paging import CONFIG, HEADS, MIXED, UNIFORM, Server, draft, expected, serve, tokens
+from . import tools  # noqa: F401
+
+# Prefill over several blocks, in pieces beside decoding; a block that decoding fills; a tail behind an open block.
+SEQUENCES = {7: 150, 3: 66, 5: 1}
+SCHEDULE = [{7: 70, 3: 30}, {7: 60, 3: 33, 5: 1}, {3: 1, 7: 1}, {3: 2}, {7: 19}]
+SHORT = {0: 67}, [{0: 66}, {0: 1}]
+
+
+def served(head_bits, given: dict, schedule: list[dict[int, int]], config=CONFIG, **options) -> None:
+    server = Server(head_bits, given[min(given)][0].shape[2], config, backend="triton")
+    got = serve(server, given, schedule, **options)
+    for key, sequence in given.items():
+        want, cache = expected(sequence, head_bits, config, **options)
+        assert relative_error(got[key], want) < 1e-3
+        assert server.holds(key, cache, sequence[0].shape[1] // BLOCK)
+    assert not server.open_blocks.notice()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 90}, {"softcap": 3.0, "scale": -0.5}], ids=str)
+def test_mixed_steps_give_what_a_cache_of_its_own_does(options):
+    served(UNIFORM[4], {key: tokens(10 * key, count) for key, count in SEQUENCES.items()}, SCHEDULE, **options)
+
+
+@pytest.mark.parametrize("bits", [8, 3, 2, MIXED], ids=str)
+def test_widths(bits):
+    served(MIXED if bits == MIXED else UNIFORM[bits], {0: tokens(1, 67)}, SHORT[1])
+
+
+@pytest.mark.parametrize("softmax", ["sas2", "exp"])
+def test_forms_of_the_softmax(softmax):
+    served(UNIFORM[4], {0: tokens(1, 67)}, SHORT[1], CONFIG.replace(softmax=softmax))
+
+
+def test_full_rows_of_a_half_precision():
+    served(MIXED, {0: tokens(2, 67, 64, torch.float16)}, SHORT[1])
+
+
+def test_more_query_heads_than_a_program_takes():
+    served(UNIFORM[4], {0: tokens(2, 67, query_heads=20 * HEADS)}, SHORT[1])
+
+
+@pytest.mark.parametrize("drafts", [3, 40])
+def test_tokens_taken_back(drafts):
+    sequence, server = tokens(1, 140), Server(ring=2 * BLOCK, backend="triton")
+    got = draft(server, sequence, tokens(2, 140), 120, drafts)
+    want, cache = expected(sequence, UNIFORM[4])
+    assert relative_error(got, want) < 1e-3
+    assert server.holds(0, cache, 2)
+
+
+def test_drafts_beside_prefill_stay_in_their_slot():
+    """A step of many tokens, of one sequence, leaves what a draft of another may be taken back to."""
+    sequence, other = tokens(1, 72), tokens(2, 90)
+    server = Server(ring=2 * BLOCK, backend="triton")
+    server.step({0: tuple(x[:, :62] for x in sequence)})
+    server.step({0: tuple(x[:, 62:67] for x in sequence), 1: other})
+    server.lengths[0] = 63
+    got = server.step({0: tuple(x[:, 63:] for x in sequence)})[0]
+    assert relative_error(got, expected(sequence, UNIFORM[4])[0][:, 63:]) < 1e-3
+
+
+def test_pages_filled_in_a_step_are_read_by_others_in_the_same():
+    shared, tail = tokens(1, 64), tokens(2, 9)
+    server = Server(backend="triton")
+    server.blocks, server.lengths, server.slots = {0: [5], 1: [5]}, {0: 0, 1: 64}, {0: 0, 1: 1}
+    got = server.step({1: tail, 0: shared})
+    want, _ = expected(tuple(torch.cat(pair, 1) for pair in zip(shared, tail, strict=True)), UNIFORM[4])
+    assert relative_error(got[1], want[:, 64:]) < 1e-3
+
+
+def test_calibrated_means():
+    config = CONFIG.replace(smooth_k=True)
+    sequence, mean = tokens(4, 70), torch.randn(HEADS, 16, generator=torch.Generator().manual_seed(1))
+    for options in ({}, {"softcap": 2.0}):
+        results = []
+        for backend in ("triton", "cpu"):
+            server = Server(config=config, backend=backend)
+            results.append(
+                (serve(server, {0: sequence}, [{0: 69}, {0: 1}], mean=mean, **options)[0], server.page(0, 0))
+            )
+        (got, page), (want, wanted) = results
+        assert relative_error(got, want) < 1e-3
+        assert torch.equal(page, wanted)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_finite_counts_as_zero_and_raises_a_flag(name):
+    sequence, index = tokens(3, 2), "qkv".index(name)
+    sequence[index][0, 1, 3] = torch.inf
+    clean = tuple(x.clone() for x in sequence)
+    clean[index][0, 1] = 0
+    server, other = Server(backend="triton"), Server(backend="triton")
+    got, want = serve(server, {0: sequence}, [{0: 1}] * 2)[0], serve(other, {0: clean}, [{0: 1}] * 2)[0]
+    assert server.finite
+    assert [server.open_blocks.notice(), server.open_blocks.notice(), other.open_blocks.notice()] == [
+        True,
+        False,
+        False,
+    ]
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, server.open_blocks.codes, other.open_blocks.codes))
+
+
+def test_padding_is_left_alone():
+    """As in a captured graph: sequences of no tokens, tokens of no sequence, wide tables of int32."""
+    sequence, server = tokens(1, 66), Server(backend="triton")
+    server.step({0: tuple(x[:, :65] for x in sequence)})
+    before = [x.clone() for x in server.open_blocks.codes]
+    table = torch.full((3, 9), 10**6, dtype=torch.int32)
+    table[0, :2] = torch.tensor(server.blocks[0])
+    batch = PagedBatch(
+        torch.tensor([0, 1, 1, 1], dtype=torch.int32), torch.tensor([66, 0, 0], dtype=torch.int32), table,
+        torch.tensor([0, 10**6, 10**6], dtype=torch.int32), 1,
+    )  # fmt: skip
+    q, k, v = (torch.full((3, x.shape[0], 16), torch.nan) for x in sequence)
+    for x, new in zip((q, k, v), sequence, strict=True):
+        x[0] = new[:, 65]
+    out = torch.full_like(q, 7.0)
+    paged_attention(server.fmt, 0, batch, q, k, v, out, server.pages, server.open_blocks, backend="triton")
+    assert relative_error(out[0], expected(sequence, UNIFORM[4])[0][:, 65]) < 1e-3
+    assert bool((out[1:] == 7.0).all())
+    assert not server.open_blocks.notice()
+    after = server.open_blocks.codes
+    assert all(int((x != y).any(-1).sum()) <= HEADS for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("most", [1, 70])
+def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
+    """Tensors without values: whoever asked for one would fail, as a graph's capture does."""
+    from turboattention.kernels.triton import configs, paged, quantize
+
+    launched = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((self.name, grid))
+
+    names = {"hold_rows", "store_rows", "fill_pages", "paged_decode", "paged_combine", "paged_prefill"}
+    for name in names:
+        monkeypatch.setattr(paged, name, Recorder(name))
+    monkeypatch.setattr(quantize, "_queries_kernel", Recorder("queries"))
+    monkeypatch.setattr(configs, "architecture_of", lambda device: configs.ARCHITECTURES["sm_90"])
+    monkeypatch.setattr(configs, "_processors", lambda device: 132)
+    with torch.device("meta"):
+        server_blocks = OpenBlocks(1, 4, HEADS, 16)
+        index = torch.zeros(4, dtype=torch.int32)
+        batch = PagedBatch(index, index[1:], torch.zeros(3, 999, dtype=torch.int32), index[1:], most)
+        q, k, v = (torch.zeros(100, heads, 16, dtype=torch.bfloat16) for heads in (4, HEADS, HEADS))
+        pages = torch.zeros(64, 8192, dtype=torch.uint8)
+        fmt = Server().fmt
+        with torch.device("cpu"):
+            paged_attention(fmt, 0, batch, q, k, v, q.clone(), pages, server_blocks, backend="triton")
+    grids = dict(launched)
+    assert set(grids) == (names | {"queries"} if most > 1 else names - {"hold_rows", "paged_prefill"} | {"queries"})
+    assert grids["paged_decode"][0] > 16, "a split count from the table's width"
+
+
+def test_refusals():
+    server, sequence = Server(backend="triton"), tokens(1, 3)
+    server.pages = server.pages.flatten()[8 : 8 + 32 * 4096].view(32, -1)
+    with pytest.raises(ShapeError, match=r"^pages: expected addresses that are multiples of 16"):
+        server.step({0: sequence})
+    batch = PagedBatch(*(torch.zeros(2, 2, dtype=torch.int16) for _ in range(4)))
+    q, k, v = (x.transpose(0, 1).contiguous() for x in sequence)
+    with pytest.raises(ShapeError, match=r"^query_start: expected int32 or int64"):
+        paged_attention(server.fmt, 0, batch, q, k, v, q, server.pages, server.open_blocks, backend="triton")
