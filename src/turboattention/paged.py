@@ -183,14 +183,24 @@ def paged_attention(
         ShapeError: tensors that do not fit. BackendError, UnsupportedError: as for `turbo_attention`.
     """
     _check(fmt, q, k, v, out, pages)
-    chosen = choose(backend, Call(_over_caches(fmt.config), q.dtype, q.device, queries=1))
-    if chosen.name not in _MODULES:
-        raise InputError(f"backend: expected one of {', '.join(_MODULES)} for pages, got {chosen.name!r}")
+    chosen = backend_for(fmt.config, q.dtype, q.device, backend)
     factor = fmt.head_dim**-0.5 if scale is None else float(scale)
-    run = importlib.import_module(_MODULES[chosen.name]).paged_attention
+    run = importlib.import_module(_MODULES[chosen]).paged_attention
     return run(
         fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap, mean=mean
     )
+
+
+def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
+    """The backend whose kernels compute pages for tensors of this kind.
+
+    Raises:
+        InputError: there are none. BackendError, UnsupportedError: as for `turbo_attention`.
+    """
+    chosen = choose(backend, Call(_over_caches(config), dtype, device, queries=1)).name
+    if chosen not in _MODULES:
+        raise InputError(f"backend: expected one of {', '.join(_MODULES)} for pages, got {chosen!r}")
+    return chosen
 
 
 @cache

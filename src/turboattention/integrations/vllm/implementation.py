@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from ...errors import UnsupportedError
 from ...paged import OpenBlocks, PagedFormat, paged_attention
+from ..transformers.model import ModelShape
 from .first_prompt import FirstPrompt
 from .metadata import TurboMetadata
 from .refusals import refuse_device, refuse_engine, refuse_layer
@@ -28,11 +30,18 @@ _latest: list[Widths] = []
 
 
 def widths_for(config: VllmConfig) -> Widths:
-    """What an engine of `config` stores. Raises `ConfigError` for settings out of range."""
+    """What an engine of `config` stores.
+
+    Raises:
+        ConfigError: settings out of range, or the calibration of another model.
+    """
     additional = config.additional_config
     settings = Settings.resolve(os.environ.get(VARIABLE), additional if isinstance(additional, dict) else None)
-    _latest[:] = [widths_of(settings)]
-    return _latest[0]
+    widths = widths_of(settings)
+    if widths.calibration is not None and config.model_config is not None:
+        widths.calibration.check_shape(asdict(ModelShape.of(config.model_config.hf_text_config)))
+    _latest[:] = [widths]
+    return widths
 
 
 def latest_widths() -> Widths:
@@ -100,7 +109,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         """Make this the layer `name`, number `layer` of the whole model.
 
         Raises:
-            ConfigError: the calibration is another model's.
+            ConfigError: the calibration has other layers or heads.
         """
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
         mean = self.widths.mean(layer, rank)
@@ -146,10 +155,14 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             softcap=self.softcap,
             mean=self.mean,
         )
+        self.tell_of_values(finite)
+        return output
+
+    def tell_of_values(self, finite: bool) -> None:
+        """Log, once, that some were not finite."""
         if not finite and self._finite:
             self._finite = False
             logger.error("%s: NaN or infinity among queries, keys or values; they count as zeros", self.name)
-        return output
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> None:
         """Once: whether this layer's heads survive their widths."""

@@ -11,13 +11,20 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from ...errors import UnsupportedError
 from ...paged import BLOCK, PagedBatch
 
 logger = init_logger("vllm.turboattention")
+
+_STEPS_UNTOLD = 1024
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,12 @@ class TurboMetadata(AttentionMetadata):
 class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
     """Binds the layers of its group to their places in the model, and plans their steps."""
 
+    # Steps of one token a sequence decide everything on the device.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: Any):
-        """Raises `UnsupportedError` for a kind of layer that is refused, `ConfigError` for a foreign calibration."""
+        """Raises `UnsupportedError` for a kind of layer that is refused, `ConfigError` for a calibration of
+        other layers or heads."""
         from .steps import follow_steps
 
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -45,7 +56,8 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
             layer.impl.bind(name, extract_layer_index(name))
         impls = [layer.impl for layer in layers.values()]
         self.spare_slot = vllm_config.scheduler_config.max_num_seqs
-        self._seen_prompt = False
+        self._slots = torch.full((self.spare_slot,), self.spare_slot, dtype=torch.int32, device=device)
+        self._impls, self._builds, self._seen_prompt = impls, 0, False
         logger.info(
             "TurboAttention: %s, %d bytes for %d tokens of a layer; %.1f MiB beside them for the open blocks of "
             "%d sequences in %d layers",
@@ -64,15 +76,19 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedError("TurboAttention does not support attention that is not causal in vLLM")
+        self._tell_of_values()
+        # Views of what vLLM keeps from step to step, as a CUDA graph needs them.
         batch = PagedBatch(
-            query_start=common.query_start_loc.to(torch.int64),
-            seq_lens=common.seq_lens.to(torch.int64),
-            block_table=common.block_table_tensor.to(torch.int64),
-            slots=self._slots(common),
+            query_start=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slots=self._row_slots(common),
+            max_query_len=common.max_query_len,
         )
         return TurboMetadata(batch, common.num_actual_tokens, self._first_prompt(common))
 
-    def _slots(self, common: CommonAttentionMetadata) -> Tensor:
+    def _row_slots(self, common: CommonAttentionMetadata) -> Tensor:
+        """int32 [rows], the slot of each row, in memory that stays."""
         from .steps import current_step
 
         step = current_step()
@@ -84,7 +100,18 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
             # No sequence runs: what is written is never read.
             slots = []
         slots += [self.spare_slot] * (common.num_reqs - len(slots))
-        return torch.tensor(slots, dtype=torch.int64).to(self.device, non_blocking=True)
+        if len(slots) > len(self._slots):
+            self._slots = self._slots.new_empty(len(slots))
+        rows = self._slots[: len(slots)]
+        rows.copy_(torch.tensor(slots, dtype=torch.int32), non_blocking=True)
+        return rows
+
+    def _tell_of_values(self) -> None:
+        """On a GPU no step waits to hear whether its values were finite: once in a while, all are asked."""
+        self._builds += 1
+        if self.device.type != "cpu" and self._builds % _STEPS_UNTOLD == 0:
+            for impl in self._impls:
+                impl.tell_of_values(not impl.open_blocks.notice())
 
     def _first_prompt(self, common: CommonAttentionMetadata) -> slice | None:
         """Lengths are read from host memory: upper bounds, which are exact for prompts."""

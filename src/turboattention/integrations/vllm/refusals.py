@@ -10,13 +10,11 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionType
 
 from ...config import TurboConfig
-from ...dispatch import Call, choose
-from ...errors import UnsupportedError
-from ...paged import BLOCK
+from ...errors import InputError, UnsupportedError
+from ...paged import BLOCK, backend_for
 from ...validation import check_head_dim
 from .settings import VARIABLE
 
-_BACKENDS = ("cpu",)
 _DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
 
 
@@ -54,10 +52,11 @@ def refuse_engine(config: VllmConfig) -> None:
 
 
 def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises `UnsupportedError` where no kernels for pages run: on GPUs as yet, and without the CPU extension."""
-    chosen = choose("auto", Call(config, dtype, device, queries=1)).name
-    if chosen not in _BACKENDS:
-        _refuse(f"{device.type} through backend {chosen!r} (pages are read by {', '.join(_BACKENDS)})")
+    """Raises `UnsupportedError` where no kernels for pages run, as on CPUs without the extension."""
+    try:
+        backend_for(config, dtype, device)
+    except InputError as error:
+        _refuse(f"{device.type} here ({error})")
 
 
 def _of_engine(config: VllmConfig) -> Iterator[str]:

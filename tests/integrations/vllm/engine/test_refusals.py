@@ -11,6 +11,8 @@ import torch
 
 from turboattention.errors import ConfigError, ShapeError, UnsupportedError
 
+from .models import MODEL, load
+
 
 def layer(**changes: Any) -> dict[str, Any]:
     plain = dict(alibi_slopes=None, sinks=None, kv_cache_dtype="auto", attn_type="decoder", kv_sharing_target=None)
@@ -108,6 +110,17 @@ def test_engines_that_do_not_start(start, options: dict[str, Any], error: type[E
         start(**options)
 
 
+def test_calibrations_of_other_models(start, token_ids, tmp_path) -> None:
+    from turboattention.integrations.transformers import calibrate
+
+    model = load(MODEL)
+    model.config.vocab_size += 1  # as another model's would be
+    calibrate(model, token_ids[2000:2256], budget=3.0, length=256).save(tmp_path)
+    named = "calibration: expected one of this model (vocab_size="
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        start(additional_config={"turboattention": {"calibration": str(tmp_path)}})
+
+
 def test_devices(monkeypatch) -> None:
     from turboattention import TurboConfig, dispatch
     from turboattention.integrations.vllm.refusals import refuse_device
@@ -115,7 +128,10 @@ def test_devices(monkeypatch) -> None:
     where = TurboConfig.serving(), torch.float32, torch.device("cpu")
     refuse_device(*where)
     monkeypatch.setattr(dispatch, "backends", lambda: {"reference": dispatch.Backend("reference", True, "")})
-    with pytest.raises(UnsupportedError, match="does not support cpu through backend 'reference'"):
+    with pytest.raises(
+        UnsupportedError,
+        match="does not support cpu here .backend: expected one of cpu, triton for pages, got 'reference'",
+    ):
         refuse_device(*where)
 
 
