@@ -128,11 +128,8 @@ def test_devices(monkeypatch) -> None:
     where = TurboConfig.serving(), torch.float32, torch.device("cpu")
     refuse_device(*where)
     monkeypatch.setattr(dispatch, "backends", lambda: {"reference": dispatch.Backend("reference", True, "")})
-    with pytest.raises(
-        UnsupportedError,
     named = "does not support cpu here (backend: expected one of cpu, triton for pages, got 'reference')"
     with pytest.raises(UnsupportedError, match=re.escape(named)):
-    ):
         refuse_device(*where)
 
 
