@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paging import paged
 from plan import Plan
 from problem import dtype, filled_cache, normals
 from timing import on_gpu, relative_error, said
@@ -49,6 +50,7 @@ def checks(plan: Plan) -> Iterator[dict[str, Any]]:
     cases["masks, lengths, first blocks and lags"] = lambda: _other_steps(plan)
     cases["a step's graph over a flush"] = lambda: _graph(plan, 8190 if real else 190)
     cases["saved, loaded on the CPU, and back"] = lambda: _moved(plan, 1023 if real else 191)
+    cases["pages that a server manages, steps as a graph"] = lambda: paged(plan)
     cases["values that are not finite"] = lambda: _flagged(plan)
     for name, check in cases.items():
         try:
