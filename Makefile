@@ -105,7 +105,7 @@ sanitize: $(READY) ## test the CPU kernels under the address and undefined-behav
 	$(call extension,$(SANITIZED),$(SANITIZED)/package/turboattention,-DTURBO_SANITIZE=ON)
 	LD_PRELOAD="$$(ldd $(SANITIZED)/package/turboattention/_cpu*.so | awk '/libasan|libstdc/ { printf "%s ", $$3 }')" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -m pytest -q --capture=sys -o pythonpath=$(SANITIZED)/package tests/kernels/cpu
+	  $(BIN)/python -m pytest -q --capture=sys -o pythonpath=$(SANITIZED)/package tests/kernels/cpu tests/test_paged.py
 
 test-transformers-oldest: $(BUILT) $(OLDEST)/ready ## test the integration with the oldest transformers
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations

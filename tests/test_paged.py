@@ -8,7 +8,7 @@ import torch
 import turboattention as ta
 from turboattention.errors import ConfigError, InputError, ShapeError
 from turboattention.kv.cache import KVCache
-from turboattention.paged import BLOCK, OpenBlocks, PagedFormat
+from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat, paged_attention
 
 from .helpers import relative_error
 from .kernels.cpu import tools  # noqa: F401
@@ -121,3 +121,44 @@ def test_refusals():
         server.step({0: sequence})
     with pytest.raises(InputError, match=r"^backend: expected one of cpu"):
         Server().step({0: sequence}, backend="reference")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda b: b.block_table.fill_(-1), "block_table: expected numbers from 0 to 63, got -1 to -1"),
+        (lambda b: b.block_table.fill_(64), "block_table: expected numbers from 0 to 63, got 64 to 64"),
+        (lambda b: b.slots.fill_(9), "slots: expected numbers from 0 to 3, got 9 to 9"),
+        (lambda b: b.seq_lens.fill_(2), "seq_lens: expected at least the tokens of the step, got [2] for [3]"),
+        (lambda b: b.seq_lens.fill_(65), "block_table: expected a column for each block of up to 65 tokens, got 1"),
+    ],
+)
+def test_places_out_of_range_are_refused_before_anything_is_written(change, message):
+    server, (q, k, v) = Server(), (x.transpose(0, 1).contiguous() for x in tokens(1, 3))
+    batch = PagedBatch(*(torch.tensor(x) for x in ([0, 3], [3], [[5]], [1])))
+    change(batch)
+    pages, codes = server.pages.clone(), server.open_blocks.codes[0].clone()
+    with pytest.raises(InputError) as caught:
+        paged_attention(server.fmt, 0, batch, q, k, v, q.clone(), server.pages, server.open_blocks)
+    assert str(caught.value) == message
+    assert torch.equal(server.pages, pages)
+    assert torch.equal(server.open_blocks.codes[0], codes)
+
+
+def test_places_that_do_not_fit_are_refused():
+    server, (q, k, v) = Server(), (x.transpose(0, 1).contiguous() for x in tokens(1, 3))
+    batch = PagedBatch(*(torch.tensor(x) for x in ([0, 3], [3], [[5]], [1])))
+
+    def call(layer=0, out=None, opened=server.open_blocks, window=None):
+        out = torch.empty_like(q) if out is None else out
+        paged_attention(server.fmt, layer, batch, q, k, v, out, server.pages, opened, window=window)
+
+    apart = torch.empty(*q.shape, 2)[..., 0]
+    with pytest.raises(ShapeError, match=r"^out: expected channels side by side, got strides"):
+        call(out=apart)
+    with pytest.raises(ShapeError, match=r"^open_blocks: expected 2 heads of 16 channels, got 2 of 8$"):
+        call(opened=OpenBlocks(1, 4, 2, 8))
+    with pytest.raises(InputError, match=r"^layer: expected one of 1, got 1$"):
+        call(layer=1)
+    with pytest.raises(InputError, match=r"^window: expected at least 1, or None, got 0$"):
+        call(window=0)

@@ -180,9 +180,12 @@ def paged_attention(
         its row, and nothing waits for the answer there: always true, and `OpenBlocks.notice` tells.
 
     Raises:
-        ShapeError: tensors that do not fit. BackendError, UnsupportedError: as for `turbo_attention`.
+        ShapeError: tensors that do not fit. InputError: a layer or window out of range; on a CPU also lengths, slots or
+            pages out of range (a GPU is not waited for, and trusts them). Nothing is stored then.
+            BackendError, UnsupportedError: as for `turbo_attention`.
     """
     _check(fmt, q, k, v, out, pages)
+    _check_place(fmt, layer, open_blocks, window)
     chosen = backend_for(fmt.config, q.dtype, q.device, backend)
     factor = fmt.head_dim**-0.5 if scale is None else float(scale)
     run = importlib.import_module(_MODULES[chosen]).paged_attention
@@ -220,10 +223,24 @@ def _check(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages
     for name, x in (("k", k), ("v", v)):
         if x.shape != (q.shape[0], heads, head_dim):
             raise ShapeError(f"{name}: expected [{q.shape[0]}, {heads}, {head_dim}], got {list(x.shape)}")
+    if out.stride(-1) != 1:
+        raise ShapeError(f"out: expected channels side by side, got strides {out.stride()}")
     if pages.dim() != 2 or pages.dtype != torch.uint8 or pages.shape[1] < fmt.page_bytes or pages.stride(1) != 1:
         raise ShapeError(
             f"pages: expected uint8 [pages, {fmt.page_bytes} or more], got {pages.dtype} {list(pages.shape)}"
         )
+
+
+def _check_place(fmt: PagedFormat, layer: int, open_blocks: OpenBlocks, window: int | None) -> None:
+    shape = open_blocks.codes[0].shape
+    if (shape[2], shape[4]) != (fmt.kv_heads, fmt.head_dim):
+        raise ShapeError(
+            f"open_blocks: expected {fmt.kv_heads} heads of {fmt.head_dim} channels, got {shape[2]} of {shape[4]}"
+        )
+    if not 0 <= layer < min(shape[0], len(fmt.layouts)):
+        raise InputError(f"layer: expected one of {min(shape[0], len(fmt.layouts))}, got {layer}")
+    if window is not None and window < 1:
+        raise InputError(f"window: expected at least 1, or None, got {window}")
 
 
 def _share(bits: HeadBits, rank: int, ranks: int) -> HeadBits:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..flashq import rotate
 from ..kernels.cpu.paged import FlatRows, OpenRows, attend, store
 from ..paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat
@@ -35,8 +36,10 @@ def paged_attention(
         mean = rotate(mean.float()) if config.rotate else mean.float()
         mean = mean.contiguous()
     base, stride = pages.data_ptr(), pages.stride(0)
-    parts, finite = [], True
-    for group in _groups(batch, open_blocks.ring):
+    parts, finite, groups = [], True, _groups(batch, open_blocks.ring)
+    for group in groups:
+        group.check(len(pages), open_blocks.slots)
+    for group in groups:
         addresses = group.blocks * stride + base
         opened = group.open_rows(open_blocks, layer, fields=(layout.num_kv_heads, layout.head_dim))
         parts.append((group, addresses, opened))
@@ -59,6 +62,13 @@ class _Group:
     slots: Tensor
     blocks: Tensor
     in_place: bool
+
+    def check(self, pages: int, slots: int) -> None:
+        """Kernels write where these say. Columns behind a sequence's own pages are not looked at."""
+        own = torch.arange(self.blocks.shape[1]) * BLOCK < (self.rows.before + self.rows.tokens)[:, None]
+        for name, x, count in (("block_table", self.blocks[own], pages), ("slots", self.slots, slots)):
+            if bool(((x < 0) | (x >= count)).any()):
+                raise InputError(f"{name}: expected numbers from 0 to {count - 1}, got {x.min()} to {x.max()}")
 
     def open_rows(self, pool: OpenBlocks, layer: int, fields: tuple[int, int]) -> OpenRows:
         """Where the open blocks are from the first one that the step touches on, older rows in place."""
@@ -105,6 +115,15 @@ def _grouped(batch: PagedBatch, ring: int) -> list[_Group]:
     start, lengths = batch.query_start.to(torch.int64), batch.seq_lens.to(torch.int64)
     counts = start[1:] - start[:-1]
     before = lengths - counts
+    if bool((counts < 0).any()) or bool((before < 0).any()):
+        raise InputError(
+            f"seq_lens: expected at least the tokens of the step, got {lengths.tolist()} for {counts.tolist()}"
+        )
+    if bool((lengths > batch.block_table.shape[1] * BLOCK).any()):
+        raise InputError(
+            f"block_table: expected a column for each block of up to {int(lengths.max())} tokens, got "
+            f"{batch.block_table.shape[1]}"
+        )
     # A ring of one block holds what stays in its block; a ring of two, what a step of up to a block adds.
     fits = counts <= BLOCK if ring > BLOCK else before % BLOCK + counts <= BLOCK
     rows: dict[tuple[int, bool], list[int]] = defaultdict(list)

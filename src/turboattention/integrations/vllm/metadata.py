@@ -103,7 +103,9 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         if len(slots) > len(self._slots):
             self._slots = self._slots.new_empty(len(slots))
         rows = self._slots[: len(slots)]
-        rows.copy_(torch.tensor(slots, dtype=torch.int32), non_blocking=True)
+        # Memory of its own each time: the copy may still be under way in the next step.
+        there = torch.tensor(slots, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        rows.copy_(there, non_blocking=True)
         return rows
 
     def _tell_of_values(self) -> None:

@@ -71,6 +71,8 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
         yield "reference sliding windows"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism"
+    if parallel.data_parallel_size > 1 and config.device_config.device_type != "cpu":
+        yield "data parallelism on GPUs (nothing tells its idle steps from others)"
     if parallel.use_ubatching:
         yield "batches split in two (--enable-dbo)"
     if config.kv_transfer_config is not None and config.kv_transfer_config.is_kv_transfer_instance:

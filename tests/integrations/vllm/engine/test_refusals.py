@@ -57,6 +57,8 @@ def engine(**changes: Any) -> Any:
         decode_context_parallel_size=1,
         prefill_context_parallel_size=1,
         use_ubatching=False,
+        data_parallel_size=1,
+        device_type="cpu",
         transfer=None,
         drafts=None,
     )
@@ -67,6 +69,7 @@ def engine(**changes: Any) -> Any:
         model_config=part,
         attention_config=part,
         parallel_config=part,
+        device_config=part,
         kv_transfer_config=part.transfer,
         speculative_config=part.drafts,
     )
@@ -83,6 +86,7 @@ def engine(**changes: Any) -> Any:
         ({"decode_context_parallel_size": 2}, "context parallelism"),
         ({"prefill_context_parallel_size": 2}, "context parallelism"),
         ({"use_ubatching": True}, "batches split in two"),
+        ({"data_parallel_size": 2, "device_type": "cuda"}, "data parallelism on GPUs"),
         ({"transfer": SimpleNamespace(is_kv_transfer_instance=True)}, "KV connectors and offloading"),
         ({"drafts": SimpleNamespace(method="eagle", num_speculative_tokens=3)}, "speculative decoding by 'eagle'"),
         ({"drafts": SimpleNamespace(method="ngram", num_speculative_tokens=64)}, "64 speculative tokens"),
@@ -93,7 +97,7 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
 
     with pytest.raises(UnsupportedError, match=re.escape(f"TurboAttention does not support {named}")):
         refuse_engine(engine(**changes))
-    refuse_engine(engine(drafts=SimpleNamespace(method="ngram", num_speculative_tokens=63)))
+    refuse_engine(engine(drafts=SimpleNamespace(method="ngram", num_speculative_tokens=63), data_parallel_size=2))
 
 
 @pytest.mark.parametrize(
