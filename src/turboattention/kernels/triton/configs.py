@@ -67,7 +67,7 @@ _MASKED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "sm_90": {128: Launch(64, 8
 _DECODE = {
     "sm_80": {
         128: {4: Launch(4, 1, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 3)},
-        256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3), 16: Launch(16, 8, 3)},
+        256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)},
     },
     "sm_90": {
         128: {4: Launch(4, 1, 4), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
