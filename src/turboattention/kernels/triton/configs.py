@@ -66,19 +66,19 @@ _MASKED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "sm_90": {128: Launch(64, 8
 # By head_dim, likewise, and columns of the product: query rows of a KV head's group, a power of two.
 _DECODE = {
     "sm_80": {
-        128: {4: Launch(4, 1, 3), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
-        256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3), 16: Launch(16, 8, 3)},
+        128: {4: Launch(4, 1, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 3)},
+        256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)},
     },
     "sm_90": {
         128: {4: Launch(4, 1, 4), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
-        256: {4: Launch(4, 2, 4), 8: Launch(8, 4, 3), 16: Launch(16, 8, 3)},
+        256: {4: Launch(4, 2, 4), 8: Launch(8, 4, 3)},
     },
     "gfx942": {256: {16: Launch(16, 4, 1)}},
     "interpreter": {256: {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)}},
 }
 
 # Likewise, where logits are masked or capped before they are weighed; elsewhere as above.
-_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)}, 256: {16: Launch(16, 8, 4)}}}
+_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)}}}
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def decode(architecture: Architecture, rows: int, head_dim: int, adjusted: bool)
 
 
 LARGEST_DECODE_ROWS = 16
-"""Query rows of a KV head's group up to which decode's kernel is taken, in one program."""
+"""Query rows of a KV head's group up to which decode's kernel is taken."""
 
 
 def splits(blocks: int, programs: int, device: torch.device) -> int:
