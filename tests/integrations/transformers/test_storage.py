@@ -134,11 +134,11 @@ class TestPrompts:
         """Nor are those that came where others were cropped."""
         model, cache, ids = tiny("llama"), TurboCache.load(saved), tokens(1, 50)
         forward(model, "turbo", ids, [5], cache)
-        with pytest.raises(InputError, match=r"all 45 tokens of the cache, got those of the first 40: crop\(-5\)"):
+        with pytest.raises(InputError, match=r"ids of all its 45 tokens, got one that knows the first 40: crop\(-5\)"):
             cache.check_prompt(ids)
         cache.crop(-15)
         forward(model, "turbo", ids, [5], cache)
-        with pytest.raises(InputError, match=r"all 35 tokens of the cache, got those of the first 30: crop\(-5\)"):
+        with pytest.raises(InputError, match=r"ids of all its 35 tokens, got one that knows the first 30: crop\(-5\)"):
             cache.check_prompt(ids)
         cache.reset()
         with pytest.raises(InputError, match="saved without"):

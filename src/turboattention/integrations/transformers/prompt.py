@@ -37,7 +37,7 @@ def check_goes_on(input_ids: Any, known: Tensor, length: int) -> None:
     """
     if known.shape[1] != length:
         raise InputError(
-            f"prompt_ids: expected the ids of all {length} tokens of the cache, got those of the first "
+            f"prompt_ids: expected a cache that knows the ids of all its {length} tokens, got one that knows the first "
             f"{known.shape[1]}: crop({known.shape[1] - length}) removes what it has taken since it was loaded"
         )
     ids = _integers(input_ids, len(known))
