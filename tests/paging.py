@@ -22,10 +22,19 @@ class Server:
     """Pages in no order, slots, and what every sequence was given."""
 
     def __init__(
-        self, head_bits=UNIFORM[4], head_dim=16, config=CONFIG, ring=BLOCK, slots=4, seed=0, layers=1, backend="auto"
+        self,
+        head_bits=UNIFORM[4],
+        head_dim=16,
+        config=CONFIG,
+        ring=BLOCK,
+        slots=4,
+        seed=0,
+        layers=1,
+        backend="auto",
+        mean=None,
     ):
         self.random = random.Random(seed)
-        self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers)
+        self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers, means=(mean,) * layers)
         self.pages = torch.full((64, self.fmt.page_bytes + 64), 0xAB, dtype=torch.uint8)
         self.free = self.random.sample(range(64), 64)
         self.open_blocks = OpenBlocks(layers, slots, HEADS, head_dim, ring=ring)

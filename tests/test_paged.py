@@ -8,7 +8,7 @@ import torch
 import turboattention as ta
 from turboattention.errors import ConfigError, InputError, ShapeError
 from turboattention.kv.cache import KVCache
-from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat, paged_attention
+from turboattention.paged import BLOCK, PAGE_UNIT, OpenBlocks, PagedBatch, PagedFormat, paged_attention
 
 from .helpers import relative_error
 from .kernels.cpu import tools  # noqa: F401
@@ -86,21 +86,36 @@ def test_what_is_not_finite_counts_as_zero_and_is_told(name):
 def test_calibrated_means():
     config = CONFIG.replace(smooth_k=True)
     sequence, mean = tokens(4, 150), torch.randn(HEADS, 16, generator=torch.Generator().manual_seed(1))
-    got = serve(Server(config=config), {0: sequence}, [{0: 100}] + [{0: 1}] * 50, mean=mean)[0]
+    got = serve(Server(config=config, mean=mean), {0: sequence}, [{0: 100}] + [{0: 1}] * 50)[0]
     q, k, v = (x[None] for x in sequence)
     cache = KVCache(1, HEADS, 16, config=config, head_bits=torch.tensor(UNIFORM[4]), k_mean=mean)
     want = ta.turbo_attention_with_kvcache(q, cache, k, v, backend="reference")[0]
     assert relative_error(got, want) < 1e-3
 
 
-def test_heads_over_ranks_reserve_the_same_bytes():
+def test_all_layers_reserve_the_bytes_of_the_widest():
     widths = [((8, 8, 2, 2), (4, 4, 2, 2)), ((2, 2, 2, 2), (2, 2, 2, 2))]
-    ranks = [PagedFormat.of(CONFIG, 64, widths, rank, 2) for rank in range(2)]
-    assert ranks[0].head_bits == (((8, 8), (4, 4)), ((2, 2), (2, 2)))
-    assert ranks[1].head_bits == (((2, 2), (2, 2)), ((2, 2), (2, 2)))
-    assert ranks[0].page_bytes == ranks[1].page_bytes >= ranks[0].layouts[0].page_bytes
-    with pytest.raises(ConfigError, match=r"^ranks: expected a divisor of 4 KV heads, got 3$"):
-        PagedFormat.of(CONFIG, 64, widths, 0, 3)
+    both, wide, narrow = (PagedFormat.of(CONFIG, 64, chosen) for chosen in (widths, widths[:1], widths[1:]))
+    assert both.page_bytes == wide.page_bytes > narrow.page_bytes
+    assert both.page_bytes % PAGE_UNIT == 0
+    assert 0 <= wide.page_bytes - wide.layouts[0].page_bytes < PAGE_UNIT
+
+
+def test_layers_of_one_batch_with_other_pools_and_pages():
+    """What is worked out once a step is not mixed up between them."""
+    sequence = tokens(6, 65)
+    servers = [Server(), Server(ring=2 * BLOCK), Server(head_bits=UNIFORM[2])]
+    want = [serve(server, {0: sequence}, [{0: 64}, {0: 1}])[0] for server in servers]
+    servers = [Server(), Server(ring=2 * BLOCK), Server(head_bits=UNIFORM[2])]
+    flat = [x.transpose(0, 1) for x in sequence]
+    for count, first in ((64, 0), (1, 64)):
+        rows = [x[first : first + count].contiguous() for x in flat]
+        start, length = torch.tensor([0, count]), torch.tensor([first + count])
+        batch = PagedBatch(start, length, torch.tensor([[7, 9]]), torch.tensor([2]), count)
+        for server, wanted in zip(servers, want, strict=True):
+            out = torch.empty_like(rows[0])
+            paged_attention(server.fmt, 0, batch, *rows, out, server.pages, server.open_blocks)
+            assert torch.equal(out.transpose(0, 1), wanted[:, first : first + count])
 
 
 def test_refusals():
@@ -109,6 +124,8 @@ def test_refusals():
             PagedFormat.of(CONFIG.replace(**change), 16, [UNIFORM[4]])
     with pytest.raises(ConfigError, match=r"^page_bytes: expected a multiple of 64 of at least"):
         PagedFormat(CONFIG, 16, (UNIFORM[4],), 64)
+    with pytest.raises(ShapeError, match=r"^means: expected \[2, 16\] each, got \[2, 8\]$"):
+        PagedFormat.of(CONFIG, 16, [UNIFORM[4]], means=(torch.zeros(2, 8),))
     with pytest.raises(InputError, match=r"^ring: expected 64 or 128, got 65$"):
         OpenBlocks(1, 1, 1, 16, ring=65)
     server, sequence = Server(), tokens(1, 3)

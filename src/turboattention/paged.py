@@ -9,10 +9,10 @@ j as stored, and block j as INT8, so that a page's bytes do not depend on how to
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from .config import TurboConfig
 from .dispatch import Call, choose
 from .errors import ConfigError, InputError, ShapeError
+from .flashq import rotate
 from .kv.layout import PageLayout
 
 BLOCK = 64
@@ -27,6 +28,8 @@ BLOCK = 64
 
 PAGE_UNIT = 64
 """Pages are reserved in multiples of this many bytes, so that a token's share is a whole number."""
+
+T = TypeVar("T")
 
 HeadBits = tuple[tuple[int, ...], tuple[int, ...]]
 """Widths of K and V, one per KV head."""
@@ -39,37 +42,38 @@ class PagedFormat:
     """The pages of all layers.
 
     head_bits: per layer the widths of this process's KV heads. page_bytes: bytes reserved for each page, the
-    largest of all layers (and of all ranks, where heads are spread over several).
+    largest of all layers (and of all ranks, where heads are spread over several). means: per layer float32 [H, D]
+    that keys are stored without (in the model's space, on the device of the pages), or None; empty for none at all.
 
     Raises:
-        ConfigError: a configuration that pages cannot serve.
+        ConfigError: a configuration that pages cannot serve. ShapeError: means of other heads.
     """
 
     config: TurboConfig
     head_dim: int
     head_bits: tuple[HeadBits, ...]
     page_bytes: int
+    means: tuple[Tensor | None, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         wanted = {"block_size": BLOCK, "stored_prefill": True, "sink_tokens": 0, "token_scales": True}
         for name, value in wanted.items():
             if getattr(self.config, name) != value:
                 raise ConfigError(f"config: expected {name}={value!r} for pages, got {getattr(self.config, name)!r}")
-        needed = max((layout.page_bytes for layout in self.layouts), default=0)
+        needed = reserved_bytes(self.head_dim, self.head_bits)
         if self.page_bytes % PAGE_UNIT or self.page_bytes < needed:
             raise ConfigError(
                 f"page_bytes: expected a multiple of {PAGE_UNIT} of at least {needed}, got {self.page_bytes}"
             )
+        for mean in self.means:
+            if mean is not None and mean.shape != (self.kv_heads, self.head_dim):
+                raise ShapeError(f"means: expected [{self.kv_heads}, {self.head_dim}] each, got {list(mean.shape)}")
+        _ = self.stored_means  # now, since a CUDA graph that is being captured could not
 
     @classmethod
-    def of(
-        cls, config: TurboConfig, head_dim: int, head_bits: Sequence[HeadBits], rank: int = 0, ranks: int = 1
-    ) -> PagedFormat:
-        """For rank `rank` of `ranks`, which hold equal runs of the heads; `head_bits` are the widths of all of them."""
-        parts = [tuple(_share(bits, r, ranks) for bits in head_bits) for r in range(ranks)]
-        layouts = {PageLayout(head_dim, BLOCK, k, v, True).page_bytes for part in parts for k, v in part}
-        largest = max(layouts, default=0)
-        return cls(config, head_dim, parts[rank], -(-largest // PAGE_UNIT) * PAGE_UNIT)
+    def of(cls, config: TurboConfig, head_dim: int, head_bits: Sequence[HeadBits], **options: Any) -> PagedFormat:
+        """With pages of no more bytes than these widths need."""
+        return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), **options)
 
     @property
     def kv_heads(self) -> int:
@@ -78,7 +82,24 @@ class PagedFormat:
     @cached_property
     def layouts(self) -> tuple[PageLayout, ...]:
         """One per layer."""
-        return tuple(PageLayout(self.head_dim, BLOCK, k, v, token_scales=True) for k, v in self.head_bits)
+        return tuple(_layout(self.head_dim, bits) for bits in self.head_bits)
+
+    @cached_property
+    def stored_means(self) -> tuple[Tensor | None, ...]:
+        """The means in the space that keys are stored in, one per layer."""
+        turn = rotate if self.config.rotate else torch.clone
+        means = self.means or (None,) * len(self.head_bits)
+        return tuple(None if mean is None else turn(mean.float()).contiguous() for mean in means)
+
+
+def reserved_bytes(head_dim: int, head_bits: Iterable[HeadBits]) -> int:
+    """Bytes for a page of any of these widths."""
+    largest = max((_layout(head_dim, bits).page_bytes for bits in head_bits), default=0)
+    return -(-largest // PAGE_UNIT) * PAGE_UNIT
+
+
+def _layout(head_dim: int, bits: HeadBits) -> PageLayout:
+    return PageLayout(head_dim, BLOCK, *bits, token_scales=True)
 
 
 class OpenBlocks:
@@ -145,8 +166,13 @@ class PagedBatch:
     block_table: Tensor
     slots: Tensor
     max_query_len: int | None = None
-    plan: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What a backend derives once for all layers."""
+    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Any, derive: Callable[[], T]) -> T:
+        """What is the same for all layers of the step that agree in `key`."""
+        if key not in self._derived:
+            self._derived[key] = derive()
+        return self._derived[key]
 
 
 def paged_attention(
@@ -163,7 +189,6 @@ def paged_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    mean: Tensor | None = None,
     backend: str = "auto",
 ) -> bool:
     """Store a step's tokens, all sequences' first, then attend causally into `out`.
@@ -173,7 +198,6 @@ def paged_attention(
         pages: uint8 [N, page_bytes or more], pages of this layer, channels side by side; written where blocks fill.
         scale: of the logits, `1 / sqrt(D)` unless given. window: keys `p - window + 1` to p of a query at p. Pages
             wholly behind every window are not read.
-        mean: float32 [H, D] that keys are stored without (in the model's space), or None.
 
     Returns:
         Whether all of q, k and v was finite. What was not is stored and attended as zeros, on a GPU with
@@ -186,12 +210,14 @@ def paged_attention(
     """
     _check(fmt, q, k, v, out, pages)
     _check_place(fmt, layer, open_blocks, window)
-    chosen = backend_for(fmt.config, q.dtype, q.device, backend)
+    run = batch.once((fmt.config, q.dtype, q.device, backend), lambda: _kernels(fmt.config, q, backend))
     factor = fmt.head_dim**-0.5 if scale is None else float(scale)
-    run = importlib.import_module(_MODULES[chosen]).paged_attention
-    return run(
-        fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap, mean=mean
-    )
+    return run(fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap)
+
+
+def _kernels(config: TurboConfig, q: Tensor, backend: str) -> Callable[..., bool]:
+    module = _MODULES[backend_for(config, q.dtype, q.device, backend)]
+    return importlib.import_module(module).paged_attention
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
@@ -241,11 +267,3 @@ def _check_place(fmt: PagedFormat, layer: int, open_blocks: OpenBlocks, window: 
         raise InputError(f"layer: expected one of {min(shape[0], len(fmt.layouts))}, got {layer}")
     if window is not None and window < 1:
         raise InputError(f"window: expected at least 1, or None, got {window}")
-
-
-def _share(bits: HeadBits, rank: int, ranks: int) -> HeadBits:
-    k, v = bits
-    if len(k) % ranks:
-        raise ConfigError(f"ranks: expected a divisor of {len(k)} KV heads, got {ranks}")
-    each = len(k) // ranks
-    return k[rank * each : (rank + 1) * each], v[rank * each : (rank + 1) * each]

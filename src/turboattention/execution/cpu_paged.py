@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..flashq import rotate
 from ..kernels.cpu.paged import FlatRows, OpenRows, attend, store
 from ..paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat
 
@@ -28,19 +27,18 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-    mean: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention`, arguments checked."""
-    config, layout = fmt.config, fmt.layouts[layer]
-    if mean is not None:
-        mean = rotate(mean.float()) if config.rotate else mean.float()
-        mean = mean.contiguous()
+    config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
     base, stride = pages.data_ptr(), pages.stride(0)
-    parts, finite, groups = [], True, _groups(batch, open_blocks.ring)
+    # Worked out once a step. Their first rows and pages are alike in layers whose pools and pages are.
+    alike = layout.num_kv_heads * open_blocks.ring, open_blocks.ring, stride
+    groups = batch.once(alike, lambda: _grouped(batch, *alike))
     for group in groups:
         group.check(len(pages), open_blocks.slots)
+    parts, finite = [], True
     for group in groups:
-        addresses = group.blocks * stride + base
+        addresses = group.offsets + base
         opened = group.open_rows(open_blocks, layer, fields=(layout.num_kv_heads, layout.head_dim))
         parts.append((group, addresses, opened))
         if not store(config, layout, group.rows, k, v, mean, opened, addresses):
@@ -56,28 +54,33 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences that take equally many tokens, all of them in their slots, or all in memory of the step's own."""
+    """Sequences that take equally many tokens, all of them in their slots, or all in memory of the step's own.
+
+    offsets: int64 [B, P], their pages' places in bytes; first: int64 [B], their slots' first rows; used: the least and
+    greatest number among their own pages, and among their slots.
+    """
 
     rows: FlatRows
     slots: Tensor
-    blocks: Tensor
+    offsets: Tensor
+    first: Tensor
     in_place: bool
+    used: dict[str, tuple[int, int]]
 
     def check(self, pages: int, slots: int) -> None:
-        """Kernels write where these say. Columns behind a sequence's own pages are not looked at."""
-        own = torch.arange(self.blocks.shape[1]) * BLOCK < (self.rows.before + self.rows.tokens)[:, None]
-        for name, x, count in (("block_table", self.blocks[own], pages), ("slots", self.slots, slots)):
-            if bool(((x < 0) | (x >= count)).any()):
-                raise InputError(f"{name}: expected numbers from 0 to {count - 1}, got {x.min()} to {x.max()}")
+        """Kernels write where these say."""
+        for (name, (least, greatest)), count in zip(self.used.items(), (pages, slots), strict=True):
+            if least < 0 or greatest >= count:
+                raise InputError(f"{name}: expected numbers from 0 to {count - 1}, got {least} to {greatest}")
 
     def open_rows(self, pool: OpenBlocks, layer: int, fields: tuple[int, int]) -> OpenRows:
         """Where the open blocks are from the first one that the step touches on, older rows in place."""
         heads, head_dim = fields
         if self.in_place:
             codes, scales = ((side[0][layer], side[1][layer]) for side in (pool.codes, pool.scales))
-            return OpenRows(codes, scales, self.slots * (heads * pool.ring), pool.ring, pool.ring)
-        before, after = self.rows.before, self.rows.before + self.rows.tokens
-        width = int(((after + BLOCK - 1) // BLOCK - before // BLOCK).max()) * BLOCK
+            return OpenRows(codes, scales, self.first, pool.ring, pool.ring)
+        before = self.rows.before
+        width = int(((self.rows.after + BLOCK - 1) // BLOCK - before // BLOCK).max()) * BLOCK
         shape = len(before), heads, width
         codes = torch.empty(*shape, head_dim, dtype=torch.int8), torch.empty(*shape, head_dim, dtype=torch.int8)
         scales = torch.empty(shape), torch.empty(shape)
@@ -103,15 +106,8 @@ class _Group:
                 pool.scales[side][layer, slot, :, to : to + held] = opened.scales[side][row, :, kept]
 
 
-def _groups(batch: PagedBatch, ring: int) -> list[_Group]:
-    """Worked out once a step. Sequences of equal counts share a call, so that who else is in a batch does not
-    change what a sequence gets."""
-    if "cpu" not in batch.plan:
-        batch.plan["cpu"] = _grouped(batch, ring)
-    return batch.plan["cpu"]
-
-
-def _grouped(batch: PagedBatch, ring: int) -> list[_Group]:
+def _grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> list[_Group]:
+    """Sequences of equal counts share a call, so that who else is in a batch does not change what a sequence gets."""
     start, lengths = batch.query_start.to(torch.int64), batch.seq_lens.to(torch.int64)
     counts = start[1:] - start[:-1]
     before = lengths - counts
@@ -135,9 +131,17 @@ def _grouped(batch: PagedBatch, ring: int) -> list[_Group]:
             at = torch.tensor(members)
             flat = FlatRows(count, start[at].contiguous(), before[at].contiguous())
             last = int((lengths[at].max() + BLOCK - 1) // BLOCK)
-            blocks = batch.block_table[at, :last].to(torch.int64).contiguous()
-            groups.append(_Group(flat, batch.slots[at].to(torch.int64), blocks, in_place))
+            slots, blocks = batch.slots[at].to(torch.int64), batch.block_table[at, :last].to(torch.int64)
+            # Columns behind a sequence's own pages are not looked at.
+            own = blocks[torch.arange(last) * BLOCK < lengths[at, None]]
+            used = {"block_table": _range(own), "slots": _range(slots)}
+            places = (blocks * page_stride).contiguous(), slots * slot_rows
+            groups.append(_Group(flat, slots, *places, in_place, used))
     return groups
+
+
+def _range(x: Tensor) -> tuple[int, int]:
+    return int(x.min()), int(x.max())
 
 
 def _cleaned(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..flashq import rotate
 from ..kernels.triton.paged import Ragged, Slots, attend, store
 from ..paged import OpenBlocks, PagedBatch, PagedFormat
 from .triton_device import on_own_device
@@ -29,16 +28,13 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-    mean: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention`, arguments checked. Always true: `OpenBlocks.notice` tells."""
     ragged = _ragged(batch, q)
     _check(pages, out)
     if not ragged.tokens or not ragged.sequences:
         return True
-    config, layout = fmt.config, fmt.layouts[layer]
-    if mean is not None:
-        mean = (rotate(mean.float()) if config.rotate else mean.float()).contiguous()
+    config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
     codes, scales = ((side[0][layer], side[1][layer]) for side in (open_blocks.codes, open_blocks.scales))
     slots, flag = Slots(codes, scales, open_blocks.ring), open_blocks.flag
     opened = store(config, layout, ragged, k, v, mean, pages, slots, flag)

@@ -13,6 +13,7 @@ from turboattention.integrations.vllm.settings import Settings
 from turboattention.integrations.vllm.widths import Rank, Widths
 from turboattention.kv.layout import PageLayout
 
+CPU = torch.device("cpu")
 D = 16
 BITS = [[[8, 4, 3, 2], [4, 4, 2, 2]], [[2, 2, 2, 4], [3, 3, 8, 8]]]
 
@@ -45,7 +46,7 @@ def test_one_width_everywhere(bits, wanted) -> None:
     assert widths.mean(7, Rank(1, 2, 3)) is None
     assert widths.page_bytes(3, D) == bytes_of([wanted[0]] * 3, [wanted[1]] * 3)
     assert not widths.config.smooth_k
-    assert widths.format(7, Rank(1, 2, 3), D).layouts[0].num_kv_heads == 3
+    assert widths.format(7, Rank(1, 2, 3), D, CPU).layouts[0].num_kv_heads == 3
 
 
 def test_calibrated_widths_and_means_of_a_rank(tmp_path) -> None:
@@ -65,7 +66,7 @@ def test_every_rank_reserves_the_largest_page(tmp_path) -> None:
     widths = calibrated(tmp_path)
     assert widths.page_bytes(4, D) == max(bytes_of(*bits) for bits in BITS)
     assert widths.page_bytes(2, D) == max(bytes_of(k[i : i + 2], v[i : i + 2]) for k, v in BITS for i in (0, 2))
-    assert widths.format(0, Rank(1, 2, 2), D).page_bytes == widths.page_bytes(2, D)
+    assert widths.format(0, Rank(1, 2, 2), D, CPU).page_bytes == widths.page_bytes(2, D)
 
 
 def test_means_are_left_out_where_the_calibration_does(tmp_path) -> None:

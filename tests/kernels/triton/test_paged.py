@@ -86,10 +86,8 @@ def test_calibrated_means():
     for options in ({}, {"softcap": 2.0}):
         results = []
         for backend in ("triton", "cpu"):
-            server = Server(config=config, backend=backend)
-            results.append(
-                (serve(server, {0: sequence}, [{0: 69}, {0: 1}], mean=mean, **options)[0], server.page(0, 0))
-            )
+            server = Server(config=config, backend=backend, mean=mean)
+            results.append((serve(server, {0: sequence}, [{0: 69}, {0: 1}], **options)[0], server.page(0, 0)))
         (got, page), (want, wanted) = results
         assert relative_error(got, want) < 1e-3
         assert torch.equal(page, wanted)

@@ -15,12 +15,12 @@ _QUERIES = 32  # the last ones
 
 
 class FirstPrompt:
-    """Judges one layer: `layer_format` is its format alone, `mean` as in `paged_attention`."""
+    """Judges one layer, `layer_format` its format alone."""
 
-    def __init__(self, layer_format: PagedFormat, mean: Tensor | None):
+    def __init__(self, layer_format: PagedFormat):
         self.config = layer_format.config.replace(guard="off")
         self.bits = torch.tensor(layer_format.head_bits[0])
-        self.mean = mean
+        self.mean = layer_format.means[0] if layer_format.means else None
 
     def complaint(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, window: int | None

@@ -58,7 +58,6 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
 
     format: PagedFormat
     name: str
-    mean: Tensor | None
 
     def __init__(
         self,
@@ -112,10 +111,8 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             ConfigError: the calibration has other layers or heads.
         """
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
-        mean = self.widths.mean(layer, rank)
-        self.name, self.format = name, self.widths.format(layer, rank, self.head_size)
-        self.mean = None if mean is None else mean.to(self.device)
-        self.first_prompt = FirstPrompt(self.format, self.mean) if self.widths.settings.guard else None
+        self.name, self.format = name, self.widths.format(layer, rank, self.head_size, self.device)
+        self.first_prompt = FirstPrompt(self.format) if self.widths.settings.guard else None
 
     def forward(
         self,
@@ -153,7 +150,6 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
-            mean=self.mean,
         )
         self.tell_of_values(finite)
         return output

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
 from torch import Tensor
 
 from ...calibration import Calibration
 from ...config import Bits, TurboConfig
 from ...errors import ConfigError
-from ...kv.layout import PageLayout
-from ...paged import BLOCK, PAGE_UNIT, HeadBits, PagedFormat
+from ...paged import HeadBits, PagedFormat, reserved_bytes
 from .settings import Settings
 
 
@@ -78,16 +78,17 @@ class Widths:
 
         vLLM asks for a page's size without saying of which layer, and every rank's pages have one size.
         """
-        largest = max(self._layout(bits, head_dim).page_bytes for bits in self._all(heads))
-        return -(-largest // PAGE_UNIT) * PAGE_UNIT
+        return reserved_bytes(head_dim, self._all(heads))
 
-    def format(self, layer: int, rank: Rank, head_dim: int) -> PagedFormat:
-        """The format of one layer's pages."""
+    def format(self, layer: int, rank: Rank, head_dim: int, device: torch.device) -> PagedFormat:
+        """The format of one layer's pages on `device`."""
+        mean = self.mean(layer, rank)
         return PagedFormat(
             config=self.config,
             head_dim=head_dim,
             head_bits=(self.head_bits(layer, rank),),
             page_bytes=self.page_bytes(rank.heads, head_dim),
+            means=(None if mean is None else mean.to(device),),
         )
 
     def _all(self, heads: int) -> set[HeadBits]:
@@ -100,9 +101,6 @@ class Widths:
             for layer, total in enumerate(totals)
             for index in range(max(1, total // heads))
         }
-
-    def _layout(self, bits: HeadBits, head_dim: int) -> PageLayout:
-        return PageLayout(head_dim, BLOCK, *bits, token_scales=self.config.token_scales)
 
     def _of_layer(self, layer: int) -> Calibration:
         calibration = self.calibration

@@ -173,6 +173,9 @@ def fill_call(
 
 
 class Plan(ctypes.Structure):
+    """`PagePlan` of csrc/cpu, and what its first field points at."""
+
+    table: np.ndarray
     _fields_ = [
         ("places", ctypes.c_void_p),
         ("token_scales", ctypes.c_int64 * 2),
@@ -224,15 +227,19 @@ if ctypes.sizeof(Arguments) != _cpu.attend_bytes:
     raise ImportError("the extension turboattention._cpu is of another version: build it anew")
 
 
+@functools.cache
 def page_plan(layout: PageLayout) -> Plan:
-    return Plan(
-        _places(layout).ctypes.data,
+    """Kept for good, with the table that it points into: there are no more than models have kinds of layers."""
+    table = _places(layout)
+    plan = Plan(
+        table.ctypes.data,
         (layout.k_token_scales, layout.v_token_scales) if layout.token_scales else (-1, -1),
         (layout.k_scales, layout.v_scales),
     )
+    plan.table = table
+    return plan
 
 
-@functools.lru_cache(maxsize=1024)
 def _places(layout: PageLayout) -> np.ndarray:
     """int64 [H, 2, 4]: width and offsets of codes, steps and zeros of each head's K and V."""
     table = np.full((layout.num_kv_heads, 2, 4), -1, np.int64)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import importlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
-from .attention import Arguments, Pages, Plan, fill_call, fill_pages, page_plan
+from .attention import BLOCK, Arguments, Pages, Plan, fill_call, fill_pages, page_plan
 from .rows import FloatRows, flat_rows
 
 _cpu = importlib.import_module("turboattention._cpu")
@@ -37,6 +38,25 @@ class FlatRows:
     tokens: int
     starts: Tensor
     before: Tensor
+
+    @cached_property
+    def after(self) -> Tensor:
+        """Tokens stored behind the step."""
+        return self.before + self.tokens
+
+    @cached_property
+    def full(self) -> Tensor:
+        """Blocks that are full then."""
+        return self.after // BLOCK
+
+    @cached_property
+    def open_start(self) -> Tensor:
+        """Where the first block begins that the step touches."""
+        return self.before // BLOCK * BLOCK
+
+    @cached_property
+    def valid(self) -> Tensor:
+        return torch.full_like(self.before, self.tokens)
 
 
 def store(
@@ -94,20 +114,16 @@ def attend(
     a.out, _ = flat_rows(out, rows.starts)
     a.rotate, a.scale = config.rotate, scale
     a.mean = None if mean is None else mean.data_ptr()
-    after = rows.before + rows.tokens
-    valid = torch.full_like(after, rows.tokens)
-    start = rows.before // layout.block_size * layout.block_size
-    a.first_position, a.valid_rows, a.lengths = rows.before.data_ptr(), valid.data_ptr(), after.data_ptr()
-    pages = Pages(addresses, after // layout.block_size, 0, layout, layout)
-    fill_pages(a, pages)
+    a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
+    fill_pages(a, Pages(addresses, rows.full, 0, layout, layout))
     a.open[:] = [x.data_ptr() for x in opened.codes]
     a.open_scale[:] = [x.data_ptr() for x in opened.scales]
-    a.start, a.open_rows = start.data_ptr(), opened.first.data_ptr()
+    a.start, a.open_rows = rows.open_start.data_ptr(), opened.first.data_ptr()
     a.open_stride_head, a.open_ring = opened.head_rows, opened.ring
     fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
     a.threads = torch.get_num_threads()
     finite = _cpu.attend(ctypes.addressof(a))
-    del kept, pages
+    del kept
     return finite
 
 

@@ -22,16 +22,23 @@ class FloatRows(ctypes.Structure):
 
 def float_rows(x: Tensor) -> tuple[FloatRows, Tensor]:
     """Float rows, and the tensor to keep while they are in use: a copy where channels lie apart."""
-    if x.dtype not in _KINDS:
-        raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    return FloatRows(x.data_ptr(), _KINDS[x.dtype], *x.stride()[:3]), x
+    kind, x = _kind(x), _side_by_side(x)
+    return FloatRows(x.data_ptr(), kind, *x.stride()[:3]), x
 
 
 def flat_rows(x: Tensor, starts: Tensor) -> tuple[FloatRows, Tensor]:
     """The same for sequences that stand behind each other: x [T, H, D], of which sequence b begins at token
     `starts[b]` (int64, contiguous; it must outlive the call, too)."""
-    rows, kept = float_rows(x[None].transpose(1, 2))
-    rows.starts = starts.data_ptr()
-    return rows, kept
+    kind, x = _kind(x), _side_by_side(x)
+    token, head, _ = x.stride()
+    return FloatRows(x.data_ptr(), kind, 0, head, token, starts.data_ptr()), x
+
+
+def _kind(x: Tensor) -> int:
+    if x.dtype not in _KINDS:
+        raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    return _KINDS[x.dtype]
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
