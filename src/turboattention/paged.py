@@ -126,8 +126,14 @@ class OpenBlocks:
         shape = layers, slots, kv_heads, ring
         self.codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device) for _ in "kv"]
         self.scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in "kv"]
+        (kc, vc), (ks, vs) = self.codes, self.scales
+        self._layers = [((kc[layer], vc[layer]), (ks[layer], vs[layer])) for layer in range(layers)]
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
         """On a GPU: becomes 1 where a step meets what is not finite."""
+
+    def of(self, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """One layer's codes and scales, each of K and V."""
+        return self._layers[layer]
 
     def notice(self) -> bool:
         """Whether steps on a GPU met values that were not finite since this was last asked. Waits for the device."""

@@ -35,8 +35,7 @@ def paged_attention(
     if not ragged.tokens or not ragged.sequences:
         return True
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
-    codes, scales = ((side[0][layer], side[1][layer]) for side in (open_blocks.codes, open_blocks.scales))
-    slots, flag = Slots(codes, scales, open_blocks.ring), open_blocks.flag
+    slots, flag = Slots(*open_blocks.of(layer), open_blocks.ring), open_blocks.flag
     opened = store(config, layout, ragged, k, v, mean, pages, slots, flag)
     attend(
         config, layout, ragged, q, out, mean, pages, slots, opened, flag,

@@ -71,6 +71,14 @@ class PageLayout:
         if len(self.k_bits) != len(self.v_bits):
             raise ConfigError(f"v_bits: expected {len(self.k_bits)} widths, as K has, got {len(self.v_bits)}")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once: layouts are keys on the way of every step."""
+        return hash((self.head_dim, self.block_size, self.k_bits, self.v_bits, self.token_scales))
+
     @classmethod
     def uniform(cls, heads: int, head_dim: int, block_size: int, bits: int, token_scales: bool) -> PageLayout:
         """The layout with one width everywhere (8 for sink blocks)."""

@@ -134,7 +134,9 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("TurboAttention does not support fused output quantization in vLLM")
         tokens = attn_metadata.num_actual_tokens
-        q, k, v = query[:tokens], key[:tokens], value[:tokens]
+        q, k, v, out = query, key, value, output
+        if tokens < len(q):  # padded; a view takes its time
+            q, k, v, out = (x[:tokens] for x in (q, k, v, out))
         if self.first_prompt is not None and attn_metadata.first_prompt is not None:
             self._check(q, k, v, attn_metadata.first_prompt)
         finite = paged_attention(
@@ -144,7 +146,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             q,
             k,
             v,
-            output[:tokens],
+            out,
             kv_cache.view(kv_cache.shape[0], -1),
             self.open_blocks,
             scale=self.scale,

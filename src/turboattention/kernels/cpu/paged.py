@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
-from .attention import BLOCK, Arguments, Pages, Plan, fill_call, fill_pages, page_plan
+from .attention import BLOCK, Arguments, Plan, fill_call, page_plan
 from .rows import FloatRows, flat_rows
 
 _cpu = importlib.import_module("turboattention._cpu")
@@ -33,11 +33,15 @@ class OpenRows:
 @dataclass(frozen=True)
 class FlatRows:
     """B sequences that take `tokens` tokens each, from token `starts[b]` of the flat tensors on, behind `before[b]`
-    stored ones. int64 [B], contiguous."""
+    stored ones. int64 [B], contiguous, as what follows from them."""
 
     tokens: int
     starts: Tensor
     before: Tensor
+
+    @cached_property
+    def valid(self) -> Tensor:
+        return torch.full_like(self.before, self.tokens)
 
     @cached_property
     def after(self) -> Tensor:
@@ -54,77 +58,70 @@ class FlatRows:
         """Where the first block begins that the step touches."""
         return self.before // BLOCK * BLOCK
 
-    @cached_property
-    def valid(self) -> Tensor:
-        return torch.full_like(self.before, self.tokens)
 
+class PagedCall:
+    """What a step asks of layers of one kind. What these have in common is filled in once: Python's share of a step
+    of few tokens is not small.
 
-def store(
-    config: TurboConfig,
-    layout: PageLayout,
-    rows: FlatRows,
-    k: Tensor,
-    v: Tensor,
-    mean: Tensor | None,
-    opened: OpenRows,
-    addresses: Tensor,
-) -> bool:
-    """k, v [T, H, D] into open rows, and blocks that are full then into the pages at `addresses` (int64 [B, P]).
-
-    mean: float32 [H, D] in the stored space, or None. False where k or v is not finite: no page is written then,
-    and open rows from `before` on are to be written anew.
+    rows: whose tokens; `group` query heads per KV head, `scale` of logits.
     """
-    heads, head_dim = k.shape[1:]
-    s = _Store(batch=len(rows.before), heads=heads, head_dim=head_dim, tokens=rows.tokens, rotate=config.rotate)
-    s.k, kept_k = flat_rows(k, rows.starts)
-    s.v, kept_v = flat_rows(v, rows.starts)
-    s.mean = None if mean is None else mean.data_ptr()
-    s.before = rows.before.data_ptr()
-    s.codes[:] = [x.data_ptr() for x in opened.codes]
-    s.scales[:] = [x.data_ptr() for x in opened.scales]
-    s.open_rows, s.head_rows, s.ring = opened.first.data_ptr(), opened.head_rows, opened.ring
-    s.pages, s.page_stride, s.page_bytes = addresses.data_ptr(), addresses.shape[1], layout.page_bytes
-    s.search, s.plan, s.threads = config.search, page_plan(layout), torch.get_num_threads()
-    bad = _cpu.store(ctypes.addressof(s))
-    del kept_k, kept_v
-    return not bad
 
+    def __init__(
+        self,
+        config: TurboConfig,
+        layout: PageLayout,
+        rows: FlatRows,
+        *,
+        group: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ):
+        self._rows, batch, heads, plan = rows, len(rows.before), layout.num_kv_heads, page_plan(layout)
+        s = _Store(batch=batch, heads=heads, head_dim=layout.head_dim, tokens=rows.tokens, rotate=config.rotate)
+        s.before, s.page_bytes, s.search, s.plan = rows.before.data_ptr(), layout.page_bytes, config.search, plan
+        a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens, head_dim=layout.head_dim)
+        a.rotate, a.scale, a.sinks, a.compressed = config.rotate, scale, plan, plan
+        a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
+        a.page_counts, a.start = rows.full.data_ptr(), rows.open_start.data_ptr()
+        fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
+        s.threads = a.threads = torch.get_num_threads()
+        self._store, self._attend = s, a
 
-def attend(
-    config: TurboConfig,
-    layout: PageLayout,
-    rows: FlatRows,
-    q: Tensor,
-    out: Tensor,
-    mean: Tensor | None,
-    opened: OpenRows,
-    addresses: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> bool:
-    """q [T, Hq, D] of these rows, causally, over pages and open rows, which hold their own tokens -> out, likewise.
+    def store(self, k: Tensor, v: Tensor, mean: Tensor | None, opened: OpenRows, addresses: Tensor) -> bool:
+        """k, v [T, H, D] into open rows, and blocks that are full then into the pages at `addresses` (int64 [B, P]).
 
-    mean: as for `store`, [B, H, D]. False where q is not finite: what is not counts as zeros.
-    """
-    batch, heads = len(rows.before), layout.num_kv_heads
-    a = Arguments(batch=batch, heads=heads, group=q.shape[1] // heads, queries=rows.tokens, head_dim=layout.head_dim)
-    a.q, kept = flat_rows(q, rows.starts)
-    a.out, _ = flat_rows(out, rows.starts)
-    a.rotate, a.scale = config.rotate, scale
-    a.mean = None if mean is None else mean.data_ptr()
-    a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
-    fill_pages(a, Pages(addresses, rows.full, 0, layout, layout))
-    a.open[:] = [x.data_ptr() for x in opened.codes]
-    a.open_scale[:] = [x.data_ptr() for x in opened.scales]
-    a.start, a.open_rows = rows.open_start.data_ptr(), opened.first.data_ptr()
-    a.open_stride_head, a.open_ring = opened.head_rows, opened.ring
-    fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
-    a.threads = torch.get_num_threads()
-    finite = _cpu.attend(ctypes.addressof(a))
-    del kept
-    return finite
+        mean: float32 [H, D] in the stored space, or None. False where k or v is not finite: no page is written then,
+        and open rows from `before` on are to be written anew.
+        """
+        s, starts = self._store, self._rows.starts
+        s.k, kept_k = flat_rows(k, starts)
+        s.v, kept_v = flat_rows(v, starts)
+        s.mean = None if mean is None else mean.data_ptr()
+        s.codes[:] = [x.data_ptr() for x in opened.codes]
+        s.scales[:] = [x.data_ptr() for x in opened.scales]
+        s.open_rows, s.head_rows, s.ring = opened.first.data_ptr(), opened.head_rows, opened.ring
+        s.pages, s.page_stride = addresses.data_ptr(), addresses.shape[1]
+        bad = _cpu.store(ctypes.addressof(s))
+        del kept_k, kept_v
+        return not bad
+
+    def attend(self, q: Tensor, out: Tensor, mean: Tensor | None, opened: OpenRows, addresses: Tensor) -> bool:
+        """q [T, Hq, D] of these rows, causally, over pages and open rows, which hold their own tokens -> out, likewise.
+
+        mean: as for `store`, [B, H, D]. False where q is not finite: what is not counts as zeros.
+        """
+        a, starts = self._attend, self._rows.starts
+        a.q, kept = flat_rows(q, starts)
+        a.out, _ = flat_rows(out, starts)
+        a.mean = None if mean is None else mean.data_ptr()
+        a.open[:] = [x.data_ptr() for x in opened.codes]
+        a.open_scale[:] = [x.data_ptr() for x in opened.scales]
+        a.open_rows, a.open_stride_head, a.open_ring = opened.first.data_ptr(), opened.head_rows, opened.ring
+        a.pages, a.page_stride = addresses.data_ptr(), addresses.shape[1]
+        finite = _cpu.attend(ctypes.addressof(a))
+        del kept
+        return finite
 
 
 class _Store(ctypes.Structure):

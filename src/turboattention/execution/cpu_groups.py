@@ -1,0 +1,123 @@
+"""Sequences of a step that share a call of the CPU kernels, worked out once for all layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..kernels.cpu.paged import FlatRows, OpenRows
+from ..paged import BLOCK, OpenBlocks, PagedBatch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that take equally many tokens, all of them in their slots, or all in memory of the step's own.
+
+    offsets: int64 [B, P], their pages' places in bytes; first: int64 [B], their slots' first rows; used: the least and
+    greatest number among their own pages, and among their slots.
+    """
+
+    rows: FlatRows
+    slots: Tensor
+    offsets: Tensor
+    first: Tensor
+    in_place: bool
+    used: dict[str, tuple[int, int]]
+
+    def check(self, pages: int, slots: int) -> None:
+        """Kernels write where these say."""
+        for (name, (least, greatest)), count in zip(self.used.items(), (pages, slots), strict=True):
+            if least < 0 or greatest >= count:
+                raise InputError(f"{name}: expected numbers from 0 to {count - 1}, got {least} to {greatest}")
+
+    def open_rows(self, pool: OpenBlocks, layer: int) -> OpenRows:
+        """Where the open blocks are from the first one that the step touches on, older rows in place."""
+        codes, scales = pool.of(layer)
+        if self.in_place:
+            return OpenRows(codes, scales, self.first, pool.ring, pool.ring)
+        before, (heads, _, head_dim) = self.rows.before, codes[0].shape[1:]
+        width = int(((self.rows.after + BLOCK - 1) // BLOCK - before // BLOCK).max()) * BLOCK
+        shape = len(before), heads, width
+        opened = torch.empty(*shape, head_dim, dtype=torch.int8), torch.empty(*shape, head_dim, dtype=torch.int8)
+        opened_scales = torch.empty(shape), torch.empty(shape)
+        for row, (slot, position) in enumerate(zip(self.slots.tolist(), before.tolist(), strict=True)):
+            held, first = position % BLOCK, position // BLOCK * BLOCK % pool.ring
+            for side in range(2):
+                opened[side][row, :, :held] = codes[side][slot, :, first : first + held]
+                opened_scales[side][row, :, :held] = scales[side][slot, :, first : first + held]
+        return OpenRows(opened, opened_scales, torch.arange(len(before)) * (heads * width), width, 0)
+
+    def keep_last(self, pool: OpenBlocks, layer: int, opened: OpenRows) -> None:
+        """The blocks left open into the slots."""
+        if self.in_place:
+            return
+        codes, scales = pool.of(layer)
+        for row, (slot, position) in enumerate(zip(self.slots.tolist(), self.rows.before.tolist(), strict=True)):
+            end = position + self.rows.tokens
+            held, first = end % BLOCK, end // BLOCK * BLOCK
+            at, to = first - position // BLOCK * BLOCK, first % pool.ring
+            for side in range(2):
+                kept = slice(at, at + held)
+                codes[side][slot, :, to : to + held] = opened.codes[side][row, :, kept]
+                scales[side][slot, :, to : to + held] = opened.scales[side][row, :, kept]
+
+
+def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> list[Group]:
+    """The groups of a step; slot_rows: rows of a slot, page_stride: bytes from page to page.
+
+    Sequences of equal counts share a call, so that who else is in a batch does not change what a sequence gets. Worked
+    out by NumPy, which takes less time for a few numbers than PyTorch does.
+
+    Raises:
+        InputError: lengths below the step's tokens, or beyond the table.
+    """
+    start, lengths = _int64(batch.query_start), _int64(batch.seq_lens)
+    counts = np.diff(start)
+    before = lengths - counts
+    if (counts < 0).any() or (before < 0).any():
+        raise InputError(
+            f"seq_lens: expected at least the tokens of the step, got {lengths.tolist()} for {counts.tolist()}"
+        )
+    columns = batch.block_table.shape[1]
+    if (lengths > columns * BLOCK).any():
+        raise InputError(
+            f"block_table: expected a column for each block of up to {lengths.max()} tokens, got {columns}"
+        )
+    # A ring of one block holds what stays in its block; a ring of two, what a step of up to a block adds.
+    fits = counts <= BLOCK if ring > BLOCK else before % BLOCK + counts <= BLOCK
+    members: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for row, key in enumerate(zip(counts.tolist(), fits.tolist(), strict=True)):
+        members[key].append(row)
+    slots, table, groups = _int64(batch.slots), batch.block_table.numpy(), []
+    for (count, in_place), at in members.items():
+        if count:
+            rows = FlatRows(count, *map(torch.from_numpy, (start[at], before[at])))
+            last = -(-int(lengths[at].max()) // BLOCK)
+            blocks = table[at, :last].astype(np.int64)
+            # Columns behind a sequence's own pages are not looked at.
+            own = blocks[np.arange(last) * BLOCK < lengths[at, None]]
+            used = {"block_table": _range(own), "slots": _range(slots[at])}
+            groups.append(
+                Group(
+                    rows,
+                    slots=torch.from_numpy(slots[at]),
+                    offsets=torch.from_numpy(blocks * page_stride),
+                    first=torch.from_numpy(slots[at] * slot_rows),
+                    in_place=in_place,
+                    used=used,
+                )
+            )
+    return groups
+
+
+def _int64(x: Tensor) -> np.ndarray:
+    return x.numpy().astype(np.int64)
+
+
+def _range(x: np.ndarray) -> tuple[int, int]:
+    return int(x.min()), int(x.max())
