@@ -103,19 +103,20 @@ def test_all_layers_reserve_the_bytes_of_the_widest():
 
 def test_layers_of_one_batch_with_other_pools_and_pages():
     """What is worked out once a step is not mixed up between them."""
-    sequence = tokens(6, 65)
-    servers = [Server(), Server(ring=2 * BLOCK), Server(head_bits=UNIFORM[2])]
-    want = [serve(server, {0: sequence}, [{0: 64}, {0: 1}])[0] for server in servers]
-    servers = [Server(), Server(ring=2 * BLOCK), Server(head_bits=UNIFORM[2])]
-    flat = [x.transpose(0, 1) for x in sequence]
-    for count, first in ((64, 0), (1, 64)):
-        rows = [x[first : first + count].contiguous() for x in flat]
-        start, length = torch.tensor([0, count]), torch.tensor([first + count])
-        batch = PagedBatch(start, length, torch.tensor([[7, 9]]), torch.tensor([2]), count)
-        for server, wanted in zip(servers, want, strict=True):
+    sequence, kinds = tokens(6, 65), ({}, {"ring": 2 * BLOCK}, {"head_bits": UNIFORM[2]})
+    alone, layers = ([Server(**kind) for kind in kinds] for _ in range(2))
+    want = [serve(server, {0: sequence}, [{0: 64}, {0: 1}])[0] for server in alone]
+    for first, last in ((0, 64), (64, 65)):
+        rows = [x[:, first:last].transpose(0, 1).contiguous() for x in sequence]
+        start, length = torch.tensor([0, last - first]), torch.tensor([last])
+        batch = PagedBatch(start, length, torch.tensor([[7, 9]]), torch.tensor([2]), last - first)
+        for server, wanted in zip(layers, want, strict=True):
             out = torch.empty_like(rows[0])
             paged_attention(server.fmt, 0, batch, *rows, out, server.pages, server.open_blocks)
-            assert torch.equal(out.transpose(0, 1), wanted[:, first : first + count])
+            assert torch.equal(out.transpose(0, 1), wanted[:, first:last])
+    for server, other in zip(layers, alone, strict=True):
+        server.blocks = {0: [7, 9]}
+        assert torch.equal(server.page(0, 0), other.page(0, 0))
 
 
 def test_refusals():
