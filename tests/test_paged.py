@@ -54,6 +54,19 @@ def test_tokens_taken_back(drafts):
     assert server.holds(0, cache, 330 // BLOCK)  # of blocks that were drafted twice, what the accepted tokens make them
 
 
+@pytest.mark.parametrize("last, back", [(130, 126), (192, 130), (192, 128)])
+def test_tokens_taken_back_of_a_long_step(last, back):
+    """Into the block before the open one, which a ring of two blocks still holds."""
+    sequence, wrong = tokens(1, 200), tokens(2, 200)
+    server = Server(ring=2 * BLOCK)
+    server.step({0: tuple(torch.cat((x[:, :back], y[:, back:last]), 1) for x, y in zip(sequence, wrong, strict=True))})
+    server.lengths[0] = back
+    got = server.step({0: tuple(x[:, back:] for x in sequence)})[0]
+    want, cache = expected(sequence, UNIFORM[4])
+    assert relative_error(got, want[:, back:]) < 1e-3
+    assert server.holds(0, cache, 200 // BLOCK)
+
+
 def test_pages_filled_in_a_step_are_read_by_others_in_the_same():
     """A prefix that two sequences share, the second admitted while the first computes it."""
     shared, tail = tokens(1, 128), tokens(2, 40)

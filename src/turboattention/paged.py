@@ -130,16 +130,23 @@ class OpenBlocks:
         self._layers = [((kc[layer], vc[layer]), (ks[layer], vs[layer])) for layer in range(layers)]
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
         """On a GPU: becomes 1 where a step meets what is not finite."""
+        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True) if self.flag.is_cuda else self.flag
 
     def of(self, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """One layer's codes and scales, each of K and V."""
         return self._layers[layer]
 
     def notice(self) -> bool:
-        """Whether steps on a GPU met values that were not finite since this was last asked. Waits for the device."""
-        raised = bool(self.flag)
+        """Whether steps on a GPU met values that were not finite, as far as is known here.
+
+        Nothing waits for the device: what it says now arrives later, for the next one who asks.
+        """
+        raised = bool(self._seen)
         if raised:
             self.flag.zero_()
+            self._seen.zero_()
+        elif self._seen is not self.flag:
+            self._seen.copy_(self.flag, non_blocking=True)
         return raised
 
     @property

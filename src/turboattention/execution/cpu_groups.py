@@ -53,18 +53,18 @@ class Group:
         return OpenRows(opened, opened_scales, torch.arange(len(before)) * (heads * width), width, 0)
 
     def keep_last(self, pool: OpenBlocks, layer: int, opened: OpenRows) -> None:
-        """The blocks left open into the slots."""
+        """The blocks left open into the slots; with a ring of two blocks also the full one before, into which tokens
+        may be taken back."""
         if self.in_place:
             return
         codes, scales = pool.of(layer)
         for row, (slot, position) in enumerate(zip(self.slots.tolist(), self.rows.before.tolist(), strict=True)):
-            end = position + self.rows.tokens
-            held, first = end % BLOCK, end // BLOCK * BLOCK
-            at, to = first - position // BLOCK * BLOCK, first % pool.ring
+            start, end = position // BLOCK * BLOCK, position + self.rows.tokens
+            kept = np.arange(max(start, end // BLOCK * BLOCK - (pool.ring - BLOCK)), end)
+            rows, ring = torch.from_numpy(kept - start), torch.from_numpy(kept % pool.ring)
             for side in range(2):
-                kept = slice(at, at + held)
-                codes[side][slot, :, to : to + held] = opened.codes[side][row, :, kept]
-                scales[side][slot, :, to : to + held] = opened.scales[side][row, :, kept]
+                codes[side][slot, :, ring] = opened.codes[side][row, :, rows]
+                scales[side][slot, :, ring] = opened.scales[side][row, :, rows]
 
 
 def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> list[Group]:

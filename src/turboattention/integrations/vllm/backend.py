@@ -11,12 +11,11 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from ...errors import UnsupportedError
 from ...paged import BLOCK
 from ...validation import MAX_HEAD_DIM
 from .implementation import TurboImpl, latest_widths, widths_for
 from .metadata import TurboMetadataBuilder
-from .settings import VARIABLE
+from .refusals import refuse
 
 
 class TurboBackend(AttentionBackend):
@@ -84,9 +83,7 @@ class RefusedMLA(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> NoReturn:
-        raise UnsupportedError(
-            f"TurboAttention does not support multi-head latent attention in vLLM; unset {VARIABLE} to serve without it"
-        )
+        refuse("multi-head latent attention")
 
     @staticmethod
     def get_builder_cls() -> NoReturn:

@@ -15,9 +15,10 @@ _QUERIES = 32  # the last ones
 
 
 class FirstPrompt:
-    """Judges one layer, `layer_format` its format alone."""
+    """Judges one layer, `layer_format` its format alone. `first_head`: number of its first KV head in the model."""
 
-    def __init__(self, layer_format: PagedFormat):
+    def __init__(self, layer_format: PagedFormat, first_head: int = 0):
+        self.first_head = first_head
         self.config = layer_format.config.replace(guard="off")
         self.bits = torch.tensor(layer_format.head_bits[0])
         self.mean = layer_format.means[0] if layer_format.means else None
@@ -49,8 +50,10 @@ class FirstPrompt:
         if not beyond:
             return None
         worst = max(beyond, key=lambda head: float(errors[head]))
+        k_bits, v_bits = self.bits[:, worst].tolist()
         return (
-            f"KV heads {', '.join(map(str, beyond))} lose too much in the quantized cache (head {worst} has relative "
-            f"error {float(errors[worst]):.2f} at K {int(self.bits[0, worst])} and V {int(self.bits[1, worst])} bits, "
-            f"bound {float(bounds[worst]):.2f}); widths are kept: calibrate the model, or serve it with more bits"
+            f"KV heads {', '.join(str(self.first_head + head) for head in beyond)} lose too much in the quantized "
+            f"cache (head {self.first_head + worst} has relative error {float(errors[worst]):.2f} at K {k_bits} and V "
+            f"{v_bits} bits, bound {float(bounds[worst]):.2f}); widths are kept: calibrate the model, or serve it with "
+            "more bits"
         )

@@ -13,12 +13,11 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from ...errors import UnsupportedError
 from ...paged import OpenBlocks, PagedFormat, paged_attention
 from ..transformers.model import ModelShape
 from .first_prompt import FirstPrompt
 from .metadata import TurboMetadata
-from .refusals import refuse_device, refuse_engine, refuse_layer
+from .refusals import refuse, refuse_device, refuse_engine, refuse_layer
 from .settings import VARIABLE, Settings
 from .slots import ring_for
 from .widths import Rank, Widths, widths_of
@@ -89,6 +88,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.widths = widths_for(config)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.total_kv_heads = config.model_config.get_total_num_kv_heads()
         self.window, self.softcap = sliding_window, logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self.device = torch.get_default_device()
@@ -112,7 +112,8 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         """
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
         self.name, self.format = name, self.widths.format(layer, rank, self.head_size, self.device)
-        self.first_prompt = FirstPrompt(self.format) if self.widths.settings.guard else None
+        first_head = rank.of(self.total_kv_heads).start
+        self.first_prompt = FirstPrompt(self.format, first_head) if self.widths.settings.guard else None
 
     def forward(
         self,
@@ -132,7 +133,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             # vLLM measures memory: nothing to attend to.
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
-            raise UnsupportedError("TurboAttention does not support fused output quantization in vLLM")
+            refuse("fused output quantization")
         tokens = attn_metadata.num_actual_tokens
         q, k, v, out = query, key, value, output
         if tokens < len(q):  # padded; a view takes its time

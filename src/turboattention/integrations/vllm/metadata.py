@@ -19,12 +19,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from ...errors import UnsupportedError
 from ...paged import BLOCK, PagedBatch
+from .refusals import refuse, refuse_block_size
 
 logger = init_logger("vllm.turboattention")
 
-_STEPS_UNTOLD = 1024
+_STEPS_UNTOLD = 256
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         from .steps import follow_steps
 
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        _check_spec(kv_cache_spec)
+        check_spec(kv_cache_spec)
         follow_steps()
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
@@ -75,7 +75,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         """Raises `UnsupportedError` where attention is not causal, `RuntimeError` for a row without a slot."""
         common = common_attn_metadata
         if common.causal is not True:
-            raise UnsupportedError("TurboAttention does not support attention that is not causal in vLLM")
+            refuse("attention that is not causal")
         self._tell_of_values()
         # Views of what vLLM keeps from step to step, as a CUDA graph needs them.
         batch = PagedBatch(
@@ -109,7 +109,8 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         return rows
 
     def _tell_of_values(self) -> None:
-        """On a GPU no step waits to hear whether its values were finite: once in a while, all are asked."""
+        """On a GPU no step waits to hear whether its values were finite: layers are asked once in a while, and the
+        answer is there the next time."""
         self._builds += 1
         if self.device.type != "cpu" and self._builds % _STEPS_UNTOLD == 0:
             for impl in self._impls:
@@ -128,7 +129,10 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         return None
 
 
-def _check_spec(spec: KVCacheSpec) -> None:
-    plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
-    if not plain or getattr(spec, "attention_chunk_size", None) or getattr(spec, "non_causal", False):
-        raise UnsupportedError(f"TurboAttention does not support layers of {type(spec).__name__} {spec} in vLLM")
+def check_spec(spec: KVCacheSpec) -> None:
+    """Raises `UnsupportedError` for a kind of layer, or of pages, that is refused."""
+    if getattr(spec, "attention_chunk_size", None):
+        refuse(f"chunked local attention ({type(spec).__name__})")
+    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or getattr(spec, "non_causal", False):
+        refuse(f"layers of {type(spec).__name__}")
+    refuse_block_size(spec.block_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from vllm.config import VllmConfig
@@ -12,10 +12,8 @@ from vllm.v1.attention.backend import AttentionType
 from ...config import TurboConfig
 from ...errors import InputError, UnsupportedError
 from ...paged import BLOCK, backend_for
-from ...validation import check_head_dim
+from ...validation import MAX_HEAD_DIM
 from .settings import VARIABLE
-
-_DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
 
 
 def refuse_layer(
@@ -28,27 +26,36 @@ def refuse_layer(
     kv_sharing_target: str | None,
     others: dict[str, Any],
 ) -> None:
-    """Raises `UnsupportedError` naming what a layer asks for that is refused, `ShapeError` for its head_dim."""
-    check_head_dim("head_dim", head_size)
+    """Raises `UnsupportedError` naming what a layer asks for that is refused."""
+    if head_size % 8 or not 0 < head_size <= MAX_HEAD_DIM:
+        refuse(f"head_dim {head_size} (a multiple of 8 up to {MAX_HEAD_DIM} is needed)")
     if attn_type != AttentionType.DECODER:
-        _refuse(f"{attn_type} attention (only decoders have a cache to quantize)")
+        refuse(f"{AttentionType(attn_type).value} attention (only decoders have a cache to quantize)")
     if kv_cache_dtype != "auto":
-        _refuse(f'kv_cache_dtype {kv_cache_dtype!r} (leave it "auto": blocks have a format of their own)')
+        refuse(f'kv_cache_dtype {kv_cache_dtype!r} (leave it "auto": blocks have a format of their own)')
     if alibi_slopes is not None:
-        _refuse("ALiBi")
+        refuse("ALiBi")
     if sinks is not None:
-        _refuse("attention sinks")
+        refuse("attention sinks")
     if kv_sharing_target is not None:
-        _refuse(f"layers that share the cache of another ({kv_sharing_target})")
+        refuse(f"layers that share the cache of another ({kv_sharing_target})")
     asked = [name for name, value in others.items() if value not in (None, False)]
     if asked:
-        _refuse(f"an attention layer with {', '.join(asked)}")
+        refuse(f"an attention layer with {', '.join(asked)}")
 
 
 def refuse_engine(config: VllmConfig) -> None:
     """Raises `UnsupportedError` naming what a server asks for that is refused."""
+    if config.cache_config.user_specified_block_size:  # else vLLM has yet to ask which one we prefer
+        refuse_block_size(config.cache_config.block_size)
     for what in _of_engine(config):
-        _refuse(what)
+        refuse(what)
+
+
+def refuse_block_size(size: int) -> None:
+    """Raises `UnsupportedError` for what is not a multiple of a page's tokens."""
+    if size % BLOCK:
+        refuse(f"--block-size {size} (a multiple of {BLOCK} is needed)")
 
 
 def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -56,13 +63,11 @@ def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device)
     try:
         backend_for(config, dtype, device)
     except InputError as error:
-        _refuse(f"{device.type} here ({error})")
+        refuse(f"{device.type} here ({error})")
 
 
 def _of_engine(config: VllmConfig) -> Iterator[str]:
     model, parallel, draft = config.model_config, config.parallel_config, config.speculative_config
-    if config.cache_config.block_size % BLOCK:
-        yield f"--block-size {config.cache_config.block_size} (a multiple of {BLOCK} is needed)"
     if model.is_hybrid:
         yield "models that mix attention with recurrent layers"
     if model.is_mm_prefix_lm or config.attention_config.use_non_causal:
@@ -77,11 +82,12 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
         yield "batches split in two (--enable-dbo)"
     if config.kv_transfer_config is not None and config.kv_transfer_config.is_kv_transfer_instance:
         yield "KV connectors and offloading (blocks that are not full yet are not in vLLM's pages)"
-    if draft is not None and draft.method not in _DRAFTS_WITHOUT_MODEL:
-        yield f"speculative decoding by {draft.method!r} (only {' and '.join(_DRAFTS_WITHOUT_MODEL)})"
+    if draft is not None and draft.method != "ngram":
+        yield f"speculative decoding by {draft.method!r} (only 'ngram')"
     if draft is not None and draft.num_speculative_tokens >= BLOCK:
         yield f"{draft.num_speculative_tokens} speculative tokens (fewer than {BLOCK} are supported)"
 
 
-def _refuse(what: str) -> None:
+def refuse(what: str) -> NoReturn:
+    """Raises `UnsupportedError`, in the words that all refusals have."""
     raise UnsupportedError(f"TurboAttention does not support {what} in vLLM; unset {VARIABLE} to serve without it")

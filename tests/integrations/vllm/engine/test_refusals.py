@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionType
 
-from turboattention.errors import ConfigError, ShapeError, UnsupportedError
+from turboattention.errors import ConfigError, UnsupportedError
 
 from .models import MODEL, load
 
@@ -25,8 +26,8 @@ def layer(**changes: Any) -> dict[str, Any]:
         ({"alibi_slopes": [0.5]}, "ALiBi"),
         ({"sinks": [0.5]}, "attention sinks"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' (leave it \"auto\""),
-        ({"attn_type": "encoder_only"}, "encoder_only attention"),
-        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder_only attention"),
+        ({"attn_type": AttentionType.ENCODER_DECODER}, "encoder_decoder attention"),
         ({"kv_sharing_target": "model.layers.0"}, "layers that share the cache of another (model.layers.0)"),
         ({"others": {"use_irope": True, "quiet": None}}, "an attention layer with use_irope"),
     ],
@@ -40,16 +41,19 @@ def test_layers(changes: dict[str, Any], named: str) -> None:
     refuse_layer(64, **layer())
 
 
-def test_head_dims() -> None:
+@pytest.mark.parametrize("size", [576, 20, 0])
+def test_head_dims(size: int) -> None:
     from turboattention.integrations.vllm.refusals import refuse_layer
 
-    with pytest.raises(ShapeError, match="head_dim: expected a multiple of 8 up to 256, got 576"):
-        refuse_layer(576, **layer())
+    named = f"TurboAttention does not support head_dim {size} (a multiple of 8 up to 256 is needed) in vLLM; unset "
+    with pytest.raises(UnsupportedError, match=re.escape(named)):
+        refuse_layer(size, **layer())
 
 
 def engine(**changes: Any) -> Any:
     values = dict(
         block_size=128,
+        user_specified_block_size=True,
         is_hybrid=False,
         is_mm_prefix_lm=False,
         use_non_causal=False,
@@ -89,6 +93,7 @@ def engine(**changes: Any) -> Any:
         ({"data_parallel_size": 2, "device_type": "cuda"}, "data parallelism on GPUs"),
         ({"transfer": SimpleNamespace(is_kv_transfer_instance=True)}, "KV connectors and offloading"),
         ({"drafts": SimpleNamespace(method="eagle", num_speculative_tokens=3)}, "speculative decoding by 'eagle'"),
+        ({"drafts": SimpleNamespace(method="suffix", num_speculative_tokens=3)}, "speculative decoding by 'suffix'"),
         ({"drafts": SimpleNamespace(method="ngram", num_speculative_tokens=64)}, "64 speculative tokens"),
     ],
 )
@@ -98,6 +103,68 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedError, match=re.escape(f"TurboAttention does not support {named}")):
         refuse_engine(engine(**changes))
     refuse_engine(engine(drafts=SimpleNamespace(method="ngram", num_speculative_tokens=63), data_parallel_size=2))
+
+
+def test_block_sizes_that_nobody_asked_for() -> None:
+    """On GPUs vLLM still has its own default when layers are made, and then asks the backend, which wants 64."""
+    from vllm.config import CacheConfig
+
+    from turboattention.integrations.vllm.backend import TurboBackend
+    from turboattention.integrations.vllm.refusals import refuse_engine
+
+    default = CacheConfig()
+    assert default.block_size % 64
+    refuse_engine(engine(block_size=default.block_size, user_specified_block_size=default.user_specified_block_size))
+    assert TurboBackend.get_preferred_block_size(default.block_size) == 64
+
+
+def test_kinds_of_layers() -> None:
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
+
+    from turboattention.integrations.vllm.metadata import check_spec
+
+    shape = dict(num_kv_heads=2, head_size=64, dtype=torch.uint8)
+    check_spec(FullAttentionSpec(block_size=64, **shape))
+    for named, spec in (
+        ("--block-size 32 (a multiple of 64 is needed)", FullAttentionSpec(block_size=32, **shape)),
+        (
+            "chunked local attention (ChunkedLocalAttentionSpec)",
+            ChunkedLocalAttentionSpec(block_size=64, attention_chunk_size=128, **shape),
+        ),
+    ):
+        wanted = re.escape(f"TurboAttention does not support {named} in vLLM; unset ")
+        with pytest.raises(UnsupportedError, match=wanted):
+            check_spec(spec)
+
+
+SMALL = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, named",
+    [
+        ("Bloom", {"n_layer": 2, "n_head": 4}, "ALiBi"),
+        ("GptOss", {"head_dim": 64, "num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
+        ("Llama", {"head_dim": 20}, "head_dim 20 (a multiple of 8 up to 256 is needed)"),
+    ],
+)
+def test_models(start, tmp_path, kind: str, changes: dict[str, Any], named: str) -> None:
+    """As vLLM itself makes them, with random weights."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **changes)
+    config.architectures = [f"{kind}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=re.escape(f"TurboAttention does not support {named} in vLLM; unset ")):
+        start(model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512)
 
 
 @pytest.mark.parametrize(
