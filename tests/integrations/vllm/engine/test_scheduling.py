@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from .answers import MOVED_BY_SHAPE, Answer, answer, assert_same, greedy, metric, prompts
+from .models import save_gemma, save_window
 
 LENGTHS = (3, 64, 65, 130, 200, 1, 127, 300, 256)
 
@@ -82,14 +83,20 @@ def test_abort(busy, asked, solo) -> None:
 
 
 def test_several_answers_to_one_prompt(busy, idle, token_ids) -> None:
+    """Drawn answers part ways; each is what the model would give that many chances, read alone as a prompt."""
     from vllm import SamplingParams
 
     asked = prompts(token_ids, [150, 90])
-    # Of one candidate a draw is greedy, which vLLM itself has for one answer only.
-    drawn = SamplingParams(n=3, top_k=1, max_tokens=40, ignore_eos=True, logprobs=2)
-    solo = [answer(idle, [prompt])[0] for prompt in asked]
-    for output, wanted in zip(busy.generate(asked, drawn, use_tqdm=False), solo, strict=True):
-        assert_same([Answer.of(output, index) for index in range(3)], [wanted] * 3)
+    drawn = SamplingParams(n=3, temperature=1.0, max_tokens=40, ignore_eos=True, logprobs=0)
+    read = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    for output in busy.generate(asked * 2, drawn, use_tqdm=False):
+        siblings = [list(completion.token_ids) for completion in output.outputs]
+        assert len({tuple(tokens) for tokens in siblings}) == 3
+        whole = [{"prompt_token_ids": output.prompt_token_ids + tokens} for tokens in siblings]
+        for completion, reading in zip(output.outputs, idle.generate(whole, read, use_tqdm=False), strict=True):
+            scored = reading.prompt_logprobs[-len(completion.token_ids) :]
+            for token, drawn_with, read_with in zip(completion.token_ids, completion.logprobs, scored, strict=True):
+                assert abs(drawn_with[token].logprob - read_with[token].logprob) <= MOVED_BY_SHAPE
 
 
 def test_beam_search(busy, idle, token_ids) -> None:
@@ -107,3 +114,25 @@ def test_slots_are_given_back(busy, asked) -> None:
     runner = busy.llm_engine.model_executor.driver_worker.worker.model_runner
     answer(busy, asked[:1], max_tokens=2)
     assert len(steps._slots[runner]) == 1  # the one that just ended: vLLM says so with the next step
+
+
+@pytest.mark.parametrize("save, blocks", [(save_window, 11), (save_gemma, 14)], ids=["window", "windows and none"])
+def test_windows_preempted_and_behind_shared_prefixes(start, token_ids, tmp_path, save, blocks: int) -> None:
+    model = str(save(tmp_path / "m"))
+    shared = list(token_ids[500:628])
+    asked = prompts(token_ids, LENGTHS) + [{"prompt_token_ids": shared + list(token_ids[n : 2 * n])} for n in (20, 90)]
+    alone = start(model=model, enable_prefix_caching=False)
+    solo = [answer(alone, [prompt])[0] for prompt in asked]
+    few = start(
+        model=model,
+        max_num_batched_tokens=56,
+        block_size=64,
+        num_gpu_blocks_override=blocks,
+        max_num_seqs=6,
+        max_model_len=512,
+    )
+    before = metric(few, "num_preemptions"), metric(few, "prefix_cache_hits")
+    for order in (1, -1):
+        assert_same(answer(few, asked[::order]), solo[::order], MOVED_BY_SHAPE)
+    assert metric(few, "num_preemptions") > before[0]
+    assert metric(few, "prefix_cache_hits") > before[1]
