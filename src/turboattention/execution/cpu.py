@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..kernels.cpu.attention import Int8Queries, OpenRows, Standing, attend
+from ..kernels.cpu.attention import attend
+from ..kernels.inputs import Int8Queries, OpenRows, Standing
 from ..kv.cache import KVCache
 from ..kv.staging import SequenceState, Stage, fresh_state, stage
 from ..reference.queries import quantize_queries as quantize_by_tile

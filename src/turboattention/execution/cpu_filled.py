@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.attention import Pages
+from ..kernels.inputs import Pages
 from ..kv.cache import KVCache
 from ..kv.staging import Stage
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.attention import Pages, refusal
+from ..kernels.cpu.attention import refusal
 from ..kernels.cpu.step import LARGEST, Step
+from ..kernels.inputs import Pages
 from ..kv.cache import KVCache
 from ..kv.growth import Growing
 

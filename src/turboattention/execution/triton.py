@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, attend
+from ..kernels.inputs import Int8Queries, OpenRows, Pages, Standing
+from ..kernels.triton.attention import attend
 from ..kernels.triton.quantize import quantize_queries
 from ..kv.cache import KVCache
 from ..kv.staging import SequenceState, Stage, fresh_state, stage

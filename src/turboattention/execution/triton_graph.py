@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DtypeError, InputError, ShapeError, UnsupportedError
-from ..kernels.triton.attention import BLOCK
+from ..kernels.inputs import BLOCK
 from ..kv.cache import KVCache
 from ..validation import check_floats, check_softmax, check_window
 from .triton_device import guard

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
 from ..kernels.triton.append import flush_blocks, store_tokens
-from ..kernels.triton.attention import BLOCK, Int8Queries, OpenRows, Standing, attend
+from ..kernels.triton.attention import attend
 from ..kernels.triton.quantize import first_block_mean, quantize_queries
 from ..kv.growth import Growing
 from ..kv.staging import MEAN_SKIPS

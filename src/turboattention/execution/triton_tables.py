@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from ..kernels.triton.attention import Pages
+from ..kernels.inputs import Pages
 from ..kv.growth import Growing
 from .triton_device import upload
 from .triton_tally import Plan

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import turboattention as ta
+from turboattention.kernels.inputs import Int8Queries, OpenRows, Pages, Standing
 from turboattention.kv.cache import KVCache
 from turboattention.kv.staging import stage
 from turboattention.reference.decode import attend_cache
@@ -16,7 +17,7 @@ from turboattention.reference.queries import quantize_queries
 from ...helpers import normals
 from .tools import Pair, assert_close
 
-from turboattention.kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, attend  # isort: skip
+from turboattention.kernels.triton.attention import attend  # isort: skip
 
 OFF = ta.TurboConfig(guard="off")
 

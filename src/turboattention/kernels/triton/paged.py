@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
+from ..inputs import BLOCK, Int8Queries
 from . import configs, paged_configs
-from .attention import BLOCK, Int8Queries, _pairs_of_widths, _with_positive_unit
+from .attention import _pairs_of_widths, _with_positive_unit
 from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
 from .paged_store import fill_pages, hold_rows, store_rows
