@@ -11,7 +11,7 @@ import torch
 
 from turboattention.config import TurboConfig
 from turboattention.kernels.inputs import OpenRows, Pages, Standing
-from turboattention.kernels.triton import append, attention, pages, quantize
+from turboattention.kernels.triton import append, attention, pages, quantize, smoothing
 from turboattention.kv.layout import PageLayout
 
 BATCH, KV_HEADS, GROUP = 2, 8, 4
@@ -101,7 +101,7 @@ def _stage_one(head_dim: int) -> Work:
             quantize.quantize_tokens(x, span, none, None, 0, True, rows.k8, rows.k_scale, none)
             q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
             quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, True)
-        quantize.first_block_mean(rows.k8, rows.k_scale, 4, 64, none > 0, mean)
+        smoothing.first_block_mean(rows.k8, rows.k_scale, 4, 64, none > 0, mean)
 
     return work
 

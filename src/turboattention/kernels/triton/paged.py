@@ -17,13 +17,14 @@ from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK, Int8Queries
 from . import configs, paged_configs
+from .arguments import float_rows, means, row_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
 from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
 from .paged_store import fill_pages, hold_rows, store_rows
 from .pages import layout_facts
 from .places import all_places, head_places, pairs_of_widths
-from .quantize import EXACT, float_rows, means, quantize_queries, row_shape
+from .quantize import quantize_queries
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def store(
         opened = Opened(codes, scales, room, False)
         hold_rows[batch.sequences, heads, 2](
             batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales, *codes, *scales,
-            slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **EXACT,
+            slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **configs.EXACT,
         )  # fmt: skip
     store_rows[triton.cdiv(rows, shape["ROWS"]), 2](
         k, v, means(mean), batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales,
