@@ -10,7 +10,8 @@ import paged_kernels
 import torch
 
 from turboattention.config import TurboConfig
-from turboattention.kernels.triton import append, attention, pages, quantize
+from turboattention.kernels.inputs import OpenRows, Pages, Standing
+from turboattention.kernels.triton import append, attention, pages, quantize, smoothing
 from turboattention.kv.layout import PageLayout
 
 BATCH, KV_HEADS, GROUP = 2, 8, 4
@@ -100,7 +101,7 @@ def _stage_one(head_dim: int) -> Work:
             quantize.quantize_tokens(x, span, none, None, 0, True, rows.k8, rows.k_scale, none)
             q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
             quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, True)
-        quantize.first_block_mean(rows.k8, rows.k_scale, 4, 64, none > 0, mean)
+        smoothing.first_block_mean(rows.k8, rows.k_scale, 4, 64, none > 0, mean)
 
     return work
 
@@ -131,22 +132,22 @@ def _codec(head_dim: int) -> Work:
     return work
 
 
-def _standing(queries: int, before: int) -> attention.Standing:
+def _standing(queries: int, before: int) -> Standing:
     first = torch.full((BATCH,), before)
-    return attention.Standing(first, torch.full((BATCH,), queries), first + queries)
+    return Standing(first, torch.full((BATCH,), queries), first + queries)
 
 
-def _rows(head_dim: int, tokens: int, dtype: torch.dtype) -> attention.OpenRows:
+def _rows(head_dim: int, tokens: int, dtype: torch.dtype) -> OpenRows:
     codes = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.int8)
     scales = torch.ones(BATCH, KV_HEADS, tokens, dtype=dtype)
-    return attention.OpenRows(codes, codes.clone(), scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
+    return OpenRows(codes, codes.clone(), scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
 
 
-def _table(head_dim: int, bits: tuple[int, ...]) -> attention.Pages:
+def _table(head_dim: int, bits: tuple[int, ...]) -> Pages:
     compressed = PageLayout(head_dim, 64, bits, bits, True)
     sinks = PageLayout.uniform(KV_HEADS, head_dim, 64, 8, True)
     counts = torch.full((BATCH,), 64)
-    return attention.Pages(torch.zeros(BATCH, 128, dtype=torch.int64), counts, 1, sinks, compressed)
+    return Pages(torch.zeros(BATCH, 128, dtype=torch.int64), counts, 1, sinks, compressed)
 
 
 def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops
+from .cached_call import check_pages_kept, check_window_kept, new_tokens
 from .config import TurboConfig
-from .errors import InputError, ShapeError
+from .errors import InputError
 from .guard import guarded_bits
 from .kv.cache import KVCache
 from .validation import (
@@ -18,7 +19,6 @@ from .validation import (
     check_config,
     check_finite,
     check_floats,
-    check_lengths,
     check_mask,
     check_new,
     check_qkv,
@@ -164,7 +164,7 @@ def turbo_attention_with_kvcache(
     check_query((cache.batch_size, cache.num_kv_heads, cache.head_dim), q)
     check_softmax(scale, softcap)
     window_size = check_window(cache.window_size if window_size is None else window_size)
-    _check_window_kept(cache, window_size)
+    check_window_kept(cache, window_size)
     chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2]))
     # Queries alone may reach back behind what a window has kept: that is looked at below.
     plain = lengths is None or (k_new is not None and k_new.dim() == 4 and q.shape[2] == k_new.shape[2])
@@ -172,7 +172,7 @@ def turbo_attention_with_kvcache(
         stepped = _step(chosen.name, q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
         if stepped is not None:
             return stepped if return_lse else stepped[0]
-    counts = _new_tokens(q, k_new, lengths)
+    counts = new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
     mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0)
     row = torch.arange(q.shape[2]).expand(q.shape[0], -1)
@@ -180,7 +180,7 @@ def turbo_attention_with_kvcache(
     positions = row + (cache.seq_lens if lengths is not None else ends - q.shape[2])[:, None]
     valid = row < counts[:, None] if lengths is not None else torch.ones_like(row, dtype=torch.bool)
     check_finite("q", q, valid.sum(1))
-    _check_pages_kept(cache, positions, valid, window_size)
+    check_pages_kept(cache, positions, valid, window_size)
     staged, bits = None, None
     if k_new is not None and v_new is not None:
         staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"))
@@ -241,40 +241,6 @@ def _step(
         check_finite(result, bad)  # raises
         return None
     return result
-
-
-def _new_tokens(q: Tensor, k_new: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """int64 [B]: tokens each sequence takes."""
-    if k_new is None:
-        if lengths is not None:
-            raise InputError("lengths: expected None without k_new and v_new, got a tensor")
-        return torch.zeros(len(q), dtype=torch.int64)
-    if lengths is not None and (k_new.dim() != 4 or q.shape[2] != k_new.shape[2]):
-        raise ShapeError(f"q: expected as many rows as k_new has tokens, with lengths, got {q.shape[2]} rows")
-    return check_lengths(lengths, len(q), k_new.shape[2])
-
-
-def _check_window_kept(cache: KVCache, window_size: int | None) -> None:
-    if cache.window_size is not None and (window_size is None or window_size > cache.window_size):
-        raise InputError(
-            f"window_size: expected at most the cache's own {cache.window_size} (older blocks are released), "
-            f"got {window_size}"
-        )
-
-
-def _check_pages_kept(cache: KVCache, positions: Tensor, valid: Tensor, window_size: int | None) -> None:
-    """No query row may reach back to blocks that the cache's window has released."""
-    if cache.window_size is None or window_size is None or not positions.numel():
-        return
-    earliest = torch.where(valid, positions, torch.iinfo(torch.int64).max).amin(1)
-    block = torch.arange(int(cache.page_counts.max()))
-    reached = block >= ((earliest - window_size + 1).clamp(min=0) // cache.config.block_size)[:, None]
-    gone = reached & (block < cache.page_counts[:, None]) & ~cache.readable_pages(len(block))
-    if bool(gone.any()):
-        raise InputError(
-            f"q: expected rows whose window of {window_size} keys the cache still holds (older blocks are released), "
-            f"got rows from position {int(earliest[gone.any(1)].min())} on"
-        )
 
 
 def backends() -> dict[str, dispatch.Backend]:

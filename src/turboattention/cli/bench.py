@@ -12,17 +12,19 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError
-from .bench_files import check_plot, check_target, write_json, write_plot
+from .bench_files import check_plot, write_json, write_plot
 from .bench_view import facts_line, show
-from .device import MAX_THREADS, use_threads
+from .device import use_threads
+from .options import MACHINE, MEASURED, Threads, numbers
 from .output import note, notices, print_json, results
 from .progress import Bars
 from .settings import make_setting
+from .targets import check_target
 
 if TYPE_CHECKING:
     from ..benchmarking.plan import Plan
 
-WHAT, AGAINST, OUTPUT = "What is measured", "Against what, and how long", "Machine and output"
+AGAINST = "Against what, and how long"
 
 
 class Work(str, Enum):
@@ -50,26 +52,26 @@ class Mask(str, Enum):
 def bench(
     work: Annotated[Work, typer.Argument(help="A kind of work, or all of them.")] = Work.all,
     lengths: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Context lengths in tokens.", rich_help_panel=WHAT)
+        str | None, typer.Option(metavar="N,N,...", help="Context lengths in tokens.", rich_help_panel=MEASURED)
     ] = None,
     head_dim: Annotated[
         str | None,
-        typer.Option(metavar="D,D,...", help="By default 128; prefill also 64.", rich_help_panel=WHAT),
+        typer.Option(metavar="D,D,...", help="By default 128; prefill also 64.", rich_help_panel=MEASURED),
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.", rich_help_panel=WHAT)] = 8,
-    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.", rich_help_panel=WHAT)] = 2,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.", rich_help_panel=MEASURED)] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.", rich_help_panel=MEASURED)] = 2,
     bits: Annotated[
         list[str] | None,
         typer.Option(
             metavar="WIDTH",
             help="Stored width: 8, 4, 3, 2, mixed, or K,V such as 4,3; may be repeated. By default 4, 3, mixed and 2.",
-            rich_help_panel=WHAT,
+            rich_help_panel=MEASURED,
             show_default=False,
         ),
     ] = None,
-    mask: Annotated[Mask, typer.Option(help="Of prefill.", rich_help_panel=WHAT)] = Mask.both,
+    mask: Annotated[Mask, typer.Option(help="Of prefill.", rich_help_panel=MEASURED)] = Mask.both,
     dtype: Annotated[
-        BenchDtype, typer.Option(help="Of the tensors that TurboAttention is given.", rich_help_panel=WHAT)
+        BenchDtype, typer.Option(help="Of the tensors that TurboAttention is given.", rich_help_panel=MEASURED)
     ] = BenchDtype.float32,
     backend: Annotated[str, typer.Option(help="auto, or one that doctor lists.", rich_help_panel=AGAINST)] = "auto",
     peers: Annotated[
@@ -87,19 +89,17 @@ def bench(
         bool, typer.Option("--quick", help="Short lengths and little time: a first look.", rich_help_panel=AGAINST)
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the random tensors.", rich_help_panel=AGAINST)] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=OUTPUT)
-    ] = None,
+    threads: Threads = None,
     json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of tables.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", help="One JSON object instead of tables.", rich_help_panel=MACHINE)
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Keep the same JSON in this file.", rich_help_panel=OUTPUT)
+        Path | None, typer.Option(metavar="PATH", help="Keep the same JSON in this file.", rich_help_panel=MACHINE)
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="Draw ratios against context length (needs matplotlib).", rich_help_panel=OUTPUT
+            metavar="PATH", help="Draw ratios against context length (needs matplotlib).", rich_help_panel=MACHINE
         ),
     ] = None,
 ) -> None:
@@ -107,7 +107,7 @@ def bench(
 
     Example: turboattention bench decode --lengths 4096,16384 --bits 4 --bits 3
     """
-    tokens, dims = _numbers("--lengths", lengths), _numbers("--head-dim", head_dim)
+    tokens, dims = numbers("--lengths", lengths), numbers("--head-dim", head_dim)
     settings = [make_setting(text) for text in bits or ["4", "3", "mixed", "2"]]
     if heads % kv_heads:
         raise InputError(f"--heads: expected a multiple of --kv-heads ({kv_heads}), got {heads}")
@@ -126,7 +126,7 @@ def bench(
     names = _peers(peers)
     # The reference is a specification: at full length it would take hours.
     small = quick or chosen == "reference"
-    if small and not quick and tokens is None:
+    if small and not quick and not tokens:
         note("the reference backend is not made for speed; measuring short contexts only (--lengths to choose)")
     effort = QUICK if quick else Effort()
     if seconds is not None:
@@ -188,15 +188,6 @@ def _doing(*, hidden: bool) -> Iterator[Callable[[str], None]]:
     # Redrawn seldom: the line must not take part in what is timed.
     with console.status("Measuring", refresh_per_second=1) as status:
         yield lambda text: status.update(f"Measuring {escape(text)}")
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"{option}: expected numbers above 0 such as 1024,4096, got {text!r}")
-    return sorted({int(part) for part in parts})
 
 
 def _peers(text: str | None) -> list[str]:

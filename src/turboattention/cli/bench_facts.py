@@ -5,12 +5,11 @@ from __future__ import annotations
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .machine import cpu_name
+from .machine import cpu_name, package_version
 
 
 def bench_facts(backend: str, **more: Any) -> dict[str, Any]:
@@ -27,8 +26,8 @@ def bench_facts(backend: str, **more: Any) -> dict[str, Any]:
         "isa": peak.instruction_set() if backend == "cpu" else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "llama_cpp_python": _version("llama-cpp-python"),
+        "transformers": package_version("transformers"),
+        "llama_cpp_python": package_version("llama-cpp-python"),
         "ggml": ggml.version(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -52,10 +51,3 @@ def _git(root: Path, *arguments: str) -> str | None:
     except OSError:
         return None
     return ran.stdout.strip() if ran.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

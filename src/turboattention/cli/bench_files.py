@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .missing import INSTALL
+from .targets import check_target
 
 if TYPE_CHECKING:
     from ..benchmarking.records import Row
 
 _RATIOS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
-
-
-def check_target(option: str, path: Path | None) -> None:
-    """Raises InputError now for a file that could not be written after a long measurement."""
-    if path is None:
-        return
-    folder = path.parent
-    if path.is_dir():
-        raise InputError(f"{option}: expected a file, got the folder {path}")
-    if not folder.is_dir():
-        raise InputError(f"{option}: {path} cannot be written: there is no folder {folder}")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{option}: {path} cannot be written: no permission")
 
 
 def check_plot(path: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import FormatError, InputError
 from ..kv.layout import FORMAT_NAME
+from . import targets
 
 if TYPE_CHECKING:
     from ..integrations.transformers.cache import TurboCache
@@ -17,13 +18,7 @@ if TYPE_CHECKING:
 
 def check_target(path: Path) -> None:
     """Raises InputError now for a file that after a long prompt could not be written, or should not be replaced."""
-    folder = path.parent
-    if path.is_dir():
-        raise InputError(f"--save-cache: expected a file, got the folder {path}")
-    if not folder.is_dir():
-        raise InputError(f"--save-cache: {path} cannot be written: there is no folder {folder}")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"--save-cache: {path} cannot be written: no permission")
+    targets.check_target("--save-cache", path)
     if path.exists() and not _is_saved_cache(path):
         raise InputError(f"--save-cache: expected a new file or a saved cache to replace, got {path}, which is neither")
 

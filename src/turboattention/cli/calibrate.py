@@ -8,25 +8,10 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .calibrating import (
-    CHOICE,
-    LENGTH,
-    MACHINE,
-    SOURCE,
-    TOKENS,
-    AsJson,
-    Device,
-    Kind,
-    Length,
-    Model,
-    Request,
-    Strategy,
-    Threads,
-    Tokens,
-    measure,
-)
+from .calibrating import CHOICE, LENGTH, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, summary, widths_table
+from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads
 from .output import note, print_json, results
 
 
@@ -38,7 +23,7 @@ def calibrate(
         typer.Option(
             metavar="PATH",
             help="A UTF-8 file, best of what the model will read; - is stdin. By default the bundled text (4k tokens).",
-            rich_help_panel=SOURCE,
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     tokens: Tokens = TOKENS,

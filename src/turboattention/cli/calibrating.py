@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..bundled import model_path
 from ..bundled import text as bundled_text
 from ..errors import InputError
-from .device import MAX_THREADS, Dtype, choose, use_threads
+from .device import Dtype
+from .model import check_model, load_model
+from .options import MEASURED
 from .output import note
 from .progress import Bars
 from .prompt import read_file
@@ -19,27 +20,15 @@ from .prompt import read_file
 if TYPE_CHECKING:
     from ..calibration import Calibration
 
-SOURCE, CHOICE, MACHINE = "What is measured", "Which widths are chosen", "Machine and output"
+CHOICE = "Which widths are chosen"
 TOKENS = 8192
 LENGTH = 1024
 
 # Options of both commands.
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME_OR_PATH",
-        help="A model's folder, or its name on the hub. By default the bundled one.",
-        rich_help_panel=SOURCE,
-    ),
-]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=SOURCE)]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=MEASURED)]
 Length = Annotated[
-    int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=SOURCE)
+    int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=MEASURED)
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)]
-Kind = Annotated[Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)]
-Threads = Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)]
 
 
 class Strategy(str, Enum):
@@ -68,8 +57,7 @@ class Request:
         """Raises InputError before anything long begins."""
         if not 2 <= self.bits <= 8:
             raise InputError(f"--bits: expected an average width from 2 to 8, got {self.bits:g}")
-        if self.model is not None and not self.model.strip():
-            raise InputError(f"--model: expected a folder or a name such as org/model, got {self.model!r}")
+        check_model(self.model)
 
 
 def measure(request: Request) -> Calibration:
@@ -80,17 +68,14 @@ def measure(request: Request) -> Calibration:
     """
     text = bundled_text() if request.text is None else read_file(request.text_option, request.text)
     bars = Bars(hidden=request.json)
-    with bars.task("Loading the model"):
-        from ..integrations.transformers import calibrate, generation
-
-        use_threads(request.threads)
-        name = str(model_path()) if request.model is None else request.model
-        language = generation.load(name, *choose(request.device, request.dtype))
+    language = load_model(request.model, request.device, request.dtype, request.threads, bars)
     ids = language.encode(text)
     length = min(request.length, language.context or request.length)
     if len(ids) < min(request.tokens, 2 * length) and not request.json:
         note(f"the text has {len(ids):,} tokens: a longer one measures better", "warning")
     with bars.task("Measuring") as update:
+        from ..integrations.transformers import calibrate
+
         found = calibrate(
             language.model,
             ids[: request.tokens],

@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..bundled import model_path, text
-from .device import MAX_THREADS, Dtype, choose, use_threads
-from .evaluate_options import check_methods, check_outside, check_plots, outside, parse_lengths
+from .device import Dtype
+from .evaluate_options import check_methods, check_outside, outside
 from .evaluate_view import failures, show, write
+from .model import load_model
+from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads, numbers
 from .output import note, print_json, results
 from .progress import Bars
 from .prompt import read_file
+from .targets import check_figures
 
 if TYPE_CHECKING:
     from ..evaluation.baselines import CacheMethod
     from ..evaluation.suite import Options
     from ..integrations.transformers.generation import LanguageModel
 
-WHAT, HOW, MACHINE = "What is measured", "How much of it", "Machine and output"
+HOW = "How much of it"
 METHODS = "fp16,turbo-4,turbo-3,turbo-mixed,turbo-2"
 TASKS = "perplexity,recall,needle,arithmetic"
 
@@ -38,16 +41,9 @@ class Request:
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_PATH",
-            help="A model's folder, or its name on the hub. By default the bundled one.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    model: Model = None,
     methods: Annotated[
-        str, typer.Option(metavar="NAME,NAME,...", help="Ways to keep the cache, or all.", rich_help_panel=WHAT)
+        str, typer.Option(metavar="NAME,NAME,...", help="Ways to keep the cache, or all.", rich_help_panel=MEASURED)
     ] = METHODS,
     tasks: Annotated[
         str,
@@ -55,7 +51,7 @@ def evaluate(
             metavar="NAME,NAME,...",
             help="perplexity (with KL and top-1), heads, recall, needle, copy, arithmetic; from files in --data gsm8k, "
             "aqua, bbh, bbh/TASK; lm-eval/TASK of lm-evaluation-harness.",
-            rich_help_panel=WHAT,
+            rich_help_panel=MEASURED,
         ),
     ] = TASKS,
     file: Annotated[
@@ -64,7 +60,7 @@ def evaluate(
             "--text",
             metavar="PATH",
             help="A UTF-8 text for perplexity, heads and needle; - is stdin. By default the bundled one (4k tokens).",
-            rich_help_panel=WHAT,
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     data: Annotated[
@@ -72,19 +68,19 @@ def evaluate(
         typer.Option(
             metavar="DIR",
             help="Folder with gsm8k, aqua and bbh as published; lm-eval/gsm8k and lm-eval/bbh_* read it too.",
-            rich_help_panel=WHAT,
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     include: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder with more tasks for lm-evaluation-harness.", rich_help_panel=WHAT),
+        typer.Option(metavar="DIR", help="Folder with more tasks for lm-evaluation-harness.", rich_help_panel=MEASURED),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             help="What `turboattention calibrate` wrote, for the methods turbo-calibrated and turbo-calibrated-BITS.",
-            rich_help_panel=WHAT,
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     limit: Annotated[
@@ -118,16 +114,10 @@ def evaluate(
             rich_help_panel=MACHINE,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
-    ] = Dtype.auto,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
-    ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON object instead of a table.", rich_help_panel=MACHINE)
-    ] = False,
+    device: Device = "auto",
+    dtype: Kind = Dtype.auto,
+    threads: Threads = None,
+    json: AsJson = False,
 ) -> None:
     """Measure accuracy through the cache: perplexity, KL, recall, needles, sums, benchmarks.
 
@@ -147,30 +137,27 @@ def evaluate(
         source=source,
         limit=limit,
         context=context,
-        lengths=parse_lengths(lengths),
+        lengths=tuple(numbers("--lengths", lengths)),
         data=data,
         outside=lambda name: outside(name, limit, data, include),
     )
     check_methods(chosen)
     if out is not None:
-        check_plots()
+        check_figures("--out: the report's figures")
     request = Request(chosen, names, options, out, json)
-    name = str(model_path()) if model is None else model
-    _run(request, name, device, dtype, threads)
+    _run(request, model, device, dtype, threads)
 
 
-def _run(request: Request, name: str, device: str, dtype: Dtype, threads: int | None) -> None:
+def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads: int | None) -> None:
     from ..evaluation import suite
     from ..evaluation.records import Records
 
     records = Records(request.out)
     bars = Bars(hidden=request.json)
-    with bars.task("Loading the model"):
-        from ..integrations.transformers import generation
-        from ..integrations.transformers.subject import TransformersSubject
+    language = load_model(name, device, dtype, threads, bars)
+    from ..integrations.transformers import generation
+    from ..integrations.transformers.subject import TransformersSubject
 
-        use_threads(threads)
-        language = generation.load(name, *choose(device, dtype))
     facts, units = _facts(language), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)
     subject = TransformersSubject(language)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .missing import INSTALL
 
 if TYPE_CHECKING:
     from ..evaluation.baselines import CacheMethod
@@ -18,14 +17,6 @@ def check_methods(methods: list[CacheMethod]) -> None:
         why = method.unavailable()
         if why is not None:
             raise InputError(f"--methods: {method.name} cannot run here: {why}")
-
-
-def check_plots() -> None:
-    """Raises InputError where the report's figures could not be drawn after a long run."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise InputError(f"--out: the report's figures need the package matplotlib: {INSTALL}")
 
 
 def check_outside(names: list[str], include: Path | None) -> None:
@@ -47,11 +38,3 @@ def outside(name: str, limit: int | None, data: Path | None, include: Path | Non
     from ..integrations.transformers.harness import HarnessTask
 
     return HarnessTask(name, limit, data, include)
-
-
-def parse_lengths(text: str | None) -> tuple[int, ...]:
-    """ "1024,512" -> (512, 1024)."""
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"--lengths: expected numbers above 0 such as 1024,4096, got {text!r}")
-    return tuple(sorted({int(part) for part in parts}))

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..bundled import model_path
 from ..errors import InputError
 from . import cache_file
 from .comparison import compare
 from .comparison_view import as_json, show
-from .device import MAX_THREADS, Dtype, choose, use_threads
+from .device import Dtype
 from .facts import facts, slower_than_kernels
+from .model import check_model, load_model
+from .options import MACHINE, Device, Kind, Threads, model_option
 from .output import note, print_json, results
 from .plain import Start, config_of, continue_text
 from .progress import Bars
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..config import TurboConfig
     from ..integrations.transformers.generation import LanguageModel
 
-INPUT, QUANTIZING, SAMPLING, MACHINE = "Input", "Quantization", "Sampling", "Machine and output"
+INPUT, QUANTIZING, SAMPLING = "Input", "Quantization", "Sampling"
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,7 @@ class Request:
 
 
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_PATH",
-            help="A model's folder, or its name on the hub. By default the bundled one.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
+    model: Annotated[str | None, model_option(INPUT)] = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The text to continue.", rich_help_panel=INPUT)
     ] = None,
@@ -122,13 +116,9 @@ def generate(
         float, typer.Option(help="Sample among the likeliest tokens of this share.", rich_help_panel=SAMPLING)
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.", rich_help_panel=SAMPLING)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on a CPU, else the model's own.", rich_help_panel=MACHINE)
-    ] = Dtype.auto,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.", rich_help_panel=MACHINE)
-    ] = None,
+    device: Device = "auto",
+    dtype: Kind = Dtype.auto,
+    threads: Threads = None,
     json: Annotated[
         bool,
         typer.Option(
@@ -153,13 +143,8 @@ def generate(
         load_cache=load_cache,
     )
     _check(request)
-    _run(request, _model(model), device, dtype, threads)
-
-
-def _model(name: str | None) -> str:
-    if name is not None and not name.strip():
-        raise InputError(f"--model: expected a folder or a name such as org/model, got {name!r}")
-    return str(model_path()) if name is None else name
+    check_model(model)
+    _run(request, model, device, dtype, threads)
 
 
 def _settings(
@@ -204,13 +189,11 @@ def _check(request: Request) -> None:
         cache_file.check_target(request.save_cache)
 
 
-def _run(request: Request, name: str, device: str, dtype: Dtype, threads: int | None) -> None:
+def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads: int | None) -> None:
     bars = Bars(hidden=request.json)
-    with bars.task("Loading the model"):
-        from ..integrations.transformers import generation
+    language = load_model(name, device, dtype, threads, bars)
+    from ..integrations.transformers import generation
 
-        use_threads(threads)
-        language = generation.load(name, *choose(device, dtype))
     with generation.enabled():
         if request.compare:
             _compare(request, language, bars)

@@ -8,27 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .bench_files import check_target
-from .calibrating import (
-    CHOICE,
-    LENGTH,
-    MACHINE,
-    SOURCE,
-    TOKENS,
-    AsJson,
-    Device,
-    Kind,
-    Length,
-    Model,
-    Request,
-    Strategy,
-    Threads,
-    Tokens,
-    measure,
-)
+from .calibrating import CHOICE, LENGTH, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, heads_table, summary
+from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads
 from .output import note, print_json, results
+from .targets import check_figures, check_target
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -41,12 +26,12 @@ def inspect(
         typer.Option(
             metavar="PATH",
             help="A UTF-8 file to measure on; - is stdin. By default the bundled text (4k tokens).",
-            rich_help_panel=SOURCE,
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Show what `calibrate` wrote; nothing is run.", rich_help_panel=SOURCE),
+        typer.Option(metavar="DIR", help="Show what `calibrate` wrote; nothing is run.", rich_help_panel=MEASURED),
     ] = None,
     tokens: Tokens = TOKENS,
     length: Length = LENGTH,
@@ -78,7 +63,7 @@ def inspect(
         raise InputError("--calibration: expected no --model or --file with it: it holds what was measured of them")
     if html is not None:
         check_target("--html", html)
-        _check_plots()
+        check_figures("--html: the page's figures")
     if calibration is not None:
         found = _chosen(calibration, bits, strategy)
     else:
@@ -121,12 +106,3 @@ def _chosen(folder: Path, bits: float | None, strategy: Strategy | None) -> Cali
     return found.rechosen(
         found.budget if bits is None else bits, found.strategy if strategy is None else strategy.value
     )
-
-
-def _check_plots() -> None:
-    from importlib.util import find_spec
-
-    from .missing import INSTALL
-
-    if find_spec("matplotlib") is None:
-        raise InputError(f"--html: the page's figures need the package matplotlib: {INSTALL}")

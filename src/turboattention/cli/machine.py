@@ -70,7 +70,7 @@ def examine() -> Machine:
         memory=_memory("MemTotal"),
         memory_available=_memory("MemAvailable"),
         gpus=_gpus(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: package_version(name) for name in PACKAGES},
         backends=[asdict(backend) for backend in backends().values()],
         model=_path(bundled.model_path),
         text=_path(bundled.text_path),
@@ -118,7 +118,7 @@ def _gpus() -> list[str]:
     return [f"{d.name}, {d.total_memory / 2**30:.0f} GiB, {kind} {number}" for d in devices]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..kernels.cpu.attention import Int8Queries, OpenRows, Standing, attend
+from ..kernels.cpu.attention import attend
+from ..kernels.inputs import Pages, Standing
 from ..kv.cache import KVCache
-from ..kv.staging import SequenceState, Stage, fresh_state, stage
-from ..reference.queries import quantize_queries as quantize_by_tile
+from ..kv.staging import SequenceState, Stage
+from ..reference.queries import logit_scale
 from ..validation import check_finite
 from .cpu_filled import with_filled
-from .cpu_steps import pages_of, step
+from .cpu_steps import step
+from .inputs import open_rows_of, pages_of, prefill_of, queries_by_tile, standing_of
 
 __all__ = ["attend_cache", "prefill", "step"]
 
@@ -31,31 +32,20 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32; what they
     mean is in reference/prefill.py."""
-    batch, queries, head_dim = q.shape[0], q.shape[2], q.shape[3]
-    kv_heads, keys = k.shape[1], k.shape[2]
-    empty = fresh_state(config, batch, kv_heads, head_dim, k.device)
-    staged = stage(config, empty, k, v, torch.full((batch,), keys))
-    standing = Standing(torch.full((batch,), keys - queries), torch.full((batch,), queries), staged.lengths)
-    factor = _factor(scale, q)
-    return _finite(
+    standing, staged = prefill_of(config, q, k, v)
+    return _attend(
+        config,
         q,
-        standing.valid,
-        attend(
-            config,
-            q,
-            standing,
-            None,
-            _open_rows(staged),
-            kv_heads=kv_heads,
-            scale=factor,
-            mean=staged.k_mean,
-            mean_from=1,
-            causal=is_causal,
-            window=window_size,
-            softcap=softcap,
-            mask=attn_mask,
-            quantized=_by_tile(config, q, standing.valid, kv_heads, factor, staged.k_mean),
-        ),
+        standing,
+        None,
+        staged,
+        kv_heads=k.shape[1],
+        mean_from=1,
+        causal=is_causal,
+        scale=scale,
+        window=window_size,
+        softcap=softcap,
+        mask=attn_mask,
     )
 
 
@@ -75,69 +65,67 @@ def attend_cache(
 ) -> tuple[Tensor, Tensor]:
     """Checked inputs -> out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq] (see reference/decode.py).
 
-    `positions` and `valid` are runs: every row stands one behind the last, and rows of padding
-    stand at the end. `head_bits` are the widths that committing `staged` would freeze (read under `stored_prefill`
-    alone).
+    `positions` and `valid` as for `standing_of`. `head_bits` are the widths that committing `staged` would freeze
+    (read under `stored_prefill` alone).
     """
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
-    first = positions[:, 0].contiguous() if positions.shape[1] else torch.zeros(len(q), dtype=torch.int64)
-    standing = Standing(first, valid.sum(1), state.lengths.contiguous())
-    factor = _factor(scale, q)
-    mean = None if state.k_mean is None else state.k_mean.contiguous()
     pages = pages_of(cache)
     if config.stored_prefill and staged is not None:
         pages = with_filled(pages, cache, staged, head_bits)
-    return _finite(
+    return _attend(
+        config,
         q,
-        standing.valid,
-        attend(
-            config,
-            q,
-            standing,
-            pages,
-            _open_rows(state),
-            kv_heads=cache.num_kv_heads,
-            scale=factor,
-            mean=mean,
-            mean_from=cache.mean_from // config.block_size,
-            causal=is_causal,
-            window=window_size,
-            softcap=softcap,
-            mask=attn_mask,
-            quantized=_by_tile(config, q, standing.valid, cache.num_kv_heads, factor, mean),
-        ),
+        standing_of(positions, valid, state),
+        pages,
+        state,
+        kv_heads=cache.num_kv_heads,
+        mean_from=cache.mean_from // config.block_size,
+        causal=is_causal,
+        scale=scale,
+        window=window_size,
+        softcap=softcap,
+        mask=attn_mask,
     )
 
 
-def _factor(scale: float | None, q: Tensor) -> float:
-    return q.shape[3] ** -0.5 if scale is None else float(scale)
-
-
-def _finite(q: Tensor, valid: Tensor, result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """The kernels look at queries as they read them; what is wrong with one is said here."""
-    if result is None:
-        check_finite("q", q, valid)
+def _attend(
+    config: TurboConfig,
+    q: Tensor,
+    standing: Standing,
+    pages: Pages | None,
+    state: Stage | SequenceState,
+    *,
+    kv_heads: int,
+    mean_from: int,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    factor = logit_scale(scale, q.shape[3])
+    mean = None if state.k_mean is None else state.k_mean.contiguous()
+    quantized = None
+    if not config.token_scales:
+        quantized = queries_by_tile(config, q, standing.valid, kv_heads, factor, mean)
+    result = attend(
+        config,
+        q,
+        standing,
+        pages,
+        open_rows_of(state, q.device),
+        kv_heads=kv_heads,
+        scale=factor,
+        mean=mean,
+        mean_from=mean_from,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        mask=mask,
+        quantized=quantized,
+    )
+    if result is None:  # the kernels look at queries as they read them; what is wrong with one is said here
+        check_finite("q", q, standing.valid)
     assert result is not None
     return result
-
-
-def _by_tile(
-    config: TurboConfig, q: Tensor, valid: Tensor, kv_heads: int, factor: float, k_mean: Tensor | None
-) -> Int8Queries | None:
-    """Without token scales, tiles of rows share one: only to compare with, so it may take its time."""
-    if config.token_scales:
-        return None
-    padding = torch.arange(q.shape[2]) >= valid[:, None]
-    clean = q.float().masked_fill(padding[:, None, :, None], 0)
-    tiles = quantize_by_tile(config, clean, kv_heads, factor, k_mean)
-    mean_logit = None if tiles.mean_logit is None else tiles.mean_logit.contiguous()
-    return Int8Queries(tiles.codes.to(torch.int8).contiguous(), tiles.scale.contiguous(), mean_logit)
-
-
-def _open_rows(state: Stage | SequenceState) -> OpenRows | None:
-    tiles = state.tiles if isinstance(state, Stage) else state.open_tiles
-    if tiles is None:
-        return None
-    tiles = tiles.map(lambda x: x.contiguous())
-    return OpenRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start.contiguous())

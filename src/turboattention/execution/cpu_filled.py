@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.attention import Pages
+from ..kernels.inputs import Pages
 from ..kv.cache import KVCache
 from ..kv.staging import Stage
+from .inputs import tables_of
 
 
 def with_filled(pages: Pages | None, cache: KVCache, staged: Stage, head_bits: Tensor | None) -> Pages | None:
@@ -25,7 +26,7 @@ def with_filled(pages: Pages | None, cache: KVCache, staged: Stage, head_bits: T
         return pages
     store = cache.store
     assert store is not None  # staging made it
-    known = pages or Pages(store.addresses(), cache.page_counts, store.sink_blocks, store.sinks.layout, None)
+    known = pages or tables_of(store)
     counts = known.counts + torch.bincount(flush.batch, minlength=cache.batch_size)
     width = known.addresses.shape[1]
     addresses = known.addresses.new_zeros(cache.batch_size, max(width, int(counts.max())))

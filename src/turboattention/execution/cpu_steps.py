@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.attention import Pages, refusal
+from ..kernels.cpu.attention import refusal
 from ..kernels.cpu.step import LARGEST, Step
 from ..kv.cache import KVCache
 from ..kv.growth import Growing
+from ..reference.queries import logit_scale
+from .inputs import pages_of
 
 
 def step(
@@ -35,7 +37,7 @@ def step(
     if steps is None or filled is None:
         return None
     pages, fresh = steps.fresh(cache, filled)
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    factor = logit_scale(scale, q.shape[3])
     result = steps.step.run(
         q, k, v, cache.lengths, fresh, scale=factor, causal=is_causal, window=window_size, softcap=softcap
     )
@@ -62,15 +64,6 @@ def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -
         return False
     steps.count(cache, tokens, filled, pages)
     return True
-
-
-def pages_of(cache: Growing) -> Pages | None:
-    """The cache's page tables for the kernels; None where it has no page."""
-    store = cache.store
-    if store is None or not bool(store.counts.any()):
-        return None
-    compressed = store.compressed.layout if store.compressed is not None else None
-    return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)
 
 
 class _Steps:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, attend
+from ..kernels.inputs import Int8Queries, Pages, Standing
+from ..kernels.triton.attention import attend
 from ..kernels.triton.quantize import quantize_queries
 from ..kv.cache import KVCache
-from ..kv.staging import SequenceState, Stage, fresh_state, stage
-from ..reference.queries import quantize_queries as quantize_by_tile
+from ..kv.staging import SequenceState, Stage
+from ..reference.queries import logit_scale
 from ..validation import check_finite
+from .inputs import open_rows_of, prefill_of, queries_by_tile, standing_of
 from .triton_device import on_own_device
 from .triton_steps import step
 from .triton_tables import pages_of
@@ -34,20 +35,14 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32; what they
     mean is in reference/prefill.py."""
-    batch, queries, head_dim = q.shape[0], q.shape[2], q.shape[3]
-    kv_heads, keys = k.shape[1], k.shape[2]
-    empty = fresh_state(config, batch, kv_heads, head_dim, k.device)
-    staged = stage(config, empty, k, v, torch.full((batch,), keys))
-    valid = torch.full((batch,), queries)
+    standing, staged = prefill_of(config, q, k, v)
     return _attend(
         config,
         q,
-        torch.full((batch,), keys - queries),
-        valid,
+        standing,
         None,
         staged,
-        kv_heads=kv_heads,
-        mean=staged.k_mean,
+        kv_heads=k.shape[1],
         mean_from=1,
         causal=is_causal,
         scale=scale,
@@ -74,20 +69,17 @@ def attend_cache(
 ) -> tuple[Tensor, Tensor]:
     """Checked inputs -> out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq] (see reference/decode.py).
 
-    `positions` and `valid` are runs: every row stands one behind the last, and rows of padding
-    stand at the end. `head_bits` is read under `stored_prefill` alone, which is refused.
+    `positions` and `valid` as for `standing_of`. `head_bits` is read under `stored_prefill` alone, which is refused.
     """
     cache.look()
     state = staged if staged is not None else cache.state(q.device)
     return _attend(
         cache.config,
         q,
-        positions[:, 0] if positions.shape[1] else torch.zeros(len(q), dtype=torch.int64),
-        valid.sum(1),
+        standing_of(positions, valid, state),
         pages_of(cache),
         state,
         kv_heads=cache.num_kv_heads,
-        mean=state.k_mean,
         mean_from=cache.mean_from // cache.config.block_size,
         causal=is_causal,
         scale=scale,
@@ -100,13 +92,11 @@ def attend_cache(
 def _attend(
     config: TurboConfig,
     q: Tensor,
-    first: Tensor,
-    valid: Tensor,
+    standing: Standing,
     pages: Pages | None,
     state: Stage | SequenceState,
     *,
     kv_heads: int,
-    mean: Tensor | None,
     mean_from: int,
     causal: bool,
     scale: float | None,
@@ -114,20 +104,20 @@ def _attend(
     softcap: float | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    mean = None if mean is None else mean.contiguous()
-    first, rows, lengths = (x.to(q.device).contiguous() for x in (first, valid, state.lengths))
+    factor = logit_scale(scale, q.shape[3])
+    mean = None if state.k_mean is None else state.k_mean.contiguous()
+    first, rows, lengths = (x.to(q.device) for x in (standing.first, standing.valid, standing.lengths))
     if config.token_scales:
         codes, unit, mean_logit, flag = quantize_queries(q, kv_heads, rows, mean, factor, config.rotate)
         quantized = Int8Queries(codes, unit, mean_logit)
     else:
-        quantized, flag = _by_tile(config, q, valid, kv_heads, factor, mean), None
+        quantized, flag = queries_by_tile(config, q, standing.valid, kv_heads, factor, mean), None
     result = attend(
         config,
         q,
         Standing(first, rows, lengths),
         pages,
-        _open_rows(state, q.device),
+        open_rows_of(state, q.device),
         kv_heads=kv_heads,
         scale=factor,
         mean=mean,
@@ -139,24 +129,5 @@ def _attend(
         quantized=quantized,
     )
     if flag is not None and bool(flag):  # waits for the device: many rows, or a call that a mask slows anyway
-        check_finite("q", q, valid)
+        check_finite("q", q, standing.valid)
     return result
-
-
-def _by_tile(
-    config: TurboConfig, q: Tensor, valid: Tensor, kv_heads: int, factor: float, k_mean: Tensor | None
-) -> Int8Queries:
-    """Without token scales, tiles of rows share one: only to compare with, so it may take its time."""
-    padding = (torch.arange(q.shape[2]) >= valid[:, None]).to(q.device)
-    clean = q.float().masked_fill(padding[:, None, :, None], 0)
-    tiles = quantize_by_tile(config, clean, kv_heads, factor, k_mean)
-    mean_logit = None if tiles.mean_logit is None else tiles.mean_logit.contiguous()
-    return Int8Queries(tiles.codes.to(torch.int8).contiguous(), tiles.scale.contiguous(), mean_logit)
-
-
-def _open_rows(state: Stage | SequenceState, device: torch.device) -> OpenRows | None:
-    tiles = state.tiles if isinstance(state, Stage) else state.open_tiles
-    if tiles is None:
-        return None
-    tiles = tiles.map(lambda x: x.contiguous())
-    return OpenRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start.to(device).contiguous())

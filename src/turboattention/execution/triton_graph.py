@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DtypeError, InputError, ShapeError, UnsupportedError
-from ..kernels.triton.attention import BLOCK
+from ..kernels.inputs import BLOCK
 from ..kv.cache import KVCache
+from ..reference.queries import logit_scale
 from ..validation import check_floats, check_softmax, check_window
 from .triton_device import guard
 from .triton_notice import notice_of
@@ -68,7 +69,7 @@ class DecodeGraph:
         cache.kept = self._steps = new_steps(cache)
         self._cache = cache
         self._steps.tables.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
-        self._call = Call(cache.head_dim**-0.5 if scale is None else float(scale), True, window, softcap)
+        self._call = Call(logit_scale(scale, cache.head_dim), True, window, softcap)
         self._inputs = tuple(
             torch.zeros(cache.batch_size, heads, 1, cache.head_dim, dtype=cache.dtype, device=cache.device)
             for heads in (num_heads, kv_heads, kv_heads)

@@ -1,6 +1,6 @@
 """What caches on a GPU quantize and append with (`kv.quantizer.Quantizer`): the Triton kernels."""
 
-from ..kernels.triton import pages, quantize
+from ..kernels.triton import pages, quantize, smoothing
 from .triton_device import on_own_device
 from .triton_steps import append
 
@@ -8,5 +8,5 @@ __all__ = ["append", "decode_pages", "encode_pages", "first_block_mean", "quanti
 
 decode_pages = on_own_device(pages.decode_pages)
 encode_pages = on_own_device(pages.encode_pages)
-first_block_mean = on_own_device(quantize.first_block_mean)
+first_block_mean = on_own_device(smoothing.first_block_mean)
 quantize_tokens = on_own_device(quantize.quantize_tokens)

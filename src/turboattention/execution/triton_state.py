@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
 from ..kernels.triton.append import flush_blocks, store_tokens
-from ..kernels.triton.attention import BLOCK, Int8Queries, OpenRows, Standing, attend
-from ..kernels.triton.quantize import first_block_mean, quantize_queries
+from ..kernels.triton.attention import attend
+from ..kernels.triton.quantize import quantize_queries
+from ..kernels.triton.smoothing import first_block_mean
 from ..kv.growth import Growing
 from ..kv.staging import MEAN_SKIPS
 from .triton_device import on_own_device, upload

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.triton.attention import refusal
 from ..kv.cache import KVCache
 from ..kv.growth import Growing
+from ..reference.queries import logit_scale
 from .triton_notice import notice_of
 from .triton_state import Call, Steps
 from .triton_tally import Plan
@@ -45,7 +46,7 @@ def step(
     if found is None:
         return None
     steps, plan = found
-    call = Call(q.shape[3] ** -0.5 if scale is None else float(scale), is_causal, window_size, softcap)
+    call = Call(logit_scale(scale, q.shape[3]), is_causal, window_size, softcap)
     with _taken(steps, cache, plan):
         return steps.run(q, k, v, call, fills=plan.fills, counts=counts, mask=attn_mask)
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from ..kernels.triton.attention import Pages
+from ..kernels.inputs import Pages
 from ..kv.growth import Growing
+from . import inputs
 from .triton_device import upload
 from .triton_tally import Plan
 
@@ -17,17 +18,16 @@ _SPARE_COLUMNS = 64  # of a table, when it is full
 
 
 def pages_of(cache: Growing) -> Pages | None:
-    """The cache's page tables for the kernels, copied to the device; None where it has no page."""
-    store = cache.store
-    return None if store is None or not bool(store.counts.any()) else _copied(cache)
+    """The cache's page tables, copied to the device; None where it has no page."""
+    pages = inputs.pages_of(cache)
+    if pages is None:
+        return None
+    assert cache.store is not None
+    return _uploaded(pages, cache.store.device)
 
 
-def _copied(cache: Growing) -> Pages:
-    store = cache.store
-    assert store is not None
-    compressed = store.compressed.layout if store.compressed is not None else None
-    addresses, counts = (upload(x, store.device) for x in (store.addresses(), store.counts))
-    return Pages(addresses, counts, store.sink_blocks, store.sinks.layout, compressed)
+def _uploaded(pages: Pages, device: torch.device) -> Pages:
+    return replace(pages, addresses=upload(pages.addresses, device), counts=upload(pages.counts, device))
 
 
 class PageTables:
@@ -37,7 +37,7 @@ class PageTables:
         assert cache.store is not None
         self._store = cache.store
         self.host = cache.store.addresses()
-        self.on_device = _copied(cache)
+        self.on_device = _uploaded(inputs.tables_of(cache.store), cache.store.device)
         self._reserved: list[list[int]] = [[] for _ in self._store.tables]
 
     def copied(self) -> PageTables:

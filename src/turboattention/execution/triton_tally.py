@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kernels.triton.attention import BLOCK
+from ..kernels.inputs import BLOCK
 from ..kv.growth import Growing
 
 

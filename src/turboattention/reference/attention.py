@@ -57,8 +57,3 @@ def _add_mean(logits: Tensor, queries: Queries, rows: slice, first: int, size: i
     if queries.mean_logit is not None:
         start = max(0, -(-mean_from // size) - first)
         logits[:, :, start:] += queries.mean_logit[:, :, None, :, rows, None]
-
-
-def reference_scale(scale: float | None, head_dim: int) -> float:
-    """`1 / sqrt(D)` unless given."""
-    return head_dim**-0.5 if scale is None else float(scale)

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..flashq.symmetric import compute_dtype
 from ..kv.cache import KVCache
 from ..kv.staging import Stage
-from .attention import attend, reference_scale
+from .attention import attend
+from .queries import logit_scale
 from .sources import Source
 from .visibility import Visibility
 
@@ -43,7 +44,7 @@ def attend_cache(
     rows = valid.to(q.device)[:, None, :, None]
     clean = torch.where(rows, compute_dtype(q), 0.0)
     kv_heads = cache.num_kv_heads
-    out, lse = attend(config, clean, source, seen, reference_scale(scale, q.shape[3]), softcap, kv_heads)
+    out, lse = attend(config, clean, source, seen, logit_scale(scale, q.shape[3]), softcap, kv_heads)
     out = torch.where(rows, cache.restore(out), 0.0).to(q.dtype)
     lse = torch.where(rows[..., 0], lse, -torch.inf)
     return out, lse if q.dtype == torch.float64 else lse.float()

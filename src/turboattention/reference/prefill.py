@@ -9,7 +9,8 @@ from ..config import TurboConfig
 from ..flashq import rotate
 from ..flashq.symmetric import compute_dtype
 from ..kv.staging import fresh_state, stage
-from .attention import attend, reference_scale
+from .attention import attend
+from .queries import logit_scale
 from .sources import Source
 from .visibility import Visibility
 
@@ -38,7 +39,7 @@ def prefill(
     source = Source(staged, None, config.block_size, config.block_size)
     positions = (keys - queries + torch.arange(queries)).expand(batch, -1)
     seen = Visibility(positions, staged.lengths, is_causal, window_size, attn_mask, heads)
-    out, lse = attend(config, q, source, seen, reference_scale(scale, head_dim), softcap, kv_heads)
+    out, lse = attend(config, q, source, seen, logit_scale(scale, head_dim), softcap, kv_heads)
     if config.rotate:
         out = rotate(out, inverse=True)
     return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()

@@ -26,6 +26,11 @@ class Queries:
     mean_logit: Tensor | None
 
 
+def logit_scale(scale: float | None, head_dim: int) -> float:
+    """`1 / sqrt(D)` unless given."""
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
 def quantize_queries(config: TurboConfig, q: Tensor, kv_heads: int, scale: float, k_mean: Tensor | None) -> Queries:
     """Queries q [B, Hq, Lq, D], every row finite; `k_mean` [B, Hkv, D] in the rotated space."""
     q = compute_dtype(q)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import turboattention as ta
+from turboattention.execution.inputs import pages_of
+from turboattention.kernels.inputs import Int8Queries, OpenRows, Standing
 from turboattention.kv.cache import KVCache
 from turboattention.kv.staging import stage
 from turboattention.reference.decode import attend_cache
@@ -16,7 +18,7 @@ from turboattention.reference.queries import quantize_queries
 from ...helpers import normals
 from .tools import Pair, assert_close
 
-from turboattention.kernels.triton.attention import Int8Queries, OpenRows, Pages, Standing, attend  # isort: skip
+from turboattention.kernels.triton.attention import attend  # isort: skip
 
 OFF = ta.TurboConfig(guard="off")
 
@@ -70,7 +72,7 @@ def kernels_and_reference(
         config,
         q,
         Standing(first, valid, lengths),
-        _pages(cache),
+        pages_of(cache),
         None if tiles is None else OpenRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start),
         kv_heads=cache.num_kv_heads,
         scale=factor,
@@ -94,11 +96,3 @@ def kernels_and_reference(
         softcap=softcap,
     )
     return got, want
-
-
-def _pages(cache: KVCache) -> Pages | None:
-    store = cache.store
-    if store is None or not bool(store.counts.any()):
-        return None
-    compressed = store.compressed.layout if store.compressed is not None else None
-    return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)

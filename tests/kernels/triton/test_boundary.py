@@ -27,7 +27,7 @@ from ...kv.tools import append_range, content
 from ...kv.tools import filled as filled_with
 from .attending import OFF, both, filled
 
-from turboattention.kernels.triton import attention, configs  # isort: skip
+from turboattention.kernels.triton import configs, few_rows, many_rows  # isort: skip
 
 NO_SINKS = OFF.replace(sink_tokens=0)
 GPU = torch.device("cuda", 0)
@@ -114,7 +114,7 @@ def test_every_launch_of_attention_names_fusion(monkeypatch):
 
     class Recorded:
         def __init__(self, name: str):
-            self.name, self.kernel = name, getattr(attention, name)
+            self.name, self.kernel = name, getattr(launchers[name], name)
 
         def __getitem__(self, grid: tuple[int, ...]):
             def launch(*args: Any, **options: Any) -> None:
@@ -123,13 +123,14 @@ def test_every_launch_of_attention_names_fusion(monkeypatch):
 
             return launch
 
-    names = {"prefill", "decode", "combine", "page_operands", "row_operands"}
-    for name in names:
-        monkeypatch.setattr(attention, name, Recorded(name))
+    launchers = dict.fromkeys(("decode", "combine"), few_rows)
+    launchers |= dict.fromkeys(("prefill", "page_operands", "row_operands"), many_rows)
+    for name, launcher in launchers.items():
+        monkeypatch.setattr(launcher, name, Recorded(name))
     cache = filled([130])
     for queries in (1, 20):
         both(normals(1, 4, queries, 16), cache)
-    assert set(launched) == names
+    assert set(launched) == set(launchers)
     assert all(options["enable_fp_fusion"] is True for options in launched.values())
 
 

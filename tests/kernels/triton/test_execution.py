@@ -21,7 +21,7 @@ from turboattention.execution import triton_device, triton_quantizer, triton_sta
 from turboattention.execution.triton_graph import DecodeGraph
 from turboattention.execution.triton_notice import Notice
 from turboattention.execution.triton_state import Call, Steps
-from turboattention.kernels.triton import attention
+from turboattention.kernels.triton import few_rows
 from turboattention.kernels.triton.places import all_places, head_places
 from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout
@@ -476,4 +476,4 @@ def test_tables_that_captured_graphs_read_live_for_ever():
 
 
 def blank(layout: PageLayout, device: torch.device) -> torch.Tensor:
-    return attention._blank(layout.page_bytes, device)
+    return few_rows._blank(layout.page_bytes, device)

@@ -10,7 +10,7 @@ from turboattention.kv.cache import KVCache
 from ...helpers import normals, qkv
 from .attending import OFF, both, filled
 
-from turboattention.kernels.triton import attention  # isort: skip
+from turboattention.kernels.triton import many_rows  # isort: skip
 
 
 def prompt(lengths: list[int], heads: int, kv_heads: int, head_dim: int, config=OFF, dtype=torch.float32, **options):
@@ -124,6 +124,6 @@ def test_operands_in_parts(blocks, monkeypatch):
     """Of one KV head of one sequence at a time, of some, of all: the same to the last bit."""
     q, cache, new = tokens_for(filled([150, 60, 100], heads=3), 6, 20)
     whole = both(q, cache, new)
-    monkeypatch.setattr(attention, "OPERAND_BYTES", blocks * attention.bytes_a_block(64))
+    monkeypatch.setattr(many_rows, "OPERAND_BYTES", blocks * many_rows.bytes_a_block(64))
     parts = both(q, cache, new)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -11,6 +11,7 @@ import turboattention as ta
 from turboattention import flashq
 from turboattention.errors import DtypeError
 from turboattention.kernels.triton import quantize as kernels
+from turboattention.kernels.triton.smoothing import first_block_mean
 from turboattention.kv.quantizer import PYTORCH
 from turboattention.reference.queries import quantize_queries
 
@@ -206,7 +207,7 @@ def test_the_mean_of_the_first_block(head_dim):
     codes, scales = flashq.quantize_tokens(rows(3, 2, 70, head_dim) * 3)
     mean, wanted = normals(3, 2, head_dim), torch.tensor([True, False, True])
     given = (codes, scales, 4, 64, wanted, mean)
-    assert torch.equal(kernels.first_block_mean(*given), PYTORCH.first_block_mean(*given))
+    assert torch.equal(first_block_mean(*given), PYTORCH.first_block_mean(*given))
 
 
 def test_empty_batches_and_no_tokens():
@@ -226,6 +227,6 @@ def test_refusals():
     with pytest.raises(DtypeError, match=r"^codes, scales: expected int8 and .* got torch.uint8 and torch.float32"):
         kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, codes.byte(), scales, zeros)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected contiguous tensors"):
-        kernels.first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8))
+        first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8))
     with pytest.raises(DtypeError, match=r"^out: expected channels side by side"):
         kernels.restore_rows(x, torch.float32, True, torch.zeros(1, 1, 8, 2).mT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,75 +13,14 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
+from ..inputs import Int8Queries, OpenRows, Pages, Standing, refusal
 from .rows import FloatRows, float_rows
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
 
-BLOCK = 64
-"""The only block size that the kernels are written for."""
-
 _SOFTMAX = {"sas": 0, "sas2": 1, "exp": 2}
 _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Page tables of a batch: `addresses` int64 [B, P] (0 where evicted), `counts` int64 [B], the
-    number of INT8 blocks at the start, and both layouts (`compressed` may be missing while unused).
-    `kept`: what addresses point into, where nobody else holds it."""
-
-    addresses: Tensor
-    counts: Tensor
-    sink_blocks: int
-    sinks: PageLayout
-    compressed: PageLayout | None
-    kept: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class OpenRows:
-    """INT8 rows behind the pages: k8, v8 int8 [B, H, W, D], scales float32 [B, H, W], all contiguous;
-    row 0 is position `start[b]` (int64 [B], multiples of 64)."""
-
-    k8: Tensor
-    v8: Tensor
-    k_scale: Tensor
-    v_scale: Tensor
-    start: Tensor
-
-
-@dataclass(frozen=True)
-class Int8Queries:
-    """Queries quantized already: codes int8 [B, Hkv, g, Lq, D] (rotated), unit float32 [B, Hkv, g, Lq]
-    (logits' scale included), mean_logit float32 likewise or None; all contiguous."""
-
-    codes: Tensor
-    unit: Tensor
-    mean_logit: Tensor | None
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where query rows stand: row i of sequence b at position `first[b] + i` of its `lengths[b]` keys;
-    rows from `valid[b]` on are not read and give 0 and -inf. int64 [B] each, contiguous."""
-
-    first: Tensor
-    valid: Tensor
-    lengths: Tensor
-
-
-def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not compute this, or None."""
-    if dtype == torch.float64:
-        return "float64 is computed by the reference alone"
-    if config.block_size != BLOCK:
-        return f"block_size is {config.block_size}, its kernels are written for {BLOCK}"
-    wanted = {"row_max": "block", "p_scale": "static", "rescale": "exact"}
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            return f"{name} is {getattr(config, name)!r}, its kernels compute {value!r}"
-    return None
 
 
 def attend(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
-from .attention import BLOCK, Arguments, Pages, fill_call, fill_pages, fill_queries
+from ..inputs import BLOCK, Pages
+from .attention import Arguments, fill_call, fill_pages, fill_queries
 from .rows import FloatRows, float_rows
 
 _cpu = importlib.import_module("turboattention._cpu")

@@ -13,9 +13,11 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
-from .pages import clear_padding, encode_head, layout_facts, refusal
+from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape
+from .codec import clear_padding, encode_head
+from .pages import layout_facts, refusal
 from .places import OF_KEYS, OF_VALUES, PLACES, all_places
-from .quantize import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape, stage_rows, store_codes
+from .rows import stage_rows, store_codes
 
 Pair = tuple[Tensor, Tensor]
 """Of keys and of values."""

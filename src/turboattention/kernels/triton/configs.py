@@ -15,6 +15,9 @@ import torch
 FUSION = {"enable_fp_fusion": True}
 """Of kernels whose results need not be equal to the bit; named in every launch, as Triton will change its default."""
 
+EXACT = {"enable_fp_fusion": False}
+"""Of the others: products must not be fused with sums, or results would no longer be those of the other backends."""
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
+from ..inputs import BLOCK, Int8Queries
 from . import configs, paged_configs
-from .attention import BLOCK, Int8Queries, _pairs_of_widths, _with_positive_unit
+from .arguments import float_rows, means, row_shape
+from .call import padded, query_arguments, softmax_arguments, with_positive_unit
 from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
 from .paged_store import fill_pages, hold_rows, store_rows
 from .pages import layout_facts
-from .places import all_places, head_places
-from .quantize import EXACT, float_rows, means, quantize_queries, row_shape
-
-_LARGEST_WINDOW = 1 << 30  # no sequence is longer, and positions plus it stay int32
-_LOG2_E = 1.4426950408889634
+from .places import all_places, head_places, pairs_of_widths
+from .quantize import quantize_queries
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def store(
         opened = Opened(codes, scales, room, False)
         hold_rows[batch.sequences, heads, 2](
             batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales, *codes, *scales,
-            slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **EXACT,
+            slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **configs.EXACT,
         )  # fmt: skip
     store_rows[triton.cdiv(rows, shape["ROWS"]), 2](
         k, v, means(mean), batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales,
@@ -136,35 +135,23 @@ def attend(
     # Without a softcap the mean's part is the same for all keys of a row.
     seen = mean[None] if mean is not None and softcap is not None else None
     codes, unit, logit, _ = quantize_queries(q.transpose(0, 1)[None], heads, valid, seen, scale, config.rotate, flag)
-    x = _with_positive_unit(Int8Queries(codes, unit, logit), scale)
+    x = with_positive_unit(Int8Queries(codes, unit, logit), scale)
     group = q.shape[1] // heads
     few = max(configs.LARGEST_DECODE_ROWS, group)
     arguments = {
-        "q_ptr": x.codes, "unit_ptr": x.unit, "mean_ptr": x.unit if x.mean_logit is None else x.mean_logit,
+        **query_arguments(x),
         "starts": batch.starts, "lengths": batch.lengths, "slots": batch.slots,
         "table": batch.table, "table_stride": batch.table.stride(0), "pages": pages, "page_stride": pages.stride(0),
         "k8": opened.codes[0], "v8": opened.codes[1], "k_scales": opened.scales[0], "v_scales": opened.scales[1],
         "ring": slots.ring, "room": opened.room, "RING": opened.in_place,
         "kv_heads": heads, "group": group, "tokens": batch.tokens, "most": few,
-        "D": layout.head_dim, "WIDE": max(64, triton.next_power_of_2(layout.head_dim)),
-        "BY_TOKEN": layout.token_scales, "MEAN": x.mean_logit is not None,
-        **_softmax(config, window, softcap),
+        "D": layout.head_dim, "WIDE": padded(layout.head_dim),
+        "BY_TOKEN": layout.token_scales,
+        **softmax_arguments(config, window, softcap),
     }  # fmt: skip
     _few_rows(config, layout, batch, out, arguments)
     if batch.most * group > few:
         _many_rows(config, layout, batch, out, arguments)
-
-
-def _softmax(config: TurboConfig, window: int | None, softcap: float | None) -> dict[str, Any]:
-    return {
-        "window": min(window or 0, _LARGEST_WINDOW),
-        "cap": softcap or 0.0,
-        "threshold": config.sas_threshold * (1.0 if config.softmax == "sas" else _LOG2_E),
-        "FORM": config.softmax,
-        "CUT": config.softmax != "exp" and config.sas_threshold > -5.7,  # as in `attention`
-        "WINDOW": window is not None,
-        "CAP": softcap is not None,
-    }
 
 
 def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
@@ -178,7 +165,7 @@ def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tenso
     shape = batch.sequences, heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, wide, dtype=torch.float32, device=device)
     peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    for (k_bits, v_bits), chosen in _pairs_of_widths(layout):
+    for (k_bits, v_bits), chosen in pairs_of_widths(layout):
         paged_decode[splits, len(chosen) * tiles, batch.sequences](
             **arguments, places_ptr=head_places(layout, chosen, device), acc_ptr=acc, peak_ptr=peak, total_ptr=total,
             tiles=tiles, R=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ASM=architecture.assembly, **launch.options,
@@ -194,7 +181,7 @@ def _many_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tens
     architecture = configs.architecture_of(out.device)
     launch = paged_configs.prefill(architecture, layout.head_dim)
     tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
-    for (k_bits, v_bits), chosen in _pairs_of_widths(layout):
+    for (k_bits, v_bits), chosen in pairs_of_widths(layout):
         paged_prefill[tiles, len(chosen)](
             **arguments, places_ptr=head_places(layout, chosen, out.device), out_ptr=out,
             out_stride_t=out.stride(0), out_stride_h=out.stride(1), sequences=batch.sequences, steps=batch.steps,

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .combine import merged
-from .decode import key_products, value_products
 from .operands import token_scales
 from .places import PLACES, places_of
+from .products import key_products, value_products
 from .ragged import open_rows_of, standing
 from .rotation import rotate_back
 from .softmax import rescaled

@@ -1,7 +1,7 @@
 """Storing over pages that a server manages: new tokens into open blocks, blocks that are full into their pages.
 
 Open blocks are rows in slots, or, where a step's tokens would overwrite rows that its queries still read, rows of the
-step's own: `_hold_kernel` then brings the older rows of each open block there, and what stays open is written to
+step's own: `hold_rows` then brings the older rows of each open block there, and what stays open is written to
 the slot as well. Nothing waits for the device, and grids follow from shapes alone.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pages import clear_padding, encode_head
+from .codec import clear_padding, encode_head
 from .places import OF_KEYS, OF_VALUES, PLACES
-from .quantize import stage_rows, store_codes
 from .ragged import open_rows_of, sequence_at, standing
+from .rows import stage_rows, store_codes
 
 
 @triton.jit(do_not_specialize=["ring", "room"])

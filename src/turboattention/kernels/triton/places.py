@@ -1,4 +1,4 @@
-"""Where a head's bytes stand within a page, as a table that kernels read."""
+"""Where a head's bytes stand within a page, as a table that kernels read, and which heads have which widths."""
 
 from __future__ import annotations
 
@@ -44,6 +44,15 @@ def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device
 def all_places(layout: PageLayout, device: torch.device) -> Tensor:
     """`head_places` of every head."""
     return head_places(layout, tuple(range(layout.num_kv_heads)), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
+    """The heads of each pair of widths (K, V)."""
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for head, pair in enumerate(zip(layout.k_bits, layout.v_bits, strict=True)):
+        pairs.setdefault(pair, []).append(head)
+    return tuple((pair, tuple(heads)) for pair, heads in pairs.items())
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Stage 1 with smoothing and rotation fused, the rotation undone, and the mean of the first block.
+"""Stage 1 with smoothing and rotation fused, and the rotation undone.
 
 Each launcher has the arguments, the meaning and the results, to the last bit, of its namesake in
 `kernels.cpu.quantize`. Index tensors may be on the CPU or on the device.
@@ -13,87 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import DtypeError
+from .arguments import check_tiles, float_rows, indices, means, row_shape
 from .rotation import rotate, rotate_back
-from .rounding import bits_of, float_of, nearest_int8
-
-_LARGEST = tl.constexpr(0x5D5E0B6B)  # the bits of 1e18: values beyond it are refused
-_SMALLEST_SCALE = tl.constexpr(2.0**-100)
-
-TOKEN_SCALES = (torch.float32, torch.bfloat16)
-"""Both hold a token's scale, of 4 mantissa bits, exactly."""
-
-NOT_FINITE = 1
-"""What a kernel writes into a flag (int32 [1]) where a row holds what is not finite or beyond 1e18."""
-
-# Products must not be fused with sums: results would no longer be those of the other backends.
-EXACT = {"enable_fp_fusion": False}
-
-
-# -- what other kernels use too -------------------------------------------------------------------------
-
-
-@triton.jit
-def load_rows(x, offsets, wanted, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of D channels at `offsets` (int64 [ROWS]) as float32 [ROWS, WIDTH], and which of them are
-    finite and in range. The others, and those not wanted, are zeros; the latter are not read."""
-    channel = tl.arange(0, WIDTH)[None, :]
-    rows = tl.load(x + offsets[:, None] + channel, mask=wanted[:, None] & (channel < D), other=0.0).to(tl.float32)
-    # Magnitudes' bits order like the magnitudes and put NaN and infinity on top.
-    fine = tl.max(bits_of(rows) & 0x7FFFFFFF, 1) <= _LARGEST
-    return tl.where(fine[:, None], rows, 0.0), fine
-
-
-@triton.jit
-def tell(flag, fine):
-    """Raise the flag unless every row is fine."""
-    bad = tl.max((~fine).to(tl.int32), 0)
-    tl.store(flag, 1, mask=bad > 0)
-
-
-@triton.jit
-def token_codes(x, GRID: tl.constexpr):
-    """float32 [ROWS, WIDTH] -> int8 codes and a scale for every row: on the grid of 4 mantissa bits or exact."""
-    scale = tl.div_rn(float_of(tl.max(bits_of(x) & 0x7FFFFFFF, 1)), 119.0)
-    if GRID:
-        scale = float_of((bits_of(scale) + 0x7FFFF) & -0x80000)
-    scale = tl.where(scale == 0.0, 1.0, tl.maximum(scale, _SMALLEST_SCALE))
-    return nearest_int8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))), scale
-
-
-@triton.jit
-def stage_rows(
-    x,
-    offsets,
-    wanted,
-    mean,
-    mean_row,
-    smoothed,
-    flag,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROTATE: tl.constexpr,
-):
-    """Rows at `offsets`, rotated, those `smoothed` less row `mean_row` of `mean` -> codes and scales.
-
-    A row that is not finite gives zeros and raises the flag."""
-    rows, fine = load_rows(x, offsets, wanted, D, WIDTH)
-    tell(flag, fine)
-    if ROTATE:
-        rows = rotate(rows, ROWS, WIDTH, D & -D)
-    if mean is not None:
-        channel = tl.arange(0, WIDTH)[None, :]
-        taken = (wanted & fine & smoothed)[:, None] & (channel < D)
-        rows = rows - tl.load(mean + mean_row.to(tl.int64)[:, None] * D + channel, mask=taken, other=0.0)
-    return token_codes(rows, True)
-
-
-@triton.jit
-def store_codes(codes, row, wanted, values, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of `codes` (contiguous, D channels) at `row` (int64 [ROWS])."""
-    channel = tl.arange(0, WIDTH)[None, :]
-    tl.store(codes + row[:, None] * D + channel, values, mask=wanted[:, None] & (channel < D))
-
+from .rows import load_rows, stage_rows, store_codes, tell, token_codes
 
 # -- tokens ---------------------------------------------------------------------------------------------
 
@@ -300,75 +222,3 @@ def restore_rows(x: Tensor, dtype: torch.dtype, rotate: bool, out: Tensor | None
             x, out, rows, heads, tokens, *out.stride()[:3], D=head_dim, ROTATE=rotate, **shape
         )
     return out
-
-
-# -- the mean of the first block ------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["begin", "end", "heads", "width"])
-def _mean_kernel(
-    codes, scales, wanted, mean, begin, end, heads, width, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    tile = tl.program_id(0).to(tl.int64)
-    if tl.load(wanted + tile // heads) != 0:
-        channel = tl.arange(0, WIDTH)
-        # Codes times scales of 4 mantissa bits sum exactly in float64, in whatever order.
-        total = tl.zeros((WIDTH,), tl.float64)
-        for at in range(begin, end, ROWS):
-            row = at + tl.arange(0, ROWS)
-            there = row < end
-            row = tile * width + row
-            scale = tl.load(scales + row, mask=there, other=0.0).to(tl.float64)
-            code = tl.load(codes + row[:, None] * D + channel, mask=there[:, None] & (channel < D)[None, :], other=0)
-            total += tl.sum(code.to(tl.float64) * scale[:, None], 0)
-        # Its inverse would not do: this is rounded once.
-        count = (end - begin).to(tl.float64) + tl.zeros((WIDTH,), tl.float64)
-        tl.store(mean + tile * D + channel, (total / count).to(tl.float32), mask=channel < D)
-
-
-def first_block_mean(codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor) -> Tensor:
-    """float32 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows `begin`
-    to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W], float32 or bfloat16. Raises DtypeError."""
-    mean = mean.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    batch, heads, width, head_dim = codes.shape
-    check_tiles(codes, scales, TOKEN_SCALES)
-    if batch * heads:
-        _mean_kernel[(batch * heads,)](
-            codes, scales, indices(wanted, codes), mean, begin, end, heads, width,
-            D=head_dim, ROWS=8, WIDTH=triton.next_power_of_2(head_dim), **EXACT,
-        )  # fmt: skip
-    return mean
-
-
-# -- arguments ------------------------------------------------------------------------------------------
-
-
-def float_rows(x: Tensor) -> Tensor:
-    """Float rows of any strides, channels side by side: a copy where they lie apart."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def means(mean: Tensor | None) -> Tensor | None:
-    return None if mean is None else mean.to(torch.float32).contiguous()
-
-
-def indices(x: Tensor, beside: Tensor) -> Tensor:
-    return x.to(beside.device, torch.int64).contiguous()
-
-
-def check_tiles(codes: Tensor, scales: Tensor, scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
-    """codes [B, H, W, D] and scales [B, H, W] as the kernels take them."""
-    if codes.dtype != torch.int8 or scales.dtype not in scale_dtypes:
-        raise DtypeError(f"codes, scales: expected int8 and {scale_dtypes}, got {codes.dtype} and {scales.dtype}")
-    if not codes.is_contiguous() or not scales.is_contiguous():
-        raise DtypeError("codes, scales: expected contiguous tensors, got others")
-
-
-def row_shape(rows: int, head_dim: int) -> dict[str, int]:
-    """How many rows a program takes: up to 32 values a thread, or 16 where few rows must keep all
-    processors busy (decode)."""
-    width = triton.next_power_of_2(head_dim)
-    values, warps = (min(32 * width, 4096), 4) if rows > 4096 else (512, 1)
-    return {"ROWS": max(values // width, 1), "WIDTH": width, "num_warps": warps, **EXACT}

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 # 1.5 * 2^23: added to a float of magnitude below 2^22, it leaves the nearest integer, ties to even, in
-# the lowest bits.
+# the lowest bits, on top of its own (ROUND_BITS).
 ROUND = tl.constexpr(12582912.0)
+ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def nearest(x):
     Exact only where the compiler does not fuse the addition with a product in `x`: launch with
     `enable_fp_fusion=False`, or divide last.
     """
-    return bits_of(x + ROUND) - 0x4B400000
+    return bits_of(x + ROUND) - ROUND_BITS
 
 
 @triton.jit

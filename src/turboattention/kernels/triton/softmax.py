@@ -9,29 +9,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rounding import bits_of
+from .rounding import ROUND, ROUND_BITS, bits_of
 from .sight import masked
 
 LEVELS = tl.constexpr(127.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# 1.5 * 2^23: what is added to it is rounded to an integer, half to even, which stands in its low bits.
-_MAGIC = tl.constexpr(12582912.0)
-_MAGIC_BITS = tl.constexpr(0x4B400000)
-_SUM_OF_64 = tl.constexpr(0x30000000)  # -64 * 0x4B400000 modulo 2^32
+_SUM_OF_64 = tl.constexpr(0x30000000)  # -64 * ROUND_BITS modulo 2^32
 
 
 @triton.jit
 def as_float(x, SLOW: tl.constexpr):
     """int32 below 2^22 in magnitude to float32, exactly; by addition where conversion has a SLOW unit."""
-    return (x + _MAGIC_BITS).to(tl.float32, bitcast=True) - _MAGIC if SLOW else x.to(tl.float32)
+    return (x + ROUND_BITS).to(tl.float32, bitcast=True) - ROUND if SLOW else x.to(tl.float32)
 
 
 @triton.jit
 def round_levels(weight, unit):
     """`weight * unit` rounded half to even, in the low bits of the result (int32)."""
-    return bits_of(tl.fma(weight, unit, _MAGIC))
+    return bits_of(tl.fma(weight, unit, ROUND))
 
 
 @triton.jit
@@ -48,13 +45,13 @@ def exponential(x, FORM: tl.constexpr, CUT: tl.constexpr, threshold):
         weight = tl.exp2(x)
     elif FORM == "sas2":
         z = tl.maximum(x, -24.0) + 0.5
-        t = z + _MAGIC  # -floor(-x) in the low bits
-        g = z - (t - _MAGIC)  # half less the fraction; the cubic is expanded about there
+        t = z + ROUND  # -floor(-x) in the low bits
+        g = z - (t - ROUND)  # half less the fraction; the cubic is expanded about there
         p = tl.fma(tl.fma(tl.fma(g, 0.0391340, 0.1718548), g, 0.4902165), g, 0.7070363)
         weight = (bits_of(p) + (bits_of(t) << 23)).to(tl.float32, bitcast=True)
     else:
         z = tl.maximum(x, -8.0 if not CUT else -88.0) + 0.5
-        n = (z + _MAGIC) - _MAGIC
+        n = (z + ROUND) - ROUND
         g = z - n
         p = tl.fma(tl.fma(tl.fma(g, 0.1025, 0.30885), g, 0.606475), g, 0.6063375)
         weight = tl.exp2(n * LOG2_E) * p

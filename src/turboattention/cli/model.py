@@ -1,0 +1,33 @@
+"""``--model``: a name, and the model that it names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..bundled import model_path
+from ..errors import InputError
+from .device import Dtype, choose, use_threads
+from .progress import Bars
+
+if TYPE_CHECKING:
+    from ..integrations.transformers.generation import LanguageModel
+
+
+def check_model(name: str | None) -> None:
+    """Raises InputError for a name that is blank."""
+    if name is not None and not name.strip():
+        raise InputError(f"--model: expected a folder or a name such as org/model, got {name!r}")
+
+
+def load_model(name: str | None, device: str, dtype: Dtype, threads: int | None, bars: Bars) -> LanguageModel:
+    """The model, by default the bundled one, under a bar.
+
+    Raises:
+        InputError: there is no such model or device.
+    """
+    name = str(model_path()) if name is None else name
+    with bars.task("Loading the model"):
+        from ..integrations.transformers import generation
+
+        use_threads(threads)
+        return generation.load(name, *choose(device, dtype))

@@ -1,0 +1,44 @@
+"""Tensors as the launchers of stage 1 take them, and the shape of their programs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...errors import DtypeError
+from .configs import EXACT
+
+TOKEN_SCALES = (torch.float32, torch.bfloat16)
+"""Both hold a token's scale, of 4 mantissa bits, exactly."""
+
+
+def float_rows(x: Tensor) -> Tensor:
+    """Float rows of any strides, channels side by side: a copy where they lie apart."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def means(mean: Tensor | None) -> Tensor | None:
+    return None if mean is None else mean.to(torch.float32).contiguous()
+
+
+def indices(x: Tensor, beside: Tensor) -> Tensor:
+    return x.to(beside.device, torch.int64).contiguous()
+
+
+def check_tiles(codes: Tensor, scales: Tensor, scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    """codes [B, H, W, D] and scales [B, H, W] as the kernels take them."""
+    if codes.dtype != torch.int8 or scales.dtype not in scale_dtypes:
+        raise DtypeError(f"codes, scales: expected int8 and {scale_dtypes}, got {codes.dtype} and {scales.dtype}")
+    if not codes.is_contiguous() or not scales.is_contiguous():
+        raise DtypeError("codes, scales: expected contiguous tensors, got others")
+
+
+def row_shape(rows: int, head_dim: int) -> dict[str, int]:
+    """How many rows a program takes: up to 32 values a thread, or 16 where few rows must keep all
+    processors busy (decode)."""
+    width = triton.next_power_of_2(head_dim)
+    values, warps = (min(32 * width, 4096), 4) if rows > 4096 else (512, 1)
+    return {"ROWS": max(values // width, 1), "WIDTH": width, "num_warps": warps, **EXACT}

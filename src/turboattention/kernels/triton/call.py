@@ -1,0 +1,126 @@
+"""What launches of attention are given: queries, the softmax, and a call of `attention.attend` as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import TurboConfig
+from ..inputs import Int8Queries, OpenRows, Pages, Standing
+from . import configs
+from .softmax import LOG2_E
+
+_LARGEST_WINDOW = 1 << 30  # no sequence is longer, and positions plus it stay int32
+_MASK_KINDS = {torch.bool: "bool", torch.float32: "add", torch.bfloat16: "add", torch.float16: "add"}
+
+
+def padded(head_dim: int) -> int:
+    """A power of two, and enough for a product's four 8-bit lanes."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def with_positive_unit(quantized: Int8Queries, scale: float) -> Int8Queries:
+    """The maximum of a block is looked for among integers: what one of them counts must be positive."""
+    if scale > 0:
+        return quantized
+    if scale < 0:
+        return Int8Queries(-quantized.codes, -quantized.unit, quantized.mean_logit)
+    return Int8Queries(torch.zeros_like(quantized.codes), torch.ones_like(quantized.unit), quantized.mean_logit)
+
+
+def query_arguments(x: Int8Queries) -> dict[str, Any]:
+    """Of quantized queries."""
+    mean = x.unit if x.mean_logit is None else x.mean_logit
+    return {"q_ptr": x.codes, "unit_ptr": x.unit, "mean_ptr": mean, "MEAN": x.mean_logit is not None}
+
+
+def softmax_arguments(config: TurboConfig, window: int | None, softcap: float | None) -> dict[str, Any]:
+    """Of the window, the softcap and the exponentials: values, and what is compiled in."""
+    return {
+        "window": min(window or 0, _LARGEST_WINDOW),
+        "cap": softcap or 0.0,
+        "threshold": config.sas_threshold * (1.0 if config.softmax == "sas" else LOG2_E.value),
+        "FORM": config.softmax,
+        # From here on 127 e^-y rounds to zero anyway, within the approximations' errors.
+        "CUT": config.softmax != "exp" and config.sas_threshold > -5.7,
+        "WINDOW": window is not None,
+        "CAP": softcap is not None,
+    }
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `attention.attend`, made ready; `blocks` is the most that a sequence may have."""
+
+    config: TurboConfig
+    quantized: Int8Queries
+    standing: Standing
+    pages: Pages | None
+    open: OpenRows | None
+    kv_heads: int
+    blocks: int
+    mean_from: int
+    causal: bool
+    window: int | None
+    softcap: float | None
+    mask: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.out.shape[0]
+
+    @property
+    def queries(self) -> int:
+        return self.out.shape[2]
+
+    @property
+    def group(self) -> int:
+        return self.out.shape[1] // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a KV head."""
+        return self.group * self.queries
+
+    @property
+    def head_dim(self) -> int:
+        return self.out.shape[3]
+
+    @property
+    def architecture(self) -> configs.Architecture:
+        return configs.architecture_of(self.out.device)
+
+    @property
+    def wide(self) -> int:
+        return padded(self.head_dim)
+
+    def row_arguments(self) -> dict[str, Any]:
+        """Of queries, and where they stand."""
+        s = self.standing
+        where = {"first_ptr": s.first, "valid_ptr": s.valid, "lengths_ptr": s.lengths}
+        return query_arguments(self.quantized) | where
+
+    def sight_arguments(self) -> dict[str, Any]:
+        """Of masks, window and softmax: values, and what is compiled in."""
+        mask = self.mask
+        if mask is not None and mask.dtype not in _MASK_KINDS:
+            mask = mask.to(torch.float32)
+        kind = "" if mask is None else _MASK_KINDS[mask.dtype]
+        if mask is None:
+            mask = self.quantized.unit[:1, :1, :1, :1]
+        strides = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
+        return {
+            "mask_ptr": mask.view(torch.uint8) if kind == "bool" else mask,
+            **dict(zip(("mask_b", "mask_h", "mask_q", "mask_k"), strides, strict=True)),
+            # One key's stands for all.
+            "mask_keys": mask.shape[3] if mask.shape[3] > 1 else _LARGEST_WINDOW,
+            "mean_from": self.mean_from,
+            "CAUSAL": self.causal,
+            "MASK": kind,
+            **softmax_arguments(self.config, self.window, self.softcap),
+        }

@@ -1,0 +1,176 @@
+"""One head's keys or values of one page: stage 2 and packing, to the bytes of `kv.layout` and back."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .planes import from_lines, pack, to_lines, unpack
+from .rounding import bits_of, float_of, nearest, nearest_int8
+from .search import step_and_zero
+
+_TOKEN_SCALE_SHIFT = tl.constexpr(19)
+
+
+# -- scales ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _common_scale(codes, scale, page, token_scales, head_scale, SIZE: tl.constexpr, BY_TOKEN: tl.constexpr):
+    """Write the head's scale and the tokens' bytes; codes int8 [SIZE, WIDTH] under them."""
+    used = tl.where(tl.max((codes != 0).to(tl.int32), 1) > 0, scale, 0.0)
+    largest = tl.max(used, 0)
+    largest = tl.where(largest > 0, largest, 1.0)
+    if BY_TOKEN:
+        power = ((bits_of(largest) + 0x7FFFFF) >> 23) << 23
+        # The power of two is not below any scale, so the difference is not negative.
+        exponent = tl.minimum((power - bits_of(used)) >> _TOKEN_SCALE_SHIFT, 255)
+        tl.store(page + token_scales + tl.arange(0, SIZE), exponent.to(tl.uint8))
+        largest = float_of(power)
+        kept = float_of(power - (exponent << _TOKEN_SCALE_SHIFT))
+    else:
+        kept = tl.zeros_like(used) + largest
+    tl.store((page + head_scale).to(tl.pointer_type(tl.float32)), largest)
+    moved = (used > 0) & (used != kept)
+    ratio = tl.div_rn(tl.where(moved, used, 1.0), tl.where(moved, kept, 1.0))
+    # Codes are small: where nothing moves the product and its rounding are exact.
+    return nearest_int8(codes.to(tl.float32) * ratio[:, None])
+
+
+# -- one width ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _quotient(distance, step):
+    """round_half_even(distance / step), int32, of integers up to 255.
+
+    By an inverse in two parts: the product with the upper is exact, so that the sum is a tie where the
+    quotient is one, and nowhere else, since other quotients are at least 1/170 away from ties.
+    """
+    upper = float_of(bits_of(tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)) & -0x1000)
+    lower = tl.div_rn(1.0 - step * upper, step)
+    return nearest(distance * upper[None, :] + distance * lower[None, :])
+
+
+@triton.jit
+def _encode_width(
+    codes,
+    page,
+    place,
+    SIDE: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    at = page + tl.multiple_of(tl.load(place + 1), 16)
+    if BITS == 8:
+        pack(at, to_lines((codes.to(tl.int32) + 128).to(tl.uint8), SIDE, SIZE, WIDTH), D, SIZE, WIDTH, 8, 8)
+    else:
+        step, zero = step_and_zero(codes, BITS, SEARCH)
+        channel = tl.arange(0, WIDTH)
+        tl.store(page + tl.multiple_of(tl.load(place + 2), 8) + channel, step.to(tl.uint8), mask=channel < D)
+        tl.store(page + tl.multiple_of(tl.load(place + 3), 8) + channel, zero.to(tl.uint8), mask=channel < D)
+        code = _quotient((codes.to(tl.int32) - zero[None, :]).to(tl.float32), step.to(tl.float32))
+        code = tl.minimum(tl.maximum(code, 0), (1 << BITS) - 1).to(tl.uint8)
+        lines = to_lines(code, SIDE, SIZE, WIDTH)
+        if BITS == 3:
+            pack(at, lines, D, SIZE, WIDTH, 3, 2)
+            pack(at + 2 * SIZE, lines >> 2, D, SIZE, WIDTH, 3, 1)
+        else:
+            pack(at, lines, D, SIZE, WIDTH, BITS, BITS)
+
+
+@triton.jit
+def _decode_width(
+    codes,
+    page,
+    place,
+    SIDE: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    at = page + tl.multiple_of(tl.load(place + 1), 16)
+    if BITS == 3:
+        lines = unpack(at, D, SIZE, WIDTH, 3, 2) | (unpack(at + 2 * SIZE, D, SIZE, WIDTH, 3, 1) << 2)
+    else:
+        lines = unpack(at, D, SIZE, WIDTH, BITS, BITS)
+    code = from_lines(lines, SIDE, SIZE, WIDTH).to(tl.int32)
+    channel = tl.arange(0, WIDTH)[None, :]
+    if BITS == 8:
+        code -= 128
+    else:
+        # Bytes, not signed: as a whole this fits int8, and only its lowest 8 bits are kept.
+        step = tl.load(page + tl.multiple_of(tl.load(place + 2), 8) + channel, mask=channel < D, other=0).to(tl.int32)
+        zero = tl.load(page + tl.multiple_of(tl.load(place + 3), 8) + channel, mask=channel < D, other=0).to(tl.int32)
+        code = code * step + zero
+    tl.store(codes + tl.arange(0, SIZE)[:, None] * D + channel, code.to(tl.int8), mask=channel < D)
+
+
+# -- one head -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def encode_head(
+    codes,
+    scales,
+    page,
+    place,
+    SIDE: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    """A tile of INT8 rows at `codes` [SIZE, D] and `scales` [SIZE] -> its bytes in `page`.
+
+    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b."""
+    token = tl.arange(0, SIZE)
+    # Four neighbouring channels a thread, no more: the search keeps several numbers of each of them.
+    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
+    tile = tl.load(codes + token[:, None] * D + channel, mask=channel < D, other=0)
+    scale = tl.load(scales + token).to(tl.float32)
+    tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
+    bits = tl.load(place)
+    for BITS in tl.static_range(2, 9):
+        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+            if bits == BITS:
+                _encode_width(tile, page, place, SIDE, D, SIZE, WIDTH, BITS, SEARCH and BITS < 4)
+
+
+@triton.jit
+def decode_head(
+    codes,
+    scales,
+    page,
+    place,
+    SIDE: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):
+    """Inverse of `encode_head` up to the error of stage 2."""
+    token = tl.arange(0, SIZE)
+    scale = tl.load((page + tl.load(place + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
+    if BY_TOKEN:
+        scale -= tl.load(page + tl.multiple_of(tl.load(place + 4), 16) + token).to(tl.int32) << _TOKEN_SCALE_SHIFT
+    tl.store(scales + token, float_of(scale))
+    bits = tl.load(place)
+    for BITS in tl.static_range(2, 9):
+        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+            if bits == BITS:
+                _decode_width(codes, page, place, SIDE, D, SIZE, WIDTH, BITS)
+
+
+@triton.jit
+def clear_padding(page, used, PAGE_BYTES: tl.constexpr):
+    """Zeros from byte `used` to the page's end, at most 15."""
+    byte = used + tl.arange(0, 16)
+    tl.store(page + byte, tl.zeros((16,), tl.uint8), mask=byte < PAGE_BYTES)

@@ -1,0 +1,81 @@
+"""The launcher of `decode`: few query rows over pages as they lie."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...kv.layout import WIDEST, PageLayout
+from ..inputs import BLOCK
+from . import configs
+from .call import Call
+from .combine import combine
+from .decode import decode
+from .places import head_places, pairs_of_widths
+
+
+def attend_few_rows(call: Call) -> None:
+    """Splits of the sequences over pages as they lie, one launch for each pair of widths among the heads (one
+    kernel for all would take the registers of the most demanding), then `combine`."""
+    adjusted = call.mask is not None or call.softcap is not None
+    launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
+    tiles = -(-call.rows // launch.rows)
+    device, pages, opened = call.out.device, call.pages, call.open
+    splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, device)
+    shape = call.batch, call.kv_heads, tiles, splits, launch.rows
+    acc = torch.empty(*shape, call.wide, dtype=torch.float32, device=device)
+    peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    plain = PageLayout.uniform(call.kv_heads, call.head_dim, BLOCK, WIDEST, call.config.token_scales)
+    sinks, compressed = (pages.sinks, pages.compressed) if pages else (plain, None)
+    sizes = [layout.page_bytes for layout in (sinks, compressed) if layout is not None]
+    arguments = {
+        **call.row_arguments(),
+        "table_ptr": pages.addresses if pages else None,
+        "counts_ptr": pages.counts if pages else None,
+        "table_stride": pages.addresses.stride(0) if pages else 0,
+        "blank_ptr": _blank(max(sizes), device) if pages else None,
+        "sink_blocks": pages.sink_blocks if pages else 0,
+        "k8_ptr": opened.k8 if opened else None,
+        "v8_ptr": opened.v8 if opened else None,
+        "ks_ptr": opened.k_scale if opened else None,
+        "vs_ptr": opened.v_scale if opened else None,
+        "start_ptr": opened.start if opened else None,
+        "width": opened.k8.shape[2] if opened else 0,
+        "acc_ptr": acc,
+        "peak_ptr": peak,
+        "total_ptr": total,
+        "kv_heads": call.kv_heads,
+        "group": call.group,
+        "queries": call.queries,
+        "tiles": tiles,
+        "D": call.head_dim,
+        "WIDE": call.wide,
+        "R": launch.rows,
+        "ASM": call.architecture.assembly,
+        "SINKS": pages is not None and pages.sink_blocks > 0,
+        "OPEN": opened is not None,
+        "BY_TOKEN": sinks.token_scales,
+        **call.sight_arguments(),
+        **launch.options,
+    }
+    for (k_bits, v_bits), heads in pairs_of_widths(compressed or plain):
+        decode[splits, len(heads) * tiles, call.batch](
+            **arguments,
+            sink_places_ptr=head_places(sinks, heads, device),
+            places_ptr=head_places(compressed or plain, heads, device),
+            K_BITS=k_bits if compressed else 0,
+            V_BITS=v_bits if compressed else 0,
+        )
+    combine[call.rows, call.kv_heads, call.batch](
+        acc, peak, total, call.out, call.lse, splits, tiles, call.group, call.queries,
+        D=call.head_dim, WIDE=call.wide, R=launch.rows, SPLITS=1 << (splits - 1).bit_length(),
+        ROTATE=call.config.rotate, num_warps=1, **configs.FUSION,
+    )  # fmt: skip
+
+
+@functools.cache  # for ever, as `head_places`
+def _blank(size: int, device: torch.device) -> Tensor:
+    """What is read, and not used, where a page was evicted."""
+    return torch.zeros(size, dtype=torch.uint8, device=device)

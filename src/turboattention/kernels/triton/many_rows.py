@@ -1,0 +1,84 @@
+"""The launcher of `prefill`: many query rows over blocks that are made operands first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..inputs import BLOCK
+from . import configs
+from .call import Call
+from .operands import bytes_a_block, page_operands, row_operands
+from .places import head_places, pairs_of_widths
+from .prefill import prefill
+
+OPERAND_BYTES = 1 << 28
+"""Memory for operands of `prefill`; more where a single KV head of one sequence needs it."""
+
+
+def attend_many_rows(call: Call) -> None:
+    """Blocks are made operands once, for as many heads and sequences at a time as memory allows."""
+    launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
+    device = call.out.device
+    for sequences, heads in _parts(call):
+        shape = len(sequences), len(heads), max(1, call.blocks)
+        k, v = (torch.empty(*shape, BLOCK, call.wide, dtype=torch.int8, device=device) for _ in range(2))
+        k_scale, v_level = (torch.empty(*shape, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
+        operands = k, v, k_scale, v_level, torch.empty(shape, dtype=torch.float32, device=device)
+        _make_operands(call, sequences, heads, operands)
+        prefill[-(-call.rows // launch.rows), len(heads), len(sequences)](
+            **call.row_arguments(),
+            **dict(zip(("k_ptr", "v_ptr", "k_scale_ptr", "v_level_ptr", "v_scale_ptr"), operands, strict=True)),
+            out_ptr=call.out,
+            lse_ptr=call.lse,
+            first_head=heads.start,
+            first_sequence=sequences.start,
+            blocks=shape[2],
+            kv_heads=call.kv_heads,
+            group=call.group,
+            queries=call.queries,
+            D=call.head_dim,
+            WIDE=call.wide,
+            M=launch.rows,
+            ROTATE=call.config.rotate,
+            SLOW=call.architecture.slow_int_to_float,
+            **call.sight_arguments(),
+            **launch.options,
+        )
+
+
+def _parts(call: Call) -> Iterator[tuple[range, range]]:
+    """Sequences and KV heads whose operands fit `OPERAND_BYTES`, one of each at least."""
+    fitting = max(1, OPERAND_BYTES // max(1, call.blocks * bytes_a_block(call.wide)))
+    heads = min(fitting, call.kv_heads)
+    sequences = max(1, fitting // call.kv_heads)
+    for b in range(0, call.batch, sequences):
+        for h in range(0, call.kv_heads, heads):
+            yield range(b, min(b + sequences, call.batch)), range(h, min(h + heads, call.kv_heads))
+
+
+def _make_operands(call: Call, sequences: range, heads: range, operands: tuple[Tensor, ...]) -> None:
+    pages, opened, device = call.pages, call.open, call.out.device
+    sizes = {"first_head": heads.start, "first_sequence": sequences.start, "blocks": max(1, call.blocks)}
+    shape = {"D": call.head_dim, "WIDE": call.wide}
+    if pages is not None:
+        columns = pages.addresses.shape[1]
+        sinks = min(pages.sink_blocks, columns)
+        for layout, first, last in ((pages.sinks, 0, sinks), (pages.compressed, sinks, columns)):
+            if layout is None or first == last:
+                continue
+            for (k_bits, v_bits), chosen in pairs_of_widths(layout):
+                chosen = tuple(h for h in chosen if h in heads)
+                if chosen:
+                    page_operands[last - first, len(chosen), len(sequences)](
+                        pages.addresses, pages.counts, head_places(layout, chosen, device), *operands,
+                        pages.addresses.stride(0), first, heads=len(heads), **sizes, **shape,
+                        K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales, **configs.FUSION,
+                    )  # fmt: skip
+    if opened is not None:
+        row_operands[-(-opened.k8.shape[2] // BLOCK), len(heads), len(sequences)](
+            opened.k8, opened.v8, opened.k_scale, opened.v_scale, opened.start, call.standing.lengths, *operands,
+            opened.k8.shape[2], call.kv_heads, **sizes, **shape, **configs.FUSION,
+        )  # fmt: skip

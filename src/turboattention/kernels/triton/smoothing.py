@@ -1,0 +1,50 @@
+"""The mean of a sequence's first block, which smoothing takes off its keys.
+
+The launcher has the arguments, the meaning and the results, to the last bit, of its namesake in
+`kernels.cpu.quantize`. Index tensors may be on the CPU or on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import TOKEN_SCALES, check_tiles, indices
+from .configs import EXACT
+
+
+@triton.jit(do_not_specialize=["begin", "end", "heads", "width"])
+def _mean_kernel(
+    codes, scales, wanted, mean, begin, end, heads, width, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    tile = tl.program_id(0).to(tl.int64)
+    if tl.load(wanted + tile // heads) != 0:
+        channel = tl.arange(0, WIDTH)
+        # Codes times scales of 4 mantissa bits sum exactly in float64, in whatever order.
+        total = tl.zeros((WIDTH,), tl.float64)
+        for at in range(begin, end, ROWS):
+            row = at + tl.arange(0, ROWS)
+            there = row < end
+            row = tile * width + row
+            scale = tl.load(scales + row, mask=there, other=0.0).to(tl.float64)
+            code = tl.load(codes + row[:, None] * D + channel, mask=there[:, None] & (channel < D)[None, :], other=0)
+            total += tl.sum(code.to(tl.float64) * scale[:, None], 0)
+        # Its inverse would not do: this is rounded once.
+        count = (end - begin).to(tl.float64) + tl.zeros((WIDTH,), tl.float64)
+        tl.store(mean + tile * D + channel, (total / count).to(tl.float32), mask=channel < D)
+
+
+def first_block_mean(codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor) -> Tensor:
+    """float32 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows `begin`
+    to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W], float32 or bfloat16. Raises DtypeError."""
+    mean = mean.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    batch, heads, width, head_dim = codes.shape
+    check_tiles(codes, scales, TOKEN_SCALES)
+    if batch * heads:
+        _mean_kernel[(batch * heads,)](
+            codes, scales, indices(wanted, codes), mean, begin, end, heads, width,
+            D=head_dim, ROWS=8, WIDTH=triton.next_power_of_2(head_dim), **EXACT,
+        )  # fmt: skip
+    return mean
