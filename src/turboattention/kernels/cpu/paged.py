@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
-from .attention import BLOCK, Arguments, Plan, fill_call, page_plan
+from ..inputs import BLOCK
+from .attention import Arguments, Plan, fill_call, page_plan
 from .rows import FloatRows, flat_rows
 
 _cpu = importlib.import_module("turboattention._cpu")
