@@ -52,6 +52,15 @@ def test_a_step_that_the_budget_has_no_room_for_is_passed_over():
     assert assign_bits([costs([90, 89, 88, 0], [1, 0, 0, 0])], 3.5)[0].tolist() == [[4], [3]]
 
 
+def test_evenly_each_layer_spends_its_own():
+    """What layer 0 would save is more, but layer 1's bits are its own."""
+    scores = [costs([80, 40, 20, 0], [10, 5, 2, 0]), costs([3, 2, 1.9, 0], [2, 1, 1, 0])]
+    assert [int(x.sum()) for x in assign_bits(scores, 3.0)] == [8, 4]
+    even = assign_bits(scores, 3.0, "even")
+    assert [x.tolist() for x in even] == [[[4], [2]], [[3], [3]]]
+    assert all(torch.equal(x, assign_bits([score], 3.0)[0]) for x, score in zip(even, scores, strict=True))
+
+
 @pytest.mark.parametrize("budget", [2, 2.3, 3, 3.25, 4, 5.5, 8])
 def test_the_budget_is_kept_and_used(budget):
     scores = [layer(level).costs for level in (0.1, 0.3, 0.05, 0.7)]
@@ -141,13 +150,15 @@ def test_budgets_out_of_range(budget):
 
 
 def test_other_strategies():
-    with pytest.raises(ConfigError, match="strategy: expected one of error, priority, got 'best'"):
+    with pytest.raises(ConfigError, match="strategy: expected one of error, even, priority, got 'best'"):
         assign_bits([layer().costs], 3, "best")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("strategy, shape", [("error", r"\[2, Hkv, 4\]"), ("priority", r"\[2, Hkv\]")])
+@pytest.mark.parametrize(
+    "strategy, shape", [("error", r"\[2, Hkv, 4\]"), ("even", r"\[2, Hkv, 4\]"), ("priority", r"\[2, Hkv\]")]
+)
 def test_shapes(strategy, shape):
-    good = layer().costs if strategy == "error" else layer().priority
+    good = layer().costs if strategy != "priority" else layer().priority
     with pytest.raises(ShapeError, match=rf"scores: expected {shape} for '{strategy}', got .* in layer 1"):
         assign_bits([good, torch.zeros(3, 2)], 3, strategy)
 

@@ -13,7 +13,7 @@ from ..config import WIDTHS
 from ..errors import ConfigError, InputError, ShapeError
 from ..guard import BOUNDS, bound_of, widen
 
-Strategy = Literal["error", "priority"]
+Strategy = Literal["error", "even", "priority"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -21,11 +21,12 @@ def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "e
     """Widths for K and V of every head.
 
     Args:
-        scores: per layer. For "error" what each width loses, float [2, Hkv, len(WIDTHS)] (`LayerStatistics.costs`, or
-            any other measure that adds up); for "priority" the paper's, float [2, Hkv].
+        scores: per layer. For "error" and "even" what each width loses, float [2, Hkv, len(WIDTHS)]
+            (`LayerStatistics.costs`, or any other measure that adds up); for "priority" the paper's, float [2, Hkv].
         budget: average width from 2 to 8, over K and V of all heads; steps, zeros and scales come on top. It is
             not exceeded.
         strategy: "error": all begin at 2 bits, and the next ones go where they save most per bit, in whichever layer.
+            "even": the same, with the budget kept by each layer alone: for pages of one size, as servers have them.
             "priority": the paper's (section 3.2), in each layer and for K and V apart: the heads of lowest priority
             take 2 bits and the others 4 (or 4 and 8, for budgets above 4).
 
@@ -39,7 +40,7 @@ def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "e
         raise ConfigError(f"budget: expected an average width from {WIDTHS[0]} to {WIDTHS[-1]} bits, got {budget!r}")
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    trailing = (len(WIDTHS),) if strategy == "error" else ()
+    trailing = () if strategy == "priority" else (len(WIDTHS),)
     for layer, score in enumerate(scores):
         if score.shape != (2, *score.shape[1:2], *trailing):
             wanted = "[2, Hkv" + "".join(f", {n}" for n in trailing) + "]"
@@ -48,6 +49,8 @@ def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "e
             raise InputError(f"scores: expected finite values, got NaN or infinity in layer {layer}")
     if strategy == "priority":
         return _by_priority(scores, budget)
+    if strategy == "even":
+        return [_by_error([score], budget)[0] for score in scores]
     return _by_error(scores, budget)
 
 

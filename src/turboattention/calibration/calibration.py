@@ -66,9 +66,10 @@ class Calibration:
         Raises:
             ConfigError: budget or strategy out of range.
         """
-        scores = [layer.costs if strategy == "error" else layer.priority for layer in layers]
+        by_priority = strategy == "priority"
+        scores = [layer.priority if by_priority else layer.costs for layer in layers]
         bits = assign_bits(scores, budget, strategy)
-        if strategy == "error":
+        if not by_priority:
             bits = keep_bounds(bits, [layer.errors for layer in layers])
         return cls(layers, provenance, tuple(bits), float(budget), strategy, means)
 

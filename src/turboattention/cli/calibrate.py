@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .calibrating import CHOICE, LENGTH, TOKENS, Length, Request, Strategy, Tokens, measure
+from .calibrating import CHOICE, LENGTH, STRATEGY, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, summary, widths_table
 from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads
@@ -32,9 +32,7 @@ def calibrate(
         float,
         typer.Option(help="Average width of K and V from 2 to 8; scales come on top.", rich_help_panel=CHOICE),
     ] = 3.0,
-    strategy: Annotated[
-        Strategy, typer.Option(help="By measured error, or the paper's gap x std.", rich_help_panel=CHOICE)
-    ] = Strategy.error,
+    strategy: Annotated[Strategy, typer.Option(help=STRATEGY, rich_help_panel=CHOICE)] = Strategy.error,
     means: Annotated[
         bool,
         typer.Option("--means", help="Smooth K by the measured means, not by each text's own.", rich_help_panel=CHOICE),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CHOICE = "Which widths are chosen"
 TOKENS = 8192
 LENGTH = 1024
+STRATEGY = "By measured error over all layers, evenly in each layer (for servers), or by the paper's gap x std."
 
 # Options of both commands.
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=MEASURED)]
@@ -33,6 +34,7 @@ Length = Annotated[
 
 class Strategy(str, Enum):
     error = "error"
+    even = "even"
     priority = "priority"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .calibrating import CHOICE, LENGTH, TOKENS, Length, Request, Strategy, Tokens, measure
+from .calibrating import CHOICE, LENGTH, STRATEGY, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, heads_table, summary
 from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads
@@ -41,9 +41,7 @@ def inspect(
             help="Average width of K and V from 2 to 8. By default 3, or the calibration's.", rich_help_panel=CHOICE
         ),
     ] = None,
-    strategy: Annotated[
-        Strategy | None, typer.Option(help="By measured error, or the paper's gap x std.", rich_help_panel=CHOICE)
-    ] = None,
+    strategy: Annotated[Strategy | None, typer.Option(help=STRATEGY, rich_help_panel=CHOICE)] = None,
     html: Annotated[
         Path | None,
         typer.Option(
