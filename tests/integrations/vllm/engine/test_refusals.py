@@ -106,6 +106,11 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
         ({"block_size": 32}, UnsupportedError, "--block-size 32"),
         ({"kv_cache_dtype": "fp8"}, UnsupportedError, "kv_cache_dtype 'fp8'"),
         ({"kv_offloading_size": 1.0}, UnsupportedError, "KV connectors and offloading"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 64, "prompt_lookup_max": 2}},
+            UnsupportedError,
+            "64 speculative tokens (fewer than 64 are supported)",
+        ),
         ({"additional_config": {"turboattention": {"bits": "mixed"}}}, ConfigError, '"mixed" needs a calibration'),
     ],
 )
