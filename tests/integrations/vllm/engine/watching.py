@@ -18,13 +18,13 @@ class Watch:
         """Count from now on."""
         from turboattention.integrations.vllm.slots import Slots
 
-        self.counting = Counting()
+        counting = self.counting = Counting()
         step = Slots.step
 
         @wraps(step)
-        def watched(slots: Slots, output: Any) -> None:
-            self.counting.step(output)
-            step(slots, output)
+        def watched(self: Slots, output: Any) -> None:
+            counting.step(output)
+            step(self, output)
 
         Slots.step = watched
 
