@@ -216,7 +216,7 @@ vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the qu
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py $(VLLM_BENCH)
 	$(BIN)/python benchmarks/serving/page.py --table
 
-vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes)
+vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes; VLLM_SOAK='--drafts 12')
 	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM'; exit 2; }
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/soak.py $(VLLM_SOAK)
 	$(BIN)/python benchmarks/serving/page.py --table

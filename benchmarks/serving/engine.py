@@ -42,8 +42,15 @@ def cache_facts(llm: LLM) -> dict[str, int]:
 def counters(llm: LLM) -> dict[str, int]:
     """vLLM's own counters, since it started."""
     names = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "generation_tokens")
-    found = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+    found = _counted(llm)
     return {name: int(found[f"vllm:{name}"]) for name in names}
+
+
+def drafts(llm: LLM) -> dict[str, int]:
+    """draft_tokens and accepted_tokens, since it started; none without speculative decoding."""
+    found = _counted(llm)
+    names = ("draft_tokens", "accepted_tokens")
+    return {name: int(found.get(f"vllm:spec_decode_num_{name}", 0)) for name in names}
 
 
 def resident_bytes() -> int:
@@ -60,6 +67,10 @@ def facts() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     kept = ("turboattention", "commit", "cpu", "isa", "threads", "torch", "vllm", "time")
     return {name: found[name] for name in kept} | {"gpu": gpu, "python": platform.python_version()}
+
+
+def _counted(llm: LLM) -> dict[str, float]:
+    return {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
 
 
 def _nbytes(cache: Any) -> int:

@@ -24,6 +24,7 @@ PARTS = {
     "serving-throughput": (sections.throughput, pictures.throughput),
     "serving-throughput-gpu": (sections.throughput, pictures.throughput),
     "serving-soak": (sections.soak, None),
+    "serving-soak-drafts": (sections.soak, None),
 }
 """A file of results, its section, and its picture."""
 

@@ -73,12 +73,38 @@ def throughput(document: dict[str, Any], name: str) -> str:
 
 
 def soak(document: dict[str, Any], name: str) -> str:
-    answers, memory, server = document["answers"], document["memory"], document.get("server")
-    rows = [
+    drafts = document.get("drafts")
+    told = (
+        f"The bundled model in float32, greedy{f', up to {drafts} n-gram drafts a step' if drafts else ''}: requests "
+        "of random length through an engine whose cache is too small for them, each answer beside the one it gets "
+        f"alone (one sequence at a time, no prefix cache{', no drafts' if drafts else ''}), those taken back as far as "
+        "they came."
+    )
+    if document.get("server"):
+        told += " Then the API server is killed (SIGKILL) in the middle of requests, started again, and asked again."
+    return "\n\n".join(
+        [
+            f"## Correctness under load{', with drafts' if drafts else ''}",
+            machine(document["facts"]),
+            told,
+            markdown(["", ""], _soaked(document) + _restarted(document.get("server"))),
+            "\n".join(f"- {problem}" for problem in document["problems"]) or "Nothing was wrong.",
+        ]
+    )
+
+
+def _soaked(document: dict[str, Any]) -> list[list[str]]:
+    answers, memory = document["answers"], document["memory"]
+    drafts = []
+    if document.get("drafts"):
+        accepted, rejected = document["accepted_tokens"], document["draft_tokens"] - document["accepted_tokens"]
+        drafts = [["drafts accepted, rejected", f"{accepted:,}, {rejected:,}"]]
+    return [
         ["requests", f"{document['requests']:,}, {document['shared_prefixes']:,} of them behind a shared prefix"],
         ["taken back before their end", f"{document['taken_back']:,}"],
         ["cache", f"{document['blocks']:,} blocks of {document['block_size']} tokens, {document['bits']} bits"],
         ["preemptions", f"{document['num_preemptions']:,}"],
+        *drafts,
         ["prompt tokens from blocks of others", f"{document['prefix_cache_hits']:,}"],
         ["tokens generated", f"{document['generated']:,}"],
         ["answers as alone", f"{answers['equal']:,}"],
@@ -92,25 +118,17 @@ def soak(document: dict[str, Any], name: str) -> str:
             f"{memory['early'] / MIB:.1f} MiB, {memory['late'] / MIB:.1f} MiB ({memory['growth']:+.2%})",
         ],
     ]
-    if server:
-        both = ", ".join(f"{server[which]['equal'] + server[which]['close']}" for which in ("first", "second"))
-        rows += [
-            ["API server: requests at once", f"{server['requests']}"],
-            ["answers as alone, before the kill and after the new start", both],
-            ["requests that the kill cut off", f"{server['lost']}"],
-        ]
-    return "\n\n".join(
-        [
-            "## Correctness under load",
-            machine(document["facts"]),
-            "The bundled model in float32, greedy: requests of random length through an engine whose cache is too "
-            "small for them, each answer beside the one it gets alone (one sequence at a time, no prefix cache), those "
-            "taken back as far as they came. Then the API server is killed (SIGKILL) in the middle of requests, "
-            "started again, and asked again.",
-            markdown(["", ""], rows),
-            "\n".join(f"- {problem}" for problem in document["problems"]) or "Nothing was wrong.",
-        ]
-    )
+
+
+def _restarted(server: dict[str, Any] | None) -> list[list[str]]:
+    if not server:
+        return []
+    both = ", ".join(f"{server[which]['equal'] + server[which]['close']}" for which in ("first", "second"))
+    return [
+        ["API server: requests at once", f"{server['requests']}"],
+        ["answers as alone, before the kill and after the new start", both],
+        ["requests that the kill cut off", f"{server['lost']}"],
+    ]
 
 
 def scenarios(document: dict[str, Any]) -> dict[tuple[int, float | None], dict[str, Rows]]:

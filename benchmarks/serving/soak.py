@@ -3,8 +3,8 @@
 Requests of random length, some behind shared prefixes, some taken back, through an engine whose cache is so small that
 it has to preempt; each answer must be its solo answer (greedy), except where the two best logits are closer than
 --bound where they part. Memory must be flat. Then the API server is killed in the middle of requests and started
-again. Writes benchmarks/results/serving-soak.json, and ends with 1 where anything is wrong; `page.py --table` then
-writes docs/serving.md.
+again. Writes benchmarks/results/serving-soak.json (with --drafts serving-soak-drafts.json), and ends with 1 where
+anything is wrong; `page.py --table` then writes docs/serving.md.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main() -> int:
         "max_num_batched_tokens": _STEP_TOKENS,
         "max_model_len": _LENGTH,
         "block_size": 64,
+        "speculative_config": _ngram(options.drafts),
     }
     spec = {"options": engine, "requests": options.requests, "seed": options.seed}
     print(f"{options.requests:,} requests together, {contender.title}", flush=True)
@@ -69,11 +70,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache-kib", type=int, default=3 * 1024, help="pages; small, so that it has to preempt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-server", dest="server", action="store_false")
-    parser.add_argument("--out", type=Path, default=processes.RESULTS / "serving-soak.json")
+    parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts that a step verifies, at most")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.out = options.out or processes.RESULTS / f"serving-soak{'-drafts' * bool(options.drafts)}.json"
     if options.requests < _FEWEST:
         parser.error(f"--requests: expected {_FEWEST} or more, got {options.requests}")
     return options
+
+
+def _ngram(drafts: int) -> dict[str, Any] | None:
+    """For `speculative_config`: looks that find something in a text, right or wrong."""
+    looks = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    return {"method": "ngram", "num_speculative_tokens": drafts, **looks} if drafts else None
 
 
 def _document(options: argparse.Namespace, load: dict[str, Any], solo: dict[str, Any]) -> dict[str, Any]:
@@ -81,11 +90,13 @@ def _document(options: argparse.Namespace, load: dict[str, Any], solo: dict[str,
     memory = memory_of(load["memory"])
     kept = ("blocks", "block_size", "tokens", "page_bytes", "side_pool_bytes", "num_preemptions")
     kept += ("prefix_cache_queries", "prefix_cache_hits", "shared_prefixes", "memory_every", "seconds")
+    kept += ("draft_tokens", "accepted_tokens")
     return {
         "facts": load["facts"],
         "requests": options.requests,
         "bits": options.bits,
         "bound": options.bound,
+        "drafts": options.drafts,
         "generated": sum(map(len, load["answers"].values())),
         "taken_back": len(load["aborted"]),
         "answers": asdict(found),
@@ -108,6 +119,8 @@ def _served(options: argparse.Namespace, folder: Path, given: dict[str, str], so
         "block-size": 64,
         "enforce-eager": None,
     }
+    if options.drafts:
+        switches["speculative-config"] = json.dumps(_ngram(options.drafts))
     found = restart(folder, switches, given, asked)
     wanted = {name: solo["answers"][name] for name in names}
     both = {
@@ -124,6 +137,8 @@ def _problems(document: dict[str, Any]) -> list[str]:
     problems += [
         f"{name}: none" for name in ("num_preemptions", "taken_back", "prefix_cache_hits") if not document[name]
     ]
+    if document["drafts"] and not 0 < document["accepted_tokens"] < document["draft_tokens"]:
+        problems.append(f"drafts: {document['accepted_tokens']} of {document['draft_tokens']} accepted")
     server = document.get("server")
     if server:
         for which in ("first", "second"):
@@ -137,7 +152,8 @@ def _tell(document: dict[str, Any]) -> None:
     print(
         f"{document['requests']:,} requests, {document['taken_back']} taken back, {document['num_preemptions']:,} "
         f"preemptions, {document['prefix_cache_hits']:,} prompt tokens from shared blocks, {document['generated']:,} "
-        f"tokens\n{answers['equal']:,} answers as alone, {answers['close']} part where the two best logits are closer "
+        f"tokens, {document['accepted_tokens']:,} of {document['draft_tokens']:,} drafts accepted\n"
+        f"{answers['equal']:,} answers as alone, {answers['close']} part where the two best logits are closer "
         f"than {document['bound']:g} (at most {answers['widest']:.4f}), {len(answers['wrong'])} wrong\n"
         f"memory {memory['early'] / 2**20:.1f} MiB after the warm-up, {memory['late'] / 2**20:.1f} MiB at the end "
         f"({memory['growth']:+.2%})"

@@ -85,6 +85,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         **engine.cache_facts(llm),
         **engine.counters(llm),
+        **engine.drafts(llm),
         "answers": load.answers,
         "aborted": load.aborted,
         "memory": load.memory,

@@ -1,4 +1,4 @@
-"""Each of the soak's requests alone: one sequence at a time, nothing kept from one to the next."""
+"""Each of the soak's requests alone: one sequence at a time, without drafts, nothing kept from one to the next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _TOLD = 100
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    llm = engine.start(spec["options"] | {"max_num_seqs": 1, "enable_prefix_caching": False})
+    alone = {"max_num_seqs": 1, "enable_prefix_caching": False, "speculative_config": None}
+    llm = engine.start(spec["options"] | alone)
     requests = requests_of(spec["requests"], text_ids(llm), spec["seed"])
     answers: dict[str, list[int]] = {}
     gaps: dict[str, list[float]] = {}

@@ -131,6 +131,28 @@ def test_capacity_section_tells_of_a_missed_floor(script: Any) -> None:
     assert "3.59 (floor 3.6, missed) |" in text
 
 
+def soaked(**changes: Any) -> dict[str, Any]:
+    counted = {"requests": 90, "shared_prefixes": 30, "taken_back": 9, "blocks": 8, "block_size": 64, "bits": "4"}
+    counted |= {"num_preemptions": 7, "prefix_cache_hits": 640, "generated": 1234, "bound": 0.05}
+    answers = {"equal": 89, "close": 1, "widest": 0.02, "wrong": []}
+    memory = {"early": 1 << 20, "late": 1 << 20, "growth": 0.0}
+    return {"facts": FACTS, "answers": answers, "memory": memory, "problems": [], **counted, **changes}
+
+
+def test_soak_section(script: Any) -> None:
+    soak = script("sections").soak
+    plain, drafting = soak(soaked(), ""), soak(soaked(drafts=12, draft_tokens=1000, accepted_tokens=300), "")
+    assert "draft" not in plain
+    assert "API server" not in plain
+    assert drafting.startswith("## Correctness under load, with drafts\n")
+    assert "| preemptions | 7 |\n| drafts accepted, rejected | 300, 700 |" in drafting
+    assert "greedy, up to 12 n-gram drafts a step:" in drafting
+    half = {"equal": 20, "close": 0}
+    served = soak(soaked(server={"requests": 20, "first": half, "second": half, "lost": 19}), "")
+    assert "| answers as alone, before the kill and after the new start | 20, 20 |" in served
+    assert "Then the API server is killed" in served
+
+
 def test_page_is_what_the_results_say(script: Any) -> None:
     page = script("page")
     text = page.PAGE.read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,20 @@ class Answer:
     def of(cls, output: Any, index: int = 0) -> Answer:
         """From a RequestOutput's completion, with logprobs=2."""
         completion = output.outputs[index]
-        gaps = []
-        for token_logprobs in completion.logprobs:
-            best = sorted((entry.logprob for entry in token_logprobs.values()), reverse=True)
-            gaps.append(best[0] - best[1])
-        return cls(tuple(completion.token_ids), tuple(gaps))
+        return cls(tuple(completion.token_ids), _gaps(completion.logprobs))
+
+    @classmethod
+    def read(cls, llm: Any, ids: Sequence[int], begin: int) -> Answer:
+        """`ids` from `begin` on, as if they were an answer to those before: read as a prompt, in one step."""
+        asked = greedy(1, prompt_logprobs=2)
+        (output,) = llm.generate([{"prompt_token_ids": list(ids)}], asked, use_tqdm=False)
+        return cls(tuple(ids[begin:]), _gaps(output.prompt_logprobs[begin:]))
+
+
+def _gaps(logprobs: Sequence[Mapping[int, Any]]) -> tuple[float, ...]:
+    """Between the two best, at each place."""
+    best = (sorted((entry.logprob for entry in found.values()), reverse=True) for found in logprobs)
+    return tuple(first - second for first, second, *_ in best)
 
 
 def prompts(token_ids: Sequence[int], lengths: Sequence[int], stride: int = 97) -> list[dict[str, list[int]]]:

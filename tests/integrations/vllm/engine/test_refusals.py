@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,6 +182,18 @@ def test_models(start, tmp_path, kind: str, changes: dict[str, Any], named: str)
 def test_engines_that_do_not_start(start, options: dict[str, Any], error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=re.escape(named)):
         start(**options)
+
+
+def test_one_draft_too_many() -> None:
+    """In a process of its own: where vLLM was about to draft, it can start no other engine."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 64, "prompt_lookup_max": 2}
+    options = {"enforce_eager": True, "kv_cache_memory_bytes": 32 << 20, "speculative_config": ngram}
+    script = f"from vllm import LLM; LLM({str(MODEL)!r}, **{options})"
+    given = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", script], env=given, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    wanted = "64 speculative tokens (fewer than 64 are supported) in vLLM; unset TURBOATTENTION_VLLM"
+    assert ran.stderr.count(f"UnsupportedError: TurboAttention does not support {wanted}") == 1
 
 
 def test_calibrations_of_other_models(start, token_ids, tmp_path) -> None:
