@@ -118,7 +118,8 @@ $(OLDEST)/ready: $(READY)
 	@touch $@
 
 vllm: $(VLLM)/ready ## create build/vllm, an environment with vLLM for CPUs and the plugin
-	@echo "TURBOATTENTION_VLLM=4 $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model MODEL"
+	@echo 'Ready:'
+	@echo 'TURBOATTENTION_VLLM=4 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --max-num-seqs 16 --model MODEL'
 
 vllm-test: $(VLLM)/ready ## test the vLLM plugin, in that environment
 	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm

@@ -19,13 +19,21 @@ def capacity(document: dict[str, Any]) -> Figure:
         rows = [row for row in document["rows"] if row["model"] == model]
         places = range(len(rows))
         axes.bar(places, [row["tokens_per_gib"] for row in rows], 0.8, color="C0", label="pages")
-        axes.bar(places, [row["with_side_pool"] for row in rows], 0.5, color="C1", label="pages and side pool")
+        axes.bar(
+            places, [row["with_side_pool"] for row in rows], 0.5, color="C1", label="pages and side pool (in brackets)"
+        )
         for place, row in zip(places, rows, strict=True):
-            axes.annotate(f"{row['times']:.2f}x", (place, row["tokens_per_gib"]), ha="center", va="bottom", fontsize=7)
+            times = (
+                f"{row['times']:.2f}x"
+                if row["times"] == 1
+                else f"{row['times']:.2f}x\n({row['times_with_side_pool']:.2f})"
+            )
+            axes.annotate(times, (place, row["tokens_per_gib"]), ha="center", va="bottom", fontsize=7)
         axes.set_xticks(places, [_short(row["title"]) for row in rows], fontsize=7)
         axes.set_title(model, fontsize=9)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
         axes.set_ylabel("tokens of cache per GiB")
+        axes.margins(y=0.12)
     figure.axes[0].legend(frameon=False, fontsize=7)
     return figure
 
@@ -44,6 +52,7 @@ def throughput(document: dict[str, Any]) -> Figure:
         _lines(axes, burst, name, at, factor)
         axes.set_title(label, fontsize=9)
     figure.axes[0].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{document['model']}, {document['plan']['requests']} requests at once", fontsize=10)
     return figure
 
 

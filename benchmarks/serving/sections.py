@@ -67,9 +67,33 @@ def throughput(document: dict[str, Any], name: str) -> str:
             "that a step makes, on average. *Times*: the first line's time over this one's, for all requests; where "
             "requests come by and by, the load bounds it.",
             markdown(columns, rows),
-            f"![throughput and latency]({name}.png)",
+            _latency(document),
+            f"![throughput and latency, all at once]({name}.png)",
         ]
     )
+
+
+def _latency(document: dict[str, Any]) -> str:
+    """What a token takes where requests come by and by, and where all are there at once, in words."""
+    slower: dict[bool, list[float]] = {True: [], False: []}
+    for (_, rate), found in scenarios(document).items():
+        base, *others = found.values()
+        slower[rate is None] += [
+            middle(mine, "per_token", "mean") / middle(base, "per_token", "mean") for mine in others
+        ]
+    at_once, by_and_by = ([f"{x:.2f}" for x in sorted(slower[kind])] for kind in (True, False))
+    told = []
+    if by_and_by:
+        told.append(
+            f"Where the load leaves room, a token takes {by_and_by[0]} to {by_and_by[-1]} times as long as with vLLM's "
+            "own attention: this model's layers are small, and what a step costs besides is not."
+        )
+    if at_once:
+        told.append(
+            f"With all requests at once it takes {at_once[0]} to {at_once[-1]} times as long, since more of them run "
+            "together and wait less for the first one; `--max-num-seqs` bounds that."
+        )
+    return " ".join(told)
 
 
 def soak(document: dict[str, Any], name: str) -> str:
@@ -80,6 +104,10 @@ def soak(document: dict[str, Any], name: str) -> str:
         f"alone (one sequence at a time, no prefix cache{', no drafts' if drafts else ''}), those taken back as far as "
         "they came."
     )
+    told += (
+        " oneDNN keeps at most 64 kernels here (`ONEDNN_PRIMITIVE_CACHE_CAPACITY=64`): by itself it keeps 1,024, one "
+    )
+    told += "for each number of rows it met, and memory grows until all are there, whoever attends."
     if document.get("server"):
         told += " Then the API server is killed (SIGKILL) in the middle of requests, started again, and asked again."
     return "\n\n".join(

@@ -63,15 +63,15 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=2000, help="through the engine (default 2000)")
     parser.add_argument("--served", type=int, default=40, help="requests that the API server is asked at once")
-    parser.add_argument("--bits", choices=("8", "4", "3", "2"), default="4")
+    parser.add_argument("--bits", choices=("8", "4", "3", "2"), default="4", help="width (default 4)")
     parser.add_argument("--bound", type=float, default=0.05, help="logits that are closer count as equal")
     parser.add_argument("--cache-kib", type=int, default=3 * 1024, help="pages; small, so that it has to preempt")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-server", dest="server", action="store_false")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests (default 0)")
+    parser.add_argument("--no-server", dest="server", action="store_false", help="leave the API server out")
     parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts that a step verifies, at most")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
     options = parser.parse_args()
     options.out = options.out or processes.RESULTS / f"serving-soak{'-drafts' * bool(options.drafts)}.json"
     if options.requests < _FEWEST:

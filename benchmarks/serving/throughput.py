@@ -76,12 +76,14 @@ def _options() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="Llama 3 8B's shapes with random weights, on a GPU")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--requests", type=int)
+    parser.add_argument("--rounds", type=int, default=2, help="times that the contenders take turns (default 2)")
+    parser.add_argument("--requests", type=int, help="of each load (default 32)")
     parser.add_argument("--budgets", type=numbers(int), help="MiB, as in 24,48")
     parser.add_argument("--rates", type=numbers(float), help="requests a second, as in 0.5,1; empty for none")
-    parser.add_argument("--contenders", type=named, default=named("stock,turbo-4,turbo-3"))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--contenders", type=named, default=named("stock,turbo-4,turbo-3"), help="who (default stock,turbo-4,turbo-3)"
+    )
+    parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
     return parser.parse_args()
 
 

@@ -91,9 +91,9 @@ def test_foreign_files_are_refused(tmp_path):
 
 
 def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"path: expected a calibration, .*none cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"path: expected a calibration, '.*none' cannot be read: No such file"):
         Calibration.load(tmp_path / "none")
-    with pytest.raises(InputError, match=r"path: expected a calibration, .*calibration\.json cannot be read"):
+    with pytest.raises(InputError, match=r"path: expected a calibration, .*calibration\.json' cannot be read"):
         Calibration.load(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"folder: .* cannot be written"):

@@ -52,7 +52,9 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"path: expected a calibration, {file} cannot be read: {error.strerror or error}") from error
+        raise InputError(
+            f"path: expected a calibration, {str(file)!r} cannot be read: {error.strerror or error}"
+        ) from error
     except ValueError as error:
         raise FormatError(f"path: expected a calibration, got {file}, which is no JSON") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

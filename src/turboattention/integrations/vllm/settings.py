@@ -90,8 +90,8 @@ def parse_variable(text: str | None) -> Settings | None:
     if Path(value).exists():
         return Settings(calibration=value)
     raise ConfigError(
-        f'{VARIABLE}: expected 1, a width of {", ".join(map(str, WIDTHS))}, "mixed" or a calibration\'s folder, '
-        f"got {value!r}"
+        f"{VARIABLE}: expected 1, a width of {', '.join(map(str, WIDTHS))}, or a calibration's folder, "
+        f"got {value!r}, which is none and no folder either"
     )
 
 
