@@ -22,6 +22,7 @@ from .dispatch import Call, choose
 from .errors import ConfigError, InputError, ShapeError
 from .flashq import rotate
 from .kv.layout import PageLayout
+from .reference.queries import logit_scale
 
 BLOCK = 64
 """Tokens of a page."""
@@ -224,7 +225,7 @@ def paged_attention(
     _check(fmt, q, k, v, out, pages)
     _check_place(fmt, layer, open_blocks, window)
     run = batch.once((fmt.config, q.dtype, q.device, backend), lambda: _kernels(fmt.config, q, backend))
-    factor = fmt.head_dim**-0.5 if scale is None else float(scale)
+    factor = logit_scale(scale, fmt.head_dim)
     return run(fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap)
 
 
