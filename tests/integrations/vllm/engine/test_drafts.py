@@ -51,7 +51,7 @@ def busy(start, idle) -> Any:
             worker_extension_cls=NAME,
             block_size=64,
             num_gpu_blocks_override=9,
-            max_num_batched_tokens=100,
+            max_num_batched_tokens=64,
             max_num_seqs=5,
             max_model_len=384,
         )
