@@ -102,12 +102,9 @@ def soak(document: dict[str, Any], name: str) -> str:
         f"The bundled model in float32, greedy{f', up to {drafts} n-gram drafts a step' if drafts else ''}: requests "
         "of random length through an engine whose cache is too small for them, each answer beside the one it gets "
         f"alone (one sequence at a time, no prefix cache{', no drafts' if drafts else ''}), those taken back as far as "
-        "they came."
+        "they came. oneDNN keeps at most 64 kernels here (`ONEDNN_PRIMITIVE_CACHE_CAPACITY=64`): by itself it keeps "
+        "1,024, one for each number of rows it met, and memory grows until all are there, whoever attends."
     )
-    told += (
-        " oneDNN keeps at most 64 kernels here (`ONEDNN_PRIMITIVE_CACHE_CAPACITY=64`): by itself it keeps 1,024, one "
-    )
-    told += "for each number of rows it met, and memory grows until all are there, whoever attends."
     if document.get("server"):
         told += " Then the API server is killed (SIGKILL) in the middle of requests, started again, and asked again."
     return "\n\n".join(

@@ -72,9 +72,15 @@ class PagedFormat:
         _ = self.stored_means  # now, since a CUDA graph that is being captured could not
 
     @classmethod
-    def of(cls, config: TurboConfig, head_dim: int, head_bits: Sequence[HeadBits], **options: Any) -> PagedFormat:
+    def of(
+        cls,
+        config: TurboConfig,
+        head_dim: int,
+        head_bits: Sequence[HeadBits],
+        means: tuple[Tensor | None, ...] = (),
+    ) -> PagedFormat:
         """With pages of no more bytes than these widths need."""
-        return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), **options)
+        return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), means)
 
     @property
     def kv_heads(self) -> int:
