@@ -72,7 +72,12 @@ class GraphedDecoding:
         if self._forward is not None:
             raise InputError("GraphedDecoding: expected it to be entered once at a time, got a second time")
         self._forward, self._replaced = self._model.forward, self._model.__dict__.get("forward")
-        self._model.forward = functools.wraps(self._forward)(self._call)  # keeps the signature that generate looks at
+
+        @functools.wraps(self._forward)  # generate looks at the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._call(*args, **kwargs)
+
+        self._model.forward = forward
         return self
 
     def __exit__(
