@@ -151,7 +151,7 @@ class GraphedDecoding:
     def _release(self) -> None:
         if self._static is not None:
             self._static.close()
-        self._static, self._steady = None, []
+        self._static = None
 
 
 class _Replay:
