@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from turboattention.kernels.triton import configs
 from turboattention.kernels.triton.configs import Launch
 
 Row = dict[str, Any]
-DECODE = tuple(Launch(*each) for each in itertools.product((4, 8), (1, 2), (2, 3, 4)))
-PREFILL = tuple(Launch(*each) for each in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 3)))
-FORMS = ("sas", "sas2", "exp")
+DECODE = tuple(Launch(*each) for each in itertools.product((4,), (1,), (2, 3), (0, 168, 128)))
+PREFILL = tuple(Launch(*each) for each in ((64, 4, 3), (64, 4, 4), (128, 8, 3)))
+FORMS = ("exp", "sas")
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
         for batch, tokens in plan.sweep_decode:
             cache, q = None, normals(batch, plan.heads, 1, plan.head_dim, seed=1)
             for launch in decode_candidates():
-                key = f"decode {bits} {batch}x{tokens} {launch.rows},{launch.warps},{launch.stages}"
+                key = f"decode {bits} {batch}x{tokens} {_text(launch)}"
                 if key in have:
                     continue
                 if cache is None:
@@ -81,7 +82,7 @@ def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
             k, v = (normals(batch, plan.kv_heads, tokens, plan.head_dim, seed=seed) for seed in (1, 2))
             want = exact(q[:1, :, -64:], k[:1], v[:1], True)
             for form, launch in itertools.product(FORMS, prefill_candidates()):
-                key = f"prefill {form} {batch}x{tokens} {launch.rows},{launch.warps},{launch.stages}"
+                key = f"prefill {form} {batch}x{tokens} {_text(launch)}"
                 if key in have:
                     continue
                 config = ta.TurboConfig(softmax=form, guard="off")
@@ -104,7 +105,7 @@ def best(rows: list[Row], **wanted: Any) -> Launch | None:
         least[shape] = min(row["seconds"], least.get(shape, float("inf")))
     scores: dict[Launch, list[float]] = {}
     for row in some:
-        launch = Launch(row["rows"], row["warps"], row["stages"])
+        launch = Launch(*(row[name] for name in _of(DECODE[0])))
         scores.setdefault(launch, []).append(row["seconds"] / least[row["batch"], row["keys"]])
     complete = {launch: sum(score) for launch, score in scores.items() if len(score) == len(least)}
     return min(complete, key=lambda launch: complete[launch]) if complete else None
@@ -121,7 +122,11 @@ def _attended(cache: ta.KVCache, q: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _of(launch: Launch) -> Row:
-    return {"rows": launch.rows, "warps": launch.warps, "stages": launch.stages}
+    return asdict(launch)
+
+
+def _text(launch: Launch) -> str:
+    return ",".join(map(str, astuple(launch)))
 
 
 def _timed(work: Callable, result: Callable, want: torch.Tensor, captured: bool = True) -> Row:

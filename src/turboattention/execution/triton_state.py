@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
 from ..kernels.triton.append import flush_blocks, store_tokens
 from ..kernels.triton.attention import attend
+from ..kernels.triton.lengths import advance, stand
 from ..kernels.triton.quantize import quantize_queries
 from ..kernels.triton.smoothing import first_block_mean
 from ..kv.growth import Growing
@@ -84,25 +85,23 @@ class Steps:
         Without counts there is only device work, the same for every step: a CUDA graph may hold it.
         """
         tokens = 0 if k is None else k.shape[2]
-        taken = self._taken(tokens, counts)
+        taken = stand(self._lengths, tokens, q.shape[2], self._uploaded(counts))
         if k is not None and v is not None:
-            self._write(k, v, taken)
-        lengths = self._lengths + taken if tokens else self._lengths
-        valid = torch.full_like(lengths, q.shape[2]) if counts is None else taken
-        result = self._attend(q, Standing(lengths - valid, valid, lengths), call, self._cleaned(mask))
+            self._write(k, v, taken.tokens)
+        result = self._attend(q, taken.standing, call, self._cleaned(mask))
         if tokens:
-            self._advance(taken, fills)
+            self._advance(taken.tokens, fills)
         return result
 
     @on_own_device
     def store(self, k: Tensor, v: Tensor, *, fills: Fills, counts: Tensor | None = None) -> None:
         """The new tokens alone."""
-        taken = self._taken(k.shape[2], counts)
+        taken = stand(self._lengths, k.shape[2], 0, self._uploaded(counts)).tokens
         self._write(k, v, taken)
         self._advance(taken, fills)
 
-    def _taken(self, tokens: int, counts: Tensor | None) -> Tensor:
-        return torch.full_like(self._lengths, tokens) if counts is None else upload(counts, self._lengths.device)
+    def _uploaded(self, counts: Tensor | None) -> Tensor | None:
+        return None if counts is None else upload(counts, self._lengths.device)
 
     def _cleaned(self, mask: Tensor | None) -> Tensor | None:
         """The mask without NaN and +inf, of which the notice tells."""
@@ -153,17 +152,10 @@ class Steps:
             wanted = (self._lengths < BLOCK) & (self._lengths + counts >= BLOCK)
             keys = self._codes[0], self._scales[0]
             self._mean = first_block_mean(*keys, MEAN_SKIPS, BLOCK, wanted, self._mean)
-        self._lengths += counts
-        if not fills.pages and not fills.sinks:
-            return
         p, search = self.tables.on_device, self._config.search
-        full = self._lengths - self._start - self._config.flush_lag >= BLOCK
-        column = p.counts.clamp(max=p.addresses.shape[1] - 1)[:, None]
-        fresh = torch.where(full, p.addresses.gather(1, column)[:, 0], 0)
-        sink = p.counts < p.sink_blocks
+        fills_pages = fills.pages or fills.sinks
+        sinks, pages = advance(self._lengths, counts, self._start, p if fills_pages else None, self._config.flush_lag)
         if fills.sinks:
-            flush_blocks(p.sinks, self._codes, self._scales, torch.where(sink, fresh, 0), search)
+            flush_blocks(p.sinks, self._codes, self._scales, sinks, search)
         if fills.pages and p.compressed is not None:
-            flush_blocks(p.compressed, self._codes, self._scales, torch.where(sink, 0, fresh), search)
-        p.counts.add_(full)
-        self._start.add_(full, alpha=BLOCK)
+            flush_blocks(p.compressed, self._codes, self._scales, pages, search)

@@ -21,16 +21,27 @@ EXACT = {"enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: `rows` of queries a program takes, warps, pipeline stages."""
+    """How a kernel is launched: `rows` of queries a program takes, warps, pipeline stages; `registers`: of a thread at
+    most (NVIDIA), or 0. Fewer of them spill what a loop reads and does not write, and let more programs run at once."""
 
     rows: int
     warps: int
     stages: int
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of a launch."""
-        return {"num_warps": self.warps, "num_stages": self.stages, **FUSION}
+        most = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **most, **FUSION}
+
+    @property
+    def programs(self) -> int:
+        """That a processor's registers hold at once."""
+        return max(1, _REGISTERS // (32 * self.warps * (self.registers or 256)))
+
+
+_REGISTERS = 65536  # of a processor
 
 
 @dataclass(frozen=True)
@@ -129,9 +140,6 @@ LARGEST_DECODE_ROWS = 16
 """Query rows of a KV head's group up to which decode's kernel is taken."""
 
 
-_WARPS = 8
-"""Resident on a processor at 255 registers a thread, which decode takes."""
-
 _SPLIT_BLOCKS = 2
 """What a split costs beside its blocks (queries read, results written and combined), in blocks."""
 
@@ -140,7 +148,7 @@ _SPLIT_BLOCKS = 2
 def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> int:
     """Parts that the blocks of a sequence are cut into, so that `programs` times as many take the least time: rounds
     of as many programs as a device holds at once."""
-    held = max(1, _WARPS // launch.warps) * _processors(device)
+    held = launch.programs * _processors(device)
     most = max(1, min(-(-held // max(1, programs)) + 1, -(-blocks // 2), LARGEST_SPLITS))
 
     def time(splits: int) -> int:

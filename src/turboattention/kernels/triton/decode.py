@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .operands import largest_of, token_scales
-from .places import PLACES, metadata_sectors, places_of, prefetch
+from .places import OF_KEYS, OF_VALUES, PLACES, metadata_sectors, places_of, prefetch
 from .products import key_products, value_products
 from .sight import row_sight
 from .softmax import LEVELS, rescaled, weigh
@@ -91,16 +91,15 @@ def decode(
     acc_ptr, peak_ptr, total_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     kv_heads, group, queries, tiles, window, mean_from, cap, threshold,
-    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    SINKS: tl.constexpr, OPEN: tl.constexpr, BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, OPEN: tl.constexpr,
+    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, heads of one pair of widths x tiles of R rows, sequences).
+    """Grid (splits, KV heads x tiles of R rows, sequences).
 
     Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, WIDE] (left as it was where a split sees
     nothing), peak (a logit, -inf where nothing is seen) and total (in units of 1/127) [B, Hkv, tiles, splits, R].
-    K_BITS 0: no compressed pages.
+    PAIRS: widths of heads, as `places.pairs_mask` has them; 0: no compressed pages.
     """
     splits = tl.num_programs(0)
     split = tl.program_id(0)
@@ -147,14 +146,22 @@ def decode(
         acc = tl.zeros((WIDE, R), tl.float32)
         total = tl.zeros((R,), tl.float32)
         peak = tl.full((R,), float("-inf"), tl.float32)
-        if SINKS or K_BITS > 0:
+        if SINKS or PAIRS > 0:
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
-        if K_BITS > 0:
-            acc, total, peak = _over_pages(
-                acc, total, peak, table_ptr, tl.maximum(low, sink_blocks), count, blank_ptr, place,
-                rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, None,
-            )  # fmt: skip
+        for K_BITS in tl.static_range(2, 9):
+            for V_BITS in tl.static_range(2, 9):
+                if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
+                    if PAIRS == 1 << (7 * (K_BITS - 2) + V_BITS - 2):
+                        last = count
+                    else:  # another pair's loop has none
+                        own = (tl.load(place + OF_KEYS) == K_BITS) & (tl.load(place + OF_VALUES) == V_BITS)
+                        last = tl.where(own, count, 0)
+                    acc, total, peak = _over_pages(
+                        acc, total, peak, table_ptr, tl.maximum(low, sink_blocks), last, blank_ptr, place,
+                        rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, CAP, MASK,
+                        ASM, None,
+                    )  # fmt: skip
         if SINKS:
             acc, total, peak = _over_pages(
                 acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,

@@ -13,12 +13,11 @@ from . import configs
 from .call import Call
 from .combine import combine
 from .decode import decode
-from .places import head_places, pairs_of_widths
+from .places import all_places, pairs_mask
 
 
 def attend_few_rows(call: Call) -> None:
-    """Splits of the sequences over pages as they lie, one launch for each pair of widths among the heads (one
-    kernel for all would take the registers of the most demanding), then `combine`."""
+    """Splits of the sequences over pages as they lie, then `combine`."""
     adjusted = call.mask is not None or call.softcap is not None
     launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
     tiles = -(-call.rows // launch.rows)
@@ -60,14 +59,12 @@ def attend_few_rows(call: Call) -> None:
         **call.sight_arguments(),
         **launch.options,
     }
-    for (k_bits, v_bits), heads in pairs_of_widths(compressed or plain):
-        decode[splits, len(heads) * tiles, call.batch](
-            **arguments,
-            sink_places_ptr=head_places(sinks, heads, device),
-            places_ptr=head_places(compressed or plain, heads, device),
-            K_BITS=k_bits if compressed else 0,
-            V_BITS=v_bits if compressed else 0,
-        )
+    decode[splits, call.kv_heads * tiles, call.batch](
+        **arguments,
+        sink_places_ptr=all_places(sinks, device),
+        places_ptr=all_places(compressed or plain, device),
+        PAIRS=pairs_mask(compressed) if compressed else 0,
+    )
     combine[call.rows, call.kv_heads, call.batch](
         acc, peak, total, call.out, call.lse, splits, tiles, call.group, call.queries,
         D=call.head_dim, WIDE=call.wide, R=launch.rows, SPLITS=1 << (splits - 1).bit_length(),

@@ -23,7 +23,7 @@ from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
 from .paged_store import fill_pages, hold_rows, store_rows
 from .pages import layout_facts
-from .places import all_places, head_places, pairs_of_widths
+from .places import all_places, head_places, pairs_mask, pairs_of_widths
 from .quantize import quantize_queries
 
 
@@ -149,27 +149,31 @@ def attend(
         "BY_TOKEN": layout.token_scales,
         **softmax_arguments(config, q.device, window, softcap),
     }  # fmt: skip
-    _few_rows(config, layout, batch, out, arguments)
+    _few_rows(config, layout, batch, out, arguments, softcap is not None)
     if batch.most * group > few:
         _many_rows(config, layout, batch, out, arguments)
 
 
-def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
+def _few_rows(
+    config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any], softcap: bool
+) -> None:
     device, heads, wide = out.device, layout.num_kv_heads, arguments["WIDE"]
     architecture = configs.architecture_of(device)
-    rows = min(batch.most * arguments["group"], arguments["most"])
-    # The address of a page, by its number, takes registers as a mask does.
-    launch = configs.decode(architecture, rows, layout.head_dim, True)
+    group, few = arguments["group"], arguments["most"]
+    rows = min(batch.most * group, few)
+    # Beside a sequence of more rows than are taken here, the others have a token each, or nearly all of them.
+    usual = rows if batch.most * group <= few else group
+    launch = configs.decode(architecture, usual, layout.head_dim, softcap)
     tiles = -(-rows // launch.rows)
-    splits = configs.splits(batch.table.shape[1], batch.sequences * heads * tiles, launch, device)
+    programs = batch.sequences * heads * -(-usual // launch.rows)
+    splits = configs.splits(batch.table.shape[1], programs, launch, device)
     shape = batch.sequences, heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, wide, dtype=torch.float32, device=device)
     peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    for (k_bits, v_bits), chosen in pairs_of_widths(layout):
-        paged_decode[splits, len(chosen) * tiles, batch.sequences](
-            **arguments, places_ptr=head_places(layout, chosen, device), acc_ptr=acc, peak_ptr=peak, total_ptr=total,
-            tiles=tiles, R=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ASM=architecture.assembly, **launch.options,
-        )  # fmt: skip
+    paged_decode[splits, heads * tiles, batch.sequences](
+        **arguments, places_ptr=all_places(layout, device), acc_ptr=acc, peak_ptr=peak, total_ptr=total,
+        tiles=tiles, R=launch.rows, PAIRS=pairs_mask(layout), ASM=architecture.assembly, **launch.options,
+    )  # fmt: skip
     paged_combine[rows, heads, batch.sequences](
         acc, peak, total, out, batch.starts, splits, tiles, arguments["group"], arguments["most"], *out.stride()[:2],
         D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .combine import merged
 from .operands import token_scales
-from .places import PLACES, places_of
+from .places import OF_KEYS, OF_VALUES, PLACES, metadata_sectors, places_of, prefetch
 from .products import key_products, value_products
 from .ragged import open_rows_of, standing
 from .rotation import rotate_back
@@ -29,11 +29,13 @@ def _over_pages(
     q_low, q_high, is_high, unit, mean = queries
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
+    sectors = metadata_sectors(k_place, v_place, D, WIDE)
     # Loaded a block ahead: or loads of pages could not be.
     ahead = tl.load(table + begin, mask=begin < end, other=0).to(tl.int64)
     for block in tl.range(begin, end):
         page = tl.multiple_of(pages + ahead * page_stride, 16)
         ahead = tl.load(table + tl.minimum(block + 1, end - 1)).to(tl.int64)
+        prefetch(pages + ahead * page_stride, sectors, ASM)
         s = key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
         s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]
         v_scale = token_scales(page, v_place, t, BY_TOKEN)
@@ -79,11 +81,11 @@ def paged_decode(
     q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, places_ptr,
     k8, v8, k_scales, v_scales, ring, room, acc_ptr, peak_ptr, total_ptr,
     kv_heads, group, tokens, most, tiles, window, cap, threshold,
-    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
     BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     MEAN: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, heads of one pair of widths x tiles of R rows, sequences).
+    """Grid (splits, KV heads x tiles of R rows, sequences). PAIRS: as in `decode`.
 
     q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T]. Results as those of `decode`: acc
     [B, Hkv, tiles, splits, R, WIDE], peak and total [B, Hkv, tiles, splits, R], of sequences that are here.
@@ -145,12 +147,19 @@ def paged_decode(
         q_low = tl.load(q_ptr + q_at, mask=q_there, other=0).to(tl.int32)
         q_high = tl.load(q_ptr + q_at + 4, mask=q_there, other=0).to(tl.int32)
         is_high = (column % 2 == 1)[None, :]
-        acc, total, peak = _over_pages(
-            acc, total, peak, table + b.to(tl.int64) * table_stride, pages, page_stride,
-            begin, tl.minimum(end, high - 1), place, (q_low, q_high, is_high, unit, mean),
-            sees, tl.where(there, own, 0), cap, threshold,
-            WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, WINDOW, CAP, ASM,
-        )  # fmt: skip
+        for K_BITS in tl.static_range(2, 9):
+            for V_BITS in tl.static_range(2, 9):
+                if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
+                    last = tl.minimum(end, high - 1)
+                    if PAIRS != 1 << (7 * (K_BITS - 2) + V_BITS - 2):  # another pair's loop has none
+                        own_pair = (tl.load(place + OF_KEYS) == K_BITS) & (tl.load(place + OF_VALUES) == V_BITS)
+                        last = tl.where(own_pair, last, 0)
+                    acc, total, peak = _over_pages(
+                        acc, total, peak, table + b.to(tl.int64) * table_stride, pages, page_stride,
+                        begin, last, place, (q_low, q_high, is_high, unit, mean),
+                        sees, tl.where(there, own, 0), cap, threshold,
+                        WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, WINDOW, CAP, ASM,
+                    )  # fmt: skip
         tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
         tl.store(peak_ptr + lane, peak)
         tl.store(total_ptr + lane, total)

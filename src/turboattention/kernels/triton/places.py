@@ -55,6 +55,12 @@ def pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[in
     return tuple((pair, tuple(heads)) for pair, heads in pairs.items())
 
 
+@functools.lru_cache(maxsize=1024)
+def pairs_mask(layout: PageLayout) -> int:
+    """Which pairs of widths there are among the heads, a bit each: `7 (K - 2) + V - 2`."""
+    return sum(1 << 7 * (k_bits - 2) + v_bits - 2 for (k_bits, v_bits), _ in pairs_of_widths(layout))
+
+
 @triton.jit
 def places_of(place, D: tl.constexpr):
     """A head's row, with what the compiler cannot know: by how much these offsets divide."""

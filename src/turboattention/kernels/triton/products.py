@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .softmax import sum_of_levels
-from .unpacking import bytes_of, field, signed, stack, third, words_at
+from .unpacking import bytes_of, field, interleave, signed, stack, third, words_at
 
 
 @triton.jit
@@ -84,22 +84,35 @@ def value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl
     quad = tl.arange(0, QUADS)[None, :]
     words = words_at(page, place[0]) + (d // 8 * (16 * BITS) + d % 8)[:, None]
     w = tl.load(words + quad * 8, mask=inside)
-    weights = p.to(tl.int8)
+    if BITS >= 4:
+        weights = p.to(tl.int8)
+    else:
+        weights = _by_pairs_of_fields(p.to(tl.int8))
     if BITS == 8:
         result = tl.dot(bytes_of(signed(w), ASM), weights, out_dtype=tl.int32).to(tl.float32)
     else:
-        v = stack(bytes_of(field(w, 0, BITS), ASM), bytes_of(field(w, 1, BITS), ASM), False)
-        if BITS < 4:
-            v = stack(v, stack(bytes_of(field(w, 2, BITS), ASM), bytes_of(field(w, 3, BITS), ASM), False), False)
+        if BITS == 4:
+            v = stack(bytes_of(field(w, 0, BITS), ASM), bytes_of(field(w, 1, BITS), ASM), False)
+        else:
+            v = stack(bytes_of(interleave(field(w, 0, BITS), field(w, 1, BITS)), ASM),
+                      bytes_of(interleave(field(w, 2, BITS), field(w, 3, BITS)), ASM), False)  # fmt: skip
         o = tl.dot(v, weights, out_dtype=tl.int32)
         if BITS == 3:
             # Half the quads a line: shifted by one for the other half.
             w = tl.load(words + 32 + quad % 2 * 8, mask=inside) >> (quad // 2)
-            v = stack(stack(bytes_of(third(w, 0), ASM), bytes_of(third(w, 2), ASM), False),
-                      stack(bytes_of(third(w, 4), ASM), bytes_of(third(w, 6), ASM), False), False)  # fmt: skip
+            v = stack(bytes_of(interleave(third(w, 0), third(w, 2)), ASM),
+                      bytes_of(interleave(third(w, 4), third(w, 6)), ASM), False)  # fmt: skip
             o = tl.dot(v, weights, acc=o, out_dtype=tl.int32)
         column = None if D == WIDE else d < D
         step = tl.load(page + place[1] + d, mask=column).to(tl.float32)[:, None]
         zero = tl.load(page + place[2] + d, mask=column).to(tl.int8, bitcast=True).to(tl.float32)[:, None]
         result = tl.fma(o.to(tl.float32), step, zero * sum_of_levels(p, 0)[None, :])
     return result
+
+
+@triton.jit
+def _by_pairs_of_fields(p):
+    """[64, R], tokens as fields of 16 one behind the other -> the words of two fields in turns, as `interleave` leaves
+    them: fields are then in registers of a thread, and no thread has to give others what it unpacked."""
+    R: tl.constexpr = p.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(p, (2, 2, 4, 4, R)), (0, 2, 1, 3, 4)), (64, R))
