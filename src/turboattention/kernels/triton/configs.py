@@ -1,7 +1,8 @@
 """Launch configurations as data: few, by architecture, chosen once for a device.
 
-Found by reading the assembly: of what benchmarks/gpu/kernels.py lists none spills registers to memory
-(tests/kernels/triton/test_assembly.py).
+Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were the fastest of a sweep on an H100
+(benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by reading the assembly. Of what
+benchmarks/gpu/kernels.py lists none spills registers to memory (tests/kernels/triton/test_assembly.py).
 An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
 
@@ -21,27 +22,16 @@ EXACT = {"enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: `rows` of queries a program takes, warps, pipeline stages; `registers`: of a thread at
-    most (NVIDIA), or 0. Fewer of them spill what a loop reads and does not write, and let more programs run at once."""
+    """How a kernel is launched: `rows` of queries a program takes, warps, pipeline stages."""
 
     rows: int
     warps: int
     stages: int
-    registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of a launch."""
-        most = {"maxnreg": self.registers} if self.registers else {}
-        return {"num_warps": self.warps, "num_stages": self.stages, **most, **FUSION}
-
-    @property
-    def programs(self) -> int:
-        """That a processor's registers hold at once."""
-        return max(1, _REGISTERS // (32 * self.warps * (self.registers or 256)))
-
-
-_REGISTERS = 65536  # of a processor
+        return {"num_warps": self.warps, "num_stages": self.stages, **FUSION}
 
 
 @dataclass(frozen=True)
@@ -140,6 +130,10 @@ LARGEST_DECODE_ROWS = 16
 """Query rows of a KV head's group up to which decode's kernel is taken."""
 
 
+_WARPS = 8
+"""That a processor holds at once at 255 registers a thread, which decode takes. On an H100 limits of 168 and 128
+registers were slower or no faster: more warps then run, and what they spill costs as much as they hide."""
+
 _SPLIT_BLOCKS = 2
 """What a split costs beside its blocks (queries read, results written and combined), in blocks."""
 
@@ -148,7 +142,7 @@ _SPLIT_BLOCKS = 2
 def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> int:
     """Parts that the blocks of a sequence are cut into, so that `programs` times as many take the least time: rounds
     of as many programs as a device holds at once."""
-    held = launch.programs * _processors(device)
+    held = max(1, _WARPS // launch.warps) * _processors(device)
     most = max(1, min(-(-held // max(1, programs)) + 1, -(-blocks // 2), LARGEST_SPLITS))
 
     def time(splits: int) -> int:
