@@ -114,6 +114,7 @@ class KVCache(Growing):
         return load_cache(path, device)
 
     def _take_sequences(self, source: KVCache, index: Tensor) -> None:
+        batch = source.batch_size
         self._lengths, self.kept = source._lengths[index], None
         if source._store is None or source._buffer is None:
             return
@@ -122,3 +123,5 @@ class KVCache(Growing):
         rows = index.to(source._store.device)
         self._k_mean = None if source._k_mean is None else source._k_mean[rows]
         self._universal = None if source._universal is None else source._universal[:, rows]
+        if len(index) < batch:
+            self._reserve()

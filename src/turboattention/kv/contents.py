@@ -129,7 +129,7 @@ class Contents:
 
     @property
     def nbytes(self) -> int:
-        """Every byte of tensors: pages (used and free), buffer, means, scales, widths, lengths, handle.
+        """Every byte of tensors: pages (used and reserved), buffer, means, scales, widths, lengths, handle.
 
         Pages that clones share are counted by each of them. What kernels keep beside, the addresses of
         pages (8 bytes each), is theirs and not counted.

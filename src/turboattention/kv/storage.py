@@ -101,19 +101,19 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
         tensors |= {f"buffer.{name}": getattr(buffer, name) for name in Int8Buffer.TENSORS}
         optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
         columns = max((len(table) for table in store.tables), default=0)
-        table = torch.full((cache.batch_size, columns), EVICTED - 1, dtype=torch.int32)
+        table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, store.tables, strict=True):
-            row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            row[: len(pages)] = torch.tensor(pages)
         split = store.sink_blocks
         for name, pool, part in (
             ("sinks", store.sinks, table[:, :split]),
             ("pages", store.compressed, table[:, split:]),
         ):
             used = part[part >= 0].unique()
-            part[part >= 0] = torch.searchsorted(used, part[part >= 0]).to(torch.int32)
+            part[part >= 0] = torch.searchsorted(used, part[part >= 0])
             if pool is not None and len(used):
                 tensors[name] = pool.gather(used.tolist())
-        tensors["table"] = table
+        tensors["table"] = table.to(torch.int32)
     tensors |= {name: x for name, x in optional.items() if x is not None}
     return {prefix + name: x.contiguous().cpu() for name, x in tensors.items()}
 
