@@ -14,6 +14,7 @@ from .config import TurboConfig
 from .errors import InputError
 from .guard import guarded_bits
 from .kv.cache import KVCache
+from .modes import keeps_tensors
 from .validation import (
     check_causal,
     check_config,
@@ -109,6 +110,7 @@ def turbo_attention(
     return (out, lse) if return_lse else out
 
 
+@keeps_tensors
 def turbo_attention_with_kvcache(
     q: Tensor,
     cache: KVCache,

@@ -8,10 +8,12 @@ a window, a crop or a selection leaves behind is free at once, whichever pages i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..modes import keeps_tensors
 from .layout import PageLayout
 
 
@@ -36,6 +38,12 @@ class PagePool:
     def idle_nbytes(self) -> int:
         """Bytes that are reserved and not used."""
         return len(self._idle) * self.layout.page_bytes
+
+    @keeps_tensors
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies made under `inference_mode` can be written to outside of it, too."""
+        self.__dict__.update(state)
+        self._idle = self._new(len(self._idle))
 
     def reserve(self, pages: int) -> None:
         """From now on hold memory for at least `pages` pages, used ones included."""

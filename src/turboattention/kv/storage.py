@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..errors import FormatError, InputError, TurboError
 from ..flashq.rotation import ROTATION_ID
+from ..modes import keeps_tensors
 from .buffer import Int8Buffer
 from .cache import KVCache
 from .layout import FORMAT_NAME, FORMAT_VERSION
@@ -118,6 +119,7 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: x.contiguous().cpu() for name, x in tensors.items()}
 
 
+@keeps_tensors
 def cache_from_tensors(
     tensors: dict[str, Tensor], metadata: dict[str, Any], prefix: str, device: torch.device | str | None = None
 ) -> KVCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -240,6 +241,10 @@ class PageStore:
             if self.compressed is not None:
                 self.compressed.retain(table[self.sink_blocks :])
         return chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: pages stand elsewhere, and nobody fills those that were handed out."""
+        return {**self.__dict__, "_addresses": None, "_fresh": {True: 0, False: 0}}
 
     def __del__(self) -> None:
         for table in self.__dict__.get("tables", ()):

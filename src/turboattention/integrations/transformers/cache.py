@@ -201,8 +201,11 @@ class TurboCache(Cache):
     # -- copies and files -------------------------------------------------------------------------------
 
     def clone(self) -> TurboCache:
-        """An independent cache with the same content; compressed blocks are shared. `copy.deepcopy` does this."""
+        """An independent cache with the same content; compressed blocks are shared. `copy.copy` and `copy.deepcopy` do this."""
         return type(self).from_layers([layer.clone() for layer in self.layers], self.prompt_ids)
+
+    def __copy__(self) -> TurboCache:
+        return self.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurboCache:
         return self.clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy as shallow_copy
 from typing import Any
 
 import torch
@@ -213,9 +212,12 @@ class TurboLayer(CacheLayerMixin):
     def clone(self) -> TurboLayer:
         """An independent layer with the same content; compressed blocks are shared."""
         self.check_settled()
-        other = shallow_copy(self)
-        other.kv = None if self.kv is None else self.kv.clone()
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, kv=None if self.kv is None else self.kv.clone())
         return other
+
+    def __copy__(self) -> TurboLayer:
+        return self.clone()
 
     def restore(self, kv: KVCache, stored: int, valid: Tensor | None) -> None:
         """Take what a file held."""
