@@ -10,13 +10,15 @@ import dataclasses
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..errors import FormatError, InputError, TurboError
+from ..errors import FormatError, TurboError
+from ..files import standing_file, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import keeps_tensors
 from .buffer import Int8Buffer
@@ -40,21 +42,21 @@ def load_cache(path: str | os.PathLike[str], device: torch.device | str | None =
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Tensors and JSON metadata under this format's header, written beside `path` and then moved there."""
+    """Tensors and JSON metadata under this format's header. Raises `InputError` where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     header = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
     content = json.dumps(metadata)
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise InputError(f"path: expected a file in a folder that exists, got {os.fspath(path)}")
-    temporary = f"{os.fspath(path)}.partial"
-    try:
-        save_file(tensors, temporary, metadata=header | {"content": content, "digest": _digest(content, tensors)})
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    header |= {"content": content, "digest": _digest(content, tensors)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:  # hides the system's own, such as a full disk
+            raise OSError(str(error)) from error
+
+    write_whole(path, write)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -65,7 +67,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     if not os.path.exists(name):
         raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist")
     try:
-        with safe_open(name, framework="pt") as file:
+        # safetensors opens a file twice, for its header and for its bytes.
+        with standing_file(name) as opened, safe_open(opened, framework="pt") as file:
             header = file.metadata() or {}
             _check_header(header, name)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -73,9 +76,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         if not isinstance(metadata, dict) or header["digest"] != _digest(header["content"], tensors):
             raise FormatError(f"path: expected a saved cache, got {name}, whose content was altered")
         return tensors, metadata
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, TurboError):
-            raise
+    except TurboError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise FormatError(f"path: expected a saved cache, got {name}, which cannot be read ({error})") from error
 
 
