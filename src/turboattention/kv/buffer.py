@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modes import keeps_tensors
+from ..modes import in_own_modes
 
 from .pages import Tiles
 
@@ -67,7 +67,7 @@ class Int8Buffer:
             mask = valid[..., None] if source.dim() == 4 else valid
             target.copy_(torch.where(mask, source.gather(2, index), 0))
 
-    @keeps_tensors
+    @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies made under `inference_mode` can be changed outside of it, too."""
         self.__dict__.update(state)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..flashq import rotate
-from ..modes import keeps_tensors
+from ..modes import in_own_modes
 from ..validation import check_config, check_mean, check_sizes
 from .buffer import Int8Buffer
 from .handle import leave_graph, new_handle
@@ -23,7 +23,7 @@ from .widths import HeadBits, parse_head_bits
 class Contents:
     """The part of `KVCache` that only reads; its arguments are described there."""
 
-    @keeps_tensors
+    @in_own_modes
     def __init__(
         self,
         batch_size: int,

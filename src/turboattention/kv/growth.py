@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..modes import keeps_tensors
+from ..modes import in_own_modes
 from ..validation import check_new, refuse_gradients
 from .contents import Contents
 from .quantizer import quantizer_for
@@ -23,7 +23,7 @@ from .widths import decide_head_bits, uniform_head_bits
 class Growing(Contents):
     """The part of `KVCache` that takes new tokens."""
 
-    @keeps_tensors
+    @in_own_modes
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Quantize and store new tokens.
 
@@ -46,7 +46,7 @@ class Growing(Contents):
             return
         self.commit(self.stage(k, v, lengths))
 
-    @keeps_tensors
+    @in_own_modes
     def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")) -> Stage:
         """Check new tokens (called by `names` in messages) and quantize them to INT8, without
         changing the cache."""
@@ -58,7 +58,7 @@ class Growing(Contents):
             self.dtype = k.dtype
         return stage(self.config, self.state(k.device), k, v, counts)
 
-    @keeps_tensors
+    @in_own_modes
     def commit(self, staged: Stage, head_bits: Tensor | None = None) -> None:
         """Store what `stage` gave; `head_bits` int64 [2, Hkv] overrides widths not frozen yet."""
         assert self._store is not None and self._buffer is not None
@@ -136,7 +136,7 @@ class Growing(Contents):
             left = torch.where(self._lengths < size, torch.minimum(left, size - 1 - self._lengths), left)
         return int(left.min())
 
-    @keeps_tensors
+    @in_own_modes
     def buffer_memory(self, rows: int | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Codes int8 [B, H, rows, D] and scales [B, H, rows] of K and V, contiguous, to write new rows into
         behind the old ones; `extend` then counts them. `rows` is the buffer's capacity unless given."""
@@ -144,7 +144,7 @@ class Growing(Contents):
         k8, v8, k_scale, v_scale = self._buffer.memory(rows or self._buffer.capacity)
         return (k8, v8), (k_scale, v_scale)
 
-    @keeps_tensors
+    @in_own_modes
     def extend(
         self,
         tokens: int | Tensor,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modes import keeps_tensors
+from ..modes import in_own_modes
 from .layout import PageLayout
 
 
@@ -26,7 +26,7 @@ class PagePool:
         self._pages: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
         self._idle: list[Tensor] = []
-        self._reserved = 0
+        self.reserved = 0
         self._next_page = 0
 
     @property
@@ -39,7 +39,7 @@ class PagePool:
         """Bytes that are reserved and not used."""
         return len(self._idle) * self.layout.page_bytes
 
-    @keeps_tensors
+    @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies made under `inference_mode` can be written to outside of it, too."""
         self.__dict__.update(state)
@@ -47,7 +47,7 @@ class PagePool:
 
     def reserve(self, pages: int) -> None:
         """From now on hold memory for at least `pages` pages, used ones included."""
-        self._reserved = pages
+        self.reserved = pages
         missing = max(0, pages - len(self._pages))
         self._idle.extend(self._new(missing - len(self._idle)))
         del self._idle[missing:]
@@ -77,7 +77,7 @@ class PagePool:
             if not self._counts[page]:
                 del self._counts[page]
                 memory = self._pages.pop(page)
-                if len(self._pages) + len(self._idle) < self._reserved:
+                if len(self._pages) + len(self._idle) < self.reserved:
                     self._idle.append(memory)
 
     def address(self, page: int) -> int:

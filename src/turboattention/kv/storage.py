@@ -20,7 +20,7 @@ from ..config import TurboConfig
 from ..errors import FormatError, TurboError
 from ..files import standing_file, write_whole
 from ..flashq.rotation import ROTATION_ID
-from ..modes import keeps_tensors
+from ..modes import in_own_modes
 from .buffer import Int8Buffer
 from .cache import KVCache
 from .layout import FORMAT_NAME, FORMAT_VERSION
@@ -122,7 +122,7 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: x.contiguous().cpu() for name, x in tensors.items()}
 
 
-@keeps_tensors
+@in_own_modes
 def cache_from_tensors(
     tensors: dict[str, Tensor], metadata: dict[str, Any], prefix: str, device: torch.device | str | None = None
 ) -> KVCache:
@@ -140,12 +140,13 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     fields = dict(metadata["config"])
     if isinstance(fields["bits"], list):
         fields["bits"] = tuple(fields["bits"])
-    lengths = own["lengths"]
+    lengths, config = own["lengths"], TurboConfig(**fields)
+    _check_buffer(own, metadata, config)
     cache = KVCache(
         len(lengths),
         metadata["num_kv_heads"],
         metadata["head_dim"],
-        config=TurboConfig(**fields),
+        config=config,
         head_bits=own["head_bits"] if metadata["widths_given"] else None,
         max_tokens=metadata["max_tokens"],
         device=device if "table" in own else None,
@@ -174,6 +175,16 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     return cache
 
 
+def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:
+    """Sizes that the metadata speaks of are those of tensors in the file, before memory is taken for them."""
+    if "table" in own:
+        heads, rows = metadata["num_kv_heads"], config.block_size - 1 + config.flush_lag
+        expected = (len(own["lengths"]), heads, rows, metadata["head_dim"])
+        for name in ("buffer.k8", "buffer.v8"):
+            if own[name].shape != expected:
+                raise FormatError(f"{name}: expected shape {expected}, got {tuple(own[name].shape)}")
+
+
 def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
     if "frozen_bits" in own:
         store.freeze(own["frozen_bits"])
@@ -195,6 +206,8 @@ def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
 
 def _restore_pool(pool: PagePool, name: str, content: Tensor) -> list[int]:
     _check(name, content, torch.empty(len(content), pool.layout.page_bytes, dtype=torch.uint8))
+    scales = content[:, pool.layout.k_scales : pool.layout.v_scales + 4 * pool.layout.num_kv_heads].contiguous()
+    _check_finite(name, scales.view(torch.float32))
     pages = pool.allocate(len(content))
     pool.write(pages, content)
     return pages
@@ -204,12 +217,18 @@ def _copy(name: str, own: dict[str, Tensor], target: Tensor) -> None:
     if name not in own:
         raise FormatError(f"{name}: expected a tensor of that name, got none")
     _check(name, own[name], target)
+    _check_finite(name, own[name])
     target.copy_(own[name])
 
 
 def _check(name: str, x: Tensor, like: Tensor) -> None:
     if x.dtype != like.dtype or x.shape != like.shape:
         raise FormatError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {x.dtype} {tuple(x.shape)}")
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        raise FormatError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
 def _digest(content: str, tensors: dict[str, Tensor]) -> str:

@@ -85,6 +85,11 @@ class PageStore:
             self.compressed.reserve(len(self.tables) * others)
 
     @property
+    def reserved(self) -> bool:
+        """Whether memory was reserved behind the sinks."""
+        return self.compressed is not None and self.compressed.reserved > 0
+
+    @property
     def nbytes(self) -> int:
         """The pages of these sequences, what both pools have reserved, and the widths."""
         split, total = self.sink_blocks, 0

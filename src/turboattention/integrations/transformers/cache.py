@@ -17,7 +17,7 @@ from ...config import TurboConfig
 from ...errors import ConfigError, InputError
 from ...validation import check_config
 from .layer import TurboLayer
-from .model import ModelShape, layer_windows
+from .model import ModelShape, layer_windows, shares_keys, text_config
 from .parallel import TensorParallel
 from .prompt import check_goes_on
 
@@ -89,6 +89,8 @@ class TurboCache(Cache):
             )
             for index, window in enumerate(windows)
         ]
+        for layer in layers:
+            layer.may_stay_empty = shares_keys(text_config(model_config))
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.prompt_ids: Tensor | None = None
 
@@ -163,13 +165,13 @@ class TurboCache(Cache):
 
     def check_level(self) -> None:
         """All layers stand at the same length: no forward was broken off."""
-        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized}
+        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized or not layer.may_stay_empty}
         for layer in self.layers:
             layer.check_settled()
         if len(lengths) > 1:
             raise InputError(
                 f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
-                f"halfway. crop({min(lengths)}) goes back to before it, reset() empties the cache"
+                f"halfway. {f'crop({min(lengths)}) goes back to before it, ' if min(lengths) else ''}reset() empties the cache"
             )
 
     # -- what it holds --------------------------------------------------------------------------------
