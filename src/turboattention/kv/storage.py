@@ -28,6 +28,9 @@ from .pool import PagePool
 from .store import EVICTED, PageStore
 
 
+_LARGEST = 1e30
+
+
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
     """One cache to one file. The file appears whole or not at all."""
     write_file(path, cache_tensors(cache, ""), {"cache": cache_metadata(cache)})
@@ -227,8 +230,9 @@ def _check(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def _check_finite(name: str, x: Tensor) -> None:
-    if x.is_floating_point() and not bool(x.isfinite().all()):
-        raise FormatError(f"{name}: expected finite numbers, got NaN or infinity")
+    """Also no scale so large that what it scales overflows float32."""
+    if x.is_floating_point() and not bool((x.abs() < _LARGEST).all()):
+        raise FormatError(f"{name}: expected numbers below {_LARGEST:g}, got {float(x.abs().max())}")
 
 
 def _digest(content: str, tensors: dict[str, Tensor]) -> str:
