@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -25,3 +27,19 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def file_limit() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """A disk that is full after so many bytes of a file: the system itself refuses to write more."""
+
+    @contextlib.contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

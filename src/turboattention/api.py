@@ -14,6 +14,7 @@ from .config import TurboConfig
 from .errors import InputError
 from .guard import guarded_bits
 from .kv.cache import KVCache
+from .modes import in_own_modes
 from .validation import (
     check_causal,
     check_config,
@@ -36,6 +37,7 @@ _MODULES = {
 }
 
 
+@in_own_modes
 def turbo_attention(
     q: Tensor,
     k: Tensor,
@@ -111,6 +113,7 @@ def turbo_attention(
     return (out, lse) if return_lse else out
 
 
+@in_own_modes
 def turbo_attention_with_kvcache(
     q: Tensor,
     cache: KVCache,

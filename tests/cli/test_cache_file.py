@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from turboattention import TurboConfig
 from turboattention.cli import cache_file
+from turboattention.files import write_text
 from turboattention.errors import FormatError, InputError
 from turboattention.integrations.transformers import TurboCache, generation
 
@@ -161,10 +162,11 @@ def test_a_saved_cache_is_replaced(saved: Path) -> None:
     cache_file.check_target(saved)
 
 
-def test_a_full_disk_is_an_input_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_input_error(tmp_path: Path, file_limit) -> None:
     class Full:
-        def save(self, *_: object, **__: object) -> None:
-            raise OSError(28, "No space left on device")
+        def save(self, path: Path, **_: object) -> None:
+            write_text(path, "x" * 10_000)
 
-    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+    message = "--save-cache: .* cannot be written: File too large"
+    with file_limit(5_000), pytest.raises(InputError, match=message):
         cache_file.save(Full(), [1], tmp_path / "x")  # type: ignore[arg-type]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import turboattention as ta
+from turboattention.kv.pool import PagePool
 
-from .tools import PLAIN, filled, tokens
+from .tools import PLAIN, content, filled, live_pages, pool_bytes, tokens
 
 OF_KERNELS = ("kept", "_addresses")
 """What `nbytes` leaves out: where pages stand, and what steps share."""
@@ -88,44 +89,40 @@ def test_memory_floor_token_by_token(bits, floor):
     assert 2 * 2 * len(cache) * 128 / cache.nbytes >= floor
 
 
-def slabs(cache: ta.KVCache) -> dict[tuple[str, int], int]:
-    pools = {"sinks": cache._store.sinks, "compressed": cache._store.compressed}
-    return {
-        (name, number): slab.data_ptr()
-        for name, pool in pools.items()
-        if pool is not None
-        for number, slab in pool._slabs.items()
-    }
+def places(cache: ta.KVCache) -> set[int]:
+    """Where every page stands, used or reserved."""
+    pools = [pool for pool in (cache._store.sinks, cache._store.compressed) if pool is not None]
+    return {memory.data_ptr() for pool in pools for memory in (*pool._pages.values(), *pool._idle)}
 
 
 def test_growing_moves_nothing():
     cache, *_ = filled([200, 130])
-    seen: dict = {}
+    seen = places(cache)
     for _ in range(20):
         cache.append(*tokens(2, 2, 50, 16))
-        now = slabs(cache)
-        assert {key: now[key] for key in seen} == seen
+        now = places(cache)
+        assert seen <= now
         seen = now
-    assert len(seen) > 5
+    assert len(seen) > 30
 
 
 @pytest.mark.parametrize("first", [1, 64, 128, 500])
 @pytest.mark.parametrize("options", [{}, {"head_bits": [4, 2]}], ids=["decided widths", "given widths"])
 def test_memory_for_max_tokens_is_taken_once(first, options):
-    """From the moment the widths are known; no slab is added or freed until `max_tokens`."""
+    """From the moment the widths are known; no page is added or freed until `max_tokens`."""
     cache = ta.KVCache(2, 2, 16, config=PLAIN, max_tokens=640, **options)
     k, v = tokens(2, 2, 640, 16)
     cache.append(k[:, :, :first], v[:, :, :first])
     for at in range(first, 128):
         cache.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
     at = max(first, 128)
-    before, size = slabs(cache), cache._store.sinks.nbytes + cache._store.compressed.nbytes
+    before, size = places(cache), cache._store.sinks.nbytes + cache._store.compressed.nbytes
     needed = 2 * cache._store.sinks.layout.page_bytes + 2 * 9 * cache._store.compressed.layout.page_bytes
     assert size == needed
     cache.append(k[:, :, at:], v[:, :, at:])
-    assert slabs(cache) == before
+    assert places(cache) == before
     cache.crop(3)
-    assert len(slabs(cache)) >= 1
+    assert places(cache) == before
     cache.append(k[:, :, 3:], v[:, :, 3:])
     assert cache._store.compressed.nbytes == 2 * 9 * cache._store.compressed.layout.page_bytes
 
@@ -137,3 +134,102 @@ def test_more_than_max_tokens_may_be_appended():
     plain = ta.KVCache(1, 2, 16, config=PLAIN)
     plain.append(k, v)
     assert torch.equal(cache.dequantize()[0], plain.dequantize()[0])
+
+
+# -- memory follows what is live ---------------------------------------------------------------------
+
+
+def appended(pieces: list[int], batch: int = 1, **options) -> ta.KVCache:
+    cache = ta.KVCache(batch, 2, 16, config=PLAIN, **options)
+    k, v = tokens(batch, 2, sum(pieces), 16)
+    at = 0
+    for piece in pieces:
+        cache.append(k[:, :, at : at + piece], v[:, :, at : at + piece])
+        at += piece
+    return cache
+
+
+WAYS = {
+    "one append": [3000],
+    "by 100": [100] * 30,
+    "token by token behind a prompt": [2800] + [1] * 200,
+    "two halves": [1500] * 2,
+    "first block apart": [64, 2936],
+}
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 512])
+@pytest.mark.parametrize("pieces", WAYS.values(), ids=WAYS)
+def test_a_window_holds_itself_and_a_block(pieces, window):
+    """However its tokens arrived, and nothing idle beside."""
+    cache = appended(pieces, window_size=window)
+    pages = -(-(window - 1) // 64) + 1
+    assert live_pages(cache) <= pages
+    buffered = sum(getattr(cache._buffer, name).nbytes for name in cache._buffer.TENSORS)
+    assert cache.nbytes <= pages * cache._store.compressed.layout.page_bytes + buffered + 600
+    assert pool_bytes(cache) == live_pages(cache) * cache._store.compressed.layout.page_bytes
+
+
+@pytest.mark.parametrize("window", [64, 100])
+def test_a_window_filled_at_once_holds_what_one_filled_slowly_does(window):
+    at_once, slowly = (appended(WAYS[way], window_size=window) for way in ("one append", "by 100"))
+    assert content(at_once) == content(slowly)
+    assert at_once.nbytes == slowly.nbytes
+
+
+def test_a_long_append_never_writes_what_its_window_has_passed(monkeypatch):
+    sizes = []
+    allocate = PagePool.allocate
+    monkeypatch.setattr(PagePool, "allocate", lambda pool, count: sizes.append(count) or allocate(pool, count))
+    appended([3000], window_size=128)
+    assert 0 < sum(sizes) <= 4
+
+
+def test_a_crop_frees_what_it_cuts():
+    cache, small = appended([3000]), appended([200])
+    cache.crop(200)
+    assert cache.nbytes == small.nbytes
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 3000}], ids=["plain", "reserved"])
+def test_a_selected_row_holds_its_own_need(options):
+    cache, alone = appended([1000], batch=8, **options), appended([1000], **options)
+    cache.reorder(torch.tensor([3]))
+    assert cache.nbytes == alone.nbytes
+
+
+def test_a_clone_counts_its_own_pages():
+    cache, small = appended([3000]), appended([200])
+    copy = cache.clone()
+    copy.crop(200)
+    assert copy.nbytes == small.nbytes
+    assert cache.nbytes == appended([3000]).nbytes
+
+
+@pytest.mark.parametrize("pieces", WAYS.values(), ids=WAYS)
+def test_a_window_reserves_no_more_than_it_needs(pieces):
+    cache, plain = (appended(pieces, window_size=512, max_tokens=most) for most in (8000, None))
+    assert cache.nbytes <= plain.nbytes + cache._store.compressed.layout.page_bytes
+    short = appended([200], window_size=512, max_tokens=256)
+    assert pool_bytes(short) == short._store.sinks.layout.page_bytes + 3 * short._store.compressed.layout.page_bytes
+
+
+def test_running_out_of_memory_leaves_the_cache_as_it_was(monkeypatch):
+    cache = appended([60])
+    before, calls = content(cache), []
+
+    def allocate(pool, count):
+        calls.append(count)
+        if len(calls) == 2:
+            raise MemoryError
+        return original(pool, count)
+
+    original = PagePool.allocate
+    monkeypatch.setattr(PagePool, "allocate", allocate)
+    with pytest.raises(MemoryError):
+        cache.append(*tokens(1, 2, 300, 16, seed=4))
+    assert calls == [1, 4]
+    monkeypatch.undo()
+    after = content(cache)
+    assert after["sequences"] == before["sequences"]
+    assert live_pages(cache) == 0

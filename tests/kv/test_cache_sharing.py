@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -149,3 +150,18 @@ def test_reordering_takes_int32_and_an_empty_cache():
     assert empty.batch_size == 3
     empty.append(*tokens(3, 2, 5, 16))
     assert empty.seq_lens.tolist() == [5, 5, 5]
+
+
+def test_a_shallow_copy_is_a_clone():
+    """It shared the buffer's memory, with a length of its own."""
+    cache, *_ = filled([150])
+    cache.append(*tokens(1, 2, 1, 16, seed=1))
+    copies = copy.copy(cache)
+    pages = live_pages(cache)
+    cache.append(*tokens(1, 2, 3, 16, seed=2))
+    before = content(cache)
+    copies.append(*tokens(1, 2, 3, 16, seed=3))
+    assert content(cache) == before
+    assert content(copies) != before
+    assert live_pages(cache) == pages
+    assert copies.handle.tolist() != cache.handle.tolist()

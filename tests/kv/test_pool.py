@@ -44,7 +44,7 @@ def test_an_evicted_page_reads_as_zeros():
     assert not bool(got[0].any())
 
 
-def test_nbytes_counts_slabs():
+def test_nbytes_counts_pages():
     pool = new_pool()
     assert pool.nbytes == 0
     pool.allocate(3)
@@ -62,36 +62,30 @@ def test_growth_keeps_pages_where_they_are():
     assert torch.equal(pool.gather(pages), content(2))
 
 
-def test_growth_wastes_at_most_a_64th():
+def test_growth_wastes_nothing():
     pool = new_pool()
     for used in range(1, 400):
         pool.allocate(1)
-        assert used * SIZE <= pool.nbytes <= (used + max(0, used // 64)) * SIZE
-    assert len(pool._slabs) < 390  # later slabs hold several pages
+        assert pool.nbytes == used * SIZE
 
 
-def test_a_slab_that_nobody_uses_is_freed():
+def test_a_page_that_nobody_uses_is_freed():
+    """Whichever pages it was allocated with."""
     pool = new_pool()
     first, second = pool.allocate(3), pool.allocate(2)
-    pool.release(first[:2])
-    assert pool.nbytes == 5 * SIZE  # one page of the slab is still used
-    pool.release(first[2:])
-    assert pool.nbytes == 2 * SIZE
-    pool.release(second)
+    pool.release([first[1], second[0]])
+    assert pool.nbytes == 3 * SIZE
+    assert pool.idle_nbytes == 0
+    pool.release([first[0], first[2], second[1]])
     assert pool.nbytes == 0
-    assert pool._free == []
-    assert (pool._pages, pool._slab_of, pool._counts) == ({}, {}, {})
+    assert (pool._pages, pool._counts) == ({}, {})
 
 
-def test_free_pages_are_used_before_the_pool_grows():
+def test_a_number_never_stands_for_another_page():
     pool = new_pool()
     pages = pool.allocate(4)
     pool.release(pages[:3])
-    again = pool.allocate(3)
-    assert set(again) == set(pages[:3])
-    assert pool.nbytes == 4 * SIZE
-    pool.allocate(1)
-    assert pool.nbytes == 5 * SIZE
+    assert not set(pool.allocate(3)) & set(pages)
 
 
 def test_shared_pages_live_until_the_last_user_is_gone():
@@ -100,7 +94,7 @@ def test_shared_pages_live_until_the_last_user_is_gone():
     pool.write(pages, content(2))
     pool.retain([pages[0], -1])
     pool.release(pages)
-    assert pool.nbytes == 2 * SIZE
+    assert pool.nbytes == SIZE
     assert torch.equal(pool.gather(pages[:1]), content(1))
     pool.release([-1, pages[0]])
     assert pool.nbytes == 0
@@ -119,13 +113,27 @@ def test_releasing_what_is_not_held_is_an_error():
 def test_reserved_memory_stays_and_is_used_first():
     pool = new_pool()
     pool.reserve(5)
-    assert pool.nbytes == 5 * SIZE
-    before = addresses(pool)
+    assert pool.nbytes == pool.idle_nbytes == 5 * SIZE
+    before = {memory.data_ptr() for memory in pool._idle}
     pages = pool.allocate(5)
-    assert set(pages) == set(before)
+    assert set(addresses(pool).values()) == before
+    assert pool.idle_nbytes == 0
     pool.release(pages)
     assert pool.nbytes == 5 * SIZE
-    assert addresses(pool) == before
+    assert {memory.data_ptr() for memory in pool._idle} == before
+
+
+def test_a_reservation_counts_pages_in_use_and_can_shrink():
+    pool = new_pool()
+    pages = pool.allocate(3)
+    pool.reserve(5)
+    assert (pool.nbytes, pool.idle_nbytes) == (5 * SIZE, 2 * SIZE)
+    pool.reserve(4)
+    assert pool.nbytes == 4 * SIZE
+    more = pool.allocate(3)
+    assert (pool.nbytes, pool.idle_nbytes) == (6 * SIZE, 0)
+    pool.release(pages + more)
+    assert pool.nbytes == 4 * SIZE
 
 
 @pytest.mark.parametrize("pages", [0, -3])

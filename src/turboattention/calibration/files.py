@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import WIDTHS
 from ..errors import FormatError, InputError, TurboError
+from ..files import write_text
 from ..kv.widths import parse_head_bits
 from .assignment import STRATEGIES
 from .calibration import Calibration, Provenance
@@ -37,13 +38,11 @@ def save_calibration(calibration: Calibration, folder: str | os.PathLike[str]) -
         "layers": [_layer(layer, bits) for layer, bits in zip(calibration.layers, calibration.head_bits, strict=True)],
     }
     target = Path(folder) / FILE
-    temporary = target.with_name(f"{FILE}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
     except OSError as error:
         raise InputError(f"folder: {os.fspath(folder)} cannot be written: {error.strerror or error}") from error
+    write_text(target, json.dumps(content, indent=1) + "\n", "folder")
 
 
 def load_calibration(path: str | os.PathLike[str]) -> Calibration:

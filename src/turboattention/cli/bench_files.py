@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..files import write_text, write_whole
 from .missing import INSTALL
 from .targets import check_target
 
@@ -32,7 +33,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def write_plot(path: Path, rows: list[Row], title: str) -> bool:
@@ -61,7 +62,8 @@ def write_plot(path: Path, rows: list[Row], title: str) -> bool:
         axes.set(title=work, xlabel="tokens", ylabel="peer's time / TurboAttention's")
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
     figure.suptitle("\n".join(wrap(title, 70 * len(works))), fontsize=8)
-    figure.savefig(path, dpi=110)
+    kind = path.suffix.removeprefix(".").lower()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format=kind), "--plot")
     return True
 
 

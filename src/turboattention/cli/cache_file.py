@@ -38,8 +38,8 @@ def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:
 
     try:
         cache.save(path, input_ids=torch.tensor([list(ids)]))
-    except OSError as error:
-        raise InputError(f"--save-cache: {path} cannot be written: {error.strerror or error}") from error
+    except InputError as error:
+        raise InputError(f"--save-cache: {_without_argument(str(error))}") from error
 
 
 def load(language: LanguageModel, path: Path) -> tuple[TurboCache, list[int]]:
@@ -87,5 +87,12 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
         )
     kept = min(shared, len(ids) - 1)
     if kept < len(cached):
-        cache.crop(kept - len(cached))
+        try:
+            cache.crop(kept - len(cached))
+        except InputError as error:  # a sliding window has released what such a crop needs
+            raise InputError(
+                f"--load-cache: expected a prompt that goes on from the cached one ({len(cached):,} tokens), since this "
+                f"model's sliding windows cannot go back far, got one that shares {shared:,} of its tokens; run it "
+                "without --load-cache"
+            ) from error
     return kept

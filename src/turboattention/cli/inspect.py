@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..files import write_text
 from .calibrating import CHOICE, LENGTH, STRATEGY, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, heads_table, summary
@@ -84,7 +85,7 @@ def inspect(
     if html is not None:
         from .heads_page import page
 
-        html.write_text(page(found), encoding="utf-8")
+        write_text(html, page(found), "--html")
     if json:
         print_json(as_json(found))
     else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, InputError
+from ..files import write_text
 
 VERSION = 1
 
@@ -62,6 +62,4 @@ class Records:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees half of it."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, text)

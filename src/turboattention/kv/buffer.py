@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..modes import in_own_modes
 
 from .pages import Tiles
 
@@ -62,6 +66,14 @@ class Int8Buffer:
             index = rows[..., None].expand_as(target) if source.dim() == 4 else rows.expand_as(target)
             mask = valid[..., None] if source.dim() == 4 else valid
             target.copy_(torch.where(mask, source.gather(2, index), 0))
+
+    @in_own_modes
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies made under `inference_mode` can be changed outside of it, too."""
+        self.__dict__.update(state)
+        for name in self.TENSORS:
+            if (held := getattr(self, name)).is_inference():
+                setattr(self, name, held.clone())
 
     def select(self, index: Tensor) -> Int8Buffer:
         """A copy of the sequences `index` int64 [B']."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ShapeError
+from ..modes import in_own_modes
 from .cropping import check_crop, rows_behind
 from .growth import Growing
 from .handle import leave_graph, new_handle
@@ -47,6 +48,7 @@ class KVCache(Growing):
 
     # -- changing sequences ---------------------------------------------------------------------------
 
+    @in_own_modes
     def crop(self, length: int | Tensor) -> None:
         """Forget tokens past `length` (an int for all sequences, or int64 [B]); shorter ones stay.
 
@@ -73,6 +75,7 @@ class KVCache(Growing):
         self._store.truncate(kept.tolist())
         self._lengths = target.clone()
 
+    @in_own_modes
     def reorder(self, index: Tensor) -> None:
         """Make sequence `i` what sequence `index[i]` was (int64 [B'], repeats allowed). Pages are shared."""
         leave_graph()
@@ -83,6 +86,7 @@ class KVCache(Growing):
             raise InputError(f"index: expected values from 0 to {self.batch_size - 1}, got {index.tolist()}")
         self._take_sequences(self, index.to(torch.int64))
 
+    @in_own_modes
     def clone(self) -> KVCache:
         """An independent cache with the same content. Pages are shared: they never change."""
         leave_graph()
@@ -90,6 +94,10 @@ class KVCache(Growing):
         copy.__setstate__(self.__dict__)
         copy._take_sequences(self, torch.arange(self.batch_size))
         return copy
+
+    def __copy__(self) -> KVCache:
+        """`clone`: two caches that shared memory would write into each other's."""
+        return self.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None}
@@ -114,6 +122,7 @@ class KVCache(Growing):
         return load_cache(path, device)
 
     def _take_sequences(self, source: KVCache, index: Tensor) -> None:
+        batch = source.batch_size
         self._lengths, self.kept = source._lengths[index], None
         if source._store is None or source._buffer is None:
             return
@@ -122,3 +131,5 @@ class KVCache(Growing):
         rows = index.to(source._store.device)
         self._k_mean = None if source._k_mean is None else source._k_mean[rows]
         self._universal = None if source._universal is None else source._universal[:, rows]
+        if len(index) < batch and self._store.reserved:  # fewer sequences need less
+            self._reserve()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..flashq import rotate
+from ..modes import in_own_modes
 from ..validation import check_config, check_mean, check_sizes
 from .buffer import Int8Buffer
 from .handle import leave_graph, new_handle
@@ -22,6 +23,7 @@ from .widths import HeadBits, parse_head_bits
 class Contents:
     """The part of `KVCache` that only reads; its arguments are described there."""
 
+    @in_own_modes
     def __init__(
         self,
         batch_size: int,
@@ -129,7 +131,7 @@ class Contents:
 
     @property
     def nbytes(self) -> int:
-        """Every byte of tensors: pages (used and free), buffer, means, scales, widths, lengths, handle.
+        """Every byte of tensors: pages (used and reserved), buffer, means, scales, widths, lengths, handle.
 
         Pages that clones share are counted by each of them. What kernels keep beside, the addresses of
         pages (8 bytes each), is theirs and not counted.

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..modes import in_own_modes
 from ..validation import check_new, refuse_gradients
 from .contents import Contents
 from .quantizer import quantizer_for
@@ -22,6 +23,7 @@ from .widths import decide_head_bits, uniform_head_bits
 class Growing(Contents):
     """The part of `KVCache` that takes new tokens."""
 
+    @in_own_modes
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Quantize and store new tokens.
 
@@ -44,6 +46,7 @@ class Growing(Contents):
             return
         self.commit(self.stage(k, v, lengths))
 
+    @in_own_modes
     def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")) -> Stage:
         """Check new tokens (called by `names` in messages) and quantize them to INT8, without
         changing the cache."""
@@ -55,6 +58,7 @@ class Growing(Contents):
             self.dtype = k.dtype
         return stage(self.config, self.state(k.device), k, v, counts)
 
+    @in_own_modes
     def commit(self, staged: Stage, head_bits: Tensor | None = None) -> None:
         """Store what `stage` gave; `head_bits` int64 [2, Hkv] overrides widths not frozen yet."""
         assert self._store is not None and self._buffer is not None
@@ -62,15 +66,16 @@ class Growing(Contents):
         flush, bits = self.pending_flush(staged), head_bits
         if bits is None and self.freezes_widths(flush):
             bits = self.planned_bits(staged, flush)
-        parts = self.encode(flush, bits)
+        first = self._first_kept(staged.lengths)
+        seen = flush.block >= first[flush.batch]
+        parts = self.encode(flush.where(seen), bits)
         if bits is not None and self._store.head_bits is None:
             self.freeze_widths(bits)
-        self._store.append(parts)
+        self._store.append(parts, first.tolist(), flush.batch[~seen].tolist())
         kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
         self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept)
         self._lengths = staged.lengths.clone()
         self._k_mean, self._universal = _single(staged.k_mean), _single(staged.universal)
-        self._evict()
 
     def pending_flush(self, staged: Stage) -> Flush:
         """The blocks of a stage that are full, and `flush_lag` tokens old, and become pages."""
@@ -97,7 +102,7 @@ class Growing(Contents):
         """Fix the widths int64 [2, Hkv] of every page behind the sinks, and reserve memory for `max_tokens`."""
         assert self._store is not None
         self._store.freeze(head_bits)
-        self._store.reserve(self.max_tokens or 0)
+        self._reserve()
 
     def planned_bits(self, staged: Stage, flush: Flush) -> Tensor:
         """int64 [2, Hkv]: the widths that committing would freeze."""
@@ -131,6 +136,7 @@ class Growing(Contents):
             left = torch.where(self._lengths < size, torch.minimum(left, size - 1 - self._lengths), left)
         return int(left.min())
 
+    @in_own_modes
     def buffer_memory(self, rows: int | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Codes int8 [B, H, rows, D] and scales [B, H, rows] of K and V, contiguous, to write new rows into
         behind the old ones; `extend` then counts them. `rows` is the buffer's capacity unless given."""
@@ -138,6 +144,7 @@ class Growing(Contents):
         k8, v8, k_scale, v_scale = self._buffer.memory(rows or self._buffer.capacity)
         return (k8, v8), (k_scale, v_scale)
 
+    @in_own_modes
     def extend(
         self,
         tokens: int | Tensor,
@@ -158,7 +165,7 @@ class Growing(Contents):
         if k_mean is not None:
             self._k_mean = k_mean
         self._lengths = self._lengths + tokens
-        self._evict()
+        self._store.evict(self._first_kept(self._lengths).tolist())
 
     @property
     def settled(self) -> bool:
@@ -170,12 +177,17 @@ class Growing(Contents):
         past_sinks = int(self.page_counts.min()) >= self.sink_blocks
         return past_sinks and int(self._lengths.min()) >= self.config.block_size
 
-    def _evict(self) -> None:
-        if self.window_size is None or self._store is None:
-            return
+    def _reserve(self) -> None:
+        assert self._store is not None
+        if self._store.head_bits is not None:
+            self._store.reserve(self.max_tokens or 0, self.window_size)
+
+    def _first_kept(self, lengths: Tensor) -> Tensor:
+        """int64 [B]: the first block that a later query of sequences so long can see."""
+        if self.window_size is None:
+            return torch.zeros_like(lengths)
         # The next query, at position L, sees L - window + 1 on; one more block stays for crops.
-        first = (self._lengths - self.window_size + 1) // self.config.block_size - 1
-        self._store.evict(first.clamp(min=0).tolist())
+        return ((lengths - self.window_size + 1) // self.config.block_size - 1).clamp(min=0)
 
 
 def _single(x: Tensor | None) -> Tensor | None:

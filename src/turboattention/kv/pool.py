@@ -1,20 +1,20 @@
-"""Pages of one layout: slabs of memory, handed out by number and shared by counting.
+"""Pages of one layout: handed out by number, shared by counting, and freed when nobody uses them.
 
 A page is written once and never changed, so sequences that share a past share its pages (beams,
-clones) and copying is never needed. Growing adds a slab; what is there is not moved.
+clones) and copying is never needed. Each page is memory of its own: growing moves nothing, and what
+a window, a crop or a selection leaves behind is free at once, whichever pages it was allocated with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..modes import in_own_modes
 from .layout import PageLayout
-
-# A new slab is this share of what is already there, so that few bytes lie idle.
-_GROWTH = 1 / 64
 
 
 class PagePool:
@@ -23,33 +23,44 @@ class PagePool:
     def __init__(self, layout: PageLayout, device: torch.device):
         self.layout = layout
         self.device = device
-        self._slabs: dict[int, Tensor] = {}
-        self._slab_of: dict[int, int] = {}
         self._pages: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
-        self._free: list[int] = []
-        self._kept: set[int] = set()
+        self._idle: list[Tensor] = []
+        self.reserved = 0
         self._next_page = 0
-        self._next_slab = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slabs, used or free."""
-        return sum(slab.numel() for slab in self._slabs.values())
+        """Bytes of all pages, used or idle."""
+        return len(self._pages) * self.layout.page_bytes + self.idle_nbytes
+
+    @property
+    def idle_nbytes(self) -> int:
+        """Bytes that are reserved and not used."""
+        return len(self._idle) * self.layout.page_bytes
+
+    @in_own_modes
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies made under `inference_mode` can be written to outside of it, too."""
+        self.__dict__.update(state)
+        self._idle = self._new(len(self._idle))
 
     def reserve(self, pages: int) -> None:
-        """Make one slab for `pages` more pages, kept even while it is empty (preallocation)."""
-        if pages > 0:
-            self._kept.add(self._add_slab(pages))
+        """From now on hold memory for at least `pages` pages, used ones included."""
+        self.reserved = pages
+        missing = max(0, pages - len(self._pages))
+        self._idle.extend(self._new(missing - len(self._idle)))
+        del self._idle[missing:]
 
     def allocate(self, count: int) -> list[int]:
-        """Numbers of `count` pages, each counted once."""
-        missing = count - len(self._free)
-        if missing > 0:
-            self._add_slab(max(missing, int(len(self._pages) * _GROWTH)))
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
-            self._counts[page] = 1
+        """Numbers of `count` pages, each counted once; a number never stands for another page later."""
+        memory = self._idle[:count]
+        memory += self._new(count - len(memory))
+        del self._idle[:count]
+        taken = list(range(self._next_page, self._next_page + count))
+        self._next_page += count
+        self._pages.update(zip(taken, memory, strict=True))
+        self._counts.update(dict.fromkeys(taken, 1))
         return taken
 
     def retain(self, pages: Iterable[int]) -> None:
@@ -58,20 +69,16 @@ class PagePool:
                 self._counts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; a slab that nobody uses any more is freed."""
-        touched = set()
+        """Give pages back; one that nobody uses any more is freed, unless it is reserved memory."""
         for page in pages:
             if page < 0:
                 continue
             self._counts[page] -= 1
             if not self._counts[page]:
                 del self._counts[page]
-                self._free.append(page)
-                touched.add(self._slab_of[page])
-        for slab in touched - self._kept:
-            members = [page for page, owner in self._slab_of.items() if owner == slab]
-            if not any(page in self._counts for page in members):
-                self._drop(slab, members)
+                memory = self._pages.pop(page)
+                if len(self._pages) + len(self._idle) < self.reserved:
+                    self._idle.append(memory)
 
     def address(self, page: int) -> int:
         """Where a page's bytes stand in memory; 0 for a negative number (an evicted page)."""
@@ -87,20 +94,6 @@ class PagePool:
         blank = torch.zeros(self.layout.page_bytes, dtype=torch.uint8, device=self.device)
         return torch.stack([self._pages[page] if page >= 0 else blank for page in pages])
 
-    def _add_slab(self, pages: int) -> int:
-        slab = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=self.device)
-        number, self._next_slab = self._next_slab, self._next_slab + 1
-        self._slabs[number] = slab
-        first, self._next_page = self._next_page, self._next_page + pages
-        for index in range(pages):
-            self._pages[first + index] = slab[index]
-            self._slab_of[first + index] = number
-        self._free.extend(reversed(range(first, first + pages)))
-        return number
-
-    def _drop(self, slab: int, members: list[int]) -> None:
-        gone = set(members)
-        self._free = [page for page in self._free if page not in gone]
-        for page in members:
-            del self._pages[page], self._slab_of[page]
-        del self._slabs[slab]
+    def _new(self, count: int) -> list[Tensor]:
+        size = self.layout.page_bytes
+        return [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(count)]

@@ -10,19 +10,25 @@ import dataclasses
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..errors import FormatError, InputError, TurboError
+from ..errors import FormatError, TurboError
+from ..files import standing_file, write_whole
 from ..flashq.rotation import ROTATION_ID
+from ..modes import in_own_modes
 from .buffer import Int8Buffer
 from .cache import KVCache
 from .layout import FORMAT_NAME, FORMAT_VERSION
 from .pool import PagePool
 from .store import EVICTED, PageStore
+
+
+_LARGEST = 1e30
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
@@ -39,21 +45,21 @@ def load_cache(path: str | os.PathLike[str], device: torch.device | str | None =
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Tensors and JSON metadata under this format's header, written beside `path` and then moved there."""
+    """Tensors and JSON metadata under this format's header. Raises `InputError` where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     header = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
     content = json.dumps(metadata)
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise InputError(f"path: expected a file in a folder that exists, got {os.fspath(path)}")
-    temporary = f"{os.fspath(path)}.partial"
-    try:
-        save_file(tensors, temporary, metadata=header | {"content": content, "digest": _digest(content, tensors)})
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    header |= {"content": content, "digest": _digest(content, tensors)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:  # hides the system's own, such as a full disk
+            raise OSError(str(error)) from error
+
+    write_whole(path, write)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,7 +70,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     if not os.path.exists(name):
         raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist")
     try:
-        with safe_open(name, framework="pt") as file:
+        # safetensors opens a file twice, for its header and for its bytes.
+        with standing_file(name) as opened, safe_open(opened, framework="pt") as file:
             header = file.metadata() or {}
             _check_header(header, name)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -72,9 +79,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         if not isinstance(metadata, dict) or header["digest"] != _digest(header["content"], tensors):
             raise FormatError(f"path: expected a saved cache, got {name}, whose content was altered")
         return tensors, metadata
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, TurboError):
-            raise
+    except TurboError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise FormatError(f"path: expected a saved cache, got {name}, which cannot be read ({error})") from error
 
 
@@ -101,23 +108,24 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
         tensors |= {f"buffer.{name}": getattr(buffer, name) for name in Int8Buffer.TENSORS}
         optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
         columns = max((len(table) for table in store.tables), default=0)
-        table = torch.full((cache.batch_size, columns), EVICTED - 1, dtype=torch.int32)
+        table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, store.tables, strict=True):
-            row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            row[: len(pages)] = torch.tensor(pages)
         split = store.sink_blocks
         for name, pool, part in (
             ("sinks", store.sinks, table[:, :split]),
             ("pages", store.compressed, table[:, split:]),
         ):
             used = part[part >= 0].unique()
-            part[part >= 0] = torch.searchsorted(used, part[part >= 0]).to(torch.int32)
+            part[part >= 0] = torch.searchsorted(used, part[part >= 0])
             if pool is not None and len(used):
                 tensors[name] = pool.gather(used.tolist())
-        tensors["table"] = table
+        tensors["table"] = table.to(torch.int32)
     tensors |= {name: x for name, x in optional.items() if x is not None}
     return {prefix + name: x.contiguous().cpu() for name, x in tensors.items()}
 
 
+@in_own_modes
 def cache_from_tensors(
     tensors: dict[str, Tensor], metadata: dict[str, Any], prefix: str, device: torch.device | str | None = None
 ) -> KVCache:
@@ -135,12 +143,13 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     fields = dict(metadata["config"])
     if isinstance(fields["bits"], list):
         fields["bits"] = tuple(fields["bits"])
-    lengths = own["lengths"]
+    lengths, config = own["lengths"], TurboConfig(**fields)
+    _check_buffer(own, metadata, config)
     cache = KVCache(
         len(lengths),
         metadata["num_kv_heads"],
         metadata["head_dim"],
-        config=TurboConfig(**fields),
+        config=config,
         head_bits=own["head_bits"] if metadata["widths_given"] else None,
         max_tokens=metadata["max_tokens"],
         device=device if "table" in own else None,
@@ -169,6 +178,16 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     return cache
 
 
+def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:
+    """Sizes that the metadata speaks of are those of tensors in the file, before memory is taken for them."""
+    if "table" in own:
+        heads, rows = metadata["num_kv_heads"], config.block_size - 1 + config.flush_lag
+        expected = (len(own["lengths"]), heads, rows, metadata["head_dim"])
+        for name in ("buffer.k8", "buffer.v8"):
+            if own[name].shape != expected:
+                raise FormatError(f"{name}: expected shape {expected}, got {tuple(own[name].shape)}")
+
+
 def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
     if "frozen_bits" in own:
         store.freeze(own["frozen_bits"])
@@ -190,6 +209,8 @@ def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
 
 def _restore_pool(pool: PagePool, name: str, content: Tensor) -> list[int]:
     _check(name, content, torch.empty(len(content), pool.layout.page_bytes, dtype=torch.uint8))
+    scales = content[:, pool.layout.k_scales : pool.layout.v_scales + 4 * pool.layout.num_kv_heads].contiguous()
+    _check_finite(name, scales.view(torch.float32))
     pages = pool.allocate(len(content))
     pool.write(pages, content)
     return pages
@@ -199,12 +220,19 @@ def _copy(name: str, own: dict[str, Tensor], target: Tensor) -> None:
     if name not in own:
         raise FormatError(f"{name}: expected a tensor of that name, got none")
     _check(name, own[name], target)
+    _check_finite(name, own[name])
     target.copy_(own[name])
 
 
 def _check(name: str, x: Tensor, like: Tensor) -> None:
     if x.dtype != like.dtype or x.shape != like.shape:
         raise FormatError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {x.dtype} {tuple(x.shape)}")
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    """Also no scale so large that what it scales overflows float32."""
+    if x.is_floating_point() and not bool((x.abs() < _LARGEST).all()):
+        raise FormatError(f"{name}: expected numbers below {_LARGEST:g}, got {float(x.abs().max())}")
 
 
 def _digest(content: str, tensors: dict[str, Tensor]) -> str:

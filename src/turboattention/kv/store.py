@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ class PageStore:
         self.compressed: PagePool | None = None
         self.head_bits: Tensor | None = None
         self._addresses: Tensor | None = None
+        self._fresh = {True: 0, False: 0}
+        """Pages (sinks, others) handed out by `fresh_pages` that no table has yet."""
 
     def freeze(self, head_bits: Tensor) -> None:
         """Fix the widths int64 [2, Hkv] of every page behind the sinks."""
@@ -69,20 +72,33 @@ class PageStore:
         sink, (k_bits, v_bits) = self.sinks.layout, head_bits.tolist()
         return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales)
 
-    def reserve(self, tokens: int) -> None:
-        """Memory for `tokens` of every sequence, once widths are frozen."""
+    def reserve(self, tokens: int, window: int | None) -> None:
+        """Memory for `tokens` of every sequence, of which a window keeps its own, once widths are frozen."""
         blocks = tokens // self.config.block_size
-        held = sum(len(table[: self.sink_blocks]) for table in self.tables)
-        self.sinks.reserve(len(self.tables) * min(blocks, self.sink_blocks) - held)
+        sinks = min(blocks, self.sink_blocks)
+        others = blocks - sinks
+        # Of a window: what the last query sees, a block for crops, and one that fills before another is evicted.
+        if window is not None and blocks > (live := -(-(window - 1) // self.config.block_size) + 2):
+            sinks, others = 0, live
+        self.sinks.reserve(len(self.tables) * sinks)
         if self.compressed is not None:
-            self.compressed.reserve(len(self.tables) * max(0, blocks - self.sink_blocks))
+            self.compressed.reserve(len(self.tables) * others)
+
+    @property
+    def reserved(self) -> bool:
+        """Whether memory was reserved behind the sinks."""
+        return self.compressed is not None and self.compressed.reserved > 0
 
     @property
     def nbytes(self) -> int:
-        """All slabs of both pools, and the widths."""
-        pools = self.sinks.nbytes + (self.compressed.nbytes if self.compressed else 0)
-        widths = self.head_bits.nbytes if self.head_bits is not None else 0
-        return pools + widths
+        """The pages of these sequences, what both pools have reserved, and the widths."""
+        split, total = self.sink_blocks, 0
+        for pool, sinks in ((self.sinks, True), (self.compressed, False)):
+            if pool is not None:
+                parts = (table[:split] if sinks else table[split:] for table in self.tables)
+                held = {page for part in parts for page in part if page != EVICTED}
+                total += (len(held) + self._fresh[sinks]) * pool.layout.page_bytes + pool.idle_nbytes
+        return total + (self.head_bits.nbytes if self.head_bits is not None else 0)
 
     @property
     def counts(self) -> Tensor:
@@ -105,24 +121,42 @@ class PageStore:
                 parts.append(Encoded(layout, chosen, quantizer.encode_pages(layout, *sides, self.config.search)))
         return parts
 
-    def append(self, parts: list[Encoded]) -> None:
-        """Store what `encode` gave, behind each sequence's pages."""
-        if parts:
+    def append(self, parts: list[Encoded], before: Sequence[int] = (), skipped: Sequence[int] = ()) -> None:
+        """Store what `encode` gave, behind each sequence's pages, and `evict` the blocks in front of `before`. Those
+        that were never written are named by `skipped`: a sequence as often as it has such blocks."""
+        written: list[list[int]] = []
+        try:
+            for part in parts:
+                written.append(self._written(part))
+        except BaseException:  # no memory
+            for part, pages in zip(parts, written, strict=False):
+                self._pool_of(int(part.flush.block[0])).release(pages)
+            raise
+        if parts or len(skipped):
             self._addresses = None
-        for part in parts:
-            pool = self._pool_of(int(part.flush.block[0]))
-            pages = pool.allocate(len(part.pages))
-            pool.write(pages, part.pages)
+        self.evict(before)
+        for sequence in skipped:
+            self.tables[sequence].append(EVICTED)
+        for part, pages in zip(parts, written, strict=True):
             for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
                 self.tables[sequence].append(page)
 
+    def _written(self, part: Encoded) -> list[int]:
+        pool = self._pool_of(int(part.flush.block[0]))
+        pages = pool.allocate(len(part.pages))
+        pool.write(pages, part.pages)
+        return pages
+
     def fresh_pages(self, count: int, sinks: bool = False) -> list[int]:
         """Numbers of compressed pages (or of sinks) to write into, which `adopt` or `discard` must be told of."""
-        return self._pool(sinks).allocate(count)
+        pages = self._pool(sinks).allocate(count)
+        self._fresh[sinks] += count
+        return pages
 
     def discard(self, pages: list[int], sinks: bool = False) -> None:
         """Give back pages that were not adopted."""
         self._pool(sinks).release(pages)
+        self._fresh[sinks] -= len(pages)
 
     def page_address(self, page: int, sinks: bool = False) -> int:
         """Where the bytes of a page from `fresh_pages` stand."""
@@ -137,6 +171,7 @@ class PageStore:
                 addresses[sequence, len(table)] = self._pool_of(len(table)).address(page)
             else:
                 addresses = None
+            self._fresh[len(table) < self.sink_blocks] -= 1
             table.append(page)
         self._addresses = addresses
 
@@ -190,9 +225,9 @@ class PageStore:
             self._release(table, count, len(table))
             del table[count:]
 
-    def evict(self, before: list[int]) -> None:
+    def evict(self, before: Sequence[int]) -> None:
         """Release the blocks in front of block `before[b]`; their places in the tables stay."""
-        for table, end in zip(self.tables, before, strict=True):
+        for table, end in zip(self.tables, before, strict=False):
             end = min(end, len(table))
             # Blocks are released from the front, so the last one tells whether any is left to do.
             if end > 0 and table[end - 1] != EVICTED:
@@ -204,12 +239,17 @@ class PageStore:
         """Sequences `index[0], index[1], ...` over the same pools; no page is copied."""
         chosen = object.__new__(PageStore)
         tables = [list(self.tables[i]) for i in index]
-        chosen.__dict__ = {**self.__dict__, "tables": tables, "_addresses": None}
+        own = {"tables": tables, "_addresses": None, "_fresh": {True: 0, False: 0}}
+        chosen.__dict__ = {**self.__dict__, **own}
         for table in chosen.tables:
             self.sinks.retain(table[: self.sink_blocks])
             if self.compressed is not None:
                 self.compressed.retain(table[self.sink_blocks :])
         return chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: pages stand elsewhere, and nobody fills those that were handed out."""
+        return {**self.__dict__, "_addresses": None, "_fresh": {True: 0, False: 0}}
 
     def __del__(self) -> None:
         for table in self.__dict__.get("tables", ()):

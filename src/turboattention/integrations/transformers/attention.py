@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...config import TurboConfig
 from ...errors import UnsupportedError
-from .call import Call
+from .call import Call, aligned
 from .compiled import attend_in_graph
 from .dense import attend_dense
 from .layer import layer_of
@@ -40,6 +40,8 @@ def turbo_attention_forward(
     """
     _refuse(module, dropout, kwargs)
     _refuse_gradients(query, key, value)
+    if (layer := layer_of(key)) is not None:
+        layer.check_values(key, value)
     if key.shape[3] != value.shape[3]:
         raise UnsupportedError(
             f"value: expected the keys' head_dim ({key.shape[3]}), got {value.shape[3]}: "
@@ -49,7 +51,8 @@ def turbo_attention_forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(plan, causal, sliding_window)
     tracing = torch.compiler.is_dynamo_compiling()
-    if layer_of(key) is None:
+    if layer is None:
+        query, key, value = aligned(query, key, value)
         call = Call(scaling, softcap, window, s_aux, config, backend)
         out = (attend_in_graph if tracing else attend_dense)(query, key, value, plan, causal, call)
     else:

@@ -17,7 +17,7 @@ from ...config import TurboConfig
 from ...errors import ConfigError, InputError
 from ...validation import check_config
 from .layer import TurboLayer
-from .model import ModelShape, layer_windows
+from .model import ModelShape, layer_windows, shares_keys, text_config
 from .parallel import TensorParallel
 from .prompt import check_goes_on
 
@@ -41,6 +41,8 @@ class TurboCache(Cache):
         k_mean: calibrated means of K per layer, each float [Hkv, D].
         max_tokens: tokens per sequence to reserve memory for; more may follow.
         backend: as in `turbo_attention_with_kvcache`.
+        check_prompts: whether `generate` refuses a prompt that does not begin with the tokens the cache holds, as far
+            as it knows them from earlier calls of `generate` or its file.
 
     `prompt_ids`, int64 [B, L] or None, are the ids of its tokens as far as they are known: those of the file it
     was loaded from, as long as they are in the cache.
@@ -67,6 +69,7 @@ class TurboCache(Cache):
         k_mean: Sequence[Tensor | None] | Tensor | None = None,
         max_tokens: int | None = None,
         backend: str = "auto",
+        check_prompts: bool = True,
     ):
         if calibration is not None:
             config = config or TurboConfig(bits="mixed")
@@ -89,15 +92,19 @@ class TurboCache(Cache):
             )
             for index, window in enumerate(windows)
         ]
+        for layer in layers:
+            layer.may_stay_empty = shares_keys(text_config(model_config))
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.prompt_ids: Tensor | None = None
+        self.check_prompts = check_prompts
+        self._fed: Tensor | None = None
 
     @classmethod
     def from_layers(cls, layers: list[TurboLayer], prompt_ids: Tensor | None = None) -> TurboCache:
         """A cache of existing layers."""
         cache = object.__new__(cls)
         Cache.__init__(cache, layers=layers)  # type: ignore[arg-type]
-        cache.prompt_ids = prompt_ids
+        cache.prompt_ids, cache.check_prompts, cache._fed = prompt_ids, True, None
         return cache
 
     def __repr__(self) -> str:
@@ -129,28 +136,32 @@ class TurboCache(Cache):
         index = beam_idx.cpu()  # once, not in every layer
         for layer in self.layers:
             layer.reorder_cache(index)
+        self._fed = None if self._fed is None else self._fed[index.to(self._fed.device)]
         if self.prompt_ids is not None:
             self.prompt_ids = self.prompt_ids[index]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self._fed = None if self._fed is None else self._fed.repeat_interleave(repeats, 0)
         if self.prompt_ids is not None:
             self.prompt_ids = self.prompt_ids.repeat_interleave(repeats, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self._fed = None if self._fed is None else self._fed[torch.as_tensor(indices).to(self._fed.device)]
         if self.prompt_ids is not None:
             self.prompt_ids = self.prompt_ids[torch.as_tensor(indices).cpu()]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
         super().crop(tokens_to_remove)
+        self._fed = None if self._fed is None else self._fed[:, : self.get_seq_length()]
         if self.prompt_ids is not None:
             self.prompt_ids = self.prompt_ids[:, : self.get_seq_length()]
 
     def reset(self) -> None:
         super().reset()
-        self.prompt_ids = None
+        self.prompt_ids = self._fed = None
 
     @property
     def batch_size(self) -> int:
@@ -163,13 +174,13 @@ class TurboCache(Cache):
 
     def check_level(self) -> None:
         """All layers stand at the same length: no forward was broken off."""
-        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized}
+        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized or not layer.may_stay_empty}
         for layer in self.layers:
             layer.check_settled()
         if len(lengths) > 1:
             raise InputError(
                 f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
-                f"halfway. crop({min(lengths)}) goes back to before it, reset() empties the cache"
+                f"halfway. {f'crop({min(lengths)}) goes back to before it, ' if min(lengths) else ''}reset() empties the cache"
             )
 
     # -- what it holds --------------------------------------------------------------------------------
@@ -201,8 +212,13 @@ class TurboCache(Cache):
     # -- copies and files -------------------------------------------------------------------------------
 
     def clone(self) -> TurboCache:
-        """An independent cache with the same content; compressed blocks are shared. `copy.deepcopy` does this."""
-        return type(self).from_layers([layer.clone() for layer in self.layers], self.prompt_ids)
+        """An independent cache with the same content; compressed blocks are shared. `copy.copy` and `copy.deepcopy` do this."""
+        copy = type(self).from_layers([layer.clone() for layer in self.layers], self.prompt_ids)
+        copy.check_prompts, copy._fed = self.check_prompts, self._fed
+        return copy
+
+    def __copy__(self) -> TurboCache:
+        return self.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurboCache:
         return self.clone()
@@ -246,6 +262,26 @@ class TurboCache(Cache):
         from .storage import load_cache
 
         return load_cache(cls, path, model_config, device, backend)
+
+    def follow(self, input_ids: Tensor | None, begins: bool) -> None:
+        """Take note of all tokens [B, L] of a `generate`, whose next forward takes what is not held yet; None where it
+        does not say. Compared only where one begins, since that waits for the device.
+
+        Raises:
+            InputError: the prompt does not go on from the cache's tokens.
+        """
+        length, known = self.get_seq_length(), self._fed if self._fed is not None else self.prompt_ids
+        if begins and length and self.check_prompts and known is not None and input_ids is not None:
+            shared = min(length, known.shape[1], input_ids.shape[1])
+            mine, given = (x[:, :shared].cpu() for x in (known, input_ids))
+            if len(mine) == len(given) and not torch.equal(mine, given):
+                same = int((mine == given).all(0).long().cumprod(0).sum())
+                raise InputError(
+                    f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one that "
+                    f"differs from token {same} on; crop({same}) keeps what they share, reset() empties the cache, and "
+                    "check_prompts=False switches this off"
+                )
+        self._fed = input_ids
 
     def check_prompt(self, input_ids: Tensor) -> int:
         """How many tokens of the prompt `input_ids` [B, L] this cache already holds: all its own, fewer than L.

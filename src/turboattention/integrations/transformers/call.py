@@ -13,6 +13,14 @@ from ...config import TurboConfig
 from ...kv.cache import KVCache
 
 
+def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one dtype: under autocast, where a model's differ, autocast's, as SDPA takes them."""
+    device = tensors[0].device.type
+    if all(x.dtype == tensors[0].dtype for x in tensors) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 @dataclass(frozen=True)
 class Call:
     """What a layer asks for besides tensors and masks.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy as shallow_copy
 from typing import Any
 
 import torch
@@ -12,13 +11,14 @@ from transformers.cache_utils import CacheLayerMixin
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError, ShapeError, UnsupportedError
 from ...kv.cache import KVCache
-from .call import Call
+from .call import Call, aligned
 from .masks import MaskPlan
 from .model import ModelShape
 from .padding import attend_tokens, valid_after
 from .parallel import HeadShare, TensorParallel
 
 _HANDLE = "_turbo_layer"
+_VALUES = "_turbo_values"
 
 
 def layer_of(key: Tensor) -> TurboLayer | None:
@@ -60,6 +60,8 @@ class TurboLayer(CacheLayerMixin):
         self.kv: KVCache | None = None
         self.valid: Tensor | None = None
         self.record_past = False
+        self.may_stay_empty = False
+        """Whether it may read another layer's keys and hold none, in a forward that went well."""
         self._head_bits, self._k_mean, self._max_tokens = head_bits, k_mean, max_tokens
         self._stored = 0
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -131,9 +133,10 @@ class TurboLayer(CacheLayerMixin):
         self.check_settled()
         self._check_new(key_states, value_states)
         if self.kv is None:
-            self.lazy_initialization(key_states, value_states)
-        self._pending = key_states, value_states
+            self.lazy_initialization(*aligned(key_states, value_states))
+        self._pending = aligned(key_states, value_states)  # type: ignore[assignment]
         setattr(key_states, _HANDLE, self)
+        setattr(key_states, _VALUES, value_states)
         return key_states, value_states
 
     def attend(
@@ -161,6 +164,7 @@ class TurboLayer(CacheLayerMixin):
         self._check_model(module)
         if pending is not None:
             self._check_positions(positions)
+            query, *_ = aligned(query, *pending)
         known = None if self.valid is None else self.valid[:, :past]
         valid = valid_after(plan, known, past, new, self.batch_size)
         if self.window is not None:
@@ -221,9 +225,12 @@ class TurboLayer(CacheLayerMixin):
     def clone(self) -> TurboLayer:
         """An independent layer with the same content; compressed blocks are shared."""
         self.check_settled()
-        other = shallow_copy(self)
-        other.kv = None if self.kv is None else self.kv.clone()
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, kv=None if self.kv is None else self.kv.clone())
         return other
+
+    def __copy__(self) -> TurboLayer:
+        return self.clone()
 
     def restore(self, kv: KVCache, stored: int, valid: Tensor | None) -> None:
         """Take what a file held."""
@@ -274,6 +281,21 @@ class TurboLayer(CacheLayerMixin):
                 f"{kind} is not supported: it does not call transformers' attention interface, or changes keys after "
                 "the cache. reset() empties the cache"
             )
+
+    def check_values(self, key: Tensor, value: Tensor) -> None:
+        """`key` and `value` are a pair that `update` returned: attention reads what it stored, not these.
+
+        Raises:
+            UnsupportedError: the values are others. What `update` brought is then forgotten.
+        """
+        if value is getattr(key, _VALUES):
+            return
+        self._pending = None
+        kind = repr(self.model.model_type) if self.model is not None else "of this model"
+        raise UnsupportedError(
+            f"value: expected the values that the TurboCache stored with the keys of layer {self.index}, got others: the "
+            f"architecture {kind} is not supported: it changes values after the cache"
+        )
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):

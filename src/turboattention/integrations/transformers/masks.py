@@ -109,7 +109,7 @@ def turbo_mask(
     # A compiled graph does not know where a static cache stands.
     known = not (torch.compiler.is_dynamo_compiling() and isinstance(q_offset, Tensor))
     ends_together = known and kv_offset + kv_length == int(q_offset) + q_length
-    if causal and ends_together and allow_is_causal_skip:
+    if causal and ends_together and allow_is_causal_skip and not _cut_by_model(kwargs.get("config")):
         tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
         return _with_plan(tokens, window)
     if mask_function is bidirectional_mask_function:
@@ -129,6 +129,12 @@ def turbo_mask(
     )
     assert matrix is not None
     return _with_plan(matrix, None)
+
+
+def _cut_by_model(config: Any) -> bool:
+    """Gemma 4 with layers that share keys cuts rows out of its masks, which must then have rows."""
+    kind = str(getattr(config, "model_type", ""))
+    return kind.startswith("gemma4") and bool(getattr(config, "num_kv_shared_layers", None))
 
 
 def _with_plan(mask: Tensor, window: int | None) -> Tensor:

@@ -10,6 +10,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import InputError, UnsupportedError
 
+LARGEST_HEAD = 256
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -49,6 +51,12 @@ class ModelShape:
                 )
 
 
+_DEPEND_ON_ALL = {
+    "doge": "its masks follow from the values of all past tokens, which a TurboCache does not give back",
+    "diffllama": "it changes values after the cache",
+}
+
+
 def text_config(config: Any) -> Any:
     """The decoder's part of a config."""
     if not isinstance(config, PreTrainedConfig):
@@ -69,6 +77,13 @@ def layer_windows(config: Any) -> list[int | None]:
         )
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
+    if (kind := getattr(text, "model_type", None)) in _DEPEND_ON_ALL:
+        raise UnsupportedError(f"model_config: the architecture {kind!r} is not supported: {_DEPEND_ON_ALL[kind]}")
+    for index, width in enumerate(_by_layer(text, "head_dim")):
+        if isinstance(width, int) and (width > LARGEST_HEAD or width % 8):
+            raise UnsupportedError(
+                f"model_config: expected a head_dim of up to {LARGEST_HEAD} in multiples of 8, got {width} in layer {index}"
+            )
     # transformers' own cache knows which kind of state each layer keeps, in every release.
     layers = DynamicCache(config=text).layers
     if not layers:
@@ -96,6 +111,16 @@ def shares_keys(text: Any) -> bool:
     )
 
 
+def _by_layer(config: Any, name: str) -> list[Any]:
+    """A field of every layer's config, in models that have one for each; else empty."""
+    return [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", None) or ()]
+
+
 def _number(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
+    """None also where layers differ."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers: ambiguous, as it is a field of each layer
+        values = set(_by_layer(config, name))
+        value = values.pop() if len(values) == 1 else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -12,6 +12,7 @@ from ... import dispatch
 from ...config import TurboConfig
 from ...validation import check_config
 from .attention import turbo_attention_forward
+from .followed import follow, unfollow
 from .masks import turbo_mask
 
 NAME = "turbo"
@@ -37,6 +38,7 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
     for registry, function in ((AttentionInterface, forward), (AttentionMaskInterface, turbo_mask)):
         _replaced.setdefault(registry, registry._global_mapping.get(NAME, _ABSENT))
         registry.register(NAME, function)
+    follow()
 
 
 def disable() -> None:
@@ -50,4 +52,5 @@ def disable() -> None:
             registry._global_mapping.pop(NAME, None)
         else:
             registry.register(NAME, before)
+    unfollow()
     _replaced.clear()

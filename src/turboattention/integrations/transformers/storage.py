@@ -101,7 +101,9 @@ def _layer(
     backend: str,
 ) -> TurboLayer:
     if entry["kv"] is None:
-        return TurboLayer(index, entry["window"], model=model, parallel=parallel, backend=backend)
+        layer = TurboLayer(index, entry["window"], model=model, parallel=parallel, backend=backend)
+        layer.may_stay_empty = True
+        return layer
     kv = cache_from_tensors(tensors, entry["kv"], _prefix(index), device)
     expected = torch.full_like(kv.seq_lens, length) if valid is None else valid.sum(-1)
     if (valid is not None and valid.shape[1] != length) or not torch.equal(kv.seq_lens, expected):

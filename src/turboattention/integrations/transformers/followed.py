@@ -1,0 +1,42 @@
+"""`generate` with a cache that holds tokens already: its prompt goes on from those, or is refused.
+
+A model sees only the new tokens of a prompt, so a cache cannot tell by itself that the others are not its own. The step
+before, which `generate` takes for every forward, sees them all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+
+from .cache import TurboCache
+
+_NAME = "prepare_inputs_for_generation"
+
+
+def follow() -> None:
+    """Have every model's `generate` tell a `TurboCache` its tokens. Idempotent."""
+    original = getattr(GenerationMixin, _NAME)
+    if hasattr(original, "_turbo_original"):
+        return
+
+    @functools.wraps(original)
+    def prepare(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, TurboCache) and kwargs.get("inputs_embeds") is None:
+            whole = not isinstance(mask, Tensor) or mask.shape[-1] == input_ids.shape[1]
+            cache.follow(input_ids if whole else None, begins=bool(kwargs.get("is_first_iteration")))
+        return original(self, input_ids, *args, **kwargs)
+
+    prepare._turbo_original = original  # type: ignore[attr-defined]
+    setattr(GenerationMixin, _NAME, prepare)
+
+
+def unfollow() -> None:
+    """Undo `follow`."""
+    original = getattr(getattr(GenerationMixin, _NAME), "_turbo_original", None)
+    if original is not None:
+        setattr(GenerationMixin, _NAME, original)

@@ -1,0 +1,133 @@
+"""What layers do between `update` and attention: other dtypes are aligned, other values refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from turboattention import TurboConfig
+from turboattention.errors import InputError, UnsupportedError
+from turboattention.integrations.transformers import TurboCache
+from turboattention.integrations.transformers.attention import turbo_attention_forward
+
+SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
+
+
+class TestValues:
+    def test_changed_after_update_are_refused(self, tiny, tokens, forward, monkeypatch):
+        """They were ignored without a word, as attention reads what the cache stored."""
+        model, cache = tiny("llama"), None
+        original = TurboCache.update
+
+        def change(*args):
+            key, value = original(*args)
+            return key, value * 2
+
+        cache = TurboCache(model.config, SMALL)
+        with monkeypatch.context() as patch:
+            patch.setattr(TurboCache, "update", change)
+            with pytest.raises(UnsupportedError, match="layer 0, got others: the architecture 'llama' .* changes values"):
+                forward(model, "turbo", tokens(1, 8), [8], cache)
+        cache.reset()
+        forward(model, "turbo", tokens(1, 8), [8], cache)
+
+    def test_a_second_call_with_other_values_is_refused(self, tiny):
+        model = tiny("llama")
+        cache = TurboCache(model.config, SMALL)
+        q, k, v = torch.randn(1, 4, 5, 64), *torch.randn(2, 1, 2, 5, 64)
+        key, value = cache.update(k, v, 0)
+        module = torch.nn.Module()
+        first, _ = turbo_attention_forward(module, q, key, value, None)
+        again, _ = turbo_attention_forward(module, q, key, value, None)
+        torch.testing.assert_close(first, again)
+        with pytest.raises(UnsupportedError, match="changes values after the cache"):
+            turbo_attention_forward(module, q, key, value + 1, None)
+        assert cache.get_seq_length() == 5
+
+    @pytest.mark.parametrize("kind", ["diffllama", "doge"])
+    def test_architectures_that_need_them_are_refused_at_the_start(self, kind):
+        config = AutoConfig.for_model(kind, num_hidden_layers=2)
+        with pytest.raises(UnsupportedError, match=f"the architecture '{kind}' is not supported"):
+            TurboCache(config)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("pieces", [[40], [33, 1, 6], [1] * 40])
+    def test_with_a_turbo_cache(self, pieces, tiny, tokens, forward, distance):
+        """Rotary embedding leaves queries and keys in float32, values are bfloat16."""
+        model, ids = tiny("llama"), tokens(2, 40)
+        want = forward(model, "turbo", ids, pieces, TurboCache(model.config, SMALL))
+        cache = TurboCache(model.config, SMALL)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = forward(model, "turbo", ids, pieces, cache)
+        assert distance(got.float(), want) < 0.1
+        assert cache.layers[0].kv.dtype == torch.bfloat16
+
+    def test_without_any_cache(self, tiny, tokens, forward, distance):
+        model, ids = tiny("llama"), tokens(2, 40)
+        want = forward(model, "turbo", ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = forward(model, "turbo", ids)
+        assert distance(got.float(), want) < 0.1
+
+    def test_a_cache_goes_on_in_and_out_of_it(self, tiny, tokens, forward):
+        model, ids = tiny("llama"), tokens(1, 60)
+        cache = TurboCache(model.config, SMALL)
+        forward(model, "turbo", ids[:, :20], [20], cache)
+        with torch.autocast("cpu", torch.bfloat16):
+            forward(model, "turbo", ids[:, :40], [20], cache)
+        forward(model, "turbo", ids, [1] * 20, cache)
+        assert cache.get_seq_length() == 60
+
+
+class TestGemma4:
+    SIZES = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
+        "sliding_window": 24,
+    }  # fmt: skip
+
+    def test_heads_that_are_too_wide(self):
+        config = AutoConfig.for_model("gemma4_text")
+        with pytest.raises(UnsupportedError, match="head_dim of up to 256 .* got 512 in layer"):
+            TurboCache(config)
+
+    @pytest.mark.parametrize("shared", [0, 2])
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_small_heads_work(self, shared, cached, tokens, forward, distance):
+        config = AutoConfig.for_model(
+            "gemma4_text", **self.SIZES, head_dim=16, global_head_dim=32, num_kv_shared_layers=shared,
+            layer_types=["sliding_attention", "full_attention"] * 2
+        )
+        torch.manual_seed(0)
+        model, ids = AutoModelForCausalLM.from_config(config).eval(), tokens(2, 40)
+        want = forward(model, "eager", ids)
+        got = forward(model, "turbo", ids, [30, 1, 9] if cached else None, TurboCache(config, SMALL) if cached else None)
+        assert distance(got, want) < 0.2
+
+
+class TestBrokenForward:
+    @pytest.mark.parametrize("layer", [0, 1, 2])
+    @pytest.mark.parametrize("before", [0, 9])
+    def test_the_advice_works(self, layer, before, tiny, tokens, forward, monkeypatch):
+        model, ids = tiny("llama"), tokens(1, 21)
+        cache = TurboCache(model.config, SMALL)
+        if before:
+            forward(model, "turbo", ids[:, :before], [before], cache)
+
+        def fail(*_, **__):
+            raise RuntimeError("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[layer].mlp, "forward", fail)
+            with pytest.raises(RuntimeError, match="broken"):
+                forward(model, "turbo", ids, [20 - before], cache)
+        if layer < 2:
+            with pytest.raises(InputError, match="an earlier forward failed") as refused:
+                forward(model, "turbo", ids, [1], cache)
+            assert ("crop(" in str(refused.value)) is (before > 0)
+        cache.crop(before) if before else cache.reset()
+        want = forward(model, "turbo", ids, [before, 21 - before] if before else [21], TurboCache(model.config, SMALL))
+        got = forward(model, "turbo", ids, [21 - before], cache)
+        torch.testing.assert_close(got, want[:, before:])

@@ -1,0 +1,85 @@
+"""A cache that holds one prompt, given another one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from turboattention import TurboConfig
+from turboattention.errors import InputError
+from turboattention.integrations import transformers as integration
+from turboattention.integrations.transformers import TurboCache
+
+SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
+
+
+def say(model, ids, cache, **options):
+    model.set_attn_implementation("turbo")
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("make", [lambda x: x, TurboCache.clone, copy.copy, copy.deepcopy])
+def test_another_longer_prompt_is_refused(make, tiny, tokens):
+    model, cache = tiny("llama"), None
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(2, 20), cache)
+    cache = make(cache)
+    before = cache.get_seq_length()
+    with pytest.raises(InputError, match=r"the 24 tokens of the TurboCache, got one that differs from token 0 on"):
+        say(model, tokens(2, 40, seed=1), cache)
+    changed = torch.cat([said, tokens(2, 5, seed=2)], 1)
+    changed[1, 22] = 95 if changed[1, 22] != 95 else 94  # generated, not of the prompt
+    with pytest.raises(InputError, match=r"differs from token 22 on; crop\(22\)"):
+        say(model, changed, cache)
+    assert cache.get_seq_length() == before
+    cache.crop(22)
+    got = say(model, changed, cache)
+    assert torch.equal(got[:, :30], torch.cat([changed, got[:, 29:30]], 1)[:, :30])
+
+
+def test_a_prompt_that_goes_on_is_taken(tiny, tokens):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(2, 20), cache)
+    longer = torch.cat([said, tokens(2, 7, seed=2)], 1)
+    assert say(model, longer, cache).shape == (2, 37)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_other_ways_to_generate_go_on(options, tiny, tokens):
+    model = tiny("llama")
+    rows = 1 if "prompt_lookup_num_tokens" in options else 2
+    cache = TurboCache(model.config, SMALL)
+    say(model, tokens(rows, 20), cache, **options)
+    cache.reset()
+    say(model, tokens(rows, 30, seed=3), cache, **options)
+
+
+def test_it_can_be_switched_off_and_plain_forwards_know_nothing(tiny, tokens, forward):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL, check_prompts=False)
+    say(model, tokens(1, 20), cache)
+    say(model, tokens(1, 40, seed=1), cache.clone())
+    plain = TurboCache(model.config, SMALL)
+    forward(model, "turbo", tokens(1, 20), [20], plain)
+    say(model, tokens(1, 40, seed=1), plain)
+
+
+def test_a_loaded_cache_is_followed(tiny, tokens, tmp_path):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(1, 20), cache)
+    cache.save(tmp_path / "cache", input_ids=said[:, : cache.get_seq_length()])
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        say(model, tokens(1, 40, seed=1), TurboCache.load(tmp_path / "cache"))
+
+
+def test_disable_leaves_generate_as_it_was():
+    from transformers import GenerationMixin
+
+    integration.enable()
+    integration.disable()
+    assert not hasattr(GenerationMixin.prepare_inputs_for_generation, "_turbo_original")

@@ -1,0 +1,61 @@
+"""Files made to harm: refused, before memory is taken for what they claim."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import turboattention as ta
+from turboattention.errors import FormatError
+from turboattention.kv.storage import _digest, read_file
+
+from .tools import filled
+
+
+@pytest.fixture
+def forged(tmp_path):
+    """A saved cache with some of it replaced, under a digest that fits."""
+
+    def forge(changed=None, **metadata):
+        path = tmp_path / "cache"
+        filled([200, 90], window_size=100)[0].save(path)
+        tensors, about = read_file(path)
+        tensors = tensors | (changed(tensors) if changed else {})
+        content = json.dumps({"cache": about["cache"] | metadata})
+        header = {"format": "turboattention-kv", "version": "1", "rotation": "1"} | {"content": content}
+        save_file(tensors, path, metadata=header | {"digest": _digest(content, tensors)})
+        return path
+
+    return forge
+
+
+def test_a_forged_file_without_changes_loads(forged):
+    assert len(ta.KVCache.load(forged())) == 200
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("name", ["buffer.k_scale", "buffer.v_scale", "k_mean"])
+def test_numbers_that_are_not_finite(forged, name, bad):
+    with pytest.raises(FormatError, match=name):
+        ta.KVCache.load(forged(lambda tensors: {name: torch.full_like(tensors[name], bad)}))
+
+
+def test_scales_of_pages_that_are_not_finite(forged):
+    with pytest.raises(FormatError, match="pages"):
+        ta.KVCache.load(forged(lambda tensors: {"pages": torch.full_like(tensors["pages"], 255)}))
+
+
+@pytest.mark.parametrize("size", [{"num_kv_heads": 2**40}, {"head_dim": 2**40}, {"num_kv_heads": 3}], ids=str)
+def test_sizes_that_no_tensor_has(forged, size):
+    with pytest.raises(FormatError):
+        ta.KVCache.load(forged(**size))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FormatError, match="cannot be read"):
+        ta.KVCache.load(tmp_path / "pipe")

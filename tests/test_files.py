@@ -1,0 +1,131 @@
+"""Files appear whole or not at all, whoever else uses the same name."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import turboattention as ta
+from turboattention.errors import InputError
+from turboattention.files import write_text, write_whole
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_two_processes_that_save_to_one_path(tmp_path):
+    """They wrote into each other's temporary file, and loaders found it damaged under the final name."""
+    command = [sys.executable, ROOT / "tests/files_worker.py", tmp_path / "cache", "3"]
+    workers = [
+        subprocess.Popen([*command, str(length)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "src"}, cwd=ROOT)
+        for length in (100, 3000)
+    ]
+    met = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    assert all(set(one) == {"saves", "loads"} for one in met), met
+    assert min(min(one.values()) for one in met) > 5
+    assert len(ta.KVCache.load(tmp_path / "cache")) in (100, 3000)
+    assert os.listdir(tmp_path) == ["cache"]
+
+
+def test_threads_that_save_to_one_path(tmp_path):
+    caches = []
+    for length in (70, 500, 2000):
+        caches.append(ta.KVCache(1, 1, 16))
+        caches[-1].append(*torch.ones(2, 1, 1, length, 16))
+    caches[0].save(tmp_path / "cache")
+    failures, loaded = [], set()
+
+    def work(cache: ta.KVCache) -> None:
+        try:
+            for _ in range(25):
+                cache.save(tmp_path / "cache")
+                loaded.add(len(ta.KVCache.load(tmp_path / "cache")))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert loaded <= {70, 500, 2000}
+    assert os.listdir(tmp_path) == ["cache"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, file_limit):
+    path = tmp_path / "report.html"
+    write_text(path, "old")
+    with file_limit(4096), pytest.raises(InputError, match="--html: .*report.html cannot be written: File too large"):
+        write_text(path, "new" * 10_000, "--html")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "x", fail)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask, rights", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_access_rights_follow_the_umask(tmp_path, umask, rights):
+    cache = ta.KVCache(1, 1, 16)
+    before = os.umask(umask)
+    try:
+        cache.save(tmp_path / "cache")
+        write_text(tmp_path / "text", "x")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("cache", "text")] == [rights] * 2
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["to a file", "dangling"])
+def test_a_link_stays_a_link(tmp_path, exists):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "cache", tmp_path / "link"
+    if exists:
+        target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert os.listdir(target.parent) == ["cache"]
+
+
+def test_what_is_no_file_stays_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("pipe", "a device or pipe"), ("folder", "a folder")):
+        with pytest.raises(InputError, match=f"path: expected a file, got {kind}: .*{name}"):
+            write_text(tmp_path / name, "x")
+        with pytest.raises(InputError, match=f"path: expected a file, got {kind}"):
+            ta.KVCache(1, 1, 16).save(tmp_path / name)
+    with pytest.raises(InputError, match="a folder that exists"):
+        write_text(tmp_path / "none" / "x", "x")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="drops the rights of root")
+def test_a_folder_without_permission(tmp_path):
+    write_text(tmp_path / "x", "old")
+    tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match="x cannot be written: Permission denied|a folder that exists"):
+            write_text(tmp_path / "x", "new")
+    finally:
+        os.seteuid(0)
+    assert (tmp_path / "x").read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
