@@ -74,8 +74,14 @@ def continue_text(
     *,
     save_to: Path | None = None,
     write: Callable[[str], None] | None = None,
+    stop: frozenset[int] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> Result:
-    """Process the prompt, save its cache where wanted, then generate up to `limit` tokens into `write`."""
+    """Process the prompt, save its cache where wanted, then generate up to `limit` tokens into `write`.
+
+    The text ends early behind one of `stop`, by default the model's stop tokens, or behind the token at which `enough`
+    is true.
+    """
     from ..integrations.transformers.generation import Generation, Run, generate
 
     run = Run(language, start.cache)
@@ -88,7 +94,13 @@ def continue_text(
             with bars.task("Saving the cache"):
                 cache_file.save(start.cache, start.ids, save_to)
         stream = TokenText(language.decode, write or _nowhere)
-        generation = generate(run, limit, sampler, stream.add) if limit else Generation([], ended=False, seconds=0.0)
+
+        def on_token(token: int) -> bool:
+            stream.add(token)
+            return enough is not None and enough()
+
+        nothing = Generation([], ended=False, seconds=0.0)
+        generation = generate(run, limit, sampler, on_token, stop) if limit else nothing
         stream.finish()
     return Result(
         text=language.decode(generation.tokens),
