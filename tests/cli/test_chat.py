@@ -198,7 +198,7 @@ def test_piped_output_is_the_answers_alone(run: Run, chat_model: Path, chat_lang
     ran = call(run, chat_model, "Who opened?\n\nWhy?\n")
     assert ran.code == 0
     assert ran.stdout == "".join(f"{text}\n" for text in expected)
-    assert "\x1b" not in ran.stdout + ran.stderr
+    assert "\x1b" not in ran.stderr
     assert ran.stderr.startswith("note: turn 1: prompt of ")
     assert "note: turn 2: prompt of " in ran.stderr
     assert "from the cache" in ran.stderr
