@@ -1,8 +1,8 @@
 """What ships with the package: a small language model for tests, texts, and questions about one of them.
 
-The document is the tale "Aladdin and the Wonderful Lamp" as "The Blue Fairy Book" tells it (1889, edited by
-Andrew Lang, public domain). The text is the beginning of chapter II of "Dracula" by Bram Stoker (1897, public domain): about 4,000
-tokens of the bundled model's tokenizer, ending in the middle of a sentence.
+The document is the tale "Aladdin and the Wonderful Lamp" as "The Blue Fairy Book" tells it (1889, edited by Andrew
+Lang, public domain). The text is the beginning of chapter II of "Dracula" by Bram Stoker (1897, public domain): about
+4,000 tokens of the bundled model's tokenizer, ending in the middle of a sentence.
 """
 
 from __future__ import annotations
