@@ -210,7 +210,7 @@ def _answer(request: Request, language: LanguageModel) -> None:
             answered.append({"question": question} | result.as_json())
             continue
         typer.echo()
-        note(result.summary())
+        result.show_cost()
     if request.json:
         read = {"document_tokens": len(document.prefix), "document_seconds": ready.seconds}
         warnings = {"warnings": [] if slower is None else [slower]}

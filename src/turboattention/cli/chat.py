@@ -143,7 +143,7 @@ class Chat:
                 return
         typer.echo()
         stopped = "stopped; " if interrupt.asked else ""
-        note(f"turn {self.session.turns}: {stopped}{result.summary()}")
+        result.show_cost(f"turn {self.session.turns}: {stopped}")
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")

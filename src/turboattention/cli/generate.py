@@ -242,7 +242,7 @@ def _continue(request: Request, language: LanguageModel, bars: Bars) -> None:
         return
     if request.limit:
         typer.echo()
-    note(result.summary())
+    result.show_cost()
 
 
 def _start(request: Request, language: LanguageModel) -> Start:

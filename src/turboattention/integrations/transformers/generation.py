@@ -104,6 +104,8 @@ def load(name: str, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
     with _quiet():
         try:
             model, info, tokenizer = _load_named(name, dtype) if file is None else load_gguf(file, dtype)
+        except InputError:
+            raise
         except Exception as error:  # every library below raises kinds of its own
             raise InputError(_why_not(name, error)) from error
     if info["missing_keys"]:
