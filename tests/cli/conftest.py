@@ -38,9 +38,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-def save_model(folder: Path, *, seed: int = 0, eos: int | None = 0, **sizes: Any) -> Path:
+TEMPLATE = (
+    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def save_model(folder: Path, *, seed: int = 0, eos: int | None = 0, template: str | None = None, **sizes: Any) -> Path:
     """A random Llama that does not repeat itself at once."""
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -70,6 +77,17 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny", eos=None)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template."""
+    return save_model(tmp_path_factory.mktemp("models") / "chatting", eos=None, template=TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def chat_language(chat_model: Path) -> generation.LanguageModel:
+    return generation.load(str(chat_model), "cpu", "float32")
 
 
 @pytest.fixture(scope="session")

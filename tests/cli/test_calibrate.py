@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from turboattention.calibration import Calibration
-from turboattention.cli.heads_view import LEGEND, cells_of, summary
+from turboattention.cli.heads_view import LEGEND, cells_of, standing_out, summary
 
 from ..calibration.samples import calibration, layer
 from .conftest import TEXT, Run
@@ -130,7 +130,7 @@ def test_a_page(run: Run, saved, tmp_path):
     assert said.code == 0, said.stderr
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>")
-    assert text.count("data:image/svg+xml;base64,") == 5
+    assert text.count("data:image/svg+xml;base64,") == 6
     assert "some/model" in text
     assert "http://" not in text
     assert "https://" not in text
@@ -179,3 +179,18 @@ def test_generate_refuses_another_models(run: Run, model, saved):
     said = run("generate", "--model", model, "--prompt", "x", "--calibration", saved, "--max-new-tokens", 1)
     assert "error: " in said.stderr
     assert run("generate", "--prompt", "x", "--calibration", saved / "none").error.startswith("path: expected a")
+
+
+def test_a_layer_that_stands_out_is_named(run: Run, tmp_path):
+    """Also in the picture, which is a picture."""
+    found = calibration(0.1, 0.1, 0.1, 0.1)
+    assert standing_out(found) == {}
+    found.layers[2].errors[0, :, -1] *= 30
+    assert list(standing_out(found)) == [2]
+    assert "Standing out: layer 2: K at 8 bits loses" in summary(found)
+    found.save(tmp_path / "kept")
+    said = run("inspect", "--calibration", tmp_path / "kept", "--picture", tmp_path / "keys.png")
+    assert "Standing out: layer 2" in " ".join(said.stdout.split())
+    assert (tmp_path / "keys.png").read_bytes().startswith(b"\x89PNG")
+    refused = run("inspect", "--calibration", tmp_path / "kept", "--picture", tmp_path / "keys.doc").error
+    assert refused.startswith("--picture: expected a file named .png, .svg, .pdf, got ")

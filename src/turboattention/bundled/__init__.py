@@ -1,7 +1,8 @@
-"""What ships with the package: a small language model, and a long text that it has never seen.
+"""What ships with the package: a small language model for tests, texts, and questions about one of them.
 
-The text is the beginning of chapter II of "Dracula" by Bram Stoker (1897, public domain): about 4,000
-tokens of the bundled model's tokenizer, ending in the middle of a sentence.
+The document is the tale "Aladdin and the Wonderful Lamp" as "The Blue Fairy Book" tells it (1889, edited by Andrew
+Lang, public domain). The text is the beginning of chapter II of "Dracula" by Bram Stoker (1897, public domain): about
+4,000 tokens of the bundled model's tokenizer, ending in the middle of a sentence.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ def model_path() -> Path:
 def text_path() -> Path:
     """The file of the bundled text, UTF-8."""
     return _HERE / "text.txt"
+
+
+def document() -> str:
+    """The bundled document that `questions` are about: 6,800 tokens of SmolLM2's tokenizer."""
+    return (_HERE / "document.txt").read_text(encoding="utf-8")
+
+
+def questions() -> list[str]:
+    """Questions about the bundled document."""
+    return (_HERE / "questions.txt").read_text(encoding="utf-8").splitlines()
 
 
 def text() -> str:

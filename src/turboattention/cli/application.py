@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .ask import ask
 from .bench import bench
 from .calibrate import calibrate
+from .chat import chat
 from .doctor import doctor
 from .evaluate import evaluate
 from .failures import CleanGroup
@@ -45,6 +47,8 @@ def root(
 
 
 app.command()(generate)
+app.command()(chat)
+app.command()(ask)
 app.command("eval")(evaluate)
 app.command()(calibrate)
 app.command()(inspect)

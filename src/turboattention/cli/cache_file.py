@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from ..integrations.transformers.generation import LanguageModel
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, option: str = "--save-cache") -> None:
     """Raises InputError now for a file that after a long prompt could not be written, or should not be replaced."""
-    targets.check_target("--save-cache", path)
+    targets.check_target(option, path)
     if path.exists() and not _is_saved_cache(path):
-        raise InputError(f"--save-cache: expected a new file or a saved cache to replace, got {path}, which is neither")
+        raise InputError(f"{option}: expected a new file or a saved cache to replace, got {path}, which is neither")
 
 
 def _is_saved_cache(path: Path) -> bool:
@@ -36,28 +37,35 @@ def _is_saved_cache(path: Path) -> bool:
 def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:
     import torch
 
-    try:
+    with writing("--save-cache", path):
         cache.save(path, input_ids=torch.tensor([list(ids)]))
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """What cannot be written is said of the option."""
+    try:
+        yield
     except InputError as error:
-        raise InputError(f"--save-cache: {_without_argument(str(error))}") from error
+        raise InputError(f"{option}: {_without_argument(str(error))}") from error
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be written: {error.strerror or error}") from error
 
 
-def load(language: LanguageModel, path: Path) -> tuple[TurboCache, list[int]]:
+def load(language: LanguageModel, path: Path, option: str = "--load-cache") -> tuple[TurboCache, list[int]]:
     """A saved cache and the tokens it was made from.
 
     Raises:
         FormatError, InputError: no such file, damaged, of another model, or without tokens.
     """
     if not path.is_file():
-        raise InputError(
-            f"--load-cache: expected a file, got {path}: {'a folder' if path.is_dir() else 'no such file'}"
-        )
+        raise InputError(f"{option}: expected a file, got {path}: {'a folder' if path.is_dir() else 'no such file'}")
     if not os.access(path, os.R_OK):
-        raise InputError(f"--load-cache: {path} cannot be read: no permission")
+        raise InputError(f"{option}: {path} cannot be read: no permission")
     try:
         cache = language.load_cache(path)
     except (FormatError, InputError) as error:
-        raise type(error)(f"--load-cache: {_without_argument(str(error))}") from error
+        raise type(error)(f"{option}: {_without_argument(str(error))}") from error
     assert cache.prompt_ids is not None
     return cache, cache.prompt_ids[0].tolist()
 
@@ -67,6 +75,11 @@ def _without_argument(message: str) -> str:
     for name in ("path: ", "cache: ", "past_key_values: "):
         message = message.removeprefix(name)
     return message
+
+
+def shared_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
@@ -79,7 +92,7 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
     Raises:
         InputError: the prompt is another text.
     """
-    shared = next((i for i, (a, b) in enumerate(zip(cached, ids, strict=False)) if a != b), min(len(cached), len(ids)))
+    shared = shared_tokens(cached, ids)
     if 2 * shared < len(cached):
         raise InputError(
             f"--load-cache: expected a prompt that begins like the cached one ({len(cached):,} tokens), "

@@ -75,23 +75,32 @@ class Comparison:
 
 
 def compare(
-    language: LanguageModel, ids: Sequence[int], settings: Sequence[Setting], limit: int, bars: Bars
+    language: LanguageModel,
+    ids: Sequence[int],
+    settings: Sequence[Setting],
+    limit: int,
+    bars: Bars,
+    stop: frozenset[int] | None = None,
 ) -> Comparison:
-    """One run on the model's own cache, and one for each setting."""
-    own, _ = _run(language, ids, None, OWN, limit, bars)
+    """One run on the model's own cache, and one for each setting; `stop` as in `generate`."""
+    own, _ = _run(language, ids, None, OWN, limit, bars, stop)
     rows = []
     for setting in settings:
         with guard_warnings(show=False) as said:
-            outcome, ranked_first = _run(language, ids, setting, setting.label, limit, bars, own.tokens)
-        first = first_difference(own.tokens, outcome.tokens)
-        agreement = Agreement(
-            first_difference=first,
-            same_tokens=same_tokens(own.tokens, outcome.tokens),
-            same_text_chars=_shared_chars(language, own, outcome, first),
-            top1=same_tokens(own.tokens, ranked_first),
-        )
-        rows.append(Row(setting, outcome, agreement, list(dict.fromkeys(said))))
+            outcome, ranked_first = _run(language, ids, setting, setting.label, limit, bars, stop, own.tokens)
+        rows.append(Row(setting, outcome, agreement(language, own, outcome, ranked_first), list(dict.fromkeys(said))))
     return Comparison(len(ids), own, rows)
+
+
+def agreement(language: LanguageModel, own: Outcome, outcome: Outcome, ranked_first: Sequence[int]) -> Agreement:
+    """How an outcome compares with the own cache's, given what was ranked first at each of that one's tokens."""
+    first = first_difference(own.tokens, outcome.tokens)
+    return Agreement(
+        first_difference=first,
+        same_tokens=same_tokens(own.tokens, outcome.tokens),
+        same_text_chars=_shared_chars(language, own, outcome, first),
+        top1=same_tokens(own.tokens, ranked_first),
+    )
 
 
 def _run(
@@ -101,21 +110,49 @@ def _run(
     label: str,
     limit: int,
     bars: Bars,
+    stop: frozenset[int] | None,
     reference: Sequence[int] = (),
 ) -> tuple[Outcome, list[int]]:
     """The outcome, and what was ranked first at each token of `reference` after its tokens before."""
-    from ..integrations.transformers.generation import Run, generate
-
-    config, calibration = (setting.config, setting.calibration) if setting else (None, None)
-    with bars.task(f"{label}: warming up"), guard_warnings(show=False):
-        warm_up = Run(language, language.new_cache(config, calibration))
-        warm_up.prefill(list(ids[:_WARM_UP_TOKENS]))
-        generate(warm_up, 3)
-    run = Run(language, language.new_cache(config, calibration))
+    warm_up(language, ids, setting, label, bars)
+    run = new_run(language, setting)
     with bars.task(f"{label}: prompt") as update:
         start = time.perf_counter()
         run.prefill(ids, update)
         seconds = time.perf_counter() - start
+    return go_on(run, label, limit, bars, stop, reference, seconds)
+
+
+def new_run(language: LanguageModel, setting: Setting | None) -> Run:
+    """On an empty cache, quantized as `setting` says or the model's own."""
+    from ..integrations.transformers.generation import Run
+
+    config, calibration = (setting.config, setting.calibration) if setting else (None, None)
+    return Run(language, language.new_cache(config, calibration))
+
+
+def warm_up(language: LanguageModel, ids: Sequence[int], setting: Setting | None, label: str, bars: Bars) -> None:
+    """A few tokens through a cache of its own, so that none of what follows is the first of its kind."""
+    from ..integrations.transformers.generation import generate
+
+    with bars.task(f"{label}: warming up"), guard_warnings(show=False):
+        run = new_run(language, setting)
+        run.prefill(list(ids[:_WARM_UP_TOKENS]))
+        generate(run, 3)
+
+
+def go_on(
+    run: Run,
+    label: str,
+    limit: int,
+    bars: Bars,
+    stop: frozenset[int] | None,
+    reference: Sequence[int],
+    prefill_seconds: float,
+) -> tuple[Outcome, list[int]]:
+    """What a run that has read its prompt gives, and what it ranks first at each token of `reference`."""
+    from ..integrations.transformers.generation import generate
+
     fork = _ForkAtDifference(run, reference)
     with bars.task(f"{label}: new tokens") as update:
 
@@ -123,9 +160,9 @@ def _run(
             fork.see(token)
             update(len(fork.seen), limit)
 
-        generation = generate(run, limit, on_token=on_token)
+        generation = generate(run, limit, on_token=on_token, stop=stop)
     # Measured now: a copy shares memory with the run, and its own tokens would count.
-    outcome = _outcome(language, label, run, generation, seconds)
+    outcome = _outcome(run.language, label, run, generation, prefill_seconds)
     with bars.task(f"{label}: fed the own cache's text") as update:
         ranked_first = fork.follow(update)
     return outcome, ranked_first

@@ -15,7 +15,7 @@ from .comparison import Comparison, Outcome, Row
 from .output import bytes_text, number_text, share_text
 from .stream import printable
 
-_MARK = "▶"
+MARK = "▶"
 _NARROWEST = 34
 """Columns of text narrower than this are hard to read; then each setting gets a table of its own."""
 
@@ -102,12 +102,12 @@ def _texts(own: Outcome, rows: Sequence[Row]) -> Table:
         table.add_column(row.outcome.label, ratio=1, overflow="fold")
     # Beside several settings the model's own text has no single place of difference.
     shared = rows[0].agreement.same_text_chars if len(rows) == 1 else None
-    own_cell = _marked(own, shared)
-    table.add_row(own_cell, *(_marked(row.outcome, row.agreement.same_text_chars) for row in rows))
+    own_cell = marked(own, shared)
+    table.add_row(own_cell, *(marked(row.outcome, row.agreement.same_text_chars) for row in rows))
     return table
 
 
-def _marked(outcome: Outcome, shared: int | None) -> Text:
+def marked(outcome: Outcome, shared: int | None) -> Text:
     """The text, with a mark where it leaves the other one."""
     end = " [end]" if outcome.ended else ""
     if shared is None or shared == len(outcome.text):
@@ -115,7 +115,7 @@ def _marked(outcome: Outcome, shared: int | None) -> Text:
     head, tail = printable(outcome.text[:shared]), printable(outcome.text[shared:])
     space = tail[: len(tail) - len(tail.lstrip(" "))]
     before = (head + space).lstrip(" ")
-    return Text(before).append(_MARK, style="bold red").append(tail[len(space) :], style="yellow").append(end, "dim")
+    return Text(before).append(MARK, style="bold red").append(tail[len(space) :], style="yellow").append(end, "dim")
 
 
 def _figures(comparison: Comparison, *, turned: bool) -> Table:
@@ -156,7 +156,7 @@ def _speed(outcome: Outcome) -> tuple[str, str]:
 def _legend(comparison: Comparison) -> str:
     tokens = len(comparison.own.tokens)
     differ = any(row.agreement.first_difference is not None for row in comparison.rows)
-    lines = [f"{_MARK} marks where a text leaves the own cache's."] if differ else []
+    lines = [f"{MARK} marks where a text leaves the own cache's."] if differ else []
     lines += [
         f"{tokens:,} new tokens, the likeliest each time. KV size: bytes allocated; own cache: its elements in FP16. "
         "first diff.: the first token that is not the own cache's. same tokens: equal at the same position, each cache "

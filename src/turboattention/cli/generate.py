@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,19 +15,33 @@ from .comparison_view import as_json, show
 from .device import Dtype
 from .facts import facts, slower_than_kernels
 from .model import check_model, load_model
-from .options import MACHINE, Device, Kind, Threads, model_option
+from .options import (
+    INPUT,
+    QUANTIZING,
+    CalibrationOption,
+    Device,
+    GuardOption,
+    InputModel,
+    Json,
+    Kind,
+    PresetOption,
+    SaveCache,
+    Seed,
+    Temperature,
+    Threads,
+    TopP,
+    check_sampling,
+)
 from .output import note, print_json, results
 from .plain import Start, config_of, continue_text
 from .progress import Bars
 from .prompt import check_length, read_prompt
 from .settings import Guard, Preset, Setting, load_calibration, make_setting
-from .stream import printable
+from .stream import write_text
 
 if TYPE_CHECKING:
     from ..config import TurboConfig
     from ..integrations.transformers.generation import LanguageModel
-
-INPUT, QUANTIZING, SAMPLING = "Input", "Quantization", "Sampling"
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Request:
 
     settings: list[Setting]
     prompt: str | None
+    chat: bool
     limit: int
     temperature: float
     top_p: float
@@ -49,7 +62,7 @@ class Request:
 
 
 def generate(
-    model: Annotated[str | None, model_option(INPUT)] = None,
+    model: InputModel = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The text to continue.", rich_help_panel=INPUT)
     ] = None,
@@ -63,6 +76,12 @@ def generate(
             "--demo", help="Continue the text that ships with the package (4k tokens).", rich_help_panel=INPUT
         ),
     ] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="The text is a message, in the model's chat template, to answer.", rich_help_panel=INPUT
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="New tokens at most.", rich_help_panel=INPUT)] = 128,
     bits: Annotated[
         list[str] | None,
@@ -74,21 +93,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    preset: Annotated[
-        Preset | None, typer.Option(help="The defaults, or the method as published.", rich_help_panel=QUANTIZING)
-    ] = None,
-    guard: Annotated[
-        Guard | None,
-        typer.Option(help="What to do about heads that quantize badly. By default adapt.", rich_help_panel=QUANTIZING),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="What `calibrate` wrote for this model: the widths of --bits mixed, the default with it.",
-            rich_help_panel=QUANTIZING,
-        ),
-    ] = None,
+    preset: PresetOption = None,
+    guard: GuardOption = None,
+    calibration: CalibrationOption = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -97,10 +104,7 @@ def generate(
             rich_help_panel=QUANTIZING,
         ),
     ] = False,
-    save_cache: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Keep the prompt's cache in this file.", rich_help_panel=QUANTIZING),
-    ] = None,
+    save_cache: SaveCache = None,
     load_cache: Annotated[
         Path | None,
         typer.Option(
@@ -109,22 +113,13 @@ def generate(
             rich_help_panel=QUANTIZING,
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest tokens of this share.", rich_help_panel=SAMPLING)
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.", rich_help_panel=SAMPLING)] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     device: Device = "auto",
     dtype: Kind = Dtype.auto,
     threads: Threads = None,
-    json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="One JSON object instead of text. Errors stay one line on stderr.", rich_help_panel=MACHINE
-        ),
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Continue a text on a quantized KV cache; with --compare, beside the model's own.
 
@@ -133,6 +128,7 @@ def generate(
     request = Request(
         settings=_settings(bits, preset, guard, demo, compare, load_cache, calibration),
         prompt=read_prompt(prompt, file, demo),
+        chat=chat,
         limit=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -175,14 +171,11 @@ def _check(request: Request) -> None:
         raise InputError("--compare: expected no --save-cache or --load-cache with it")
     if request.prompt is None and request.load_cache is None:
         raise InputError("prompt: expected --prompt TEXT, --file PATH or --demo, got none")
-    if not math.isfinite(request.temperature):
-        raise InputError(f"--temperature: expected a finite number of at least 0, got {request.temperature}")
+    if request.chat and request.prompt is None:
+        raise InputError("--chat: expected --prompt TEXT or --file PATH with it, got none")
+    check_sampling(request.temperature, request.top_p)
     if request.compare and request.temperature:
         raise InputError("--compare: expected --temperature 0 (the likeliest token each time)")
-    if not 0 < request.top_p <= 1:
-        raise InputError(f"--top-p: expected a share above 0 and up to 1, got {request.top_p}")
-    if request.top_p < 1 and not request.temperature:
-        raise InputError("--top-p: expected --temperature above 0 with it, got 0")
     if not request.limit and (request.compare or not request.save_cache):
         raise InputError("--max-new-tokens: expected at least 1 (0 is for --save-cache alone), got 0")
     if request.save_cache is not None:
@@ -203,11 +196,11 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
 
 def _compare(request: Request, language: LanguageModel, bars: Bars) -> None:
     assert request.prompt is not None
-    ids = language.encode(request.prompt)
+    ids = _ids(request, language, request.prompt)
     check_length(len(ids), request.limit, language.context)
     config = request.settings[0].config  # what kernels compute does not depend on how the settings differ
     warnings = _warned(request, language, config)
-    comparison = compare(language, ids, request.settings, request.limit, bars)
+    comparison = compare(language, ids, request.settings, request.limit, bars, _stop(request, language))
     if request.json:
         print_json(facts(language, config) | as_json(comparison) | {"warnings": warnings})
     else:
@@ -232,29 +225,50 @@ def _continue(request: Request, language: LanguageModel, bars: Bars) -> None:
     start = _start(request, language)
     warnings = _warned(request, language, config_of(start.cache))
     sampler = Sampler(request.temperature, request.top_p, torch.Generator().manual_seed(request.seed))
-    write = None if request.json else _write
-    result = continue_text(language, start, request.limit, sampler, bars, save_to=request.save_cache, write=write)
+    write = None if request.json else write_text
+    result = continue_text(
+        language,
+        start,
+        request.limit,
+        sampler,
+        bars,
+        save_to=request.save_cache,
+        write=write,
+        stop=_stop(request, language),
+    )
     if request.json:
         said = {"warnings": [*warnings, *result.warnings]}
         print_json(facts(language, result.config) | result.as_json() | said)
         return
     if request.limit:
         typer.echo()
-    note(result.summary())
+    result.show_cost()
 
 
 def _start(request: Request, language: LanguageModel) -> Start:
     if request.load_cache is None:
         assert request.prompt is not None
-        ids = language.encode(request.prompt)
+        ids = _ids(request, language, request.prompt)
         check_length(len(ids), request.limit, language.context)
         cache = language.new_cache(request.settings[0].config, request.settings[0].calibration)
         return Start(ids, cache)  # type: ignore[arg-type]
     cache, cached = cache_file.load(language, request.load_cache)
-    ids = cached if request.prompt is None else language.encode(request.prompt)
+    ids = cached if request.prompt is None else _ids(request, language, request.prompt)
     check_length(len(ids), request.limit, language.context)
     return Start(ids, cache, cache_file.reuse(cache, cached, ids))
 
 
-def _write(text: str) -> None:
-    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+def _ids(request: Request, language: LanguageModel, prompt: str) -> list[int]:
+    if not request.chat:
+        return language.encode(prompt)
+    from ..integrations.transformers import chat
+
+    return chat.encode(language, chat.render(language, [{"role": "user", "content": prompt}]))
+
+
+def _stop(request: Request, language: LanguageModel) -> frozenset[int] | None:
+    if not request.chat:
+        return None
+    from ..integrations.transformers import chat
+
+    return chat.stop_tokens(language)

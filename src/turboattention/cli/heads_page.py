@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..evaluation.report.charts import heat_map
+from ..evaluation.report.charts import by_layer, heat_map
 from ..evaluation.report.page import Page
-from .heads_view import COLUMNS, LEGEND, cells_of, heads, summary
+from .heads_view import COLUMNS, LEGEND, cells_of, heads, k_errors, standing_out, summary
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..calibration import Calibration
 
 
@@ -19,6 +21,9 @@ def page(calibration: Calibration) -> str:
     made = Page("Where bits go", f"{origin.model}, measured on {origin.tokens:,} tokens of text")
     made.text(summary(calibration))
     made.section("Layers and heads")
+    made.figure(
+        keys_by_layer(calibration), "Relative error of each head's attention output with K alone stored, by layer"
+    )
     for row, name in enumerate(("K", "V")):
         widths = [bits[row].tolist() for bits in calibration.head_bits]
         made.figure(
@@ -44,6 +49,15 @@ def page(calibration: Calibration) -> str:
     made.note(LEGEND)
     made.note(f"Text {origin.text_hash[:12]}, weights {origin.model_hash[:12]}, turboattention {origin.version}.")
     return made.html()
+
+
+def keys_by_layer(calibration: Calibration) -> Figure:
+    """What storing K alone costs each head, layer by layer: the picture in which an outlier is seen at once."""
+    return by_layer(
+        {f"K at {width} bits": k_errors(calibration, width) for width in (2, 4, 8)},
+        ylabel="relative error of the head's output",
+        emphasized=standing_out(calibration),
+    )
 
 
 def _grid(rows: list[list[float]]) -> list[list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -83,7 +84,30 @@ def summary(calibration: Calibration) -> str:
         f"{calibration.average_bits:.2f} bits on average by {calibration.strategy} (K and V of heads: {shares}); "
         f"expected KL {calibration.expected_kl:.4f} nats a token. Measured on {calibration.provenance.tokens:,} tokens."
     )
-    return text if not beyond else f"{text} Beyond their bound (layer.head): {', '.join(beyond)}."
+    if beyond:
+        text = f"{text} Beyond their bound (layer.head): {', '.join(beyond)}."
+    found = standing_out(calibration)
+    return f"{text} Standing out: {'; '.join(found.values())}." if found else text
+
+
+STANDS_OUT = 5.0
+"""A layer stands out where its keys lose this many times what the median layer's do."""
+
+
+def k_errors(calibration: Calibration, width: int) -> list[list[float]]:
+    """[layer][head]: relative error of the head's output with K alone at `width` bits."""
+    return [layer.errors[0, :, WIDTHS.index(width)].tolist() for layer in calibration.layers]
+
+
+def standing_out(calibration: Calibration) -> dict[int, str]:
+    """Layers whose keys lose far more than others even at 8 bits, and what to say about each."""
+    worst = [max(heads) for heads in k_errors(calibration, 8)]
+    usual = median(worst)
+    return {
+        index: f"layer {index}: K at 8 bits loses {error:.2g}, the median layer {usual:.2g}"
+        for index, error in enumerate(worst)
+        if error > STANDS_OUT * usual
+    }
 
 
 def widths_table(calibration: Calibration) -> Table:

@@ -19,6 +19,8 @@ from .targets import check_figures, check_target
 if TYPE_CHECKING:
     from ..calibration import Calibration
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def inspect(
     model: Model = None,
@@ -49,6 +51,14 @@ def inspect(
             metavar="PATH", help="Also write one page with figures (needs matplotlib).", rich_help_panel=MACHINE
         ),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Also draw what storing K costs by layer, as .png, .svg or .pdf (needs matplotlib).",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Kind = Dtype.auto,
     threads: Threads = None,
@@ -63,6 +73,11 @@ def inspect(
     if html is not None:
         check_target("--html", html)
         check_figures("--html: the page's figures")
+    if picture is not None:
+        check_target("--picture", picture)
+        check_figures("--picture: the picture")
+        if picture.suffix not in PICTURES:
+            raise InputError(f"--picture: expected a file named {', '.join(PICTURES)}, got {picture}")
     if calibration is not None:
         found = _chosen(calibration, bits, strategy)
     else:
@@ -86,6 +101,10 @@ def inspect(
         from .heads_page import page
 
         write_text(html, page(found), "--html")
+    if picture is not None:
+        from .heads_page import keys_by_layer
+
+        keys_by_layer(found).savefig(picture, dpi=110)
     if json:
         print_json(as_json(found))
     else:
@@ -94,6 +113,8 @@ def inspect(
         console.print(summary(found), markup=False)
         if html is not None:
             note(f"written to {html}")
+        if picture is not None:
+            note(f"drawn in {picture}")
 
 
 def _chosen(folder: Path, bits: float | None, strategy: Strategy | None) -> Calibration:

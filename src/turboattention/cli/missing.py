@@ -11,6 +11,8 @@ OPTIONAL = {
     "rich": "the command line",
     "transformers": "generate, and models in general",
     "matplotlib": "plots",
+    "gguf": "models in GGUF files",
+    "accelerate": "models in GGUF files",
 }
 """Packages and what needs them."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cache_file
-from .output import bytes_text, guard_warnings, number_text
+from .output import bytes_text, guard_warnings, note, number_text
 from .progress import Bars
 from .stream import TokenText
 
@@ -30,7 +30,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Result:
-    """What a generation gave. `kv_bytes` are allocated, `kv_bytes_fp16` the same elements at 2 bytes."""
+    """What a generation gave. `kv_bytes` are allocated, `kv_bytes_fp16` the same elements at 2 bytes.
+
+    `late` are those of the `warnings` that came while the text was written, and were not shown in the midst of it.
+    """
 
     text: str
     tokens: list[int]
@@ -43,11 +46,20 @@ class Result:
     kv_bytes_fp16: int
     config: TurboConfig
     warnings: list[str]
+    late: list[str]
 
     def as_json(self) -> dict[str, Any]:
         ratio = self.kv_bytes_fp16 / self.kv_bytes
         figures = {"new_tokens": len(self.tokens), "ratio": ratio, "bits_per_element": 16 / ratio}
-        return asdict(self) | figures
+        fields = asdict(self)
+        del fields["late"]
+        return fields | figures
+
+    def show_cost(self, turn: str = "") -> None:
+        """Below the text, on stderr: what was not said before, and what it took."""
+        for text in self.late:
+            note(text, "warning")
+        note(f"{turn}{self.summary()}")
 
     def summary(self) -> str:
         reused = f" ({self.reused_tokens:,} from the cache)" if self.reused_tokens else ""
@@ -74,8 +86,14 @@ def continue_text(
     *,
     save_to: Path | None = None,
     write: Callable[[str], None] | None = None,
+    stop: frozenset[int] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> Result:
-    """Process the prompt, save its cache where wanted, then generate up to `limit` tokens into `write`."""
+    """Process the prompt, save its cache where wanted, then generate up to `limit` tokens into `write`.
+
+    The text ends early behind one of `stop`, by default the model's stop tokens, or behind the token at which `enough`
+    is true.
+    """
     from ..integrations.transformers.generation import Generation, Run, generate
 
     run = Run(language, start.cache)
@@ -87,8 +105,15 @@ def continue_text(
         if save_to is not None:
             with bars.task("Saving the cache"):
                 cache_file.save(start.cache, start.ids, save_to)
+    with guard_warnings(show=False) as late:
         stream = TokenText(language.decode, write or _nowhere)
-        generation = generate(run, limit, sampler, stream.add) if limit else Generation([], ended=False, seconds=0.0)
+
+        def on_token(token: int) -> bool:
+            stream.add(token)
+            return enough is not None and enough()
+
+        nothing = Generation([], ended=False, seconds=0.0)
+        generation = generate(run, limit, sampler, on_token, stop) if limit else nothing
         stream.finish()
     return Result(
         text=language.decode(generation.tokens),
@@ -101,7 +126,8 @@ def continue_text(
         kv_bytes=run.kv_bytes,
         kv_bytes_fp16=run.kv_bytes_fp16,
         config=config_of(start.cache),
-        warnings=list(dict.fromkeys(said)),
+        warnings=list(dict.fromkeys([*said, *late])),
+        late=list(dict.fromkeys(late)),
     )
 
 

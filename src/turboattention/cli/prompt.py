@@ -25,7 +25,7 @@ def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
     if prompt is None and not demo:
         return read_file("--file", str(file))
     text = bundled_text() if prompt is None else prompt
-    _check_text(given[0], text)
+    check_text(given[0], text)
     return text
 
 
@@ -36,11 +36,12 @@ def read_file(option: str, file: str) -> str:
         InputError: it cannot be read, is not UTF-8, or there is nothing in it.
     """
     text = _read(option, file)
-    _check_text(option, text)
+    check_text(option, text)
     return text
 
 
-def _check_text(option: str, text: str) -> None:
+def check_text(option: str, text: str) -> None:
+    """Raises InputError for a text without characters, or with some that are none."""
     if not text.strip():
         raise InputError(f"{option}: expected some text, got none")
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+
+import typer
 
 _KEPT = {ord("\n"), ord("\t")}
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if code not in _KEPT}
@@ -42,3 +45,8 @@ class TokenText:
 def printable(text: str) -> str:
     """Without the control characters that would steer a terminal."""
     return text.translate(_CONTROL)
+
+
+def write_text(text: str) -> None:
+    """A piece of text on stdout, now; a terminal gets nothing that would steer it."""
+    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)

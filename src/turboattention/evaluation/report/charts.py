@@ -141,6 +141,35 @@ def lines(
     return figure
 
 
+def by_layer(
+    series: Mapping[str, Sequence[Sequence[float]]], *, ylabel: str, emphasized: Mapping[int, str] | None = None
+) -> Figure:
+    """One point a head over its layer, for each name's [layer][head]; `emphasized` layers are shaded and labelled."""
+    figure = _figure(8, 4)
+    axes = figure.subplots()
+    for index, (name, layers) in enumerate(series.items()):
+        places = [layer for layer, heads in enumerate(layers) for _ in heads]
+        values = [value for heads in layers for value in heads]
+        axes.scatter(places, values, s=18, label=name, color=f"C{index}", marker="osv^D"[index % 5])
+    for layer, text in (emphasized or {}).items():
+        axes.axvspan(layer - 0.4, layer + 0.4, color="C3", alpha=0.15, linewidth=0)
+        axes.annotate(
+            text,
+            (layer + 0.5, 0.97),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            color="C3",
+            verticalalignment="top",
+            horizontalalignment="left",
+        )
+    axes.set_yscale("log", nonpositive="mask")
+    axes.set(xlabel="layer", ylabel=ylabel)
+    axes.set_xticks(_ticks(max((len(layers) for layers in series.values()), default=0)))
+    axes.grid(linewidth=0.3)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     # Not pyplot: it keeps every figure, and asks for a display.
     from matplotlib.figure import Figure

@@ -6,6 +6,7 @@ timed, watched, forked and fed with given tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 import zlib
@@ -24,6 +25,7 @@ from ...calibration import Calibration
 from ...config import TurboConfig
 from ...errors import InputError
 from .cache import TurboCache
+from .gguf import check_file, is_gguf, load_gguf
 from .registry import NAME, disable, enable
 
 PREFILL_CHUNK = 4096
@@ -92,23 +94,30 @@ class LanguageModel:
 
 
 def load(name: str, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
-    """A model from a folder, the local cache of the hub, or the hub.
+    """A model from a folder, a GGUF file, the local cache of the hub, or the hub.
 
     Raises:
         InputError: there is no such model, or it cannot be loaded.
+        ModuleNotFoundError: a GGUF file, without the packages that read it.
     """
-    options: dict[str, Any] = {"local_files_only": _local_only(name)}
+    file = check_file(name) if is_gguf(name) else None
     with _quiet():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
-            model, info = loaded
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            model, info, tokenizer = _load_named(name, dtype) if file is None else load_gguf(file, dtype)
+        except InputError:
+            raise
         except Exception as error:  # every library below raises kinds of its own
             raise InputError(_why_not(name, error)) from error
     if info["missing_keys"]:
         raise InputError(f"model: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
     model = model.to(device).eval()
     return LanguageModel(name, model, tokenizer, model.config._attn_implementation)
+
+
+def _load_named(name: str, dtype: str) -> tuple[Any, dict[str, Any], Any]:
+    options: dict[str, Any] = {"local_files_only": _local_only(name)}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    return *loaded, AutoTokenizer.from_pretrained(name, **options)
 
 
 @contextmanager
@@ -129,9 +138,8 @@ class Run:
         self.logits = torch.empty(0)
 
     def fork(self) -> Run:
-        """An independent run in the same state. Quantized caches only."""
-        assert isinstance(self.cache, TurboCache)
-        other = Run(self.language, self.cache.clone())
+        """An independent run in the same state. Quantized caches share their compressed blocks, others are copied."""
+        other = Run(self.language, copy.deepcopy(self.cache))
         other.logits = self.logits
         return other
 
@@ -202,17 +210,24 @@ class Generation:
 
 
 def generate(
-    run: Run, limit: int, pick: Callable[[Tensor], int] | None = None, on_token: Callable[[int], None] | None = None
+    run: Run,
+    limit: int,
+    pick: Callable[[Tensor], int] | None = None,
+    on_token: Callable[[int], bool | None] | None = None,
+    stop: frozenset[int] | None = None,
 ) -> Generation:
-    """Up to `limit` tokens after a prefill. `on_token` sees each before the run takes it; its time is not counted."""
+    """Up to `limit` tokens after a prefill, or to one of `stop`, by default the model's stop tokens.
+
+    `on_token` sees each before the run takes it, and ends the text by returning True; its time is not counted.
+    """
     pick = pick or Sampler()
+    stop = run.language.stop_tokens if stop is None else stop
     token, tokens, seconds = pick(run.logits), [], 0.0
     while True:
         tokens.append(token)
-        if on_token:
-            on_token(token)
-        ended = token in run.language.stop_tokens
-        if ended or len(tokens) == limit:
+        enough = on_token is not None and on_token(token) is True
+        ended = token in stop
+        if ended or enough or len(tokens) == limit:
             return Generation(tokens, ended, seconds)
         start = time.perf_counter()
         run.advance(token)
@@ -285,9 +300,9 @@ def _layer_progress(model: Any, passes: int, progress: Progress | None) -> Itera
 def _why_not(name: str, error: Exception) -> str:
     """One line on a model that does not load."""
     folder = Path(name)
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_gguf(name):
         return f"model: {name} is no folder here, and the hub could not be reached for it"
-    if not (folder / "config.json").is_file():
+    if not is_gguf(name) and not (folder / "config.json").is_file():
         return f"model: expected a model's folder with a config.json, got {name}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"model: {name} cannot be loaded: {lines[0] if lines else type(error).__name__}"

@@ -134,7 +134,9 @@ class GraphedDecoding:
         if self._static is None or not self._static.current:
             self._release()
             kept = [layer.kv and layer.kv.kept for layer in self._cache.layers]
-            steady = bool(self._steady) and all(x is not None and x is y for x, y in zip(kept, self._steady, strict=True))
+            steady = bool(self._steady) and all(
+                x is not None and x is y for x, y in zip(kept, self._steady, strict=True)
+            )
             if not steady or not all(layer.kv is not None and layer.kv.settled for layer in self._cache.layers):
                 return False
             if any(_full(layer.kv) for layer in self._cache.layers):
@@ -170,9 +172,7 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     if any(layer.max_tokens is None for layer in cache.layers):
         raise InputError("cache: expected a TurboCache with max_tokens, got one without: a graph has fixed room")
     if model.config._attn_implementation != NAME:
-        raise InputError(
-            f'model: expected attn_implementation="{NAME}", got {model.config._attn_implementation!r}'
-        )
+        raise InputError(f'model: expected attn_implementation="{NAME}", got {model.config._attn_implementation!r}')
     devices = {x.device for x in model.parameters()}
     if len(devices) != 1:
         raise UnsupportedError(f"model: expected all of it on one device, got {sorted(map(str, devices))}")

@@ -41,7 +41,9 @@ class StaticLayer(TurboLayer):
         """
         pending, self._pending = self._pending, None
         if pending is None or query.shape[2] != 1:
-            raise UnsupportedError(f"model: layer {self.index} attends to keys of another layer, which a graph does not")
+            raise UnsupportedError(
+                f"model: layer {self.index} attends to keys of another layer, which a graph does not"
+            )
         if plan is not None and not plan.is_causal:
             raise UnsupportedError(
                 f"model: layer {self.index} has a mask of its own kind, and a graph holds causal and sliding-window "
@@ -51,9 +53,7 @@ class StaticLayer(TurboLayer):
         if self.graph is None:
             assert self.kv is not None
             heads, scale, window, softcap = self._fixed = fixed
-            self.graph = DecodeGraph(
-                self.kv, heads, scale=scale, window_size=window, softcap=softcap, capture=False
-            )
+            self.graph = DecodeGraph(self.kv, heads, scale=scale, window_size=window, softcap=softcap, capture=False)
         if fixed != self._fixed:
             raise UnsupportedError(f"model: expected one call of attention in layer {self.index}, got several")
         step = self.graph.try_out if self.trying else self.graph.attend

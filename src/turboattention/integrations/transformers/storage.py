@@ -21,11 +21,14 @@ from .prompt import checked_ids
 VERSION = 1
 _KIND = "turbo_cache"
 _PARALLEL = "tensor_parallel"
+_NOTES = "notes"
 _VALID, _PROMPT = "valid", "prompt_ids"
 
 
-def save_cache(cache: TurboCache, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
-    """Write `cache`; the file appears whole or not at all."""
+def save_cache(
+    cache: TurboCache, path: str | os.PathLike[str], input_ids: Tensor | None = None, notes: Any = None
+) -> None:
+    """Write `cache`; the file appears whole or not at all. `notes`, anything JSON holds, are kept for `read_notes`."""
     cache.check_level()
     if cache.get_seq_length() == 0:
         raise InputError("past_key_values: expected a TurboCache that holds tokens, got an empty one")
@@ -49,7 +52,12 @@ def save_cache(cache: TurboCache, path: str | os.PathLike[str], input_ids: Tenso
             for layer in cache.layers
         ],
     }
-    write_file(parallel.path(os.fspath(path)), tensors, {_KIND: content})
+    write_file(parallel.path(os.fspath(path)), tensors, {_KIND: content} | ({} if notes is None else {_NOTES: notes}))
+
+
+def read_notes(path: str | os.PathLike[str]) -> Any:
+    """What `save_cache` was given as `notes`; None where it was not."""
+    return read_file(path)[1].get(_NOTES)
 
 
 def load_cache(

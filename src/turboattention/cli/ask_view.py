@@ -1,0 +1,135 @@
+"""Answers over several caches, as people read them and as machines do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .asking import Answers, Prompted
+from .comparison import Agreement, Outcome
+from .comparison_view import MARK, facts_line, marked, outcome_json
+from .output import bytes_text, number_text, share_text
+
+
+def show(answers: Answers, facts: dict[str, Any], console: Console) -> None:
+    """Question by question, then the figures."""
+    console.print(facts_line(facts), style="dim", markup=False)
+    console.print(f"Document: {answers.document_tokens:,} tokens, read once for each cache.", markup=False)
+    for index, question in enumerate(answers.questions):
+        console.print()
+        console.print(Text(question, style="bold"))
+        console.print(_answers(answers, index))
+    console.print()
+    console.print(_figures(answers))
+    console.print(_legend(answers), style="dim", markup=False)
+
+
+def _answers(answers: Answers, index: int) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for cache in answers.caches:
+        agreement = cache.agreements[index] if cache.agreements else None
+        table.add_row(cache.label, _cell(cache.outcomes[index], agreement))
+    return table
+
+
+def _cell(outcome: Outcome, agreement: Agreement | None) -> Text:
+    if agreement is not None and agreement.first_difference is None:
+        return Text("the same, token for token", style="green")
+    return marked(outcome, None if agreement is None else agreement.same_text_chars)
+
+
+def _figures(answers: Answers) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    names = (
+        "\ncache",
+        "\nKV size",
+        "below\nFP16",
+        "read\ns",
+        "\nfile",
+        "load\ns",
+        "new\ntok/s",
+        "first\ndiff.",
+        "same\ntokens",
+        "top-1\nagree",
+    )
+    for column, name in enumerate(names):
+        table.add_column(name, justify="right" if column else "left", overflow="fold")
+    for cache in answers.caches:
+        table.add_row(*_row(cache))
+    return table
+
+
+def _row(cache: Prompted) -> tuple[str, ...]:
+    if cache.setting is None:  # its elements count at 2 bytes, whatever they are kept in
+        size = bytes_text(cache.kv_bytes_fp16), "1.00x"
+        return cache.label, *size, *_times(cache), "", "", ""
+    firsts = [x.first_difference for x in cache.agreements]
+    first = "/".join("–" if x is None else str(x + 1) for x in firsts)
+    return (
+        cache.label,
+        bytes_text(cache.kv_bytes),
+        f"{cache.ratio:.2f}x",
+        *_times(cache),
+        first,
+        share_text(cache.same_tokens),
+        share_text(cache.top1),
+    )
+
+
+def _times(cache: Prompted) -> tuple[str, str, str, str]:
+    return (
+        number_text(cache.read_seconds, 2),
+        "–" if cache.file_bytes is None else bytes_text(cache.file_bytes),
+        number_text(cache.load_seconds, 2),
+        number_text(cache.tokens_per_second),
+    )
+
+
+def _legend(answers: Answers) -> str:
+    tokens = sum(len(x.tokens) for x in answers.caches[0].outcomes)
+    lines = [
+        f"{tokens:,} tokens of answers, the likeliest each time. KV size: bytes allocated for the document; own cache: "
+        "its elements in FP16. Questions start from the file. first diff.: for each question the first token that is "
+        f"not the own cache's, {MARK} in the answer (–: none). same tokens: equal at the same position. top-1 agree: "
+        "fed the own cache's answer token by token, the quantized cache also ranks its next token first."
+    ]
+    lines += [f"{cache.label}: {warning}" for cache in answers.caches for warning in cache.warnings]
+    return "\n".join(lines)
+
+
+def answers_json(answers: Answers) -> dict[str, Any]:
+    """One entry a cache, the model's own first, with one entry a question."""
+    return {
+        "document_tokens": answers.document_tokens,
+        "questions": answers.questions,
+        "caches": [_cache_json(cache) for cache in answers.caches],
+    }
+
+
+def _cache_json(cache: Prompted) -> dict[str, Any]:
+    entries = [outcome_json(outcome) for outcome in cache.outcomes]
+    for entry, agreement in zip(entries, cache.agreements, strict=False):
+        entry |= {
+            "first_difference": agreement.first_difference,
+            "same_tokens": agreement.same_tokens,
+            "top1_agreement": agreement.top1,
+        }
+    return {
+        "label": cache.label,
+        "bits": None if cache.setting is None else cache.setting.bits,
+        "read_seconds": cache.read_seconds,
+        "kv_bytes": cache.kv_bytes,
+        "kv_bytes_fp16": cache.kv_bytes_fp16,
+        "ratio": cache.ratio,
+        "file_bytes": cache.file_bytes,
+        "load_seconds": cache.load_seconds,
+        "decode_tokens_per_second": cache.tokens_per_second,
+        "answers": entries,
+        "warnings": cache.warnings,
+    }

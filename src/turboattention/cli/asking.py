@@ -1,0 +1,132 @@
+"""Questions about one document over the model's own cache and over quantized ones, and how far they agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from . import cache_file
+from .comparison import OWN, Agreement, Outcome, agreement, go_on, new_run, warm_up
+from .document import Document, Ready
+from .output import guard_warnings
+from .progress import Bars
+from .settings import Setting
+
+if TYPE_CHECKING:
+    from ..integrations.transformers.generation import LanguageModel
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """One kind of cache: what the document took, and every question's outcome.
+
+    `kv_bytes` are allocated for the document, `kv_bytes_fp16` the same elements at 2 bytes. The questions start from a
+    file of `file_bytes`, loaded in `load_seconds`; from memory, and both None, where the cache is the model's own.
+    """
+
+    label: str
+    setting: Setting | None
+    read_seconds: float
+    kv_bytes: int
+    kv_bytes_fp16: int
+    file_bytes: int | None
+    load_seconds: float | None
+    outcomes: list[Outcome]
+    agreements: list[Agreement]
+    warnings: list[str]
+
+    @property
+    def ratio(self) -> float:
+        return self.kv_bytes_fp16 / self.kv_bytes
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed over all answers."""
+        timed = [(len(x.tokens) - 1, x.decode_tokens_per_second) for x in self.outcomes if x.decode_tokens_per_second]
+        return sum(n for n, _ in timed) / sum(n / speed for n, speed in timed) if timed else None
+
+    @property
+    def same_tokens(self) -> float:
+        return self._over_tokens([x.same_tokens for x in self.agreements])
+
+    @property
+    def top1(self) -> float:
+        return self._over_tokens([x.top1 for x in self.agreements])
+
+    def _over_tokens(self, shares: Sequence[float]) -> float:
+        counts = [len(x.tokens) for x in self.outcomes]
+        return sum(share * n for share, n in zip(shares, counts, strict=True)) / sum(counts)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """`caches` begins with the model's own."""
+
+    document_tokens: int
+    questions: list[str]
+    caches: list[Prompted]
+
+
+def compare(
+    language: LanguageModel,
+    document: Document,
+    questions: Sequence[str],
+    settings: Sequence[Setting],
+    limit: int,
+    bars: Bars,
+) -> Answers:
+    """The document is read once for each kind of cache; every question starts from there.
+
+    Raises:
+        InputError: document, question and answer do not fit the model's context.
+    """
+    prompts = [document.check_length(question, limit) for question in questions]
+    caches: list[Prompted] = []
+    for setting in (None, *settings):
+        caches.append(_over(language, document, prompts, setting, limit, bars, caches[0].outcomes if caches else None))
+    return Answers(len(document.prefix), list(questions), caches)
+
+
+def _over(
+    language: LanguageModel,
+    document: Document,
+    prompts: Sequence[list[int]],
+    setting: Setting | None,
+    limit: int,
+    bars: Bars,
+    own: Sequence[Outcome] | None,
+) -> Prompted:
+    label = OWN if setting is None else setting.label
+    outcomes, agreements = [], []
+    with guard_warnings(show=False) as said:
+        warm_up(language, document.prefix, setting, label, bars)
+        ready = Ready.read(document, new_run(language, setting), bars, f"{label}: ")
+        size = ready.run.kv_bytes, ready.run.kv_bytes_fp16
+        stored = None if setting is None else _through_file(ready)
+        for index, ids in enumerate(prompts):
+            run, shared = (stored[0] if stored else ready).ask(ids)
+            begun = time.perf_counter()
+            run.prefill(ids[shared:])
+            seconds = time.perf_counter() - begun
+            reference = own[index].tokens if own else ()
+            outcome, ranked = go_on(run, label, limit, bars, document.stop, reference, seconds)
+            outcomes.append(outcome)
+            if own:
+                agreements.append(agreement(language, own[index], outcome, ranked))
+    file_bytes, load_seconds = stored[1:] if stored else (None, None)
+    warnings = list(dict.fromkeys(said))
+    return Prompted(label, setting, ready.seconds, *size, file_bytes, load_seconds, outcomes, agreements, warnings)
+
+
+def _through_file(ready: Ready) -> tuple[Ready, int, float]:
+    """The document's cache as it comes back from a file, the file's bytes, and the seconds of loading."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "document.cache"
+        cache_file.save(ready.run.cache, ready.held, path)  # type: ignore[arg-type]
+        begun = time.perf_counter()
+        loaded = Ready.load(ready.document, ready.run.language, path)
+        return loaded, path.stat().st_size, time.perf_counter() - begun

@@ -1,0 +1,165 @@
+"""``turboattention chat``: a conversation whose quantized cache is kept between turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError, TurboError
+from .device import Dtype
+from .facts import slower_than_kernels
+from .interrupt import Interrupt
+from .lines import Lines
+from .model import check_model, load_model
+from .options import (
+    INPUT,
+    QUANTIZING,
+    CalibrationOption,
+    Device,
+    GuardOption,
+    InputModel,
+    Kind,
+    PresetOption,
+    Seed,
+    Temperature,
+    Threads,
+    TopP,
+    check_sampling,
+)
+from .output import note
+from .progress import Bars
+from .session import Session
+from .settings import Preset, load_calibration, make_setting
+from .stream import write_text
+
+if TYPE_CHECKING:
+    from ..integrations.transformers.generation import Sampler
+
+HELP = """\
+/save PATH  keep the conversation and its cache in a file
+/load PATH  go on with a kept conversation
+/clear      begin anew
+/help       this list
+/exit       end; so does Ctrl-D
+Ctrl-C      end the answer that is being written"""
+
+
+def chat(
+    model: InputModel = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What the model is told before all else.", rich_help_panel=INPUT),
+    ] = None,
+    load: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Go on with what /save kept.", rich_help_panel=INPUT)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer at most.", rich_help_panel=INPUT)
+    ] = 512,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WIDTH",
+            help="Stored width: 8, 4, 3, 2, mixed, or K,V such as 4,3. By default 4.",
+            rich_help_panel=QUANTIZING,
+            show_default=False,
+        ),
+    ] = None,
+    preset: PresetOption = None,
+    guard: GuardOption = None,
+    calibration: CalibrationOption = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Kind = Dtype.auto,
+    threads: Threads = None,
+) -> None:
+    """Talk with a model; its quantized cache is kept between turns, and in a file with /save.
+
+    Each line of stdin is a message. What a turn cost is on stderr.
+
+    Example: turboattention chat --model SmolLM2-135M-Instruct.Q4_1.gguf --bits 3
+    """
+    if load is not None and (system is not None or bits or preset or guard or calibration):
+        raise InputError(
+            "--load: expected no --system, --bits, --preset, --guard or --calibration with it: the file has its own"
+        )
+    check_sampling(temperature, top_p)
+    check_model(model)
+    bits = bits or ("4" if calibration is None else "mixed")
+    setting = make_setting(bits, preset or Preset.default, guard, load_calibration(calibration))
+    bars = Bars(hidden=False)
+    language = load_model(model, device, dtype, threads, bars)
+    import torch
+
+    from ..integrations.transformers import generation
+
+    session = Session(language, setting, system)
+    if load is not None:
+        session.load(load, "--load")
+    slower = slower_than_kernels(language, setting.config)
+    if slower is not None:
+        note(slower, "warning")
+    sampler = generation.Sampler(temperature, top_p, torch.Generator().manual_seed(seed))
+    with generation.enabled():
+        Chat(session, max_new_tokens, sampler, bars).run()
+
+
+@dataclass
+class Chat:
+    """Lines in, answers out."""
+
+    session: Session
+    limit: int
+    sampler: Sampler
+    bars: Bars
+
+    def run(self) -> None:
+        """Until the lines end. Someone at a terminal reads an error and goes on, a program gets it as the exit code."""
+        lines = Lines("chat", ">>> ")
+        if lines.typed:
+            note(f"{self.session.about}; /help lists commands")
+        for line in lines:
+            if line in ("/exit", "/quit", "/bye"):
+                return
+            try:
+                self._command(line) if line.startswith("/") else self._turn(line)
+            except TurboError as error:
+                if not lines.typed:
+                    raise
+                note(" ".join(str(error).split()), "error")
+
+    def _turn(self, line: str) -> None:
+        with Interrupt() as interrupt:
+            try:
+                result = self.session.answer(line, self.limit, self.sampler, self.bars, write_text, interrupt)
+            except KeyboardInterrupt:
+                typer.echo()
+                note("stopped: this turn is forgotten")
+                return
+        typer.echo()
+        stopped = "stopped; " if interrupt.asked else ""
+        result.show_cost(f"turn {self.session.turns}: {stopped}")
+
+    def _command(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        path = argument.strip()
+        if name in ("/save", "/load") and not path:
+            raise InputError(f"{name}: expected a file, as in {name} talk.cache, got none")
+        if name == "/help":
+            note(HELP, "commands")
+        elif name == "/save":
+            self.session.save(Path(path))
+            note(f"{self.session.turns} turns in {path}")
+        elif name == "/load":
+            self.session.load(Path(path))
+            note(f"{self.session.turns} turns from {path}")
+        elif name == "/clear":
+            self.session.clear()
+            note("a new conversation")
+        else:
+            raise InputError(f"{name}: expected a command of /help, got another")

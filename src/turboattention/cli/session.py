@@ -1,0 +1,145 @@
+"""A conversation on its quantized cache: turn by turn, and in a file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from . import cache_file
+from .interrupt import Interrupt
+from .plain import Result, Start, config_of, continue_text
+from .progress import Bars
+from .settings import Setting, bits_label
+
+if TYPE_CHECKING:
+    from ..integrations.transformers.cache import TurboCache
+    from ..integrations.transformers.generation import LanguageModel, Sampler
+
+_KIND = "conversation"
+
+
+class Session:
+    """What was said, and the cache that holds it.
+
+    Raises:
+        InputError: the model has no chat template.
+    """
+
+    def __init__(self, language: LanguageModel, setting: Setting, system: str | None):
+        from ..integrations.transformers import chat
+
+        self._language, self._setting, self._system = language, setting, system
+        self._stop = chat.stop_tokens(language)
+        self.clear()
+
+    @property
+    def about(self) -> str:
+        """The model and its cache, for a line at the start."""
+        config = self._setting.config if self._cache is None else config_of(self._cache)
+        return f"{self._language.name}, KV cache of {bits_label(config.bits)}"
+
+    @property
+    def turns(self) -> int:
+        return sum(message["role"] == "assistant" for message in self._conversation.messages)
+
+    def clear(self) -> None:
+        """Begin anew, with the system prompt alone."""
+        from ..integrations.transformers import chat
+
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        if system:  # refused now, where the template knows none
+            chat.render(self._language, [*system, {"role": "user", "content": "0"}])
+        self._conversation = chat.Conversation(self._language, system)
+        self._cache: TurboCache | None = None
+
+    def answer(
+        self,
+        question: str,
+        limit: int,
+        sampler: Sampler,
+        bars: Bars,
+        write: Callable[[str], None],
+        interrupt: Interrupt,
+    ) -> Result:
+        """One turn, which counts when it is over: after an exception everything is as it was before.
+
+        Raises:
+            InputError: the conversation is longer than the model's context. KeyboardInterrupt: from `interrupt`.
+        """
+        from ..integrations.transformers.generation import Run
+
+        ids = self._conversation.ask(question)
+        context = self._language.context
+        if context is not None and len(ids) >= context:
+            raise InputError(
+                f"conversation: expected less than the model's context of {context:,} tokens, got {len(ids):,}; "
+                "/clear begins anew"
+            )
+        room = limit if context is None else min(limit, context - len(ids))
+        start = self._start(ids)
+        result = continue_text(
+            self._language, start, room, sampler, bars, write=write, stop=self._stop, enough=interrupt.enough
+        )
+        said = result.tokens[:-1] if result.ended else result.tokens
+        if not result.ended:  # the last token was given, but never read
+            Run(self._language, start.cache).advance(said[-1])
+        self._conversation.take(question, ids, said)
+        self._cache = start.cache
+        return result
+
+    def _start(self, ids: list[int]) -> Start:
+        """A copy of the cache, without what the template writes differently by now."""
+        shared = cache_file.shared_tokens(self._conversation.ids, ids)
+        if self._cache is None or not shared:
+            return Start(ids, self._language.new_cache(self._setting.config, self._setting.calibration))  # type: ignore[arg-type]
+        cache = copy.deepcopy(self._cache)
+        shared = min(shared, len(ids) - 1)
+        if shared < len(self._conversation.ids):
+            cache.crop(shared - len(self._conversation.ids))
+        return Start(ids, cache, shared)
+
+    def save(self, path: Path) -> None:
+        """Keep the conversation with its cache in one file.
+
+        Raises:
+            InputError: nothing was said yet, or the file cannot be written.
+        """
+        import torch
+
+        from ..integrations.transformers.storage import save_cache
+
+        if self._cache is None:
+            raise InputError("/save: expected a conversation of at least one turn, got none")
+        cache_file.check_target(path, "/save")
+        conversation = self._conversation
+        notes = {
+            "kind": _KIND,
+            "messages": conversation.messages,
+            "text": conversation.text,
+            "weights": self._language.fingerprint(),
+        }
+        with cache_file.writing("/save", path):
+            save_cache(self._cache, path, torch.tensor([conversation.ids]), notes)
+
+    def load(self, path: Path, option: str = "/load") -> None:
+        """Go on with a kept conversation; its widths and its system prompt come along.
+
+        Raises:
+            InputError, FormatError: no such file, damaged, of another model, or no conversation. Nothing changes then.
+        """
+        from ..integrations.transformers.chat import Conversation
+        from ..integrations.transformers.storage import read_notes
+
+        cache, ids = cache_file.load(self._language, path, option)
+        notes = read_notes(path)
+        if not isinstance(notes, dict) or notes.get("kind") != _KIND:
+            raise InputError(f"{option}: expected a conversation that /save kept, got another saved cache: {path}")
+        if notes["weights"] != self._language.fingerprint():
+            raise InputError(
+                f"{option}: expected a conversation with {self._language.name}, got one with other weights"
+            )
+        self._conversation = Conversation(self._language, notes["messages"], ids, notes["text"])
+        self._cache = cache

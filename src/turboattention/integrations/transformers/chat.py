@@ -1,0 +1,81 @@
+"""Conversations as a model's chat template writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import InputError
+from .generation import LanguageModel
+
+Message = dict[str, str]
+"""``{"role": "system" | "user" | "assistant", "content": text}``"""
+
+
+def check_template(language: LanguageModel) -> None:
+    """Raises InputError for a model without a chat template."""
+    if not getattr(language.tokenizer, "chat_template", None):
+        raise InputError(f"model: expected one with a chat template, got {language.name}, which has none")
+
+
+def render(language: LanguageModel, messages: Sequence[Message], *, answer: bool = True) -> str:
+    """The conversation as text; with `answer` up to where the model's answer begins.
+
+    Raises:
+        InputError: the template refuses it, as some do a system message.
+    """
+    check_template(language)
+    try:
+        text: Any = language.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+    except Exception as error:  # templates raise what they like
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"model: the chat template of {language.name} refuses this conversation: {said}") from error
+    return text
+
+
+def encode(language: LanguageModel, text: str) -> list[int]:
+    """Token ids of rendered text, which has its special tokens already."""
+    return list(language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def stop_tokens(language: LanguageModel) -> frozenset[int]:
+    """What ends an answer: the model's stop tokens, and the special token that its template puts behind answers."""
+    asked: list[Message] = [{"role": "user", "content": "0"}]
+    begin = render(language, asked)
+    whole = render(language, [*asked, {"role": "assistant", "content": "0"}], answer=False)
+    ids = encode(language, whole[len(begin) + 1 :]) if whole.startswith(f"{begin}0") else []
+    special = set(ids[:1]) & set(language.tokenizer.all_special_ids)
+    return language.stop_tokens | special
+
+
+class Conversation:
+    """Messages, and the tokens that say them so far.
+
+    messages: whose turn is next is for the caller to know.
+    ids, text: what a cache of this conversation holds, as tokens and as the template's text.
+    """
+
+    def __init__(
+        self, language: LanguageModel, messages: Sequence[Message] = (), ids: Sequence[int] = (), text: str = ""
+    ):
+        self._language = language
+        self.messages, self.ids, self.text = list(messages), list(ids), text
+
+    def ask(self, question: str) -> list[int]:
+        """Ids of the whole conversation with `question` at its end, up to where the answer begins; nothing changes.
+
+        Tokens that are there stay as the model gave them: only what the template adds is encoded. Where a template
+        writes earlier messages differently now, all is encoded anew.
+        """
+        text = render(self._language, [*self.messages, {"role": "user", "content": question}])
+        if self.text and text.startswith(self.text):
+            return self.ids + encode(self._language, text[len(self.text) :])
+        return encode(self._language, text)
+
+    def take(self, question: str, ids: Sequence[int], answer: Sequence[int]) -> None:
+        """Keep a turn: the `ids` that `ask` gave, and the answer's tokens, without one that ended it."""
+        said = self._language.decode(answer)
+        asked = [*self.messages, {"role": "user", "content": question}]
+        self.text = render(self._language, asked) + said
+        self.ids = [*ids, *answer]
+        self.messages = [*asked, {"role": "assistant", "content": said}]

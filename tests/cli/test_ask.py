@@ -1,0 +1,155 @@
+"""``turboattention ask``: one document, many questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from turboattention import TurboConfig, bundled
+from turboattention.cli.document import Document, Ready
+from turboattention.cli.progress import Bars
+from turboattention.integrations.transformers import generation
+
+from .conftest import CONTEXT, TEXT, Run
+
+QUESTIONS = ("Who opened the door?", "Where did the old man stand?")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("documents") / "document.txt"
+    path.write_text(f"\n{TEXT * 3}\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(chat_language: generation.LanguageModel) -> list[list[int]]:
+    """Six greedy tokens a question at 4 bits: the document is read first, then each question over a copy."""
+    begin = chat_language.encode(f"[user]{(TEXT * 3).strip()}\n\n")
+    found = []
+    with generation.enabled():
+        whole = generation.Run(chat_language, chat_language.new_cache(TurboConfig()))
+        whole.prefill(begin)
+        for question in QUESTIONS:
+            run = whole.fork()
+            run.prefill(chat_language.encode(f"{question}<end>[assistant]"))
+            found.append(generation.generate(run, 6).tokens)
+    return found
+
+
+def call(run: Run, model: Path, file: object, *arguments: object, **options):
+    asked = [x for question in QUESTIONS for x in ("-q", question)]
+    if "stdin" in options:
+        asked = []
+    return run("ask", "--model", model, "--file", file, "--max-new-tokens", 6, *asked, *arguments, **options)
+
+
+def test_answers(run: Run, chat_model: Path, chat_language, file: Path, expected) -> None:
+    data = call(run, chat_model, file, "--json").json
+    assert [answer["tokens"] for answer in data["answers"]] == expected
+    assert [answer["question"] for answer in data["answers"]] == list(QUESTIONS)
+    assert {answer["reused_tokens"] for answer in data["answers"]} == {data["document_tokens"]}
+
+
+def test_plain_output(run: Run, chat_model: Path, chat_language, file: Path, expected) -> None:
+    ran = call(run, chat_model, file)
+    texts = [f"> {q}\n{chat_language.decode(x)}\n" for q, x in zip(QUESTIONS, expected, strict=True)]
+    assert ran.stdout == "".join(texts)
+    assert ran.stderr.startswith("note: document of ")
+    assert ran.stderr.count("from the cache") == 2
+    assert "\x1b" not in ran.stderr
+
+
+def test_one_question_gets_the_answer_alone(run: Run, chat_model: Path, chat_language, file: Path, expected) -> None:
+    ran = run("ask", "--model", chat_model, "--file", file, "-q", QUESTIONS[0], "--max-new-tokens", 6)
+    assert ran.stdout == f"{chat_language.decode(expected[0])}\n"
+
+
+def test_questions_from_stdin(run: Run, chat_model: Path, file: Path, expected) -> None:
+    data = call(run, chat_model, file, "--json", stdin="\n".join(QUESTIONS)).json
+    assert [answer["tokens"] for answer in data["answers"]] == expected
+
+
+def test_a_kept_document(run: Run, chat_model: Path, file: Path, expected, tmp_path: Path) -> None:
+    kept = tmp_path / "document.cache"
+    first = call(run, chat_model, file, "--save-cache", kept, "--json").json
+    again = call(run, chat_model, file, "--load-cache", kept, "--json").json
+    assert [x["tokens"] for x in first["answers"]] == [x["tokens"] for x in again["answers"]] == expected
+    assert again["document_seconds"] == 0
+    (tmp_path / "other.txt").write_text("Another text altogether. " * 8, encoding="utf-8")
+    refused = call(run, chat_model, tmp_path / "other.txt", "--load-cache", kept).error
+    assert refused.startswith("--load-cache: expected a prompt that begins like the cached one")
+
+
+def test_compare(run: Run, chat_model: Path, chat_language, file: Path, expected) -> None:
+    data = call(run, chat_model, file, "--compare", "--json").json
+    own, four, three = data["caches"]
+    assert [cache["bits"] for cache in data["caches"]] == [None, "4", "3"]
+    assert [answer["tokens"] for answer in four["answers"]] == expected
+    assert own["kv_bytes_fp16"] == four["kv_bytes_fp16"]
+    assert three["kv_bytes"] < four["kv_bytes"] < own["kv_bytes"]
+    assert own["file_bytes"] is None
+    assert 0 < three["file_bytes"] < four["file_bytes"]
+    for answer, wanted in zip(four["answers"], own["answers"], strict=True):
+        differ = [x != y for x, y in zip(answer["tokens"], wanted["tokens"], strict=True)]
+        assert answer["first_difference"] == (differ.index(True) if True in differ else None)
+
+
+def test_compare_shows_each_question(run: Run, chat_model: Path, file: Path) -> None:
+    ran = call(run, chat_model, file, "--compare", "--bits", "8", columns=110)
+    assert (ran.code, ran.stderr) == (0, "")
+    for word in (*QUESTIONS, "own cache", "8 bits", "top-1", "file"):
+        assert word in ran.stdout
+
+
+def test_every_question_starts_from_the_same_cache(chat_language, file: Path) -> None:
+    """What one question adds is not there for the next."""
+    document = Document(chat_language, file.read_text(encoding="utf-8"))
+    with generation.enabled():
+        run = generation.Run(chat_language, chat_language.new_cache(TurboConfig()))
+        ready = Ready.read(document, run, Bars(hidden=True))
+        for _ in range(2):
+            asked, shared = ready.ask(document.ids(QUESTIONS[0]))
+            assert shared == len(document.prefix)
+            asked.prefill(document.ids(QUESTIONS[0])[shared:])
+            assert ready.run.cache.get_seq_length() == len(document.prefix)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--bits", "4", "--bits", "3"], "--bits: expected one value without --compare, got 2"),
+        (["--compare", "--save-cache", "x"], "--compare: expected no --save-cache or --load-cache with it"),
+        (["--load-cache", "x", "--bits", "3"], "--load-cache: expected no --bits"),
+        (["--demo"], "--file: expected none with --demo, which has its document, got one"),
+        (["-q", " "], "--question: expected some text, got none"),
+    ],
+)
+def test_what_is_refused(run: Run, chat_model: Path, file: Path, arguments: list[str], error: str) -> None:
+    assert call(run, chat_model, file, *arguments).error.startswith(error)
+
+
+def test_no_document(run: Run, chat_model: Path) -> None:
+    assert run("ask", "--model", chat_model).error == "--file: expected a document, or --demo, got none"
+
+
+def test_a_document_on_stdin_wants_questions(run: Run, chat_model: Path) -> None:
+    error = run("ask", "--model", chat_model, "--file", "-", stdin=TEXT).error
+    assert error == "--question: expected at least one with --file -, which takes stdin, got none"
+
+
+def test_a_document_that_is_too_long(run: Run, chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "long").write_text(TEXT * 20, encoding="utf-8")
+    assert f"expected at most {CONTEXT} tokens" in call(run, chat_model, tmp_path / "long").error
+
+
+def test_a_model_without_a_template(run: Run, model: Path, file: Path) -> None:
+    assert call(run, model, file).error == f"model: expected one with a chat template, got {model}, which has none"
+
+
+def test_the_bundled_document_has_questions(run: Run, chat_model: Path) -> None:
+    assert len(bundled.questions()) >= 3
+    assert all(question.endswith("?") for question in bundled.questions())
+    assert 20_000 < len(bundled.document()) < 32_000
+    assert f"expected at most {CONTEXT} tokens" in run("ask", "--model", chat_model, "--demo", "--compare").error
