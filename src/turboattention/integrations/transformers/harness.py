@@ -231,6 +231,13 @@ class HarnessTask:
             "asked": ASKED,
         }
 
-    def run(self, subject: Any, method: CacheMethod, progress: Progress) -> dict[str, Any]:
+    def together(self, subject: Any) -> int:
+        return 1
+
+    def run(
+        self, subject: Any, methods: Sequence[CacheMethod], parts: Any, progress: Progress
+    ) -> list[dict[str, Any]]:
         name, options = self.name.removeprefix(PREFIX), {"data": self._data, "include": self._include}
-        return run(subject.language, method, name, limit=self._limit, progress=progress, **options)
+        return [
+            run(subject.language, method, name, limit=self._limit, progress=progress, **options) for method in methods
+        ]

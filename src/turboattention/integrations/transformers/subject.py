@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ...evaluation.baselines import CacheMethod
 from ...evaluation.subject import PIECE
 from .generation import PREFILL_CHUNK, LanguageModel
 from .head_errors import head_errors
+from .together import Row, can_go_together, forward_together
 
 
 class TransformersSubject:
@@ -27,6 +29,10 @@ class TransformersSubject:
     @property
     def context(self) -> int | None:
         return self.language.context
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.language.model.config.get_text_config(decoder=True).vocab_size)
 
     @property
     def begin(self) -> list[int]:
@@ -46,6 +52,16 @@ class TransformersSubject:
     def open(self, method: CacheMethod) -> MethodSession:
         return MethodSession(self.language, method)
 
+    @torch.inference_mode()
+    def feed_together(
+        self, sessions: Sequence[MethodSession], ids: Sequence[Sequence[int]], *, last: bool = False
+    ) -> Tensor:
+        if not can_go_together(self.language.own_attention):
+            rows = [session.forward(row)[-1:] if last else session.forward(row) for session, row in zip(sessions, ids, strict=True)]
+            return torch.stack(rows).float().cpu()
+        rows = [Row(one.method.name, one.cache, one.attention) for one in sessions]
+        return forward_together(self.language, rows, ids, last).float().cpu()
+
     def head_errors(self, method: CacheMethod, ids: Sequence[int], skip: int) -> list[list[float]]:
         return head_errors(self.language.model, self.open, method, ids, skip)
 
@@ -53,26 +69,31 @@ class TransformersSubject:
 class MethodSession:
     """One text on its way through a model over a method's cache."""
 
-    def __init__(self, language: LanguageModel, method: CacheMethod):
-        self._language, self._method = language, method
-        self.cache = method.make_cache(language.model.config)
+    def __init__(self, language: LanguageModel, method: CacheMethod, cache: Any = None):
+        self._language, self.method = language, method
+        self.cache = method.make_cache(language.model.config) if cache is None else cache
+        self.attention = method.attention or language.own_attention
 
     def read(self, ids: Sequence[int]) -> None:
         for at in range(0, len(ids), PREFILL_CHUNK):
-            self._forward(ids[at : at + PREFILL_CHUNK], logits_to_keep=1)
+            self.forward(ids[at : at + PREFILL_CHUNK], logits_to_keep=1)
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        pieces = [self._forward(ids[at : at + PIECE]) for at in range(0, len(ids), PIECE)]
+        pieces = [self.forward(ids[at : at + PIECE]) for at in range(0, len(ids), PIECE)]
         return torch.cat(pieces).float().cpu()
+
+    def fork(self) -> MethodSession:
+        return MethodSession(self._language, self.method, copy.deepcopy(self.cache))
 
     @property
     def bits_per_element(self) -> float:
-        return self._method.bits_per_element(self.cache)
+        return self.method.bits_per_element(self.cache)
 
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[int], **options: Any) -> Tensor:
+    def forward(self, ids: Sequence[int], **options: Any) -> Tensor:
+        """Logits [L, V] of one piece, as the model gives them."""
         model = self._language.model
         # Sessions over different caches take turns, so each sets its own attention.
-        self._language.use(self._method.attention or self._language.own_attention)
+        self._language.use(self.attention)
         tokens = torch.tensor([list(ids)], device=model.device)
         return model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **options).logits[0]
