@@ -162,8 +162,10 @@ def evaluate(
 
 def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads: int | None) -> None:
     from ..evaluation import suite
+    from ..evaluation.heap import release_large_blocks
     from ..evaluation.records import Records
 
+    release_large_blocks()
     records = Records(request.out)
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)

@@ -44,14 +44,15 @@ class GrowthTask(TextTask):
         return self._written
 
     def _summary(self, measured: Sequence[tuple[Columns, float]]) -> dict[str, Any]:
-        """Beside the metrics of a text, KL over the first and the last quarter of it."""
-        result = super()._summary(measured)
-        for name, quarter in (("kl_first", slice(None, self._context // 4)), ("kl_last", slice(-(self._context // 4), None))):
-            parts = [np.array_split(c["kl"][quarter], max(1, len(c["kl"][quarter]) // STRETCH)) for c, _ in measured]
-            stretches = [part for passage in parts for part in passage]
+        """KL, then KL over the first and the last quarter, then the other metrics of a text."""
+        result, quarter = super()._summary(measured), self._context // 4
+        metrics = {"kl": result["metrics"]["kl"]}
+        for name, where in (("kl_first", slice(None, quarter)), ("kl_last", slice(-quarter, None))):
+            kls = [columns["kl"][where] for columns, _ in measured]
+            stretches = [part for kl in kls for part in np.array_split(kl, max(1, len(kl) // STRETCH))]
             sums = [[part.sum() for part in stretches], [len(part) for part in stretches]]
-            result["metrics"][name] = bootstrap(sums, lambda s: s[0] / s[1])
-        return result
+            metrics[name] = bootstrap(sums, lambda s: s[0] / s[1])
+        return result | {"metrics": metrics | result["metrics"]}
 
 
 def write(subject: Subject, prompt: list[int], length: int, seed: int) -> list[int]:

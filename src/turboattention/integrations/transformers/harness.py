@@ -239,5 +239,6 @@ class HarnessTask:
     ) -> list[dict[str, Any]]:
         name, options = self.name.removeprefix(PREFIX), {"data": self._data, "include": self._include}
         return [
-            run(subject.language, method, name, limit=self._limit, progress=progress, **options) for method in methods
+            run(subject.language, subject.fitted(method), name, limit=self._limit, progress=progress, **options)
+            for method in methods
         ]

@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import bundled
 from ...evaluation.baselines import CacheMethod
+from ...evaluation.baselines.kinds import FittedMethod
+from ...evaluation.baselines.oscar import Moments, moments
 from ...evaluation.subject import PIECE
+from .calibration import watched
 from .generation import PREFILL_CHUNK, LanguageModel
 from .head_errors import head_errors
 from .together import Row, can_go_together, forward_together
+
+FITTED_TO = 2048
+"""Tokens of the bundled text that methods are fitted to which want a calibration."""
 
 
 class TransformersSubject:
@@ -21,6 +28,7 @@ class TransformersSubject:
 
     def __init__(self, language: LanguageModel):
         self.language = language
+        self._moments: list[Moments] = []
 
     @property
     def name(self) -> str:
@@ -50,7 +58,17 @@ class TransformersSubject:
         return self.language.decode(ids)
 
     def open(self, method: CacheMethod) -> MethodSession:
-        return MethodSession(self.language, method)
+        return MethodSession(self.language, self.fitted(method))
+
+    def fitted(self, method: CacheMethod) -> CacheMethod:
+        """The method for this model: most are the same for all."""
+        if not isinstance(method, FittedMethod):
+            return method
+        if not self._moments:
+            self.language.use(self.language.own_attention)
+            ids = [*self.begin, *self.encode(bundled.text())][: min(FITTED_TO, self.context or FITTED_TO)]
+            self._moments = attention_moments(self.language.model, ids)
+        return method.fitted(self._moments)
 
     @torch.inference_mode()
     def feed_together(
@@ -97,3 +115,11 @@ class MethodSession:
         self._language.use(self.attention)
         tokens = torch.tensor([list(ids)], device=model.device)
         return model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **options).logits[0]
+
+
+@torch.no_grad()
+def attention_moments(model: Any, ids: Sequence[int]) -> list[Moments]:
+    """Of each layer of the model's cache, over one text."""
+    with watched(model) as seen:
+        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
+    return [moments(seen[layer].q, seen[layer].k, seen[layer].v) for layer in sorted(seen)]
