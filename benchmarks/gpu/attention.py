@@ -1,4 +1,4 @@
-"""Stage "attention": prefill and decode beside PyTorch's ways, with achieved rates."""
+"""Prefill and decode beside their peers, with achieved rates."""
 
 from __future__ import annotations
 
@@ -33,21 +33,37 @@ from turboattention.execution.triton_tally import Fills
 _ROWS = 64  # last query rows that errors are taken over
 
 
-def rows(plan: Plan, peaks: dict[str, float]) -> Iterator[Row]:
+def prefill(plan: Plan, form: str = "sas") -> Iterator[Row]:
+    """`form`: the softmax that is taken."""
     with torch.inference_mode():
         for batch, tokens in plan.prefill:
             for causal in (True, False):
-                row = functools.partial(_prefill, plan, batch, tokens, causal)
+                row = functools.partial(_prefill, plan, batch, tokens, causal, form, contenders.prefill(causal))
                 yield attempted(row, "prefill", _shape(plan, batch, tokens, tokens, causal))
+
+
+def flex(plan: Plan) -> Iterator[Row]:
+    """Prefill beside FlexAttention alone."""
+    with torch.inference_mode():
+        batch, tokens = plan.prefill[0]
+        row = functools.partial(_prefill, plan, batch, tokens, True, "sas", contenders.flex(True))
+        yield attempted(row, "prefill", _shape(plan, batch, tokens, tokens, True))
+
+
+def decode(plan: Plan, peaks: dict[str, float]) -> Iterator[Row]:
+    with torch.inference_mode():
         for batch, tokens in plan.decode:
             yield from _decode(plan, batch, tokens, peaks)
 
 
-def _prefill(plan: Plan, batch: int, tokens: int, causal: bool) -> Row:
-    shape = _shape(plan, batch, tokens, tokens, causal)
+def _prefill(
+    plan: Plan, batch: int, tokens: int, causal: bool, form: str, ways: dict[str, contenders.Attend]
+) -> Row:
+    shape = _shape(plan, batch, tokens, tokens, causal) | {"softmax": form}
     size = (plan.heads + 2 * plan.kv_heads) * batch * tokens * plan.head_dim * dtype().itemsize
     sets = [_qkv(plan, batch, tokens, tokens, seed) for seed in range(copies_past_cache(size))]
-    own = functools.partial(ta.turbo_attention, is_causal=causal, backend="triton")
+    config = ta.TurboConfig(softmax=form)
+    own = functools.partial(ta.turbo_attention, is_causal=causal, backend="triton", config=config)
     q, k, v = (x[:1] for x in sets[0])
     want = exact(q[:, :, -_ROWS:], k, v, causal)
 
@@ -55,7 +71,7 @@ def _prefill(plan: Plan, batch: int, tokens: int, causal: bool) -> Row:
         return way(*(x[:1] for x in tensors))[:, :, -_ROWS:]
 
     operations = 4 * batch * plan.heads * plan.head_dim * tokens**2 / (2 if causal else 1)
-    return _compared("prefill", shape, None, own, contenders.prefill(causal), sets, last, want, operations)
+    return _compared("prefill", shape, None, own, ways, sets, last, want, operations)
 
 
 def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Iterator[Row]:
@@ -63,7 +79,7 @@ def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Ite
     want = exact(q[:1], k[:1], v[:1], False)
     rivals: dict[str, Work] = {}
     entries: list[Rival] = []
-    for name, way in contenders.decode().items():
+    for name, way in (contenders.decode() | contenders.decode_fp8()).items():
         work, rival = _accepted(name, way, (q, k, v), _first_of, want)
         if work is not None:
             try:
@@ -110,7 +126,7 @@ def _decode_at(
 
 
 def _first_of(way: contenders.Attend, tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    return way(*(x[:1] for x in tensors))
+    return way(*tensors)[:1]
 
 
 def _compared(

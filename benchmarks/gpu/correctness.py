@@ -1,4 +1,4 @@
-"""Stage "correctness": the kernels against the reference and PyTorch's stage 1 and 2, at the sizes that are timed."""
+"""The kernels against the reference and PyTorch's stage 1 and 2, at the sizes that are timed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +24,89 @@ from turboattention.kernels.triton import pages, quantize
 from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout
 
-sys.path.append(str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.kernels.cpu.attending import assert_close
 
 OFF = ta.TurboConfig(guard="off")
 
 
-def checks(plan: Plan) -> Iterator[dict[str, Any]]:
-    """One entry a check: name, whether it passed, a figure or what was wrong."""
+Check = Callable[[], float | None]
+
+
+def checks(plan: Plan) -> dict[str, dict[str, Check]]:
+    """By gate, by name: each returns a figure, or raises."""
     real = on_gpu()
-    cases: dict[str, Callable[[], float | None]] = {
-        "stage 1 is PyTorch's to the bit": lambda: _stage_one(plan),
-        "pages are PyTorch's to the bit": lambda: _pages(plan),
-    }
     tokens = 4096 if real else 70
-    for softmax in ("sas", "sas2", "exp") if real else ("sas",):
-        config = OFF.replace(softmax=softmax)
-        cases[f"prefill, {softmax}"] = lambda config=config: _prefill(plan, tokens, config, is_causal=True)
+    gates: dict[str, dict[str, Check]] = {
+        "stages": {
+            "stage 1 is PyTorch's to the bit": lambda: _stage_one(plan),
+            "pages are PyTorch's to the bit": lambda: _pages(plan),
+            "values that are not finite": lambda: _flagged(plan),
+        },
+        "prefill": {
+            f"prefill, {form}": lambda form=form: _prefill(plan, tokens, OFF.replace(softmax=form), is_causal=True)
+            for form in (("sas", "sas2", "exp") if real else ("sas",))
+        },
+        "decode": {
+            f"decode, {bits} bits": lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
+            for bits in ((8, *plan.bits) if real else plan.bits)
+        },
+        "paged": {
+            f"pages that a server manages, {bits} bits, head_dim {size}": lambda size=size, bits=bits: paged(
+                replace(plan, head_dim=size), bits
+            )
+            for size, bits in (((128, 4), (128, 2), (256, 3), (64, 3)) if real else ((64, 4),))
+        },
+        "steps": {
+            "masks, lengths, first blocks and lags": lambda: _other_steps(plan),
+            "a step's graph over a flush": lambda: _graph(plan, 8190 if real else 190),
+            "saved, loaded on the CPU, and back": lambda: _moved(plan, 1023 if real else 191),
+        },
+        "repeats": {
+            "50 runs of prefill are equal to the bit": lambda: _repeated(_prefill_call(plan, tokens)),
+            "50 runs of decode are equal to the bit": lambda: _repeated(_decode_call(plan, 8191 if real else 191)),
+        },
+    }
     if real:
-        cases["prefill, full"] = lambda: _prefill(plan, tokens, OFF)
-        cases["prefill, window"] = lambda: _prefill(plan, tokens, OFF, is_causal=True, window_size=500)
-        cases["prefill, softcap"] = lambda: _prefill(plan, tokens, OFF, is_causal=True, softcap=20.0)
-        cases["prefill, mask"] = lambda: _prefill(plan, 1024, OFF, attn_mask=normals(1024, 1024, seed=8))
-    for bits in (8, *plan.bits) if real else plan.bits:
-        cases[f"decode, {bits} bits"] = lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
-    cases["masks, lengths, first blocks and lags"] = lambda: _other_steps(plan)
-    cases["a step's graph over a flush"] = lambda: _graph(plan, 8190 if real else 190)
-    cases["saved, loaded on the CPU, and back"] = lambda: _moved(plan, 1023 if real else 191)
-    cases["pages that a server manages, steps as a graph"] = lambda: paged(plan)
-    cases["values that are not finite"] = lambda: _flagged(plan)
-    for name, check in cases.items():
-        try:
-            with torch.inference_mode():
-                figure = check()
-            yield {"name": name, "passed": True, "error": figure}
-        except ModuleNotFoundError as problem:
-            yield {"name": name, "passed": None, "problem": str(problem)}
-        except Exception as problem:  # a failure is a result here
-            yield {"name": name, "passed": False, "problem": said(problem)}
+        gates["prefill"] |= {
+            "prefill, full": lambda: _prefill(plan, tokens, OFF),
+            "prefill, window": lambda: _prefill(plan, tokens, OFF, is_causal=True, window_size=500),
+            "prefill, softcap": lambda: _prefill(plan, tokens, OFF, is_causal=True, softcap=20.0),
+            "prefill, mask": lambda: _prefill(plan, 1024, OFF, attn_mask=normals(1024, 1024, seed=8)),
+            "prefill, head_dim 64": lambda: _prefill(replace(plan, head_dim=64), tokens, OFF, is_causal=True),
+            "prefill, head_dim 256": lambda: _prefill(replace(plan, head_dim=256), tokens, OFF, is_causal=True),
+        }
+    return gates
+
+
+def outcome(name: str, check: Check) -> dict[str, Any]:
+    """name, whether it passed (None: something is missing here), a figure or what was wrong."""
+    try:
+        with torch.inference_mode():
+            return {"name": name, "passed": True, "error": check()}
+    except ModuleNotFoundError as problem:
+        return {"name": name, "passed": None, "problem": str(problem)}
+    except Exception as problem:  # a failure is a result here
+        return {"name": name, "passed": False, "problem": said(problem)}
+
+
+def _prefill_call(plan: Plan, tokens: int) -> Callable[[], Tensor]:
+    q = normals(1, plan.heads, tokens, plan.head_dim, seed=1)
+    k, v = (normals(1, plan.kv_heads, tokens, plan.head_dim, seed=seed) for seed in (2, 3))
+    return lambda: ta.turbo_attention(q, k, v, is_causal=True, config=OFF, backend="triton")
+
+
+def _decode_call(plan: Plan, tokens: int) -> Callable[[], Tensor]:
+    cache = filled_cache(2, plan.kv_heads, plan.head_dim, tokens, OFF)
+    q = normals(2, plan.heads, 1, plan.head_dim, seed=1)
+    return lambda: ta.turbo_attention_with_kvcache(q, cache, backend="triton")
+
+
+def _repeated(call: Callable[[], Tensor], times: int = 50) -> None:
+    """Races show as results that change from run to run."""
+    first = call()
+    others = [not torch.equal(call(), first) for _ in range(times - 1 if on_gpu() else 1)]
+    assert not any(others), f"{sum(others)} of {len(others)} runs differ from the first"
 
 
 def _compared(call: Callable[[str], tuple[Tensor, Tensor]]) -> float:

@@ -16,10 +16,10 @@ from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat, pag
 CONFIG = ta.TurboConfig.serving(guard="off")
 
 
-def paged(plan: Plan) -> float:
-    """Against each sequence through a cache of its own, by the reference, and page by page."""
+def paged(plan: Plan, width: int) -> float:
+    """Pages of `width` bits against each sequence through a cache of its own, by the reference, and page by page."""
     prompts, steps = ((1000, 300), 30) if on_gpu() else ((62, 126), 3)
-    bits = torch.full((2, plan.kv_heads), 4)
+    bits = torch.full((2, plan.kv_heads), width)
     widths = tuple(bits[0].tolist()), tuple(bits[1].tolist())
     fmt = PagedFormat.of(CONFIG, plan.head_dim, [widths])
     sequences = [_tokens(plan, count + steps, seed) for seed, count in enumerate(prompts)]

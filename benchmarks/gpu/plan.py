@@ -19,7 +19,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """prefill: (batch, tokens); decode: (batch, tokens); bits of decode; throughput's context lengths."""
+    """prefill: (batch, tokens); decode: (batch, tokens); bits of decode; throughput's context lengths; `sweep_`: shapes
+    that launches are tried on."""
 
     heads: int
     kv_heads: int
@@ -29,6 +30,8 @@ class Plan:
     bits: tuple[int | str, ...]
     graph: tuple[tuple[int, int], ...]
     contexts: tuple[int, ...]
+    sweep_decode: tuple[tuple[int, int], ...]
+    sweep_prefill: tuple[tuple[int, int], ...]
     model: Model
     memory_limit: float = field(default=float("inf"))
 
@@ -39,11 +42,13 @@ REAL = Plan(
     heads=32,
     kv_heads=8,
     head_dim=128,
-    prefill=((2, 8192), (1, 16384), (1, 32768)),
-    decode=((16, 8192), (64, 8192), (32, 16384), (16, 32768), (64, 32768)),
+    prefill=((2, 8192), (1, 16384)),
+    decode=((16, 8192), (64, 8192), (16, 32768), (1, 131072)),
     bits=(4, 3, "mixed", 2),
     graph=((1, 8192), (16, 8192), (64, 8192)),
     contexts=(8192, 32768),
+    sweep_decode=((16, 8192), (64, 8192)),
+    sweep_prefill=((1, 16384),),
     model=LLAMA_3_8B,
     memory_limit=72e9,
 )
@@ -57,6 +62,8 @@ TINY = Plan(
     bits=(4,),
     graph=((1, 190),),
     contexts=(130,),
+    sweep_decode=((1, 192),),
+    sweep_prefill=((1, 70),),
     model=Model(layers=1, hidden=128, heads=2, kv_heads=1, head_dim=64, inner=128),
     memory_limit=2e6,
 )

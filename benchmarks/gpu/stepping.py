@@ -1,4 +1,4 @@
-"""Stage "graph": whole decode steps, captured and not, step by step over block flushes; and what storing costs."""
+"""Whole decode steps, captured and not, step by step over block flushes; and what storing costs."""
 
 from __future__ import annotations
 

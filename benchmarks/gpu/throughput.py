@@ -1,4 +1,4 @@
-"""Stage "throughput": tokens a second of a decoder's shapes with random weights, as many sequences as one memory
+"""Tokens a second of a decoder's shapes with random weights, as many sequences as one memory
 limit holds, with the quantized cache and with one of 16-bit floats."""
 
 from __future__ import annotations

@@ -50,11 +50,16 @@ def third(b, F: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def shifted(b, by, ASM: tl.constexpr):
-    """b >> by for bytes by = 0 or 1, equal within a lane. Of the result, bits 0, 2, 4 and 6 are used: what a
+    """b >> by for bytes by = 0 or 1, each with its own. Of the result, bits 0, 2, 4 and 6 are used: what a
     neighbour shifts in, bit 7, is not among them."""
     if ASM == "ptx":
+        # A select by bytes: which bytes share a lane is the compiler's choice, and they may differ in `by`.
         b = tl.inline_asm_elementwise(
-            "{ .reg .b32 u; and.b32 u, $2, 1; shr.u32 $0, $1, u; }",
+            """{
+            .reg .b32 m, t;
+            mul.lo.u32 m, $2, 255; shr.u32 t, $1, 1;
+            xor.b32 t, t, $1; and.b32 t, t, m; xor.b32 $0, $1, t;
+            }""",
             "=r,r,r", [b, by], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
     else:

@@ -1,0 +1,265 @@
+"""What a session on a GPU does, step by step (`day.py`): gates, sweeps of launches, peers, whole steps, profiles."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from supervising import CRASHED, FOUND_WRONG, TIMED_OUT, Results, Step
+
+GATES = ("stages", "prefill", "decode", "paged", "steps", "repeats")
+WIDTHS = (4, 3, 2)
+_DECODE_GATE, _PREFILL_GATE = ("gate decode",), ("gate prefill",)
+
+INJECTED = {"a crash": CRASHED, "a hang": TIMED_OUT}
+"""Steps of a rehearsal, and how they have to end."""
+
+
+def steps(rehearse: bool) -> list[Step]:
+    """In order of their worth. Gates share the GPU, since nothing is timed in them."""
+    limit = 240.0
+    table = [Step("facts", 40), Step("compile", 100)]
+    table += [Step(f"gate {gate}", limit if rehearse else 75, beside=not rehearse) for gate in GATES]
+    table += [Step(f"sweep decode {bits}", 60, sound=_DECODE_GATE) for bits in WIDTHS]
+    table += [
+        Step("sweep prefill", 60, sound=_PREFILL_GATE),
+        Step("peers decode", 120, sound=_DECODE_GATE),
+        Step("peers prefill", 60, sound=_PREFILL_GATE),
+        Step("graph", 60, sound=("gate steps",)),
+        Step("profile decode 4", 50, sound=_DECODE_GATE),
+        Step("profile decode 2", 50, sound=_DECODE_GATE),
+        Step("profile prefill", 50, sound=_PREFILL_GATE),
+        Step("throughput", 90, sound=_DECODE_GATE),
+        Step("generate", 60),
+        Step("sanitizer", 60),
+        Step("flex", 40, sound=_PREFILL_GATE),
+    ]
+    if rehearse:
+        table[3:3] = [Step(name, 3) for name in INJECTED]
+    return table
+
+
+def run(name: str, results: Results, rehearse: bool) -> int:
+    """The step, here and now: its exit status."""
+    import plan
+
+    shapes = plan.TINY if rehearse else plan.REAL
+    kind, _, which = name.partition(" ")
+    start = time.monotonic()
+    print(f"-- {name}", flush=True)
+    call = _OF.get(name) or _OF[kind]
+    wrong = False
+    for row in call(shapes, which, results):
+        print({"step": name, **row}, flush=True)
+        results.write(name, **row)
+        wrong |= row.get("passed") is False or "WRONG" in (row.get("refused") or "")
+    print(f"-- {name}: {time.monotonic() - start:.1f} s", flush=True)
+    return FOUND_WRONG if wrong else 0
+
+
+Rows = Iterable[dict[str, Any]]
+
+
+def _facts(shapes: Any, which: str, results: Results) -> Rows:
+    import platform
+
+    import timing
+    import torch
+    import triton
+
+    gpu = torch.cuda.is_available()
+    facts = {
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "python": platform.python_version(),
+    }
+    yield facts
+    yield {"peaks": timing.peaks() if gpu else {}}
+
+
+def _compile(shapes: Any, which: str, results: Results) -> Rows:
+    """Nothing to compile for in a rehearsal: the interpreter takes the kernels as they are."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield {"key": "none"}
+        return
+    import ahead
+    import torch
+    from compiling import TARGETS
+
+    major, minor = torch.cuda.get_device_capability()
+    target = f"sm_{major}{minor}"
+    if target in TARGETS:
+        yield from ahead.compile_all(target)
+
+
+def _gate(shapes: Any, which: str, results: Results) -> Rows:
+    import correctness
+
+    for name, check in correctness.checks(shapes)[which].items():
+        yield correctness.outcome(name, check)
+
+
+def _sweep_decode(shapes: Any, which: str, results: Results) -> Rows:
+    import sweeping
+
+    have = {row["key"] for row in results.rows(f"sweep {which}") if "key" in row}
+    yield from sweeping.decode(shapes, int(which.split()[1]), have)
+
+
+def _sweep(shapes: Any, which: str, results: Results) -> Rows:
+    import sweeping
+
+    if which == "prefill":
+        have = {row["key"] for row in results.rows("sweep prefill") if "key" in row}
+        yield from sweeping.prefill(shapes, have)
+    else:
+        yield from _sweep_decode(shapes, which, results)
+
+
+def _peers(shapes: Any, which: str, results: Results) -> Rows:
+    import attention
+
+    if which == "prefill":
+        for form in ("sas", "exp"):
+            with _best(results, prefill=form):
+                yield from _plain(attention.prefill(shapes, form))
+        return
+    for bits in WIDTHS:
+        with _best(results, decode=bits):
+            from dataclasses import replace
+
+            yield from _plain(attention.decode(replace(shapes, bits=(bits,)), _peaks(results)))
+
+
+def _graph(shapes: Any, which: str, results: Results) -> Rows:
+    import stepping
+
+    with _best(results, decode=4):
+        yield from _plain(stepping.rows(shapes, _peaks(results)))
+
+
+def _throughput(shapes: Any, which: str, results: Results) -> Rows:
+    import throughput
+
+    with _best(results, decode=4):
+        yield from _plain(throughput.rows(shapes, _peaks(results)))
+
+
+def _flex(shapes: Any, which: str, results: Results) -> Rows:
+    import attention
+
+    yield from _plain(attention.flex(shapes))
+
+
+def _profile(shapes: Any, which: str, results: Results) -> Rows:
+    """Nsight Compute's report of the kernel as text, beside the results."""
+    work, _, bits = which.partition(" ")
+    sections = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy",
+                "InstructionStats", "LaunchStats", "ComputeWorkloadAnalysis")  # fmt: skip
+    command = ["ncu", "--kernel-name", work, "--launch-count", "1", "--clock-control", "none"]
+    for section in sections:
+        command += ["--section", section]
+    yield from _tool(command, [work, bits or "4"], results.path.parent / f"ncu-{which.replace(' ', '-')}.txt")
+
+
+def _sanitizer(shapes: Any, which: str, results: Results) -> Rows:
+    out = results.path.parent
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    for work in ("decode", "prefill"):
+        yield from _tool(command, [work, "3", "--small"], out / f"sanitizer-{work}.txt")
+
+
+def _tool(command: list[str], arguments: list[str], log: Path) -> Rows:
+    script = str(Path(__file__).with_name("profiling.py"))
+    try:
+        done = subprocess.run(
+            [*command, sys.executable, script, *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        yield {"tool": command[0], "missing": True}
+        return
+    log.write_text(done.stdout + done.stderr)
+    yield {"tool": command[0], "arguments": arguments, "status": done.returncode, "log": log.name}
+
+
+def _generate(shapes: Any, which: str, results: Results) -> Rows:
+    import importlib.util
+
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("generating") is None:
+        yield {"missing": "transformers"}
+        return
+    import generating
+
+    yield from generating.rows()
+
+
+def _plain(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    import report
+
+    for row in rows:
+        print(report.line(row), flush=True)
+        yield asdict(row)
+
+
+def _peaks(results: Results) -> dict[str, float]:
+    return next((row["peaks"] for row in results.rows("facts") if "peaks" in row), {})
+
+
+@contextlib.contextmanager
+def _best(results: Results, decode: int | None = None, prefill: str | None = None) -> Iterator[None]:
+    """The best launches that were swept, where they were; else those of configs.py."""
+    import sweeping
+
+    few = sweeping.best(results.rows(f"sweep decode {decode}")) if decode else None
+    many = sweeping.best(results.rows("sweep prefill"), softmax=prefill) if prefill else None
+    with sweeping.launched(few, many):
+        yield
+
+
+_Call = Callable[[Any, str, Results], Rows]
+
+
+def _crash(shapes: Any, which: str, results: Results) -> Rows:
+    os.abort()
+
+
+def _hang(shapes: Any, which: str, results: Results) -> Rows:
+    time.sleep(3600)
+    return ()
+
+
+_OF: dict[str, _Call] = {
+    "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph,
+    "profile": _profile, "throughput": _throughput, "generate": _generate, "sanitizer": _sanitizer, "flex": _flex,
+    "a crash": _crash, "a hang": _hang,
+}  # fmt: skip
+
+
+def summary(results: Results) -> None:
+    """What was found, in short."""
+    import sweeping
+
+    for row in results.rows("facts"):
+        print(", ".join(f"{name}: {value}" for name, value in row.items() if name != "step" and value))
+    for row in results.rows():
+        if row.get("passed") is False:
+            print(f"WRONG {row['name']}: {row['problem']}")
+    for bits in WIDTHS:
+        found = sweeping.best(results.rows(f"sweep decode {bits}"))
+        if found:
+            print(f"decode {bits}: {found}")
+    for form in sweeping.FORMS:
+        found = sweeping.best(results.rows("sweep prefill"), softmax=form)
+        if found:
+            rows = [row["TOPS"] for row in results.rows("sweep prefill") if row["softmax"] == form and "TOPS" in row]
+            print(f"prefill {form}: {found}, {max(rows):.4g} TOPS")

@@ -1,0 +1,134 @@
+"""Launches of decode and prefill tried one after the other, and the best of them set for what runs after.
+
+A launch is timed in a CUDA graph of a whole attention call (queries quantized, splits combined), as it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from plan import Plan
+from problem import exact, filled_cache, normals
+from timing import WRONG, graphed, on_gpu, once, relative_error, said
+
+import turboattention as ta
+from turboattention.execution.triton_state import Call
+from turboattention.execution.triton_steps import steps_of
+from turboattention.execution.triton_tally import Fills
+from turboattention.kernels.triton import configs
+from turboattention.kernels.triton.configs import Launch
+
+Row = dict[str, Any]
+DECODE = tuple(Launch(*each) for each in itertools.product((4, 8), (1, 2, 4), (2, 3, 4)))
+PREFILL = tuple(Launch(*each) for each in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2), (64, 8, 3)))
+FORMS = ("sas", "sas2", "exp")
+
+
+@contextlib.contextmanager
+def launched(decode: Launch | None = None, prefill: Launch | None = None) -> Iterator[None]:
+    """Within, these launches are taken whatever the shape."""
+    own = configs.decode, configs.prefill
+    if decode is not None:
+        configs.decode = lambda *_: decode  # type: ignore[assignment]
+    if prefill is not None:
+        configs.prefill = lambda *_: prefill  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        configs.decode, configs.prefill = own
+
+
+def decode_candidates() -> tuple[Launch, ...]:
+    return DECODE if on_gpu() else DECODE[:2]
+
+
+def prefill_candidates() -> tuple[Launch, ...]:
+    return PREFILL if on_gpu() else PREFILL[:2]
+
+
+def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
+    """Every launch over every shape of the sweep, one width; `have`: keys of rows that are there."""
+    with torch.inference_mode():
+        for batch, tokens in plan.sweep_decode:
+            cache, q = None, normals(batch, plan.heads, 1, plan.head_dim, seed=1)
+            for launch in decode_candidates():
+                key = f"decode {bits} {batch}x{tokens} {launch.rows},{launch.warps},{launch.stages}"
+                if key in have:
+                    continue
+                if cache is None:
+                    cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, _config(bits))
+                    want = exact(q[:1], *(x[:1] for x in cache.dequantize()), False)
+                attend = functools.partial(_attended, cache, q)
+                with launched(decode=launch):
+                    yield {"key": key, "bits": str(bits), "batch": batch, "keys": tokens, **_of(launch)} | _timed(
+                        attend, lambda: attend()[0][:1], want
+                    )
+            del cache
+            if on_gpu():
+                torch.cuda.empty_cache()
+
+
+def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
+    """Every launch and every softmax form at one length, causal."""
+    with torch.inference_mode():
+        for batch, tokens in plan.sweep_prefill:
+            q = normals(batch, plan.heads, tokens, plan.head_dim, seed=0)
+            k, v = (normals(batch, plan.kv_heads, tokens, plan.head_dim, seed=seed) for seed in (1, 2))
+            want = exact(q[:1, :, -64:], k[:1], v[:1], True)
+            for form, launch in itertools.product(FORMS, prefill_candidates()):
+                key = f"prefill {form} {batch}x{tokens} {launch.rows},{launch.warps},{launch.stages}"
+                if key in have:
+                    continue
+                config = ta.TurboConfig(softmax=form, guard="off")
+                attend = functools.partial(ta.turbo_attention, q, k, v, is_causal=True, config=config, backend="triton")
+                with launched(prefill=launch):
+                    row = _timed(attend, lambda: attend()[:1, :, -64:], want, captured=False)
+                if "seconds" in row:
+                    operations = 2 * batch * plan.heads * plan.head_dim * tokens**2
+                    row["TOPS"] = operations / row["seconds"] / 1e12
+                yield {"key": key, "softmax": form, "batch": batch, "keys": tokens, **_of(launch)} | row
+
+
+def best(rows: list[Row], **wanted: Any) -> Launch | None:
+    """The launch of the least time among rows that have these values, summed over shapes of theirs relative to the
+    best of each."""
+    some = [row for row in rows if "seconds" in row and all(row.get(name) == value for name, value in wanted.items())]
+    least: dict[tuple[int, int], float] = {}
+    for row in some:
+        shape = row["batch"], row["keys"]
+        least[shape] = min(row["seconds"], least.get(shape, float("inf")))
+    scores: dict[Launch, list[float]] = {}
+    for row in some:
+        launch = Launch(row["rows"], row["warps"], row["stages"])
+        scores.setdefault(launch, []).append(row["seconds"] / least[row["batch"], row["keys"]])
+    complete = {launch: sum(score) for launch, score in scores.items() if len(score) == len(least)}
+    return min(complete, key=lambda launch: complete[launch]) if complete else None
+
+
+def _config(bits: int | str) -> ta.TurboConfig:
+    return ta.TurboConfig(bits=bits, guard="off")
+
+
+def _attended(cache: ta.KVCache, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    steps = steps_of(cache)
+    assert steps is not None
+    return steps.run(q, None, None, Call(q.shape[3] ** -0.5), fills=Fills())
+
+
+def _of(launch: Launch) -> Row:
+    return {"rows": launch.rows, "warps": launch.warps, "stages": launch.stages}
+
+
+def _timed(work: Callable, result: Callable, want: torch.Tensor, captured: bool = True) -> Row:
+    try:
+        error = relative_error(result(), want)
+        if not error <= WRONG:
+            return {"error": error, "refused": "WRONG"}
+        return {"error": error, "seconds": once(graphed(work) if captured else work, 30)}
+    except Exception as problem:
+        return {"refused": said(problem)}
