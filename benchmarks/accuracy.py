@@ -46,7 +46,9 @@ def main() -> int:
     documents = load()
     stale = [name for name in PAGES if not update(name, documents, check=options.check)]
     if options.check:
-        print("\n".join(f"{name}: differs from benchmarks/results; run benchmarks/accuracy.py --table" for name in stale))
+        print(
+            "\n".join(f"{name}: differs from benchmarks/results; run benchmarks/accuracy.py --table" for name in stale)
+        )
         return int(bool(stale))
     draw(documents)
     return 0
@@ -82,7 +84,7 @@ def _call(stage: Stage, label: str, folder: str, options: argparse.Namespace) ->
     out = BUILD / label / stage.name
     call = [sys.executable, "-m", "turboattention", "eval", "--model", folder, "--out", str(out)]
     call += ["--tasks", stage.tasks, "--methods", options.methods or stage.methods, "--dtype", options.dtype]
-    call += stage.options(label) + ["--piece", "64"]
+    call += [*stage.options(label), "--piece", "64"]
     if stage.wants_data:
         limit = ["--limit", str(options.questions)] if options.questions else []
         return [*call, "--data", str(options.data), *limit]

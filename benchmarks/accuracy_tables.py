@@ -38,7 +38,11 @@ def page(documents: Mapping[str, Document]) -> str:
 
 def _chapter(label: str, document: Document) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items())
-    parts = [f"## {TITLES.get(label, 'The bundled model')}", f"![KL against bits per element](accuracy-{label}.png)", facts]
+    parts = [
+        f"## {TITLES.get(label, 'The bundled model')}",
+        f"![KL against bits per element](accuracy-{label}.png)",
+        facts,
+    ]
     if "units" in document:  # one run, with tasks of its own
         parts += [markdown(*summary.table(document)), "### Its aims", markdown(*aims(document)), *_rivals(document)]
         return "\n\n".join([*parts, "### By context length", *(markdown(*table) for table in lengths(document))])
@@ -97,9 +101,10 @@ def readme(documents: Mapping[str, Document]) -> str:
         rows.append([title, *(_cell(units.get(name)) for units in found.values())])
     tokens = ", ".join(f"{next(iter(units.values()))['tokens']:,}" for units in found.values())
     note = (
-        f"WikiText-2 in contexts of 2,048 tokens ({tokens} tokens), read through the cache in pieces of 64; bits per element count scales, "
-        "windows and everything else at that length, KL (in nats) and the change of perplexity are against the model's own cache. All "
-        "methods, intervals, longer contexts and benchmarks: [docs/accuracy.md](docs/accuracy.md)."
+        f"WikiText-2 in contexts of 2,048 tokens ({tokens} tokens), read through the cache in pieces of 64. Bits per\n"
+        "element count scales, windows and everything else at that length; KL (in nats) and the change of perplexity\n"
+        "are against the model's own cache. All methods, intervals, longer contexts and benchmarks:\n"
+        "[docs/accuracy.md](docs/accuracy.md)."
     )
     return f"{markdown(columns, rows)}\n\n{note}"
 

@@ -122,7 +122,13 @@ def test_collects_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert script.collect("qwen", tmp_path) is None
     for stage, method in (("book-2048", "kivi-4"), ("book-2048", "fp16"), ("gsm8k", "fp16"), ("gsm8k-more", "turbo-4")):
         task = "gsm8k" if "gsm8k" in stage else "perplexity"
-        unit = {"method": method, "title": METHODS[method].title, "task": task, "metrics": {"kl": 1 / 3}, "seconds": 9.0}
+        unit = {
+            "method": method,
+            "title": METHODS[method].title,
+            "task": task,
+            "metrics": {"kl": 1 / 3},
+            "seconds": 9.0,
+        }
         unit |= {"version": 1, "settings": {"facts": {"model": "/somewhere", "dtype": "float32"}, "task": {"limit": 1}}}
         folder = tmp_path / "qwen" / stage / "units"
         folder.mkdir(parents=True, exist_ok=True)

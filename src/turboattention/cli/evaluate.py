@@ -51,8 +51,9 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME,NAME,...",
-            help="perplexity (with KL, total variation and top-1), growth (the same over text that the model writes), heads, recall, needle, copy, arithmetic; from files in --data gsm8k, "
-            "aqua, bbh, bbh/TASK; lm-eval/TASK of lm-evaluation-harness.",
+            help="perplexity (with KL, total variation and top-1), growth (the same over text that the model writes), "
+            "heads, recall, needle, copy, arithmetic; from files in --data gsm8k, aqua, bbh, bbh/TASK; lm-eval/TASK of "
+            "lm-evaluation-harness.",
             rich_help_panel=MEASURED,
         ),
     ] = TASKS,
@@ -103,8 +104,8 @@ def evaluate(
         int,
         typer.Option(
             min=1,
-            help="Tokens of a passage that go through the model at once, and see each other unquantized. 64 takes about "
-            "half the time of the default.",
+            help="Tokens of a passage that go through the model at once, and see each other unquantized. 64 takes half "
+            "the time of the default.",
             rich_help_panel=HOW,
         ),
     ] = PIECE,

@@ -1,8 +1,9 @@
 """The generated tasks (look-ups, needles, copies, sums) asked through a method's cache, by context length.
 
 The context is read as a prompt; the question goes through the cache like decoded text, and so does the answer, token
-by token, with several methods side by side. An answer is right where each of its tokens, steps included, is the likeliest one: that is what greedy
-decoding would write. Several questions share a context, each after the right answers to those before.
+by token, with several methods side by side. An answer is right where each of its tokens, steps included, is the
+likeliest one: that is what greedy decoding would write. Several questions share a context, each after the right answers
+to those before.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def answers(
 ) -> list[bool]:
     """For each session whether greedy decoding answers; it has taken the question and the right answer afterwards."""
     right = [True] * len(sessions)
-    for at in range(0, len(question), PIECE):
-        logits = subject.feed_together(sessions, [question[at : at + PIECE]] * len(sessions))
+    pieces = [question[at : at + PIECE] for at in range(0, len(question), PIECE)]
+    *_, logits = (subject.feed_together(sessions, [piece] * len(sessions)) for piece in pieces)
     for token in answer:
         right = [was and int(row.argmax()) == token for was, row in zip(right, logits[:, -1], strict=True)]
         logits = subject.feed_together(sessions, [[token]] * len(sessions))

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import InputError
 from .baselines import CacheMethod
 from .intervals import share
-from .questions import Question, QuestionSet
+from .questions import QuestionSet
 from .records import Parts, fingerprint
 from .subject import Progress, Session, Subject
 

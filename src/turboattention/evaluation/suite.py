@@ -58,7 +58,8 @@ class Options:
 
     Attributes:
         text, source: a text and what to call it. limit: passages, questions a length, or questions; None: 8, 32, all.
-        context: tokens of a passage. piece: tokens of it fed at once. lengths: of contexts that are asked about. data: folder of GSM8K, AQuA and BBH.
+        context: tokens of a passage. piece: tokens of it fed at once. lengths: of contexts that are asked about.
+        data: folder of GSM8K, AQuA and BBH.
     """
 
     text: str

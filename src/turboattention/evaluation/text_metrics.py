@@ -85,7 +85,9 @@ class TextTask:
         return [[*subject.begin, *ids] for ids in passages]
 
     def _summary(self, measured: Sequence[tuple[Columns, float]]) -> dict[str, Any]:
-        return {"bits_per_element": float(np.mean([bits for _, bits in measured]))} | summarize([c for c, _ in measured])
+        return {"bits_per_element": float(np.mean([bits for _, bits in measured]))} | summarize(
+            [c for c, _ in measured]
+        )
 
     def _compare(
         self, subject: Subject, methods: Sequence[CacheMethod], ids: Sequence[int], progress: _Steps

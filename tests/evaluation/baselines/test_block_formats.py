@@ -89,5 +89,5 @@ def test_an_outlier_stays_in_its_group() -> None:
 
 @pytest.mark.parametrize("quantizer", [RotatedQ40(), Compander(4)])
 def test_other_sizes_are_refused(quantizer) -> None:
-    with pytest.raises(UnsupportedError, match="head_dim: expected a multiple of .* 32, got 40"):
+    with pytest.raises(UnsupportedError, match=r"head_dim: expected a multiple of .* 32, got 40"):
         quantizer(torch.randn(1, 1, 2, 40), 0)

@@ -39,21 +39,20 @@ class BaselineLayer(DynamicLayer):
 
     def settle(self) -> None:
         """Quantize what is due."""
-        if self.is_initialized and self.get_seq_length():
-            for stream, x in zip(self.streams, (self.keys, self.values), strict=True):
+        for stream, x in zip(self.streams, (self.keys, self.values), strict=True):
+            if x is not None and x.numel():
                 stream.settle(x)
 
     def _append(self, at: int, held: Tensor | None, new: Tensor) -> Tensor:
-        length = 0 if held is None or not held.numel() else held.shape[2]
-        total, memory = length + new.shape[2], self._memory[at]
-        # What crops leave is still in place; what beams and selections leave is not.
-        in_place = memory is not None and (not length or held is not None and held.data_ptr() == memory.data_ptr())
-        if not in_place or memory is None or memory.shape[:2] != new.shape[:2] or memory.shape[2] < total:
-            batch, heads, _, head_dim = new.shape
-            memory = new.new_empty(batch, heads, total + total // 4, head_dim)
-            if length:
+        batch, heads, count, head_dim = new.shape
+        length = held.shape[2] if held is not None and held.numel() else 0
+        total, memory = length + count, self._memory[at]
+        # What a crop leaves is still in its place; what beams and selections leave is not.
+        moved = memory is None or (held is not None and length and held.data_ptr() != memory.data_ptr())
+        if memory is None or moved or memory.shape[:2] != (batch, heads) or memory.shape[2] < total:
+            memory = self._memory[at] = new.new_empty(batch, heads, total + total // 4, head_dim)
+            if held is not None and length:
                 memory[:, :, :length] = held
-            self._memory[at] = memory
         memory[:, :, length:total] = new
         return memory[:, :, :total]
 

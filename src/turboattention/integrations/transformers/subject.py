@@ -71,11 +71,12 @@ class TransformersSubject:
         return method.fitted(self._moments)
 
     @torch.inference_mode()
-    def feed_together(
-        self, sessions: Sequence[MethodSession], ids: Sequence[Sequence[int]], *, last: bool = False
-    ) -> Tensor:
+    def feed_together(self, sessions: Sequence[Any], ids: Sequence[Sequence[int]], *, last: bool = False) -> Tensor:
         if not can_go_together(self.language.own_attention):
-            rows = [session.forward(row)[-1:] if last else session.forward(row) for session, row in zip(sessions, ids, strict=True)]
+            rows = [
+                session.forward(row)[-1:] if last else session.forward(row)
+                for session, row in zip(sessions, ids, strict=True)
+            ]
             return torch.stack(rows).float().cpu()
         rows = [Row(one.method.name, one.cache, one.attention) for one in sessions]
         return forward_together(self.language, rows, ids, last).float().cpu()

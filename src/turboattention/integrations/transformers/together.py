@@ -77,19 +77,21 @@ def attend_together(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, Hq, L, D] queries -> [B, L, Hq, D], each row over its own cache."""
-    rows, held = getattr(key, _HANDLE, (None, None))
-    if rows is None or attention_mask is not None:
+    found: Any = getattr(key, _HANDLE, None)
+    if found is None or attention_mask is not None:
         raise UnsupportedError("together: expected a model whose layers attend causally, each over keys of its own")
     positions = options.pop("position_ids", None)
     outputs = []
-    for at, (row, (keys, values)) in enumerate(zip(rows, held, strict=True)):
+    for at, (row, (keys, values)) in enumerate(zip(*found, strict=True)):
         if positions is not None:
             options["position_ids"] = positions[at : at + 1]
         mask = None
         if row.attention != TURBO:  # which finds the mask by itself
             mask = causal_mask(query.shape[2], keys.shape[2], options.get("sliding_window"), query.device)
         said = attending.set(row.name)
-        outputs.append(AttentionInterface()[row.attention](module, query[at : at + 1], keys, values, mask, **options)[0])
+        outputs.append(
+            AttentionInterface()[row.attention](module, query[at : at + 1], keys, values, mask, **options)[0]
+        )
         attending.reset(said)
     return torch.cat(outputs), None
 
