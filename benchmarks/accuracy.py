@@ -21,6 +21,7 @@ from typing import Any
 
 from accuracy_plan import STAGES, Stage
 from accuracy_tables import TITLES, page, readme
+from transformers import AutoTokenizer
 
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.report.charts import pareto
@@ -77,6 +78,8 @@ def _is_for(stage: Stage, label: str, folder: Path, options: argparse.Namespace)
         return False
     if stage.wants_data:
         return options.data is not None and label == options.questioned
+    if stage.with_bos and _bos(folder) is None:
+        return False
     return getattr(options, stage.text or "book") is not None
 
 
@@ -84,11 +87,18 @@ def _call(stage: Stage, label: str, folder: str, options: argparse.Namespace) ->
     out = BUILD / label / stage.name
     call = [sys.executable, "-m", "turboattention", "eval", "--model", folder, "--out", str(out)]
     call += ["--tasks", stage.tasks, "--methods", options.methods or stage.methods, "--dtype", options.dtype]
-    call += [*stage.options(label), "--piece", "64"]
+    call += [*stage.options(), "--piece", "64"]
     if stage.wants_data:
         limit = ["--limit", str(options.questions)] if options.questions else []
         return [*call, "--data", str(options.data), *limit]
-    return [*call, "--text", str(getattr(options, stage.text or "book"))]
+    begin = ["--begin", str(_bos(Path(folder)))] if stage.with_bos else []
+    return [*call, "--text", str(getattr(options, stage.text or "book")), *begin]
+
+
+def _bos(folder: Path) -> str | None:
+    """The token that a tokenizer names BOS, where it puts none in front of a text by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return None if tokenizer("", verbose=False)["input_ids"] else tokenizer.bos_token
 
 
 def _environment() -> dict[str, str]:
@@ -104,6 +114,7 @@ def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
         units = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         if units:
             facts = units[0]["settings"]["facts"] | {"model": TITLES.get(label, label)}
+            facts.pop("begin", None)
             name = stage.name.removesuffix("-more")  # the same questions through more methods
             stages[name] = stages.get(name, []) + [_short(unit) for unit in units]
     if not stages:
@@ -118,8 +129,9 @@ def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
 
 def _short(unit: dict[str, Any]) -> dict[str, Any]:
     """Without what is the same for all units of a stage, or of no use in a table."""
-    task = unit["settings"]["task"]
-    return {name: unit[name] for name in unit if name not in ("settings", "version", "shown")} | {"settings": task}
+    given = unit["settings"]
+    settings = given["task"] | ({"begin": given["facts"]["begin"]} if "begin" in given["facts"] else {})
+    return {name: unit[name] for name in unit if name not in ("settings", "version", "shown")} | {"settings": settings}
 
 
 def rounded(value: Any) -> Any:

@@ -10,16 +10,14 @@ ASKED = "fp16,turbo-4,turbo-3,turbo-2,kivi-4,kivi-2,gear-l-4"
 """Methods that questions are asked through first."""
 ASKED_LATER = "turbo-mixed,turbo-paper-4"
 
-TWICE = ("smollm2",)
-"""Models, by label, whose short contexts are read from two places of a text: they take the least time."""
-
 
 @dataclass(frozen=True)
 class Stage:
     """One folder of results: a run of `turboattention eval`.
 
     text: which of the given texts. least_context: models made for fewer tokens are left out. wants_data: questions from
-    files, for the models that are told to answer them.
+    files, for the models that are told to answer them. with_bos: behind the token that the tokenizer names BOS, for
+    models whose tokenizer puts none.
     """
 
     name: str
@@ -31,11 +29,10 @@ class Stage:
     limit: int | None = None
     least_context: int = 0
     wants_data: bool = False
+    with_bos: bool = False
 
-    def options(self, label: str) -> list[str]:
-        twice = label in TWICE and self.context == 2048 and self.tasks == "perplexity"
-        limit = 2 if twice else self.limit
-        given = {"--context": self.context, "--lengths": self.lengths, "--limit": limit}
+    def options(self) -> list[str]:
+        given = {"--context": self.context, "--lengths": self.lengths, "--limit": self.limit}
         return [str(part) for name, value in given.items() if value is not None for part in (name, value)]
 
 
@@ -49,5 +46,6 @@ STAGES = (
     Stage("gsm8k-more", "gsm8k", ASKED_LATER, limit=500, wants_data=True),
     Stage("aqua", "aqua", ASKED, limit=200, wants_data=True),
     Stage("bbh", "bbh", ASKED, limit=10, wants_data=True),
+    Stage("wikitext2-2048-bos", "perplexity", MAIN, "wikitext2", 2048, limit=1, with_bos=True),
     Stage("book-8192", "perplexity", MAIN, "book", 8192, limit=1, least_context=8192),
 )

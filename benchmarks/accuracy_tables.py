@@ -21,6 +21,7 @@ STAGES = {
     "book-2048": "A book",
     "wikitext2-8192": "WikiText-2, long contexts",
     "book-8192": "A book, long contexts",
+    "wikitext2-2048-bos": "WikiText-2 behind a token that the tokenizer does not put there",
     "growth": "Text that the model writes itself",
 }
 SHOWN = (
@@ -67,7 +68,9 @@ def _what(units: Sequence[dict[str, Any]]) -> str:
     """One line on the text that was read."""
     task, tokens = units[0]["settings"], units[0]["tokens"]
     written = "; sampled by the model after 64 tokens of it" if "temperature" in task else ""
-    return f"{tokens:,} tokens of {task['text']}{written}, passages of {task['context']:,}, pieces of {task['piece']}."
+    behind = f", each passage behind `{task['begin']}`" if "begin" in task else ""
+    size = f"passages of {task['context']:,}, pieces of {task['piece']}"
+    return f"{tokens:,} tokens of {task['text']}{written}{behind}, {size}."
 
 
 def _text_table(stage: Document, name: str) -> tuple[list[str], list[list[str]]]:

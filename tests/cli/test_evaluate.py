@@ -58,6 +58,14 @@ def test_pieces_of_another_size(run, model: Path, book: Path) -> None:
     assert [unit["tokens"] for unit in units] == [199, 199]
 
 
+def test_a_text_in_front_of_every_text(run, model: Path, book: Path) -> None:
+    call = ("eval", "--model", model, "--text", book, "--methods", "fp16", "--tasks", "perplexity", "--context", "100")
+    plain, behind = (run(*call, "--limit", "1", *more, "--json").json for more in ((), ("--begin", "a door")))
+    assert "begin" not in plain["facts"]
+    assert behind["facts"]["begin"] == "a door"
+    assert behind["units"][0]["tokens"] > plain["units"][0]["tokens"]
+
+
 def test_generated_tasks(run, model: Path) -> None:
     call = ("--methods", "turbo-2", "--tasks", "recall,arithmetic", "--limit", "2", "--lengths", "200")
     units = run("eval", "--model", model, *call, "--json").json["units"]

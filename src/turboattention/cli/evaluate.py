@@ -40,6 +40,7 @@ class Request:
     options: Options
     out: Path | None
     json: bool
+    begin: str | None
 
 
 def evaluate(
@@ -109,6 +110,14 @@ def evaluate(
             rich_help_panel=HOW,
         ),
     ] = PIECE,
+    begin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="In front of every text, such as '<|endoftext|>'. By default what the tokenizer puts there.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -157,7 +166,7 @@ def evaluate(
     check_methods(chosen)
     if out is not None:
         check_figures("--out: the report's figures")
-    request = Request(chosen, names, options, out, json)
+    request = Request(chosen, names, options, out, json, begin)
     _run(request, model, device, dtype, threads)
 
 
@@ -173,9 +182,9 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     from ..integrations.transformers import generation
     from ..integrations.transformers.subject import TransformersSubject
 
-    facts, units = _facts(language), []
+    facts, units = _facts(language, request.begin), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)
-    subject = TransformersSubject(language)
+    subject = TransformersSubject(language, request.begin)
     try:
         with generation.enabled():
             for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
@@ -201,7 +210,7 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
         raise typer.Exit(1)
 
 
-def _facts(language: LanguageModel) -> dict[str, Any]:
+def _facts(language: LanguageModel, begin: str | None) -> dict[str, Any]:
     """What every result depends on."""
     from .. import __version__
 
@@ -213,4 +222,4 @@ def _facts(language: LanguageModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "turboattention": __version__,
-    }
+    } | ({} if begin is None else {"begin": begin})

@@ -63,7 +63,7 @@ class Subject(Protocol):
 
     @property
     def begin(self) -> list[int]:
-        """Tokens that every text begins with: the model's BOS, or none."""
+        """Tokens that every text begins with: BOS where the model's tokenizer puts one, or none."""
         ...
 
     @property

@@ -126,6 +126,13 @@ def test_texts_have_no_special_tokens_of_their_own(subject: TransformersSubject)
     assert subject.decode(subject.encode("a door")) == "a door"
     assert subject.encode("a") + subject.encode(" door") == subject.encode("a door")
     assert subject.begin == []
+    assert TransformersSubject(subject.language, "a door").begin == subject.encode("a door")
+
+
+@pytest.mark.parametrize(("put", "begin"), [([7], [7]), ([], []), ([8], [])])
+def test_begins_with_bos_only_where_the_tokenizer_puts_it(put: list[int], begin: list[int]) -> None:
+    tokenizer = type("Tokenizer", (), {"bos_token_id": 7, "__call__": lambda self, text, **_: {"input_ids": put}})()
+    assert TransformersSubject(generation.LanguageModel("tiny", None, tokenizer, "sdpa")).begin == begin
 
 
 def test_fingerprint_tells_weights_apart(subject: TransformersSubject, tmp_path: Path) -> None:

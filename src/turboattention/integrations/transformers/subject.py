@@ -24,10 +24,14 @@ FITTED_TO = 2048
 
 
 class TransformersSubject:
-    """Implements `evaluation.subject.Subject`. "turbo" must be enabled while it is used."""
+    """Implements `evaluation.subject.Subject`. "turbo" must be enabled while it is used.
 
-    def __init__(self, language: LanguageModel):
-        self.language = language
+    Args:
+        begin: a text in front of every other, special tokens by name; None: what the tokenizer itself puts there.
+    """
+
+    def __init__(self, language: LanguageModel, begin: str | None = None):
+        self.language, self._begin = language, begin
         self._moments: list[Moments] = []
 
     @property
@@ -44,8 +48,12 @@ class TransformersSubject:
 
     @property
     def begin(self) -> list[int]:
-        bos = self.language.tokenizer.bos_token_id
-        return [] if bos is None else [bos]
+        if self._begin is not None:
+            return self.encode(self._begin)
+        # Many tokenizers name a BOS and never put one. Qwen2.5, for one, meets no text behind its <|endoftext|>.
+        tokenizer = self.language.tokenizer
+        ids = tokenizer("", verbose=False)["input_ids"]
+        return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
     @property
     def stop_tokens(self) -> frozenset[int]:
