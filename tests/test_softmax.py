@@ -13,6 +13,8 @@ from turboattention.config import TurboConfig
 from turboattention.errors import DtypeError
 from turboattention.softmax import SAS2_ERROR, exponential, sas, sas2
 
+HOST = torch.device("cpu")
+
 
 def line(start: float, stop: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Many points of an interval, both ends included."""
@@ -128,10 +130,10 @@ def test_public_name():
 @pytest.mark.parametrize("name, form", [("sas", sas), ("sas2", sas2)])
 def test_the_configuration_names_form_and_threshold(name, form):
     x = line(-20, 0, torch.float32)
-    assert torch.equal(exponential(TurboConfig(softmax=name, sas_threshold=-9.0))(x), form(x, -9.0))
-    assert torch.equal(exponential(TurboConfig(softmax=name))(x), form(x, -6.0))
+    assert torch.equal(exponential(TurboConfig(softmax=name, sas_threshold=-9.0), HOST)(x), form(x, -9.0))
+    assert torch.equal(exponential(TurboConfig(softmax=name), HOST)(x), form(x, -6.0))
 
 
 def test_exact_exponential_has_no_threshold():
     x = line(-20, 0, torch.float32)
-    assert torch.equal(exponential(TurboConfig(softmax="exp"))(x), x.exp())
+    assert torch.equal(exponential(TurboConfig(softmax="exp"), HOST)(x), x.exp())

@@ -42,6 +42,7 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
             "stage 1 is PyTorch's to the bit": lambda: _stage_one(plan),
             "pages are PyTorch's to the bit": lambda: _pages(plan),
             "values that are not finite": lambda: _flagged(plan),
+            "a prompt without a cache waits for nothing": lambda: _launched_alone(plan),
         },
         "prefill": {
             f"prefill, {form}": lambda form=form: _prefill(plan, tokens, OFF.replace(softmax=form), is_causal=True)
@@ -88,6 +89,21 @@ def outcome(name: str, check: Check) -> dict[str, Any]:
         return {"name": name, "passed": None, "problem": str(problem)}
     except Exception as problem:  # a failure is a result here
         return {"name": name, "passed": False, "problem": said(problem)}
+
+
+def _launched_alone(plan: Plan) -> None:
+    """The host waits for nothing, and what is not finite is NaN in the results."""
+    q = normals(1, plan.heads, 130, plan.head_dim, seed=1)
+    k, v = (normals(1, plan.kv_heads, 130, plan.head_dim, seed=seed) for seed in (2, 3))
+    ta.turbo_attention(q, k, v, is_causal=True, backend="triton")
+    if not on_gpu():
+        return  # at once, as a test of the interpreter says
+    with _never_waiting():
+        out = ta.turbo_attention(q, k, v, is_causal=True, backend="triton")
+        v[0, 0, 5, 3] = torch.inf
+        bad = ta.turbo_attention(q, k, v, is_causal=True, backend="triton")
+    assert bool(out.isfinite().all()), "NaN from finite values"
+    assert bool(bad.isnan().all()), "no NaN where a value is infinite"
 
 
 def _prefill_call(plan: Plan, tokens: int) -> Callable[[], Tensor]:

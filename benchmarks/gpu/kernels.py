@@ -11,7 +11,8 @@ import torch
 
 from turboattention.config import TurboConfig
 from turboattention.kernels.inputs import OpenRows, Pages, Standing
-from turboattention.kernels.triton import append, attention, pages, quantize, smoothing
+from turboattention.kernels.triton import append, attention, fresh, pages, quantize, smoothing
+from turboattention.kernels.triton.call import Fresh, padded
 from turboattention.kv.layout import PageLayout
 
 BATCH, KV_HEADS, GROUP = 2, 8, 4
@@ -67,9 +68,15 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
 def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256, **options: Any) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
     options = _options(head_dim) | options
-    return lambda: attention.attend(
-        config, q, _standing(tokens, 0), None, _rows(head_dim, tokens, torch.float32), **options
-    )
+    k, v = (torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    flag = torch.zeros(1, dtype=torch.int32)
+
+    def work() -> None:
+        fresh.mean_of_first_block(k, 4, padded(head_dim), True, flag)
+        keys = Fresh(k, v, options["mean"], flag)
+        attention.attend(config, q, _standing(tokens, 0), None, None, fresh=keys, **options)
+
+    return work
 
 
 def _decode(config: TurboConfig, head_dim: int, bits: tuple[int, ...], group: int, **options: Any) -> Work:

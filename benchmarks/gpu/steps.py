@@ -32,12 +32,13 @@ def steps(rehearse: bool) -> list[Step]:
         Step("sweep prefill", 60, sound=_PREFILL_GATE),
         Step("peers decode", 120, sound=_DECODE_GATE),
         Step("peers prefill", 60, sound=_PREFILL_GATE),
+        Step("trace", 30, sound=_PREFILL_GATE),
         Step("graph", 60, sound=("gate steps",)),
+        Step("generate", 60),
         Step("profile decode 4", 50, sound=_DECODE_GATE),
         Step("profile decode 2", 50, sound=_DECODE_GATE),
         Step("profile prefill", 50, sound=_PREFILL_GATE),
         Step("throughput", 90, sound=_DECODE_GATE),
-        Step("generate", 60),
         Step("sanitizer", 60),
         Step("flex", 40, sound=_PREFILL_GATE),
     ]
@@ -155,6 +156,16 @@ def _throughput(shapes: Any, which: str, results: Results) -> Rows:
         yield from _plain(throughput.rows(shapes, _peaks(results)))
 
 
+def _trace(shapes: Any, which: str, results: Results) -> Rows:
+    """Where a call's time goes: PyTorch's profile of kernels and host calls, as text beside the results."""
+    import profiling
+
+    for work in ("prefill", "decode"):
+        path = results.path.parent / f"trace-{work}.txt"
+        path.write_text(profiling.traced(work))
+        yield {"work": work, "log": path.name}
+
+
 def _flex(shapes: Any, which: str, results: Results) -> Rows:
     import attention
 
@@ -239,7 +250,7 @@ def _hang(shapes: Any, which: str, results: Results) -> Rows:
 
 
 _OF: dict[str, _Call] = {
-    "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph,
+    "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph, "trace": _trace,
     "profile": _profile, "throughput": _throughput, "generate": _generate, "sanitizer": _sanitizer, "flex": _flex,
     "a crash": _crash, "a hang": _hang,
 }  # fmt: skip

@@ -24,8 +24,8 @@ from turboattention.kernels.triton import configs
 from turboattention.kernels.triton.configs import Launch
 
 Row = dict[str, Any]
-DECODE = tuple(Launch(*each) for each in itertools.product((4, 8), (1, 2, 4), (2, 3, 4)))
-PREFILL = tuple(Launch(*each) for each in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2), (64, 8, 3)))
+DECODE = tuple(Launch(*each) for each in itertools.product((4, 8), (1, 2), (2, 3, 4)))
+PREFILL = tuple(Launch(*each) for each in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 3)))
 FORMS = ("sas", "sas2", "exp")
 
 

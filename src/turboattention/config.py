@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from .errors import ConfigError
 
 WIDTHS = (2, 3, 4, 8)
@@ -13,7 +15,7 @@ WIDTHS = (2, 3, 4, 8)
 Bits = int | tuple[int, int] | Literal["mixed"]
 
 _CHOICES = {
-    "softmax": ("sas", "sas2", "exp"),
+    "softmax": ("auto", "sas", "sas2", "exp"),
     "row_max": ("block", "running"),
     "p_scale": ("static", "tile"),
     "rescale": ("exact", "sas"),
@@ -37,9 +39,10 @@ class TurboConfig:
     block_size: int = 64
     """Tokens per tile and per compressed block, B. A multiple of 16 from 16 to 256."""
 
-    softmax: Literal["sas", "sas2", "exp"] = "sas"
+    softmax: Literal["auto", "sas", "sas2", "exp"] = "auto"
     """Exponential of the attention weights: the paper's SAS (table and cubic), its base-2 form
-    (exponent bits and cubic), or exact."""
+    (exponent bits and cubic), or exact. ``"auto"``: what is fastest where the tensors are, which is ``"exp"`` on GPUs,
+    with their unit for exponentials, and ``"sas"`` elsewhere."""
 
     sas_threshold: float = -6.0
     """Weights whose logit lies further than this below the maximum are zero. Negative."""
@@ -120,6 +123,7 @@ class TurboConfig:
         the backend "reference" computes it.
         """
         published: dict[str, Any] = {
+            "softmax": "sas",
             "row_max": "running",
             "p_scale": "tile",
             "rescale": "sas",
@@ -146,6 +150,12 @@ class TurboConfig:
     def replace(self, **changes: Any) -> TurboConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def softmax_on(self, device: torch.device) -> str:
+        """The form that `softmax` names for tensors on a device: "sas", "sas2" or "exp"."""
+        if self.softmax != "auto":
+            return self.softmax
+        return "exp" if device.type == "cuda" else "sas"
 
     @property
     def text(self) -> str:

@@ -62,11 +62,12 @@ def sas2(x: Tensor, threshold: float = -6.0) -> Tensor:
     return torch.where(x < threshold, 0.0, torch.exp2(-exponent) * _cubic(f, SAS2_COEFFICIENTS))
 
 
-def exponential(config: TurboConfig) -> Callable[[Tensor], Tensor]:
-    """The exponential that `config.softmax` names, threshold included (``"exp"`` has none)."""
-    if config.softmax == "exp":
+def exponential(config: TurboConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The exponential that `config.softmax` names for tensors on `device`, threshold included (``"exp"`` has none)."""
+    name = config.softmax_on(device)
+    if name == "exp":
         return torch.exp
-    form = sas if config.softmax == "sas" else sas2
+    form = sas if name == "sas" else sas2
     return functools.partial(form, threshold=config.sas_threshold)
 
 

@@ -52,7 +52,7 @@ def test_row_by_row(config):
     """One row at a time in plain Python floats, as the formulas are written."""
     scores, v8, v_scale = inputs()
     got, lse = run(config, scores, v8, v_scale)
-    soft = exponential(config)
+    soft = exponential(config, torch.device("cpu"))
     exp = math.exp if config.rescale == "exact" else lambda x: float(soft(torch.tensor(x, dtype=torch.float64)))
     for b in range(B):
         for h in range(H):
@@ -150,7 +150,7 @@ def test_the_paper_s_weight_scale_is_per_tile_of_queries():
     state = Accumulator.empty(torch.zeros(1, 1, 1, rows, D, dtype=torch.float64))
     ones = torch.ones(1, 1, 2, T, dtype=torch.float64)
     online_softmax_update(PAPER, state, slice(0, rows), scores, v8, ones)
-    weight = float(exponential(PAPER)(torch.tensor(-6.0, dtype=torch.float64)))
+    weight = float(exponential(PAPER, torch.device("cpu"))(torch.tensor(-6.0, dtype=torch.float64)))
     assert 0 < weight < 0.9996 / 119 / 2  # under the tile's scale it rounds to nothing
     # The last row's weights are 119 codes of their own scale each: exact.
     assert state.out[0, 0, 0, 16].tolist() == pytest.approx([T * weight * 100] * D, rel=1e-12)

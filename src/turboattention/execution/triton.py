@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..kernels.inputs import Int8Queries, Pages, Standing
-from ..kernels.triton.attention import attend
+from ..kernels.inputs import BLOCK, Int8Queries, Pages, Standing
+from ..kernels.triton.attention import attend, takes_many_rows
+from ..kernels.triton.call import Fresh, padded
+from ..kernels.triton.fresh import mean_of_first_block
 from ..kernels.triton.quantize import quantize_queries
 from ..kv.cache import KVCache
-from ..kv.staging import SequenceState, Stage
+from ..kv.staging import MEAN_SKIPS, SequenceState, Stage
 from ..reference.queries import logit_scale
 from ..validation import check_finite
 from .inputs import open_rows_of, prefill_of, queries_by_tile, standing_of
@@ -35,21 +40,35 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32; what they
     mean is in reference/prefill.py."""
+    kv_heads, sight = k.shape[1], dict(causal=is_causal, window=window_size, softcap=softcap, mask=attn_mask)
+    if config.token_scales and k.shape[2] and takes_many_rows(q.shape[1] // kv_heads, q.shape[2]):
+        return _prefill_at_once(config, q, k, v, scale, sight)
+    for name, x in (("k", k), ("v", v)):
+        check_finite(name, x)
     standing, staged = prefill_of(config, q, k, v)
-    return _attend(
-        config,
-        q,
-        standing,
-        None,
-        staged,
-        kv_heads=k.shape[1],
-        mean_from=1,
-        causal=is_causal,
-        scale=scale,
-        window=window_size,
-        softcap=softcap,
-        mask=attn_mask,
-    )
+    return _attend(config, q, standing, None, staged, kv_heads=kv_heads, mean_from=1, scale=scale, **sight)
+
+
+def _prefill_at_once(
+    config: TurboConfig, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sight: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Launches alone: the host does not wait for a GPU. What is not finite makes the results NaN there, and is refused
+    at once where kernels are interpreted."""
+    (batch, _, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
+    factor, flag = logit_scale(scale, head_dim), torch.zeros(1, dtype=torch.int32, device=q.device)
+    mean = None
+    if config.smooth_k and keys >= BLOCK:
+        mean = mean_of_first_block(k, MEAN_SKIPS, padded(head_dim), config.rotate, flag)
+    first, valid, lengths = (torch.full((batch,), n, device=q.device) for n in (keys - queries, queries, keys))
+    codes, unit, logit, _ = quantize_queries(q, kv_heads, valid, mean, factor, config.rotate, flag)
+    result = attend(
+        config, q, Standing(first, valid, lengths), None, None, kv_heads=kv_heads, scale=factor, mean=mean, mean_from=1,
+        quantized=Int8Queries(codes, unit, logit), fresh=Fresh(k, v, mean, flag), **sight,
+    )  # fmt: skip
+    if q.device.type == "cpu" and bool(flag):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_finite(name, x)
+    return result
 
 
 @on_own_device

@@ -25,9 +25,10 @@ class DecodeGraph:
         graph = DecodeGraph(cache, num_heads=32)
         out, lse = graph.step(q, k, v)
 
-    Within a capture of the caller's own (a whole model's step) call `attend`, and `advance` before every
-    replay. In between, `cache` may be read and saved; after anything else that changes it, make a new graph.
-    Of several graphs over a cache the latest alone may step.
+    Within a capture of the caller's own (a whole model's step) call `attend`, and `advance` before every replay;
+    or `ready` before and `count` behind it, where the host counts while the device works. In between, `cache` may be
+    read and saved; after anything else that changes it, make a new graph. Of several graphs over a cache the latest
+    alone may step.
 
     Args:
         cache: on a CUDA device, past its first block and its sinks, with `max_tokens`: pages for so many
@@ -100,18 +101,50 @@ class DecodeGraph:
         self._check(q, k, v)
         return self._steps.run(q, k, v, self._call, fills=_FILLS)
 
+    def try_out(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What `attend` gives, on copies of all that a step changes: compiles its kernels ahead of a capture."""
+        self._check(q, k, v)
+        return self._steps.copied().run(q, k, v, self._call, fills=_FILLS)
+
     def advance(self) -> None:
         """Count a step on the host, ahead of the device. Raises as `step` does."""
-        self._cache.look()
-        if self._cache.kept is not self._steps:
-            raise InputError("cache: expected it as the graph left it, got one changed by another call")
+        self.ready()
+        self.count()
+        notice_of(self._cache).send()  # of the step before: this one's work is not on its way yet
+
+    @property
+    def current(self) -> bool:
+        """Whether the cache is as the graph left it."""
+        return self._cache.kept is self._steps
+
+    @property
+    def full(self) -> bool:
+        """Whether a sequence has all of the cache's `max_tokens`."""
         assert self._cache.max_tokens is not None
-        if int(self._cache.lengths.max()) >= self._cache.max_tokens:
+        return int(self._cache.lengths.max()) >= self._cache.max_tokens
+
+    @property
+    def flag(self) -> Tensor:
+        """int32 [1] on the device, not 0 once a step had values that were not finite."""
+        return self._steps.flag
+
+    def ready(self) -> None:
+        """Raises as `step` does where there can be no step; changes nothing."""
+        self._cache.look()
+        if not self.current:
+            raise InputError("cache: expected it as the graph left it, got one changed by another call")
+        if self.full:
             raise InputError(f"cache: expected room in its max_tokens={self._cache.max_tokens}, got it full")
+
+    def count(self) -> None:
+        """Count a step on the host, behind `ready`. Nothing here is part of the device's work of the step."""
         plan = self._steps.tally.plan([1] * self._cache.batch_size)
         assert plan is not None
         self._steps.count(self._cache, plan, self._steps.tables.take(plan))
-        notice_of(self._cache).send()  # of the step before: this one's work is not on its way yet
+
+    def send(self) -> None:
+        """The notice of steps on its way to the host, for whoever calls the cache next."""
+        notice_of(self._cache).send()
 
     def close(self) -> None:
         """Give back pages that were not filled. The graph is then of no use."""
@@ -137,7 +170,7 @@ class DecodeGraph:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 q, k, v = self._inputs
-                self._steps.copied().run(q, k, v, self._call, fills=_FILLS)
+                self.try_out(q, k, v)
             torch.cuda.current_stream().wait_stream(stream)
             # PyTorch's own stream for captures stays on the device of the first one.
             with torch.cuda.graph(graph, stream=stream):

@@ -57,7 +57,7 @@ def online_softmax_update(
         reference = torch.maximum(block_peak.cummax(2).values, part.peak[:, :, None])
     else:
         reference = block_peak
-    weights = exponential(config)(scores - _finite(reference)[..., None])
+    weights = exponential(config, scores.device)(scores - _finite(reference)[..., None])
     v_scale = v_scale[:, :, :, None, None].expand_as(weights)
     if config.stored_prefill:
         # Relative to what each row sees: what stands behind it may not be there in another call.
@@ -101,7 +101,7 @@ def _tile_scale(weights: Tensor, tile: int) -> Tensor:
 
 def _fold_at_once(config: TurboConfig, state: Accumulator, peak: Tensor, total: Tensor, out: Tensor) -> None:
     """Blocks taken against their own maximum are independent: one rescale for all of them."""
-    rescale = torch.exp if config.rescale == "exact" else exponential(config)
+    rescale = torch.exp if config.rescale == "exact" else exponential(config, peak.device)
     new_peak = torch.maximum(state.peak, peak.amax(2))
     old = rescale(state.peak - _finite(new_peak))
     each = rescale(peak - _finite(new_peak)[:, :, None])
@@ -115,7 +115,7 @@ def _fold_in_turn(
 ) -> None:
     """Blocks taken against the running maximum: rescale by how far each one moved it. A block that
     a row does not see is none of its blocks: it costs no rescale (SAS at 0 is not 1)."""
-    rescale = torch.exp if config.rescale == "exact" else exponential(config)
+    rescale = torch.exp if config.rescale == "exact" else exponential(config, peak.device)
     for j in range(peak.shape[2]):
         old = torch.where(seen[:, :, j], rescale(state.peak - _finite(peak[:, :, j])), 1.0)
         state.total.mul_(old).add_(total[:, :, j])

@@ -4,6 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="turbo")
     model.generate(**inputs, past_key_values=TurboCache(model.config))
     calibrate(model, token_ids).save("folder")  # widths per head, by measured error
+    with GraphedDecoding(model, cache): ...         # decode steps as one CUDA graph
 
 Without a `TurboCache`, "turbo" runs on the model's own full-precision cache. Nothing is patched on import.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 try:
     from .cache import TurboCache
     from .calibration import calibrate
+    from .graphed import GraphedDecoding
     from .registry import disable, enable
 except ImportError as error:
     if (error.name or "").partition(".")[0] != "transformers":
@@ -23,4 +25,4 @@ except ImportError as error:
         name="transformers",
     ) from None
 
-__all__ = ["TurboCache", "calibrate", "disable", "enable"]
+__all__ = ["GraphedDecoding", "TurboCache", "calibrate", "disable", "enable"]

@@ -33,7 +33,7 @@ class Call:
         result = turbo_attention(
             query, key, value, mask, is_causal, self.scale, config=self.config, **self._shared(is_causal)
         )
-        return self._with_sinks(result)
+        return self.with_sinks(result)
 
     def cached(
         self,
@@ -57,7 +57,7 @@ class Call:
             scale=self.scale,
             **self._shared(is_causal),
         )
-        return self._with_sinks(result)
+        return self.with_sinks(result)
 
     def _shared(self, is_causal: bool) -> dict[str, Any]:
         return {
@@ -67,8 +67,8 @@ class Call:
             "backend": self.backend,
         }
 
-    def _with_sinks(self, result: Any) -> Tensor:
-        """A softmax with one more column of logit s is the plain one times sigmoid(lse - s)."""
+    def with_sinks(self, result: Any) -> Tensor:
+        """The output of a call that gave what `_shared` asks for. A softmax with one more column of logit s is the plain one times sigmoid(lse - s)."""
         if self.sinks is None:
             return result
         out, lse = result

@@ -170,6 +170,14 @@ class TurboLayer(CacheLayerMixin):
             self._stored, self.valid = past + new, valid
         return out
 
+    def take_step(self) -> None:
+        """Count a token of every sequence that attention took without `attend`, ahead of the `KVCache`'s own count."""
+        if self.kv is not None and self.window is not None:
+            self.kv.window_size = self.window + (1 if self.record_past else 0)
+        self._stored += 1
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, self.valid.new_ones(len(self.valid), 1)], 1)
+
     # -- changing what is stored --------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -228,6 +236,11 @@ class TurboLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         return -1 if self.kv is None else self.kv.batch_size
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens per sequence that memory is reserved for."""
+        return self._max_tokens if self.kv is None else self.kv.max_tokens
 
     @property
     def nbytes(self) -> int:

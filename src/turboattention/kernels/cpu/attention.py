@@ -19,6 +19,7 @@ from .rows import FloatRows, float_rows
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
 
+_HOST = torch.device("cpu")
 _SOFTMAX = {"sas": 0, "sas2": 1, "exp": 2}
 _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
@@ -101,7 +102,7 @@ def fill_call(
     a: Arguments, config: TurboConfig, *, causal: bool, window: int | None, softcap: float | None, mask: Tensor | None
 ) -> None:
     """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
-    a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax], config.sas_threshold, softcap or 0.0
+    a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, softcap or 0.0
     a.causal, a.window, a.stored = causal, window or 0, config.stored_prefill
     a.mask_kind = 0
     if mask is not None:

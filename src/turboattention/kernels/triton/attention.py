@@ -13,7 +13,7 @@ from ...errors import UnsupportedError
 from .. import inputs
 from ..inputs import BLOCK, Int8Queries, OpenRows, Pages, Standing
 from . import configs
-from .call import Call, with_positive_unit
+from .call import Call, Fresh, with_positive_unit
 from .few_rows import attend_few_rows
 from .many_rows import attend_many_rows
 from .quantize import quantize_queries
@@ -40,8 +40,11 @@ def attend(
     softcap: float | None,
     mask: Tensor | None,
     quantized: Int8Queries | None = None,
+    fresh: Fresh | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Lq, D] over pages, then rows -> out like q (contiguous) and lse float32 [B, Hq, Lq].
+
+    `fresh`: keys and values in place of pages and rows, for calls that `takes_many_rows` names.
 
     mean: float32 [B, Hkv, D] (rotated space) that keys from block `mean_from` on are stored without,
     or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place
@@ -60,12 +63,19 @@ def attend(
         codes, unit, mean_logit, _ = quantize_queries(q, kv_heads, standing.valid, mean, scale, config.rotate)
         quantized = Int8Queries(codes, unit, mean_logit)
     blocks = (pages.addresses.shape[1] if pages else 0) + (-(-rows.k8.shape[2] // BLOCK) if rows else 0)
+    if fresh is not None:
+        blocks = -(-fresh.k.shape[2] // BLOCK)
     call = Call(
-        config, with_positive_unit(quantized, scale), standing, pages, rows, kv_heads, blocks, mean_from,
+        config, with_positive_unit(quantized, scale), standing, pages, rows, fresh, kv_heads, blocks, mean_from,
         causal, window, softcap, mask, out, lse,
     )  # fmt: skip
-    if call.rows <= configs.LARGEST_DECODE_ROWS or call.queries == 1:
-        attend_few_rows(call)
-    else:
+    if takes_many_rows(call.group, call.queries):
         attend_many_rows(call)
+    else:
+        attend_few_rows(call)
     return out, lse
+
+
+def takes_many_rows(group: int, queries: int) -> bool:
+    """Whether so many queries are attended by tiles, over blocks made operands; else in splits over pages."""
+    return queries > 1 and group * queries > configs.LARGEST_DECODE_ROWS

@@ -37,29 +37,46 @@ def query_arguments(x: Int8Queries) -> dict[str, Any]:
     return {"q_ptr": x.codes, "unit_ptr": x.unit, "mean_ptr": mean, "MEAN": x.mean_logit is not None}
 
 
-def softmax_arguments(config: TurboConfig, window: int | None, softcap: float | None) -> dict[str, Any]:
+def softmax_arguments(
+    config: TurboConfig, device: torch.device, window: int | None, softcap: float | None
+) -> dict[str, Any]:
     """Of the window, the softcap and the exponentials: values, and what is compiled in."""
+    form = config.softmax_on(device)
     return {
         "window": min(window or 0, _LARGEST_WINDOW),
         "cap": softcap or 0.0,
-        "threshold": config.sas_threshold * (1.0 if config.softmax == "sas" else LOG2_E.value),
-        "FORM": config.softmax,
+        "threshold": config.sas_threshold * (1.0 if form == "sas" else LOG2_E.value),
+        "FORM": form,
         # From here on 127 e^-y rounds to zero anyway, within the approximations' errors.
-        "CUT": config.softmax != "exp" and config.sas_threshold > -5.7,
+        "CUT": form != "exp" and config.sas_threshold > -5.7,
         "WINDOW": window is not None,
         "CAP": softcap is not None,
     }
 
 
 @dataclass(frozen=True)
+class Fresh:
+    """Keys and values at hand, not yet INT8: k, v [B, Hkv, L, D] floats, and the mean float32 [B, Hkv, D] of the keys
+    behind the first block, or None. flag: int32 [1], not 0 where a value of the call is not finite; results are then
+    NaN."""
+
+    k: Tensor
+    v: Tensor
+    mean: Tensor | None
+    flag: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
-    """A call of `attention.attend`, made ready; `blocks` is the most that a sequence may have."""
+    """A call of `attention.attend`, made ready; `blocks` is the most that a sequence may have. Keys are in pages and
+    open rows, or fresh."""
 
     config: TurboConfig
     quantized: Int8Queries
     standing: Standing
     pages: Pages | None
     open: OpenRows | None
+    fresh: Fresh | None
     kv_heads: int
     blocks: int
     mean_from: int
@@ -122,5 +139,5 @@ class Call:
             "mean_from": self.mean_from,
             "CAUSAL": self.causal,
             "MASK": kind,
-            **softmax_arguments(self.config, self.window, self.softcap),
+            **softmax_arguments(self.config, self.out.device, self.window, self.softcap),
         }

@@ -58,7 +58,7 @@ ARCHITECTURES = {
 # By head_dim, up to and including the one named.
 _PREFILL = {
     "sm_80": {64: Launch(128, 8, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 1)},
-    "sm_90": {64: Launch(128, 8, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 3)},
+    "sm_90": {64: Launch(128, 8, 2), 128: Launch(64, 4, 3), 256: Launch(64, 8, 3)},
     "gfx942": {64: Launch(128, 8, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
     "interpreter": {256: Launch(64, 4, 1)},
 }
@@ -73,7 +73,7 @@ _DECODE = {
         256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)},
     },
     "sm_90": {
-        128: {4: Launch(4, 1, 4), 8: Launch(8, 2, 3), 16: Launch(16, 4, 3)},
+        128: {4: Launch(4, 1, 3), 8: Launch(8, 1, 3), 16: Launch(16, 4, 3)},
         256: {4: Launch(4, 2, 4), 8: Launch(8, 4, 3)},
     },
     "gfx942": {256: {16: Launch(16, 4, 1)}},
@@ -129,10 +129,27 @@ LARGEST_DECODE_ROWS = 16
 """Query rows of a KV head's group up to which decode's kernel is taken."""
 
 
-def splits(blocks: int, programs: int, device: torch.device) -> int:
-    """Parts that the blocks of a sequence are cut into, so that `programs` times as many occupy a device."""
-    wanted = -(-4 * _processors(device) // max(1, programs))
-    return max(1, min(wanted, -(-blocks // 4), 64))
+_WARPS = 8
+"""Resident on a processor at 255 registers a thread, which decode takes."""
+
+_SPLIT_BLOCKS = 2
+"""What a split costs beside its blocks (queries read, results written and combined), in blocks."""
+
+
+@functools.lru_cache(maxsize=4096)
+def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> int:
+    """Parts that the blocks of a sequence are cut into, so that `programs` times as many take the least time: rounds
+    of as many programs as a device holds at once."""
+    held = max(1, _WARPS // launch.warps) * _processors(device)
+    most = max(1, min(-(-held // max(1, programs)) + 1, -(-blocks // 2), LARGEST_SPLITS))
+
+    def time(splits: int) -> int:
+        return -(-programs * splits // held) * (-(-blocks // splits) + _SPLIT_BLOCKS)
+
+    return min(range(1, most + 1), key=time)
+
+
+LARGEST_SPLITS = 256
 
 
 @functools.cache

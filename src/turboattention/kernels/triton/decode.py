@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .operands import largest_of, token_scales
-from .places import PLACES, places_of
+from .places import PLACES, metadata_sectors, places_of, prefetch
 from .products import key_products, value_products
 from .sight import row_sight
 from .softmax import LEVELS, rescaled, weigh
@@ -26,12 +26,14 @@ def _over_pages(
     q_low, q_high, is_high, unit, mean, mean_from = queries
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
+    sectors = metadata_sectors(k_place, v_place, D, WIDE)
     # Loaded a block ahead: or loads of pages could not be.
     ahead = tl.load(table_ptr + begin, mask=begin < end, other=0)
     for block in tl.range(begin, end, num_stages=STAGES):
         evicted = ahead == 0
         address = tl.where(evicted, blank_ptr.to(tl.int64), ahead)
         ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1))
+        prefetch(tl.where(ahead == 0, blank_ptr.to(tl.int64), ahead), sectors, ASM)
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         s = key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
         s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]

@@ -23,7 +23,7 @@ def attend_few_rows(call: Call) -> None:
     launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
     tiles = -(-call.rows // launch.rows)
     device, pages, opened = call.out.device, call.pages, call.open
-    splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, device)
+    splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, launch, device)
     shape = call.batch, call.kv_heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, call.wide, dtype=torch.float32, device=device)
     peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))

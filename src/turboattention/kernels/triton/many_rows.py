@@ -10,6 +10,7 @@ from torch import Tensor
 from ..inputs import BLOCK
 from . import configs
 from .call import Call
+from .fresh import make_operands
 from .operands import bytes_a_block, page_operands, row_operands
 from .places import head_places, pairs_of_widths
 from .prefill import prefill
@@ -31,6 +32,7 @@ def attend_many_rows(call: Call) -> None:
         prefill[-(-call.rows // launch.rows), len(heads), len(sequences)](
             **call.row_arguments(),
             **dict(zip(("k_ptr", "v_ptr", "k_scale_ptr", "v_level_ptr", "v_scale_ptr"), operands, strict=True)),
+            flag_ptr=call.fresh.flag if call.fresh else None,
             out_ptr=call.out,
             lse_ptr=call.lse,
             first_head=heads.start,
@@ -61,6 +63,10 @@ def _parts(call: Call) -> Iterator[tuple[range, range]]:
 
 def _make_operands(call: Call, sequences: range, heads: range, operands: tuple[Tensor, ...]) -> None:
     pages, opened, device = call.pages, call.open, call.out.device
+    if call.fresh is not None:
+        x = call.fresh
+        make_operands((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, call.wide, operands)
+        return
     sizes = {"first_head": heads.start, "first_sequence": sequences.start, "blocks": max(1, call.blocks)}
     shape = {"D": call.head_dim, "WIDE": call.wide}
     if pages is not None:

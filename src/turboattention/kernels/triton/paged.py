@@ -147,7 +147,7 @@ def attend(
         "kv_heads": heads, "group": group, "tokens": batch.tokens, "most": few,
         "D": layout.head_dim, "WIDE": padded(layout.head_dim),
         "BY_TOKEN": layout.token_scales,
-        **softmax_arguments(config, window, softcap),
+        **softmax_arguments(config, q.device, window, softcap),
     }  # fmt: skip
     _few_rows(config, layout, batch, out, arguments)
     if batch.most * group > few:
@@ -161,7 +161,7 @@ def _few_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tenso
     # The address of a page, by its number, takes registers as a mask does.
     launch = configs.decode(architecture, rows, layout.head_dim, True)
     tiles = -(-rows // launch.rows)
-    splits = configs.splits(batch.table.shape[1], batch.sequences * heads * tiles, device)
+    splits = configs.splits(batch.table.shape[1], batch.sequences * heads * tiles, launch, device)
     shape = batch.sequences, heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, wide, dtype=torch.float32, device=device)
     peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))

@@ -42,7 +42,7 @@ def _fold_block(
 @triton.jit(do_not_specialize=["first_head", "first_sequence", "blocks", "window", "mean_from", "mask_keys"])
 def prefill(
     q_ptr, unit_ptr, mean_ptr, first_ptr, valid_ptr, lengths_ptr,
-    k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, out_ptr, lse_ptr,
+    k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr, out_ptr, lse_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     first_head, first_sequence, kv_heads, group, queries, blocks, window, mean_from, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr,
@@ -52,7 +52,8 @@ def prefill(
     """Grid (tiles of M rows, KV heads, sequences) of a part of the batch from first_head, first_sequence on.
 
     q int8 [B, Hkv, g, Lq, D]; unit, mean float32 [B, Hkv, g, Lq]; operands of `blocks` blocks a KV head of
-    that part; out [B, Hkv g, Lq, D] contiguous, lse float32.
+    that part; out [B, Hkv g, Lq, D] contiguous, lse float32. flag int32 [1] or None: where it is not 0, results are
+    NaN.
     """
     own = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     b = first_sequence + tl.program_id(2)
@@ -111,6 +112,11 @@ def prefill(
     out = acc * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1.0), 0.0)[:, None]
     if ROTATE:
         out = rotate_back(out, M, WIDE, D & -D, False)
+    result = log_sum_exp(peak, total)
+    if flag_ptr is not None:
+        bad = tl.load(flag_ptr) != 0
+        out = tl.where(bad, float("nan"), out)
+        result = tl.where(bad, float("nan"), result)
     to = out_ptr + base * D + at.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + base + at, log_sum_exp(peak, total), mask=there)
+    tl.store(lse_ptr + base + at, result, mask=there)

@@ -1,7 +1,8 @@
-"""Fields of packed bytes, four in a 32-bit lane, and how they are put side by side in registers.
+"""Fields of packed bytes, four to a 32-bit word, and how they are put side by side in registers.
 
-Bits come apart by a shift and a mask (flashq.packing). Where ASM is "ptx" a lane takes two instructions, which
-Triton's own arithmetic on bytes does not; the results are the same.
+Codes are loaded as words, and a shift and a mask take a field of all four bytes apart (flashq.packing). Which bytes
+share a register is then in the code, not the compiler's choice. Words are signed: constants above 2^31 differ in type
+between versions of Triton, and what an arithmetic shift brings in is masked away.
 """
 
 from __future__ import annotations
@@ -9,72 +10,67 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _lanes(b, SHIFT: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr):
-    """`(b >> SHIFT) & MASK` of bytes."""
-    if ASM == "ptx":
-        if SHIFT == 0:
-            b = tl.inline_asm_elementwise(
-                f"and.b32 $0, $1, {MASK * 0x01010101};", "=r,r", [b], dtype=tl.uint8, is_pure=True, pack=4
-            )
-        else:
-            b = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK * 0x01010101}; }}",
-                "=r,r", [b], dtype=tl.uint8, is_pure=True, pack=4,
-            )  # fmt: skip
-    else:
-        b = (b >> SHIFT) & MASK
-    return b
+_SIGNS = tl.constexpr(0x80808080 - (1 << 32))
+_OTHERS = tl.constexpr(0x7F7F7F7F)
+_ONES = tl.constexpr(0x01010101)
 
 
 @triton.jit
-def field(b, F: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def words_at(page, offset):
+    """A pointer to int32 words at a byte offset that is a multiple of 4."""
+    return (page + offset).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def field(w, F: tl.constexpr, BITS: tl.constexpr):
     """The F-th codes of a plane's bytes; of three bits, the lower two."""
     WIDTH: tl.constexpr = 4 if BITS == 4 else 2
-    return _lanes(b, WIDTH * F, 15 if BITS == 4 else 3, ASM)
+    return (w >> (WIDTH * F)) & ((15 if BITS == 4 else 3) * _ONES)
 
 
 @triton.jit
-def third(b, F: tl.constexpr, ASM: tl.constexpr):
-    """`((b >> F) & 1) << 2`: the F-th bits of the plane of highest ones, as what they add to three-bit codes."""
-    if ASM == "ptx":
-        b = tl.inline_asm_elementwise(
-            f"{{ .reg .b32 u; shf.l.wrap.b32 u, $1, $1, {(34 - F) % 32}; and.b32 $0, u, 0x04040404; }}",
-            "=r,r", [b], dtype=tl.uint8, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        b = ((b >> F) & 1) << 2
-    return b
+def third(w, F: tl.constexpr):
+    """The F-th bits of the plane of highest ones, as what they add to three-bit codes: 4 or 0."""
+    w = w >> (F - 2) if F > 2 else w << (2 - F)
+    return w & (4 * _ONES)
 
 
 @triton.jit
-def shifted(b, by, ASM: tl.constexpr):
-    """b >> by for bytes by = 0 or 1, each with its own. Of the result, bits 0, 2, 4 and 6 are used: what a
-    neighbour shifts in, bit 7, is not among them."""
-    if ASM == "ptx":
-        # A select by bytes: which bytes share a lane is the compiler's choice, and they may differ in `by`.
-        b = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 m, t;
-            mul.lo.u32 m, $2, 255; shr.u32 t, $1, 1;
-            xor.b32 t, t, $1; and.b32 t, t, m; xor.b32 $0, $1, t;
-            }""",
-            "=r,r,r", [b, by], dtype=tl.uint8, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        b = b >> by
-    return b
-
-
-@triton.jit
-def as_int8(b, ASM: tl.constexpr):
+def signed(w):
     """INT8 of the bytes that 8-bit pages hold, X8 + 128."""
+    return w ^ _SIGNS
+
+
+@triton.jit
+def bytes_of(w, ASM: tl.constexpr):
+    """int32 [m, n] -> int8 [m, 4 n]: a word's bytes side by side, the lowest first; free in registers."""
+    m: tl.constexpr = w.shape[0]
+    n: tl.constexpr = w.shape[1]
     if ASM == "ptx":
-        b = tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", [b], dtype=tl.uint8, is_pure=True, pack=4)
-    else:
-        b = b ^ 128
-    return b.to(tl.int8, bitcast=True)
+        # A move that the compiler cannot see through: else it takes bytes out of what w was made of, one by one.
+        w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=tl.int32, is_pure=True, pack=1)
+    even = tl.join(w.to(tl.int8), (w >> 16).to(tl.int8))
+    odd = tl.join((w >> 8).to(tl.int8), (w >> 24).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), (m, 4 * n))
+
+
+@triton.jit
+def by_channels(code, step, zero):
+    """`code * step + zero` in each byte, which wraps: a word's bytes are channels with steps of their own."""
+    low = ((code & 255) * (step & 255) + (zero & 255)) & 255
+    low |= ((((code >> 8) & 255) * ((step >> 8) & 255) + ((zero >> 8) & 255)) & 255) << 8
+    high = (((code >> 16) & 255) * ((step >> 16) & 255) + ((zero >> 16) & 255)) & 255
+    high |= ((((code >> 24) & 255) * ((step >> 24) & 255) + ((zero >> 24) & 255)) & 255) << 8
+    return low | (high << 16)
+
+
+@triton.jit
+def by_rows(code, step, zero):
+    """The same where a word's bytes share a channel, whose step and zero are bytes: no product carries into the next
+    byte, and no sum may."""
+    x = code * step
+    z = zero * _ONES
+    return ((x & _OTHERS) + (z & _OTHERS)) ^ ((x ^ z) & _SIGNS)
 
 
 @triton.jit

@@ -1,0 +1,115 @@
+"""Keys and values at hand as operands for many query rows: stage 1 straight into the blocks that `prefill` reads.
+
+What `quantize_tokens`, `first_block_mean` and `row_operands` give, to the last bit, without INT8 rows in between and
+without a look at them from the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import float_rows
+from .configs import EXACT
+from .operands import largest_of
+from .rows import stage_rows
+from .softmax import LEVELS
+
+
+@triton.jit(do_not_specialize=["heads"])
+def first_mean(
+    k_ptr, mean_ptr, flag_ptr, heads, stride_b, stride_h, stride_t,
+    SKIPPED: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Grid (sequences x KV heads): mean float32 [B, Hkv, D] of INT8 keys SKIPPED to 63."""
+    tile = tl.program_id(0)
+    base = (tile // heads).to(tl.int64) * stride_b + (tile % heads).to(tl.int64) * stride_h
+    total = tl.zeros((WIDE,), tl.float64)
+    for part in tl.static_range(64 // ROWS):
+        row = part * ROWS + tl.arange(0, ROWS)
+        offsets = base + row.to(tl.int64) * stride_t
+        codes, scale = stage_rows(k_ptr, offsets, row >= 0, None, row, row < 0, flag_ptr, D, ROWS, WIDE, ROTATE)
+        # Codes times scales of 4 mantissa bits sum exactly in float64, in whatever order.
+        exact = codes.to(tl.float64) * tl.where(row >= SKIPPED, scale, 0.0).to(tl.float64)[:, None]
+        total += tl.sum(exact, 0)
+    count = tl.full((WIDE,), 64 - SKIPPED, tl.float64)
+    d = tl.arange(0, WIDE)
+    tl.store(mean_ptr + tile.to(tl.int64) * D + d, (total / count).to(tl.float32), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["tokens", "kv_heads", "first_head", "heads", "first_sequence"])
+def fresh_operands(
+    k_in, v_in, mean_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr,
+    tokens, kv_heads, first_head, heads, first_sequence, k_stride_b, k_stride_h, k_stride_t,
+    v_stride_b, v_stride_h, v_stride_t,
+    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks, `heads` KV heads from first_head on, twice the sequences from first_sequence on: K, then V).
+
+    Operands as `operands` describes them. mean float32 [B, Hkv, D] or None: off the keys behind the first block."""
+    block, side = tl.program_id(0), tl.program_id(2) % 2
+    b, h = first_sequence + tl.program_id(2) // 2, first_head + tl.program_id(1)
+    at = (((tl.program_id(2) // 2) * heads + tl.program_id(1)) * tl.num_programs(0) + block).to(tl.int64)
+    d = tl.arange(0, WIDE)
+    for part in tl.static_range(64 // ROWS):
+        row = part * ROWS + tl.arange(0, ROWS)
+        t = block * 64 + row
+        there = t < tokens
+        tile = tl.zeros_like(row) + (b * kv_heads + h)
+        if side == 0:
+            offsets = b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h + t.to(tl.int64) * k_stride_t
+            codes, scale = stage_rows(
+                k_in, offsets, there, mean_ptr, tile, t >= 64, flag_ptr, D, ROWS, WIDE, ROTATE
+            )  # fmt: skip
+            tl.store(k_ptr + at * (64 * WIDE) + row[:, None] * WIDE + d[None, :], codes)
+            tl.store(k_scale_ptr + at * 64 + row, tl.where(there, scale, 0.0))
+        else:
+            offsets = b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h + t.to(tl.int64) * v_stride_t
+            codes, scale = stage_rows(v_in, offsets, there, None, tile, there, flag_ptr, D, ROWS, WIDE, ROTATE)
+            tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + row[None, :], tl.trans(codes))
+            tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
+    if side == 1:
+        tl.debug_barrier()  # scales of all rows are written
+        token = tl.arange(0, 64)
+        scales = tl.load(v_level_ptr + at * 64 + token)
+        largest = largest_of(scales)
+        tl.debug_barrier()  # and read
+        tl.store(v_level_ptr + at * 64 + token, scales / largest * LEVELS)
+        tl.store(v_scale_ptr + at, largest)
+
+
+def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: Tensor) -> Tensor:
+    """k [B, Hkv, L, D] of at least 64 tokens -> the mean of its INT8 keys `skipped` to 63, float32 [B, Hkv, D].
+
+    flag: as in `quantize.quantize_queries`. Raises DtypeError."""
+    k = float_rows(k)
+    batch, heads, _, head_dim = k.shape
+    mean = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=k.device)
+    first_mean[(batch * heads,)](
+        k, mean, flag, heads, *k.stride()[:3], SKIPPED=skipped, ROTATE=rotate, **_shape(head_dim, wide)
+    )
+    return mean
+
+
+def make_operands(
+    new: tuple[Tensor, Tensor],
+    mean: Tensor | None,
+    rotate: bool,
+    flag: Tensor,
+    sequences: range,
+    heads: range,
+    wide: int,
+    operands: tuple[Tensor, ...],
+) -> None:
+    """k, v [B, Hkv, L, D] of these sequences and heads into `operands`. flag: likewise. Raises DtypeError."""
+    k, v = map(float_rows, new)
+    fresh_operands[operands[0].shape[2], len(heads), 2 * len(sequences)](
+        k, v, mean, *operands, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,
+        *k.stride()[:3], *v.stride()[:3], ROTATE=rotate, **_shape(k.shape[3], wide),
+    )  # fmt: skip
+
+
+def _shape(head_dim: int, wide: int) -> dict[str, int | bool]:
+    return {"D": head_dim, "WIDE": wide, "ROWS": min(64, 4096 // wide), "num_warps": 4, **EXACT}
