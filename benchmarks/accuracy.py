@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_plan import STAGES, Stage
-from accuracy_tables import TITLES, page, readme
+from accuracy_tables import TITLES, first, page, readme
 from transformers import AutoTokenizer
 
 from turboattention.evaluation.baselines import METHODS
@@ -173,7 +173,7 @@ def draw(documents: dict[str, dict[str, Any]]) -> Sequence[Path]:
     """KL against bits, a picture for each model's first text."""
     drawn = []
     for label, document in documents.items():
-        units = document["units"] if "units" in document else next(iter(document["stages"].values()), [])
+        units = first(document)
         points = loss_points({"units": units, "methods": _methods(units)}, "kl", 1)
         if len(points) > 1:
             path = ROOT / "docs" / f"accuracy-{label}.png"

@@ -24,6 +24,7 @@ STAGES = {
     "wikitext2-2048-bos": "WikiText-2 behind a token that the tokenizer does not put there",
     "growth": "Text that the model writes itself",
 }
+FIRST = "wikitext2-2048"
 SHOWN = (
     "turbo-4 turbo-4-lag turbo-3 turbo-3-lag turbo-mixed turbo-2 turbo-2-lag turbo-paper-4 "
     "int8 int4 kivi-4 kivi-2 gear-l-4 turboquant-4 saw-int4-kv q4_0-hadamard compander-4 oscar-2"
@@ -39,11 +40,8 @@ def page(documents: Mapping[str, Document]) -> str:
 
 def _chapter(label: str, document: Document) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items())
-    parts = [
-        f"## {TITLES.get(label, 'The bundled model')}",
-        f"![KL against bits per element](accuracy-{label}.png)",
-        facts,
-    ]
+    picture = [f"![KL against bits per element](accuracy-{label}.png)"] if first(document) else []
+    parts = [f"## {TITLES.get(label, 'The bundled model')}", *picture, facts]
     if "units" in document:  # one run, with tasks of its own
         parts += [markdown(*summary.table(document)), "### Its aims", markdown(*aims(document)), *_rivals(document)]
         return "\n\n".join([*parts, "### By context length", *(markdown(*table) for table in lengths(document))])
@@ -51,12 +49,17 @@ def _chapter(label: str, document: Document) -> str:
         stage = {"units": units, "methods": methods(units)}
         if name in STAGES:
             parts += [f"### {STAGES[name]}", _what(units), markdown(*_text_table(stage, name))]
-            parts += _rivals(stage) if name == next(iter(document["stages"])) else []
+            parts += _rivals(stage) if name == FIRST else []
         elif name == "recall":
             parts += ["### Long recall", *(markdown(*table) for table in lengths(stage))]
         else:
             parts += [f"### {name.upper()}", *(markdown(*table) for table in questions(stage))]
     return "\n\n".join(parts)
+
+
+def first(document: Document) -> list[dict[str, Any]]:
+    """The units that the picture and README's table are of; none where they are not measured yet."""
+    return document["units"] if "units" in document else document["stages"].get(FIRST, [])
 
 
 def _rivals(stage: Document) -> list[str]:
@@ -93,9 +96,8 @@ def _growth(stage: Document) -> tuple[list[str], list[list[str]]]:
 
 def readme(documents: Mapping[str, Document]) -> str:
     """README's table: what each method takes and loses on each real model's first text."""
-    real = {label: document for label, document in documents.items() if "stages" in document}
-    first = {label: next(iter(document["stages"].values())) for label, document in real.items()}
-    found = {label: {unit["method"]: unit for unit in units} for label, units in first.items()}
+    real = {label: first(document) for label, document in documents.items() if "stages" in document}
+    found = {label: {unit["method"]: unit for unit in units} for label, units in real.items() if units}
     columns = ["method", *(f"{TITLES.get(label, label)}:<br>bits, KL, perplexity" for label in found)]
     names = [name for name in SHOWN if any(name in units for units in found.values())]
     rows = []
