@@ -4,8 +4,11 @@ PYTHON ?= python3
 # The release taken where the environment has no torch. One that is there is never replaced.
 TORCH ?= 2.13.0
 BOOKS ?=
-TEXT ?=
-CALIBRATION ?=
+MODELS ?=
+WIKITEXT2 ?=
+BOOK ?=
+DATA ?=
+ACCURACY ?=
 MODEL ?= src/turboattention/bundled/model
 GGML := build/ggml
 
@@ -215,9 +218,11 @@ build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64,
 gpu-check: ## check and measure the GPU kernels; a dry run where there is no GPU (GPU_CHECK='--only graph')
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/check.py $(GPU_CHECK)
 
-accuracy: $(BUILT) ## every method on the bundled model: make accuracy TEXT=a-text-it-was-not-trained-on
-	@test -n "$(TEXT)" || { echo 'TEXT: expected a file, as in make accuracy TEXT=books/valid.txt'; exit 2; }
-	$(BIN)/python benchmarks/accuracy.py --text '$(TEXT)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)')
+# Hours on a CPU; ended, it goes on from where it was.
+accuracy: $(BUILT) ## the tables of accuracy: make accuracy MODELS='qwen=FOLDER smollm2=FOLDER' WIKITEXT2=FILE BOOK=FILE DATA=FOLDER
+	@test -n "$(MODELS)" || { echo "MODELS: expected folders, as in make accuracy MODELS='qwen=models/qwen'"; exit 2; }
+	$(BIN)/python benchmarks/accuracy.py --models $(MODELS) $(if $(WIKITEXT2),--wikitext2 '$(WIKITEXT2)') \
+	  $(if $(BOOK),--book '$(BOOK)') $(if $(DATA),--data '$(DATA)') $(ACCURACY)
 
 # A Python that has vLLM and finds the package; what `make vllm` makes. The page's pictures want .venv.
 VLLM_PYTHON ?= $(VLLM)/bin/python

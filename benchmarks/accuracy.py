@@ -1,70 +1,137 @@
-"""Every method on the bundled model: `python benchmarks/accuracy.py --text TEXT [--calibration DIR]`.
+"""The tables of accuracy: `make accuracy MODELS='qwen=FOLDER smollm2=FOLDER' WIKITEXT2=FILE BOOK=FILE DATA=FOLDER`.
 
-Runs `turboattention eval` into build/accuracy (a run that was ended goes on from there), and writes
-benchmarks/results/accuracy-bundled.json, docs/accuracy.png and what stands between the markers of docs/accuracy.md.
-`--table` only writes the page again; `--check` fails where it differs from the file.
+For each model the stages of accuracy_plan.py, in their order, each a run of `turboattention eval` into
+build/accuracy/MODEL/STAGE: a run that was ended goes on from there. What there is of a model, also of a stage that was
+ended, goes to benchmarks/results/accuracy-MODEL.json, and from all such files come docs/accuracy.md, its pictures and
+the table of README.md.
+
+`--stages` picks some; `--collect` measures nothing; `--table` only writes the pages; `--check` fails where they differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy_tables import page
+from accuracy_plan import STAGES, Stage
+from accuracy_tables import TITLES, first, page, readme
+from transformers import AutoTokenizer
 
+from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.report.charts import pareto
 from turboattention.evaluation.report.evaluation import loss_points
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, PICTURE = (
-    ROOT / name for name in ("benchmarks/results/accuracy-bundled.json", "docs/accuracy.md", "docs/accuracy.png")
-)
+RESULTS, BUILD = ROOT / "benchmarks" / "results", ROOT / "build" / "accuracy"
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+PAGES = {"docs/accuracy.md": page, "README.md": readme}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="a text that the model was not trained on")
-    parser.add_argument("--calibration", type=Path, help="what `turboattention calibrate` made, of another text")
-    parser.add_argument("--methods", default="all")
-    parser.add_argument("--passages", type=int, default=8)
-    parser.add_argument("--tasks", default="recall,needle,copy,arithmetic", help="of the generated ones")
-    parser.add_argument("--questions", type=int, default=64, help="of each generated task at each length")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "accuracy")
-    parser.add_argument("--table", action="store_true", help="only write the page")
-    parser.add_argument("--check", action="store_true", help="fail where the page differs")
-    options = parser.parse_args()
-    if not (options.table or options.check):
-        if options.text is None:
-            parser.error("--text: expected a file, got none")
-        RESULTS.write_text(json.dumps(rounded(measure(options)), indent=1) + "\n", encoding="utf-8")
-    document = json.loads(RESULTS.read_text(encoding="utf-8"))
-    text = PAGE.read_text(encoding="utf-8")
-    new = with_section(text, page(document))
+    options = _options()
+    models = dict(one.split("=", 1) for one in options.models)
+    stages = [stage for stage in STAGES if not options.stages or stage.name in options.stages]
+    for stage in stages:  # stage by stage, so that every model has the first ones before any has the last
+        for label, folder in models.items():
+            if not options.collect and not options.table and _is_for(stage, label, Path(folder), options):
+                subprocess.run(_call(stage, label, folder, options), check=True, env=_environment())
+                collect(label)
+    for label in models:
+        collect(label)
+    documents = load()
+    stale = [name for name in PAGES if not update(name, documents, check=options.check)]
     if options.check:
-        print("" if text == new else f"{PAGE.name}: differs from {RESULTS.name}; run benchmarks/accuracy.py --table")
-        return int(text != new)
-    PAGE.write_text(new, encoding="utf-8")
-    pareto(loss_points(document, "kl", 1), ylabel="KL from the own cache, nats").savefig(PICTURE, dpi=110)
+        print(
+            "\n".join(f"{name}: differs from benchmarks/results; run benchmarks/accuracy.py --table" for name in stale)
+        )
+        return int(bool(stale))
+    draw(documents)
     return 0
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """What `turboattention eval` writes."""
-    call = [sys.executable, "-m", "turboattention", "eval", "--methods", options.methods, "--out", str(options.out)]
-    call += ["--text", str(options.text)]
-    call += ["--calibration", str(options.calibration)] if options.calibration else []
-    # Passages and questions have limits of their own, so they are two runs into one folder.
-    subprocess.run([*call, "--tasks", "perplexity,heads", "--limit", str(options.passages)], check=True)
-    texts = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
-    generated = ["--tasks", options.tasks, "--limit", str(options.questions)]
-    subprocess.run([*call, *generated], check=True)
-    asked = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
-    return texts | {"units": texts["units"] + asked["units"]}
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=[], metavar="LABEL=FOLDER", help="in the order of importance")
+    parser.add_argument("--wikitext2", type=Path, help="the raw test split of WikiText-2")
+    parser.add_argument("--book", type=Path, help="a book, or several")
+    parser.add_argument("--data", type=Path, help="folder with gsm8k, aqua and bbh as published")
+    parser.add_argument("--questioned", default="qwen", help="label of the model that answers questions")
+    parser.add_argument("--questions", type=int, help="of a set, in place of the plan's number")
+    parser.add_argument("--stages", nargs="*", help=", ".join(stage.name for stage in STAGES))
+    parser.add_argument("--methods", help="in place of the plan's")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--collect", action="store_true", help="measure nothing; take what there is")
+    parser.add_argument("--table", action="store_true", help="only write the pages")
+    parser.add_argument("--check", action="store_true", help="fail where a page differs")
+    return parser.parse_args()
+
+
+def _is_for(stage: Stage, label: str, folder: Path, options: argparse.Namespace) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("max_position_embeddings", 0) < stage.least_context:
+        return False
+    if stage.wants_data:
+        return options.data is not None and label == options.questioned
+    if stage.with_bos and _bos(folder) is None:
+        return False
+    return getattr(options, stage.text or "book") is not None
+
+
+def _call(stage: Stage, label: str, folder: str, options: argparse.Namespace) -> list[str]:
+    out = BUILD / label / stage.name
+    call = [sys.executable, "-m", "turboattention", "eval", "--model", folder, "--out", str(out)]
+    call += ["--tasks", stage.tasks, "--methods", options.methods or stage.methods, "--dtype", options.dtype]
+    call += [*stage.options(), "--piece", "64"]
+    if stage.wants_data:
+        limit = ["--limit", str(options.questions)] if options.questions else []
+        return [*call, "--data", str(options.data), *limit]
+    begin = ["--begin", str(_bos(Path(folder)))] if stage.with_bos else []
+    return [*call, "--text", str(getattr(options, stage.text or "book")), *begin]
+
+
+def _bos(folder: Path) -> str | None:
+    """The token that a tokenizer names BOS, where it puts none in front of a text by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return None if tokenizer("", verbose=False)["input_ids"] else tokenizer.bos_token
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+
+
+def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
+    """What there is of a model: the stages' units, written to its file of results; None where there is nothing."""
+    stages: dict[str, list[dict[str, Any]]] = {}
+    facts: dict[str, Any] = {}
+    for stage in STAGES:
+        paths = sorted((build / label / stage.name / "units").glob("*--*.json"))
+        units = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if units:
+            facts = units[0]["settings"]["facts"] | {"model": TITLES.get(label, label)}
+            facts.pop("begin", None)
+            name = stage.name.removesuffix("-more")  # the same questions through more methods
+            stages[name] = stages.get(name, []) + [_short(unit) for unit in units]
+    if not stages:
+        return None
+    order = list(METHODS)
+    for units in stages.values():
+        units.sort(key=lambda u: (u["task"], order.index(u["method"]) if u["method"] in order else len(order)))
+    document = rounded({"facts": facts, "stages": stages})
+    (RESULTS / f"accuracy-{label}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return document
+
+
+def _short(unit: dict[str, Any]) -> dict[str, Any]:
+    """Without what is the same for all units of a stage, or of no use in a table."""
+    given = unit["settings"]
+    settings = given["task"] | ({"begin": given["facts"]["begin"]} if "begin" in given["facts"] else {})
+    return {name: unit[name] for name in unit if name not in ("settings", "version", "shown")} | {"settings": settings}
 
 
 def rounded(value: Any) -> Any:
@@ -76,10 +143,47 @@ def rounded(value: Any) -> Any:
     return [rounded(x) for x in value] if isinstance(value, list) else value
 
 
+def load() -> dict[str, dict[str, Any]]:
+    """Results by label: the models of the plan, then others, then the bundled one."""
+    found = {
+        path.stem.removeprefix("accuracy-"): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("accuracy-*.json"))
+    }
+    order = [*TITLES, *(label for label in found if label not in TITLES and label != "bundled"), "bundled"]
+    return {label: found[label] for label in order if label in found}
+
+
+def update(name: str, documents: dict[str, dict[str, Any]], *, check: bool) -> bool:
+    """Whether the page already said this; otherwise, and unless `check`, it does now."""
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    new = with_section(text, PAGES[name](documents)) if BEGIN in text else text
+    if text != new and not check:
+        path.write_text(new, encoding="utf-8")
+    return text == new
+
+
 def with_section(text: str, section: str) -> str:
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def draw(documents: dict[str, dict[str, Any]]) -> Sequence[Path]:
+    """KL against bits, a picture for each model's first text."""
+    drawn = []
+    for label, document in documents.items():
+        units = first(document)
+        points = loss_points({"units": units, "methods": _methods(units)}, "kl", 1)
+        if len(points) > 1:
+            path = ROOT / "docs" / f"accuracy-{label}.png"
+            pareto(points, ylabel="KL from the own cache, nats").savefig(path, dpi=110)
+            drawn.append(path)
+    return drawn
+
+
+def _methods(units: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{"name": name, "title": title} for name, title in dict.fromkeys((u["method"], u["title"]) for u in units)]
 
 
 if __name__ == "__main__":

@@ -1,94 +1,132 @@
-"""The generated part of docs/accuracy.md."""
+"""The generated parts of docs/accuracy.md and README.md. Documents come by label; see `accuracy.collect`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from turboattention.evaluation.intervals import bootstrap
+from accuracy_claims import against, aims, lengths
+from accuracy_questions import questions
+
 from turboattention.evaluation.report import summary
-from turboattention.evaluation.report.evaluation import LOSSES, loss_points
 
-POINTS = 0.01
-AIMS = (("turbo-4", 0.002), ("turbo-3", 0.005), ("turbo-calibrated", 0.005), ("turbo-2", 0.03))
-"""The most that perplexity may grow. No task may lose more than one point, but for the last."""
-LOOSE = "turbo-2"
+TITLES = {
+    "qwen": "Qwen2.5-Coder-0.5B-Instruct",
+    "smollm2": "SmolLM2-135M-Instruct",
+    "gemma3": "Gemma 3 270M",
+}
+"""By label, in the order of the page."""
+STAGES = {
+    "wikitext2-2048": "WikiText-2",
+    "book-2048": "A book",
+    "wikitext2-8192": "WikiText-2, long contexts",
+    "book-8192": "A book, long contexts",
+    "wikitext2-2048-bos": "WikiText-2 behind a token that the tokenizer does not put there",
+    "growth": "Text that the model writes itself",
+}
+FIRST = "wikitext2-2048"
+SHOWN = (
+    "turbo-4 turbo-4-lag turbo-3 turbo-3-lag turbo-mixed turbo-2 turbo-2-lag turbo-paper-4 "
+    "int8 int4 kivi-4 kivi-2 gear-l-4 turboquant-4 saw-int4-kv q4_0-hadamard compander-4 oscar-2"
+).split()
+"""Methods of README's table."""
+Document = dict[str, Any]
 
 
-def page(document: dict[str, Any]) -> str:
+def page(documents: Mapping[str, Document]) -> str:
+    """docs/accuracy.md: a chapter for each model."""
+    return "\n\n".join(_chapter(label, document) for label, document in documents.items())
+
+
+def _chapter(label: str, document: Document) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items())
-    columns, rows = summary.table(document)
-    picture = "![KL against bits per element](accuracy.png)"
-    parts = [picture, facts, markdown(columns, rows), "## The aims", aims(document), "## Against each baseline"]
-    parts += [
-        against(document),
-        "Without a lag, that is with the defaults and calibrated:",
-        against(document, lag=False),
-    ]
-    return "\n\n".join([*parts, "## By context length", *lengths(document)])
+    picture = [f"![KL against bits per element](accuracy-{label}.png)"] if first(document) else []
+    parts = [f"## {TITLES.get(label, 'The bundled model')}", *picture, facts]
+    if "units" in document:  # one run, with tasks of its own
+        parts += [markdown(*summary.table(document)), "### Its aims", markdown(*aims(document)), *_rivals(document)]
+        return "\n\n".join([*parts, "### By context length", *(markdown(*table) for table in lengths(document))])
+    for name, units in document["stages"].items():
+        stage = {"units": units, "methods": methods(units)}
+        if name in STAGES:
+            parts += [f"### {STAGES[name]}", _what(units), markdown(*_text_table(stage, name))]
+            parts += _rivals(stage) if name == FIRST else []
+        elif name == "recall":
+            parts += ["### Long recall", *(markdown(*table) for table in lengths(stage))]
+        else:
+            parts += [f"### {name.upper()}", *(markdown(*table) for table in questions(stage))]
+    return "\n\n".join(parts)
+
+
+def first(document: Document) -> list[dict[str, Any]]:
+    """The units that the picture and README's table are of; none where they are not measured yet."""
+    return document["units"] if "units" in document else document["stages"].get(FIRST, [])
+
+
+def _rivals(stage: Document) -> list[str]:
+    without = "Without a lag, that is with the defaults:"
+    return ["#### Against each baseline", markdown(*against(stage)), without, markdown(*against(stage, lag=False))]
+
+
+def _what(units: Sequence[dict[str, Any]]) -> str:
+    """One line on the text that was read."""
+    task, tokens = units[0]["settings"], units[0]["tokens"]
+    written = "; sampled by the model after 64 tokens of it" if "temperature" in task else ""
+    behind = f", each passage behind `{task['begin']}`" if "begin" in task else ""
+    size = f"passages of {task['context']:,}, pieces of {task['piece']}"
+    return f"{tokens:,} tokens of {task['text']}{written}{behind}, {size}."
+
+
+def _text_table(stage: Document, name: str) -> tuple[list[str], list[list[str]]]:
+    columns, rows = summary.table(stage) if name != "growth" else _growth(stage)
+    return columns, rows
+
+
+def _growth(stage: Document) -> tuple[list[str], list[list[str]]]:
+    """KL early and late in a text that the model wrote."""
+    rows = []
+    for unit in stage["units"]:
+        metrics = unit["metrics"]
+        first, last = metrics["kl_first"], metrics["kl_last"]
+        grown = f"{last['value'] / first['value']:.1f}x" if first["value"] > 0 else summary.NOTHING
+        cells = [summary.figure(metric, "{:.5f}", 1) for metric in (first, last)]
+        shares = [summary.figure(metrics[key], "{:.2f}", 100) for key in ("overlap", "top1")]
+        rows.append([unit["title"], summary.bits_text(unit["bits_per_element"]), *cells, grown, *shares])
+    return ["method", "bits / element", "KL, first quarter", "KL, last quarter", "grown", "1 − TVD", "top-1"], rows
+
+
+def readme(documents: Mapping[str, Document]) -> str:
+    """README's table: what each method takes and loses on each real model's first text."""
+    real = {label: first(document) for label, document in documents.items() if "stages" in document}
+    found = {label: {unit["method"]: unit for unit in units} for label, units in real.items() if units}
+    columns = ["method", *(f"{TITLES.get(label, label)}:<br>bits, KL, perplexity" for label in found)]
+    names = [name for name in SHOWN if any(name in units for units in found.values())]
+    rows = []
+    for name in names:
+        title = next(units[name]["title"] for units in found.values() if name in units)
+        rows.append([title, *(_cell(units.get(name)) for units in found.values())])
+    tokens = ", ".join(f"{next(iter(units.values()))['tokens']:,}" for units in found.values())
+    note = (
+        f"WikiText-2 in contexts of 2,048 tokens ({tokens} tokens), read through the cache in pieces of 64. Bits per\n"
+        "element count scales, windows and everything else at that length; KL (in nats) and the change of perplexity\n"
+        "are against the model's own cache. All methods, intervals, longer contexts and benchmarks:\n"
+        "[docs/accuracy.md](docs/accuracy.md)."
+    )
+    return f"{markdown(columns, rows)}\n\n{note}"
+
+
+def _cell(unit: dict[str, Any] | None) -> str:
+    if unit is None:
+        return summary.NOTHING
+    metrics = unit["metrics"]
+    kl, change = metrics["kl"]["value"], metrics["perplexity_change"]["value"]
+    return f"{unit['bits_per_element']:.2f}, {kl:.4f}, {change:+.1%}"
+
+
+def methods(units: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The methods of some units, each once, in their order."""
+    return [{"name": name, "title": title} for name, title in dict.fromkeys((u["method"], u["title"]) for u in units)]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in line) + " |" for line in lines)
-
-
-def aims(document: dict[str, Any]) -> str:
-    """Each aim, what was measured, and whether it is reached."""
-    rows = []
-    for name, most in AIMS:
-        unit = summary.find(document, name, "perplexity")
-        if unit is None:
-            continue
-        change = unit["metrics"]["perplexity_change"]
-        what = f"{unit['title']}: perplexity within {most:.1%}"
-        rows.append([what, summary.figure(change, "{:+.2f}", 100), verdict(change["low"], change["high"], most)])
-        for task in ("recall", "needle", "copy", "arithmetic"):
-            own, got = summary.find(document, "fp16", task), summary.find(document, name, task)
-            if own and got and name != LOOSE:
-                loss = lost(own, got)
-                text = summary.figure(loss, "{:+.1f}", 100).replace("%", " points lost", 1)
-                rows.append(
-                    [f"{unit['title']}: {task} within 1 point", text, verdict(loss["low"], loss["high"], POINTS)]
-                )
-    return markdown(["aim", "measured", ""], rows)
-
-
-def lost(own: dict[str, Any], got: dict[str, Any]) -> dict[str, float]:
-    """Share of questions that the own cache answers, less that of a method, compared question by question."""
-    pairs = zip(own["by_length"], got["by_length"], strict=True)
-    differences = [x - y for a, b in pairs for x, y in zip(a["solved"], b["solved"], strict=True)]
-    return bootstrap([differences, [1.0] * len(differences)], lambda sums: sums[0] / sums[1])
-
-
-def verdict(low: float, high: float, most: float) -> str:
-    """Where the interval reaches over the bound, the text was too short to tell."""
-    return "reached" if high <= most else "missed" if low > most else "not decided: the interval holds the bound"
-
-
-def against(document: dict[str, Any], lag: bool = True) -> str:
-    """For each baseline our method of at most its size that loses least; `lag`: those with a lag among them."""
-    points = loss_points(document, *LOSSES[0][::2])
-    ours, rows = [point for point in points if point.own and (lag or not point.name.endswith(", lag"))], []
-    for point in sorted((point for point in points if not point.own), key=lambda point: point.bits):
-        fit = [one for one in ours if one.bits <= point.bits]
-        best = min(fit, key=lambda one: one.value, default=None)
-        cells = ["–", "–", "–", "nothing as small"]
-        if best is not None:
-            told = "lower" if best.high < point.low else "higher" if best.low > point.high else "the same"
-            cells = [best.name, f"{best.bits:.2f}", f"{best.value:.5f}", told]
-        rows.append([point.name, f"{point.bits:.2f}", f"{point.value:.5f}", *cells])
-    return markdown(["baseline", "bits", "KL", "TurboAttention, no larger", "bits", "KL", "its KL is"], rows)
-
-
-def lengths(document: dict[str, Any]) -> list[str]:
-    """A table for each generated task."""
-    tables = []
-    for task in ("recall", "needle", "copy", "arithmetic"):
-        units = [summary.find(document, method["name"], task) for method in document["methods"]]
-        found = [unit for unit in units if unit is not None]
-        if found:
-            columns = [task, *(f"{row['length']:,}" for row in found[0]["by_length"])]
-            rows = [[u["title"], *(summary.figure(r, "{:.0f}", 100) for r in u["by_length"])] for u in found]
-            tables.append(markdown(columns, rows))
-    return tables

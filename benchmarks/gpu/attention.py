@@ -56,9 +56,7 @@ def decode(plan: Plan, peaks: dict[str, float]) -> Iterator[Row]:
             yield from _decode(plan, batch, tokens, peaks)
 
 
-def _prefill(
-    plan: Plan, batch: int, tokens: int, causal: bool, form: str, ways: dict[str, contenders.Attend]
-) -> Row:
+def _prefill(plan: Plan, batch: int, tokens: int, causal: bool, form: str, ways: dict[str, contenders.Attend]) -> Row:
     shape = _shape(plan, batch, tokens, tokens, causal) | {"softmax": form}
     size = (plan.heads + 2 * plan.kv_heads) * batch * tokens * plan.head_dim * dtype().itemsize
     sets = [_qkv(plan, batch, tokens, tokens, seed) for seed in range(copies_past_cache(size))]

@@ -50,6 +50,22 @@ def test_a_second_run_is_only_a_table(run, model: Path, book: Path, tmp_path: Pa
     assert "were there already" not in run(*call).stderr
 
 
+def test_pieces_of_another_size(run, model: Path, book: Path) -> None:
+    call = ("eval", "--model", model, "--text", book, "--methods", "turbo-4", "--tasks", "perplexity,growth")
+    units = run(*call, "--limit", "1", "--context", "200", "--piece", "64", "--json").json["units"]
+    assert [unit["task"] for unit in units] == ["perplexity", "growth"]
+    assert [unit["settings"]["task"]["piece"] for unit in units] == [64, 64]
+    assert [unit["tokens"] for unit in units] == [199, 199]
+
+
+def test_a_text_in_front_of_every_text(run, model: Path, book: Path) -> None:
+    call = ("eval", "--model", model, "--text", book, "--methods", "fp16", "--tasks", "perplexity", "--context", "100")
+    plain, behind = (run(*call, "--limit", "1", *more, "--json").json for more in ((), ("--begin", "a door")))
+    assert "begin" not in plain["facts"]
+    assert behind["facts"]["begin"] == "a door"
+    assert behind["units"][0]["tokens"] > plain["units"][0]["tokens"]
+
+
 def test_generated_tasks(run, model: Path) -> None:
     call = ("--methods", "turbo-2", "--tasks", "recall,arithmetic", "--limit", "2", "--lengths", "200")
     units = run("eval", "--model", model, *call, "--json").json["units"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from turboattention.evaluation.records import Parts
+
 VOCABULARY = 128
 NEXT = Callable[[str], str]
 """From everything so far to the character that comes next."""
@@ -17,13 +19,19 @@ class ScriptedSession:
 
     bits_per_element = 4.25
 
-    def __init__(self, follow: NEXT, confidence: float):
-        self._follow, self._confidence = follow, confidence
+    def __init__(self, follow: NEXT, confidence: float, others: list[ScriptedSession]):
+        self._follow, self._confidence, self._others = follow, confidence, others
         self.text, self.calls = "", []
+        others.append(self)
 
     def read(self, ids: Sequence[int]) -> None:
         self.calls.append((True, text_of(ids)))
         self.text += text_of(ids)
+
+    def fork(self) -> ScriptedSession:
+        other = ScriptedSession(self._follow, self._confidence, self._others)
+        other.text, other.calls = self.text, list(self.calls)
+        return other
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         self.calls.append((False, text_of(ids)))
@@ -40,6 +48,7 @@ class ScriptedSubject:
     name = "scripted"
     begin = (1,)
     stop_tokens = frozenset({0})
+    vocabulary = VOCABULARY
 
     def __init__(self, follows: dict[str, NEXT], context: int | None = 100_000, confidence: float = 5.0):
         self._follows, self.context, self._confidence = follows, context, confidence
@@ -52,9 +61,12 @@ class ScriptedSubject:
         return text_of(ids)
 
     def open(self, method) -> ScriptedSession:
-        session = ScriptedSession(self._follows.get(method.name, self._follows[""]), self._confidence)
-        self.sessions.append(session)
-        return session
+        return ScriptedSession(self._follows.get(method.name, self._follows[""]), self._confidence, self.sessions)
+
+    def feed_together(self, sessions, ids: Sequence[Sequence[int]], *, last: bool = False) -> Tensor:
+        assert len({len(row) for row in ids}) == 1
+        logits = torch.stack([session.feed(row) for session, row in zip(sessions, ids, strict=True)])
+        return logits[:, -1:] if last else logits
 
     def head_errors(self, method, ids: Sequence[int], skip: int) -> list[list[float]]:
         return [[0.1, 0.2], [0.3, 0.4]]
@@ -66,3 +78,8 @@ def text_of(ids: Sequence[int]) -> str:
 
 def no_progress(done: int, total: int) -> None:
     assert 0 <= done < total
+
+
+def run_alone(task, subject, method):
+    """What a task gives for one method."""
+    return task.run(subject, [method], Parts.nowhere(method.name), no_progress)[0]

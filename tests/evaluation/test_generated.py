@@ -8,7 +8,7 @@ from turboattention.evaluation import tasks
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.generated import GeneratedTask
 
-from .subject import ScriptedSubject, no_progress
+from .subject import ScriptedSubject, run_alone
 
 TURBO = METHODS["turbo-4"]
 
@@ -26,7 +26,7 @@ def forgets_long_ago(text: str) -> str:
 
 
 def run(subject: ScriptedSubject, name: str = "recall", lengths: tuple[int, ...] = (600,), limit: int = 11) -> dict:
-    return GeneratedTask(name, lengths, limit, None, "").run(subject, TURBO, no_progress)
+    return run_alone(GeneratedTask(name, lengths, limit, None, ""), subject, TURBO)
 
 
 def test_one_that_looks_up_is_right() -> None:

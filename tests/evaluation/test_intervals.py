@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turboattention.evaluation.intervals import bootstrap, share
+from turboattention.evaluation.intervals import bootstrap, mcnemar, share
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,12 @@ def test_bootstrap_interval_is_that_of_the_mean() -> None:
     assert got["low"] == pytest.approx(values.mean() - half, abs=0.05)
     assert got["high"] == pytest.approx(values.mean() + half, abs=0.05)
     assert got == bootstrap([values, np.ones(400)], mean)
+
+
+@pytest.mark.parametrize(
+    ("alone", "beside", "p"), [(0, 0, 1.0), (3, 3, 1.0), (1, 9, 0.021484375), (9, 1, 0.021484375), (0, 5, 0.0625)]
+)
+def test_mcnemar_is_the_sign_test_of_the_differing_questions(alone: int, beside: int, p: float) -> None:
+    one = [1] * alone + [0] * beside + [1, 1, 0]
+    other = [0] * alone + [1] * beside + [1, 1, 0]
+    assert mcnemar(one, other) == {"one": alone, "other": beside, "p": pytest.approx(p)}

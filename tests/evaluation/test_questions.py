@@ -12,8 +12,9 @@ from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.question_task import QuestionTask
 from turboattention.evaluation.questions import aqua, bbh, gsm8k, load
 from turboattention.evaluation.questions.question import plain_number
+from turboattention.evaluation.records import Parts, Records
 
-from .subject import ScriptedSubject, no_progress
+from .subject import ScriptedSubject, no_progress, run_alone
 
 PROMPTS = """Some notice about the data.
 -----
@@ -165,7 +166,7 @@ def writes(script: str):
 
 def ask(data: Path, script: str, context: int = 100_000) -> tuple[dict, ScriptedSubject]:
     subject = ScriptedSubject({"": writes(script)}, context)
-    return QuestionTask(load("gsm8k", data)[0], None).run(subject, METHODS["turbo-4"], no_progress), subject
+    return run_alone(QuestionTask(load("gsm8k", data)[0], None), subject, METHODS["turbo-4"]), subject
 
 
 def test_right_and_wrong_answers(data: Path) -> None:
@@ -179,12 +180,12 @@ def test_right_and_wrong_answers(data: Path) -> None:
 def test_what_comes_after_the_next_question_does_not_count(data: Path) -> None:
     result, subject = ask(data, " none\n\nQuestion: #### 1202")
     assert result["metrics"]["answered"]["value"] == 0.0
-    assert not subject.sessions[0].text.endswith("1202")
+    assert not any(session.text.endswith("1202") for session in subject.sessions[1:])
 
 
 def test_examples_are_read_and_the_question_is_fed(data: Path) -> None:
     _, subject = ask(data, " 1")
-    (reading, examples), (feeding, question), *generated = subject.sessions[0].calls
+    (reading, examples), (feeding, question), *generated = subject.sessions[1].calls
     assert (reading, feeding) == (True, False)
     assert examples.count("####") == 5
     assert question == "Question: What is 600 + 600?\nAnswer:"
@@ -200,3 +201,43 @@ def test_fewer_examples_where_the_context_is_small(data: Path) -> None:
 def test_a_question_that_never_fits_is_refused(data: Path) -> None:
     with pytest.raises(InputError, match="gsm8k: expected questions that fit the model's context"):
         ask(data, "", context=270)
+
+
+class Watched(ScriptedSubject):
+    """Counts the rows that go through the model together, and can be stopped after some steps."""
+
+    steps = 10**9
+
+    def feed_together(self, sessions, ids, *, last=False):
+        if not self.steps:
+            raise KeyboardInterrupt
+        self.steps -= 1
+        self.rows = [*getattr(self, "rows", []), (len(sessions), len(ids[0]))]
+        return super().feed_together(sessions, ids, last=last)
+
+
+def test_methods_and_questions_are_answered_side_by_side(data: Path) -> None:
+    subject = Watched({"turbo-4": writes(" 1202"), "": writes(" so #### 1200")})
+    task, methods = QuestionTask(load("gsm8k", data)[0], None), [METHODS["turbo-4"], METHODS["kivi-4"]]
+    results = task.run(subject, methods, Parts.nowhere("turbo-4", "kivi-4"), no_progress)
+    assert [result["solved"] for result in results] == [[0, 1, 0], [1, 0, 0]]
+    assert results == [run_alone(task, subject, method) for method in methods]
+    examples = [session for session in subject.sessions if len(session.calls) == 1]
+    assert len(examples) == 2 + 2  # once for each method, however many questions
+    # Three questions, read by both methods at once; all six go on together until the shorter ones end.
+    assert [rows for rows, length in subject.rows if length > 1][:3] == [2, 2, 2]
+    assert [rows for rows, length in subject.rows if length == 1][:9] == [6] * 5 + [3] * 4
+
+
+def test_an_ended_run_goes_on_after_the_last_answer(data: Path, tmp_path: Path) -> None:
+    task, methods = QuestionTask(load("gsm8k", data)[0], None), [METHODS["turbo-4"], METHODS["kivi-4"]]
+    settings = {method.name: {} for method in methods}
+    whole = Watched({"turbo-4": writes(" 1202"), "": writes(" so #### 1200")})
+    wanted = task.run(whole, methods, Parts.nowhere(*settings), no_progress)
+    stopped = Watched({"turbo-4": writes(" 1202"), "": writes(" so #### 1200")})
+    stopped.steps = 3 + 6  # the shorter answers are there
+    with pytest.raises(KeyboardInterrupt):
+        task.run(stopped, methods, Records(tmp_path).parts("gsm8k", settings), no_progress)
+    again = Watched({"": writes(" so #### 1200")})  # turbo-4 would answer otherwise now
+    assert task.run(again, methods, Records(tmp_path).parts("gsm8k", settings), no_progress) == wanted
+    assert {rows for rows, _ in again.rows} == {1, 3}

@@ -19,6 +19,8 @@ from .progress import Bars
 from .prompt import read_file
 from .targets import check_figures
 
+PIECE = 16  # as evaluation.subject has it, which imports torch
+
 if TYPE_CHECKING:
     from ..evaluation.baselines import CacheMethod
     from ..evaluation.suite import Options
@@ -38,6 +40,7 @@ class Request:
     options: Options
     out: Path | None
     json: bool
+    begin: str | None
 
 
 def evaluate(
@@ -49,8 +52,9 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME,NAME,...",
-            help="perplexity (with KL and top-1), heads, recall, needle, copy, arithmetic; from files in --data gsm8k, "
-            "aqua, bbh, bbh/TASK; lm-eval/TASK of lm-evaluation-harness.",
+            help="perplexity (with KL, total variation and top-1), growth (the same over text that the model writes), "
+            "heads, recall, needle, copy, arithmetic; from files in --data gsm8k, aqua, bbh, bbh/TASK; lm-eval/TASK of "
+            "lm-evaluation-harness.",
             rich_help_panel=MEASURED,
         ),
     ] = TASKS,
@@ -97,6 +101,23 @@ def evaluate(
             min=2, help="Tokens of a passage. By default up to 4,096 as the model takes them.", rich_help_panel=HOW
         ),
     ] = None,
+    piece: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of a passage that go through the model at once, and see each other unquantized. 64 takes half "
+            "the time of the default.",
+            rich_help_panel=HOW,
+        ),
+    ] = PIECE,
+    begin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="In front of every text, such as '<|endoftext|>'. By default what the tokenizer puts there.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -137,6 +158,7 @@ def evaluate(
         source=source,
         limit=limit,
         context=context,
+        piece=piece,
         lengths=tuple(numbers("--lengths", lengths)),
         data=data,
         outside=lambda name: outside(name, limit, data, include),
@@ -144,23 +166,25 @@ def evaluate(
     check_methods(chosen)
     if out is not None:
         check_figures("--out: the report's figures")
-    request = Request(chosen, names, options, out, json)
+    request = Request(chosen, names, options, out, json, begin)
     _run(request, model, device, dtype, threads)
 
 
 def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads: int | None) -> None:
     from ..evaluation import suite
+    from ..evaluation.heap import release_large_blocks
     from ..evaluation.records import Records
 
+    release_large_blocks()
     records = Records(request.out)
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)
     from ..integrations.transformers import generation
     from ..integrations.transformers.subject import TransformersSubject
 
-    facts, units = _facts(language), []
+    facts, units = _facts(language, request.begin), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)
-    subject = TransformersSubject(language)
+    subject = TransformersSubject(language, request.begin)
     try:
         with generation.enabled():
             for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
@@ -186,7 +210,7 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
         raise typer.Exit(1)
 
 
-def _facts(language: LanguageModel) -> dict[str, Any]:
+def _facts(language: LanguageModel, begin: str | None) -> dict[str, Any]:
     """What every result depends on."""
     from .. import __version__
 
@@ -198,4 +222,4 @@ def _facts(language: LanguageModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "turboattention": __version__,
-    }
+    } | ({} if begin is None else {"begin": begin})

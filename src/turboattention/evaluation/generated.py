@@ -1,8 +1,9 @@
 """The generated tasks (look-ups, needles, copies, sums) asked through a method's cache, by context length.
 
 The context is read as a prompt; the question goes through the cache like decoded text, and so does the answer, token
-by token. An answer is right where each of its tokens, steps included, is the likeliest one: that is what greedy
-decoding would write. Several questions share a context, each after the right answers to those before.
+by token, with several methods side by side. An answer is right where each of its tokens, steps included, is the
+likeliest one: that is what greedy decoding would write. Several questions share a context, each after the right answers
+to those before.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from ..errors import InputError
 from . import tasks
 from .baselines import CacheMethod
 from .intervals import share
+from .records import Parts
 from .subject import PIECE, Progress, Session, Subject
 
 QUESTIONS = 8
 """To a context, which takes longer to read than they take to answer."""
+MOST_TOGETHER = 12
 SEED = 20_000_000
 """Far from the seeds that the bundled model was trained and measured with."""
 
@@ -39,20 +42,35 @@ class GeneratedTask:
         prose = {"text": self._source} if self._prose else {}
         return {"lengths": self._lengths, "questions": self._limit, "seed": SEED, "piece": PIECE} | prose
 
-    def run(self, subject: Subject, method: CacheMethod, progress: Progress) -> dict[str, Any]:
+    def together(self, subject: Subject) -> int:
+        return MOST_TOGETHER
+
+    def run(
+        self, subject: Subject, methods: Sequence[CacheMethod], parts: Parts, progress: Progress
+    ) -> list[dict[str, Any]]:
         """`accuracy` over all lengths, `by_length`, and the bits at the longest."""
-        per_length = -(-self._limit // QUESTIONS)
-        total = per_length * len(self._lengths)
-        by_length, bits, done = [], 0.0, 0
+        contexts = [
+            (length, index, min(QUESTIONS, self._limit - index * QUESTIONS))
+            for length in self._lengths
+            for index in range(-(-self._limit // QUESTIONS))
+        ]
+        for done, (length, index, questions) in enumerate(contexts):
+            progress(done, len(contexts))
+            key = f"{length}/{index}"
+            missing = [method for method in methods if parts.get(method.name, key) is None]
+            if missing:
+                found = self._ask(subject, missing, length, SEED + index, questions)
+                for method, one in zip(missing, found, strict=True):
+                    parts.put(method.name, key, one)
+        return [self._summary({c: parts.get(method.name, f"{c[0]}/{c[1]}") for c in contexts}) for method in methods]
+
+    def _summary(self, found: dict[tuple[int, int, int], dict[str, Any]]) -> dict[str, Any]:
+        by_length, bits = [], 0.0
         for length in self._lengths:
-            solved: list[bool] = []
-            for index in range(per_length):
-                progress(done, total)
-                questions = min(QUESTIONS, self._limit - index * QUESTIONS)
-                some, bits = self._ask(subject, method, length, SEED + index, questions)
-                solved, done = solved + some, done + 1
+            ones = [one for context, one in found.items() if context[0] == length]
             # Question by question, so that two methods can be compared on the same ones.
-            row = {"length": length, "right": sum(solved), "asked": len(solved), "solved": [int(x) for x in solved]}
+            solved, bits = [x for one in ones for x in one["solved"]], ones[-1]["bits"]
+            row = {"length": length, "right": sum(solved), "asked": len(solved), "solved": solved}
             by_length.append(row | share(row["right"], row["asked"]))
         total_right, total_asked = (sum(row[name] for row in by_length) for name in ("right", "asked"))
         return {
@@ -62,8 +80,8 @@ class GeneratedTask:
         }
 
     def _ask(
-        self, subject: Subject, method: CacheMethod, length: int, seed: int, questions: int
-    ) -> tuple[list[bool], float]:
+        self, subject: Subject, methods: Sequence[CacheMethod], length: int, seed: int, questions: int
+    ) -> list[dict[str, Any]]:
         try:
             episode = tasks.generate(
                 self.name,
@@ -77,19 +95,25 @@ class GeneratedTask:
             message = f"lengths: expected contexts that hold {questions} questions of {self.name}, got {length} tokens"
             raise InputError(message) from error
         spans = [subject.encode(text) for text, _ in episode.spans]
-        session = subject.open(method)
-        session.read([*subject.begin, *spans[0]])
+        sessions = [subject.open(method) for method in methods]
+        for session in sessions:
+            session.read([*subject.begin, *spans[0]])
         # After the context questions and answers take turns.
-        solved = [answers(session, *pair) for pair in zip(spans[1::2], spans[2::2], strict=True)]
-        return solved, session.bits_per_element
+        solved = [answers(subject, sessions, *pair) for pair in zip(spans[1::2], spans[2::2], strict=True)]
+        return [
+            {"solved": [int(one[at]) for one in solved], "bits": session.bits_per_element}
+            for at, session in enumerate(sessions)
+        ]
 
 
-def answers(session: Session, question: Sequence[int], answer: Sequence[int]) -> bool:
-    """Whether greedy decoding answers; the session has taken the question and the right answer afterwards."""
-    logits = session.feed(question)
-    for at, token in enumerate(answer):
-        if int(logits[-1].argmax()) != token:
-            session.feed(answer[at:])
-            return False
-        logits = session.feed([token])
-    return True
+def answers(
+    subject: Subject, sessions: Sequence[Session], question: Sequence[int], answer: Sequence[int]
+) -> list[bool]:
+    """For each session whether greedy decoding answers; it has taken the question and the right answer afterwards."""
+    right = [True] * len(sessions)
+    pieces = [question[at : at + PIECE] for at in range(0, len(question), PIECE)]
+    *_, logits = (subject.feed_together(sessions, [piece] * len(sessions)) for piece in pieces)
+    for token in answer:
+        right = [was and int(row.argmax()) == token for was, row in zip(right, logits[:, -1], strict=True)]
+        logits = subject.feed_together(sessions, [[token]] * len(sessions))
+    return right

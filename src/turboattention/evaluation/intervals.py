@@ -46,3 +46,19 @@ def share(right: int, total: int) -> dict[str, Any]:
     # At the ends the formula gives exactly 0 and 1, but for rounding.
     low, high = (0.0 if right == 0 else centre - half), (1.0 if right == total else centre + half)
     return {"value": p, "low": low, "high": high}
+
+
+def mcnemar(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+    """Two methods on the same questions: how many each alone answers, and the exact two-sided p of McNemar's test.
+
+    Args:
+        one, other: 1 where a question was answered rightly, question by question.
+
+    Source: McNemar, Note on the sampling error of the difference between correlated proportions (1947), with the
+    binomial distribution in place of its approximation.
+    """
+    pairs = list(zip(one, other, strict=True))
+    alone, beside = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    differing = alone + beside
+    tail = sum(math.comb(differing, k) for k in range(min(alone, beside) + 1)) / 2**differing
+    return {"one": alone, "other": beside, "p": min(1.0, 2 * tail)}

@@ -1,18 +1,41 @@
-"""A question set asked through a method's cache: worked examples as the prompt, then the question, then greedy text."""
+"""A question set asked through methods' caches: worked examples as the prompt, then the question, then greedy text.
+
+The worked examples are read once for each method, and every question goes on from a copy of that cache. All methods'
+answers to several questions are written side by side: one step of the model gives each of them its next token, so that
+the weights are read once for many, and whoever ends makes room for the next question.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
 from .baselines import CacheMethod
 from .intervals import share
-from .questions import Question, QuestionSet
-from .records import fingerprint
-from .subject import PIECE, Progress, Subject
+from .questions import QuestionSet
+from .records import Parts, fingerprint
+from .subject import Progress, Session, Subject
 
 SHOWN = 3
 """Generated answers kept in the results, to look at."""
+ROWS = 96
+"""Answers that are written at the same time, over all methods."""
+
+
+@dataclass(eq=False)
+class _Answer:
+    """One method's answer to one question as it is written, after `shots` examples; `next` is the token to be fed."""
+
+    method: CacheMethod
+    index: int
+    shots: int
+    session: Session
+    next: int
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
 
 
 class QuestionTask:
@@ -29,53 +52,109 @@ class QuestionTask:
             "questions": len(self._questions),
             "contents": contents,
             "max_new_tokens": self._set.max_new_tokens,
-            "piece": PIECE,
         }
 
-    def run(self, subject: Subject, method: CacheMethod, progress: Progress) -> dict[str, Any]:
+    @property
+    def part_settings(self) -> dict[str, Any]:
+        """What an answer depends on: not on how many others are asked for."""
+        contents = fingerprint(repr((self._set.context(len(self._set.shots)), self._set.questions)))
+        return {"contents": contents, "max_new_tokens": self._set.max_new_tokens}
+
+    def together(self, subject: Subject) -> int:
+        return ROWS // 4  # so that some questions at least are answered side by side
+
+    def run(
+        self, subject: Subject, methods: Sequence[CacheMethod], parts: Parts, progress: Progress
+    ) -> list[dict[str, Any]]:
         """`accuracy`, the share of answers found at all, and the fewest worked examples that a question had."""
-        right = found = 0
-        bits, shots, shown = [], [], []
-        for index, question in enumerate(self._questions):
-            progress(index, len(self._questions))
-            text, used, size = self._generate(subject, method, question)
-            answer = self._set.extract(self._set.until_stop(text))
-            right, found = right + (answer == question.target), found + (answer is not None)
-            bits.append(size)
-            shots.append(used)
-            if len(shown) < SHOWN:
-                shown.append({"generated": text, "answer": answer, "target": question.target})
+        self._ask(subject, methods, parts, progress)
+        return [self._summary([parts.get(m.name, str(at)) for at in range(len(self._questions))]) for m in methods]
+
+    def _summary(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         total = len(self._questions)
+        pairs = list(zip(answers, self._questions, strict=True))
+        right = [int(answer["answer"] == question.target) for answer, question in pairs]
+        found = sum(answer["answer"] is not None for answer in answers)
+        shown = [
+            {"generated": answer["text"], "answer": answer["answer"], "target": question.target}
+            for answer, question in pairs[:SHOWN]
+        ]
         return {
-            "bits_per_element": sum(bits) / total,
-            "metrics": {"accuracy": share(right, total), "answered": share(found, total)},
+            "bits_per_element": sum(answer["bits"] for answer in answers) / total,
+            "metrics": {"accuracy": share(sum(right), total), "answered": share(found, total)},
             "questions": total,
-            "fewest_shots": min(shots),
+            "solved": right,  # question by question, so that two methods can be compared on the same ones
+            "fewest_shots": min(answer["shots"] for answer in answers),
             "shown": shown,
         }
 
-    def _generate(self, subject: Subject, method: CacheMethod, question: Question) -> tuple[str, int, float]:
-        asked = subject.encode(question.prompt)
+    def _ask(self, subject: Subject, methods: Sequence[CacheMethod], parts: Parts, progress: Progress) -> None:
+        """Fills `parts` with one answer for each method and question."""
+        total = len(methods) * len(self._questions)
+        waiting = deque(range(len(self._questions)))
+        contexts: dict[tuple[str, int], Session] = {}
+        writing: list[_Answer] = []
+        while waiting or writing:
+            while waiting and len(writing) + len(methods) <= max(ROWS, len(methods)):
+                writing += self._begin(subject, methods, waiting.popleft(), parts, contexts)
+            done = [answer for answer in writing if not self._goes_on(subject, answer)]
+            for answer in done:
+                parts.put(answer.method.name, str(answer.index), self._ended(answer))
+            writing = [answer for answer in writing if answer not in done]
+            progress(max(total - len(methods) * len(waiting) - len(writing) - 1, 0), total)
+            if writing:
+                logits = subject.feed_together([a.session for a in writing], [[a.next] for a in writing])
+                for answer, row in zip(writing, logits[:, -1].argmax(-1).tolist(), strict=True):
+                    answer.next = row
+
+    def _begin(
+        self,
+        subject: Subject,
+        methods: Sequence[CacheMethod],
+        index: int,
+        parts: Parts,
+        contexts: dict[tuple[str, int], Session],
+    ) -> list[_Answer]:
+        """The question, read by every method that has not answered it yet."""
+        methods = [method for method in methods if parts.get(method.name, str(index)) is None]
+        if not methods:
+            return []
+        asked = subject.encode(self._questions[index].prompt)
         context, shots = self._context(subject, len(asked))
-        session = subject.open(method)
-        session.read([*subject.begin, *context])
-        logits, tokens, text = session.feed(asked), [], ""
-        while len(tokens) < self._set.max_new_tokens:
-            token = int(logits[-1].argmax())
-            if token in subject.stop_tokens:
-                break
-            tokens.append(token)
-            text = subject.decode(tokens)
-            if self._set.until_stop(text) != text:
-                break
-            logits = session.feed([token])
-        return text, shots, session.bits_per_element
+        sessions = []
+        for method in methods:
+            if (method.name, shots) not in contexts:
+                contexts[method.name, shots] = subject.open(method)
+                contexts[method.name, shots].read([*subject.begin, *context])
+            sessions.append(contexts[method.name, shots].fork())
+        logits = subject.feed_together(sessions, [asked] * len(sessions), last=True)[:, -1]
+        found = zip(methods, sessions, logits.argmax(-1).tolist(), strict=True)
+        return [_Answer(method, index, shots, session, token) for method, session, token in found]
+
+    def _goes_on(self, subject: Subject, answer: _Answer) -> bool:
+        """Takes the answer's next token, and says whether more may follow."""
+        if answer.next in subject.stop_tokens:
+            return False
+        answer.tokens.append(answer.next)
+        answer.text = subject.decode(answer.tokens)
+        return len(answer.tokens) < self._set.max_new_tokens and self._set.until_stop(answer.text) == answer.text
+
+    def _ended(self, answer: _Answer) -> dict[str, Any]:
+        return {
+            "text": answer.text,
+            "answer": self._set.extract(self._set.until_stop(answer.text)),
+            "bits": answer.session.bits_per_element,
+            "shots": answer.shots,
+        }
 
     def _context(self, subject: Subject, asked: int) -> tuple[list[int], int]:
         """Tokens of as many worked examples as leave room for the question and its answer."""
         room = (subject.context or 2**31) - len(subject.begin) - asked - self._set.max_new_tokens
         for shots in range(len(self._set.shots), -1, -1):
-            ids = subject.encode(self._set.context(shots)) if shots or self._set.head else []
+            ids = self._shots(subject, shots)
             if len(ids) <= room:
                 return ids, shots
         raise InputError(f"{self.name}: expected questions that fit the model's context, got one that does not")
+
+    def _shots(self, subject: Subject, shots: int) -> list[int]:
+        return subject.encode(self._set.context(shots)) if shots or self._set.head else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,76 @@ class Records:
         if path is not None:
             write_whole(path, json.dumps(unit, indent=1) + "\n")
 
-    def _path(self, method: str, task: str) -> Path | None:
+    def parts(self, task: str, settings: Mapping[str, dict[str, Any]]) -> Parts:
+        """What is there of a task's units; `settings` by method, as `find` takes them."""
+        paths = {method: self._path(method, task, ".part.jsonl") for method in settings}
+        return Parts({method: Part(paths[method], settings[method]) for method in settings})
+
+    def _path(self, method: str, task: str, suffix: str = ".json") -> Path | None:
         name = f"{method}--{task}".replace("/", "-")
-        return self._folder and self._folder / f"{name}.json"
+        return self._folder and self._folder / f"{name}{suffix}"
+
+
+class Parts:
+    """Pieces of a task's units that are not complete, by method and key: a passage, a question. Kept as they come."""
+
+    def __init__(self, parts: Mapping[str, Part]):
+        self._parts = parts
+
+    @classmethod
+    def nowhere(cls, *methods: str) -> Parts:
+        """In memory."""
+        return cls({method: Part(None, {}) for method in methods})
+
+    def get(self, method: str, key: str) -> Any:
+        """JSON, or None."""
+        return self._parts[method].values.get(key)
+
+    def put(self, method: str, key: str, value: Any) -> None:
+        self._parts[method].put(key, value)
+
+    def drop(self, method: str) -> None:
+        """The unit is complete."""
+        self._parts[method].drop()
+
+
+class Part:
+    """A file of JSON lines: the settings, then a key and a value in each."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
+        self._path, self._head = path, {"version": VERSION, "settings": settings}
+        self.values: dict[str, Any] = {}
+        # A line that a kill cut short, and everything under other settings, is measured again.
+        lines = list(_json_lines(path)) if path is not None and path.exists() else []
+        if lines and lines[0] == self._head:
+            self.values = dict(lines[1:])
+        self._is_whole = False
+
+    def put(self, key: str, value: Any) -> None:
+        self.values[key] = value
+        if self._path is None:
+            return
+        if self._is_whole:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, value]) + "\n")
+        else:  # what was there before may end in half a line
+            lines = [self._head, *self.values.items()]
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._is_whole = True
+
+    def drop(self) -> None:
+        self.values = {}
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    """Up to the first line that is none."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ pieces before. A perplexity taken in one prefill never reads a quantized cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +16,9 @@ from .baselines import CacheMethod
 
 PIECE = 16
 """Tokens fed at once where their values are known. A piece sees its own tokens unquantized: on average half of it."""
+
+attending: ContextVar[str | None] = ContextVar("attending", default=None)
+"""The name of the method whose cache is being attended to, while several go through the model together."""
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps to do."""
@@ -29,6 +33,10 @@ class Session(Protocol):
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Take tokens through the cache, a piece at a time: logits float32 [len(ids), V] of the token after each."""
+        ...
+
+    def fork(self) -> Session:
+        """An independent session in the same state."""
         ...
 
     @property
@@ -49,8 +57,13 @@ class Subject(Protocol):
         ...
 
     @property
+    def vocabulary(self) -> int:
+        """V: logits of one token."""
+        ...
+
+    @property
     def begin(self) -> list[int]:
-        """Tokens that every text begins with: the model's BOS, or none."""
+        """Tokens that every text begins with: BOS where the model's tokenizer puts one, or none."""
         ...
 
     @property
@@ -64,6 +77,17 @@ class Subject(Protocol):
 
     def open(self, method: CacheMethod) -> Session:
         """An empty session over this method's cache."""
+        ...
+
+    def feed_together(self, sessions: Sequence[Session], ids: Sequence[Sequence[int]], *, last: bool = False) -> Tensor:
+        """One piece of tokens through the cache of each session: logits float32 [sessions, L, V], or with `last` those
+        after the last token alone, [sessions, 1, V].
+
+        The same as feeding them one by one, but in one forward: weights are read once for all.
+
+        Args:
+            ids: equally many for each session.
+        """
         ...
 
     def head_errors(self, method: CacheMethod, ids: Sequence[int], skip: int) -> list[list[float]]:

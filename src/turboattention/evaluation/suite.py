@@ -14,23 +14,24 @@ from ..errors import GuardWarning, InputError, TurboError
 from . import questions, tasks
 from .baselines import CacheMethod
 from .generated import GeneratedTask
+from .growth_task import GrowthTask
 from .head_task import HeadTask
 from .question_task import QuestionTask
-from .records import VERSION, Records, fingerprint
-from .subject import Progress, Subject
+from .records import VERSION, Parts, Records, fingerprint
+from .subject import PIECE, Progress, Subject, attending
 from .text_metrics import TextTask
 
-MEASURES = ("perplexity", "heads", *tasks.TASKS)
+MEASURES = ("perplexity", "growth", "heads", *tasks.TASKS)
 """Tasks that need a text at most."""
 OUTSIDE = "lm-eval/"
-PASSAGES, QUESTIONS, HEAD_TOKENS = 8, 32, 1024
+PASSAGES, QUESTIONS, HEAD_TOKENS, GENERATED = 8, 32, 1024, 2048
 LENGTHS = (512, 1024, 2048, 4096)
 MARGIN = 96
 """Tokens of the model's context that generated tasks leave free."""
 
 
 class Task(Protocol):
-    """Something that a model over a method's cache is measured by."""
+    """Something that a model over methods' caches is measured by."""
 
     name: str
 
@@ -39,8 +40,15 @@ class Task(Protocol):
         """All that a result depends on, beside the model and the method. JSON."""
         ...
 
-    def run(self, subject: Any, method: CacheMethod, progress: Progress) -> dict[str, Any]:
-        """JSON with `metrics`: name -> {"value", "low", "high"}, and `bits_per_element` where a cache was full."""
+    def together(self, subject: Any) -> int:
+        """The most methods that it takes at once."""
+        ...
+
+    def run(
+        self, subject: Any, methods: Sequence[CacheMethod], parts: Parts, progress: Progress
+    ) -> list[dict[str, Any]]:
+        """For each method JSON with `metrics`: name -> {"value", "low", "high"}, and `bits_per_element` where a cache
+        was full. What takes long is kept in `parts` as it comes, and taken from there."""
         ...
 
 
@@ -50,13 +58,15 @@ class Options:
 
     Attributes:
         text, source: a text and what to call it. limit: passages, questions a length, or questions; None: 8, 32, all.
-        context: tokens of a passage. lengths: of contexts that are asked about. data: folder of GSM8K, AQuA and BBH.
+        context: tokens of a passage. piece: tokens of it fed at once. lengths: of contexts that are asked about.
+        data: folder of GSM8K, AQuA and BBH.
     """
 
     text: str
     source: str
     limit: int | None = None
     context: int | None = None
+    piece: int = PIECE
     lengths: tuple[int, ...] = ()
     data: Path | None = None
     outside: Callable[[str], Task] | None = field(default=None, compare=False)
@@ -88,7 +98,10 @@ def _make(name: str, options: Options, context: int) -> list[Task]:
     if name == "perplexity":
         # One token is left for a BOS.
         size = min(options.context or max(LENGTHS), context - 1)
-        return [TextTask(options.text, source, size, options.limit or PASSAGES)]
+        return [TextTask(options.text, source, size, options.limit or PASSAGES, options.piece)]
+    if name == "growth":
+        size = min(options.context or GENERATED, context - 1)
+        return [GrowthTask(options.text, source, size, options.limit or 1, options.piece)]
     if name == "heads":
         return [HeadTask(options.text, source, min(options.context or HEAD_TOKENS, context - 1))]
     if name in tasks.TASKS:
@@ -119,43 +132,67 @@ def run(
 
     A unit that fails with an error of this package has `failed`, its message, and is not kept.
     """
-    total, number = len(methods) * len(chosen), 0
-    for task in chosen:
+    for number, task in enumerate(chosen, 1):
+        settings = {m.name: {"facts": facts, "method": m.settings, "task": task.settings} for m in methods}
+        found = {m.name: records.find(m.name, task.name, settings[m.name]) for m in methods}
+        missing = [method for method in methods if found[method.name] is None]
+        size, made = task.together(subject), {}
         for method in methods:
-            number += 1
-            settings = {"facts": facts, "method": method.settings, "task": task.settings}
-            found = records.find(method.name, task.name, settings)
-            if found is not None:
-                yield found | {"reused": True}
+            unit = found[method.name]
+            if unit is not None:
+                yield unit | {"reused": True}
                 continue
-            with doing(f"{number}/{total} {task.name}: {method.title}") as progress:
-                unit = _measure(subject, method, task, progress)
-            unit |= {"version": VERSION, "settings": settings}
-            if "failed" not in unit:
-                records.keep(unit)
-            yield unit
+            if method.name not in made:
+                group, missing = missing[:size], missing[size:]
+                # Parts that hold for other units as well, such as answers to questions, stay.
+                lasting = getattr(task, "part_settings", None)
+                parts = records.parts(
+                    task.name, {one.name: settings[one.name] | ({"task": lasting} if lasting else {}) for one in group}
+                )
+                with doing(f"{number}/{len(chosen)} {task.name}: {', '.join(one.title for one in group)}") as progress:
+                    for one in _measure(subject, group, task, parts, progress):
+                        made[one["method"]] = one | {"version": VERSION, "settings": settings[one["method"]]}
+                        if "failed" not in one:
+                            records.keep(made[one["method"]])
+                        if "failed" not in one and lasting is None:
+                            parts.drop(one["method"])
+            yield made[method.name]
 
 
-def _measure(subject: Subject, method: CacheMethod, task: Task, progress: Progress) -> dict[str, Any]:
-    names = {"method": method.name, "title": method.title, "task": task.name}
+def _measure(
+    subject: Subject, methods: Sequence[CacheMethod], task: Task, parts: Parts, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """A unit for each method. `seconds` are its share of what they took together."""
     begun = time.perf_counter()
+    names = [{"method": method.name, "title": method.title, "task": task.name} for method in methods]
     with _guard_warnings() as said:
         try:
-            result = task.run(subject, method, progress)
+            results = task.run(subject, methods, parts, progress)
         except TurboError as error:
-            return names | {"failed": str(error)}
-    return names | {"seconds": time.perf_counter() - begun} | result | {"warnings": list(dict.fromkeys(said))}
+            if len(methods) == 1:
+                yield names[0] | {"failed": str(error)}
+                return
+            results = None
+    if results is None:  # one that fails must not take the others with it
+        for method in methods:
+            yield from _measure(subject, [method], task, parts, progress)
+        return
+    seconds = (time.perf_counter() - begun) / len(methods)
+    for method, name, result in zip(methods, names, results, strict=True):
+        heard = [message for speaker, message in said if speaker in (None, method.name)]
+        yield name | {"seconds": seconds} | result | {"warnings": list(dict.fromkeys(heard))}
 
 
 @contextmanager
-def _guard_warnings() -> Iterator[list[str]]:
-    """What the guard says inside; other warnings go their way."""
-    said: list[str] = []
+def _guard_warnings() -> Iterator[list[tuple[str | None, str]]]:
+    """What the guard says inside, and over which method's cache where several take turns; other warnings go their
+    way."""
+    said: list[tuple[str | None, str]] = []
     show = warnings.showwarning
 
     def take(message: Any, category: Any, *rest: Any, **named: Any) -> None:
         if issubclass(category, GuardWarning):
-            said.append(str(message))
+            said.append((attending.get(), str(message)))
         else:
             show(message, category, *rest, **named)
 

@@ -1,15 +1,16 @@
-"""Perplexity, bits per byte, and KL and top-1 agreement with the model's own cache, by position.
+"""Perplexity, bits per byte, and KL, total variation and top-1 agreement with the model's own cache, by position.
 
-Each passage goes twice through the model in the same pieces, over its own cache and over a method's, and every
-token's logits are compared. Intervals are bootstrapped over stretches of `STRETCH` tokens; what is relative to the
-own cache is compared token by token first, so that the text's own difficulty cancels.
+A passage goes through the model piece by piece, over its own cache and over every method's at once, and each token's
+logits are compared while they are there: no more than a piece's are ever held. Intervals are bootstrapped over
+stretches of `STRETCH` tokens; what is relative to the own cache is compared token by token first, so that the text's
+own difficulty cancels.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,17 @@ from torch import Tensor
 from ..errors import InputError
 from .baselines import METHODS, CacheMethod
 from .intervals import bootstrap
+from .records import Parts
 from .subject import PIECE, Progress, Subject
 
 STRETCH = 128
 BINS = 16
-KEPT_BYTES = 2**30
-"""The own cache's log-probabilities are kept for the next method up to this size in all, else computed again."""
+LOGIT_BYTES = 2**29
+"""Of the logits of one piece, over all methods that go together."""
+MOST_TOGETHER = 12
+"""Methods in one pass, as each holds a cache."""
+COLUMNS = ("own_nll", "nll", "kl", "tvd", "same")
+Columns = dict[str, np.ndarray]
 
 
 class TextTask:
@@ -33,54 +39,92 @@ class TextTask:
     Args:
         text: UTF-8 text; `source` names it in results.
         context: tokens of a passage; a shorter text is one passage.
+        piece: tokens fed at once.
     """
 
     name = "perplexity"
 
-    def __init__(self, text: str, source: str, context: int, limit: int):
+    def __init__(self, text: str, source: str, context: int, limit: int, piece: int = PIECE):
         self._text, self._source, self._context, self._limit = text, source, context, limit
-        self._own: dict[int, Tensor] = {}
-        self._kept = 0
+        self._piece = piece
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"text": self._source, "context": self._context, "passages": self._limit, "piece": PIECE}
+        return {"text": self._source, "context": self._context, "passages": self._limit, "piece": self._piece}
 
-    def run(self, subject: Subject, method: CacheMethod, progress: Progress) -> dict[str, Any]:
+    def together(self, subject: Subject) -> int:
+        """Methods whose logits of one piece, with the own cache's, fit `LOGIT_BYTES`."""
+        rows = LOGIT_BYTES // (4 * self._piece * subject.vocabulary)
+        return min(max(rows - 1, 1), MOST_TOGETHER)
+
+    def run(
+        self, subject: Subject, methods: Sequence[CacheMethod], parts: Parts, progress: Progress
+    ) -> list[dict[str, Any]]:
         """Metrics, and `by_position`.
 
         Raises:
             InputError: the text has no two tokens.
         """
-        passages = cut(subject.encode(self._text.replace("\f", "\n")), self._context, self._limit)
-        columns, bits = [], []
+        passages = self._passages(subject)
+        measured: dict[str, list[tuple[Columns, float]]] = {method.name: [] for method in methods}
         for index, ids in enumerate(passages):
-            progress(index, len(passages))
-            column, size = self._compare(subject, method, index, [*subject.begin, *ids])
-            columns.append(column)
-            bits.append(size)
-        return {"bits_per_element": float(np.mean(bits))} | summarize(columns)
+            key = str(index)
+            missing = [method for method in methods if parts.get(method.name, key) is None]
+            if missing:
+                steps = _Steps(progress, index, len(passages))
+                for method, found in zip(missing, self._compare(subject, missing, ids, steps), strict=True):
+                    parts.put(method.name, key, found)
+            for method in methods:
+                found = parts.get(method.name, key)
+                columns = {name: np.array(values) for name, values in found["columns"].items()}
+                measured[method.name].append((columns, found["bits"]))
+        return [self._summary(measured[method.name]) for method in methods]
+
+    def _passages(self, subject: Subject) -> list[list[int]]:
+        passages = cut(subject.encode(self._text.replace("\f", "\n")), self._context, self._limit)
+        return [[*subject.begin, *ids] for ids in passages]
+
+    def _summary(self, measured: Sequence[tuple[Columns, float]]) -> dict[str, Any]:
+        return {"bits_per_element": float(np.mean([bits for _, bits in measured]))} | summarize(
+            [c for c, _ in measured]
+        )
 
     def _compare(
-        self, subject: Subject, method: CacheMethod, index: int, ids: list[int]
-    ) -> tuple[dict[str, np.ndarray], float]:
-        own = self._own_log_probs(subject, index, ids)
-        session = subject.open(method)
-        got = session.feed(ids[:-1]).log_softmax(-1)
-        column = compare(own, got, torch.tensor(ids[1:]))
+        self, subject: Subject, methods: Sequence[CacheMethod], ids: Sequence[int], progress: _Steps
+    ) -> Iterator[dict[str, Any]]:
+        """JSON for each method: columns by token, and bits per element over the last stretch."""
+        others = [method for method in methods if method.name != "fp16"]
+        own, sessions = subject.open(METHODS["fp16"]), [subject.open(method) for method in others]
+        pieces: dict[str, list[Columns]] = {method.name: [] for method in methods}
+        sizes: dict[str, list[float]] = {method.name: [] for method in methods}
+        for at in range(0, len(ids) - 1, self._piece):
+            progress(at, len(ids))
+            end = min(at + self._piece, len(ids) - 1)
+            logits = subject.feed_together([own, *sessions], [ids[at:end]] * (1 + len(sessions)))
+            targets, expected = torch.tensor(ids[at + 1 : end + 1]), logits[0].log_softmax(-1)
+            for method in methods:
+                row = 0 if method.name == "fp16" else 1 + others.index(method)
+                got = logits[row].log_softmax(-1) if row else expected
+                pieces[method.name].append(compare(expected, got, targets))
+                if end > len(ids) - 1 - STRETCH:
+                    sizes[method.name].append((sessions[row - 1] if row else own).bits_per_element)
         # As many bytes as the predicted tokens stand for; the first of all is given.
-        pieces = [subject.decode(ids[1:][at : at + STRETCH]) for at in range(0, len(ids) - 1, STRETCH)]
-        column["bytes"] = np.array([len(piece.encode()) for piece in pieces], dtype=np.float64)
-        return column, session.bits_per_element
+        texts = [subject.decode(ids[1:][at : at + STRETCH]) for at in range(0, len(ids) - 1, STRETCH)]
+        size = [len(text.encode()) for text in texts]
+        for method in methods:
+            columns = {name: np.concatenate([p[name] for p in pieces[method.name]]) for name in COLUMNS}
+            short = {name: [float(f"{x:.6g}") for x in values] for name, values in columns.items()}
+            yield {"bits": float(np.mean(sizes[method.name])), "columns": short | {"bytes": size}}
 
-    def _own_log_probs(self, subject: Subject, index: int, ids: Sequence[int]) -> Tensor:
-        if index not in self._own:
-            made = subject.open(METHODS["fp16"]).feed(ids[:-1]).log_softmax(-1)
-            if self._kept + made.nbytes > KEPT_BYTES:
-                return made
-            self._own[index] = made
-            self._kept += made.nbytes
-        return self._own[index]
+
+class _Steps:
+    """Progress over pieces of passages."""
+
+    def __init__(self, progress: Progress, index: int, passages: int):
+        self._progress, self._index, self._passages = progress, index, passages
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress(self._index * total + done, self._passages * total)
 
 
 def cut(ids: Sequence[int], context: int, limit: int) -> list[list[int]]:
@@ -92,24 +136,26 @@ def cut(ids: Sequence[int], context: int, limit: int) -> list[list[int]]:
     return [list(ids[at * context : (at + 1) * context]) for at in chosen]
 
 
-def compare(own: Tensor, got: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
-    """By token: negative log-likelihoods in nats, KL(own || got) in nats, and whether the likeliest is the same.
+def compare(own: Tensor, got: Tensor, targets: Tensor) -> Columns:
+    """By token: negative log-likelihoods and KL(own || got) in nats, the total variation distance (half the sum of
+    absolute differences of probabilities), and whether the likeliest is the same.
 
     Args:
         own, got: log-probabilities float32 [L, V]. targets: int64 [L], the tokens that followed.
     """
     likelihoods = [-x.gather(1, targets[:, None])[:, 0] for x in (own, got)]
+    odds = own.exp()
     # KL is never negative; float32 sums come out slightly below 0 where the two are equal.
-    kl = (own.exp() * (own - got)).sum(1).clamp_min(0)
+    kl = (odds * (own - got)).sum(1).clamp_min(0)
+    tvd = (odds - got.exp()).abs().sum(1) / 2
     same = (own.argmax(1) == got.argmax(1)).float()
-    values = {"own_nll": likelihoods[0], "nll": likelihoods[1], "kl": kl, "same": same}
+    values = {"own_nll": likelihoods[0], "nll": likelihoods[1], "kl": kl, "tvd": tvd, "same": same}
     return {name: value.double().cpu().numpy() for name, value in values.items()}
 
 
-def summarize(passages: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
+def summarize(passages: Sequence[Columns]) -> dict[str, Any]:
     """Metrics with intervals, and means by position, over what `compare` gave for each passage."""
-    names = ("own_nll", "nll", "kl", "same")
-    sums = {name: np.concatenate([_by_stretch(p[name]) for p in passages]) for name in names}
+    sums = {name: np.concatenate([_by_stretch(p[name]) for p in passages]) for name in COLUMNS}
     count = np.concatenate([_by_stretch(np.ones_like(p["nll"])) for p in passages])
     size = np.concatenate([p["bytes"] for p in passages])
     metrics = {
@@ -117,6 +163,7 @@ def summarize(passages: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
         "perplexity_change": bootstrap([sums["nll"] - sums["own_nll"], count], lambda s: np.expm1(s[0] / s[1])),
         "bits_per_byte": bootstrap([sums["nll"], size], lambda s: s[0] / s[1] / math.log(2)),
         "kl": bootstrap([sums["kl"], count], lambda s: s[0] / s[1]),
+        "overlap": bootstrap([sums["tvd"], count], lambda s: 1 - s[0] / s[1]),
         "top1": bootstrap([sums["same"], count], lambda s: s[0] / s[1]),
     }
     return {"metrics": metrics, "tokens": int(count.sum()), "by_position": _by_position(passages)}
@@ -126,7 +173,7 @@ def _by_stretch(values: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, np.arange(0, len(values), STRETCH))
 
 
-def _by_position(passages: Sequence[dict[str, np.ndarray]]) -> dict[str, list[float]]:
+def _by_position(passages: Sequence[Columns]) -> dict[str, list[float]]:
     """Means over equal ranges of positions; a position is the number of tokens before the predicted one."""
     longest = max(len(p["nll"]) for p in passages)
     edges = np.unique(np.linspace(0, longest, min(BINS, longest) + 1).astype(int))

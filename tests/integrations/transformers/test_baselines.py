@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -10,12 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from turboattention import bundled
-from turboattention.errors import UnsupportedError
+from turboattention.errors import InputError, UnsupportedError
 from turboattention.evaluation.baselines import METHODS, parse_methods
 from turboattention.evaluation.baselines.kivi import KiviKeys, KiviValues
 from turboattention.evaluation.baselines.stream import Restored
 from turboattention.integrations.transformers.baselines import BaselineCache
 from turboattention.integrations.transformers.generation import load
+from turboattention.integrations.transformers.subject import TransformersSubject
 
 NEW = 10
 
@@ -32,9 +34,18 @@ BUNDLED = {
     "turboquant-3": (3.25, 3e-3, 3e-2),
     "saw-int4": (4.5, 5e-4, 5e-3),
     "saw-int4-kv": (4.5, 5e-4, 5e-3),
+    "q4_0-hadamard": (4.5, 5e-4, 4e-3),
+    "compander-4": (4.5, 5e-4, 4e-3),
+    "compander-3": (3.5, 2e-3, 2e-2),
+    "compander-2": (2.5, 1e-2, 1e-1),
+    # Windows of 64 and 256 tokens, of 512; fitted to the very text.
+    "oscar-2": (0.625 * 16 + 0.375 * 2.5, 1e-4, 3e-3),
     "kvarn-k4v2": (0.25 * 16 + 0.75 * 3.5625, 5e-4, 6e-3),
     "hf-fp8": (8.0, 1e-5, 4e-3),
 }
+
+APART = ("hf-quanto-4", "hf-quanto-2", "oscar-2")
+"""quanto compiles C++ at its first use: minutes. OSCAR has to be fitted first."""
 
 
 class Exact:
@@ -79,6 +90,32 @@ def test_a_call_sees_its_own_tokens_exactly_and_older_ones_as_stored(tiny) -> No
     assert torch.equal(values, torch.cat([x, x[:, :, :1]], 2))
 
 
+def test_a_step_copies_no_more_than_its_token(tiny) -> None:
+    layer = BaselineCache(tiny().config, Exact(), Exact()).layers[0]
+    x = torch.rand(1, 2, 100, 64)
+    layer.update(x, x)
+    places = {tuple(seen.data_ptr() for seen in layer.update(x[:, :, :1], x[:, :, :1])) for _ in range(25)}
+    assert len(places) == 1
+
+
+def test_a_copy_and_a_crop_have_memory_of_their_own(tiny) -> None:
+    cache = BaselineCache(tiny().config, Exact(), Exact())
+    x, y = torch.rand(1, 2, 20, 64), torch.rand(1, 2, 5, 64)
+    for layer in range(3):
+        cache.update(x, x, layer)
+    other = copy.deepcopy(cache)
+    other.crop(-10)
+    assert torch.equal(other.layers[0].update(y, y)[0], torch.cat([x[:, :, :10], y], 2))
+    assert torch.equal(cache.layers[0].update(y, y)[1], torch.cat([x, y], 2))
+    cache.layers[1].batch_repeat_interleave(2)
+    assert torch.equal(cache.layers[1].update(y.expand(2, 2, 5, 64), y.expand(2, 2, 5, 64))[0][1, :, :20], x[0])
+
+
+def test_a_fitted_method_is_refused_before_it_is_fitted(tiny) -> None:
+    with pytest.raises(InputError, match="methods: expected oscar-2 fitted to a model, got it unfitted"):
+        METHODS["oscar-2"].make_cache(tiny().config)
+
+
 def test_bits_count_codes_and_windows(tiny) -> None:
     cache = BaselineCache(tiny().config, KiviKeys(2), KiviValues(2))
     assert cache.bits_per_element == float("inf")
@@ -94,9 +131,8 @@ def test_bits_count_codes_and_windows(tiny) -> None:
     assert cache.bits_per_element == float("inf")
 
 
-@pytest.mark.parametrize("name", [m.name for m in parse_methods("all") if "quanto" not in m.name])
+@pytest.mark.parametrize("name", [m.name for m in parse_methods("all") if m.name not in APART])
 def test_generates_for_a_left_padded_batch(tiny, tokens, padded, name) -> None:
-    # quanto compiles C++ at its first use: minutes.
     method, model = METHODS[name], tiny()
     model.set_attn_implementation(method.attention or "sdpa")
     ids, mask = padded([tokens(1, n, seed=n) for n in (150, 40)])
@@ -133,7 +169,7 @@ def decode(language):
 
     @torch.inference_mode()
     def run(name: str) -> tuple[Tensor, float]:
-        method = METHODS[name]
+        method = TransformersSubject(language).fitted(METHODS[name])
         language.use(language.own_attention)
         cache, logits = method.make_cache(language.model.config), []
         for piece in ids.split([256] + [16] * 16, 1):

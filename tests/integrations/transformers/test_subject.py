@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from tests.cli.conftest import TEXT, save_model
 from turboattention.evaluation.baselines import METHODS
+from turboattention.evaluation.subject import attending
 from turboattention.integrations.transformers import generation
 from turboattention.integrations.transformers.subject import TransformersSubject
 
@@ -44,10 +49,90 @@ def test_each_session_has_its_own_attention(subject: TransformersSubject, ids: l
     assert not torch.allclose(turns[-1][0], turns[-1][1])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_of_a_batch_are_what_they_are_alone(tiny, name: str) -> None:
+    """Over caches of several kinds and lengths, in layers with and without a window."""
+    model = tiny(name)
+    model.set_attn_implementation("sdpa")
+    subject = TransformersSubject(generation.LanguageModel("tiny", model, None, "sdpa"))
+    ids = torch.randint(5, model.config.vocab_size, (160,), generator=torch.Generator().manual_seed(0)).tolist()
+    methods = [METHODS[name] for name in ("fp16", "turbo-4", "kivi-2", "turbo-3-lag", "int4")]
+    with generation.enabled(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the guard, about random weights
+        alone, together = ([subject.open(method) for method in methods] for _ in range(2))
+        for at, (one, other) in enumerate(zip(alone, together, strict=True)):
+            for session in (one, other):
+                session.read(ids[: 70 + 9 * at])
+        for length in (20, 1, 1):
+            wanted = [session.forward(ids[:length]) for session in alone]
+            got = subject.feed_together(together, [ids[:length]] * len(methods))
+            torch.testing.assert_close(got, torch.stack(wanted).float(), rtol=2e-4, atol=2e-4)
+        assert subject.feed_together(together, [[5]] * len(methods), last=True).shape[1] == 1
+        assert [one.cache.get_seq_length() for one in together] == [70 + 9 * at + 23 for at in range(len(methods))]
+    assert "turbo_together" not in AttentionInterface._global_mapping
+
+
+def test_a_fork_goes_its_own_way(subject: TransformersSubject, ids: list[int]) -> None:
+    for name in ("fp16", "turbo-2", "int4"):
+        session = subject.open(METHODS[name])
+        session.read(ids[:90])
+        fork = session.fork()
+        fork.feed(ids[::-1][:30])
+        again = subject.open(METHODS[name])
+        again.read(ids[:90])
+        torch.testing.assert_close(session.feed(ids[90:]), again.feed(ids[90:]), rtol=0, atol=0)
+
+
+def test_a_model_with_an_attention_of_its_own_takes_turns(subject: TransformersSubject, ids: list[int]) -> None:
+    other = TransformersSubject(replace(subject.language, own_attention="eager"))
+    rows = [[other.open(METHODS[name]) for name in ("fp16", "turbo-4")] for _ in range(2)]
+    wanted = torch.stack([session.forward(ids[:40]) for session in rows[0]])
+    torch.testing.assert_close(other.feed_together(rows[1], [ids[:40]] * 2), wanted)
+
+
+def test_guards_say_whose_cache_they_speak_of(subject: TransformersSubject, ids: list[int]) -> None:
+    """Keys that an adversary would choose: the warning carries the method's name."""
+    heard: list[str | None] = []
+    row = subject.open(METHODS["turbo-4"])
+    with patched(row.cache, lambda: heard.append(attending.get())):
+        subject.feed_together([subject.open(METHODS["fp16"]), row], [ids[:20]] * 2)
+    assert set(heard) == {"turbo-4"}
+    assert attending.get() is None
+
+
+@contextmanager
+def patched(cache, call):
+    """`call` at every layer's attention."""
+    for layer in cache.layers:
+        layer.attend = (lambda attend: lambda *args: (call(), attend(*args))[1])(layer.attend)
+    yield
+
+
+def test_oscar_is_fitted_to_what_each_layer_is_asked(subject: TransformersSubject, ids: list[int]) -> None:
+    method = subject.fitted(METHODS["oscar-2"])
+    assert subject.fitted(METHODS["kivi-2"]) is METHODS["kivi-2"]
+    assert len(method.keys) == len(method.values) == 2
+    assert not torch.equal(method.keys[0].rotation, method.keys[1].rotation)
+    session = subject.open(METHODS["oscar-2"])
+    own = subject.open(METHODS["fp16"])
+    for at in range(0, 400, 50):
+        text = (ids * 3)[at : at + 50]
+        exact, got = own.forward(text), session.forward(text)
+    assert not torch.equal(exact, got)
+    assert 2 < session.bits_per_element < 16
+
+
 def test_texts_have_no_special_tokens_of_their_own(subject: TransformersSubject) -> None:
     assert subject.decode(subject.encode("a door")) == "a door"
     assert subject.encode("a") + subject.encode(" door") == subject.encode("a door")
     assert subject.begin == []
+    assert TransformersSubject(subject.language, "a door").begin == subject.encode("a door")
+
+
+@pytest.mark.parametrize(("put", "begin"), [([7], [7]), ([], []), ([8], [])])
+def test_begins_with_bos_only_where_the_tokenizer_puts_it(put: list[int], begin: list[int]) -> None:
+    tokenizer = type("Tokenizer", (), {"bos_token_id": 7, "__call__": lambda self, text, **_: {"input_ids": put}})()
+    assert TransformersSubject(generation.LanguageModel("tiny", None, tokenizer, "sdpa")).begin == begin
 
 
 def test_fingerprint_tells_weights_apart(subject: TransformersSubject, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ transformers is imported when a cache is made, so that names can be listed and c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ...config import TurboConfig
-from ...errors import BackendError
+from ...errors import BackendError, InputError
+from .oscar import Moments
 from .stream import FLOAT_BITS, Quantizer
 
 if TYPE_CHECKING:
@@ -41,14 +43,14 @@ class OwnCache:
 
 @dataclass(frozen=True)
 class QuantizerMethod:
-    """A published baseline: a quantizer for keys and one for values."""
+    """A published baseline: a quantizer for keys and one for values, of all layers or of each."""
 
     name: str
     title: str
     source: str
     settings: str
-    keys: Quantizer
-    values: Quantizer
+    keys: Quantizer | Sequence[Quantizer]
+    values: Quantizer | Sequence[Quantizer]
     attention: str | None = None
 
     def unavailable(self) -> str | None:
@@ -58,6 +60,31 @@ class QuantizerMethod:
         from ...integrations.transformers.baselines import BaselineCache
 
         return BaselineCache(model_config, self.keys, self.values)
+
+    def bits_per_element(self, cache: Any) -> float:
+        return cache.bits_per_element
+
+
+@dataclass(frozen=True)
+class FittedMethod:
+    """A published baseline whose quantizers are fitted to the model, offline, before it can be used."""
+
+    name: str
+    title: str
+    source: str
+    settings: str
+    fit: Callable[[Sequence[Moments]], tuple[Sequence[Quantizer], Sequence[Quantizer]]]
+    attention: str | None = None
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def fitted(self, layers: Sequence[Moments]) -> QuantizerMethod:
+        """This method for the model whose layers have these moments."""
+        return QuantizerMethod(self.name, self.title, self.source, self.settings, *self.fit(layers))
+
+    def make_cache(self, model_config: Any) -> Any:
+        raise InputError(f"methods: expected {self.name} fitted to a model, got it unfitted; `eval` fits it")
 
     def bits_per_element(self, cache: Any) -> float:
         return cache.bits_per_element

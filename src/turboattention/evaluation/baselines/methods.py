@@ -8,12 +8,15 @@ from zlib import crc32
 
 from ...config import TurboConfig
 from ...errors import InputError
+from .compander import Compander
 from .gear import GearL
 from .interface import CacheMethod
-from .kinds import HubMethod, OwnCache, QuantizerMethod, TurboMethod
+from .kinds import FittedMethod, HubMethod, OwnCache, QuantizerMethod, TurboMethod
 from .kivi import KiviKeys, KiviValues
 from .kvarn import KVarN
+from .oscar import quantizers
 from .per_token import PerToken
+from .q4_0 import RotatedQ40
 from .saw_int4 import RotatedPerToken
 from .turboquant import TurboQuantMse
 
@@ -85,12 +88,38 @@ def _baselines() -> list[CacheMethod]:
             RotatedPerToken(),
         ),
         QuantizerMethod(
+            "q4_0-hadamard",
+            "Q4_0, Hadamard",
+            "ik_llama.cpp, -ctk q4_0 -ctv q4_0 -khad -vhad",
+            "keys and values rotated, blocks of 32 with one float16 scale",
+            RotatedQ40(),
+            RotatedQ40(),
+        ),
+        *(
+            QuantizerMethod(
+                f"compander-{bits}",
+                f"Compander {bits}",
+                "ExLlamaV3, quantized cache",
+                "rotated in Hadamard blocks of 32, divided by their largest magnitude, cubic Lloyd-Max compander",
+                Compander(bits),
+                Compander(bits),
+            )
+            for bits in (4, 3, 2)
+        ),
+        QuantizerMethod(
             "kvarn-k4v2",
             "KVarN K4V2",
             _KVARN,
             "tiles of 128, keys per channel at 4 bits, values per token at 2, first 128 tokens FP16",
             KVarN("channel", 4),
             KVarN("token", 2),
+        ),
+        FittedMethod(
+            "oscar-2",
+            "OSCAR INT2",
+            "Zhou et al., OSCAR, arXiv 2605.17757, and its published code",
+            "rotations fitted to the bundled text, clipped at 0.96 and 0.92, first 64 and last 256 tokens FP16",
+            quantizers,
         ),
     ]
 

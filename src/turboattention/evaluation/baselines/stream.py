@@ -47,18 +47,19 @@ class Stream:
         self._done = 0
         self._bits = 0.0  # of one sequence: batches are repeated and selected
 
-    def settle(self, x: Tensor) -> Tensor:
-        """x [B, H, T, D] as stored: tokens that are due now are replaced by what is restored of them."""
+    @torch.inference_mode()
+    def settle(self, x: Tensor) -> None:
+        """Tokens of x [B, H, T, D] that are due now are replaced by what is restored of them, in place."""
         start, end = self._done, self.quantizer.settled(x.shape[2])
         if end <= start:
-            return x
+            return
         values, bits = self.quantizer(x[:, :, start:end].float(), start)
         self._done = end
         self._bits += bits / x.shape[0]
-        return torch.cat([x[:, :, :start], values.to(x.dtype), x[:, :, end:]], 2)
+        x[:, :, start:end] = values.to(x.dtype)
 
     def stored_bits(self, x: Tensor) -> float:
-        """Bits of all of x [B, H, T, D], which `settle` returned."""
+        """Bits of all of x [B, H, T, D], which is settled."""
         batch, heads, length, head_dim = x.shape
         return batch * (self._bits + FLOAT_BITS * heads * (length - self._done) * head_dim)
 

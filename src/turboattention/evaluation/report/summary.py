@@ -7,6 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 NOTHING = "–"
+TEXT = (
+    ("perplexity", "perplexity", "{:.3f}", 1),
+    ("perplexity change", "perplexity_change", "{:+.2f}", 100),
+    ("bits / byte", "bits_per_byte", "{:.4f}", 1),
+    ("KL, nats", "kl", "{:.5f}", 1),
+    ("1 − TVD", "overlap", "{:.2f}", 100),
+    ("top-1", "top1", "{:.2f}", 100),
+)
+"""Columns of a text: title, metric, form and scale."""
 
 
 def find(document: dict[str, Any], method: str, task: str) -> dict[str, Any] | None:
@@ -30,7 +39,7 @@ def table(
     # Heads have a picture of their own, and no column.
     others = [name for name in names if name not in ("perplexity", "heads")]
     columns = ["method", "bits / element"]
-    columns += ["perplexity", "perplexity change", "bits / byte", "KL, nats", "top-1"] if "perplexity" in names else []
+    columns += [title for title, *_ in TEXT] if "perplexity" in names else []
     columns += others
     rows = []
     for method in document["methods"]:
@@ -57,14 +66,13 @@ def _cells(units: Sequence[dict[str, Any] | None], names: Sequence[str], interva
     if "perplexity" in found:
         unit = found.pop("perplexity")
         metrics = unit["metrics"] if unit else {}
-        shown = (("perplexity", "{:.3f}", 1), ("perplexity_change", "{:+.2f}", 100), ("bits_per_byte", "{:.4f}", 1))
-        for name, form, scale in (*shown, ("kl", "{:.5f}", 1), ("top1", "{:.2f}", 100)):
+        for _, name, form, scale in TEXT:
             yield figure(metrics.get(name), form, scale, intervals)
     found.pop("heads", None)
     for unit in found.values():
         first = chief(unit) if unit else None
-        is_share = first is not None and 0 <= (first[1]["value"] or 0) <= 1
-        yield figure(first[1] if first else None, "{:.1f}" if is_share else "{:.3f}", 100 if is_share else 1, intervals)
+        is_share = first is not None and first[0] != "kl" and 0 <= (first[1]["value"] or 0) <= 1
+        yield figure(first[1] if first else None, "{:.1f}" if is_share else "{:.4f}", 100 if is_share else 1, intervals)
 
 
 def figure(metric: dict[str, Any] | None, form: str, scale: float, interval: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,24 +19,52 @@ class BaselineLayer(DynamicLayer):
 
     The tokens of a call attend to each other at the model's precision, as published for prefill and for the window
     of decoding; what is due is quantized behind them. Padding is stored like any token.
+
+    `keys` and `values` are views of memory that has room for more, and what `update` returned is quantized in place
+    when it is called again: a step of decoding copies no more than its own token.
     """
 
     def __init__(self, keys: Quantizer, values: Quantizer):
         super().__init__()
         self.streams = Stream(keys), Stream(values)
+        self._memory: list[Tensor | None] = [None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        seen = super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = (stream.settle(x) for stream, x in zip(self.streams, seen, strict=True))
-        return seen
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.settle()
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def settle(self) -> None:
+        """Quantize what is due."""
+        for stream, x in zip(self.streams, (self.keys, self.values), strict=True):
+            if x is not None and x.numel():
+                stream.settle(x)
+
+    def _append(self, at: int, held: Tensor | None, new: Tensor) -> Tensor:
+        batch, heads, count, head_dim = new.shape
+        length = held.shape[2] if held is not None and held.numel() else 0
+        total, memory = length + count, self._memory[at]
+        # What a crop leaves is still in its place; what beams and selections leave is not.
+        moved = memory is None or (held is not None and length and held.data_ptr() != memory.data_ptr())
+        if memory is None or moved or memory.shape[:2] != (batch, heads) or memory.shape[2] < total:
+            memory = self._memory[at] = new.new_empty(batch, heads, total + total // 4, head_dim)
+            if held is not None and length:
+                memory[:, :, :length] = held
+        memory[:, :, length:total] = new
+        return memory[:, :, :total]
 
     def crop(self, tokens_to_remove: int) -> None:
+        self.settle()
         super().crop(tokens_to_remove)
         for stream in self.streams:
             stream.crop(self.get_seq_length())
 
     def reset(self) -> None:
         super().reset()
+        self._memory = [None, None]
         for stream in self.streams:
             stream.crop(0)
 
@@ -47,6 +76,7 @@ class BaselineLayer(DynamicLayer):
     @property
     def stored_bits(self) -> float:
         """Codes, scales, zeros, factors and windows."""
+        self.settle()
         held = zip(self.streams, (self.keys, self.values), strict=True)
         return sum(stream.stored_bits(x) for stream, x in held if x is not None)
 
@@ -54,14 +84,21 @@ class BaselineLayer(DynamicLayer):
 class BaselineCache(Cache):
     """One `BaselineLayer` a layer. Sliding-window layers keep every token; their masks do the sliding.
 
+    Args:
+        keys, values: a quantizer for all layers, or one for each.
+
     Raises:
         UnsupportedError: models that a key/value cache of this kind cannot serve.
     """
 
     layers: list[BaselineLayer]
 
-    def __init__(self, model_config: Any, keys: Quantizer, values: Quantizer):
-        layers = [BaselineLayer(keys, values) for _ in layer_windows(model_config)]
+    def __init__(
+        self, model_config: Any, keys: Quantizer | Sequence[Quantizer], values: Quantizer | Sequence[Quantizer]
+    ):
+        count = len(layer_windows(model_config))
+        of_layers = (each if isinstance(each, Sequence) else [each] * count for each in (keys, values))
+        layers = [BaselineLayer(*pair) for pair in zip(*of_layers, strict=True)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
     @property

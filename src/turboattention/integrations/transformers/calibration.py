@@ -97,7 +97,7 @@ def collect(
     if not pieces:
         raise InputError(f"text: expected at least {least} tokens, got {len(input_ids)}")
     generator = torch.Generator().manual_seed(0)
-    with _frozen(model), _watched(model) as seen:
+    with _frozen(model), watched(model) as seen:
         for done, piece in enumerate(pieces):
             seen.clear()
             ids = torch.tensor([piece], device=model.device)
@@ -115,7 +115,7 @@ def collect(
     return tuple(meter.statistics() for meter in meters)
 
 
-class _Seen:
+class Seen:
     """What a layer's attention was given, and gave."""
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], out: Tensor, options: dict[str, Any]):
@@ -123,7 +123,7 @@ class _Seen:
         self.out, self.options = out, options
 
 
-def _measure(meter: LayerMeter, seen: dict[int, _Seen], index: int, window: int | None) -> None:
+def _measure(meter: LayerMeter, seen: dict[int, Seen], index: int, window: int | None) -> None:
     layer = seen.get(index)
     if layer is None or layer.out.grad is None:
         raise UnsupportedError(f"model: no attention function of layer {index} was called that could be watched")
@@ -143,14 +143,14 @@ def _measure(meter: LayerMeter, seen: dict[int, _Seen], index: int, window: int 
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[dict[int, _Seen]]:
+def watched(model: Any) -> Iterator[dict[int, Seen]]:
     """Inside, `model` attends as before and leaves behind what each layer's attention saw."""
     own = model.config._attn_implementation
     name = "eager" if own == TURBO else own  # "turbo" refuses gradients, and "eager" is what every model has
     attend, mask = AttentionInterface().get(name), AttentionMaskInterface().get(name)
     if mask is None:
         raise UnsupportedError(f"attn_implementation: calibration needs one that is registered, got {own!r}")
-    seen: dict[int, _Seen] = {}
+    seen: dict[int, Seen] = {}
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
@@ -161,7 +161,7 @@ def _watched(model: Any) -> Iterator[dict[int, _Seen]]:
             out.requires_grad_()  # the first layer: gradients need go no further back
         out.retain_grad()
         # The first call is the layer's own; later layers that share its keys come after.
-        seen.setdefault(int(module.layer_idx), _Seen((query.detach(), key.detach(), value.detach()), out, options))  # type: ignore[arg-type]
+        seen.setdefault(int(module.layer_idx), Seen((query.detach(), key.detach(), value.detach()), out, options))  # type: ignore[arg-type]
         return out, weights
 
     AttentionInterface.register(_NAME, forward)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -231,6 +231,12 @@ class HarnessTask:
             "asked": ASKED,
         }
 
-    def run(self, subject: Any, method: CacheMethod, progress: Progress) -> dict[str, Any]:
+    def together(self, subject: Any) -> int:
+        return 1
+
+    def run(self, subject: Any, methods: Sequence[CacheMethod], parts: Any, progress: Progress) -> list[dict[str, Any]]:
         name, options = self.name.removeprefix(PREFIX), {"data": self._data, "include": self._include}
-        return run(subject.language, method, name, limit=self._limit, progress=progress, **options)
+        return [
+            run(subject.language, subject.fitted(method), name, limit=self._limit, progress=progress, **options)
+            for method in methods
+        ]

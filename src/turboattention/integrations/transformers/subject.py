@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import bundled
 from ...evaluation.baselines import CacheMethod
+from ...evaluation.baselines.kinds import FittedMethod
+from ...evaluation.baselines.oscar import Moments, moments
 from ...evaluation.subject import PIECE
+from .calibration import watched
 from .generation import PREFILL_CHUNK, LanguageModel
 from .head_errors import head_errors
+from .together import Row, can_go_together, forward_together
+
+FITTED_TO = 2048
+"""Tokens of the bundled text that methods are fitted to which want a calibration."""
 
 
 class TransformersSubject:
-    """Implements `evaluation.subject.Subject`. "turbo" must be enabled while it is used."""
+    """Implements `evaluation.subject.Subject`. "turbo" must be enabled while it is used.
 
-    def __init__(self, language: LanguageModel):
-        self.language = language
+    Args:
+        begin: a text in front of every other, special tokens by name; None: what the tokenizer itself puts there.
+    """
+
+    def __init__(self, language: LanguageModel, begin: str | None = None):
+        self.language, self._begin = language, begin
+        self._moments: list[Moments] = []
 
     @property
     def name(self) -> str:
@@ -29,9 +43,17 @@ class TransformersSubject:
         return self.language.context
 
     @property
+    def vocabulary(self) -> int:
+        return int(self.language.model.config.get_text_config(decoder=True).vocab_size)
+
+    @property
     def begin(self) -> list[int]:
-        bos = self.language.tokenizer.bos_token_id
-        return [] if bos is None else [bos]
+        if self._begin is not None:
+            return self.encode(self._begin)
+        # Many tokenizers name a BOS and never put one. Qwen2.5, for one, meets no text behind its <|endoftext|>.
+        tokenizer = self.language.tokenizer
+        ids = tokenizer("", verbose=False)["input_ids"]
+        return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -44,7 +66,28 @@ class TransformersSubject:
         return self.language.decode(ids)
 
     def open(self, method: CacheMethod) -> MethodSession:
-        return MethodSession(self.language, method)
+        return MethodSession(self.language, self.fitted(method))
+
+    def fitted(self, method: CacheMethod) -> CacheMethod:
+        """The method for this model: most are the same for all."""
+        if not isinstance(method, FittedMethod):
+            return method
+        if not self._moments:
+            self.language.use(self.language.own_attention)
+            ids = [*self.begin, *self.encode(bundled.text())][: min(FITTED_TO, self.context or FITTED_TO)]
+            self._moments = attention_moments(self.language.model, ids)
+        return method.fitted(self._moments)
+
+    @torch.inference_mode()
+    def feed_together(self, sessions: Sequence[Any], ids: Sequence[Sequence[int]], *, last: bool = False) -> Tensor:
+        if not can_go_together(self.language.own_attention):
+            rows = [
+                session.forward(row)[-1:] if last else session.forward(row)
+                for session, row in zip(sessions, ids, strict=True)
+            ]
+            return torch.stack(rows).float().cpu()
+        rows = [Row(one.method.name, one.cache, one.attention) for one in sessions]
+        return forward_together(self.language, rows, ids, last).float().cpu()
 
     def head_errors(self, method: CacheMethod, ids: Sequence[int], skip: int) -> list[list[float]]:
         return head_errors(self.language.model, self.open, method, ids, skip)
@@ -53,26 +96,39 @@ class TransformersSubject:
 class MethodSession:
     """One text on its way through a model over a method's cache."""
 
-    def __init__(self, language: LanguageModel, method: CacheMethod):
-        self._language, self._method = language, method
-        self.cache = method.make_cache(language.model.config)
+    def __init__(self, language: LanguageModel, method: CacheMethod, cache: Any = None):
+        self._language, self.method = language, method
+        self.cache = method.make_cache(language.model.config) if cache is None else cache
+        self.attention = method.attention or language.own_attention
 
     def read(self, ids: Sequence[int]) -> None:
         for at in range(0, len(ids), PREFILL_CHUNK):
-            self._forward(ids[at : at + PREFILL_CHUNK], logits_to_keep=1)
+            self.forward(ids[at : at + PREFILL_CHUNK], logits_to_keep=1)
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        pieces = [self._forward(ids[at : at + PIECE]) for at in range(0, len(ids), PIECE)]
+        pieces = [self.forward(ids[at : at + PIECE]) for at in range(0, len(ids), PIECE)]
         return torch.cat(pieces).float().cpu()
+
+    def fork(self) -> MethodSession:
+        return MethodSession(self._language, self.method, copy.deepcopy(self.cache))
 
     @property
     def bits_per_element(self) -> float:
-        return self._method.bits_per_element(self.cache)
+        return self.method.bits_per_element(self.cache)
 
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[int], **options: Any) -> Tensor:
+    def forward(self, ids: Sequence[int], **options: Any) -> Tensor:
+        """Logits [L, V] of one piece, as the model gives them."""
         model = self._language.model
         # Sessions over different caches take turns, so each sets its own attention.
-        self._language.use(self._method.attention or self._language.own_attention)
+        self._language.use(self.attention)
         tokens = torch.tensor([list(ids)], device=model.device)
         return model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **options).logits[0]
+
+
+@torch.no_grad()
+def attention_moments(model: Any, ids: Sequence[int]) -> list[Moments]:
+    """Of each layer of the model's cache, over one text."""
+    with watched(model) as seen:
+        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
+    return [moments(seen[layer].q, seen[layer].k, seen[layer].v) for layer in sorted(seen)]

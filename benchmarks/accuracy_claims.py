@@ -1,0 +1,77 @@
+"""What the results of texts and generated tasks say: aims, rivals of the same size, context lengths. Tables are columns
+and rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turboattention.evaluation.intervals import bootstrap
+from turboattention.evaluation.report import summary
+from turboattention.evaluation.report.evaluation import LOSSES, loss_points
+
+POINTS = 0.01
+AIMS = (("turbo-4", 0.002), ("turbo-3", 0.005), ("turbo-calibrated", 0.005), ("turbo-2", 0.03))
+"""The most that perplexity may grow. No task may lose more than one point, but for the last."""
+LOOSE = "turbo-2"
+Table = tuple[list[str], list[list[str]]]
+
+
+def aims(document: dict[str, Any]) -> Table:
+    """Each aim, what was measured, and whether it is reached."""
+    rows = []
+    for name, most in AIMS:
+        unit = summary.find(document, name, "perplexity")
+        if unit is None:
+            continue
+        change = unit["metrics"]["perplexity_change"]
+        what = f"{unit['title']}: perplexity within {most:.1%}"
+        rows.append([what, summary.figure(change, "{:+.2f}", 100), verdict(change["low"], change["high"], most)])
+        for task in ("recall", "needle", "copy", "arithmetic"):
+            own, got = summary.find(document, "fp16", task), summary.find(document, name, task)
+            if own and got and name != LOOSE:
+                loss = lost(own, got)
+                text = summary.figure(loss, "{:+.1f}", 100).replace("%", " points lost", 1)
+                rows.append(
+                    [f"{unit['title']}: {task} within 1 point", text, verdict(loss["low"], loss["high"], POINTS)]
+                )
+    return ["aim", "measured", ""], rows
+
+
+def lost(own: dict[str, Any], got: dict[str, Any]) -> dict[str, float]:
+    """Share of questions that the own cache answers, less that of a method, compared question by question."""
+    pairs = zip(own["by_length"], got["by_length"], strict=True)
+    differences = [x - y for a, b in pairs for x, y in zip(a["solved"], b["solved"], strict=True)]
+    return bootstrap([differences, [1.0] * len(differences)], lambda sums: sums[0] / sums[1])
+
+
+def verdict(low: float, high: float, most: float) -> str:
+    """Where the interval reaches over the bound, the text was too short to tell."""
+    return "reached" if high <= most else "missed" if low > most else "not decided: the interval holds the bound"
+
+
+def against(document: dict[str, Any], lag: bool = True) -> Table:
+    """For each baseline our method of at most its size that loses least; `lag`: those with a lag among them."""
+    points = loss_points(document, *LOSSES[0][::2])
+    ours, rows = [point for point in points if point.own and (lag or not point.name.endswith(", lag"))], []
+    for point in sorted((point for point in points if not point.own), key=lambda point: point.bits):
+        fit = [one for one in ours if one.bits <= point.bits]
+        best = min(fit, key=lambda one: one.value, default=None)
+        cells = ["–", "–", "–", "nothing as small"]
+        if best is not None:
+            told = "lower" if best.high < point.low else "higher" if best.low > point.high else "the same"
+            cells = [best.name, f"{best.bits:.2f}", f"{best.value:.5f}", told]
+        rows.append([point.name, f"{point.bits:.2f}", f"{point.value:.5f}", *cells])
+    return ["baseline", "bits", "KL", "TurboAttention, no larger", "bits", "KL", "its KL is"], rows
+
+
+def lengths(document: dict[str, Any]) -> list[Table]:
+    """A table for each generated task."""
+    tables = []
+    for task in ("recall", "needle", "copy", "arithmetic"):
+        units = [summary.find(document, method["name"], task) for method in document["methods"]]
+        found = [unit for unit in units if unit is not None]
+        if found:
+            columns = [task, *(f"{row['length']:,}" for row in found[0]["by_length"])]
+            rows = [[u["title"], *(summary.figure(r, "{:.0f}", 100) for r in u["by_length"])] for u in found]
+            tables.append((columns, rows))
+    return tables

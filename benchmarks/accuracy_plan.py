@@ -1,0 +1,51 @@
+"""What is measured on a model, in the order in which it tells most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAIN = "fp16,turbo-8,turbo-4,turbo-4-lag,turbo-3,turbo-mixed,turbo-2,turbo-paper-4,kivi-4,kivi-2,gear-l-4,saw-int4-kv"
+"""Methods of the longer contexts."""
+ASKED = "fp16,turbo-4,turbo-3,turbo-2,kivi-4,kivi-2,gear-l-4"
+"""Methods that questions are asked through first."""
+ASKED_LATER = "turbo-mixed,turbo-paper-4"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of results: a run of `turboattention eval`.
+
+    text: which of the given texts. least_context: models made for fewer tokens are left out. wants_data: questions from
+    files, for the models that are told to answer them. with_bos: behind the token that the tokenizer names BOS, for
+    models whose tokenizer puts none.
+    """
+
+    name: str
+    tasks: str
+    methods: str
+    text: str | None = None
+    context: int | None = None
+    lengths: str | None = None
+    limit: int | None = None
+    least_context: int = 0
+    wants_data: bool = False
+    with_bos: bool = False
+
+    def options(self) -> list[str]:
+        given = {"--context": self.context, "--lengths": self.lengths, "--limit": self.limit}
+        return [str(part) for name, value in given.items() if value is not None for part in (name, value)]
+
+
+STAGES = (
+    Stage("wikitext2-2048", "perplexity", "all", "wikitext2", 2048, limit=1),
+    Stage("book-2048", "perplexity", "all", "book", 2048, limit=1),
+    Stage("wikitext2-8192", "perplexity", MAIN, "wikitext2", 8192, limit=1, least_context=8192),
+    Stage("gsm8k", "gsm8k", ASKED, limit=500, wants_data=True),
+    Stage("growth", "growth", MAIN, "book", 2048, limit=1),
+    Stage("recall", "recall,needle", MAIN, "book", lengths="1024,2048", limit=32),
+    Stage("gsm8k-more", "gsm8k", ASKED_LATER, limit=500, wants_data=True),
+    Stage("aqua", "aqua", ASKED, limit=200, wants_data=True),
+    Stage("bbh", "bbh", ASKED, limit=10, wants_data=True),
+    Stage("wikitext2-2048-bos", "perplexity", MAIN, "wikitext2", 2048, limit=1, with_bos=True),
+    Stage("book-8192", "perplexity", MAIN, "book", 8192, limit=1, least_context=8192),
+)

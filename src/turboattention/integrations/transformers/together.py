@@ -1,0 +1,118 @@
+"""Sequences over caches of different kinds in one forward: linear layers see all rows at once, attention one by one.
+
+A row has a cache of its own, of its own length, with one sequence in it. The model is given the rows as a batch and a
+cache that hands each row's keys and values to that row's cache; attention then runs row by row, with the function that
+the row's cache wants. No row is padded, and none sees another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ...errors import UnsupportedError
+from ...evaluation.subject import attending
+from .generation import LanguageModel
+from .registry import NAME as TURBO
+
+NAME = "turbo_together"
+_HANDLE = "_turbo_rows"
+_SDPA = "sdpa"
+
+
+class Row(NamedTuple):
+    """A sequence: the method that keeps it, its cache, and the attention that reads this cache."""
+
+    name: str
+    cache: Any
+    attention: str
+
+
+class TogetherCache(Cache):
+    """What the model takes for its cache."""
+
+    def __init__(self, rows: Sequence[Row]):
+        super().__init__(layers=[DynamicLayer()])  # asked for the kind of its masks, which are not made
+        self._rows = rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        held = [
+            row.cache.update(key_states[at : at + 1], value_states[at : at + 1], layer_idx, *args, **kwargs)
+            for at, row in enumerate(self._rows)
+        ]
+        setattr(key_states, _HANDLE, (self._rows, held))
+        return key_states, value_states
+
+
+def can_go_together(own_attention: str) -> bool:
+    """Whether a model's own attention can be asked for one row, without the mask that the model makes for it."""
+    return own_attention == _SDPA
+
+
+def forward_together(language: LanguageModel, rows: Sequence[Row], ids: Sequence[Sequence[int]], last: bool) -> Tensor:
+    """Logits [rows, L, V], or [rows, 1, V] of the `last` token, as the model gives them.
+
+    Raises:
+        UnsupportedError: the model's layers share keys, or do not go through transformers' attention interface.
+    """
+    model = language.model
+    tokens = torch.tensor([list(row) for row in ids], device=model.device)
+    begin = torch.tensor([[row.cache.get_seq_length()] for row in rows], device=model.device)
+    positions = begin + torch.arange(tokens.shape[1], device=model.device)
+    options: dict[str, Any] = {"logits_to_keep": 1} if last else {}
+    with _registered():
+        language.use(NAME)
+        cache = TogetherCache(rows)
+        return model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, **options).logits
+
+
+def attend_together(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, Hq, L, D] queries -> [B, L, Hq, D], each row over its own cache."""
+    found: Any = getattr(key, _HANDLE, None)
+    if found is None or attention_mask is not None:
+        raise UnsupportedError("together: expected a model whose layers attend causally, each over keys of its own")
+    positions = options.pop("position_ids", None)
+    outputs = []
+    for at, (row, (keys, values)) in enumerate(zip(*found, strict=True)):
+        if positions is not None:
+            options["position_ids"] = positions[at : at + 1]
+        mask = None
+        if row.attention != TURBO:  # which finds the mask by itself
+            mask = causal_mask(query.shape[2], keys.shape[2], options.get("sliding_window"), query.device)
+        said = attending.set(row.name)
+        outputs.append(
+            AttentionInterface()[row.attention](module, query[at : at + 1], keys, values, mask, **options)[0]
+        )
+        attending.reset(said)
+    return torch.cat(outputs), None
+
+
+@functools.lru_cache(maxsize=64)
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """bool [1, 1, queries, keys], True where the query sees the key; the last query stands at the last key. None where
+    all is seen."""
+    last = torch.arange(keys - queries, keys, device=device)[:, None]
+    at = torch.arange(keys, device=device)
+    seen = at <= last
+    if window is not None:
+        seen &= at > last - window
+    return None if bool(seen.all()) else seen[None, None]
+
+
+@contextmanager
+def _registered() -> Iterator[None]:
+    """The name is in transformers' registry of attention; not in that of masks, so that no mask is made."""
+    AttentionInterface.register(NAME, attend_together)
+    try:
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop(NAME, None)
