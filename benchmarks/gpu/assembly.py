@@ -71,6 +71,9 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
                     "products": kernel.products,
                     "multiplications": kernel.multiplications,
                     "accesses": kernel.accesses,
+                    "inline_assembly": kernel.inline_assembly,
+                    "packed_lanes": kernel.packed_lanes,
+                    "overwritten": kernel.overwritten,
                 }
             )
     return rows

@@ -44,7 +44,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 @dataclass
 class Assembly:
     """One compiled kernel. registers: of a thread (AMD: with accumulators); spill_bytes: local or scratch memory of a
-    thread; shared: bytes of a program; code: its instructions, without operands."""
+    thread; shared: bytes of a program; code: its instructions, without operands; inline_assembly: operations of that kind,
+    packed_lanes: those of them over several elements at once; overwritten: `register_hazards`."""
 
     kernel: str
     constants: dict[str, Any]
@@ -54,6 +55,9 @@ class Assembly:
     spill_bytes: int
     shared: int
     code: list[str] = field(repr=False)
+    inline_assembly: int = 0
+    packed_lanes: int = 0
+    overwritten: list[str] = field(default_factory=list)
 
     @functools.cached_property
     def mnemonics(self) -> Counter:
@@ -142,29 +146,52 @@ def _twice(compile_it: Any) -> Any:
 def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Assembly:
     meta = kernel.metadata
     read = _nvidia if target.startswith("sm") else _amd
-    registers, spill, code = read(kernel.asm)
-    return Assembly(name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, code)
+    registers, spill, code, lines = read(kernel.asm)
+    packed = [int(match) for match in re.findall(r"elementwise_inline_asm.*?packed_element = (\d+)", kernel.asm["ttgir"])]
+    return Assembly(
+        name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, code,
+        len(packed), sum(lanes > 1 for lanes in packed), register_hazards(lines),
+    )  # fmt: skip
 
 
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)")
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)\s*(.*?)\s*;")
+_REGISTER_A = re.compile(r"R(\d+), R(\d+), gdesc")
+_PLAIN_STORES = ("ST", "RED", "ATOM", "BAR", "WARPGROUP", "BRA", "EXIT", "ISETP", "FSETP", "PLOP3", "R2UR", "U", "LDGSTS")
 
 
-def _nvidia(asm: dict[str, Any]) -> tuple[int, int, list[str]]:
+def register_hazards(lines: list[tuple[str, str]]) -> list[str]:
+    """Instructions that write a register which an asynchronous product before them, not yet waited for, reads as its
+    first operand (64 x 32 INT8 of it are four registers). lines: mnemonics and operands of NVIDIA's assembly."""
+    busy: set[int] = set()
+    found = []
+    for name, operands in lines:
+        if name.startswith("WARPGROUP.DEPBAR"):
+            busy.clear()
+        elif name.startswith("IGMMA") and (match := _REGISTER_A.match(operands)):
+            busy |= {int(match[2]) + i for i in range(4)}
+        elif busy and not name.startswith(_PLAIN_STORES) and (match := re.match(r"R(\d+)\b", operands)):
+            wide = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+            if busy & {int(match[1]) + i for i in range(wide)}:
+                found.append(f"{name} {operands}")
+    return found
+
+
+def _nvidia(asm: dict[str, Any]) -> tuple[int, int, list[str], list[tuple[str, str]]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         usage = _output(_TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
         text = _output(_TOOLS / "nvdisasm", "-c", file.name)
     size = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    names = (match[1] for line in text.splitlines() if (match := _SASS.match(line)))
-    return size["REG"], size["STACK"] + size["LOCAL"], [name for name in names if name != "NOP"]
+    lines = [(match[1], match[2]) for line in text.splitlines() if (match := _SASS.match(line)) and match[1] != "NOP"]
+    return size["REG"], size["STACK"] + size["LOCAL"], [name for name, _ in lines], lines
 
 
-def _amd(asm: dict[str, Any]) -> tuple[int, int, list[str]]:
+def _amd(asm: dict[str, Any]) -> tuple[int, int, list[str], list[tuple[str, str]]]:
     text = asm["amdgcn"]
     number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
     names = (match[1] for match in re.finditer(r"^\t((?:[vs]|ds|global|buffer|flat|scratch)_[a-z0-9_]+)", text, re.M))
-    return number["vgpr_count"], number["private_segment_fixed_size"], list(names)
+    return number["vgpr_count"], number["private_segment_fixed_size"], list(names), []
 
 
 def _output(*command: Any) -> str:
