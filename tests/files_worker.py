@@ -24,7 +24,7 @@ def main(path: str, seconds: float, length: int) -> None:
                 met[name] += 1
             except Exception as error:
                 met[f"{name}: {type(error).__name__}: {error}"] += 1
-    print(json.dumps(met))
+    sys.stdout.write(json.dumps(met) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[1]
 def test_two_processes_that_save_to_one_path(tmp_path):
     """They wrote into each other's temporary file, and loaders found it damaged under the final name."""
     command = [sys.executable, ROOT / "tests/files_worker.py", tmp_path / "cache", "3"]
+    environment = os.environ | {"PYTHONPATH": "src"}
     workers = [
-        subprocess.Popen([*command, str(length)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "src"}, cwd=ROOT)
+        subprocess.Popen([*command, str(length)], stdout=subprocess.PIPE, env=environment, cwd=ROOT)
         for length in (100, 3000)
     ]
     met = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
@@ -63,7 +64,7 @@ def test_threads_that_save_to_one_path(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path, file_limit):
     path = tmp_path / "report.html"
     write_text(path, "old")
-    with file_limit(4096), pytest.raises(InputError, match="--html: .*report.html cannot be written: File too large"):
+    with file_limit(4096), pytest.raises(InputError, match=r"--html: .*report.html cannot be written: File too large"):
         write_text(path, "new" * 10_000, "--html")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.html"]
@@ -123,7 +124,7 @@ def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o755)
     os.seteuid(65534)
     try:
-        with pytest.raises(InputError, match="x cannot be written: Permission denied|a folder that exists"):
+        with pytest.raises(InputError, match=r"x cannot be written: Permission denied|a folder that exists"):
             write_text(tmp_path / "x", "new")
     finally:
         os.seteuid(0)

@@ -44,8 +44,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 @dataclass
 class Assembly:
     """One compiled kernel. registers: of a thread (AMD: with accumulators); spill_bytes: local or scratch memory of a
-    thread; shared: bytes of a program; code: its instructions, without operands; inline_assembly: operations of that kind,
-    packed_lanes: those of them over several elements at once; overwritten: `register_hazards`."""
+    thread; shared: bytes of a program; code: its instructions, without operands; inline_assembly: operations of
+    that kind, packed_lanes: those of them over several elements at once; overwritten: `register_hazards`."""
 
     kernel: str
     constants: dict[str, Any]
@@ -147,7 +147,9 @@ def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Ass
     meta = kernel.metadata
     read = _nvidia if target.startswith("sm") else _amd
     registers, spill, code, lines = read(kernel.asm)
-    packed = [int(match) for match in re.findall(r"elementwise_inline_asm.*?packed_element = (\d+)", kernel.asm["ttgir"])]
+    packed = [
+        int(match) for match in re.findall(r"elementwise_inline_asm.*?packed_element = (\d+)", kernel.asm["ttgir"])
+    ]
     return Assembly(
         name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, code,
         len(packed), sum(lanes > 1 for lanes in packed), register_hazards(lines),
@@ -156,7 +158,21 @@ def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Ass
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)\s*(.*?)\s*;")
 _REGISTER_A = re.compile(r"R(\d+), R(\d+), gdesc")
-_PLAIN_STORES = ("ST", "RED", "ATOM", "BAR", "WARPGROUP", "BRA", "EXIT", "ISETP", "FSETP", "PLOP3", "R2UR", "U", "LDGSTS")
+_PLAIN_STORES = (
+    "ST",
+    "RED",
+    "ATOM",
+    "BAR",
+    "WARPGROUP",
+    "BRA",
+    "EXIT",
+    "ISETP",
+    "FSETP",
+    "PLOP3",
+    "R2UR",
+    "U",
+    "LDGSTS",
+)
 
 
 def register_hazards(lines: list[tuple[str, str]]) -> list[str]:

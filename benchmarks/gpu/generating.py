@@ -1,5 +1,5 @@
-"""The bundled model through transformers' `generate`: its own cache, a TurboCache, and one whose steps are a CUDA graph;
-the CPU's tokens beside the GPU's; a decoder step under torch.compile.
+"""The bundled model through transformers' `generate`: its own cache, a TurboCache, and one whose steps are a CUDA
+graph; the CPU's tokens beside the GPU's; a decoder step under torch.compile.
 
     PYTHONPATH=src python3 benchmarks/gpu/generating.py --out FOLDER
 
@@ -132,7 +132,9 @@ class Setup:
         for layer in cache.layers:
             layer.backend = "triton"
 
-    def generate(self, cache: Any, batch: int = 2, steps: int | None = None, sample: bool = False, **options: Any) -> Any:
+    def generate(
+        self, cache: Any, batch: int = 2, steps: int | None = None, sample: bool = False, **options: Any
+    ) -> Any:
         self.model.set_attn_implementation(self.own if cache is None else "turbo")
         torch.manual_seed(7)
         prompt = options.pop("input_ids", self.prompt[:1].expand(batch, -1) if batch != 2 else self.prompt)
@@ -249,14 +251,14 @@ def _devices(setup: Setup) -> Iterator[Row]:
     try:
         for name in ("own cache", "TurboCache"):
             here = setup.generate(None if name == "own cache" else setup.cache(), steps=steps)
-            with _moved(setup, "cpu"):
+            with _Moved(setup, "cpu"):
                 there = setup.generate(None if name == "own cache" else setup.cache(device="cpu"), steps=steps)
             yield {"way": name, **_agreement(here, there)}
     finally:
         setup.model.to(setup.device)
 
 
-class _moved:
+class _Moved:
     def __init__(self, setup: Setup, device: str):
         self.setup, self.device = setup, device
 

@@ -250,7 +250,8 @@ def _hang(shapes: Any, which: str, results: Results) -> Rows:
 
 
 _OF: dict[str, _Call] = {
-    "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph, "trace": _trace,
+    "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph,
+    "trace": _trace,
     "profile": _profile, "throughput": _throughput, "generate": _generate, "sanitizer": _sanitizer, "flex": _flex,
     "a crash": _crash, "a hang": _hang,
 }  # fmt: skip

@@ -67,7 +67,7 @@ def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
                 attend = functools.partial(_attended, cache, q)
                 with launched(decode=launch):
                     yield {"key": key, "bits": str(bits), "batch": batch, "keys": tokens, **_of(launch)} | _timed(
-                        attend, lambda: attend()[0][:1], want
+                        attend, lambda attend=attend: attend()[0][:1], want
                     )
             del cache
             if on_gpu():
@@ -88,7 +88,7 @@ def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
                 config = ta.TurboConfig(softmax=form, guard="off")
                 attend = functools.partial(ta.turbo_attention, q, k, v, is_causal=True, config=config, backend="triton")
                 with launched(prefill=launch):
-                    row = _timed(attend, lambda: attend()[:1, :, -64:], want, captured=False)
+                    row = _timed(attend, lambda attend=attend: attend()[:1, :, -64:], want, captured=False)
                 if "seconds" in row:
                     operations = 2 * batch * plan.heads * plan.head_dim * tokens**2
                     row["TOPS"] = operations / row["seconds"] / 1e12

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from turboattention import TurboConfig
 from turboattention.cli import cache_file
-from turboattention.files import write_text
 from turboattention.errors import FormatError, InputError
+from turboattention.files import write_text
 from turboattention.integrations.transformers import TurboCache, generation
 
 from .conftest import TEXT, save_model

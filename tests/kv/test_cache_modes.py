@@ -14,6 +14,7 @@ import turboattention as ta
 
 from .tools import PLAIN, content, tokens
 
+
 def saved_and_loaded(cache: ta.KVCache, path) -> ta.KVCache:
     cache.save(path)
     return ta.KVCache.load(path)

@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, file_limit):
     small, big = filled([5])[0], filled([3000])[0]
     path = tmp_path / "cache.safetensors"
     small.save(path)
-    with file_limit(20_000), pytest.raises(ta.errors.InputError, match="path: .* cannot be written: .*File too large"):
+    with file_limit(20_000), pytest.raises(ta.errors.InputError, match=r"path: .* cannot be written: .*File too large"):
         big.save(path)
     assert content(ta.KVCache.load(path)) == content(small)
     assert os.listdir(tmp_path) == [path.name]

@@ -104,8 +104,8 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
             cache.crop(kept - len(cached))
         except InputError as error:  # a sliding window has released what such a crop needs
             raise InputError(
-                f"--load-cache: expected a prompt that goes on from the cached one ({len(cached):,} tokens), since this "
-                f"model's sliding windows cannot go back far, got one that shares {shared:,} of its tokens; run it "
-                "without --load-cache"
+                f"--load-cache: expected a prompt that goes on from the cached one ({len(cached):,} tokens), since "
+                f"this model's sliding windows cannot go back far, got one that shares {shared:,} of its tokens; run "
+                "it without --load-cache"
             ) from error
     return kept

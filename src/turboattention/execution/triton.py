@@ -40,7 +40,8 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32; what they
     mean is in reference/prefill.py."""
-    kv_heads, sight = k.shape[1], dict(causal=is_causal, window=window_size, softcap=softcap, mask=attn_mask)
+    kv_heads = k.shape[1]
+    sight: dict[str, Any] = dict(causal=is_causal, window=window_size, softcap=softcap, mask=attn_mask)
     if config.token_scales and k.shape[2] and takes_many_rows(q.shape[1] // kv_heads, q.shape[2]):
         return _prefill_at_once(config, q, k, v, scale, sight)
     for name, x in (("k", k), ("v", v)):

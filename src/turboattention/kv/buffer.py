@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..modes import in_own_modes
-
 from .pages import Tiles
 
 

@@ -27,7 +27,6 @@ from .layout import FORMAT_NAME, FORMAT_VERSION
 from .pool import PagePool
 from .store import EVICTED, PageStore
 
-
 _LARGEST = 1e30
 
 

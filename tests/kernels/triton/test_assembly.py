@@ -77,9 +77,7 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
         # A packed key's step stands in two columns, a high and a low part.
         keys = max(LEAST_COLUMNS[target], 2 * c["R"])
         # INT8 pages, packed pages, and open rows; a plane of third bits is multiplied apart.
-        wanted = (
-            2 * keys + values + 3 * values + (keys + values if thirds else 0)
-        )
+        wanted = 2 * keys + values + 3 * values + (keys + values if thirds else 0)
         assert row["multiplications"] >= 64 * c["WIDE"] * wanted
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 import turboattention as ta
 from turboattention.errors import InputError, NonFiniteError, UnsupportedError
@@ -345,11 +347,16 @@ def test_arguments(llama, models):
 def test_the_models_forward_comes_back(llama):
     cache = TurboCache(llama.config, OFF, max_tokens=256, backend="triton")
     graph = GraphedDecoding(llama, cache, capture=False)
-    with pytest.raises(ZeroDivisionError), graph:
-        assert "forward" in llama.__dict__
-        with pytest.raises(InputError, match="once at a time"):
-            graph.__enter__()
-        raise ZeroDivisionError
+
+    def entered() -> None:
+        with graph:
+            assert "forward" in llama.__dict__
+            with pytest.raises(InputError, match="once at a time"):
+                graph.__enter__()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        entered()
     assert "forward" not in llama.__dict__
     llama.forward = mine = llama.forward
     try:

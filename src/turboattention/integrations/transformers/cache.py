@@ -180,7 +180,8 @@ class TurboCache(Cache):
         if len(lengths) > 1:
             raise InputError(
                 f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
-                f"halfway. {f'crop({min(lengths)}) goes back to before it, ' if min(lengths) else ''}reset() empties the cache"
+                f"halfway. {f'crop({min(lengths)}) goes back to before it, ' if min(lengths) else ''}"
+                "reset() empties the cache"
             )
 
     # -- what it holds --------------------------------------------------------------------------------
@@ -212,7 +213,8 @@ class TurboCache(Cache):
     # -- copies and files -------------------------------------------------------------------------------
 
     def clone(self) -> TurboCache:
-        """An independent cache with the same content; compressed blocks are shared. `copy.copy` and `copy.deepcopy` do this."""
+        """An independent cache with the same content; compressed blocks are shared. `copy.copy` and `copy.deepcopy` do
+        this."""
         copy = type(self).from_layers([layer.clone() for layer in self.layers], self.prompt_ids)
         copy.check_prompts, copy._fed = self.check_prompts, self._fed
         return copy
@@ -277,9 +279,9 @@ class TurboCache(Cache):
             if len(mine) == len(given) and not torch.equal(mine, given):
                 same = int((mine == given).all(0).long().cumprod(0).sum())
                 raise InputError(
-                    f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one that "
-                    f"differs from token {same} on; crop({same}) keeps what they share, reset() empties the cache, and "
-                    "check_prompts=False switches this off"
+                    f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one "
+                    f"that differs from token {same} on; crop({same}) keeps what they share, reset() empties the cache, "
+                    "and check_prompts=False switches this off"
                 )
         self._fed = input_ids
 

@@ -76,7 +76,9 @@ class Call:
         }
 
     def with_sinks(self, result: Any) -> Tensor:
-        """The output of a call that gave what `_shared` asks for. A softmax with one more column of logit s is the plain one times sigmoid(lse - s)."""
+        """The output of a call that gave what `_shared` asks for.
+
+        A softmax with one more column of logit s is the plain one times sigmoid(lse - s)."""
         if self.sinks is None:
             return result
         out, lse = result

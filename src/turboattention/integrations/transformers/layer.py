@@ -226,7 +226,7 @@ class TurboLayer(CacheLayerMixin):
         """An independent layer with the same content; compressed blocks are shared."""
         self.check_settled()
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, kv=None if self.kv is None else self.kv.clone())
+        vars(other).update(vars(self), kv=None if self.kv is None else self.kv.clone())
         return other
 
     def __copy__(self) -> TurboLayer:
@@ -293,8 +293,8 @@ class TurboLayer(CacheLayerMixin):
         self._pending = None
         kind = repr(self.model.model_type) if self.model is not None else "of this model"
         raise UnsupportedError(
-            f"value: expected the values that the TurboCache stored with the keys of layer {self.index}, got others: the "
-            f"architecture {kind} is not supported: it changes values after the cache"
+            f"value: expected the values that the TurboCache stored with the keys of layer {self.index}, got others: "
+            f"the architecture {kind} is not supported: it changes values after the cache"
         )
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:

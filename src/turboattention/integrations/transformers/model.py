@@ -82,7 +82,8 @@ def layer_windows(config: Any) -> list[int | None]:
     for index, width in enumerate(_by_layer(text, "head_dim")):
         if isinstance(width, int) and (width > LARGEST_HEAD or width % 8):
             raise UnsupportedError(
-                f"model_config: expected a head_dim of up to {LARGEST_HEAD} in multiples of 8, got {width} in layer {index}"
+                f"model_config: expected a head_dim of up to {LARGEST_HEAD} in multiples of 8, got {width} in layer "
+                f"{index}"
             )
     # transformers' own cache knows which kind of state each layer keeps, in every release.
     layers = DynamicCache(config=text).layers

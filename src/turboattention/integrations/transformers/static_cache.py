@@ -20,7 +20,7 @@ class StaticLayer(TurboLayer):
     """The cache layer `layer` for steps of one token; its graph is made when the model first attends."""
 
     def __init__(self, layer: TurboLayer):
-        self.__dict__.update(layer.__dict__)
+        vars(self).update(vars(layer))
         self.graph: DecodeGraph | None = None
         self.trying = True
         self._fixed: tuple[Any, ...] = ()

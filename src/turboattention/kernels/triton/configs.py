@@ -1,8 +1,8 @@
 """Launch configurations as data: few, by architecture, chosen once for a device.
 
 Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were the fastest of a sweep on an H100
-(benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by reading the assembly. Of what
-benchmarks/gpu/kernels.py lists none spills registers to memory (tests/kernels/triton/test_assembly.py).
+(benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by reading the assembly.
+Of what benchmarks/gpu/kernels.py lists none spills registers to memory (tests/kernels/triton/test_assembly.py).
 An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
 

@@ -92,8 +92,8 @@ def decode(
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     kv_heads, group, queries, tiles, window, mean_from, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, OPEN: tl.constexpr,
-    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
-    ASM: tl.constexpr,
+    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, KV heads x tiles of R rows, sequences).
 

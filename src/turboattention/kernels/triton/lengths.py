@@ -71,9 +71,7 @@ def stand(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> 
     return Taken(taken, Standing(first, valid, after))
 
 
-def advance(
-    lengths: Tensor, taken: Tensor, start: Tensor, pages: Pages | None, lag: int
-) -> tuple[Tensor, Tensor]:
+def advance(lengths: Tensor, taken: Tensor, start: Tensor, pages: Pages | None, lag: int) -> tuple[Tensor, Tensor]:
     """Add `taken` to `lengths`; and where `pages` are given, note the first open block of each sequence that is full
     and does not wait (`lag` tokens) as a page: counts and `start` go on by a block. All int64 [B], changed in place.
 

@@ -84,10 +84,9 @@ def value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl
     quad = tl.arange(0, QUADS)[None, :]
     words = words_at(page, place[0]) + (d // 8 * (16 * BITS) + d % 8)[:, None]
     w = tl.load(words + quad * 8, mask=inside)
-    if BITS >= 4:
-        weights = p.to(tl.int8)
-    else:
-        weights = _by_pairs_of_fields(p.to(tl.int8))
+    weights = p.to(tl.int8)
+    if BITS < 4:
+        weights = _by_pairs_of_fields(weights)
     if BITS == 8:
         result = tl.dot(bytes_of(signed(w), ASM), weights, out_dtype=tl.int32).to(tl.float32)
     else:
