@@ -66,7 +66,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
-  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-check \
+  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-day \
   accuracy clean
 
 help: ## list the targets
@@ -215,8 +215,8 @@ build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64,
 	done
 
 # From the plain source tree, with the Python and the packages that the machine has: nothing is installed or built.
-gpu-check: ## check and measure the GPU kernels; a dry run where there is no GPU (GPU_CHECK='--only graph')
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu/check.py $(GPU_CHECK)
+gpu-day: ## check and measure the GPU kernels, in 9 minutes (GPU_DAY=--rehearse without a GPU, --device-check, --list)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu/day.py $(GPU_DAY)
 
 # Hours on a CPU; ended, it goes on from where it was.
 accuracy: $(BUILT) ## the tables of accuracy: make accuracy MODELS='qwen=FOLDER smollm2=FOLDER' WIKITEXT2=FILE BOOK=FILE DATA=FOLDER

@@ -280,8 +280,8 @@ class TurboCache(Cache):
                 same = int((mine == given).all(0).long().cumprod(0).sum())
                 raise InputError(
                     f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one "
-                    f"that differs from token {same} on; crop({same}) keeps what they share, reset() empties the cache, "
-                    "and check_prompts=False switches this off"
+                    f"that differs from token {same} on; crop({same}) keeps what they share, reset() empties the "
+                    "cache, and check_prompts=False switches this off"
                 )
         self._fed = input_ids
 
