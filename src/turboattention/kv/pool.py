@@ -86,8 +86,9 @@ class PagePool:
 
     def write(self, pages: Sequence[int], content: Tensor) -> None:
         """Fill pages with rows of uint8 [N, page_bytes]."""
-        for page, row in zip(pages, content, strict=True):
-            self._pages[page].copy_(row)
+        pairs = [(self._pages[page], row) for page, row in zip(pages, content, strict=True)]
+        if pairs:  # on a GPU one launch for many
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
     def gather(self, pages: Iterable[int]) -> Tensor:
         """uint8 [N, page_bytes]; a negative number (an evicted page) gives zeros."""
