@@ -65,7 +65,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
+.PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
   lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-day \
   accuracy clean
 
@@ -105,10 +105,13 @@ $(SMOLLM2_MODEL): | $(READY)
 	@$(PIP_INSTALL) --quiet --no-deps --no-compile --only-binary :all: --upgrade --target $(SMOLLM2_FOLDER) '$(SMOLLM2)'
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
-test coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
+test test-long coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
 
 test: $(BUILT) ## run the tests
 	$(BIN)/python -m pytest -q --durations=10
+
+test-long: $(BUILT) ## run what takes minutes in Triton's interpreter, which `make test` leaves out
+	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long
 
 coverage: $(BUILT) ## run the tests and list the lines that none of them reaches
 	$(BIN)/python -m pytest -q --cov=src

@@ -88,7 +88,7 @@ class PagePool:
         """Fill pages with rows of uint8 [N, page_bytes]."""
         pairs = [(self._pages[page], row) for page, row in zip(pages, content, strict=True)]
         if pairs:  # on a GPU one launch for many
-            torch._foreach_copy_([page for page, _ in pairs], [row for _, row in pairs])
+            torch._foreach_copy_([page for page, _ in pairs], [row for _, row in pairs])  # pyright: ignore
 
     def gather(self, pages: Iterable[int]) -> Tensor:
         """uint8 [N, page_bytes]; a negative number (an evicted page) gives zeros."""

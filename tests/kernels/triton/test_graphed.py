@@ -132,7 +132,7 @@ def assert_alike(a: TurboCache, b: TurboCache) -> None:
 # -- the same tokens, the same cache ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sample", [pytest.param(False, marks=pytest.mark.long), True], ids=["greedy", "sampled"])
 def test_steps_over_a_flush(sample, llama, tmp_path):
     ids = drawn(2, 126)
     eager = filled(llama, ids)
@@ -165,6 +165,7 @@ def test_a_first_block_that_is_not_full_yet(llama):
     assert_alike(cache, eager)
 
 
+@pytest.mark.long
 def test_padding_and_an_end_token(llama):
     """Rows of unequal length, of which one ends before the other and goes on as padding."""
     ids, mask = drawn(2, 150), torch.ones(2, 150, dtype=torch.int64)
@@ -182,6 +183,7 @@ def test_padding_and_an_end_token(llama):
     assert_alike(cache, eager)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mistral", "gemma3", "gpt_oss", "gpt2", "opt"])
 def test_other_models(kind, models):
     """Windows that evict, sinks, positions that are learned; driven without position_ids."""
@@ -199,6 +201,7 @@ def test_other_models(kind, models):
     assert_alike(cache, eager)
 
 
+@pytest.mark.long
 def test_a_cache_that_is_full_goes_on(llama):
     ids = drawn(1, 125)
     eager = filled(llama, ids, max_tokens=127)
@@ -211,6 +214,7 @@ def test_a_cache_that_is_full_goes_on(llama):
     assert_alike(cache, eager)
 
 
+@pytest.mark.long
 def test_what_changes_the_cache_in_between(llama):
     """A crop and a next prompt: a graph is made anew behind them."""
     ids = drawn(1, 131)
@@ -229,6 +233,7 @@ def test_what_changes_the_cache_in_between(llama):
     assert_alike(cache, eager)
 
 
+@pytest.mark.long
 def test_beams_run_as_usual(llama):
     ids = drawn(1, 131)
     eager = filled(llama, ids)
@@ -241,6 +246,7 @@ def test_beams_run_as_usual(llama):
     assert graph.replayed == 0
 
 
+@pytest.mark.long
 def test_more_than_logits_is_asked_of_the_model_itself(llama):
     ids = drawn(1, 131)
     cache = filled(llama, ids)
@@ -261,6 +267,7 @@ def test_more_than_logits_is_asked_of_the_model_itself(llama):
 # -- what is wrong ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_values_that_are_not_finite_are_told_of_in_the_next_step(llama):
     ids = drawn(1, 131)
     eager = filled(llama, ids)
@@ -296,6 +303,7 @@ def test_values_that_are_not_finite_are_told_of_in_the_next_step(llama):
     assert cache.get_seq_length() == 134
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("said", ["mask", "positions"])
 def test_steps_that_contradict_the_cache_are_refused_as_without_a_graph(said, llama):
     ids = drawn(1, 131)
@@ -311,6 +319,7 @@ def test_steps_that_contradict_the_cache_are_refused_as_without_a_graph(said, ll
     assert graph.replayed == 1
 
 
+@pytest.mark.long
 def test_attention_that_a_graph_does_not_hold_is_refused_before_anything_changes(models):
     model = models("llama4")
     ids = drawn(1, 131)
