@@ -1,0 +1,78 @@
+"""Steps of a session on a GPU as processes: crashes, hangs, budgets, and going on with what is not done."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "supervising.py"
+
+
+@pytest.fixture(scope="module")
+def supervising():
+    spec = importlib.util.spec_from_file_location("gpu_supervising", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+CODE = {
+    "fine": "print('said')",
+    "wrong": "raise SystemExit(3)",
+    "crash": "import os; os.abort()",
+    "hang": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
+}
+
+
+def run(supervising, folder: Path, names: list[str], budget: float = 60.0, **options):
+    steps = [supervising.Step(name, 2.0 if name == "hang" else 20.0, **options.get(name, {})) for name in names]
+    results = supervising.Results(folder / "results.jsonl")
+
+    def command(step) -> list[str]:
+        return [sys.executable, "-c", CODE[step.name]]
+
+    return supervising.run_steps(steps, command, results, folder / "log.txt", budget), results
+
+
+def test_each_step_ends_alone(supervising, tmp_path):
+    counts, results = run(supervising, tmp_path, ["crash", "hang", "wrong", "fine"])
+    assert counts == {"crashed": 1, "timed out": 1, "wrong": 1, "done": 1}
+    assert results.ended() == {"crash": "crashed", "hang": "timed out", "wrong": "wrong", "fine": "done"}
+    assert "said" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_second_run_goes_on_with_what_is_not_done(supervising, tmp_path):
+    run(supervising, tmp_path, ["fine", "wrong"])
+    counts, _ = run(supervising, tmp_path, ["fine", "wrong"])
+    assert counts == {"wrong": 1}
+
+
+def test_what_needs_sound_results_is_left_out_where_they_are_wrong(supervising, tmp_path):
+    counts, results = run(supervising, tmp_path, ["wrong", "fine"], fine={"sound": ("wrong",)})
+    assert counts == {"wrong": 1, "skipped": 1}
+    (line,) = (row for row in results.path.read_text().splitlines() if "skipped" in row)
+    assert '"why": "wrong wrong"' in line
+
+
+def test_steps_side_by_side(supervising, tmp_path):
+    beside = {name: {"beside": True} for name in ("fine", "crash", "wrong")}
+    counts, _ = run(supervising, tmp_path, ["fine", "crash", "wrong"], **beside)
+    assert counts == {"done": 1, "crashed": 1, "wrong": 1}
+
+
+def test_nothing_starts_without_time(supervising, tmp_path):
+    counts, _ = run(supervising, tmp_path, ["fine"], budget=1.0)
+    assert counts == {"skipped": 1}
+
+
+def test_rows_outlive_a_line_that_was_cut_off(supervising, tmp_path):
+    results = supervising.Results(tmp_path / "results.jsonl")
+    results.write("sweep", key="a", seconds=1.0)
+    with results.path.open("a") as file:
+        file.write('{"step": "sweep", "key": "b", "sec')
+    assert [row["key"] for row in results.rows("sweep")] == ["a"]
