@@ -42,8 +42,11 @@ class Results:
         self.path = path
 
     def write(self, step: str, **row: Any) -> None:
-        line = json.dumps({"step": step, **row}) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:  # one write: steps side by side share the file
+        line = json.dumps({"step": step, **row}).encode() + b"\n"
+        with self.path.open("ab+") as file:  # one write: steps side by side share the file
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # behind one that was cut off
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -75,4 +75,5 @@ def test_rows_outlive_a_line_that_was_cut_off(supervising, tmp_path):
     results.write("sweep", key="a", seconds=1.0)
     with results.path.open("a") as file:
         file.write('{"step": "sweep", "key": "b", "sec')
-    assert [row["key"] for row in results.rows("sweep")] == ["a"]
+    results.write("sweep", key="c", seconds=2.0)
+    assert [row["key"] for row in results.rows("sweep")] == ["a", "c"]
