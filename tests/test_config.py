@@ -13,7 +13,7 @@ from turboattention.errors import ConfigError
 DEFAULTS = {
     "bits": 4,
     "block_size": 64,
-    "softmax": "sas",
+    "softmax": "auto",
     "sas_threshold": -6.0,
     "row_max": "block",
     "p_scale": "static",
@@ -29,6 +29,7 @@ DEFAULTS = {
     "flush_lag": 0,
 }
 PAPER = {
+    "softmax": "sas",
     "row_max": "running",
     "p_scale": "tile",
     "rescale": "sas",
@@ -57,7 +58,7 @@ def test_paper_takes_overrides():
 VALID = [
     ("bits", 8), ("bits", 4), ("bits", 3), ("bits", 2), ("bits", (4, 2)), ("bits", (2, 8)), ("bits", "mixed"),
     ("block_size", 16), ("block_size", 32), ("block_size", 64),
-    ("softmax", "sas2"), ("softmax", "exp"), ("sas_threshold", -80), ("sas_threshold", -0.5),
+    ("softmax", "sas"), ("softmax", "sas2"), ("softmax", "exp"), ("sas_threshold", -80), ("sas_threshold", -0.5),
     ("sink_tokens", 0), ("sink_tokens", 128), ("low_bit_fraction", 0), ("low_bit_fraction", 1.0),
     ("flush_lag", 0), ("flush_lag", 200), ("guard", "warn"),
 ]  # fmt: skip

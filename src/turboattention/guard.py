@@ -53,7 +53,7 @@ def guarded_bits(
             beyond = _beyond(errors, bits)
     if bool(failing.any()):
         said = _message(cache, failing, beyond, first, planned, bits)
-        warnings.warn(f"{said}; {_advice(sample, planned, failing)}", GuardWarning, stacklevel=3)
+        warnings.warn(f"{said}; {_advice(sample, planned, failing)}", GuardWarning, stacklevel=4)
     return bits
 
 

@@ -161,8 +161,10 @@ class TestCalls:
             vocab_size=96, hidden_size=40, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, head_dim=10
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation="turbo").eval()
+        with pytest.raises(UnsupportedError, match="head_dim of up to 256 in multiples of 8, got 10"):
+            TurboCache(model.config)
         with pytest.raises(ShapeError, match="head_dim"), torch.no_grad():
-            model(tokens(1, 4), past_key_values=TurboCache(model.config))
+            model(tokens(1, 4), use_cache=False)
 
     def test_offloading(self, tiny):
         layer = TurboCache(tiny("llama").config).layers[0]

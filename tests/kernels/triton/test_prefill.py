@@ -10,6 +10,7 @@ from turboattention.kv.cache import KVCache
 from ...helpers import normals, qkv
 from .attending import OFF, both, filled
 
+from turboattention.execution import triton as execution  # isort: skip
 from turboattention.kernels.triton import many_rows  # isort: skip
 
 
@@ -127,3 +128,33 @@ def test_operands_in_parts(blocks, monkeypatch):
     monkeypatch.setattr(many_rows, "OPERAND_BYTES", blocks * many_rows.bytes_a_block(64))
     parts = both(q, cache, new)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_what_is_not_finite_makes_all_results_nan(side, parts, monkeypatch):
+    """As on a GPU, where nobody waits to refuse it; also where the first heads are done before it is read."""
+    if parts > 1:
+        monkeypatch.setattr(many_rows, "OPERAND_BYTES", 1)
+    x = list(qkv(1, 4, 2, 70, 70, 16, seed=4))
+    x[side][0, -1, 69, 3] = torch.inf
+    monkeypatch.setattr(execution, "check_finite", lambda *_: None)
+    out, lse = execution.prefill(
+        *x, config=OFF, attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None
+    )
+    assert bool(out.isnan().all())
+    assert bool(lse.isnan().all())
+
+
+@pytest.mark.parametrize("head_dim, keys", [(16, 70), (24, 64), (40, 40), (256, 130)])
+@pytest.mark.parametrize("fields", [{}, {"smooth_k": False}, {"rotate": False}], ids=str)
+def test_a_prompt_without_a_cache_is_as_by_way_of_staged_rows(head_dim, keys, fields, monkeypatch):
+    q, k, v = qkv(2, 4, 2, 40, keys, head_dim, seed=5)
+    k[..., 1] += 4.0
+    call = dict(
+        config=OFF.replace(**fields), attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None
+    )
+    got = execution.prefill(q, k, v, **call)
+    monkeypatch.setattr(execution, "takes_many_rows", lambda *_: False)
+    want = execution.prefill(q, k, v, **call)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

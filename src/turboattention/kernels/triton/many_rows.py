@@ -22,8 +22,8 @@ OPERAND_BYTES = 1 << 28
 def attend_many_rows(call: Call) -> None:
     """Blocks are made operands once, for as many heads and sequences at a time as memory allows."""
     launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
-    device = call.out.device
-    for sequences, heads in _parts(call):
+    device, parts = call.out.device, list(_parts(call))
+    for sequences, heads in parts:
         shape = len(sequences), len(heads), max(1, call.blocks)
         k, v = (torch.empty(*shape, BLOCK, call.wide, dtype=torch.int8, device=device) for _ in range(2))
         k_scale, v_level = (torch.empty(*shape, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
@@ -49,6 +49,10 @@ def attend_many_rows(call: Call) -> None:
             **call.sight_arguments(),
             **launch.options,
         )
+    if call.fresh is not None and len(parts) > 1:  # a later part may have raised the flag
+        bad = call.fresh.flag != 0
+        call.out.masked_fill_(bad, torch.nan)
+        call.lse.masked_fill_(bad, torch.nan)
 
 
 def _parts(call: Call) -> Iterator[tuple[range, range]]:
