@@ -1,8 +1,9 @@
 """Launch configurations as data: few, by architecture, chosen once for a device.
 
-Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were the fastest of a sweep on an H100
-(benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by reading the assembly.
-Of what benchmarks/gpu/kernels.py lists none spills registers to memory (tests/kernels/triton/test_assembly.py).
+Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were within 4 % of the fastest of a sweep on an
+H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by reading
+the assembly. Of what benchmarks/gpu/kernels.py lists as quick none spills registers to memory
+(tests/kernels/triton/test_assembly.py); decode over INT3 at head_dim 128 and up to four rows spills 16 bytes in Triton 3.6.
 An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
 
@@ -132,7 +133,7 @@ LARGEST_DECODE_ROWS = 16
 
 _WARPS = 8
 """That a processor holds at once at 255 registers a thread, which decode takes. On an H100 limits of 168 and 128
-registers were slower or no faster: more warps then run, and what they spill costs as much as they hide."""
+registers gained 4 % at INT3 and lost elsewhere: more warps then run, and what they spill costs as much as they hide."""
 
 _SPLIT_BLOCKS = 2
 """What a split costs beside its blocks (queries read, results written and combined), in blocks."""
