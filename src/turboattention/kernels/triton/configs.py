@@ -1,9 +1,10 @@
 """Launch configurations as data: few, by architecture, chosen once for a device.
 
-Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were within 4 % of the fastest of a sweep on an
-H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by reading
-the assembly. Of what benchmarks/gpu/kernels.py lists as quick none spills registers to memory
-(tests/kernels/triton/test_assembly.py); decode over INT3 at head_dim 128 and up to four rows spills 16 bytes in Triton 3.6.
+Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were within 4 % of the fastest of a sweep on
+an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by
+reading the assembly. Of what benchmarks/gpu/kernels.py lists as quick none spills registers to memory
+(tests/kernels/triton/test_assembly.py); decode over INT3 at head_dim 128 and up to four rows spills 16 bytes in Triton
+3.6.
 An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
 
