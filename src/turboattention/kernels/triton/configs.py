@@ -2,9 +2,9 @@
 
 Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were within 4 % of the fastest of a sweep on
 an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by
-reading the assembly. Of what benchmarks/gpu/kernels.py lists as quick none spills registers to memory
-(tests/kernels/triton/test_assembly.py) but decode over INT3 at head_dim 128 on sm_90, up to 32 bytes: two warps, which
-do not, took 1.6 times as long.
+reading the assembly. Of what benchmarks/gpu/kernels.py lists as quick none spills more than 64 bytes of a thread to
+memory, and prefill without masks nothing (tests/kernels/triton/test_assembly.py): decode in two warps, which spills less,
+took 1.6 times as long.
 An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
 
