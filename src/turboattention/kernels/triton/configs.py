@@ -3,7 +3,7 @@
 Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were within 4 % of the fastest of a sweep on
 an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by
 reading the assembly. Of what benchmarks/gpu/kernels.py lists as quick none spills more than 64 bytes of a thread to
-memory, and prefill without masks nothing (tests/kernels/triton/test_assembly.py): decode in two warps, which spills less,
+memory, and prefill without masks none (tests/kernels/triton/test_assembly.py): decode in two warps, which spill less,
 took 1.6 times as long.
 An architecture stands for those after it that have as much shared memory (`architecture_of`).
 """
