@@ -96,8 +96,7 @@ def test_both_products_over_pages_of_a_server_are_integer_matrix_instructions(ta
         assert row["multiplications"] >= 2 * 3 * c["M"] * 64 * c["WIDE"]
     rows = of(target, "paged_decode")
     assert {(row["constants"]["WIDE"], row["constants"]["R"]) for row in rows} == {
-        (wide, 16 if target == "gfx942" else size)
-        for wide, size in ((64, 4), (128, 4), (128, 8), (256, 4), (256, 8))
+        (wide, 16 if target == "gfx942" else size) for wide, size in ((64, 4), (128, 4), (128, 8), (256, 4), (256, 8))
     }
     for row in rows:
         c = row["constants"]
