@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +110,12 @@ def _gate(shapes: Any, which: str, results: Results) -> Rows:
         yield correctness.outcome(name, check)
 
 
-def _sweep_decode(shapes: Any, which: str, results: Results) -> Rows:
-    import sweeping
-
-    have = {row["key"] for row in results.rows(f"sweep {which}") if "key" in row}
-    yield from sweeping.decode(shapes, int(which.split()[1]), have)
-
-
 def _sweep(shapes: Any, which: str, results: Results) -> Rows:
     import sweeping
 
-    if which == "prefill":
-        have = {row["key"] for row in results.rows("sweep prefill") if "key" in row}
-        yield from sweeping.prefill(shapes, have)
-    else:
-        yield from _sweep_decode(shapes, which, results)
+    have = {row["key"] for row in results.rows(f"sweep {which}") if "key" in row}
+    kind, _, bits = which.partition(" ")
+    return sweeping.prefill(shapes, have) if kind == "prefill" else sweeping.decode(shapes, int(bits), have)
 
 
 def _peers(shapes: Any, which: str, results: Results) -> Rows:
@@ -137,8 +128,6 @@ def _peers(shapes: Any, which: str, results: Results) -> Rows:
         return
     for bits in WIDTHS:
         with _best(results, decode=bits):
-            from dataclasses import replace
-
             yield from _plain(attention.decode(replace(shapes, bits=(bits,)), _peaks(results)))
 
 

@@ -136,6 +136,8 @@ _WARPS = 8
 """That a processor holds at once at 255 registers a thread, which decode takes. On an H100 limits of 168 and 128
 registers gained 4 % at INT3 and lost elsewhere: more warps then run, and what they spill costs as much as they hide."""
 
+LARGEST_SPLITS = 256
+
 _SPLIT_BLOCKS = 2
 """What a split costs beside its blocks (queries read, results written and combined), in blocks."""
 
@@ -151,9 +153,6 @@ def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> 
         return -(-programs * splits // held) * (-(-blocks // splits) + _SPLIT_BLOCKS)
 
     return min(range(1, most + 1), key=time)
-
-
-LARGEST_SPLITS = 256
 
 
 @functools.cache
