@@ -37,10 +37,34 @@ def test_what_it_held_before_is_gone():
 
 
 @pytest.mark.parametrize("token_scales, scale_bytes", [(True, 2), (False, 4)])
-def test_nbytes(token_scales, scale_bytes):
-    buffer = Int8Buffer(3, 2, 64, 16, token_scales, CPU)
-    assert buffer.nbytes == 2 * 3 * 2 * 64 * (16 + scale_bytes)
+@pytest.mark.parametrize("tokens, rows", [(0, 16), (1, 16), (16, 16), (17, 32), (48, 48), (49, 63), (63, 63)])
+def test_nbytes(token_scales, scale_bytes, tokens, rows):
+    """As many rows as the longest sequence needs, in 16s."""
+    buffer = Int8Buffer(3, 2, 63, 16, token_scales, CPU)
+    buffer.take(numbered_like(3, 64, 16), torch.zeros(3, dtype=torch.int64), torch.tensor([0, tokens, tokens // 2]))
+    assert buffer.rows == buffer.rows_for(tokens) == rows
+    assert buffer.nbytes == 2 * 3 * 2 * rows * (16 + scale_bytes)
     assert buffer.tiles().k_scale.dtype == torch.float32
+
+
+def numbered_like(batch: int, rows: int, head_dim: int) -> Tiles:
+    tiles = numbered(batch, rows)
+    return Tiles(*(x.repeat_interleave(head_dim // 8, -1) for x in (tiles.k8, tiles.v8)), tiles.k_scale, tiles.v_scale)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 7, 8])
+def test_memory_of_another_size_holds_the_same(rows):
+    buffer = Int8Buffer(2, 2, 7, 8, True, CPU)
+    buffer.take(numbered(2, 6), torch.tensor([1, 4]), torch.tensor([3, 2]))
+    k8, v8, k_scale, v_scale = buffer.memory(rows)
+    assert k8.is_contiguous()
+    assert k8.shape == v8.shape == (2, 2, rows, 8)
+    assert k8[:, 0, :, 0].tolist() == [[2, 3, 4] + [0] * (rows - 3), [15, 16] + [0] * (rows - 2)]
+    assert (k_scale[0, 0, 2], v_scale[0, 0, 2]) == (4, 8)
+    k8[0, 0, 2] = 9
+    assert int(buffer.k8[0, 0, 2, 0]) == 9
+    assert buffer.rows == min(rows, 7)
+    assert buffer.memory(rows)[0].data_ptr() == k8.data_ptr()
 
 
 def test_selecting_copies():

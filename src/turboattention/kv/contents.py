@@ -203,7 +203,7 @@ class Contents:
         self._buffer = Int8Buffer(
             batch, self.num_kv_heads, c.block_size - 1 + c.flush_lag, self.head_dim, c.token_scales, device
         )
-        self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device)
+        self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device, self.window_size is not None)
 
     def _stored_mean(self, device: torch.device) -> Tensor:
         """The calibrated mean, in the stored space, for every sequence."""
