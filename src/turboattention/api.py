@@ -14,6 +14,7 @@ from .config import TurboConfig
 from .errors import InputError
 from .guard import guarded_bits
 from .kv.cache import KVCache
+from .kv.channel_order import query_energy
 from .modes import in_own_modes
 from .validation import (
     check_causal,
@@ -176,6 +177,8 @@ def turbo_attention_with_kvcache(
     if chosen.name != "reference" and plain and (k_new is not None or cache.window_size is None):
         stepped = _step(chosen.name, q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
         if stepped is not None:
+            if cache.learns_order:
+                cache.observe(query_energy(q, None, cache.num_kv_heads))
             return stepped if return_lse else stepped[0]
     counts = new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
@@ -188,7 +191,8 @@ def turbo_attention_with_kvcache(
     check_pages_kept(cache, positions, valid, window_size)
     staged, bits = None, None
     if k_new is not None and v_new is not None:
-        staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"))
+        energy = query_energy(q, valid, cache.num_kv_heads) if cache.learns_order else None
+        staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"), energy)
         bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new))
     out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
         q,

@@ -62,7 +62,12 @@ class TurboConfig:
     """Subtract a per-channel mean of K (of the sequence's first block) from every later key."""
 
     rotate: bool = True
-    """Rotate Q, K and V by a signed block Hadamard matrix before quantizing."""
+    """Rotate V by a signed block Hadamard matrix before quantizing, and K and Q where `reorder_k` leaves them."""
+
+    reorder_k: bool = True
+    """Store K below 8 bits unrotated, its channels in the order of their attention energy, the upper half with wider
+    codes than the lower: 4 bits become 5 and 3, 3 bits 4 and 2, 2 bits 3 and 1 (kv/layout.py). The order is fixed at
+    the first compressed block, from its keys and from the queries until then."""
 
     token_scales: bool = True
     """Stage-1 scales per token (row), not per tile; 8 bits each where stored."""
@@ -94,7 +99,7 @@ class TurboConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("smooth_k", "rotate", "token_scales", "search", "stored_prefill"):
+        for name in ("smooth_k", "rotate", "reorder_k", "token_scales", "search", "stored_prefill"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         size = self.block_size
@@ -130,6 +135,7 @@ class TurboConfig:
             "rescale": "sas",
             "smooth_k": False,
             "rotate": False,
+            "reorder_k": False,
             "token_scales": False,
             "sink_tokens": 0,
             "search": False,
@@ -142,10 +148,16 @@ class TurboConfig:
         """What paged serving computes (`turboattention.paged`): pages are of one size, and a page's bytes depend on
         its tokens alone, never on how a prompt was cut into calls.
 
-        Complete blocks are read as stored, none stays INT8, keys are not smoothed (set `smooth_k` where means are
-        calibrated), and the guard only warns.
+        Complete blocks are read as stored, none stays INT8, keys are rotated and not smoothed (set `smooth_k` where
+        means are calibrated), and the guard only warns.
         """
-        fixed: dict[str, Any] = {"stored_prefill": True, "sink_tokens": 0, "smooth_k": False, "guard": "warn"}
+        fixed: dict[str, Any] = {
+            "stored_prefill": True,
+            "sink_tokens": 0,
+            "smooth_k": False,
+            "reorder_k": False,
+            "guard": "warn",
+        }
         return cls(**(fixed | overrides))
 
     def replace(self, **changes: Any) -> TurboConfig:
@@ -162,6 +174,16 @@ class TurboConfig:
     def text(self) -> str:
         """The fields as JSON."""
         return self._text  # type: ignore[attr-defined]
+
+    @property
+    def reorders_k(self) -> bool:
+        """Whether K's channels are reordered: 8 bits keep more of K when it is rotated."""
+        return self.reorder_k and self.token_scales and self.kv_bits[0] < 8
+
+    @property
+    def rotates_k(self) -> bool:
+        """Whether K and Q are rotated; V is where `rotate` says so."""
+        return self.rotate and not self.reorders_k
 
     @property
     def kv_bits(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import GuardWarning
 from .kv.cache import KVCache
-from .kv.pages import Tiles, decode_pages
+from .kv.pages import Tiles
 from .kv.staging import Stage
 from .kv.store import Flush
 from .reference.exact import exact_attention
@@ -132,8 +132,8 @@ class _Sample:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
         stored = self.staged.stored.map(torch.clone)
         size = self.cache.config.block_size
-        for part in self.cache.encode(self.flush, bits):
-            tiles, batch = decode_pages(part.layout, part.pages), part.flush.batch
+        for part in self.cache.encode(self.flush, bits, self.cache.planned_order(self.staged, self.flush)):
+            tiles, batch = part.decoded(), part.flush.batch
             block = part.flush.block - self.staged.start[batch] // size
             at = batch.to(part.pages.device), slice(None), block.to(part.pages.device)
             for name in ("k8", "v8", "k_scale", "v_scale"):
@@ -163,7 +163,7 @@ class _Sample:
         if mean is not None:
             smoothed = start[:, None] + torch.arange(k.shape[2]) >= self.cache.mean_from
             k = k + mean.to(k.dtype)[:, :, None] * smoothed.to(k.device)[:, None, :, None]
-        return self.cache.restore(k)
+        return self.cache.restore_keys(k)
 
     def _with_new(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> tuple[Tensor, Tensor]:
         """The call's own tokens as they came, in place of their INT8 form."""

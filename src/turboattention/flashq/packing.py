@@ -2,8 +2,8 @@
 
 A run of `n` codes and a plane of `w` bits give `m = n w / 8` bytes; byte `j` holds the codes
 `j, j + m, j + 2m, ...`, the first in the lowest bits. So the codes that one byte line holds are
-lines themselves: a vector unit unpacks with a shift and a mask, never a shuffle. Three bits are
-a plane of the two lower bits, then a plane of the highest.
+lines themselves: a vector unit unpacks with a shift and a mask, never a shuffle. Five and three bits are
+a plane of the lower four or two, then a plane of the highest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
-PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+PLANES = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 """Width of a code -> widths of its planes, lowest bits first."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modes import in_own_modes
 from ..validation import check_new, refuse_gradients
+from .channel_order import channel_order, reorder
 from .contents import Contents
 from .quantizer import quantizer_for
 from .staging import Stage, stage
@@ -47,16 +48,24 @@ class Growing(Contents):
         self.commit(self.stage(k, v, lengths))
 
     @in_own_modes
-    def stage(self, k: Tensor, v: Tensor, lengths: Tensor | None = None, names: tuple[str, str] = ("k", "v")) -> Stage:
+    def stage(
+        self,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None = None,
+        names: tuple[str, str] = ("k", "v"),
+        query_energy: Tensor | None = None,
+    ) -> Stage:
         """Check new tokens (called by `names` in messages) and quantize them to INT8, without
-        changing the cache."""
+        changing the cache. `query_energy`: of the queries of this call (`channel_order`)."""
         shape = (self.batch_size, self.num_kv_heads, self.head_dim)
         counts = check_new(shape, self.device, k, v, lengths, names)
         self.look()
         self._allocate(k.device)
         if self.dtype is None:
             self.dtype = k.dtype
-        return stage(self.config, self.state(k.device), k, v, counts)
+        staged = stage(self.config, self.state(k.device), k, v, counts)
+        return replace(staged, query_energy=_sum(self._query_energy, query_energy))
 
     @in_own_modes
     def commit(self, staged: Stage, head_bits: Tensor | None = None) -> None:
@@ -68,14 +77,24 @@ class Growing(Contents):
             bits = self.planned_bits(staged, flush)
         first = self._first_kept(staged.lengths)
         seen = flush.block >= first[flush.batch]
-        parts = self.encode(flush.where(seen), bits)
+        order = self.planned_order(staged, flush)
+        parts = self.encode(flush.where(seen), bits, order)
         if bits is not None and self._store.head_bits is None:
-            self.freeze_widths(bits)
+            self.freeze_widths(bits, order)
         self._store.append(parts, first.tolist(), flush.batch[~seen].tolist())
         kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
-        self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept)
+        stored, mean = staged.stored, staged.k_mean
+        if order is not None:
+            stored = replace(stored, k8=reorder(stored.k8, order, 1))
+            mean = None if mean is None else reorder(mean, order, 1)
+        self._buffer.take(stored, kept, staged.lengths - staged.start - kept)
         self._lengths = staged.lengths.clone()
-        self._k_mean, self._universal = _single(staged.k_mean), _single(staged.universal)
+        self._k_mean, self._universal = _single(mean), _single(staged.universal)
+        self._query_energy = staged.query_energy if self.learns_order else None
+
+    def observe(self, query_energy: Tensor) -> None:
+        """Count queries that attended without new blocks, until the order of K's channels is fixed."""
+        self._query_energy = _sum(self._query_energy, query_energy)
 
     def pending_flush(self, staged: Stage) -> Flush:
         """The blocks of a stage that are full, and `flush_lag` tokens old, and become pages."""
@@ -96,12 +115,27 @@ class Growing(Contents):
     @property
     def known_bits(self) -> Tensor | None:
         """int64 [2, Hkv]: the widths that will be frozen whatever the tokens are; None where those decide."""
+        if self.learns_order:
+            return None
         return self._given_bits if self._given_bits is not None else uniform_head_bits(self.config, self.num_kv_heads)
 
-    def freeze_widths(self, head_bits: Tensor) -> None:
-        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and reserve memory for `max_tokens`."""
+    @property
+    def learns_order(self) -> bool:
+        """Whether the order of K's channels is still to be fixed."""
+        return self.config.reorders_k and self.k_order is None
+
+    def planned_order(self, staged: Stage, flush: Flush) -> Tensor | None:
+        """int64 [Hkv, D]: the order of K's channels that committing would fix; None where it fixes none."""
+        if not self.learns_order or not self.freezes_widths(flush):
+            return None
+        first = flush.where(flush.block == self.sink_blocks)
+        return channel_order(first.tiles.floats()[0], staged.query_energy)
+
+    def freeze_widths(self, head_bits: Tensor, k_order: Tensor | None = None) -> None:
+        """Fix the widths int64 [2, Hkv] of every page behind the sinks and the order of K's channels, and reserve
+        memory for `max_tokens`."""
         assert self._store is not None
-        self._store.freeze(head_bits)
+        self._store.freeze(head_bits, k_order)
         self._reserve()
 
     def planned_bits(self, staged: Stage, flush: Flush) -> Tensor:
@@ -112,12 +146,13 @@ class Growing(Contents):
         k, v = first.tiles.floats()
         if staged.k_mean is not None and (self.sink_blocks > 0 or self._given_mean is not None):
             k = k + staged.k_mean.to(k.dtype)[first.batch.to(k.device)][:, :, None]
-        return decide_head_bits(self.config, self.restore(k), self.restore(v))
+        return decide_head_bits(self.config, self.restore_keys(k), self.restore(v))
 
-    def encode(self, flush: Flush, head_bits: Tensor | None) -> list[Encoded]:
-        """The pages of full blocks; `head_bits` where widths are not frozen yet."""
+    def encode(self, flush: Flush, head_bits: Tensor | None, order: Tensor | None = None) -> list[Encoded]:
+        """The pages of full blocks; `head_bits` and `order` where they are not fixed yet."""
         assert self._store is not None
-        return self._store.encode(flush, self._store.head_bits if self._store.head_bits is not None else head_bits)
+        bits = self._store.head_bits if self._store.head_bits is not None else head_bits
+        return self._store.encode(flush, bits, order)
 
     @property
     def learns_mean(self) -> bool:
@@ -194,6 +229,10 @@ class Growing(Contents):
             return torch.zeros_like(lengths)
         # The next query, at position L, sees L - window + 1 on; behind a crop it stands further in front.
         return ((lengths - self.window_size + 1 - CROPPED) // self.config.block_size).clamp(min=0)
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None else x if y is None else x + y.to(x.device)
 
 
 def _single(x: Tensor | None) -> Tensor | None:

@@ -41,5 +41,6 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
         k = k + state.k_mean[:, :, None] * smoothed.to(device)[:, None]
     mask = known.to(device)[:, None, :, None]
     dtype = cache.dtype or torch.float32
-    k, v = (torch.where(mask, cache.restore(x), 0.0)[:, :, : len(cache)].to(dtype) for x in (k, v))
+    restored = cache.restore_keys(k), cache.restore(v)
+    k, v = (torch.where(mask, x, 0.0)[:, :, : len(cache)].to(dtype) for x in restored)
     return k, v

@@ -1,7 +1,7 @@
 """The packed format: where every byte of a page stands. Shared by every backend.
 
 A page is one block (`block_size` tokens) of one sequence: the keys and values of all its KV heads.
-Sections, in this order; within a section heads stand by falling width, then by index:
+Sections, in this order; within a section heads are in the order of falling width, then of their index:
 
     K codes       per head `D / 8` octets of `block_size * bits` bytes
     V codes       likewise
@@ -18,6 +18,10 @@ products read as it stands, packed by `flashq.packing`:
 
 so four neighbouring codes are summed over by one 32-bit lane (VNNI, DP4A, MMA fragments).
 
+With `k_halves`, a head's K has two widths (`K_HALVES`): the octets of the first D / 2 channels are coded with the
+wider one, those of the others with the narrower one; the mean is the head's width. Caches bring a head's channels
+into an order in which the first ones matter most (`kv.channel_order`).
+
 Codes of 8 bits are `X8 + 128`, and have no step or zero. A token's scale is the byte `e`:
 `scale_t = bits_to_float(float_to_bits(S) - (e << 19))`, where the head's scale `S` is a power of
 two; without token scales every token has the scale `S`, any float.
@@ -32,7 +36,7 @@ from functools import cached_property
 from ..errors import ConfigError
 
 FORMAT_NAME = "turboattention-kv"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 TOKEN_SCALE_SHIFT = 19
 """A step of a token scale's byte, in units of a float32's bits: 4 mantissa bits are kept."""
@@ -40,34 +44,43 @@ TOKEN_SCALE_SHIFT = 19
 WIDEST = 8
 """Codes of this width are INT8 itself: no step, no zero."""
 
+K_HALVES = {4: (5, 3), 3: (4, 2), 2: (3, 1)}
+"""Width of a head's K -> widths of its two halves of channels, under `PageLayout.k_halves`."""
+
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Group:
-    """The heads of one width within a code section."""
+    """The heads of one width within a code section. `parts`: (width, channels) of runs of channels; one of all D
+    channels unless K has two widths."""
 
     bits: int
     heads: tuple[int, ...]
     offset: int
     head_bytes: int
+    parts: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head."""
+    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head; `k_halves`: K's widths below 8 are means
+    of two, which takes a head_dim in 16s."""
 
     head_dim: int
     block_size: int
     k_bits: tuple[int, ...]
     v_bits: tuple[int, ...]
     token_scales: bool
+    k_halves: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim % 8 or self.block_size % 16:
             raise ConfigError(
                 f"layout: expected head_dim in 8s and block_size in 16s, got {self.head_dim} and {self.block_size}"
             )
+        if self.k_halves and self.head_dim % 16:
+            raise ConfigError(f"layout: expected head_dim in 16s for two widths of K, got {self.head_dim}")
         if len(self.k_bits) != len(self.v_bits):
             raise ConfigError(f"v_bits: expected {len(self.k_bits)} widths, as K has, got {len(self.v_bits)}")
 
@@ -77,7 +90,7 @@ class PageLayout:
     @cached_property
     def _hash(self) -> int:
         """Once: layouts are keys on the way of every step."""
-        return hash((self.head_dim, self.block_size, self.k_bits, self.v_bits, self.token_scales))
+        return hash((self.head_dim, self.block_size, self.k_bits, self.v_bits, self.token_scales, self.k_halves))
 
     @classmethod
     def uniform(cls, heads: int, head_dim: int, block_size: int, bits: int, token_scales: bool) -> PageLayout:
@@ -91,11 +104,11 @@ class PageLayout:
 
     @cached_property
     def k_groups(self) -> tuple[Group, ...]:
-        return self._groups(self.k_bits, 0)
+        return self._groups(self.k_bits, 0, self.k_halves)
 
     @cached_property
     def v_groups(self) -> tuple[Group, ...]:
-        return self._groups(self.v_bits, self._code_bytes(self.k_bits))
+        return self._groups(self.v_bits, self._code_bytes(self.k_bits), False)
 
     @cached_property
     def k_coded(self) -> tuple[int, ...]:
@@ -146,13 +159,19 @@ class PageLayout:
     def _code_bytes(self, widths: Sequence[int]) -> int:
         return sum(self._head_bytes(bits) for bits in widths)
 
-    def _groups(self, widths: Sequence[int], offset: int) -> tuple[Group, ...]:
+    def _groups(self, widths: Sequence[int], offset: int, halves: bool) -> tuple[Group, ...]:
         groups = []
         for bits in sorted(set(widths), reverse=True):
             heads = tuple(h for h, width in enumerate(widths) if width == bits)
-            groups.append(Group(bits, heads, offset, self._head_bytes(bits)))
+            groups.append(Group(bits, heads, offset, self._head_bytes(bits), self._parts(bits, halves)))
             offset += len(heads) * self._head_bytes(bits)
         return tuple(groups)
+
+    def _parts(self, bits: int, halves: bool) -> tuple[tuple[int, int], ...]:
+        if not halves or bits == WIDEST:
+            return ((bits, self.head_dim),)
+        wide, narrow = K_HALVES[bits]
+        return ((wide, self.head_dim // 2), (narrow, self.head_dim // 2))
 
 
 def _stored_order(widths: Sequence[int]) -> list[int]:

@@ -62,12 +62,11 @@ def encode_pages(layout: PageLayout, tiles: Tiles, search: bool) -> Tensor:
         for group in groups:
             part = codes[:, list(group.heads)]
             if group.bits == WIDEST:
-                code = (part.to(torch.int16) + 128).to(torch.uint8)
+                packed = lines((part.to(torch.int16) + 128).to(torch.uint8)).flatten(1)
             else:
-                code, step, zero = progressive_quantize(part, group.bits, search)
+                packed, step, zero = _encode_group(group, part, lines, search)
                 step_parts.append(step.flatten(1))
                 zero_parts.append(zero.flatten(1))
-            packed = pack_codes(lines(code), group.bits).flatten(1)
             pages[:, group.offset : group.offset + packed.shape[1]] = packed
         if step_parts:
             both = torch.cat(step_parts + zero_parts, 1).view(torch.uint8)
@@ -76,6 +75,20 @@ def encode_pages(layout: PageLayout, tiles: Tiles, search: bool) -> Tensor:
             pages[:, token_scales : token_scales + exponents[0].numel()] = exponents.flatten(1)
         pages[:, head_scales : head_scales + 4 * layout.num_kv_heads] = scale.contiguous().view(torch.uint8)
     return pages
+
+
+def _encode_group(
+    group: Group, codes: Tensor, lines: Callable[[Tensor], Tensor], search: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """INT8 codes [N, heads, B, D] -> packed bytes [N, bytes of these heads], steps and zeros [N, heads, 1, D]."""
+    channels = codes.split([count for _, count in group.parts], -1)
+    packed, steps, zeros = [], [], []
+    for (bits, _), part in zip(group.parts, channels, strict=True):
+        code, step, zero = progressive_quantize(part, bits, search)
+        packed.append(pack_codes(lines(code), bits).flatten(2))
+        steps.append(step)
+        zeros.append(zero)
+    return torch.cat(packed, -1).flatten(1), torch.cat(steps, -1), torch.cat(zeros, -1)
 
 
 def decode_pages(layout: PageLayout, pages: Tensor) -> Tiles:
@@ -145,8 +158,7 @@ def _decode_codes(
     for group in groups:
         heads = len(group.heads)
         packed = pages[:, group.offset : group.offset + heads * group.head_bytes]
-        lines = packed.unflatten(1, (heads, layout.head_dim // 8, -1))
-        code = restore(unpack_codes(lines, group.bits))
+        code = _decode_group(group, packed.unflatten(1, (heads, -1)), restore, layout.block_size)
         if group.bits == WIDEST:
             parts.append((code.to(torch.int16) - 128).to(torch.int8))
         else:
@@ -159,6 +171,16 @@ def _decode_codes(
         return parts[0]
     order = [head for group in groups for head in group.heads]
     return torch.cat(parts, 1)[:, torch.tensor(order, device=pages.device).argsort()]
+
+
+def _decode_group(group: Group, packed: Tensor, restore: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Packed bytes [N, heads, bytes of a head] -> codes uint8 [N, heads, B, D]."""
+    sections = packed.split([count * size * bits // 8 for bits, count in group.parts], -1)
+    codes = [
+        restore(unpack_codes(section.unflatten(-1, (count // 8, -1)), bits))
+        for (bits, count), section in zip(group.parts, sections, strict=True)
+    ]
+    return torch.cat(codes, -1)
 
 
 def _key_lines(code: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import flashq
 from ..flashq.symmetric import compute_dtype
+from .channel_order import reorder
 from .layout import PageLayout
 from .pages import Tiles
 from .pages import decode_pages as decode_tiles
@@ -34,13 +35,15 @@ class Quantizer(Protocol):
         mean: Tensor | None,
         mean_from: int,
         rotate: bool,
+        order: Tensor | None,
         codes: Tensor,
         scales: Tensor,
         target: Tensor,
     ) -> bool:
-        """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+        """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-        Token t stands at position `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted.
+        order: int64 [H, D], the channel that each place takes, or None. Token t stands at position `first[b] + t`;
+        from `mean_from` on, mean [B, H, D] is subtracted (in the order of places).
         Its row goes to row `target[b] + t` of codes int8 [B, H, W, D] and scales [B, H, W]. What
         else x holds is never read. All of span, first and target are int64 [B] (CPU).
 
@@ -83,6 +86,7 @@ class _PyTorch:
         mean: Tensor | None,
         mean_from: int,
         rotate: bool,
+        order: Tensor | None,
         codes: Tensor,
         scales: Tensor,
         target: Tensor,
@@ -97,6 +101,8 @@ class _PyTorch:
         x = torch.where(chosen.to(x.device)[:, None, :, None], compute_dtype(x[:, :, low:high]), 0.0)
         if rotate:
             x = flashq.rotate(x)
+        if order is not None:
+            x = reorder(x, order, 1)
         if mean is not None:
             smoothed = (first[:, None] + tokens >= mean_from).to(x.device)[:, None, :, None]
             x = torch.where(smoothed, x - mean[:, :, None].to(x.dtype), x)

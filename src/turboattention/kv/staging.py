@@ -29,7 +29,8 @@ class SequenceState:
     open_tiles: the buffered tokens from there on, or None where nothing is;
     k_mean: float32 [B, H, D] (rotated space), zero while unknown; k_mean_fixed: it came from
     calibration and holds from the first token on; universal: float32 [2, B, H], the paper's buffer
-    scales of K and V, zero before the first append; or None with token scales.
+    scales of K and V, zero before the first append; or None with token scales. k_order: int64 [H, D], the order of
+    K's channels in open_tiles and k_mean, or None.
     """
 
     lengths: Tensor
@@ -38,6 +39,7 @@ class SequenceState:
     k_mean: Tensor | None
     k_mean_fixed: bool
     universal: Tensor | None
+    k_order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Stage:
 
     `lengths` int64 [B] counts all tokens, the new ones included; rows past them are zero.
     `tiles` is what attention reads. `stored` is what the cache keeps: the same, but for the
-    paper's universal buffer scale.
+    paper's universal buffer scale. `k_order`: the order of K's channels in all of them, or None. `query_energy`
+    [H, D]: of all queries so far (`channel_order`), until the order is fixed.
     """
 
     before: Tensor
@@ -56,6 +59,8 @@ class Stage:
     stored: Tiles
     k_mean: Tensor | None
     universal: Tensor | None
+    k_order: Tensor | None = None
+    query_energy: Tensor | None = None
 
 
 def fresh_state(
@@ -80,11 +85,11 @@ def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, count
     if not config.token_scales:
         return _stage_by_tile(config, state, k, v, counts, after, place)
     quantizer, tiles = quantizer_for(k.device, k.dtype), place.opened(k)
-    values = _Side(quantizer, state, v, config.rotate, tiles.v8, tiles.v_scale)
+    values = _Side(quantizer, state, v, config.rotate, None, tiles.v8, tiles.v_scale)
     values.quantize(torch.zeros_like(counts), counts, None, 0)
-    keys = _Side(quantizer, state, k, config.rotate, tiles.k8, tiles.k_scale)
+    keys = _Side(quantizer, state, k, config.rotates_k, state.k_order, tiles.k8, tiles.k_scale)
     mean = _quantize_keys(config, keys, counts, after)
-    return Stage(state.lengths, after, state.start, tiles, tiles, mean, None)
+    return Stage(state.lengths, after, state.start, tiles, tiles, mean, None, state.k_order)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class _Side:
     state: SequenceState
     x: Tensor
     rotate: bool
+    order: Tensor | None
     codes: Tensor
     scales: Tensor
 
@@ -102,7 +108,7 @@ class _Side:
         """Tokens `begin[b] .. end[b]`, less their mean from position `mean_from` on."""
         first, row = self.state.lengths, self.state.lengths - self.state.start
         self.quantizer.quantize_tokens(
-            self.x, (begin, end), first, mean, mean_from, self.rotate, self.codes, self.scales, row
+            self.x, (begin, end), first, mean, mean_from, self.rotate, self.order, self.codes, self.scales, row
         )
 
 
@@ -142,13 +148,13 @@ def _stage_by_tile(
     """The paper's stage 1: a scale per tile, and one universal scale for what stays in the buffer."""
     valid = (torch.arange(k.shape[2]) < counts[:, None]).to(k.device)[:, None, :, None]
     k, v = (torch.where(valid, compute_dtype(x), 0.0) for x in (k, v))
-    if config.rotate:
+    if config.rotate:  # K is not reordered with a scale per tile
         k, v = rotate(k), rotate(v)
     mean, size = state.k_mean, config.block_size
     if config.smooth_k:
         # Quantized by token only to learn the mean.
         rows = place.opened(k)
-        keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, rows.k8, rows.k_scale)
+        keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, None, rows.k8, rows.k_scale)
         mean = _quantize_keys(config, keys, counts, after)
         assert mean is not None
         positions = state.lengths[:, None] + torch.arange(k.shape[2])

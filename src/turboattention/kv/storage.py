@@ -106,6 +106,8 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     if store is not None and buffer is not None:
         tensors |= {f"buffer.{name}": getattr(buffer, name) for name in Int8Buffer.TENSORS}
         optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
+        optional["query_energy"] = cache._query_energy
+        optional["k_order"] = None if store.k_order is None else store.k_order.to(torch.int16)
         columns = max((len(table) for table in store.tables), default=0)
         table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, store.tables, strict=True):
@@ -142,7 +144,8 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     fields = dict(metadata["config"])
     if isinstance(fields["bits"], list):
         fields["bits"] = tuple(fields["bits"])
-    lengths, config = own["lengths"], TurboConfig(**fields)
+    # Files of version 1 know of no reordered keys.
+    lengths, config = own["lengths"], TurboConfig(**{"reorder_k": False, **fields})
     _check_buffer(own, metadata, config)
     cache = KVCache(
         len(lengths),
@@ -173,6 +176,11 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
         if bool(((open_tokens < 0) | (open_tokens > cache._buffer.rows)).any()):
             raise FormatError(f"lengths: expected them to fit the pages, got {lengths.tolist()}")
         cache._buffer.memory(cache._buffer.rows_for(int(open_tokens.max()) if len(lengths) else 0))
+        if "query_energy" in own and cache.learns_order:
+            like = torch.empty(cache.num_kv_heads, cache.head_dim, dtype=torch.float64)
+            _check("query_energy", own["query_energy"], like)
+            _check_finite("query_energy", own["query_energy"])
+            cache._query_energy = own["query_energy"].to(device)
     elif bool(lengths.any()):
         raise FormatError(f"lengths: expected zeros without pages, got {lengths.tolist()}")
     cache._lengths = lengths
@@ -192,7 +200,8 @@ def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: Turb
 
 def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
     if "frozen_bits" in own:
-        store.freeze(own["frozen_bits"])
+        heads, head_dim = store.sinks.layout.num_kv_heads, store.sinks.layout.head_dim
+        store.freeze(own["frozen_bits"], _order(own, heads, head_dim) if store.config.reorders_k else None)
     table, split = own["table"], store.sink_blocks
     numbers = []
     for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
@@ -216,6 +225,17 @@ def _owners(part: Tensor, count: int) -> Tensor:
     rows = torch.arange(len(part))[:, None].expand_as(part)
     owners[part[part >= 0].long()] = rows[part >= 0]
     return owners
+
+
+def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> Tensor:
+    """The order of K's channels: a permutation for each head."""
+    if "k_order" not in own:
+        raise FormatError("k_order: expected a tensor of that name, got none")
+    _check("k_order", own["k_order"], torch.empty(heads, head_dim, dtype=torch.int16))
+    order = own["k_order"].long()
+    if not torch.equal(order.sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
+        raise FormatError(f"k_order: expected a permutation of {head_dim} channels for each head, got another tensor")
+    return order
 
 
 def _restore_pool(pool: PagePool, name: str, content: Tensor, runs: list[int]) -> list[int]:
@@ -257,7 +277,9 @@ def _digest(content: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _check_header(header: dict[str, str], name: str) -> None:
-    expected = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
-    for key, value in expected.items():
-        if header.get(key) != value:
-            raise FormatError(f"path: expected a saved cache with {key} {value}, got {header.get(key)!r} in {name}")
+    versions = [str(version) for version in range(1, FORMAT_VERSION + 1)]
+    readable = {"format": [FORMAT_NAME], "version": versions, "rotation": [str(ROTATION_ID)]}
+    for key, values in readable.items():
+        if header.get(key) not in values:
+            expected = " or ".join(values)
+            raise FormatError(f"path: expected a saved cache with {key} {expected}, got {header.get(key)!r} in {name}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from .channel_order import reorder, restore_order
 from .layout import WIDEST, PageLayout
-from .pages import Tiles
+from .pages import Tiles, decode_pages
 from .pool import PagePool
 from .quantizer import quantizer_for
 
@@ -43,11 +44,18 @@ class Flush:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Blocks as bytes: `pages` uint8 [N, page_bytes] in `layout`, for the N rows of `flush`."""
+    """Blocks as bytes: `pages` uint8 [N, page_bytes] in `layout`, for the N rows of `flush`, whose keys were put in
+    `order` (int64 [H, D]) first, unless it is None."""
 
     layout: PageLayout
     flush: Flush
     pages: Tensor
+    order: Tensor | None = None
+
+    def decoded(self) -> Tiles:
+        """What the pages hold, in the order of `flush`: int8 [N, H, B, D] and scales."""
+        tiles = decode_pages(self.layout, self.pages)
+        return tiles if self.order is None else replace(tiles, k8=restore_order(tiles.k8, self.order, 1))
 
 
 class PageStore:
@@ -64,18 +72,35 @@ class PageStore:
         self.sinks = PagePool(sink_layout, device)
         self.compressed: PagePool | None = None
         self.head_bits: Tensor | None = None
+        self.k_order: Tensor | None = None
         self._addresses: Tensor | None = None
         self._fresh = {True: 0, False: 0}
         """Pages (sinks, others) handed out by `fresh_pages` that no table has yet."""
 
-    def freeze(self, head_bits: Tensor) -> None:
-        """Fix the widths int64 [2, Hkv] of every page behind the sinks."""
+    def freeze(self, head_bits: Tensor, k_order: Tensor | None = None) -> None:
+        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and the order int64 [Hkv, D] of K's channels
+        in all pages; those of sinks that are here are rewritten in it."""
+        if k_order is not None:
+            self._reorder_sinks(k_order)
+            self.k_order = k_order
         self.head_bits = head_bits.clone()
         self.compressed = PagePool(self.layout_for(head_bits), self.device)
 
     def layout_for(self, head_bits: Tensor) -> PageLayout:
         sink, (k_bits, v_bits) = self.sinks.layout, head_bits.tolist()
-        return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales)
+        halves = self.config.reorders_k and sink.head_dim % 16 == 0
+        return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales, halves)
+
+    def _reorder_sinks(self, order: Tensor) -> None:
+        """Copies, since other caches may read the pages as they are."""
+        pages = list(dict.fromkeys(page for table in self.tables for page in table if page != EVICTED))
+        if pages:
+            layout, quantizer = self.sinks.layout, quantizer_for(self.device)
+            k8, *rest = quantizer.decode_pages(layout, self.sinks.gather(pages))
+            content = quantizer.encode_pages(layout, reorder(k8, order, 1), *rest, self.config.search)
+            fresh = self.sinks.allocate([1] * len(pages))
+            self.sinks.write(fresh, content)
+            self._exchange(True, self.sinks, self.sinks, dict(zip(pages, fresh, strict=True)))
 
     def reserve(self, tokens: int, window: int | None) -> None:
         """Memory for `tokens` of every sequence, of which a window keeps its own, once widths are frozen."""
@@ -109,7 +134,7 @@ class PageStore:
                 parts = (table[:split] if sinks else table[split:] for table in self.tables)
                 held = pool.extent(page for part in parts for page in part)
                 total += held + self._fresh[sinks] * pool.layout.page_bytes + pool.idle_nbytes
-        return total + (self.head_bits.nbytes if self.head_bits is not None else 0)
+        return total + sum(x.nbytes for x in (self.head_bits, self.k_order) if x is not None)
 
     @property
     def counts(self) -> Tensor:
@@ -118,8 +143,11 @@ class PageStore:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def encode(self, flush: Flush, head_bits: Tensor | None) -> list[Encoded]:
-        """The bytes of full blocks, sinks and others apart; `head_bits` where there are others."""
+    def encode(self, flush: Flush, head_bits: Tensor | None, order: Tensor | None = None) -> list[Encoded]:
+        """The bytes of full blocks, of sinks and of others; `head_bits` where there are others. `order` int64 [H, D]:
+        what K's channels are to be put in first."""
+        if order is not None:
+            flush = replace(flush, tiles=replace(flush.tiles, k8=reorder(flush.tiles.k8, order, 1)))
         parts, sink = [], flush.block < self.sink_blocks
         for is_sink, chosen in ((True, flush.where(sink)), (False, flush.where(~sink))):
             if len(chosen.batch):
@@ -129,7 +157,8 @@ class PageStore:
                     layout = self.layout_for(head_bits)
                 tiles, quantizer = chosen.tiles, quantizer_for(self.device)
                 sides = tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
-                parts.append(Encoded(layout, chosen, quantizer.encode_pages(layout, *sides, self.config.search)))
+                pages = quantizer.encode_pages(layout, *sides, self.config.search)
+                parts.append(Encoded(layout, chosen, pages, order))
         return parts
 
     def append(self, parts: list[Encoded], before: Sequence[int] = (), skipped: Sequence[int] = ()) -> None:

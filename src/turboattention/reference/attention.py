@@ -23,7 +23,7 @@ def attend(
     Integer products are computed in floating point, where they are exact: at most
     256 * 119 * 127 < 2^24.
     """
-    queries = quantize_queries(config, q, kv_heads, scale, source.k_mean)
+    queries = quantize_queries(config, q, kv_heads, scale, source.k_mean, source.k_order)
     state = Accumulator.empty(queries.codes)
     size, group = config.block_size, queries.codes.shape[2]
     at_once = max(1, _SCORES_AT_ONCE // max(1, size * q.shape[0] * q.shape[1] * q.shape[2]))

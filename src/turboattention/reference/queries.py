@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..flashq import quantize_int8, rotate
 from ..flashq.symmetric import compute_dtype
+from ..kv.channel_order import reorder
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,17 @@ def logit_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else float(scale)
 
 
-def quantize_queries(config: TurboConfig, q: Tensor, kv_heads: int, scale: float, k_mean: Tensor | None) -> Queries:
-    """Queries q [B, Hq, Lq, D], every row finite; `k_mean` [B, Hkv, D] in the rotated space."""
+def quantize_queries(
+    config: TurboConfig, q: Tensor, kv_heads: int, scale: float, k_mean: Tensor | None, k_order: Tensor | None = None
+) -> Queries:
+    """Queries q [B, Hq, Lq, D], every row finite; `k_mean` [B, Hkv, D] in the space that keys are stored in, and
+    `k_order` int64 [Hkv, D] the order of their channels there (None: as they are)."""
     q = compute_dtype(q)
-    if config.rotate:
+    if config.rotates_k:
         q = rotate(q)
     group = q.shape[1] // kv_heads
+    if k_order is not None:
+        q = reorder(q.unflatten(1, (-1, group)), k_order, 1).flatten(1, 2)
     # One row a tile with token scales; else the paper's tiles, counted from the call's first row.
     tile = 1 if config.token_scales else config.block_size
     codes, scales = quantize_int8(q, tile)

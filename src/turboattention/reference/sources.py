@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kv.cache import KVCache
-from ..kv.pages import Tiles, decode_pages
+from ..kv.pages import Tiles
 from ..kv.staging import SequenceState, Stage
 
 
@@ -17,12 +17,12 @@ class Source:
     """Blocks of one batch: pages where a cache has them, then open INT8 blocks.
 
     lengths: int64 [B]; k_mean: [B, H, D] or None; mean_from: the first position whose key is
-    stored without the mean.
+    stored without the mean; k_order: int64 [H, D], how keys' channels are ordered, or None.
     """
 
     def __init__(self, stage: Stage | SequenceState, cache: KVCache | None, size: int, mean_from: int):
         tiles = stage.tiles if isinstance(stage, Stage) else stage.open_tiles
-        self.lengths, self.k_mean = stage.lengths, stage.k_mean
+        self.lengths, self.k_mean, self.k_order = stage.lengths, stage.k_mean, stage.k_order
         self.mean_from = mean_from
         self._cache, self._size = cache, size
         self._first_open = stage.start // size
@@ -50,8 +50,8 @@ class Source:
         stored, flush = self._open.map(torch.clone), cache.pending_flush(stage)
         if head_bits is None and cache.freezes_widths(flush):
             head_bits = cache.planned_bits(stage, flush)
-        for part in cache.encode(flush, head_bits):
-            tiles, batch = decode_pages(part.layout, part.pages), part.flush.batch
+        for part in cache.encode(flush, head_bits, cache.planned_order(stage, flush)):
+            tiles, batch = part.decoded(), part.flush.batch
             at = batch.to(part.pages.device), (part.flush.block - self._first_open[batch]).to(part.pages.device)
             for name in ("k8", "v8", "k_scale", "v_scale"):
                 target = getattr(stored, name)

@@ -1,0 +1,46 @@
+"""The order of K's channels in a cache: those that attention asks most of come first, and are stored wider.
+
+What rounding channel c of K costs is about `E[q_c^2]` times the square of its step, which grows with the channel's
+spread. So a head's channels are put in the order of `E[q_c^2] var(k_c)`, once, when its first block is compressed, and
+the first half gets the wider codes (`kv.layout`). The order is one permutation per KV head for all sequences of a
+cache; queries take it too, so that no product changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def query_energy(q: Tensor, valid: Tensor | None, kv_heads: int) -> Tensor:
+    """Sums of `q_c^2` float64 [Hkv, D] over sequences, query rows and the query heads of each KV head.
+
+    q [B, Hq, Lq, D]; valid bool [B, Lq] (CPU), rows that count, by default all.
+    """
+    squares = q.double().square()
+    if valid is not None:
+        squares = torch.where(valid.to(q.device)[:, None, :, None], squares, 0.0)
+    return squares.sum((0, 2)).unflatten(0, (kv_heads, -1)).sum(1)
+
+
+def channel_order(keys: Tensor, energy: Tensor | None) -> Tensor:
+    """int64 [Hkv, D]: at each place the channel that is stored there.
+
+    keys [N, Hkv, B, D], the first blocks that are compressed, as stored (their mean does not matter); energy float64
+    [Hkv, D] from `query_energy`, or None where no queries were seen: then the keys' spread alone decides.
+    """
+    spread = keys.double().var(2, correction=0).mean(0)
+    weight = spread if energy is None else spread * energy.to(spread.device)
+    return weight.argsort(dim=-1, descending=True, stable=True)
+
+
+def reorder(x: Tensor, order: Tensor, heads_dim: int) -> Tensor:
+    """x [..., Hkv, ..., D], whose dimension `heads_dim` is the heads, with its channels in `order` [Hkv, D]."""
+    shape = [1] * x.dim()
+    shape[heads_dim], shape[-1] = order.shape
+    return x.gather(-1, order.to(x.device).view(shape).expand_as(x))
+
+
+def restore_order(x: Tensor, order: Tensor, heads_dim: int) -> Tensor:
+    """Inverse of `reorder`."""
+    return reorder(x, order.argsort(-1), heads_dim)
