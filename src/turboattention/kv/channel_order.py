@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 
-def query_energy(q: Tensor, valid: Tensor | None, kv_heads: int) -> Tensor:
+def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
     """Sums of `q_c^2` float64 [Hkv, D] over sequences, query rows and the query heads of each KV head.
 
-    q [B, Hq, Lq, D]; valid bool [B, Lq] (CPU), rows that count, by default all.
+    q [B, Hq, Lq, D]; counted bool [B, Lq] (CPU): the rows that count.
     """
-    squares = q.double().square()
-    if valid is not None:
-        squares = torch.where(valid.to(q.device)[:, None, :, None], squares, 0.0)
+    squares = torch.where(counted.to(q.device)[:, None, :, None], q.double(), 0.0).square()
     return squares.sum((0, 2)).unflatten(0, (kv_heads, -1)).sum(1)
 
 

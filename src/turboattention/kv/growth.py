@@ -124,6 +124,12 @@ class Growing(Contents):
         """Whether the order of K's channels is still to be fixed."""
         return self.config.reorders_k and self.k_order is None
 
+    @property
+    def order_from(self) -> int:
+        """Tokens of a sequence whose queries count for the order of K's channels: to the first compressed block's
+        end."""
+        return (self.sink_blocks + 1) * self.config.block_size
+
     def planned_order(self, staged: Stage, flush: Flush) -> Tensor | None:
         """int64 [Hkv, D]: the order of K's channels that committing would fix; None where it fixes none."""
         if not self.learns_order or not self.freezes_widths(flush):
