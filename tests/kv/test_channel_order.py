@@ -57,10 +57,17 @@ def test_rows_that_do_not_count_may_hold_anything():
 def test_the_order_is_that_of_energy_times_spread():
     _, k, _ = problem(64)
     energy = torch.rand(HEADS, DIM, dtype=torch.float64)
-    order = channel_order(k, energy)
+    order = channel_order(k, energy).places
     weight = (k.double().var(2, correction=0).mean(0) * energy).gather(-1, order)
     assert bool((weight[:, :-1] >= weight[:, 1:]).all())
-    assert torch.equal(channel_order(k, None), k.double().var(2, correction=0).mean(0).argsort(-1, descending=True))
+    spread = k.double().var(2, correction=0).mean(0)
+    assert torch.equal(channel_order(k, None).places, spread.argsort(-1, descending=True))
+
+
+def test_heads_of_alike_channels_keep_one_width():
+    k = normals(1, 2, 64, DIM)
+    k[:, 1, :, ::2] *= 3
+    assert channel_order(k, None).halved.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("cuts", [[300], [100, 200], [1] * 130 + [170], [64, 64, 172]], ids=["1", "2", "130", "blocks"])

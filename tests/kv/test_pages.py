@@ -69,13 +69,13 @@ def page(layout: PageLayout, tile: Tiles, search: bool) -> bytes:
     """The bytes of one block; `tile` without the leading dimension, rows within 2^16 of each other."""
     sections: dict[str, list[bytes]] = {name: [] for name in ("codes", "steps", "exponents", "scales")}
     for codes, scales, widths, halves, order in (
-        (tile.k8, tile.k_scale, layout.k_bits, layout.k_halves, key_order(layout.block_size)),
-        (tile.v8, tile.v_scale, layout.v_bits, False, value_order(layout.block_size)),
+        (tile.k8, tile.k_scale, layout.k_bits, layout.k_halves or (False,) * 9, key_order(layout.block_size)),
+        (tile.v8, tile.v_scale, layout.v_bits, (False,) * 9, value_order(layout.block_size)),
     ):
         steps, zeros = b"", b""
-        for head in sorted(range(len(widths)), key=lambda h: (-widths[h], h)):
+        for head in sorted(range(len(widths)), key=lambda h: (-widths[h], not halves[h], h)):
             values = codes[head].numpy().astype(int)
-            for bits, channels in channel_runs(widths[head], halves, layout.head_dim):
+            for bits, channels in channel_runs(widths[head], halves[head], layout.head_dim):
                 if bits == 8:
                     code = values + 128
                 else:
@@ -116,8 +116,9 @@ def test_bytes_are_as_described(widths, token_scales, search, size):
 
 @pytest.mark.parametrize("search", [False, True], ids=["min-max", "search"])
 @pytest.mark.parametrize("head_dim", [16, 48])
-def test_bytes_of_keys_of_two_widths_are_as_described(head_dim, search):
-    layout = PageLayout(head_dim, 32, *MIXED, True, k_halves=True)
+@pytest.mark.parametrize("halves", [(True,) * 5, (False, True, False, True, False)], ids=["all", "some"])
+def test_bytes_of_keys_of_two_widths_are_as_described(head_dim, search, halves):
+    layout = PageLayout(head_dim, 32, *MIXED, True, halves)
     block = tiles(2, 5, 32, head_dim)
     got = encode_pages(layout, block, search)
     for n in range(2):
@@ -128,7 +129,7 @@ def test_bytes_of_keys_of_two_widths_are_as_described(head_dim, search):
             formulas.restored(block.k8[n, head, :, channels].numpy().astype(int), bits, search)
             if bits < 8
             else block.k8[n, head, :, channels].numpy()
-            for bits, channels in channel_runs(layout.k_bits[head], True, head_dim)
+            for bits, channels in channel_runs(layout.k_bits[head], halves[head], head_dim)
         ]
         assert np.array_equal(back.k8[n, head].numpy(), np.concatenate(parts, 1))
 
