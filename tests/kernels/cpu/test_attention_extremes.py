@@ -22,9 +22,10 @@ def through_caches(q, k, v, **options):
     """The same keys as pages of every width, and as INT8."""
     prefill_both(q, k, v, config=OFF, **options)
     for bits in (8, 4, 3, 2):
-        cache = KVCache(len(k), k.shape[1], k.shape[3], config=OFF.replace(bits=bits))
-        cache.append(k, v)
-        cache_both(q, cache, **options)
+        for reorder_k in (True, False):
+            cache = KVCache(len(k), k.shape[1], k.shape[3], config=OFF.replace(bits=bits, reorder_k=reorder_k))
+            cache.append(k, v)
+            cache_both(q, cache, **options)
 
 
 @rows
@@ -101,9 +102,27 @@ def test_the_largest_codes(queries):
         assert relative_error(out, v[:, :, :1].expand(out.shape)) < 5e-3
         assert float((lse - sign * 1.28 - torch.tensor(192.0).log()).abs().max()) < 5e-3
         for bits in (8, 4, 3, 2):
-            cache = KVCache(1, 1, 256, config=config.replace(bits=bits))
+            for reorder_k in (True, False):
+                cache = KVCache(1, 1, 256, config=config.replace(bits=bits, reorder_k=reorder_k))
+                cache.append(k, v)
+                cache_both(q, cache, scale=1e-3)
+
+
+@rows
+def test_the_largest_steps(queries):
+    """Keys between both ends of INT8, in channels that 1 and 3 bits hold too, under queries at their ends."""
+    q, k, v = qkv(1, 1, 1, queries, 192, 256)
+    q, k = q.sign() * 5.0, k.sign()
+    for bits in (4, 3, 2):
+        for reorder_k in (True, False):
+            config = OFF.replace(rotate=False, smooth_k=False, search=False, bits=bits, reorder_k=reorder_k)
+            cache = KVCache(1, 1, 256, config=config)
             cache.append(k, v)
-            cache_both(q, cache, scale=1e-3)
+            cache_both(q, cache, scale=1e-2)
+            if bits == 2 and reorder_k:
+                layout = cache.store.compressed.layout
+                steps = cache.store.compressed.gather([0])[0, layout.k_steps : layout.k_steps + 256]
+                assert set(steps[128:].tolist()) == {127}
 
 
 @rows

@@ -60,8 +60,15 @@ PREFILLS = {
 DECODES = {
     f"{bits} bits, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode([5, 64, 300], d, t, b)
     for bits in (8, 4, 3, 2, (8, 2), (3, 4))
-    for head_dim in (8, 24, 64, 128)
+    for head_dim in (8, 24, 64, 80, 128)
     for tokens in (1, 5, 20)
+} | {
+    f"{bits} bits rotated, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode(
+        [5, 64, 300], d, t, b, config=OFF.replace(reorder_k=False)
+    )
+    for bits in (4, 3, 2)
+    for head_dim in (24, 96, 256)
+    for tokens in (1, 20)
 } | {
     "mixed": lambda: decode([400, 1], 64, 3, "mixed"),
     "long": lambda: decode([2500, 70], 32, 1),

@@ -29,6 +29,7 @@ def configs(draw: st.DrawFn) -> ta.TurboConfig:
         sas_threshold=draw(st.sampled_from([-6.0, -6.0, -2.0, -9.0])),
         smooth_k=draw(st.booleans()),
         rotate=draw(st.booleans()),
+        reorder_k=draw(st.booleans()),
         token_scales=draw(st.sampled_from([True, True, True, False])),
         sink_tokens=draw(st.sampled_from([0, 64, 128])),
         search=draw(st.booleans()),
