@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kv.layout import WIDEST, PageLayout
+from ...modes import in_own_modes
 from ..inputs import BLOCK
 from . import configs
 from .call import Call
@@ -73,6 +74,7 @@ def attend_few_rows(call: Call) -> None:
 
 
 @functools.cache  # for ever, as `head_places`
+@in_own_modes
 def _blank(size: int, device: torch.device) -> Tensor:
     """What is read, and not used, where a page was evicted."""
     return torch.zeros(size, dtype=torch.uint8, device=device)

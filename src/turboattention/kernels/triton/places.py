@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv.layout import WIDEST, PageLayout
+from ...modes import in_own_modes
 
 # Numbers of a head's row, and where those of its keys and values begin in it.
 PLACES = tl.constexpr(16)
@@ -18,6 +19,7 @@ OF_VALUES = tl.constexpr(7)
 
 
 @functools.cache  # for ever: captured graphs hold addresses alone
+@in_own_modes
 def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [heads, PLACES]: the head; then for K and for V its width and the bytes' offsets of its codes, steps,
     zeros, tokens' scales and scale; 0 for what it has not."""
