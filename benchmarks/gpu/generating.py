@@ -236,12 +236,12 @@ def _step_times(setup: Setup) -> Iterator[Row]:
         from transformers import DynamicCache
 
         setup.model.set_attn_implementation(setup.own)
-        yield {"step": "own cache", **timed(DynamicCache(config=setup.model.config))}
+        yield {"way": "own cache", **timed(DynamicCache(config=setup.model.config))}
     setup.model.set_attn_implementation("turbo")
-    yield {"step": "TurboCache", **timed(setup.cache())}
+    yield {"way": "TurboCache", **timed(setup.cache())}
     cache = setup.cache()
     with GraphedDecoding(setup.model, cache, capture=setup.gpu) as graph:
-        yield {"step": "TurboCache, graph", **timed(cache), "replayed": graph.replayed}
+        yield {"way": "TurboCache, graph", **timed(cache), "replayed": graph.replayed}
 
 
 def _devices(setup: Setup) -> Iterator[Row]:

@@ -79,32 +79,3 @@ def _side(place, D: tl.constexpr):
     tokens = tl.multiple_of(tl.load(place + 4), 16)
     scale = tl.multiple_of(tl.load(place + 5), 4)
     return codes, step, zero, tokens, scale
-
-
-# -- steps, zeros and scales, asked for ahead ---------------------------------------------------------------------
-
-_SECTOR = tl.constexpr(32)  # bytes that memory is read in
-
-
-@triton.jit
-def metadata_sectors(k_place, v_place, D: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets within a page, int32 [WIDE / 4 or 32], of all that a head has in it beside codes, a sector each."""
-    LANES: tl.constexpr = 64 if WIDE > 128 else 32
-    EACH: tl.constexpr = (D + 31) // 32
-    lane = tl.arange(0, LANES)
-    side = lane // EACH  # steps and zeros of keys, then of values, EACH sectors of them
-    base = tl.where(side == 0, k_place[1], tl.where(side == 1, k_place[2], tl.where(side == 2, v_place[1], v_place[2])))
-    rest = lane - 4 * EACH
-    token = tl.where(rest < 2, k_place[3] + rest * _SECTOR, v_place[3] + (rest - 2) * _SECTOR)
-    other = tl.where(rest < 4, token, tl.where(rest == 4, k_place[4], v_place[4]))
-    return tl.where(rest < 0, base + lane % EACH * _SECTOR, other)
-
-
-@triton.jit
-def prefetch(page, sectors, ASM: tl.constexpr):
-    """Brings these sectors of a page into the L2 cache; waits for nothing, and gives nothing."""
-    if ASM == "ptx":
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [page.to(tl.int64) + sectors], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
