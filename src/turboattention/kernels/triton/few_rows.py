@@ -19,6 +19,11 @@ from .places import all_places, pairs_mask
 
 def attend_few_rows(call: Call) -> None:
     """Splits of the sequences over pages as they lie, then `combine`."""
+    for part in call.parts(configs.LARGEST_GRID):
+        _attend(part)
+
+
+def _attend(call: Call) -> None:
     adjusted = call.mask is not None or call.softcap is not None
     launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
     tiles = -(-call.rows // launch.rows)

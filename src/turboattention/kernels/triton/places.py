@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
 from ...modes import in_own_modes
 
@@ -22,7 +23,13 @@ OF_VALUES = tl.constexpr(7)
 @in_own_modes
 def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [heads, PLACES]: the head; then for K and for V its width and the bytes' offsets of its codes, steps,
-    zeros, tokens' scales and scale; 0 for what it has not."""
+    zeros, tokens' scales and scale; 0 for what it has not.
+
+    Raises UnsupportedError where a stream is being captured: the copy would be made at its replay."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "layout: expected pages of widths that a call before the capture had, got new ones: take a step first"
+        )
     sides = (
         (layout.k_groups, layout.k_coded, layout.k_steps, layout.k_token_scales, layout.k_scales),
         (layout.v_groups, layout.v_coded, layout.v_steps, layout.v_token_scales, layout.v_scales),
