@@ -36,6 +36,7 @@ def steps(rehearse: bool) -> list[Step]:
         Step("graph", 60, sound=("gate steps",)),
         Step("generate", 60, sound=("gate generate",)),
         Step("profile decode 4", 50, sound=_DECODE_GATE),
+        Step("profile decode 3", 50, sound=_DECODE_GATE),
         Step("profile decode 2", 50, sound=_DECODE_GATE),
         Step("profile prefill", 50, sound=_PREFILL_GATE),
         Step("throughput", limit if rehearse else 90, sound=("gate decode", "gate steps")),
@@ -168,6 +169,7 @@ def _profile(shapes: Any, which: str, results: Results) -> Rows:
     sections = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy",
                 "InstructionStats", "LaunchStats", "ComputeWorkloadAnalysis")  # fmt: skip
     command = ["ncu", "--kernel-name", work, "--launch-count", "1", "--clock-control", "none"]
+    command += ["--print-details", "all"]  # what warps wait for, each by itself
     for section in sections:
         command += ["--section", section]
     yield from _tool(command, [work, bits or "4"], results.path.parent / f"ncu-{which.replace(' ', '-')}.txt")

@@ -97,26 +97,29 @@ def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
             q = normals(batch, plan.heads, tokens, plan.head_dim, seed=0)
             k, v = (normals(batch, plan.kv_heads, tokens, plan.head_dim, seed=seed) for seed in (1, 2))
             want = exact(q[:1, :, -64:], k[:1], v[:1], True)
-
-            def row(key: str, form: str, launch: Launch, softmax: str) -> Row:
-                config = ta.TurboConfig(softmax=form, guard="off")
-                attend = functools.partial(ta.turbo_attention, q, k, v, is_causal=True, config=config, backend="triton")
-                with launched(prefill=launch):
-                    found = _timed(attend, lambda: attend()[:1, :, -64:], want, captured=False)
-                if "seconds" in found:
-                    operations = 2 * batch * plan.heads * plan.head_dim * tokens**2
-                    found["TOPS"] = operations / found["seconds"] / 1e12
-                return {"key": key, "softmax": softmax, "batch": batch, "keys": tokens, **_of(launch)} | found
-
+            tried = functools.partial(_prefill, (q, k, v), want, have)
             for form, launch in itertools.product(FORMS, prefill_candidates()):
-                key = f"prefill {form} {batch}x{tokens} {_text(launch)}"
-                if key not in have:
-                    yield row(key, form, launch, form)
+                yield from tried(form, launch, form)
             for form in FORMS:
                 with other_rescaling() as rescaling:
-                    key = f"prefill {form} {batch}x{tokens} {_text(PREFILL[0])}, {rescaling}"
-                    if key not in have:
-                        yield row(key, form, PREFILL[0], f"{form}, {rescaling}")
+                    yield from tried(form, PREFILL[0], f"{form}, {rescaling}")
+
+
+def _prefill(
+    qkv: tuple[torch.Tensor, ...], want: torch.Tensor, have: set[str], form: str, launch: Launch, softmax: str
+) -> Iterator[Row]:
+    """`softmax`: what the row says of form and rescaling."""
+    batch, heads, tokens, head_dim = qkv[0].shape
+    key = f"prefill {softmax} {batch}x{tokens} {_text(launch)}"
+    if key in have:
+        return
+    config = ta.TurboConfig(softmax=form, guard="off")
+    attend = functools.partial(ta.turbo_attention, *qkv, is_causal=True, config=config, backend="triton")
+    with launched(prefill=launch):
+        row = _timed(attend, lambda: attend()[:1, :, -64:], want, captured=False)
+    if "seconds" in row:
+        row["TOPS"] = 2 * batch * heads * head_dim * tokens**2 / row["seconds"] / 1e12
+    yield {"key": key, "softmax": softmax, "batch": batch, "keys": tokens, **_of(launch)} | row
 
 
 def best(rows: list[Row], **wanted: Any) -> Launch | None:

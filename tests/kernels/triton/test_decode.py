@@ -174,6 +174,7 @@ def test_splits(parts, bits, monkeypatch):
     both(*tokens_for(filled([500, 70], 32, OFF.replace(bits=bits), heads=1), 2, 2))
 
 
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("masked", [1, 3])
 def test_more_sequences_than_a_grid_has_programs(masked, monkeypatch):
     cache = filled([70, 0, 140], 16)
