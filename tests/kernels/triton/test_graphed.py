@@ -132,23 +132,6 @@ def assert_alike(a: TurboCache, b: TurboCache) -> None:
 # -- the same tokens, the same cache ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
-def test_steps_under_inference_mode_and_outside_take_turns(first, llama):
-    """What is made in one mode is changed in the other; over the end of a block."""
-    ids = drawn(1, 190)
-    cache, eager = filled(llama, ids), filled(llama, ids)
-    modes = [first, torch.no_grad if first is torch.inference_mode else torch.inference_mode]
-    with GraphedDecoding(llama, cache, capture=False) as graph:
-        for turn in range(5):
-            with modes[turn % 2]():
-                got = llama(ids[:, -1:], past_key_values=cache).logits
-            with modes[(turn + 1) % 2]():
-                want = llama(ids[:, -1:], past_key_values=eager).logits
-            assert torch.equal(got, want)
-    assert graph.replayed >= 2
-    assert_alike(cache, eager)
-
-
 @pytest.mark.parametrize("sample", [pytest.param(False, marks=pytest.mark.long), True], ids=["greedy", "sampled"])
 def test_steps_over_a_flush(sample, llama, tmp_path):
     ids = drawn(2, 126)
