@@ -73,7 +73,7 @@ class Growing(Contents):
             self.freeze_widths(bits)
         self._store.append(parts, first.tolist(), flush.batch[~seen].tolist())
         kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
-        self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept)
+        self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept, self._seen(staged.lengths))
         self._lengths = staged.lengths.clone()
         self._k_mean, self._universal = _single(staged.k_mean), _single(staged.universal)
 
@@ -139,7 +139,7 @@ class Growing(Contents):
     def buffer_rows(self, tokens: int) -> int:
         """Rows of a buffer whose longest sequence has `tokens` there."""
         assert self._buffer is not None
-        return self._buffer.rows_for(tokens)
+        return self._buffer.rows_for(tokens, self._seen(self._lengths))
 
     @in_own_modes
     def buffer_memory(self, rows: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
