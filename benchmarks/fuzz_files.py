@@ -1,17 +1,18 @@
 """Saved caches, damaged and forged at random: every file must be refused, or load as one that is whole.
 
-    python tests/fuzz_files.py --files 100000 --seed 0
+    python benchmarks/fuzz_files.py --files 100000 --seed 0
 
 Half of the files have bytes or headers changed; the others have tensors or metadata changed under a digest that fits,
-as someone would forge them. What loads is dequantized and attended: nothing of it may be NaN or infinite. Prints counts,
-the slowest load and the largest memory, and ends with 1 where a file was neither refused by an error of this package nor
-loaded, took too long, or gave what is not finite.
+as someone would forge them. What loads is dequantized and attended: nothing of it may be NaN or infinite. Prints
+counts, the slowest load and the largest memory, and ends with 1 where a file was neither refused by an error of this
+package nor loaded, took too long, or gave what is not finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import json
 import random
 import resource
@@ -139,7 +140,7 @@ def other_entry(data: bytes, pick: random.Random) -> bytes:
     elif kind == 3:
         entry["data_offsets"][pick.randrange(2)] = pick.choice([*SIZES, len(content) + 1, pick.randrange(len(content))])
     else:
-        header[pick.choice(names)] = pick.choice(VALUES)
+        header[pick.choice(names)] = copy.deepcopy(pick.choice(VALUES))
     return joined(header, content)
 
 
@@ -199,7 +200,7 @@ def forge_value(content: Any, pick: random.Random) -> None:
     while isinstance(content, (dict, list)) and content:
         key = pick.choice([*content]) if isinstance(content, dict) else pick.randrange(len(content))
         if not isinstance(content[key], (dict, list)) or not content[key] or pick.random() < 0.2:
-            content[key] = pick.choice(VALUES)
+            content[key] = copy.deepcopy(pick.choice(VALUES))
             return
         content = content[key]
 
