@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.report.charts import pareto
 from turboattention.evaluation.report.evaluation import loss_points
+from turboattention.files import write_figure, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS, BUILD = ROOT / "benchmarks" / "results", ROOT / "build" / "accuracy"
@@ -123,7 +124,7 @@ def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
     for units in stages.values():
         units.sort(key=lambda u: (u["task"], order.index(u["method"]) if u["method"] in order else len(order)))
     document = rounded({"facts": facts, "stages": stages})
-    (RESULTS / f"accuracy-{label}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(RESULTS / f"accuracy-{label}.json", json.dumps(document, indent=1) + "\n")
     return document
 
 
@@ -159,7 +160,7 @@ def update(name: str, documents: dict[str, dict[str, Any]], *, check: bool) -> b
     text = path.read_text(encoding="utf-8")
     new = with_section(text, PAGES[name](documents)) if BEGIN in text else text
     if text != new and not check:
-        path.write_text(new, encoding="utf-8")
+        write_text(path, new)
     return text == new
 
 
@@ -177,7 +178,7 @@ def draw(documents: dict[str, dict[str, Any]]) -> Sequence[Path]:
         points = loss_points({"units": units, "methods": _methods(units)}, "kl", 1)
         if len(points) > 1:
             path = ROOT / "docs" / f"accuracy-{label}.png"
-            pareto(points, ylabel="KL from the own cache, nats").savefig(path, dpi=110)
+            write_figure(path, pareto(points, ylabel="KL from the own cache, nats"))
             drawn.append(path)
     return drawn
 

@@ -17,6 +17,7 @@ from tables import OTHER_ISAS, Result, full, result_of, summary
 
 from turboattention.cli.bench_files import write_plot
 from turboattention.cli.bench_view import facts_line
+from turboattention.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,7 +68,7 @@ def update(root: Path, name: str, results: Sequence[Result], *, check: bool) -> 
     if old is None or old == new:
         return True
     if not check:
-        page.write_text(text.replace(old, new), encoding="utf-8")
+        write_text(page, text.replace(old, new))
     return False
 
 

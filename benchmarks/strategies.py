@@ -23,6 +23,7 @@ from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.baselines.kinds import TurboMethod
 from turboattention.evaluation.intervals import bootstrap
 from turboattention.evaluation.text_metrics import STRETCH, compare, cut, summarize
+from turboattention.files import write_text
 from turboattention.integrations.transformers import calibrate, generation
 from turboattention.integrations.transformers.subject import TransformersSubject
 
@@ -44,9 +45,9 @@ def main() -> None:
     if not options.table:
         torch.set_num_threads(1)
         result = measure(options.calibrate.read_text(), options.text.read_text(), options.passages)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(RESULTS, json.dumps(result, indent=1) + "\n")
     before, _, after = PAGE.read_text().split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n{table(json.loads(RESULTS.read_text()))}\n{MARK}{after}")
+    write_text(PAGE, f"{before}{MARK}\n{table(json.loads(RESULTS.read_text()))}\n{MARK}{after}")
 
 
 def methods(found: Calibration) -> dict[str, TurboMethod]:

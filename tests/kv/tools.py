@@ -71,7 +71,10 @@ def sequence_content(cache: ta.KVCache, sequence: int) -> dict[str, object]:
     content: dict[str, object] = {"length": int(cache.seq_lens[sequence]), "pages": pages_of(cache, sequence)}
     if cache._buffer is not None:
         for name in cache._buffer.TENSORS:
-            content[name] = getattr(cache._buffer, name)[sequence].float().tolist()
+            held = getattr(cache._buffer, name)[sequence].float()
+            rows = held.new_zeros(held.shape[0], cache._buffer.capacity, *held.shape[2:])
+            rows[:, : held.shape[1]] = held  # the rest is as if it were zero
+            content[name] = rows.tolist()
     if cache._k_mean is not None:
         content["k_mean"] = cache._k_mean[sequence].tolist()
     if cache._universal is not None:

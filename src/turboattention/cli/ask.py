@@ -14,6 +14,7 @@ from ..errors import InputError
 from . import cache_file
 from .ask_view import answers_json, show
 from .asking import compare
+from .descriptors import check_input
 from .device import Dtype
 from .document import Document, Ready
 from .facts import facts, slower_than_kernels
@@ -159,6 +160,8 @@ def _questions(file: str | None, given: list[str] | None, demo: bool) -> list[st
         return bundled.questions()
     if not given and file == "-":
         raise InputError("--question: expected at least one with --file -, which takes stdin, got none")
+    if not given:
+        check_input("stdin")
     return given or None
 
 

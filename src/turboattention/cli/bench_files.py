@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import write_text, write_whole
+from ..files import write_figure, write_text
 from .missing import INSTALL
 from .targets import check_target
 
@@ -62,8 +62,7 @@ def write_plot(path: Path, rows: list[Row], title: str) -> bool:
         axes.set(title=work, xlabel="tokens", ylabel="peer's time / TurboAttention's")
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
     figure.suptitle("\n".join(wrap(title, 70 * len(works))), fontsize=8)
-    kind = path.suffix.removeprefix(".").lower()
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format=kind), "--plot")
+    write_figure(path, figure, "--plot")
     return True
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, TurboError
+from .descriptors import check_input
 from .device import Dtype
 from .facts import slower_than_kernels
 from .interrupt import Interrupt
@@ -89,6 +90,7 @@ def chat(
             "--load: expected no --system, --bits, --preset, --guard or --calibration with it: the file has its own"
         )
     check_sampling(temperature, top_p)
+    check_input("chat")
     check_model(model)
     bits = bits or ("4" if calibration is None else "mixed")
     setting = make_setting(bits, preset or Preset.default, guard, load_calibration(calibration))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from ..files import write_text
+from ..files import write_figure, write_text
 from .calibrating import CHOICE, LENGTH, STRATEGY, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, heads_table, summary
@@ -104,7 +104,7 @@ def inspect(
     if picture is not None:
         from .heads_page import keys_by_layer
 
-        keys_by_layer(found).savefig(picture, dpi=110)
+        write_figure(picture, keys_by_layer(found), "--picture")
     if json:
         print_json(as_json(found))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from .descriptors import settle
 from .missing import INSTALL, missing_package
 
 
@@ -16,6 +17,7 @@ def _explain(package: str) -> Callable[[], None]:
     return app
 
 
+settle()
 try:
     from .application import app
 except ModuleNotFoundError as error:

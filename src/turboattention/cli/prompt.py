@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..bundled import text as bundled_text
 from ..errors import InputError
+from .descriptors import check_input
 
 
 def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
@@ -49,6 +50,8 @@ def check_text(option: str, text: str) -> None:
 
 
 def _read(option: str, file: str) -> str:
+    if file == "-":
+        check_input(option)
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except (OSError, ValueError) as error:

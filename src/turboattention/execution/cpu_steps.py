@@ -36,6 +36,7 @@ def step(
     filled = steps.filled_by(tokens) if steps is not None else None
     if steps is None or filled is None:
         return None
+    steps.fit(cache, tokens, filled)
     pages, fresh = steps.fresh(cache, filled)
     factor = logit_scale(scale, q.shape[3])
     result = steps.step.run(
@@ -58,6 +59,7 @@ def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -
     filled = steps.filled_by(tokens) if steps is not None else None
     if steps is None or filled is None:
         return False
+    steps.fit(cache, tokens, filled)
     pages, fresh = steps.fresh(cache, filled)
     if not steps.step.append(k, v, cache.lengths, fresh):
         steps.discard(cache, pages)
@@ -70,23 +72,30 @@ class _Steps:
     """What steps of a cache share while nothing changes it but they."""
 
     def __init__(self, cache: Growing):
-        self._room, self._capacity = cache.room, cache.buffer_memory()[0][0].shape[2]
+        self._room, self._capacity = cache.room, cache.config.block_size - 1 + cache.config.flush_lag
         self._may_fill = cache.settled and not cache.config.flush_lag
         self.addresses = _addresses(cache)
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
         self._open = (cache.lengths - self._start).tolist()
         self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
         mean = cache.state(torch.device("cpu")).k_mean
-        codes, scales = cache.buffer_memory()
-        self.step = Step(
-            cache.config,
-            self._pages,
-            self._start,
-            codes,
-            scales,
-            None if mean is None else mean.contiguous(),
-            cache.mean_from,
-        )
+        self._mean = None if mean is None else mean.contiguous()
+        self._rows = 0
+        self.fit(cache, 0, [])
+
+    def fit(self, cache: Growing, tokens: int, filled: list[int]) -> None:
+        """The buffer as large as it has to be once every sequence has `tokens` more, of which `filled` fill a block."""
+        held = max(self._open)
+        if not filled and tokens and held + tokens <= self._rows:
+            return
+        left = [rows + tokens for rows in self._open]
+        for sequence in filled:
+            left[sequence] -= self._size
+        rows = cache.buffer_rows(max(held, *left))  # what fills a block is still read there
+        if rows != self._rows:
+            self._rows = rows
+            codes, scales = cache.buffer_memory(rows)
+            self.step = Step(cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from)
 
     def filled_by(self, tokens: int) -> list[int] | None:
         """Which sequences fill a block with so many tokens; None where that takes more than a step."""
@@ -127,6 +136,7 @@ class _Steps:
                 self._start[sequence] += self._size
                 self._pages.counts[sequence] += 1
             self._room = self._capacity - max(self._open)
+            self.fit(cache, 0, [])
 
 
 def _steps_of(cache: Growing) -> _Steps | None:

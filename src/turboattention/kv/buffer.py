@@ -10,22 +10,25 @@ from torch import Tensor
 from ..modes import in_own_modes
 from .pages import Tiles
 
+_STEP = 16
+_SPARE = 256
+
 
 class Int8Buffer:
-    """`capacity` INT8 tokens a sequence, left-aligned, with a scale per token.
+    """Up to `capacity` INT8 tokens a sequence, left-aligned, with a scale per token.
 
-    codes int8 [B, H, capacity, D], scales [B, H, capacity]: bfloat16 where scales are on the
-    4-mantissa-bit grid of token scales (exact), else float32. Rows past a sequence's length are zero.
+    codes int8 [B, H, rows, D], scales [B, H, rows]: bfloat16 where scales are on the 4-mantissa-bit grid of token
+    scales (exact), else float32. There are as many rows as `rows_for` says; those past a sequence's length are zero.
     """
 
     def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, token_scales: bool, device: torch.device):
         self.capacity = capacity
-        scale_dtype = torch.bfloat16 if token_scales else torch.float32
+        scale_dtype, rows = torch.bfloat16 if token_scales else torch.float32, min(_STEP, capacity)
         self.k8, self.v8 = (
-            torch.zeros(batch, heads, capacity, head_dim, dtype=torch.int8, device=device) for _ in range(2)
+            torch.zeros(batch, heads, rows, head_dim, dtype=torch.int8, device=device) for _ in range(2)
         )
         self.k_scale, self.v_scale = (
-            torch.zeros(batch, heads, capacity, dtype=scale_dtype, device=device) for _ in range(2)
+            torch.zeros(batch, heads, rows, dtype=scale_dtype, device=device) for _ in range(2)
         )
 
     TENSORS = ("k8", "v8", "k_scale", "v_scale")
@@ -34,16 +37,28 @@ class Int8Buffer:
     def nbytes(self) -> int:
         return sum(getattr(self, name).untyped_storage().nbytes() for name in self.TENSORS)
 
+    @property
+    def rows(self) -> int:
+        """Tokens of a sequence that there is memory for."""
+        return self.k8.shape[2]
+
+    def rows_for(self, tokens: int, held: int) -> int:
+        """Rows of a buffer whose longest sequence has `tokens` here, of `held` ones it can see: in 16s, and in larger
+        steps where that is little beside what is held, since every step moves the buffer."""
+        step = max(_STEP, held // _SPARE // _STEP * _STEP)
+        return min(max(1, -(-tokens // step)) * step, self.capacity)
+
     def memory(self, rows: int) -> tuple[Tensor, ...]:
-        """The tensors with `rows` rows a head, contiguous, at least `capacity`: some kernels want room for
-        the token that fills a block. Moved only where there are more or fewer; the rows behind are zero."""
+        """The tensors with `rows` rows a head, contiguous, of which the first `capacity` are the buffer: some kernels
+        want room for the token that fills a block. Moved only where there are more or fewer; new rows are zero."""
         whole = []
         for name in self.TENSORS:
             held = getattr(self, name)
             stride, size = held.stride(1), (*held.shape[:2], rows, *held.shape[3:])
             if stride != rows * (held.shape[3] if held.dim() == 4 else 1):
-                moved = held.new_zeros(size)
-                moved[:, :, : self.capacity] = held
+                moved, kept = held.new_empty(size), min(rows, held.shape[2])
+                moved[:, :, :kept] = held[:, :, :kept]
+                moved[:, :, kept:] = 0
                 setattr(self, name, moved[:, :, : self.capacity])
                 whole.append(moved)
             else:
@@ -54,17 +69,20 @@ class Int8Buffer:
         """What is buffered, scales as float32."""
         return Tiles(self.k8, self.v8, self.k_scale.float(), self.v_scale.float())
 
-    def take(self, tiles: Tiles, first: Tensor, lengths: Tensor) -> None:
-        """Hold rows `first .. first + lengths` (int64 [B] each) of every sequence of `tiles`."""
-        rows = first[:, None] + torch.arange(self.capacity, device=first.device)
-        valid = torch.arange(self.capacity, device=first.device) < lengths[:, None]
+    def take(self, tiles: Tiles, first: Tensor, lengths: Tensor, held: int) -> None:
+        """Hold rows `first .. first + lengths` (int64 [B] each) of every sequence of `tiles`; `held` as in
+        `rows_for`."""
+        count = self.rows_for(int(lengths.max()) if len(lengths) else 0, held)
+        rows = first[:, None] + torch.arange(count, device=first.device)
+        valid = torch.arange(count, device=first.device) < lengths[:, None]
         rows = torch.where(valid, rows, 0).to(self.k8.device)[:, None, :]
         valid = valid.to(self.k8.device)[:, None, :]
         for name in self.TENSORS:
-            source, target = getattr(tiles, name), getattr(self, name)
-            index = rows[..., None].expand_as(target) if source.dim() == 4 else rows.expand_as(target)
+            source, held = getattr(tiles, name), getattr(self, name)
+            shape = (*held.shape[:2], count, *held.shape[3:])
+            index = rows[..., None].expand(shape) if source.dim() == 4 else rows.expand(shape)
             mask = valid[..., None] if source.dim() == 4 else valid
-            target.copy_(torch.where(mask, source.gather(2, index), 0))
+            setattr(self, name, torch.where(mask, source.gather(2, index), 0).to(held.dtype))
 
     @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:

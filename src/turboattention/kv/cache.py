@@ -30,7 +30,7 @@ class KVCache(Growing):
         device, dtype: where the cache lives, and what `dequantize` returns; by default those of
             the first tokens appended.
         window_size: for sliding-window layers. Blocks that no later query can see are released,
-            one block late, so that a crop of up to `block_size` tokens stays possible.
+            16 tokens late, so that a crop of so many stays possible.
         k_mean: float [Hkv, D], a calibrated mean of K for smoothing; by default it is taken from
             each sequence's first block.
 
@@ -71,7 +71,7 @@ class KVCache(Growing):
         check_crop(self._store, self._lengths, target, kept, self.window_size)
         self.kept = None
         rows = rows_behind(self._store, self._buffer, target, kept)
-        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size)
+        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size, self._seen(target))
         self._store.truncate(kept.tolist())
         self._lengths = target.clone()
 
@@ -122,14 +122,17 @@ class KVCache(Growing):
         return load_cache(path, device)
 
     def _take_sequences(self, source: KVCache, index: Tensor) -> None:
-        batch = source.batch_size
-        self._lengths, self.kept = source._lengths[index], None
         if source._store is None or source._buffer is None:
+            self._lengths, self.kept = source._lengths[index], None
             return
-        self._store = source._store.select(index.tolist())
-        self._buffer = source._buffer.select(index)
-        rows = index.to(source._store.device)
+        store, buffer = source._store.select(index.tolist()), source._buffer.select(index)
+        if len(index) < source.batch_size:  # which may need less
+            lengths = source._lengths[index]
+            rows = lengths - store.counts * self.config.block_size
+            buffer.memory(buffer.rows_for(int(rows.max()) if len(rows) else 0, self._seen(lengths)))
+            if store.reserved:
+                store.apart(self.max_tokens or 0, self.window_size)
+        rows = index.to(store.device)
         self._k_mean = None if source._k_mean is None else source._k_mean[rows]
         self._universal = None if source._universal is None else source._universal[:, rows]
-        if len(index) < batch and self._store.reserved:  # fewer sequences need less
-            self._reserve()
+        self._lengths, self._store, self._buffer, self.kept = source._lengths[index], store, buffer, None

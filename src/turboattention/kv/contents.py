@@ -193,6 +193,11 @@ class Contents:
         """From the stored (rotated) space back to the model's."""
         return rotate(x, inverse=True) if self.config.rotate else x
 
+    def _seen(self, lengths: Tensor) -> int:
+        """Tokens that the next query of the longest of sequences so long can see."""
+        longest = int(lengths.max()) if len(lengths) else 0
+        return longest if self.window_size is None else min(longest, self.window_size)
+
     def _allocate(self, device: torch.device) -> None:
         if self._store is not None:
             return
@@ -203,7 +208,7 @@ class Contents:
         self._buffer = Int8Buffer(
             batch, self.num_kv_heads, c.block_size - 1 + c.flush_lag, self.head_dim, c.token_scales, device
         )
-        self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device)
+        self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device, self.window_size is not None)
 
     def _stored_mean(self, device: torch.device) -> Tensor:
         """The calibrated mean, in the stored space, for every sequence."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import InputError
 from .buffer import Int8Buffer
 from .pages import Tiles
-from .store import PageStore
+from .store import CROPPED, PageStore
 
 
 def rows_behind(store: PageStore, buffer: Int8Buffer, target: Tensor, kept: Tensor) -> Tiles:
@@ -21,6 +21,7 @@ def rows_behind(store: PageStore, buffer: Int8Buffer, target: Tensor, kept: Tens
     reopened = (kept < counts) & (target > kept * store.config.block_size)
     if not bool(reopened.any()):
         return rows
+    rows = rows.map(lambda x: _pad_tokens(x, buffer.capacity))
     at = torch.where(reopened, kept, kept[reopened][0])
     blocks = at.unique()
     tiles = Tiles.cat([store.tiles(int(block), int(block) + 1) for block in blocks], 1)
@@ -47,7 +48,7 @@ def check_crop(store: PageStore, lengths: Tensor, target: Tensor, kept: Tensor, 
     wanted = (columns >= needed[:, None]) & (columns < last[:, None])
     if bool((wanted & ~present).any()):
         raise InputError(
-            f"length: expected a crop of at most {size} tokens behind a window of {window} (older blocks were "
+            f"length: expected a crop of at most {CROPPED} tokens behind a window of {window} (older blocks were "
             f"released), got {target.tolist()} of {lengths.tolist()}"
         )
 

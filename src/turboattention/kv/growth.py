@@ -16,7 +16,7 @@ from ..validation import check_new, refuse_gradients
 from .contents import Contents
 from .quantizer import quantizer_for
 from .staging import Stage, stage
-from .store import Encoded, Flush
+from .store import CROPPED, Encoded, Flush
 from .widths import decide_head_bits, uniform_head_bits
 
 
@@ -73,7 +73,7 @@ class Growing(Contents):
             self.freeze_widths(bits)
         self._store.append(parts, first.tolist(), flush.batch[~seen].tolist())
         kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
-        self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept)
+        self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept, self._seen(staged.lengths))
         self._lengths = staged.lengths.clone()
         self._k_mean, self._universal = _single(staged.k_mean), _single(staged.universal)
 
@@ -136,12 +136,17 @@ class Growing(Contents):
             left = torch.where(self._lengths < size, torch.minimum(left, size - 1 - self._lengths), left)
         return int(left.min())
 
-    @in_own_modes
-    def buffer_memory(self, rows: int | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Codes int8 [B, H, rows, D] and scales [B, H, rows] of K and V, contiguous, to write new rows into
-        behind the old ones; `extend` then counts them. `rows` is the buffer's capacity unless given."""
+    def buffer_rows(self, tokens: int) -> int:
+        """Rows of a buffer whose longest sequence has `tokens` there."""
         assert self._buffer is not None
-        k8, v8, k_scale, v_scale = self._buffer.memory(rows or self._buffer.capacity)
+        return self._buffer.rows_for(tokens, self._seen(self._lengths))
+
+    @in_own_modes
+    def buffer_memory(self, rows: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Codes int8 [B, H, rows, D] and scales [B, H, rows] of K and V, contiguous, to write new rows into
+        behind the old ones; `extend` then counts them. There must be room for the old ones."""
+        assert self._buffer is not None
+        k8, v8, k_scale, v_scale = self._buffer.memory(rows)
         return (k8, v8), (k_scale, v_scale)
 
     @in_own_modes
@@ -165,7 +170,8 @@ class Growing(Contents):
         if k_mean is not None:
             self._k_mean = k_mean
         self._lengths = self._lengths + tokens
-        self._store.evict(self._first_kept(self._lengths).tolist())
+        if self.window_size is not None:
+            self._store.evict(self._first_kept(self._lengths).tolist())
 
     @property
     def settled(self) -> bool:
@@ -186,8 +192,8 @@ class Growing(Contents):
         """int64 [B]: the first block that a later query of sequences so long can see."""
         if self.window_size is None:
             return torch.zeros_like(lengths)
-        # The next query, at position L, sees L - window + 1 on; one more block stays for crops.
-        return ((lengths - self.window_size + 1) // self.config.block_size - 1).clamp(min=0)
+        # The next query, at position L, sees L - window + 1 on; behind a crop it stands further in front.
+        return ((lengths - self.window_size + 1 - CROPPED) // self.config.block_size).clamp(min=0)
 
 
 def _single(x: Tensor | None) -> Tensor | None:

@@ -1,13 +1,16 @@
 """Pages of one layout: handed out by number, shared by counting, and freed when nobody uses them.
 
-A page is written once and never changed, so sequences that share a past share its pages (beams,
-clones) and copying is never needed. Each page is memory of its own: growing moves nothing, and what
-a window, a crop or a selection leaves behind is free at once, whichever pages it was allocated with.
+A page is written once and never changed nor moved, so sequences that share a past share its pages (beams, clones),
+and who reads them needs no lock. What a sequence gets at once is one slab of memory (a few, where it is long), and a
+slab is freed with the last of its pages: so those who let go of a part of one copy what they keep (`crowded`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +19,21 @@ from torch import Tensor
 from ..modes import in_own_modes
 from .layout import PageLayout
 
+LARGEST = 64
+"""Pages of a slab at most: what a crop into one has to copy."""
+
+_WASTE = 16
+"""A sequence's pages over those it may leave unused in its slabs."""
+
+
+@dataclass(eq=False)
+class _Slab:
+    """uint8 [pages, page_bytes]; `used` of them are in use. What is free of a reserved one is used again."""
+
+    memory: Tensor
+    used: int = 0
+    reserved: bool = False
+
 
 class PagePool:
     """Allocator of pages `uint8 [page_bytes]` on one device."""
@@ -23,78 +41,165 @@ class PagePool:
     def __init__(self, layout: PageLayout, device: torch.device):
         self.layout = layout
         self.device = device
-        self._pages: dict[int, Tensor] = {}
+        self._pages: dict[int, tuple[_Slab, int]] = {}
         self._counts: dict[int, int] = {}
-        self._idle: list[Tensor] = []
-        self.reserved = 0
-        self._next_page = 0
+        self._idle: list[tuple[_Slab, int]] = []
+        """Rows of reserved slabs that no page stands in."""
+        self._held = self.reserved = self._next_page = 0
+        self._lock = threading.RLock()
+        """Several threads may have clones; and a clone may be collected in the middle of a call."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages, used or idle."""
-        return len(self._pages) * self.layout.page_bytes + self.idle_nbytes
+        """Bytes of all slabs."""
+        return self._held * self.layout.page_bytes
 
     @property
     def idle_nbytes(self) -> int:
         """Bytes that are reserved and not used."""
         return len(self._idle) * self.layout.page_bytes
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
     @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies made under `inference_mode` can be written to outside of it, too."""
         self.__dict__.update(state)
-        self._idle = self._new(len(self._idle))
+        self._lock = threading.RLock()
+        for slab in {id(slab): slab for slab, _ in (*self._pages.values(), *self._idle)}.values():
+            if slab.memory.is_inference():
+                slab.memory = slab.memory.clone()
 
-    def reserve(self, pages: int) -> None:
-        """From now on hold memory for at least `pages` pages, used ones included."""
-        self.reserved = pages
-        missing = max(0, pages - len(self._pages))
-        self._idle.extend(self._new(missing - len(self._idle)))
-        del self._idle[missing:]
+    def reserve(self, pages: int, apart: bool = False) -> None:
+        """From now on hold memory for at least `pages` pages, used ones included; each `apart` from others."""
+        with self._lock:
+            before, missing = self._held, max(0, pages - self._held)
+            new = self._new([1] * missing if apart else [missing], reserved=True)
+            for slab, _ in self._pages.values():
+                slab.reserved = slab.reserved or pages >= before
+            self._idle.extend((slab, row) for slab in new for row in range(len(slab.memory)))
+            self.reserved = pages
 
-    def allocate(self, count: int) -> list[int]:
-        """Numbers of `count` pages, each counted once; a number never stands for another page later."""
-        memory = self._idle[:count]
-        memory += self._new(count - len(memory))
-        del self._idle[:count]
-        taken = list(range(self._next_page, self._next_page + count))
-        self._next_page += count
-        self._pages.update(zip(taken, memory, strict=True))
-        self._counts.update(dict.fromkeys(taken, 1))
-        return taken
+    def allocate(self, runs: Sequence[int]) -> list[int]:
+        """Numbers of pages, each counted once; a number never stands for another page later.
+
+        Those of one run are likely to be released together, such as the pages of one sequence.
+        """
+        with self._lock:
+            count = sum(runs)
+            rows = self._idle[:count]
+            for slab in self._new(_rest(runs, len(rows))):
+                rows.extend((slab, row) for row in range(len(slab.memory)))
+            del self._idle[:count]
+            taken = list(range(self._next_page, self._next_page + count))
+            self._next_page += count
+            for slab, _ in rows:
+                slab.used += 1
+            self._pages.update(zip(taken, rows, strict=True))
+            self._counts.update(dict.fromkeys(taken, 1))
+            return taken
 
     def retain(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            if page >= 0:
-                self._counts[page] += 1
+        with self._lock:
+            for page in pages:
+                if page >= 0:
+                    self._counts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; one that nobody uses any more is freed, unless it is reserved memory."""
-        for page in pages:
-            if page < 0:
-                continue
-            self._counts[page] -= 1
-            if not self._counts[page]:
-                del self._counts[page]
-                memory = self._pages.pop(page)
-                if len(self._pages) + len(self._idle) < self.reserved:
-                    self._idle.append(memory)
+        """Give pages back; what nobody uses any more is freed, unless it is reserved memory."""
+        with self._lock:
+            for page in pages:
+                if page < 0:
+                    continue
+                self._counts[page] -= 1
+                if not self._counts[page]:
+                    del self._counts[page]
+                    self._free(*self._pages.pop(page))
+
+    def crowded(self, kept: Sequence[int], leaving: Sequence[int]) -> list[int]:
+        """Of the pages that a sequence keeps, those to copy because they alone would hold the slabs of those that
+        are `leaving` it: none while that is little beside what it keeps."""
+        cut = {id(slab): len(slab.memory) for slab, _ in self._places(leaving) if not slab.reserved}
+        crowded = (
+            [page for page, (slab, _) in zip(kept, self._places(kept), strict=True) if id(slab) in cut] if cut else []
+        )
+        shared = {id(slab) for slab, _ in self._places(crowded)}
+        wasted = sum(cut[slab] for slab in shared) - len(crowded)
+        return crowded if wasted * _WASTE > len(kept) else []
 
     def address(self, page: int) -> int:
         """Where a page's bytes stand in memory; 0 for a negative number (an evicted page)."""
-        return self._pages[page].data_ptr() if page >= 0 else 0
+        if page < 0:
+            return 0
+        slab, row = self._pages[page]
+        return slab.memory.data_ptr() + row * self.layout.page_bytes
+
+    def extent(self, pages: Iterable[int]) -> int:
+        """Bytes of the slabs that pages stand in; of reserved ones the pages alone."""
+        rows = self._places({*pages})
+        own = sum(slab.reserved for slab, _ in rows)
+        slabs = {id(slab): len(slab.memory) for slab, _ in rows if not slab.reserved}
+        return (own + sum(slabs.values())) * self.layout.page_bytes
 
     def write(self, pages: Sequence[int], content: Tensor) -> None:
         """Fill pages with rows of uint8 [N, page_bytes]."""
-        pairs = [(self._pages[page], row) for page, row in zip(pages, content, strict=True)]
-        if pairs:  # on a GPU one launch for many
-            torch._foreach_copy_([page for page, _ in pairs], [row for _, row in pairs])  # pyright: ignore
+        if len(pages) != len(content):
+            raise ValueError(f"content: expected a row for each of {len(pages)} pages, got {len(content)}")
+        targets, sources, first = [], [], 0
+        for part in self._runs(pages):
+            targets.append(part)
+            sources.append(content[first : first + len(part)])
+            first += len(part)
+        if targets:  # on a GPU one launch for many
+            torch._foreach_copy_(targets, sources)  # pyright: ignore
 
-    def gather(self, pages: Iterable[int]) -> Tensor:
+    def gather(self, pages: Sequence[int]) -> Tensor:
         """uint8 [N, page_bytes]; a negative number (an evicted page) gives zeros."""
-        blank = torch.zeros(self.layout.page_bytes, dtype=torch.uint8, device=self.device)
-        return torch.stack([self._pages[page] if page >= 0 else blank for page in pages])
+        parts = self._runs(pages)
+        empty = torch.empty(0, self.layout.page_bytes, dtype=torch.uint8, device=self.device)
+        return torch.cat(parts) if parts else empty
 
-    def _new(self, count: int) -> list[Tensor]:
-        size = self.layout.page_bytes
-        return [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(count)]
+    def _runs(self, pages: Sequence[int]) -> list[Tensor]:
+        """Pages in this order, uint8 [n, page_bytes] where n stand side by side."""
+        parts = []
+        places: list[Any] = [(*self._pages[page], i) if page >= 0 else (None, 0, i) for i, page in enumerate(pages)]
+        for _, side_by_side in groupby(places, lambda place: (id(place[0]), place[1] - place[2])):
+            (slab, row, _), *rest = side_by_side
+            if slab is None:
+                parts.append(torch.zeros(1, self.layout.page_bytes, dtype=torch.uint8, device=self.device))
+            else:
+                parts.append(slab.memory[row : row + 1 + len(rest)])
+        return parts
+
+    def _places(self, pages: Iterable[int]) -> list[tuple[_Slab, int]]:
+        return [self._pages[page] for page in pages if page >= 0]
+
+    def _free(self, slab: _Slab, row: int) -> None:
+        slab.used -= 1
+        rows = len(slab.memory)
+        if not slab.used and self._held - rows >= self.reserved:
+            self._held -= rows
+            if slab.reserved and rows > 1:
+                self._idle = [place for place in self._idle if place[0] is not slab]
+        elif slab.reserved:
+            self._idle.append((slab, row))
+        elif not slab.used:
+            slab.reserved = True
+            self._idle.extend((slab, row) for row in range(rows))
+
+    def _new(self, runs: Iterable[int], reserved: bool = False) -> list[_Slab]:
+        sizes = [min(LARGEST, run - at) for run in runs for at in range(0, run, LARGEST)]
+        shapes = [(size, self.layout.page_bytes) for size in sizes]
+        slabs = [_Slab(torch.empty(x, dtype=torch.uint8, device=self.device), 0, reserved) for x in shapes]
+        self._held += sum(sizes)
+        return slabs
+
+
+def _rest(runs: Sequence[int], taken: int) -> list[int]:
+    """What is left of runs without the first `taken` of their pages."""
+    rest = []
+    for run in runs:
+        rest.append(max(0, run - taken))
+        taken = max(0, taken - run)
+    return rest

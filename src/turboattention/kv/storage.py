@@ -24,10 +24,12 @@ from ..modes import in_own_modes
 from .buffer import Int8Buffer
 from .cache import KVCache
 from .layout import FORMAT_NAME, FORMAT_VERSION
+from .pages import _decode_scales
 from .pool import PagePool
 from .store import EVICTED, PageStore
 
 _LARGEST = 1e30
+_MOST_HEADS = 2**16
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
@@ -160,6 +162,7 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     _check("lengths", lengths, torch.zeros(len(lengths), dtype=torch.int64))
     if "table" in own:
         assert cache._store is not None and cache._buffer is not None
+        cache._buffer.memory(own["buffer.k8"].shape[2])  # as many rows as in the file
         for name in Int8Buffer.TENSORS:
             _copy(f"buffer.{name}", own, getattr(cache._buffer, name))
         for name, target in (("k_mean", cache._k_mean), ("universal", cache._universal)):
@@ -168,9 +171,12 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
             elif name in own:
                 raise FormatError(f"{name}: expected none under this configuration, got a tensor")
         _restore_pages(cache._store, own)
+        cache._store.evict(cache._first_kept(lengths).tolist())
         open_tokens = lengths - cache.page_counts * cache.config.block_size
-        if bool(((open_tokens < 0) | (open_tokens > cache._buffer.capacity)).any()):
+        if bool(((open_tokens < 0) | (open_tokens > cache._buffer.rows)).any()):
             raise FormatError(f"lengths: expected them to fit the pages, got {lengths.tolist()}")
+        longest = int(open_tokens.max()) if len(lengths) else 0
+        cache._buffer.memory(cache._buffer.rows_for(longest, cache._seen(lengths)))
     elif bool(lengths.any()):
         raise FormatError(f"lengths: expected zeros without pages, got {lengths.tolist()}")
     cache._lengths = lengths
@@ -179,9 +185,12 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
 
 def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:
     """Sizes that the metadata speaks of are those of tensors in the file, before memory is taken for them."""
+    if metadata["num_kv_heads"] > _MOST_HEADS:
+        raise FormatError(f"num_kv_heads: expected at most {_MOST_HEADS}, got {metadata['num_kv_heads']}")
     if "table" in own:
-        heads, rows = metadata["num_kv_heads"], config.block_size - 1 + config.flush_lag
-        expected = (len(own["lengths"]), heads, rows, metadata["head_dim"])
+        heads, capacity = metadata["num_kv_heads"], config.block_size - 1 + config.flush_lag
+        rows = own["buffer.k8"].shape[2] if own["buffer.k8"].dim() == 4 else 0
+        expected = (len(own["lengths"]), heads, min(rows, capacity), metadata["head_dim"])
         for name in ("buffer.k8", "buffer.v8"):
             if own[name].shape != expected:
                 raise FormatError(f"{name}: expected shape {expected}, got {tuple(own[name].shape)}")
@@ -197,7 +206,8 @@ def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
         count = 0 if content is None else len(content)
         if not torch.equal(used, torch.arange(count, dtype=used.dtype)) or (count and pool is None):
             raise FormatError(f"table: expected all of {count} {name}, got page numbers {used.tolist()}")
-        new = _restore_pool(pool, name, content) if pool is not None and content is not None else []
+        runs = store.runs(_owners(part, count))
+        new = _restore_pool(pool, name, content, runs) if pool is not None and content is not None else []
         numbers.append([[new[page] if page >= 0 else page for page in row] for row in part.tolist()])
         if pool is not None:
             pool.retain(page for row in numbers[-1] for page in row)
@@ -206,11 +216,24 @@ def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
         target.extend(page for page in sinks + pages if page >= EVICTED)
 
 
-def _restore_pool(pool: PagePool, name: str, content: Tensor) -> list[int]:
-    _check(name, content, torch.empty(len(content), pool.layout.page_bytes, dtype=torch.uint8))
-    scales = content[:, pool.layout.k_scales : pool.layout.v_scales + 4 * pool.layout.num_kv_heads].contiguous()
-    _check_finite(name, scales.view(torch.float32))
-    pages = pool.allocate(len(content))
+def _owners(part: Tensor, count: int) -> Tensor:
+    """int64 [count]: a sequence of each page of a part of the tables, in which all of them are."""
+    owners = torch.zeros(count, dtype=torch.int64)
+    rows = torch.arange(len(part))[:, None].expand_as(part)
+    owners[part[part >= 0].long()] = rows[part >= 0]
+    return owners
+
+
+def _restore_pool(pool: PagePool, name: str, content: Tensor, runs: list[int]) -> list[int]:
+    layout = pool.layout
+    _check(name, content, torch.empty(len(content), layout.page_bytes, dtype=torch.uint8))
+    for head, token in ((layout.k_scales, layout.k_token_scales), (layout.v_scales, layout.v_token_scales)):
+        _check_finite(name, content[:, head : head + 4 * layout.num_kv_heads].contiguous().view(torch.float32))
+        scales = _decode_scales(layout, content, head, token)
+        _check_finite(name, scales)
+        if bool((scales < 0).any()):
+            raise FormatError(f"{name}: expected scales of at least 0, got {float(scales.min())}")
+    pages = pool.allocate(runs)
     pool.write(pages, content)
     return pages
 

@@ -17,6 +17,9 @@ from .pool import PagePool
 from .quantizer import quantizer_for
 
 EVICTED = -1
+CROPPED = 16
+"""Tokens that a crop may take from a sequence behind its window: blocks that its queries would see stay."""
+
 _SPARE_COLUMNS = 64
 
 
@@ -50,8 +53,10 @@ class Encoded:
 class PageStore:
     """Per sequence a list of page numbers, block by block: sink pages first, then compressed ones."""
 
-    def __init__(self, config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device):
-        self.config = config
+    def __init__(
+        self, config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device, windowed: bool = False
+    ):
+        self.config, self.windowed = config, windowed
         self.device = device
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.sink_blocks = config.sink_tokens // config.block_size
@@ -74,15 +79,21 @@ class PageStore:
 
     def reserve(self, tokens: int, window: int | None) -> None:
         """Memory for `tokens` of every sequence, of which a window keeps its own, once widths are frozen."""
+        sinks, others = self._needed(tokens, window)
+        self.sinks.reserve(sinks, self.windowed)
+        if self.compressed is not None:
+            self.compressed.reserve(others, self.windowed)
+
+    def _needed(self, tokens: int, window: int | None) -> tuple[int, int]:
+        """Pages, of sinks and others, that so many tokens of every sequence take."""
         blocks = tokens // self.config.block_size
         sinks = min(blocks, self.sink_blocks)
         others = blocks - sinks
-        # Of a window: what the last query sees, a block for crops, and one that fills before another is evicted.
-        if window is not None and blocks > (live := -(-(window - 1) // self.config.block_size) + 2):
-            sinks, others = 0, live
-        self.sinks.reserve(len(self.tables) * sinks)
-        if self.compressed is not None:
-            self.compressed.reserve(len(self.tables) * others)
+        # Of a window: what the next query and crops may see, and a block that fills before another is evicted.
+        seen = None if window is None else -(-(window - 1 + CROPPED) // self.config.block_size)
+        if seen is not None and blocks > seen + 1:
+            sinks, others = 0, seen + 1
+        return len(self.tables) * sinks, len(self.tables) * others
 
     @property
     def reserved(self) -> bool:
@@ -96,8 +107,8 @@ class PageStore:
         for pool, sinks in ((self.sinks, True), (self.compressed, False)):
             if pool is not None:
                 parts = (table[:split] if sinks else table[split:] for table in self.tables)
-                held = {page for part in parts for page in part if page != EVICTED}
-                total += (len(held) + self._fresh[sinks]) * pool.layout.page_bytes + pool.idle_nbytes
+                held = pool.extent(page for part in parts for page in part)
+                total += held + self._fresh[sinks] * pool.layout.page_bytes + pool.idle_nbytes
         return total + (self.head_bits.nbytes if self.head_bits is not None else 0)
 
     @property
@@ -143,13 +154,18 @@ class PageStore:
 
     def _written(self, part: Encoded) -> list[int]:
         pool = self._pool_of(int(part.flush.block[0]))
-        pages = pool.allocate(len(part.pages))
+        pages = pool.allocate(self.runs(part.flush.batch))
         pool.write(pages, part.pages)
         return pages
 
+    def runs(self, batch: Tensor) -> list[int]:
+        """How pages of sequences int64 [N] stand together in memory: what is released together, a sequence's, or
+        every page alone where a window releases them one by one."""
+        return [1] * len(batch) if self.windowed else batch.unique_consecutive(return_counts=True)[1].tolist()
+
     def fresh_pages(self, count: int, sinks: bool = False) -> list[int]:
         """Numbers of compressed pages (or of sinks) to write into, which `adopt` or `discard` must be told of."""
-        pages = self._pool(sinks).allocate(count)
+        pages = self._pool(sinks).allocate([1] * count)
         self._fresh[sinks] += count
         return pages
 
@@ -219,7 +235,9 @@ class PageStore:
     # -- changing -----------------------------------------------------------------------------
 
     def truncate(self, counts: list[int]) -> None:
-        """Keep the first `counts[b]` blocks of each sequence."""
+        """Keep the first `counts[b]` blocks of each sequence; what they need is all that is then held."""
+        for sinks in (True, False):
+            self._uncrowd(sinks, counts)
         self._addresses = None
         for table, count in zip(self.tables, counts, strict=True):
             self._release(table, count, len(table))
@@ -234,6 +252,56 @@ class PageStore:
                 self._addresses = None
                 self._release(table, 0, end)
                 table[:end] = [EVICTED] * end
+
+    def _uncrowd(self, sinks: bool, counts: list[int]) -> None:
+        """Copy pages in front of `counts[b]` whose slabs would be all but empty without those behind."""
+        pool = self.sinks if sinks else self.compressed
+        if pool is None:
+            return
+        own = self._part(sinks)
+        crowded: dict[int, None] = {}
+        for table, count in zip(self.tables, counts, strict=True):
+            kept, leaving = table[:count][own], table[own][len(table[:count][own]) :]
+            crowded |= dict.fromkeys(pool.crowded([page for page in kept if page != EVICTED], leaving))
+        if crowded:
+            self._exchange(sinks, pool, pool, self._copied(pool, [*crowded], pool, [len(crowded)]))
+
+    def apart(self, tokens: int, window: int | None) -> None:
+        """Copy all pages into pools of its own, which `reserve` memory for these sequences alone."""
+        old = {sinks: self._pool(sinks) for sinks in (True, False)}
+        new = {sinks: PagePool(pool.layout, self.device) for sinks, pool in old.items()}
+        for pool, pages in zip(new.values(), self._needed(tokens, window), strict=True):
+            pool.reserve(pages, self.windowed)
+        copies = {}
+        for sinks, pool in old.items():
+            runs, seen = [], set[int]()
+            for table in self.tables:
+                runs.append([page for page in table[self._part(sinks)] if page >= 0 and page not in seen])
+                seen.update(runs[-1])
+            pages = [page for run in runs for page in run]
+            copies[sinks] = self._copied(pool, pages, new[sinks], [len(run) for run in runs])
+        for sinks, pool in old.items():
+            self._exchange(sinks, pool, new[sinks], copies[sinks])
+        self.sinks, self.compressed = new[True], new[False]
+
+    def _copied(self, old: PagePool, pages: list[int], new: PagePool, runs: Sequence[int]) -> dict[int, int]:
+        """Pages of `new`, counted once each, with what `pages` of `old` hold."""
+        fresh = new.allocate([1] * len(pages) if self.windowed else runs)
+        new.write(fresh, old.gather(pages))
+        return dict(zip(pages, fresh, strict=True))
+
+    def _exchange(self, sinks: bool, old: PagePool, new: PagePool, copies: dict[int, int]) -> None:
+        """Copies in place of pages, in every table."""
+        self._addresses = None
+        for table in self.tables:
+            gone = [page for page in table[self._part(sinks)] if page in copies]
+            table[self._part(sinks)] = [copies.get(page, page) for page in table[self._part(sinks)]]
+            new.retain(copies[page] for page in gone)
+            old.release(gone)
+        new.release(copies.values())  # the count that allocating gave
+
+    def _part(self, sinks: bool) -> slice:
+        return slice(None, self.sink_blocks) if sinks else slice(self.sink_blocks, None)
 
     def select(self, index: list[int]) -> PageStore:
         """Sequences `index[0], index[1], ...` over the same pools; no page is copied."""

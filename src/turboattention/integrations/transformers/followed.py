@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
+from ...errors import InputError
 from .cache import TurboCache
+from .layer import ALTERNATIVE
 
 _NAME = "prepare_inputs_for_generation"
 
@@ -26,6 +28,8 @@ def follow() -> None:
     @functools.wraps(original)
     def prepare(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, TurboCache) and kwargs.get("use_cache") is False:
+            raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
         if isinstance(cache, TurboCache) and kwargs.get("inputs_embeds") is None:
             whole = not isinstance(mask, Tensor) or mask.shape[-1] == input_ids.shape[1]
             cache.follow(input_ids if whole else None, begins=bool(kwargs.get("is_first_iteration")))
