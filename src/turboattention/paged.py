@@ -24,6 +24,18 @@ from .flashq import rotate
 from .kv.layout import PageLayout
 from .reference.queries import logit_scale
 
+__all__ = [
+    "BLOCK",
+    "PAGE_UNIT",
+    "HeadBits",
+    "OpenBlocks",
+    "PagedBatch",
+    "PagedFormat",
+    "backend_for",
+    "paged_attention",
+    "reserved_bytes",
+]
+
 BLOCK = 64
 """Tokens of a page."""
 

@@ -19,7 +19,7 @@ class Provenance:
     """Where the figures come from.
 
     model: its name or folder; model_hash: SHA-256 over its parameters' names, shapes and first values.
-    shape: sizes by which a model is recognized (`integrations.transformers.model.ModelShape`).
+    shape: sizes by which a model is recognized (`integrations.model_shape.ModelShape`).
     text_hash: SHA-256 of the token ids; tokens: how many, in texts of `length`. version: of this package.
     """
 

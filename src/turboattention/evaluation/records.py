@@ -72,11 +72,6 @@ class Parts:
     def __init__(self, parts: Mapping[str, Part]):
         self._parts = parts
 
-    @classmethod
-    def nowhere(cls, *methods: str) -> Parts:
-        """In memory."""
-        return cls({method: Part(None, {}) for method in methods})
-
     def get(self, method: str, key: str) -> Any:
         """JSON, or None."""
         return self._parts[method].values.get(key)

@@ -57,30 +57,6 @@ class Episode:
     def text(self) -> str:
         return "".join(text for text, _ in self.spans)
 
-    @property
-    def prompt(self) -> str:
-        """Everything before the last answer."""
-        return "".join(text for text, _ in self.spans[:-1])
-
-    @property
-    def answer(self) -> str:
-        """The last answer, which ends with a newline."""
-        return self.spans[-1][0]
-
-    @property
-    def expected(self) -> str:
-        """What must be produced exactly: the last word of the answer, or for ``copy`` all of it."""
-        answer = self.answer.strip()
-        return answer if self.task == "copy" else answer.split(" ")[-1]
-
-    def is_solved_by(self, generated: str) -> bool:
-        """Whether a greedy continuation of `prompt` gives the expected answer on its first line."""
-        line = generated.split("\n")[0].strip()
-        if self.task == "copy":
-            return line == self.expected
-        words = line.split(" ")
-        return bool(words) and words[-1].rstrip(".") == self.expected.rstrip(".")
-
 
 def generate(
     task: str,

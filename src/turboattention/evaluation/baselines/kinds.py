@@ -33,7 +33,7 @@ class OwnCache:
         return None
 
     def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.baselines import own_cache
+        from ..hf.baseline_cache import own_cache
 
         return own_cache(model_config)
 
@@ -57,7 +57,7 @@ class QuantizerMethod:
         return None
 
     def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.baselines import BaselineCache
+        from ..hf.baseline_cache import BaselineCache
 
         return BaselineCache(model_config, self.keys, self.values)
 
@@ -116,7 +116,7 @@ class HubMethod:
         return None if found else f"not available: it needs {self.module}, which is not installed"
 
     def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.baselines import quantized_cache
+        from ..hf.baseline_cache import quantized_cache
 
         reason = self.unavailable()
         if reason is not None:
@@ -124,7 +124,7 @@ class HubMethod:
         return quantized_cache(model_config, self.backend, **self.options)
 
     def bits_per_element(self, cache: Any) -> float:
-        from ...integrations.transformers.baselines import quantized_cache_bits
+        from ..hf.baseline_cache import quantized_cache_bits
 
         return quantized_cache_bits(cache)
 

@@ -50,9 +50,6 @@ class QuestionSet:
         ends = [generated.find(stop) for stop in self.stops if stop in generated]
         return generated[: min(ends)] if ends else generated
 
-    def is_right(self, question: Question, generated: str) -> bool:
-        return self.extract(self.until_stop(generated)) == question.target
-
 
 def plain_number(text: str) -> str | None:
     """ "$1,234.50" -> "1234.5", "18.00" -> "18"; None where it is no number."""

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from ... import __version__
 from ...calibration import Calibration, LayerMeter, LayerStatistics, Provenance, Strategy
 from ...config import TurboConfig
 from ...errors import InputError, NonFiniteError, UnsupportedError
-from .model import ModelShape, layer_windows
+from ..model_shape import ModelShape
+from .model import layer_windows
 from .parallel import TensorParallel
-from .registry import NAME as TURBO
+from .recording import RecordedCall, recorded_attention
 
 TEXT_LENGTH = 1024
 """Tokens of a text that go through the model at once, forward and back."""
-
-_NAME = "turbo_calibration"
 
 
 def calibrate(
@@ -97,9 +92,9 @@ def collect(
     if not pieces:
         raise InputError(f"text: expected at least {least} tokens, got {len(input_ids)}")
     generator = torch.Generator().manual_seed(0)
-    with _frozen(model), watched(model) as seen:
+    with _frozen(model), recorded_attention(model) as calls:
         for done, piece in enumerate(pieces):
-            seen.clear()
+            calls.clear()
             ids = torch.tensor([piece], device=model.device)
             with torch.enable_grad():
                 logs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
@@ -109,70 +104,29 @@ def collect(
                 )
                 logs.gather(-1, drawn.to(logs.device)).sum().backward()
             for index, (meter, window) in enumerate(zip(meters, windows, strict=True)):
-                _measure(meter, seen, index, window)
+                _measure(meter, calls, index, window)
             if progress:
                 progress(done + 1, len(pieces))
     return tuple(meter.statistics() for meter in meters)
 
 
-class Seen:
-    """What a layer's attention was given, and gave."""
-
-    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], out: Tensor, options: dict[str, Any]):
-        self.q, self.k, self.v = tensors
-        self.out, self.options = out, options
-
-
-def _measure(meter: LayerMeter, seen: dict[int, Seen], index: int, window: int | None) -> None:
-    layer = seen.get(index)
-    if layer is None or layer.out.grad is None:
+def _measure(meter: LayerMeter, calls: dict[int, RecordedCall], index: int, window: int | None) -> None:
+    call = calls.get(index)
+    if call is None or call.out.grad is None:
         raise UnsupportedError(f"model: no attention function of layer {index} was called that could be watched")
     try:
         meter.add(
-            layer.q,
-            layer.k,
-            layer.v,
-            layer.out.grad.transpose(1, 2),
-            scale=layer.options.get("scaling"),
-            softcap=layer.options.get("softcap"),
-            window_size=layer.options.get("sliding_window") or window,
-            sinks=layer.options.get("s_aux"),
+            call.q,
+            call.k,
+            call.v,
+            call.out.grad.transpose(1, 2),
+            scale=call.options.get("scaling"),
+            softcap=call.options.get("softcap"),
+            window_size=call.options.get("sliding_window") or window,
+            sinks=call.options.get("s_aux"),
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"layer {index}, {error}") from error
-
-
-@contextmanager
-def watched(model: Any) -> Iterator[dict[int, Seen]]:
-    """Inside, `model` attends as before and leaves behind what each layer's attention saw."""
-    own = model.config._attn_implementation
-    name = "eager" if own == TURBO else own  # "turbo" refuses gradients, and "eager" is what every model has
-    attend, mask = AttentionInterface().get(name), AttentionMaskInterface().get(name)
-    if mask is None:
-        raise UnsupportedError(f"attn_implementation: calibration needs one that is registered, got {own!r}")
-    seen: dict[int, Seen] = {}
-
-    def forward(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
-    ) -> tuple[Tensor, Any]:
-        function = attend or sys.modules[type(module).__module__].eager_attention_forward
-        out, weights = function(module, query, key, value, *args, **options)
-        if not out.requires_grad:
-            out.requires_grad_()  # the first layer: gradients need go no further back
-        out.retain_grad()
-        # The first call is the layer's own; later layers that share its keys come after.
-        seen.setdefault(int(module.layer_idx), Seen((query.detach(), key.detach(), value.detach()), out, options))  # type: ignore[arg-type]
-        return out, weights
-
-    AttentionInterface.register(_NAME, forward)
-    AttentionMaskInterface.register(_NAME, mask)
-    model.set_attn_implementation(_NAME)
-    try:
-        yield seen
-    finally:
-        model.set_attn_implementation(own)
-        for registry in (AttentionInterface, AttentionMaskInterface):
-            registry._global_mapping.pop(_NAME, None)
 
 
 @contextmanager

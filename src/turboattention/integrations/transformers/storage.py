@@ -12,9 +12,9 @@ from torch import Tensor
 from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
 from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
+from ..model_shape import ModelShape
 from .cache import TurboCache
 from .layer import TurboLayer
-from .model import ModelShape
 from .parallel import TensorParallel
 from .prompt import checked_ids
 

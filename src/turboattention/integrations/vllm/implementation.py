@@ -13,9 +13,9 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from ...guard import fixed_widths_message
 from ...paged import OpenBlocks, PagedFormat, paged_attention
-from ..transformers.model import ModelShape
-from .first_prompt import FirstPrompt
+from ..model_shape import ModelShape
 from .metadata import TurboMetadata
 from .refusals import refuse, refuse_device, refuse_engine, refuse_layer
 from .settings import VARIABLE, Settings
@@ -112,8 +112,8 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         """
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
         self.name, self.format = name, self.widths.format(layer, rank, self.head_size, self.device)
-        first_head = rank.of(self.total_kv_heads).start
-        self.first_prompt = FirstPrompt(self.format, first_head) if self.widths.settings.guard else None
+        self.first_head = rank.of(self.total_kv_heads).start
+        self.guard_pending = self.widths.settings.guard
 
     def forward(
         self,
@@ -138,8 +138,8 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         q, k, v, out = query, key, value, output
         if tokens < len(q):  # padded; a view takes its time
             q, k, v, out = (x[:tokens] for x in (q, k, v, out))
-        if self.first_prompt is not None and attn_metadata.first_prompt is not None:
-            self._check(q, k, v, attn_metadata.first_prompt)
+        if self.guard_pending and attn_metadata.first_prompt is not None:
+            self._guard(*(x[attn_metadata.first_prompt] for x in (q, k, v)))
         finite = paged_attention(
             self.format,
             0,
@@ -163,12 +163,20 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             self._finite = False
             logger.error("%s: NaN or infinity among queries, keys or values; they count as zeros", self.name)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> None:
-        """Once: whether this layer's heads survive their widths."""
-        assert self.first_prompt is not None
-        message = self.first_prompt.complaint(
-            q[rows], k[rows], v[rows], scale=self.scale, softcap=self.softcap, window=self.window
+    def _guard(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Compare attention over this layer's first prompt, as stored, with exact attention; once."""
+        self.guard_pending = False
+        message = fixed_widths_message(
+            self.format.config,
+            torch.tensor(self.format.head_bits[0]),
+            q,
+            k,
+            v,
+            k_mean=self.format.means[0] if self.format.means else None,
+            first_head=self.first_head,
+            scale=self.scale,
+            softcap=self.softcap,
+            window_size=self.window,
         )
-        self.first_prompt = None
         if message is not None:
             logger.warning("%s: %s", self.name, message)

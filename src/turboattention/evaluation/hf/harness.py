@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...evaluation.baselines import CacheMethod
-from ...evaluation.intervals import share
-from ...evaluation.subject import PIECE, Progress
-from .generation import LanguageModel
+from ...integrations.transformers.generation import LanguageModel
+from ..baselines import CacheMethod
+from ..intervals import share
+from ..subject import PIECE, Progress
 
 PREFIX = "lm-eval/"
 ASKED = 128

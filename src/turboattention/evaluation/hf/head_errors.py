@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from ...evaluation.baselines import METHODS, CacheMethod
-from ...evaluation.subject import PIECE, Session
+from ..baselines import METHODS, CacheMethod
+from ..subject import PIECE, Session
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 """What models call the projection of the heads' outputs."""

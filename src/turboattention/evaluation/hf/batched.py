@@ -18,9 +18,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...errors import UnsupportedError
-from ...evaluation.subject import attending
-from .generation import LanguageModel
-from .registry import NAME as TURBO
+from ...integrations.transformers.generation import LanguageModel
+from ...integrations.transformers.registry import NAME as TURBO
+from ..subject import attending
 
 NAME = "turbo_together"
 _HANDLE = "_turbo_rows"

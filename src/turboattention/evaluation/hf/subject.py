@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ... import bundled
-from ...evaluation.baselines import CacheMethod
-from ...evaluation.baselines.kinds import FittedMethod
-from ...evaluation.baselines.oscar import Moments, moments
-from ...evaluation.subject import PIECE
-from .calibration import watched
-from .generation import PREFILL_CHUNK, LanguageModel
+from ...integrations.transformers.generation import PREFILL_CHUNK, LanguageModel
+from ...integrations.transformers.recording import recorded_attention
+from ..baselines import CacheMethod
+from ..baselines.kinds import FittedMethod
+from ..baselines.oscar import Moments, moments
+from ..subject import PIECE
+from .batched import Row, can_go_together, forward_together
 from .head_errors import head_errors
-from .together import Row, can_go_together, forward_together
 
 FITTED_TO = 2048
 """Tokens of the bundled text that methods are fitted to which want a calibration."""
@@ -129,6 +129,6 @@ class MethodSession:
 @torch.no_grad()
 def attention_moments(model: Any, ids: Sequence[int]) -> list[Moments]:
     """Of each layer of the model's cache, over one text."""
-    with watched(model) as seen:
+    with recorded_attention(model) as seen:
         model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
     return [moments(seen[layer].q, seen[layer].k, seen[layer].v) for layer in sorted(seen)]

@@ -10,8 +10,8 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...errors import BackendError, UnsupportedError
-from ...evaluation.baselines.stream import FLOAT_BITS, Quantizer, Stream
-from .model import layer_windows
+from ...integrations.transformers.model import layer_windows
+from ..baselines.stream import FLOAT_BITS, Quantizer, Stream
 
 
 class BaselineLayer(DynamicLayer):
