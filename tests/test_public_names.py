@@ -64,7 +64,8 @@ def test_unknown_names_are_attribute_errors():
 def test_a_star_import_works_without_triton():
     """`DecodeGraph` needs Triton, which PyTorch does not bring along on every platform."""
     code = "import sys; sys.modules['triton'] = None; from turboattention import *; print(KVCache.__name__)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "src"}, cwd=ROOT)
+    environment = {"PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.stdout == "KVCache\n", run.stderr
 
 
