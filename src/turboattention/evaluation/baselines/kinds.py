@@ -80,7 +80,7 @@ class FittedMethod:
         return None
 
     def fitted(self, layers: Sequence[Moments]) -> QuantizerMethod:
-        """This method for the model whose layers have these moments."""
+        """The method, fitted to a model whose layers have these moments."""
         return QuantizerMethod(self.name, self.title, self.source, self.settings, *self.fit(layers))
 
     def make_cache(self, model_config: Any) -> Any:
@@ -92,7 +92,7 @@ class FittedMethod:
 
 @dataclass(frozen=True)
 class HubMethod:
-    """transformers' own `QuantizedCache`, where its backend is installed."""
+    """transformers' own `QuantizedCache`, if its backend is installed."""
 
     name: str
     title: str
@@ -150,5 +150,5 @@ class TurboMethod:
         return TurboCache(model_config, self.config, calibration=self.calibration)
 
     def bits_per_element(self, cache: Any) -> float:
-        """Every byte allocated, as `TurboCache.bits_per_element` counts."""
+        """From all allocated bytes, see `TurboCache.bits_per_element`."""
         return cache.bits_per_element

@@ -1,4 +1,4 @@
-"""Calibration of a model: a text goes through it, and what its attention sees is measured layer by layer."""
+"""Calibration of a model: runs a text through it and measures the attention of every layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .parallel import TensorParallel
 from .recording import RecordedCall, recorded_attention
 
 TEXT_LENGTH = 1024
-"""Tokens of a text that go through the model at once, forward and back."""
+"""Tokens per forward and backward pass."""
 
 
 def calibrate(
@@ -36,21 +36,20 @@ def calibrate(
 ) -> Calibration:
     """Measure `model` on a text, and choose widths.
 
-    Each piece of the text goes forward and back once, so that an error is judged by what the model makes of it
-    (`LayerStatistics`): the activations of a whole piece are in memory at that time, more than inference needs.
+    Each piece of the text takes one forward and one backward pass, because the cost of an error is derived from
+    gradients (`LayerStatistics`). The activations of a piece are held in memory, which is more than inference needs.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        input_ids: the text's tokens; they are cut into pieces of `length`, and a shorter last one is left out if it is
-            too short to measure.
+        input_ids: the tokens of the text, split into pieces of `length`; a last piece that is too short is skipped.
         budget, strategy, means: as in `Calibration.choose`.
-        config: how caches will store; `TurboConfig()` by default.
-        progress: called with the pieces done and to do.
+        config: the configuration of the caches; `TurboConfig()` by default.
+        progress: called with the number of finished pieces and of all pieces.
 
     Raises:
-        InputError: the text is too short. NonFiniteError: the model gives NaN or infinity, with the layer.
-        UnsupportedError: models that `TurboCache` refuses, parts of models (tensor parallelism), or models without
-            an attention function to watch.
+        InputError: the text is too short. NonFiniteError: NaN or infinity in a layer, which the message names.
+        UnsupportedError: models that `TurboCache` does not support, tensor-parallel models, or models whose attention
+            does not go through transformers' attention interface.
         ConfigError: budget or strategy out of range.
     """
     layers = collect(model, input_ids, length=length, config=config, progress=progress)
@@ -98,7 +97,7 @@ def collect(
             ids = torch.tensor([piece], device=model.device)
             with torch.enable_grad():
                 logs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
-                # Tokens drawn from the model, not the text's: that is what makes it a divergence.
+                # Sampled from the model, not taken from the text: the expectation is then a Fisher information.
                 drawn = torch.multinomial(
                     logs.detach().exp().nan_to_num(0.0).clamp(min=1e-30).cpu(), 1, generator=generator
                 )
@@ -113,7 +112,7 @@ def collect(
 def _measure(meter: LayerMeter, calls: dict[int, RecordedCall], index: int, window: int | None) -> None:
     call = calls.get(index)
     if call is None or call.out.grad is None:
-        raise UnsupportedError(f"model: no attention function of layer {index} was called that could be watched")
+        raise UnsupportedError(f"model: layer {index} does not call transformers' attention interface")
     try:
         meter.add(
             call.q,
@@ -131,7 +130,7 @@ def _measure(meter: LayerMeter, calls: dict[int, RecordedCall], index: int, wind
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Parameters collect no gradients inside."""
+    """Disable the gradients of parameters inside the `with` block."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in wanted:
         parameter.requires_grad_(False)

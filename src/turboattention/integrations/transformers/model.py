@@ -19,10 +19,10 @@ _DEPEND_ON_ALL = {
 
 
 def layer_windows(config: Any) -> list[int | None]:
-    """Per cache layer the tokens that its queries see, themselves included; None for all of them.
+    """Per cache layer the number of tokens visible to a query, including its own; None for all.
 
     Raises:
-        UnsupportedError: layers that a quantized key/value cache cannot stand in for.
+        UnsupportedError: layers that need another kind of cache.
     """
     text = text_config(config)
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "add_cross_attention", False):
@@ -39,7 +39,7 @@ def layer_windows(config: Any) -> list[int | None]:
                 f"model_config: expected a head_dim of up to {LARGEST_HEAD} in multiples of 8, got {width} in layer "
                 f"{index}"
             )
-    # transformers' own cache knows which kind of state each layer keeps, in every release.
+    # In every release, transformers' own cache has the kind of state of each layer.
     layers = DynamicCache(config=text).layers
     if not layers:
         return [None] * int(text.num_hidden_layers)
@@ -53,9 +53,9 @@ def layer_windows(config: Any) -> list[int | None]:
                 "sliding-window attention layers only"
             )
         else:
-            # Chunked attention has its chunk's size here: its queries see no further back than that.
+            # For chunked attention this is the size of a chunk, which bounds how far back a query sees.
             windows.append(getattr(layer, "sliding_window", None))
-    # A layer whose keys later layers read again must keep what its own window no longer needs.
+    # A layer whose keys are read by later layers has to keep keys beyond its own window.
     return [None] * len(windows) if shares_keys(text) else windows
 
 
