@@ -25,6 +25,18 @@ from .kv.layout import PageLayout
 from .modes import in_own_modes
 from .reference.queries import logit_scale
 
+__all__ = [
+    "BLOCK",
+    "PAGE_UNIT",
+    "HeadBits",
+    "OpenBlocks",
+    "PagedBatch",
+    "PagedFormat",
+    "backend_for",
+    "paged_attention",
+    "reserved_bytes",
+]
+
 BLOCK = 64
 """Tokens of a page."""
 
