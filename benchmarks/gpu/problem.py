@@ -50,7 +50,7 @@ def repeated(cache: ta.KVCache, batch: int) -> ta.KVCache:
             continue
         content = pool.gather(shared)
         for table in store.tables:
-            table[part] = pool.allocate(len(shared))
+            table[part] = pool.allocate([len(shared)])
             pool.write(table[part], content)
             pool.release(shared)
     return wide
