@@ -159,7 +159,7 @@ def test_a_method_that_is_not_installed(run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_harness_is_named_where_it_is_missing(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboattention.integrations.transformers import harness
+    from turboattention.evaluation.hf import harness
 
     def missing(_: object) -> None:
         raise ModuleNotFoundError("no", name="lm_eval")

@@ -17,8 +17,8 @@ from .timing import Effort, alternate
 @dataclass(frozen=True)
 class Compression:
     """block: seconds to quantize and compress one block of tokens (both stages). decode: seconds of one step's
-    attention. share: `block` per token divided by `decode`, paired. single: seconds to append one token, averaged over a whole
-    block including its compression."""
+    attention. share: `block` per token divided by `decode`, paired. single: seconds to append one token,
+    averaged over a whole block including its compression."""
 
     block: Spread
     decode: Spread
