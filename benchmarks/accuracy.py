@@ -1,11 +1,12 @@
 """The tables of accuracy: `make accuracy MODELS='qwen=FOLDER smollm2=FOLDER' WIKITEXT2=FILE BOOK=FILE DATA=FOLDER`.
 
-For each model the stages of accuracy_plan.py, in their order, each a run of `turboattention eval` into
-build/accuracy/MODEL/STAGE: a run that was ended goes on from there. What there is of a model, also of a stage that was
-ended, goes to benchmarks/results/accuracy-MODEL.json, and from all such files come docs/accuracy.md, its pictures and
-the table of README.md.
+For each model, the stages of accuracy_plan.py run in order, each as a `turboattention eval` into
+build/accuracy/MODEL/STAGE, where an interrupted run resumes. The results of a model, including those of incomplete
+stages, are written to benchmarks/results/accuracy-MODEL.json, from which docs/accuracy.md, its plots and the table of
+README.md are generated.
 
-`--stages` picks some; `--collect` measures nothing; `--table` only writes the pages; `--check` fails where they differ.
+`--stages` selects stages; `--collect` only collects results; `--table` only writes the pages; `--check` fails if a page
+is out of date.
 """
 
 from __future__ import annotations

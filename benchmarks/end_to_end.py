@@ -1,4 +1,4 @@
-"""Tokens per second of a whole model over a long context, TurboCache beside transformers' own cache.
+"""Tokens per second of a whole model over a long context, TurboCache in comparison with transformers' own cache.
 
 `python benchmarks/end_to_end.py --out benchmarks/results/end_to_end.json`
 

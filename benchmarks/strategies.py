@@ -1,4 +1,4 @@
-"""Widths by measured error, by the paper's priority, and everywhere alike: what each loses on the bundled model.
+"""The error of the bundled model with widths by measured error, by the paper's priority, and uniform widths.
 
 `python benchmarks/strategies.py --calibrate TEXT --text TEXT` measures (about 1 minute a passage on one core), and
 writes benchmarks/results/numerics/strategies.json and the table of docs/calibration.md; `--table` writes the table

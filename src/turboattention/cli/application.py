@@ -1,4 +1,4 @@
-"""The commands and what they share."""
+"""The application, its commands and common options."""
 
 from __future__ import annotations
 

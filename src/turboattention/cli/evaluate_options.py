@@ -1,4 +1,4 @@
-"""The options of ``turboattention eval`` that have to be checked, or made into something, before a model is loaded."""
+"""Options of ``turboattention eval`` that are checked or converted before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_methods(methods: list[CacheMethod]) -> None:
 
 
 def check_outside(names: list[str], include: Path | None) -> None:
-    """Raises InputError for a task that lm-evaluation-harness does not have, or where it is not installed."""
+    """Raises InputError for a task that lm-evaluation-harness does not have, or if it is not installed."""
     from ..evaluation.suite import OUTSIDE
 
     outside = [name.removeprefix(OUTSIDE) for name in names if name.startswith(OUTSIDE)]

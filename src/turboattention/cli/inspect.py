@@ -1,4 +1,4 @@
-"""``turboattention inspect``: where bits go in a model, head by head, and why."""
+"""``turboattention inspect``: shows the widths and errors of a model's heads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def inspect(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Show what `calibrate` wrote; nothing is run.", rich_help_panel=MEASURED),
+        typer.Option(
+            metavar="DIR", help="Show a saved calibration, without running the model.", rich_help_panel=MEASURED
+        ),
     ] = None,
     tokens: Tokens = TOKENS,
     length: Length = LENGTH,
@@ -55,7 +57,7 @@ def inspect(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Also draw what storing K costs by layer, as .png, .svg or .pdf (needs matplotlib).",
+            help="Also plot the error of quantizing K by layer, as .png, .svg or .pdf (needs matplotlib).",
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -64,7 +66,7 @@ def inspect(
     threads: Threads = None,
     json: AsJson = False,
 ) -> None:
-    """Show each head's error, the paper's priority, the widths it gets, and outlier channels.
+    """Show each head's error, the paper's priority, the chosen widths, and outlier channels.
 
     Example: turboattention inspect --file book.txt --html heads.html
     """

@@ -1,4 +1,4 @@
-"""Entry point of the command line, which says what is missing where its packages are not installed."""
+"""Entry point of the command line. Reports packages that are not installed."""
 
 from __future__ import annotations
 
