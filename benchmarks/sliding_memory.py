@@ -29,11 +29,8 @@ def cache(pieces: list[int], batch: int = 1, window: int | None = None) -> ta.KV
 def rows() -> list[tuple[str, int, int, int]]:
     """What, bytes before and after, and those of a cache that never held more."""
     table = []
-    for name, pieces in (
-        ("one append", [6000]),
-        ("appends of 100", [100] * 60),
-        ("token by token", [5900] + [1] * 100),
-    ):
+    ways = {"one append": [6000], "appends of 100": [100] * 60, "token by token": [5900] + [1] * 100}
+    for name, pieces in ways.items():
         slid = cache(pieces, window=512).nbytes
         table.append((f"window of 512 over 6,000 tokens, {name}", cache(pieces).nbytes, slid, cache([512]).nbytes))
     cut = cache([6000])
@@ -48,11 +45,8 @@ def rows() -> list[tuple[str, int, int, int]]:
 
 
 def table(found: list[tuple[str, int, int, int]]) -> str:
-    lines = [
-        "| sliding windows, crops, selections | whole cache, bytes | what is held | made anew |",
-        "|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(f"| {name} | {a:,} | {b:,} | {c:,} |" for name, a, b, c in found)]) + "\n"
+    head = "| sliding windows, crops, selections | whole cache, bytes | what is held | made anew |\n|---|---|---|---|"
+    return "\n".join([head, *(f"| {name} | {a:,} | {b:,} | {c:,} |" for name, a, b, c in found)]) + "\n"
 
 
 def of_model(folder: str, step: int) -> str:
