@@ -129,7 +129,7 @@ sanitize: $(READY) ## test the CPU kernels under the address and undefined-behav
 	  $(BIN)/python -m pytest -q --capture=sys -o pythonpath=$(SANITIZED)/package tests/kernels/cpu tests/test_paged.py
 
 test-transformers-oldest: $(BUILT) $(OLDEST)/ready ## test the integration with the oldest transformers
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations tests/evaluation/hf
 
 # The packages that this release wants older than .venv has them come with it, and shadow those of .venv.
 $(OLDEST)/ready: $(READY)

@@ -21,11 +21,11 @@ from turboattention.bundled import model_path
 from turboattention.calibration import Calibration
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.baselines.kinds import TurboMethod
+from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.intervals import bootstrap
 from turboattention.evaluation.text_metrics import STRETCH, compare, cut, summarize
 from turboattention.files import write_text
 from turboattention.integrations.transformers import calibrate, generation
-from turboattention.integrations.transformers.subject import TransformersSubject
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/numerics/strategies.json", ROOT / "docs/calibration.md"

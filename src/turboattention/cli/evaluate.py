@@ -179,8 +179,8 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     records = Records(request.out)
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)
+    from ..evaluation.hf.subject import TransformersSubject
     from ..integrations.transformers import generation
-    from ..integrations.transformers.subject import TransformersSubject
 
     facts, units = _facts(language, request.begin), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)

@@ -27,7 +27,7 @@ def check_outside(names: list[str], include: Path | None) -> None:
     if include is not None and not include.is_dir():
         raise InputError(f"--include: expected a folder with task files, got {include}")
     if outside:
-        from ..integrations.transformers import harness
+        from ..evaluation.hf import harness
 
         for name in outside:
             harness.check(name, include)
@@ -35,6 +35,6 @@ def check_outside(names: list[str], include: Path | None) -> None:
 
 def outside(name: str, limit: int | None, data: Path | None, include: Path | None) -> Any:
     """A task of lm-evaluation-harness."""
-    from ..integrations.transformers.harness import HarnessTask
+    from ..evaluation.hf.harness import HarnessTask
 
     return HarnessTask(name, limit, data, include)

@@ -1,4 +1,4 @@
-"""The attention function of "turbo": reads the layer's handle if there is one, else attends densely."""
+"""The attention function of "turbo": over a layer of a `TurboCache` if there is one, else over full-precision keys."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ def turbo_attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, Hq, Lq, D] queries -> ([B, Lq, Hq, D], no weights).
 
-    With a `TurboCache`, `key` carries its layer, which attends over the packed cache and appends; this
-    stays outside of compiled graphs.
+    With a `TurboCache`, `key` carries a reference to its layer, which attends over the packed cache and appends the new
+    tokens. This part is excluded from compiled graphs.
+
+    Raises:
+        UnsupportedError: dropout, attention weights, position biases, continuous batching, gradients, MLA.
     """
     _refuse(module, dropout, kwargs)
     _refuse_gradients(query, key, value)
@@ -90,7 +93,7 @@ _attend_layer_outside: Any = torch.compiler.disable(_attend_layer)
 
 
 def _window(plan: MaskPlan | None, causal: bool, sliding_window: int | None) -> int | None:
-    """The mask is the truth where it says; a mask of padding alone leaves it to the layer."""
+    """The mask's window if the mask has one; a padding mask has none, and the layer's applies."""
     if plan is not None and (plan.from_function or not plan.is_causal):
         return plan.window
     return sliding_window if causal or plan is not None else None
@@ -100,7 +103,9 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedError(f"dropout: expected 0 (call model.eval()), got {dropout}")
     if kwargs.get("output_attentions"):
-        raise UnsupportedError('output_attentions: attn_implementation="turbo" never forms the weights; use "eager"')
+        raise UnsupportedError(
+            'output_attentions: attn_implementation="turbo" does not compute attention weights; use "eager"'
+        )
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError('position_bias: not supported by attn_implementation="turbo"')
     if kwargs.get("cache") is not None:

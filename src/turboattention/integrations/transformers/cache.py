@@ -16,8 +16,9 @@ from ...calibration import Calibration
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError
 from ...validation import check_config
+from ..model_shape import ModelShape, text_config
 from .layer import TurboLayer
-from .model import ModelShape, layer_windows, shares_keys, text_config
+from .model import layer_windows, shares_keys
 from .parallel import TensorParallel
 from .prompt import check_goes_on
 

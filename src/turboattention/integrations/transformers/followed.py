@@ -1,7 +1,7 @@
-"""`generate` with a cache that holds tokens already: its prompt goes on from those, or is refused.
+"""Checks that the prompt of `generate` continues the tokens that are already in a `TurboCache`.
 
-A model sees only the new tokens of a prompt, so a cache cannot tell by itself that the others are not its own. The step
-before, which `generate` takes for every forward, sees them all.
+`generate` passes only the new tokens of a prompt to the model, so the cache cannot compare the earlier ones itself.
+`prepare_inputs_for_generation`, which runs before every forward pass, gets all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAME = "prepare_inputs_for_generation"
 
 
 def follow() -> None:
-    """Have every model's `generate` tell a `TurboCache` its tokens. Idempotent."""
+    """Wrap `prepare_inputs_for_generation`, so that a `TurboCache` learns the token ids of `generate`. Idempotent."""
     original = getattr(GenerationMixin, _NAME)
     if hasattr(original, "_turbo_original"):
         return

@@ -11,9 +11,9 @@ from transformers.cache_utils import CacheLayerMixin
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError, ShapeError, UnsupportedError
 from ...kv.cache import KVCache
+from ..model_shape import ModelShape
 from .call import Call, aligned
 from .masks import MaskPlan
-from .model import ModelShape
 from .padding import attend_tokens, valid_after
 from .parallel import HeadShare, TensorParallel
 
