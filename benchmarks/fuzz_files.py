@@ -171,7 +171,7 @@ def forged(data: bytes, pick: random.Random, folder: Path) -> bytes:
 
 def forge_tensor(tensors: dict[str, torch.Tensor], pick: random.Random) -> None:
     name = pick.choice([*tensors])
-    x, kind = tensors[name].clone(), pick.randrange(7)
+    x, kind = tensors[name].clone().contiguous(), pick.randrange(7)
     if kind == 0:
         del tensors[name]
         return
@@ -192,7 +192,7 @@ def forge_tensor(tensors: dict[str, torch.Tensor], pick: random.Random) -> None:
         elif x.dtype != torch.bool:
             info = torch.iinfo(x.dtype)
             flat[at] = max(info.min, min(info.max, pick.choice([*SIZES, -2, -3, 200, info.max, info.min])))
-    tensors[name] = x
+    tensors[name] = x.contiguous()
 
 
 def forge_value(content: Any, pick: random.Random) -> None:

@@ -78,11 +78,11 @@ class Int8Buffer:
         rows = torch.where(valid, rows, 0).to(self.k8.device)[:, None, :]
         valid = valid.to(self.k8.device)[:, None, :]
         for name in self.TENSORS:
-            source, held = getattr(tiles, name), getattr(self, name)
-            shape = (*held.shape[:2], count, *held.shape[3:])
+            source, mine = getattr(tiles, name), getattr(self, name)
+            shape = (*mine.shape[:2], count, *mine.shape[3:])
             index = rows[..., None].expand(shape) if source.dim() == 4 else rows.expand(shape)
             mask = valid[..., None] if source.dim() == 4 else valid
-            setattr(self, name, torch.where(mask, source.gather(2, index), 0).to(held.dtype))
+            setattr(self, name, torch.where(mask, source.gather(2, index), 0).to(mine.dtype))
 
     @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:

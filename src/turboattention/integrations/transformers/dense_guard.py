@@ -1,7 +1,7 @@
 """The guard without a `TurboCache`: a layer's first prompt against exact attention, on a few rows.
 
 INT8 keys and queries alone lose layers whose logits are far beyond a hundred, and nothing shows it. So the first call
-of a layer that reads a whole prompt compares sampled rows of the first sequence, and warns once of heads beyond the
+of a layer that reads a whole prompt compares sampled rows of one sequence, and warns once of heads beyond the
 bound of 8 bits (numerics.md, The guard). Nothing is changed: there is no width to raise.
 """
 
@@ -41,9 +41,10 @@ def check_first_prompt(
         return
     _looked_at.add(module)
     length = min(q.shape[2], _TOKENS)
-    visible = torch.ones(length, dtype=torch.bool)
-    if plan is not None and plan.visible is not None:
-        visible = plan.visible[0, :length]
+    row, visible = 0, torch.ones(length, dtype=torch.bool)
+    if plan is not None and plan.visible is not None:  # the sequence with the least padding
+        row = int(plan.visible.sum(1).argmax())
+        visible = plan.visible[row, :length]
     rows = torch.arange(length // 2, length)[visible[length // 2 :]]
     if not len(rows):
         return
@@ -51,9 +52,9 @@ def check_first_prompt(
     keys = torch.arange(length)
     mask = visible & (keys <= rows[:, None]) & (keys > rows[:, None] - (call.window or length))
     at = rows.to(q.device)
-    k, v = k[:1, :, :length], v[:1, :, :length]
-    exact = exact_attention(q[:1].index_select(2, at), k, v, mask, False, call.scale, softcap=call.softcap)
-    lost = out[:1].index_select(2, at).double() - call.with_sinks(exact if call.sinks is not None else exact[0])
+    q, k, v, out = (x[row : row + 1] for x in (q, k[:, :, :length], v[:, :, :length], out))
+    exact = exact_attention(q.index_select(2, at), k, v, mask, False, call.scale, softcap=call.softcap)
+    lost = out.index_select(2, at).double() - call.with_sinks(exact if call.sinks is not None else exact[0])
     _warn(module, _errors(lost, exact[0], k.shape[1]))
 
 
