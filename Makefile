@@ -107,8 +107,9 @@ $(SMOLLM2_MODEL): | $(READY)
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
 test test-long coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
 
+# A file's tests stay in one process, which builds what they share once. More than four processes would want much memory.
 test: $(BUILT) ## run the tests
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 test-long: $(BUILT) ## run what takes minutes in Triton's interpreter, which `make test` leaves out
 	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long
@@ -129,7 +130,7 @@ sanitize: $(READY) ## test the CPU kernels under the address and undefined-behav
 	  $(BIN)/python -m pytest -q --capture=sys -o pythonpath=$(SANITIZED)/package tests/kernels/cpu tests/test_paged.py
 
 test-transformers-oldest: $(BUILT) $(OLDEST)/ready ## test the integration with the oldest transformers
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/integrations tests/evaluation/hf
 
 # The packages that this release wants older than .venv has them come with it, and shadow those of .venv.
 $(OLDEST)/ready: $(READY)

@@ -1,11 +1,12 @@
 """The tables of accuracy: `make accuracy MODELS='qwen=FOLDER smollm2=FOLDER' WIKITEXT2=FILE BOOK=FILE DATA=FOLDER`.
 
-For each model the stages of accuracy_plan.py, in their order, each a run of `turboattention eval` into
-build/accuracy/MODEL/STAGE: a run that was ended goes on from there. What there is of a model, also of a stage that was
-ended, goes to benchmarks/results/accuracy-MODEL.json, and from all such files come docs/accuracy.md, its pictures and
-the table of README.md.
+For each model, the stages of accuracy_plan.py run in order, each as a `turboattention eval` into
+build/accuracy/MODEL/STAGE, where an interrupted run resumes. The results of a model, including those of incomplete
+stages, are written to benchmarks/results/accuracy-MODEL.json, from which docs/accuracy.md, its plots and the table of
+README.md are generated.
 
-`--stages` picks some; `--collect` measures nothing; `--table` only writes the pages; `--check` fails where they differ.
+`--stages` selects stages; `--collect` only collects results; `--table` only writes the pages; `--check` fails if a page
+is out of date.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import AutoTokenizer
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.report.charts import pareto
 from turboattention.evaluation.report.evaluation import loss_points
+from turboattention.files import write_figure, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS, BUILD = ROOT / "benchmarks" / "results", ROOT / "build" / "accuracy"
@@ -123,7 +125,7 @@ def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
     for units in stages.values():
         units.sort(key=lambda u: (u["task"], order.index(u["method"]) if u["method"] in order else len(order)))
     document = rounded({"facts": facts, "stages": stages})
-    (RESULTS / f"accuracy-{label}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(RESULTS / f"accuracy-{label}.json", json.dumps(document, indent=1) + "\n")
     return document
 
 
@@ -159,7 +161,7 @@ def update(name: str, documents: dict[str, dict[str, Any]], *, check: bool) -> b
     text = path.read_text(encoding="utf-8")
     new = with_section(text, PAGES[name](documents)) if BEGIN in text else text
     if text != new and not check:
-        path.write_text(new, encoding="utf-8")
+        write_text(path, new)
     return text == new
 
 
@@ -177,7 +179,7 @@ def draw(documents: dict[str, dict[str, Any]]) -> Sequence[Path]:
         points = loss_points({"units": units, "methods": _methods(units)}, "kl", 1)
         if len(points) > 1:
             path = ROOT / "docs" / f"accuracy-{label}.png"
-            pareto(points, ylabel="KL from the own cache, nats").savefig(path, dpi=110)
+            write_figure(path, pareto(points, ylabel="KL from the own cache, nats"))
             drawn.append(path)
     return drawn
 

@@ -1,4 +1,4 @@
-"""What the results of texts and generated tasks say: aims, rivals of the same size, context lengths. Tables are columns
+"""Tables of results of texts and generated tasks: aims, baselines of the same size, context lengths. Tables are columns
 and rows."""
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def aims(document: dict[str, Any]) -> Table:
 
 
 def lost(own: dict[str, Any], got: dict[str, Any]) -> dict[str, float]:
-    """Share of questions that the own cache answers, less that of a method, compared question by question."""
+    """The accuracy of the own cache minus that of a method, compared question by question."""
     pairs = zip(own["by_length"], got["by_length"], strict=True)
     differences = [x - y for a, b in pairs for x, y in zip(a["solved"], b["solved"], strict=True)]
     return bootstrap([differences, [1.0] * len(differences)], lambda sums: sums[0] / sums[1])
 
 
 def verdict(low: float, high: float, most: float) -> str:
-    """Where the interval reaches over the bound, the text was too short to tell."""
+    """Undecided if the interval contains the bound, because the text was too short."""
     return "reached" if high <= most else "missed" if low > most else "not decided: the interval holds the bound"
 
 

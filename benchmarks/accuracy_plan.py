@@ -1,4 +1,4 @@
-"""What is measured on a model, in the order in which it tells most."""
+"""The measurements of a model, the most informative first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of benchmarks: shares of right answers, and methods compared on the same questions."""
+"""Tables of benchmarks: proportions of correct answers, and comparisons of methods on the same questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens per second of a whole model over a long context, TurboCache beside transformers' own cache.
+"""Tokens per second of a whole model over a long context, TurboCache in comparison with transformers' own cache.
 
 `python benchmarks/end_to_end.py --out benchmarks/results/end_to_end.json`
 
@@ -25,6 +25,7 @@ from turboattention import TurboConfig, explain
 from turboattention.benchmarking.statistics import paired_ratio, spread
 from turboattention.cli.bench_facts import bench_facts
 from turboattention.cli.settings import make_setting
+from turboattention.files import write_text
 from turboattention.integrations.transformers import TurboCache, disable, enable
 from turboattention.kv.cache import KVCache
 
@@ -76,7 +77,7 @@ def main() -> None:
     facts = bench_facts(backend, model=shape, dtype=str(dtype).removeprefix("torch."), steps=plan.steps)
     document = {"schema": 1, "facts": facts, "end_to_end": rows}
     if arguments.out:
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.out, json.dumps(document, indent=1) + "\n")
     else:
         print(json.dumps(document, indent=1))
 

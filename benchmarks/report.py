@@ -1,7 +1,7 @@
 """Writes measured figures into the documentation: `python benchmarks/report.py`, with --check to only compare.
 
-Reads every JSON file under benchmarks/results/, and replaces what stands between the markers of README.md and
-docs/performance.md. Plots go to docs/ as PNG. No figure is typed by hand.
+Reads every JSON file under benchmarks/results/, and replaces the text between the markers of README.md and
+docs/performance.md. Plots are written to docs/ as PNG. No figure is entered by hand.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tables import OTHER_ISAS, Result, full, result_of, summary
 
 from turboattention.cli.bench_files import write_plot
 from turboattention.cli.bench_view import facts_line
+from turboattention.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,27 +48,27 @@ def load(folder: Path) -> list[Result]:
 
 
 def section(name: str, results: Sequence[Result]) -> str:
-    """What stands between the markers of a page."""
+    """The text between the markers of a page."""
     up = "../" * name.count("/")
     text = PAGES[name](results).replace("(RESULTS/", f"({up}benchmarks/results/")
     return f"{BEGIN}\n{text}\n{END}"
 
 
 def current(text: str) -> str | None:
-    """The section as it stands, markers included; None for a page without them."""
+    """The current section, including its markers; None for a page without them."""
     begin, end = text.find(BEGIN), text.find(END)
     return text[begin : end + len(END)] if 0 <= begin < end else None
 
 
 def update(root: Path, name: str, results: Sequence[Result], *, check: bool) -> bool:
-    """Whether the page already said this; otherwise, and unless `check`, it does now."""
+    """Whether the page is up to date; otherwise update it, unless `check`."""
     page = root / name
     text = page.read_text(encoding="utf-8")
     old, new = current(text), section(name, results)
     if old is None or old == new:
         return True
     if not check:
-        page.write_text(text.replace(old, new), encoding="utf-8")
+        write_text(page, text.replace(old, new))
     return False
 
 

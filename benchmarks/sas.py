@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from turboattention.evaluation.synthetic import long_context_sink, synthetic_qkv
+from turboattention.files import write_figure, write_text
 from turboattention.softmax import SAS_COEFFICIENTS
 
 ROOT = Path(__file__).parents[1]
@@ -225,12 +226,12 @@ def main() -> None:
         parts = {"polynomials": polynomials(Clock(Path(folder))), "thresholds": thresholds(), "maxima": maxima()}
     text = PAGE.read_text(encoding="utf-8")
     for name, (rows, figure) in parts.items():
-        figure.savefig(ROOT / f"docs/sas-{name}.png", dpi=110, metadata={"Software": None})
+        write_figure(ROOT / f"docs/sas-{name}.png", figure, metadata={"Software": None})
         mark = MARK.replace("sas.py", f"sas.py: {name}")
         before, _, after = text.split(mark)
         table = "\n".join(rows)
         text = f"{before}{mark}\n![{name}](sas-{name}.png)\n\n{table}\n{mark}{after}"
-    PAGE.write_text(text, encoding="utf-8")
+    write_text(PAGE, text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Widths by measured error, by the paper's priority, and everywhere alike: what each loses on the bundled model.
+"""The error of the bundled model with widths by measured error, by the paper's priority, and uniform widths.
 
 `python benchmarks/strategies.py --calibrate TEXT --text TEXT` measures (about 1 minute a passage on one core), and
 writes benchmarks/results/numerics/strategies.json and the table of docs/calibration.md; `--table` writes the table
@@ -21,10 +21,11 @@ from turboattention.bundled import model_path
 from turboattention.calibration import Calibration
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.baselines.kinds import TurboMethod
+from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.intervals import bootstrap
 from turboattention.evaluation.text_metrics import STRETCH, compare, cut, summarize
+from turboattention.files import write_text
 from turboattention.integrations.transformers import calibrate, generation
-from turboattention.integrations.transformers.subject import TransformersSubject
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/numerics/strategies.json", ROOT / "docs/calibration.md"
@@ -44,9 +45,9 @@ def main() -> None:
     if not options.table:
         torch.set_num_threads(1)
         result = measure(options.calibrate.read_text(), options.text.read_text(), options.passages)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(RESULTS, json.dumps(result, indent=1) + "\n")
     before, _, after = PAGE.read_text().split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n{table(json.loads(RESULTS.read_text()))}\n{MARK}{after}")
+    write_text(PAGE, f"{before}{MARK}\n{table(json.loads(RESULTS.read_text()))}\n{MARK}{after}")
 
 
 def methods(found: Calibration) -> dict[str, TurboMethod]:

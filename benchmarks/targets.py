@@ -1,4 +1,4 @@
-"""What is asked of the kernels on a CPU, and whether measured rows give it."""
+"""Performance targets of the CPU kernels, and whether measured rows meet them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""A model over several processes by transformers' tensor parallelism, beside the same model in one.
+"""A model distributed over several processes with transformers' tensor parallelism, compared with a single process.
 
 `torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --model NAME`
 
-Every process generates over its own heads and its own TurboCache. Then the first one loads the whole model, and does it
-again alone. Without GPUs the processes talk over gloo. Needs accelerate, as transformers does to load parts of a model.
+Every process generates with its own heads and its own TurboCache. Then the first process loads the whole model and
+generates again. Without GPUs the processes communicate over gloo. Needs accelerate, with which transformers loads parts
+of a model.
 """
 
 from __future__ import annotations

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 import turboattention as ta
 from turboattention.errors import InputError
-from turboattention.files import write_text, write_whole
+from turboattention.files import write_figure, write_text, write_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,3 +132,76 @@ def test_a_folder_without_permission(tmp_path):
         os.seteuid(0)
     assert (tmp_path / "x").read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("rights", [0o600, 0o640, 0o666])
+def test_a_file_that_is_replaced_keeps_its_rights(tmp_path, rights):
+    path = tmp_path / "x"
+    path.write_text("old")
+    path.chmod(rights)
+    (tmp_path / "link").symlink_to(path)
+    write_text(path, "new")
+    write_text(tmp_path / "link", "newer")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("newer", rights)
+
+
+def leftover(folder: Path, process: int, age: float) -> str:
+    """What a process killed while it wrote leaves behind."""
+    left = folder / f".turboattention-{process}-abc_d12.partial"
+    left.mkdir()
+    (left / "file").write_text("half")
+    os.utime(left, (time.time() - age,) * 2)
+    return left.name
+
+
+def test_what_a_killed_process_left_behind_goes_away(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    leftover(tmp_path, gone.pid, 7200)
+    running = leftover(tmp_path, os.getpid(), 7200)
+    other = tmp_path / ".turboattention-notes.partial"
+    other.mkdir()
+    write_text(tmp_path / "x", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted(["x", running, other.name])
+    young = leftover(tmp_path, gone.pid, 60)  # by a process elsewhere that shares the disk, perhaps
+    write_text(tmp_path / "x", "new")
+    assert young in os.listdir(tmp_path)
+
+
+def test_a_killed_saver(tmp_path):
+    """Really killed, in the middle of writing."""
+    code = (
+        "import sys, os, signal; from turboattention.files import write_whole;"
+        "write_whole(sys.argv[1], lambda file: (file.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
+    )
+    write_text(tmp_path / "x", "old")
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], env=os.environ | {"PYTHONPATH": "src"}, cwd=ROOT)
+    assert ran.returncode == -signal.SIGKILL
+    (left,) = {*os.listdir(tmp_path)} - {"x"}
+    assert (tmp_path / "x").read_text() == "old"
+    os.utime(tmp_path / left, (0, 0))
+    write_text(tmp_path / "x", "new")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_file_and_folder_are_on_the_disk_before_the_call_returns(tmp_path, monkeypatch):
+    seen, flush = [], os.fsync
+
+    def note(handle: int) -> None:
+        seen.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_text(tmp_path / "x", "new")
+    assert seen == [False, True]
+
+
+def test_figures_are_written_whole(tmp_path, file_limit):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure.subplots()
+    write_figure(tmp_path / "x.png", figure)
+    before = (tmp_path / "x.png").read_bytes()
+    with file_limit(1000), pytest.raises(InputError, match=r"--picture: .* cannot be written"):
+        write_figure(tmp_path / "x.png", figure, "--picture")
+    assert (tmp_path / "x.png").read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.png"]

@@ -9,7 +9,7 @@ import torch
 
 import turboattention as ta
 from turboattention.errors import GuardWarning, NonFiniteError
-from turboattention.guard import BOUNDS, _advice, bound_of, widen
+from turboattention.guard import BOUNDS, _advice, bound_of, fixed_widths_message, widen
 from turboattention.reference.exact import exact_attention
 
 from .helpers import qkv, relative_error
@@ -110,8 +110,8 @@ def test_bits_go_up_only_as_far_as_needed(monkeypatch):
     assert cache.head_bits.tolist() == [[2, 3, 4, 8]] * 2
     assert said == [
         "layer 3: KV heads 1, 2, 3 lose too much in the quantized cache (head 3 has relative error 9.00 at K 2 and V 2 "
-        "bits, bound 0.70); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; heads 3 stay beyond their bound even so; "
-        "8 bits are too few for them: compare with the model's own cache before you rely on the answers"
+        "bits, bound 0.70); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; heads 3 remain beyond their bound; "
+        "8 bits are not enough for them: compare with the model's own cache before relying on the answers"
     ]
 
 
@@ -195,7 +195,7 @@ def test_given_widths_are_never_changed():
 def test_heads_that_eight_bits_do_not_help_are_named():
     cache, said = run(hard((1,), gain=2000.0))
     assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
-    assert "raised to K/V bits 1: 8/8; heads 1 stay beyond their bound even so; 8 bits are too few" in said[0]
+    assert "raised to K/V bits 1: 8/8; heads 1 remain beyond their bound; 8 bits are not enough" in said[0]
 
 
 def test_a_cache_without_a_label():
@@ -312,3 +312,32 @@ def test_a_warning_made_an_error_leaves_the_cache_as_it_was():
         with pytest.raises(GuardWarning):
             ta.turbo_attention_with_kvcache(q[:, :, 100:], cache, k[:, :, 100:], v[:, :, 100:])
     assert content(cache) == before
+
+
+# -- storage with fixed widths ------------------------------------------------------------------------
+
+
+def fixed(tensors, bits: int, **options) -> str | None:
+    """The message for one sequence of `hard`, as a server's pages store it."""
+    q, k, v = (x[0].transpose(0, 1) for x in tensors)
+    return fixed_widths_message(ta.TurboConfig.serving(), torch.full((2, k.shape[1]), bits), q, k, v, **options)
+
+
+def test_fixed_widths_are_reported_with_the_models_head_numbers():
+    message = fixed(hard((1, 3)), 4, first_head=8)
+    assert message is not None
+    assert message.startswith("KV heads 9, 11 lose too much in the quantized cache (head ")
+    assert message.endswith(
+        "at K 4 and V 4 bits, bound 0.30); widths kept as configured; calibrate the model, or serve it with more bits"
+    )
+
+
+def test_fixed_widths_within_their_bounds_are_not_reported():
+    assert fixed(hard(()), 4) is None
+    assert fixed(hard((1, 3)), 8) is None
+
+
+def test_fixed_widths_do_not_report_values_that_are_not_finite():
+    q, k, v = hard((1,))
+    k[0, 0, 5, 0] = torch.nan
+    assert fixed((q, k, v), 4) is None

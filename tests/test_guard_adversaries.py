@@ -130,8 +130,8 @@ def named(said: list[str]) -> set[int]:
 
 
 def unhelped(said: list[str]) -> set[int]:
-    """Heads that it says stay beyond their bound."""
-    found = [re.search(r"; heads ([\d, ]+) stay beyond", text) for text in said]
+    """Heads reported as remaining beyond their bound."""
+    found = [re.search(r"; heads ([\d, ]+) remain beyond", text) for text in said]
     return {int(head) for match in found if match for head in match[1].split(", ")}
 
 

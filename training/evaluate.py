@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turboattention.evaluation import tasks
+from turboattention.files import write_text
 
 LENGTHS = (256, 512, 1024, 2048, 4000)
 PIECE = 2048  # tokens a row when bits per byte are counted
@@ -49,8 +50,8 @@ def main() -> None:
             for task in tasks.TASKS
         }
     result = {"bits_per_byte": bits, "lengths": LENGTHS, "accuracy": solved, "examples": options.examples}
-    (options.model / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (options.model / "README.md").write_text(card(model, result, options.note), encoding="utf-8")
+    write_text(options.model / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_text(options.model / "README.md", card(model, result, options.note))
     print(json.dumps(result))
 
 

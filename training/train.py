@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from tokenizer import END, train_tokenizer
 from tokenizers import Tokenizer
 
+from turboattention.files import write_text
+
 # (share of the time at which it begins, row length)
 CURRICULUM = ((0.0, 256), (0.1, 512), (0.4, 1024), (0.65, 2048), (0.85, 4096))
 
@@ -127,7 +129,7 @@ def export(model: Llama, out: Path) -> None:
         },
     }
     for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(out / name, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

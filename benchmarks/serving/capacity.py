@@ -19,6 +19,8 @@ import models
 import processes
 from sections import FLOORS
 
+from turboattention.files import write_text
+
 GIB = 2**30
 
 
@@ -40,7 +42,7 @@ def main() -> int:
                 document["facts"] = found.pop("facts")
                 document["rows"].append(_row(model, contender, found, document["budget"], document["rows"]))
                 print(_line(document["rows"][-1]), flush=True)
-    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(document, indent=1) + "\n")
     return int(not all(reached(row) for row in document["rows"]))
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import pictures
 import sections
 
+from turboattention.files import write_figure, write_text
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "serving.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,11 +43,11 @@ def main() -> int:
     if options.check:
         print("" if text == new else f"{PAGE.name} differs from its results; run benchmarks/serving/page.py --table")
         return int(text != new)
-    PAGE.write_text(new, encoding="utf-8")
+    write_text(PAGE, new)
     for name, document in documents(RESULTS).items():
         draw = PARTS[name][1]
         if draw is not None:
-            draw(document).savefig(PAGE.with_name(f"{name}.png"), dpi=110)
+            write_figure(PAGE.with_name(f"{name}.png"), draw(document))
     return 0
 
 

@@ -22,6 +22,8 @@ import processes
 from comparing import compare, memory_of
 from restart import restart
 
+from turboattention.files import write_text
+
 _FLAT, _FLAT_FROM = 0.02, 400
 """How much memory may grow; and of so many requests on, as fewer do not warm up all there is."""
 # oneDNN, which multiplies in float32, compiles a kernel for each number of rows it meets, and keeps 1,024 of them: with
@@ -56,7 +58,7 @@ def main() -> int:
         print("the API server", flush=True)
         document["server"] = _served(options, model.folder, given, solo)
     document["problems"] = _problems(document)
-    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(options.out, json.dumps(document, indent=1) + "\n")
     _tell(document)
     return int(bool(document["problems"]))
 

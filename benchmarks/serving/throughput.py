@@ -22,6 +22,8 @@ import models
 import processes
 from workload import Workload
 
+from turboattention.files import write_text
+
 MIB = 2**20
 
 
@@ -63,7 +65,7 @@ def main() -> int:
                     shown = {"contender": contender.name, "title": contender.title, "budget": budget * MIB}
                     document["rows"].append(shown | {"rate": rate, "round": number, **found})
                     print(_line(document["rows"][-1]), flush=True)
-                    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                    write_text(out, json.dumps(document, indent=1) + "\n")
     return 0
 
 

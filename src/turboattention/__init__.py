@@ -1,23 +1,27 @@
-"""TurboAttention: attention for LLM inference that stays in integers, over a compressed KV cache.
+"""TurboAttention: integer attention for LLM inference over a quantized KV cache.
 
-The names below are imported when first used; `import turboattention` itself loads nothing heavy.
+The names below are imported when they are first used, so that `import turboattention` stays fast.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that has it; a name that stands for itself is a submodule.
+# Public name -> the module that defines it. A name mapped to itself is a submodule.
 _LAZY = {
     "turbo_attention": "api",
     "turbo_attention_with_kvcache": "api",
     "backends": "api",
     "explain": "api",
     "TurboConfig": "config",
-    "KVCache": "api",  # not kv.cache: with it comes dispatch, which gives caches their fastest quantizer
+    "KVCache": "api",  # not kv.cache: importing dispatch registers the fast quantizers
+    "Calibration": "calibration",
+    "DecodeGraph": "execution.triton_graph",
+    "paged": "paged",
     "sas": "softmax",
     "flashq": "flashq",
     "integrations": "integrations",
@@ -26,6 +30,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Calibration",
     "KVCache",
     "TurboConfig",
     "__version__",
@@ -35,15 +40,20 @@ __all__ = [
     "explain",
     "flashq",
     "integrations",
+    "paged",
     "sas",
     "turbo_attention",
     "turbo_attention_with_kvcache",
 ]
+if importlib.util.find_spec("triton") is not None:
+    __all__ += ["DecodeGraph"]
 
 if TYPE_CHECKING:
-    from . import bundled, errors, flashq, integrations
+    from . import bundled, errors, flashq, integrations, paged
     from .api import backends, explain, turbo_attention, turbo_attention_with_kvcache
+    from .calibration import Calibration
     from .config import TurboConfig
+    from .execution.triton_graph import DecodeGraph
     from .kv.cache import KVCache
     from .softmax import sas
 

@@ -1,9 +1,10 @@
-"""The guard against silent corruption: a cache's first compressed blocks against exact attention.
+"""The guard: compares attention over a cache's first compressed blocks with exact attention, head by head.
 
-A cache of few bits can ruin heads without a sign. So when a cache compresses its first block, sampled
-queries attend its tokens once exactly and once as they would be stored, head by head. A head whose
-relative error is beyond the bound of its width gets the next wider one, and the user is told in one
-line (numerics.md, The guard).
+Low-bit storage can make the output of single heads useless without any visible error. When a cache compresses its
+first block, sampled queries attend its tokens twice: at full precision, and as the tokens would be stored. A head
+whose relative error is beyond the bound of its width is promoted to the next wider one, with one `GuardWarning`
+(`guarded_bits`). Where widths cannot change, as in vLLM's pages, there is only the warning (`fixed_widths_message`).
+Bounds and procedure: numerics.md, The guard.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .config import TurboConfig
 from .errors import GuardWarning
 from .kv.cache import KVCache
 from .kv.pages import Tiles
@@ -21,12 +23,12 @@ from .kv.store import Flush
 from .reference.exact import exact_attention
 
 BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
-"""Largest relative error of a head's output, by width: about twice what normal data gives, and well below 1,
-which is what an output of zeros would have."""
+"""Bits -> largest relative error (Frobenius norm) of a head's output. Well above that of normal data, and below 1,
+which is the error of an output of zeros."""
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
-_QUERIES = 32  # sampled rows a head
-_TOKENS = 512  # keys looked at
+_QUERIES = 32  # query rows sampled per head
+_TOKENS = 512  # keys that they attend to at most
 
 
 def guarded_bits(
@@ -35,8 +37,11 @@ def guarded_bits(
     """Widths int64 [2, Hkv] for the blocks that committing `staged` compresses first; None where it
     compresses none, or the guard is off.
 
-    q [B, Hq, Lq, D] with positions int64 and valid bool [B, Lq]; `new` are the call's k, v
-    [B, Hkv, T, D]. Widths given by the user are never changed, only warned about.
+    Widths given by the user are never changed, only warned about.
+
+    Args:
+        q: [B, Hq, Lq, D], at `positions` (int64 [B, Lq]), of which rows marked in `valid` (bool [B, Lq]) are real.
+        new: the call's k and v, each [B, Hkv, T, D].
     """
     flush = cache.pending_flush(staged)
     if cache.config.guard == "off" or not cache.freezes_widths(flush):
@@ -52,9 +57,53 @@ def guarded_bits(
             errors = sample.errors(bits)
             beyond = _beyond(errors, bits)
     if bool(failing.any()):
-        said = _message(cache, failing, beyond, first, planned, bits)
-        warnings.warn(f"{said}; {_advice(sample, planned, failing)}", GuardWarning, stacklevel=4)
+        message = _message(cache.first_head, failing, beyond, first, planned, bits)
+        advice = _advice(sample, planned, failing)
+        warnings.warn(f"{cache.label or 'cache'}: {message}; {advice}", GuardWarning, stacklevel=4)
     return bits
+
+
+def fixed_widths_message(
+    config: TurboConfig,
+    head_bits: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_mean: Tensor | None = None,
+    first_head: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window_size: int | None = None,
+) -> str | None:
+    """The warning for storage whose widths cannot change; None if every head is within its bound.
+
+    Also None if a value is not finite, which the caller reports on its own.
+
+    Args:
+        head_bits: int64 [2, Hkv], the widths of K and V.
+        q, k, v: [T, Hq, D], [T, Hkv, D] twice: one sequence from its first token, at least a block long.
+        k_mean: calibrated means of K, float [Hkv, D].
+        first_head: index in the model of the first KV head here.
+        scale, softcap, window_size: as in `turbo_attention`.
+    """
+    tokens = min(len(k) // config.block_size * config.block_size, _TOKENS)
+    q, k, v = (x[:tokens].transpose(0, 1)[None].float() for x in (q, k, v))
+    if not all(bool(x.isfinite().all()) for x in (q, k, v)):
+        return None
+    heads, head_dim = k.shape[1], k.shape[3]
+    cache = KVCache(1, heads, head_dim, config=config.replace(guard="off"), head_bits=head_bits, k_mean=k_mean)
+    cache.append(k, v)
+    exact, stored = (
+        exact_attention(q[:, :, -_QUERIES:], *kv, is_causal=True, scale=scale, softcap=softcap, window_size=window_size)
+        for kv in ((k, v), cache.dequantize())
+    )
+    errors = _relative_errors(stored[0], exact[0], heads)
+    beyond = _beyond(errors, head_bits)
+    if not bool(beyond.any()):
+        return None
+    message = _message(first_head, beyond, beyond, errors, head_bits, head_bits)
+    return f"{message}; calibrate the model, or serve it with more bits"
 
 
 def bound_of(bits: Tensor) -> Tensor:
@@ -66,45 +115,52 @@ def _beyond(errors: Tensor, bits: Tensor) -> Tensor:
     return ~(errors <= bound_of(bits))
 
 
+def _relative_errors(got: Tensor, exact: Tensor, kv_heads: int) -> Tensor:
+    """Relative error (Frobenius norm) per KV head, float64 [Hkv] on the CPU, of outputs [B, Hq, Lq, D]; NaN is inf."""
+    lost, whole = ((x.unflatten(1, (kv_heads, -1)) ** 2).sum((0, 2, 3, 4)) for x in (got - exact, exact))
+    return (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf).double().cpu()
+
+
 def widen(bits: Tensor, heads: Tensor) -> Tensor:
-    """The narrower of K and V (both, if equal) one step wider, for the chosen heads."""
+    """`bits` (int64 [2, Hkv]) with the next width for the narrower of K and V, or both if equal, of `heads` (bool)."""
     wider = torch.tensor([[_WIDER[int(b)] for b in row] for row in bits])
     return torch.where(heads & (bits == bits.amin(0)), wider, bits)
 
 
-def _message(cache: KVCache, failing: Tensor, beyond: Tensor, errors: Tensor, planned: Tensor, bits: Tensor) -> str:
+def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, planned: Tensor, bits: Tensor) -> str:
+    """Names the heads that are `failing` at the `planned` widths, and those still `beyond` their bound at `bits`."""
     heads = failing.nonzero().flatten().tolist()
     worst = max(heads, key=lambda head: float(errors[head]))
-    what = f"{cache.label or 'cache'}: KV heads {_numbers(cache, heads)} lose too much in the quantized cache"
+    what = f"KV heads {_numbers(first_head, heads)} lose too much in the quantized cache"
     how = (
-        f"head {cache.first_head + worst} has relative error {float(errors[worst]):.2f} at K {int(planned[0, worst])} "
+        f"head {first_head + worst} has relative error {float(errors[worst]):.2f} at K {int(planned[0, worst])} "
         f"and V {int(planned[1, worst])} bits, bound {float(bound_of(planned)[worst]):.2f}"
     )
     if torch.equal(bits, planned):
         return f"{what} ({how}); widths kept as configured"
-    widths = ", ".join(f"{cache.first_head + head}: {int(bits[0, head])}/{int(bits[1, head])}" for head in heads)
+    widths = ", ".join(f"{first_head + head}: {int(bits[0, head])}/{int(bits[1, head])}" for head in heads)
     rest = beyond.nonzero().flatten().tolist()
-    still = f"; heads {_numbers(cache, rest)} stay beyond their bound even so" if rest else ""
+    still = f"; heads {_numbers(first_head, rest)} remain beyond their bound" if rest else ""
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
 
 
 def _advice(sample: _Sample, planned: Tensor, failing: Tensor) -> str:
-    """What to do about it: the fewest 8-bit sides that bring every failing head inside its bound."""
+    """What the user can do: the fewest 8-bit sides that bring every failing head within its bound."""
     k, v = (int(bits[failing].min()) for bits in planned)
     for wide in (([8], [v]), ([k], [8]), ([8], [8])):
         bits = torch.where(failing, torch.tensor(wide), planned)
         if not torch.equal(bits, planned) and not bool(_beyond(sample.errors(bits), bits).any()):
             (k,), (v,) = wide
             return f"pass bits=({k}, {v}) (--bits {k},{v}), or calibrate the model"
-    return "8 bits are too few for them: compare with the model's own cache before you rely on the answers"
+    return "8 bits are not enough for them: compare with the model's own cache before relying on the answers"
 
 
-def _numbers(cache: KVCache, heads: list[int]) -> str:
-    return ", ".join(str(cache.first_head + head) for head in heads)
+def _numbers(first_head: int, heads: list[int]) -> str:
+    return ", ".join(str(first_head + head) for head in heads)
 
 
 class _Sample:
-    """Queries, exact keys and values, and what they become when stored."""
+    """The sampled queries, and the keys and values they attend to: exact, and as stored at given widths."""
 
     def __init__(
         self,
@@ -116,8 +172,7 @@ class _Sample:
         valid: Tensor,
         new: tuple[Tensor, Tensor],
     ):
-        # Sequences whose first compressed block is among these; of ragged ones, those that begin
-        # like the first.
+        # Sequences whose first compressed block is in this flush; in a ragged batch, those with the start of the first.
         batch = flush.batch[flush.block == cache.sink_blocks].unique()
         start = staged.start[batch]
         self.batch = batch[start == start[0]]
@@ -140,12 +195,10 @@ class _Sample:
                 target = getattr(stored, name).unflatten(2, (-1, size))
                 target[at] = getattr(tiles, name).to(target.dtype)
         got = self._attend(self._frame(*self._floats(stored)))
-        group = self.q.shape[1] // self.cache.num_kv_heads
-        lost, whole = ((x.unflatten(1, (-1, group)) ** 2).sum((0, 2, 3, 4)) for x in (got - self.wanted, self.wanted))
-        return (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf).cpu()
+        return _relative_errors(got, self.wanted, self.cache.num_kv_heads)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Up to `_QUERIES` rows spread over the later half of the tokens looked at."""
+        """Up to `_QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
         inside = valid & (positions < int(self.length.max()))
         useful = (inside & (positions >= int(self.length.max()) // 2))[self.batch].all(0)
         rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
@@ -154,7 +207,7 @@ class _Sample:
         return chosen, positions[self.batch][:, rows]
 
     def _floats(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        """Stage-frame tiles [B, H, W, D] as floats in the model's space."""
+        """Staged tiles [B, H, W, D] as floats in the model's space."""
         k, v = tiles.floats()
         return self._restore(k, self.staged.start), self.cache.restore(v)
 
@@ -166,7 +219,7 @@ class _Sample:
         return self.cache.restore_keys(k)
 
     def _with_new(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> tuple[Tensor, Tensor]:
-        """The call's own tokens as they came, in place of their INT8 form."""
+        """k and v with the call's own tokens at full precision instead of INT8."""
         counts = self.staged.lengths - self.staged.before
         batch, token = (torch.arange(k_new.shape[2]) < counts[:, None]).nonzero(as_tuple=True)
         row = (self.staged.before - self.staged.start)[batch] + token
@@ -175,7 +228,7 @@ class _Sample:
         return k, v
 
     def _frame(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen sequences with their sink pages in front, as many tokens as are looked at."""
+        """The sampled sequences with their sink pages in front, cut to the sampled tokens."""
         if self.sinks is not None:
             sink_k, sink_v = (x.transpose(1, 2).flatten(2, 3) for x in self.sinks.floats())
             k = torch.cat((self._restore(sink_k, torch.zeros_like(self.staged.start)), k), 2)

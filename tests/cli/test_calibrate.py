@@ -187,10 +187,10 @@ def test_a_layer_that_stands_out_is_named(run: Run, tmp_path):
     assert standing_out(found) == {}
     found.layers[2].errors[0, :, -1] *= 30
     assert list(standing_out(found)) == [2]
-    assert "Standing out: layer 2: K at 8 bits loses" in summary(found)
+    assert "Unusual: layer 2: K at 8 bits loses" in summary(found)
     found.save(tmp_path / "kept")
     said = run("inspect", "--calibration", tmp_path / "kept", "--picture", tmp_path / "keys.png")
-    assert "Standing out: layer 2" in " ".join(said.stdout.split())
+    assert "Unusual: layer 2" in " ".join(said.stdout.split())
     assert (tmp_path / "keys.png").read_bytes().startswith(b"\x89PNG")
     refused = run("inspect", "--calibration", tmp_path / "kept", "--picture", tmp_path / "keys.doc").error
     assert refused.startswith("--picture: expected a file named .png, .svg, .pdf, got ")

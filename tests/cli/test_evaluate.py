@@ -41,13 +41,13 @@ def test_a_second_run_is_only_a_table(run, model: Path, book: Path, tmp_path: Pa
     first = run(*call, columns=80)
     second = run(*call, columns=80)
     assert first.stdout == second.stdout
-    assert "4 of 4 results were there already" in second.stderr
-    assert "were there already" not in first.stderr
+    assert "4 of 4 results were reused" in second.stderr
+    assert "were reused" not in first.stderr
     assert max(len(line) for line in second.stdout.splitlines()) <= 80
     for word in ("turbo-4", "fp16", "16.00", "KL,", "top-1"):
         assert word in second.stdout
     book.write_text(TEXT * 11, encoding="utf-8")
-    assert "were there already" not in run(*call).stderr
+    assert "were reused" not in run(*call).stderr
 
 
 def test_pieces_of_another_size(run, model: Path, book: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_ended_run_leaves_what_it_has(run, model: Path, tmp_path: Path, monke
         assert run("eval", "--model", model, *SMALL, "--out", tmp_path).code != 0
     assert len(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["units"]) == 2
     assert (tmp_path / "report.html").exists()
-    assert "2 of 4 results were there already" in run("eval", "--model", model, *SMALL, "--out", tmp_path).stderr
+    assert "2 of 4 results were reused" in run("eval", "--model", model, *SMALL, "--out", tmp_path).stderr
 
 
 def test_a_calibrated_method(run, model: Path, book: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_method_that_is_not_installed(run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_harness_is_named_where_it_is_missing(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboattention.integrations.transformers import harness
+    from turboattention.evaluation.hf import harness
 
     def missing(_: object) -> None:
         raise ModuleNotFoundError("no", name="lm_eval")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from turboattention.evaluation.records import Parts
+from turboattention.evaluation.records import Part, Parts
 
 VOCABULARY = 128
 NEXT = Callable[[str], str]
@@ -80,6 +80,10 @@ def no_progress(done: int, total: int) -> None:
     assert 0 <= done < total
 
 
+def parts_in_memory(*methods: str) -> Parts:
+    return Parts({method: Part(None, {}) for method in methods})
+
+
 def run_alone(task, subject, method):
     """What a task gives for one method."""
-    return task.run(subject, [method], Parts.nowhere(method.name), no_progress)[0]
+    return task.run(subject, [method], parts_in_memory(method.name), no_progress)[0]

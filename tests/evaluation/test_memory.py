@@ -11,10 +11,10 @@ PROBE = f"""
 import resource
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.heap import release_large_blocks
-from turboattention.evaluation.records import Parts
+from turboattention.evaluation.records import Records
 from turboattention.evaluation.text_metrics import TextTask
 from turboattention.integrations.transformers import generation
-from turboattention.integrations.transformers.subject import TransformersSubject
+from turboattention.evaluation.hf.subject import TransformersSubject
 import torch, transformers
 
 release_large_blocks()
@@ -31,11 +31,12 @@ class Numbers(TransformersSubject):
     def decode(self, ids): return " ".join(map(str, ids))
 
 names = ["int8", "int4"]
+def quiet(done, total): pass
 text = " ".join(str(number * 211 % {VOCABULARY}) for number in range({TOKENS}))
 subject = Numbers(generation.LanguageModel("tiny", model, None, "sdpa"))
 def run(context):
     TextTask(text, "numbers", context, 1, {PIECE}).run(
-        subject, [METHODS[name] for name in names], Parts.nowhere(*names), lambda done, total: None)
+        subject, [METHODS[name] for name in names], Records(None).parts("", dict.fromkeys(names, dict())), quiet)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 short = run(3 * {PIECE})  # everything imported, and a few pieces seen
 print((run({TOKENS}) - short) * 1024)

@@ -12,9 +12,9 @@ from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.question_task import QuestionTask
 from turboattention.evaluation.questions import aqua, bbh, gsm8k, load
 from turboattention.evaluation.questions.question import plain_number
-from turboattention.evaluation.records import Parts, Records
+from turboattention.evaluation.records import Records
 
-from .subject import ScriptedSubject, no_progress, run_alone
+from .subject import ScriptedSubject, no_progress, parts_in_memory, run_alone
 
 PROMPTS = """Some notice about the data.
 -----
@@ -219,7 +219,7 @@ class Watched(ScriptedSubject):
 def test_methods_and_questions_are_answered_side_by_side(data: Path) -> None:
     subject = Watched({"turbo-4": writes(" 1202"), "": writes(" so #### 1200")})
     task, methods = QuestionTask(load("gsm8k", data)[0], None), [METHODS["turbo-4"], METHODS["kivi-4"]]
-    results = task.run(subject, methods, Parts.nowhere("turbo-4", "kivi-4"), no_progress)
+    results = task.run(subject, methods, parts_in_memory("turbo-4", "kivi-4"), no_progress)
     assert [result["solved"] for result in results] == [[0, 1, 0], [1, 0, 0]]
     assert results == [run_alone(task, subject, method) for method in methods]
     examples = [session for session in subject.sessions if len(session.calls) == 1]
@@ -233,7 +233,7 @@ def test_an_ended_run_goes_on_after_the_last_answer(data: Path, tmp_path: Path) 
     task, methods = QuestionTask(load("gsm8k", data)[0], None), [METHODS["turbo-4"], METHODS["kivi-4"]]
     settings = {method.name: {} for method in methods}
     whole = Watched({"turbo-4": writes(" 1202"), "": writes(" so #### 1200")})
-    wanted = task.run(whole, methods, Parts.nowhere(*settings), no_progress)
+    wanted = task.run(whole, methods, parts_in_memory(*settings), no_progress)
     stopped = Watched({"turbo-4": writes(" 1202"), "": writes(" so #### 1200")})
     stopped.steps = 3 + 6  # the shorter answers are there
     with pytest.raises(KeyboardInterrupt):

@@ -68,26 +68,14 @@ def test_the_budget_counts_what_the_measure_counts(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_text_prompt_and_answer(task):
+def test_text_and_spans(task):
     episode = generate(task, 1, 800, questions=2)
     assert episode.task == task
     assert episode.text == "".join(text for text, _ in episode.spans)
-    assert episode.prompt + episode.answer == episode.text
-    assert episode.spans[-1] == (episode.answer, True)
-    assert episode.answer.endswith("\n")
-    assert not episode.spans[0][1]
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_solving(task):
-    for seed in range(10):
-        episode = generate(task, seed, 800)
-        assert episode.is_solved_by(episode.answer)
-        assert episode.is_solved_by(episode.answer + "anything that follows\n")
-        assert not episode.is_solved_by("")
-        assert not episode.is_solved_by("nothing of the kind\n")
-        spoiled = episode.expected[:-2] + "#" + episode.expected[-1:]
-        assert not episode.is_solved_by(episode.answer.replace(episode.expected, spoiled))
+    (_, first_is_answer), *_, (last, last_is_answer) = episode.spans
+    assert not first_is_answer
+    assert last_is_answer
+    assert last.endswith("\n")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -160,7 +148,6 @@ def test_lines_to_copy_are_there_once(seed, budget, questions):
         assert matches == [question + answer.rstrip("\n")]
         assert len(question.split(" ")) == 2
         assert 6 <= len(answer.split()) <= 14
-    assert episode.expected == episode.answer.strip()
 
 
 @given(st.integers(0, 10**6), st.sampled_from(BUDGETS), st.integers(1, 3))
@@ -193,16 +180,3 @@ def test_sums_are_right(seed, budget, questions):
 )
 def test_addition_by_hand(a, b, answer):
     assert addition(a, b) == (f"{a}+{b}:", answer)
-
-
-def test_expected_is_the_last_word():
-    assert Episode("needle", (("", False), ("12345.\n", True))).expected == "12345."
-    needle = Episode("needle", (("", False), ("12345.\n", True)))
-    assert needle.is_solved_by("12345\n")
-    assert needle.is_solved_by(" 12345.")
-    assert not needle.is_solved_by("12346.")
-    assert not needle.is_solved_by("\n12345.")  # the first line counts
-    arithmetic = Episode("arithmetic", (("1+2:", False), (*addition(1, 2)[1:], True)))
-    assert arithmetic.expected == "3"
-    assert arithmetic.is_solved_by(" 1+2+0=03 so 3\n")
-    assert not arithmetic.is_solved_by(" 1+2+0=03 so 4\n")

@@ -8,10 +8,10 @@ import torch
 
 from turboattention.errors import InputError
 from turboattention.evaluation.baselines import METHODS
-from turboattention.evaluation.records import Parts, Records
+from turboattention.evaluation.records import Records
 from turboattention.evaluation.text_metrics import TextTask, compare, cut
 
-from .subject import VOCABULARY, ScriptedSubject, no_progress, run_alone
+from .subject import VOCABULARY, ScriptedSubject, no_progress, parts_in_memory, run_alone
 
 TURBO = METHODS["turbo-4"]
 
@@ -76,7 +76,7 @@ def test_every_token_goes_through_the_cache_in_pieces() -> None:
 def test_the_own_cache_is_run_once_for_all_methods() -> None:
     subject, task = ScriptedSubject({"": alphabet, "turbo-2": lambda text: "?"}), TextTask(LETTERS, "letters", 1000, 2)
     names = ("fp16", "turbo-4", "turbo-2")
-    results = task.run(subject, [METHODS[name] for name in names], Parts.nowhere(*names), no_progress)
+    results = task.run(subject, [METHODS[name] for name in names], parts_in_memory(*names), no_progress)
     assert len(subject.sessions) == 2 * 3
     assert [result["metrics"]["top1"]["value"] for result in results] == [1.0, 1.0, 0.0]
     assert results == [run_alone(task, subject, METHODS[name]) for name in names]

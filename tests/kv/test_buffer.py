@@ -21,7 +21,7 @@ def numbered(batch: int, rows: int, scale: float = 1.0) -> Tiles:
 
 def test_takes_rows_from_where_each_sequence_says():
     buffer = Int8Buffer(2, 2, 4, 8, True, CPU)
-    buffer.take(numbered(2, 6), torch.tensor([1, 4]), torch.tensor([3, 2]))
+    buffer.take(numbered(2, 6), torch.tensor([1, 4]), torch.tensor([3, 2]), 0)
     assert buffer.k8[:, 0, :, 0].tolist() == [[2, 3, 4, 0], [15, 16, 0, 0]]
     assert buffer.v8[:, 1, :, 7].tolist() == [[-2, -3, -4, 0], [-15, -16, 0, 0]]
     assert buffer.k_scale[:, 0].tolist() == [[2, 3, 4, 0], [15, 16, 0, 0]]
@@ -30,8 +30,8 @@ def test_takes_rows_from_where_each_sequence_says():
 
 def test_what_it_held_before_is_gone():
     buffer = Int8Buffer(1, 2, 4, 8, True, CPU)
-    buffer.take(numbered(1, 4), torch.tensor([0]), torch.tensor([4]))
-    buffer.take(numbered(1, 4), torch.tensor([3]), torch.tensor([1]))
+    buffer.take(numbered(1, 4), torch.tensor([0]), torch.tensor([4]), 0)
+    buffer.take(numbered(1, 4), torch.tensor([3]), torch.tensor([1]), 0)
     assert buffer.k8[0, 0, :, 0].tolist() == [4, 0, 0, 0]
     assert buffer.k_scale[0, 0].tolist() == [4, 0, 0, 0]
 
@@ -41,10 +41,15 @@ def test_what_it_held_before_is_gone():
 def test_nbytes(token_scales, scale_bytes, tokens, rows):
     """As many rows as the longest sequence needs, in 16s."""
     buffer = Int8Buffer(3, 2, 63, 16, token_scales, CPU)
-    buffer.take(numbered_like(3, 64, 16), torch.zeros(3, dtype=torch.int64), torch.tensor([0, tokens, tokens // 2]))
-    assert buffer.rows == buffer.rows_for(tokens) == rows
+    buffer.take(numbered_like(3, 64, 16), torch.zeros(3, dtype=torch.int64), torch.tensor([0, tokens, tokens // 2]), 0)
+    assert buffer.rows == buffer.rows_for(tokens, 64) == rows
     assert buffer.nbytes == 2 * 3 * 2 * rows * (16 + scale_bytes)
     assert buffer.tiles().k_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("held, rows", [(0, 16), (8191, 16), (8192, 32), (20_000, 63), (10**6, 63)])
+def test_larger_steps_where_that_is_little(held, rows):
+    assert Int8Buffer(1, 1, 63, 8, True, CPU).rows_for(3, held) == rows
 
 
 def numbered_like(batch: int, rows: int, head_dim: int) -> Tiles:
@@ -55,7 +60,7 @@ def numbered_like(batch: int, rows: int, head_dim: int) -> Tiles:
 @pytest.mark.parametrize("rows", [3, 4, 7, 8])
 def test_memory_of_another_size_holds_the_same(rows):
     buffer = Int8Buffer(2, 2, 7, 8, True, CPU)
-    buffer.take(numbered(2, 6), torch.tensor([1, 4]), torch.tensor([3, 2]))
+    buffer.take(numbered(2, 6), torch.tensor([1, 4]), torch.tensor([3, 2]), 0)
     k8, v8, k_scale, v_scale = buffer.memory(rows)
     assert k8.is_contiguous()
     assert k8.shape == v8.shape == (2, 2, rows, 8)
@@ -69,7 +74,7 @@ def test_memory_of_another_size_holds_the_same(rows):
 
 def test_selecting_copies():
     buffer = Int8Buffer(3, 2, 4, 8, True, CPU)
-    buffer.take(numbered(3, 4), torch.zeros(3, dtype=torch.int64), torch.tensor([4, 3, 2]))
+    buffer.take(numbered(3, 4), torch.zeros(3, dtype=torch.int64), torch.tensor([4, 3, 2]), 0)
     chosen = buffer.select(torch.tensor([2, 0, 2]))
     assert chosen.k8[:, 0, :, 0].tolist() == [[21, 22, 0, 0], [1, 2, 3, 4], [21, 22, 0, 0]]
     assert chosen.capacity == 4

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import turboattention as ta
 from turboattention.errors import FormatError
-from turboattention.kv.storage import _digest, read_file
+from turboattention.kv.storage import _digest, read_file, write_file
 
 from .tools import filled
 
@@ -47,6 +47,31 @@ def test_numbers_that_are_not_finite(forged, name, bad):
 def test_scales_of_pages_that_are_not_finite(forged):
     with pytest.raises(FormatError, match="pages"):
         ta.KVCache.load(forged(lambda tensors: {"pages": torch.full_like(tensors["pages"], 255)}))
+
+
+@pytest.mark.parametrize("side", ["k_scales", "v_scales"])
+@pytest.mark.parametrize("scale", [1e-38, -1.0, float("nan"), float("inf"), 2e30])
+def test_scales_of_pages_that_tokens_would_take_out_of_range(forged, side, scale):
+    """A token's scale is the head's less some of its bits: below the smallest, bits of NaN and infinity."""
+    layout = filled([200])[0]._store.compressed.layout
+    at = getattr(layout, side)
+
+    def change(tensors):
+        pages = tensors["pages"].clone()
+        pages[0, at : at + 4] = torch.tensor([scale]).view(torch.uint8)
+        pages[:, layout.k_token_scales : layout.k_scales] = 255
+        return {"pages": pages}
+
+    with pytest.raises(FormatError, match=r"^pages: expected (numbers below 1e\+30|scales of at least 0)"):
+        ta.KVCache.load(forged(change))
+
+
+def test_no_memory_is_taken_for_an_empty_cache_of_many_heads(tmp_path):
+    ta.KVCache(1, 1, 16).save(tmp_path / "cache")
+    tensors, about = read_file(tmp_path / "cache")
+    write_file(tmp_path / "cache", tensors, {"cache": about["cache"] | {"num_kv_heads": 2**40}})
+    with pytest.raises(FormatError, match="num_kv_heads: expected at most 65536, got 1099511627776"):
+        ta.KVCache.load(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("size", [{"num_kv_heads": 2**40}, {"head_dim": 2**40}, {"num_kv_heads": 3}], ids=str)

@@ -1,1 +1,1 @@
-"""Speed and memory beside their peers: checked first, timed in turns, reported as paired ratios."""
+"""Speed and memory in comparison with peers: results are checked, timed alternately and reported as paired ratios."""

@@ -1,4 +1,4 @@
-"""A subject beside its peers: each is checked, then timed in turns with the subject."""
+"""Compares a subject with its peers: each is checked, then timed alternately with the subject."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def measure(
     effort: Effort,
     say: Say = lambda _: None,
 ) -> Row:
-    """`row` with what was measured. A subject that is wrong is not timed, nor are its peers."""
+    """`row` with the measurements. If the result of the subject is wrong, neither it nor its peers are timed."""
     say(subject.name)
     try:
         error = subject.check()
@@ -40,7 +40,7 @@ def measure(
         rival, seconds = _beside(subject, peer, problem, backend, effort)
         rivals.append(rival)
         own += seconds
-        # Caches of peers are large, and some live outside of torch's memory.
+        # Caches of peers are large, and some are allocated outside of torch.
         gc.collect()
     if not own:
         own = _alone(subject, effort)

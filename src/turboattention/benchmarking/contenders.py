@@ -1,4 +1,4 @@
-"""Who is timed: a call, what it must give, and how far from it is wrong."""
+"""A contender: the call to time, its expected result, and the error bound."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTEGER_BOUND = 0.05
 
 @dataclass(frozen=True)
 class Contender:
-    """`output` turns what `call` returns into [B, Hq, Lq, D]; it is not timed. `detail`: how it ran."""
+    """`output` converts the result of `call` to [B, Hq, Lq, D]; it is not timed. `detail`: the variant that ran."""
 
     name: str
     call: Callable[[], Any]
@@ -30,15 +30,15 @@ class Contender:
     output: Callable[[Any], Tensor] = lambda result: result
 
     def check(self) -> float:
-        """Raises WrongResultError; else the relative error."""
+        """The relative error. Raises WrongResultError if it is beyond the bound."""
         with torch.no_grad():
             return check(self.name, self.output(self.call()), self.expected, self.bound)
 
 
 def turbo(problem: Problem, backend: str, config: TurboConfig, name: str = "turboattention") -> Contender:
-    """TurboAttention: over the problem's cache where it has one, else over its tensors.
+    """TurboAttention: over the problem's cache if it has one, else over its tensors.
 
-    The cache holds everything already: storing new tokens is measured by itself.
+    The cache already contains all tokens; storing new tokens is measured separately.
     """
     if problem.cache is None:
         return Contender(

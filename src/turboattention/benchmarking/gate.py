@@ -1,4 +1,4 @@
-"""Correctness first: a result that is wrong is not timed."""
+"""The correctness check: contenders with wrong results are not timed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from ..reference.exact import exact_attention
 
 _ROWS = 32
-"""Query rows looked at in each of three places; all of them would need the whole score matrix."""
+"""Query rows compared at each of three positions; all rows would need the whole score matrix."""
 
 
 class WrongResultError(Exception):
-    """A contender's result is further from exact attention than its bound."""
+    """The error of a contender relative to exact attention is beyond its bound."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ _KINDS = {"f16": _F16, "q4_0": 2, "q8_0": 8}
 """Types of a cache, and their numbers in ``enum ggml_type``."""
 
 BLOCK = 32
-"""Elements of a row that the quantized kinds store together."""
+"""Elements per block of the quantized types."""
 
 _BLOCK_BYTES = {"q4_0": 18, "q8_0": 34}
 
 _OVERHEAD = 16 << 20
-"""Bytes for the descriptions of a few tensors and one graph; their data is allocated by the backend."""
+"""Bytes for the metadata of a few tensors and one graph; their data is allocated by the backend."""
 
 
 class _InitParams(ctypes.Structure):
@@ -53,7 +53,7 @@ _SIGNATURES = {
 
 
 def missing() -> str | None:
-    """Why ggml cannot be called here; None where it can."""
+    """Why ggml cannot be used here; None if it can."""
     folder = _folder()
     if folder is None:
         return f"llama-cpp-python is not installed, and {FOLDER} names no folder with ggml's libraries"
@@ -65,7 +65,7 @@ def missing() -> str | None:
 
 
 def version() -> str | None:
-    """ggml's own version; None where it is missing, or too old to tell."""
+    """The version of ggml; None if ggml is missing or too old to report it."""
     if missing() is not None or not hasattr(_library(), "ggml_version"):
         return None
     found = _library().ggml_version
@@ -87,7 +87,7 @@ def _folder() -> Path | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The CPU backend's library, which finds the functions of the base library as its own."""
+    """The library of the CPU backend, through which functions of the base library are found too."""
     folder = _folder()
     assert folder is not None
     ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
@@ -99,7 +99,7 @@ def _library() -> ctypes.CDLL:
 
 
 class FlashAttention:
-    """One call of ``flash_attn_ext`` as a graph that can be computed again and again.
+    """One call of ``flash_attn_ext`` as a graph that can be computed repeatedly.
 
     Args:
         q: [1, Hq, Lq, D]; k, v: [1, Hkv, Lk, D]. Queries stay float32, keys and values become `kind`.
@@ -117,7 +117,7 @@ class FlashAttention:
         self._context = library.ggml_init(_InitParams(_OVERHEAD, None, True))
         masked = causal and q.shape[2] > 1
         tensors = [self._tensor(_F32, q.shape), *(self._tensor(_KINDS[kind], x.shape) for x in (k, v))]
-        # Older releases want the mask's rows padded to a multiple of 64.
+        # Older releases require the rows of the mask padded to a multiple of 64.
         mask = self._tensor(_F16, (1, 1, -(-q.shape[2] // 64) * 64, k.shape[2])) if masked else None
         self._result = library.ggml_flash_attn_ext(self._context, *tensors, mask, q.shape[3] ** -0.5, 0.0, 0.0)
         self._graph = library.ggml_new_graph(self._context)
@@ -137,7 +137,7 @@ class FlashAttention:
             raise RuntimeError(f"ggml_backend_graph_compute: expected status 0, got {status}")
 
     def output(self) -> Tensor:
-        """What the last `compute` gave: float32 [1, Hq, Lq, D]."""
+        """The result of the last `compute`: float32 [1, Hq, Lq, D]."""
         batch, heads, queries, head_dim = self._shape
         out = torch.empty(batch, queries, heads, head_dim)
         self._ggml.ggml_backend_tensor_get(self._result, out.data_ptr(), 0, out.nbytes)

@@ -1,4 +1,4 @@
-"""The processor's own limits, measured beside the kernels."""
+"""The limits of the processor, measured together with the kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def float_peak(size: int = 1024, rounds: int = 5) -> float:
-    """GFLOPS of a float32 matrix product in torch: the best of some rounds."""
+    """GFLOPS of a float32 matrix product in torch, best of several rounds."""
     a = torch.randn(size, size)
     best = float("inf")
     for _ in range(rounds + 1):
@@ -21,7 +21,7 @@ def float_peak(size: int = 1024, rounds: int = 5) -> float:
 
 
 def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
-    """GB/s at which torch sums up floats that no cache holds: the best of some rounds."""
+    """GB/s of summing floats from main memory in torch, best of several rounds."""
     x = torch.ones(megabytes * 1_000_000 // 4)
     best = float("inf")
     for _ in range(rounds + 1):
@@ -32,7 +32,7 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
 
 
 def integer_peak() -> dict[str, float]:
-    """GOPS of the INT8 dot product by instruction set, from the CPU extension; empty where it does not tell."""
+    """GOPS of the INT8 dot product by instruction set, from the CPU extension; empty without it."""
     native = _extension()
     if native is None or not hasattr(native, "peak_gops"):
         return {}
@@ -40,7 +40,7 @@ def integer_peak() -> dict[str, float]:
 
 
 def instruction_set() -> str | None:
-    """The one that the CPU extension uses; None without the extension."""
+    """The instruction set that the CPU extension uses; None without the extension."""
     native = _extension()
     return None if native is None else native.isa()
 

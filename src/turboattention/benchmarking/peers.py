@@ -1,4 +1,4 @@
-"""Other implementations of the same attention, each at its best."""
+"""Other implementations of the same attention, each in its fastest variant."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .problem import Problem, fill
 
 @dataclass(frozen=True)
 class Peer:
-    """`make(problem, backend)` builds the contender, `missing()` says why it cannot run here, `fits` where it has
-    work to do."""
+    """`make(problem, backend)` builds the contender, `missing()` returns why it cannot run here or None, and `fits`
+    whether it applies to a problem."""
 
     name: str
     about: str
@@ -95,7 +95,7 @@ def _whole_blocks(problem: Problem, config: TurboConfig) -> bool:
     return problem.shape.head_dim % ggml.BLOCK == 0
 
 
-# ggml sums weighted f16 values in f16, which costs it digits as the context grows: 0.027 at 32k tokens.
+# ggml accumulates weighted f16 values in f16, so its error grows with the context: 0.027 at 32k tokens.
 _GGML_F16_BOUND = 0.1
 
 _LIST = (
@@ -121,9 +121,9 @@ _LIST = (
 )
 
 PEERS = {peer.name: peer for peer in _LIST}
-"""By the name that `--peers` takes."""
+"""The peers by their name in `--peers`."""
 
 
 def peers_for(names: list[str], problem: Problem, config: TurboConfig) -> list[Peer]:
-    """Those that this problem has work for."""
+    """The peers that apply to this problem."""
     return [PEERS[name] for name in names if PEERS[name].fits(problem, config)]

@@ -1,4 +1,4 @@
-"""Which rows a benchmark has, and measuring them one after the other."""
+"""The rows of a benchmark, measured one after another."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """The measurements of a benchmark.
 
-    works: of WORKS. backend: as found, never "auto". settings: (label, configuration) of the caches.
-    lengths, head_dims: per work, where given; else the tables' own.
+    works: some of WORKS. backend: a backend's name, not "auto". settings: (label, configuration) of the caches.
+    lengths, head_dims: for all works; by default those of the tables.
     """
 
     works: Sequence[str]
@@ -72,7 +72,7 @@ HEAD_DIMS = {"prefill": (64, 128)}
 
 
 def run(plan: Plan, say: Notify = lambda _: None) -> Iterator[Row]:
-    """The rows, each as soon as it is measured."""
+    """Yield each row when it has been measured."""
     makers = {
         "prefill": _prefill,
         "chunk": _chunk,
@@ -112,7 +112,7 @@ def _decode(plan: Plan, head_dim: int, lengths: Sequence[int], say: Notify) -> I
 def _over_cache(
     plan: Plan, work: str, queries: int, head_dim: int, lengths: Sequence[int], say: Notify
 ) -> Iterator[Row]:
-    """So many queries that see every token of a cache."""
+    """Attention of this many queries over a cache, without a causal mask."""
     for length in lengths:
         shape = Shape(plan.heads, plan.kv_heads, head_dim, queries, length)
         problem = make_problem(shape, plan.dtype, plan.seed)

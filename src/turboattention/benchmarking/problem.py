@@ -1,4 +1,4 @@
-"""What is attended: shapes, random tensors, and the cache that holds them."""
+"""The inputs of a benchmark: shapes, random tensors, and a cache with these tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of both products; a causal mask leaves out what it hides."""
+        """Multiplications and additions of both matrix products, without the masked part."""
         pairs = self.queries * self.keys
         if self.causal:
             pairs -= self.queries * (self.queries - 1) // 2
@@ -49,12 +49,12 @@ class Problem:
 
     @cached_property
     def expected(self) -> Expected:
-        """Over the keys and values as they are."""
+        """Exact attention over the input keys and values."""
         return expect(self.q, self.k, self.v, self.shape.causal)
 
     @cached_property
     def expected_stored(self) -> Expected:
-        """Over what the cache has stored: what is left is the kernel's own error."""
+        """Exact attention over the stored keys and values, from which only the kernel's own error remains."""
         assert self.cache is not None
         return expect(self.q, *self.cache.dequantize(), self.shape.causal)
 
@@ -74,7 +74,7 @@ def make_problem(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def fill(k: Tensor, v: Tensor, config: TurboConfig, **options: Any) -> KVCache:
-    """A cache that was given k, v [B, Hkv, L, D] in chunks."""
+    """A cache filled with k, v [B, Hkv, L, D] in chunks."""
     cache = KVCache(k.shape[0], k.shape[1], k.shape[3], config=config, **options)
     for at in range(0, k.shape[2], _CHUNK):
         cache.append(k[:, :, at : at + _CHUNK], v[:, :, at : at + _CHUNK])

@@ -1,4 +1,4 @@
-"""What a measurement says, as plain values that JSON can hold."""
+"""The results of a measurement as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Rival:
-    """One peer beside the subject.
+    """The measurement of one peer.
 
-    ratio: the peer's time over the subject's, paired: above 1 the subject is faster.
-    refused: why it was not timed (missing, or wrong); then `seconds` and `ratio` are None.
+    ratio: the peer's time divided by the subject's, paired; above 1 the subject is faster.
+    refused: why it was not timed (missing, or wrong result); then `seconds` and `ratio` are None.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Row:
     work: "prefill", "chunk", "decode", "steps", "compress" or "memory".
     error: relative error of the subject against exact attention (decode: over the stored keys and values).
     refused: why the subject was not timed; then there are no rivals.
-    figures: what this work measures besides.
+    figures: further measurements of this kind of work.
     """
 
     work: str
@@ -53,7 +53,7 @@ class Row:
 
 
 def rows_of(document: dict[str, Any]) -> list[Row]:
-    """The rows of a file's content. Raises ValueError for another version of it."""
+    """The rows in the content of a file. Raises ValueError for another version."""
     if document.get("schema") != SCHEMA:
         raise ValueError(f"schema: expected {SCHEMA}, got {document.get('schema')!r}")
     return [

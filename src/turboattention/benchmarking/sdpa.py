@@ -1,4 +1,4 @@
-"""The ways to call PyTorch's SDPA over groups of query heads; none is the fastest everywhere."""
+"""The ways to call PyTorch's SDPA with grouped query heads, none of which is always the fastest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .timing import fastest
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """SDPA's own handling of groups. Its causal flag is aligned to the top left, so Lq is Lk or 1."""
+    """SDPA with `enable_gqa`. Its causal flag is aligned to the top left, so Lq is Lk or 1."""
     return scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[2] > 1, enable_gqa=True)
 
 
@@ -21,12 +21,12 @@ def can_fold(q: Tensor, kv_heads: int) -> bool:
 
 
 def folded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """One query sees every key, so the query heads of a group can stand as rows of one head: [B, Hkv, g, D]."""
+    """A single query sees every key, so the query heads of a group can be the rows of one head: [B, Hkv, g, D]."""
     return scaled_dot_product_attention(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v)
 
 
 def best(q: Tensor, k: Tensor, v: Tensor, causal: bool, *, folded: bool) -> tuple[str, Callable[[], Tensor]]:
-    """The quickest call for these tensors, and its name. Heads are expanded outside of it."""
+    """The fastest call for these tensors, and its name. Heads are expanded before the call."""
     if folded:
         rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         return "query heads as rows", lambda: scaled_dot_product_attention(rows, k, v)

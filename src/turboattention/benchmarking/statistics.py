@@ -1,4 +1,4 @@
-"""Medians, spreads, and ratios of what was timed in turns."""
+"""Medians, percentiles, and ratios of alternately timed contenders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Spread:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the sorted values lie, linear between neighbours."""
+    """The quantile `share` of sorted values, with linear interpolation."""
     if not values:
         raise ValueError("values: expected at least one, got none")
     ordered = sorted(values)
@@ -34,8 +34,8 @@ def spread(values: Sequence[float]) -> Spread:
 def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     """Spread of `over[i] / under[i]`.
 
-    Both halves of a pair were timed right after each other, so what disturbs the machine for longer
-    than a pair disturbs both, and cancels.
+    Both halves of a pair are timed directly after each other, so that slower disturbances of the machine affect both
+    and cancel.
     """
     if len(over) != len(under):
         raise ValueError(f"over: expected as many samples as under ({len(under)}), got {len(over)}")

@@ -1,4 +1,4 @@
-"""Decoding step by step: what a step costs as the context grows, and when a block is compressed."""
+"""Decode step by step: the cost of a step as the context grows, and of the steps that compress a block."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .problem import Shape, fill, make_problem
 from .statistics import Spread, fit_line, spread
 
 ROUNDS = 3
-"""Each step's time is the least of this many runs over the same tokens: what the machine does
-meanwhile must not look like the cost of a flush."""
+"""The time of a step is the minimum of this many runs over the same tokens, so that other activity on the machine is
+not mistaken for the cost of a flush."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """seconds: of steps that only append. `flush`, `worst`: over that median, the slowest step that
+    """seconds: of steps that only append. `flush`, `worst`: relative to their median, the slowest step that
     compresses a block and the slowest step of all."""
 
     seconds: Spread
@@ -61,6 +61,6 @@ def _run(cache: KVCache, new: list[Tensor], backend: str, count: int) -> tuple[l
 
 
 def linearity(lengths: list[int], medians: list[float]) -> dict[str, float]:
-    """How well the cost of a step is a straight line over the context length."""
+    """How closely the cost of a step is linear in the context length."""
     line = fit_line(lengths, medians)
     return {"seconds_per_token": line.slope, "seconds_at_zero": line.base, "deviation_from_line": line.deviation}

@@ -1,4 +1,4 @@
-"""What compressing costs, and what a cache weighs."""
+"""The cost of compression, and the size of a cache."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .timing import Effort, alternate
 
 @dataclass(frozen=True)
 class Compression:
-    """block: seconds to quantize and compress one block of tokens (both stages); decode: of one step's
-    attention; share: a token's part of `block` over `decode`, paired; single: seconds to append one
-    token, averaged over a whole block, its compression included."""
+    """block: seconds to quantize and compress one block of tokens (both stages). decode: seconds of one step's
+    attention. share: `block` per token divided by `decode`, paired. single: seconds to append one token,
+    averaged over a whole block including its compression."""
 
     block: Spread
     decode: Spread
@@ -27,12 +27,12 @@ class Compression:
 
 
 def measure_compression(shape: Shape, config: TurboConfig, backend: str, effort: Effort) -> Compression:
-    """Beside decode over `shape.keys` tokens."""
+    """Compression in comparison with decode over `shape.keys` tokens."""
     problem = make_problem(shape)
     size = config.block_size
     over = fill(problem.k, problem.v, config)
     new = [torch.randn(shape.batch, shape.kv_heads, size, shape.head_dim) for _ in range(2)]
-    # An aligned cache of its own: every append fills exactly one block, and attention's cache keeps its length.
+    # A separate aligned cache: every append fills exactly one block, and the cache for attention keeps its length.
     aligned = problem.k.shape[2] // size * size
     into = _Growing(fill(problem.k[:, :, :aligned], problem.v[:, :, :aligned], config), limit=aligned + 256 * size)
     ones = [(new[0][:, :, i : i + 1], new[1][:, :, i : i + 1]) for i in range(size)]
@@ -57,7 +57,7 @@ def measure_compression(shape: Shape, config: TurboConfig, backend: str, effort:
 
 
 class _Growing:
-    """A cache that is appended to, replaced by a copy of what it was when it has grown too long."""
+    """A cache for appending, which is reset to a copy of its initial state when it becomes too long."""
 
     def __init__(self, start: KVCache, limit: int):
         self._start, self._limit = start, limit
@@ -70,7 +70,7 @@ class _Growing:
 
 
 def measure_memory(shape: Shape, config: TurboConfig) -> dict[str, float]:
-    """Bytes of a cache of `shape.keys` tokens, everything allocated counted, beside 16-bit floats."""
+    """All allocated bytes of a cache with `shape.keys` tokens, relative to 16-bit floats."""
     problem = make_problem(shape)
     cache = fill(problem.k, problem.v, config)
     plain = 2 * 2 * shape.batch * shape.kv_heads * shape.keys * shape.head_dim

@@ -1,4 +1,4 @@
-"""Two contenders timed in turns, A B A B, in one process."""
+"""Times two contenders alternately, A B A B, in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds a pair of contenders gets, seconds a sample lasts at least, and how many pairs."""
+    """The time budget: seconds per pair of contenders, minimum seconds per sample, and the number of pairs."""
 
     seconds: float = 3.0
     sample: float = 0.02
@@ -24,24 +24,24 @@ class Effort:
 QUICK = Effort(seconds=0.3, sample=0.002, least=3, most=50)
 
 _PAUSE = 0.005
-"""Seconds between two contenders. OpenMP threads spin for a while after their work, and would take
-processor time from a contender that has a pool of its own."""
+"""Seconds between two contenders. OpenMP threads spin for a while after their work, which takes processor time from a
+contender with another thread pool."""
 
 _SHORT = 0.02
-"""Calls shorter than this run once untimed at the start of a sample: the contender before has
-emptied the caches and put the threads to sleep."""
+"""Calls shorter than this run once untimed at the start of a sample, because the previous contender has evicted the
+caches and the threads are asleep."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Seconds a call, of A and of B, one entry a turn."""
+    """Seconds per call of A and of B, one entry per turn."""
 
     a: list[float]
     b: list[float]
 
 
 def alternate(a: Call, b: Call, effort: Effort, clock: Clock = time.perf_counter, pause: float = _PAUSE) -> Pairs:
-    """Times A and B in turns until the time is up; each sample is the mean of as many calls as fill it."""
+    """Time A and B alternately until the time is up; each sample is the mean of the calls that fit into it."""
     counts = [_warm_up(call, effort, clock) for call in (a, b)]
     pairs = Pairs([], [])
     start = clock()
@@ -58,7 +58,7 @@ def alternate(a: Call, b: Call, effort: Effort, clock: Clock = time.perf_counter
 
 
 def _warm_up(call: Call, effort: Effort, clock: Clock) -> tuple[int, bool]:
-    """Calls a sample takes, and whether they are short."""
+    """The number of calls per sample, and whether they are short."""
     call()
     begun = clock()
     call()
@@ -67,7 +67,7 @@ def _warm_up(call: Call, effort: Effort, clock: Clock) -> tuple[int, bool]:
 
 
 def fastest(calls: dict[str, Call], rounds: int = 3, clock: Clock = time.perf_counter) -> str:
-    """The name of the quickest of several ways to the same result: each one's best of some rounds."""
+    """The name of the fastest of several variants with the same result, by their best of several rounds."""
     best = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()

@@ -1,9 +1,9 @@
-"""Widths per head, measured once on a model and kept in a file.
+"""Widths per head, chosen from measurements of a model and saved in a file.
 
     calibration = Calibration.load("folder")            # written by `turboattention calibrate`
     TurboCache(model.config, calibration=calibration)
 
-What it knows of a model comes from `integrations.transformers.calibrate`.
+Models are measured by `integrations.transformers.calibrate`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which head gets which width, under a budget of average bits."""
+"""Chooses the width of each head under a budget of average bits."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "e
     """Widths for K and V of every head.
 
     Args:
-        scores: per layer. For "error" and "even" what each width loses, float [2, Hkv, len(WIDTHS)]
-            (`LayerStatistics.costs`, or any other measure that adds up); for "priority" the paper's, float [2, Hkv].
-        budget: average width from 2 to 8, over K and V of all heads; steps, zeros and scales come on top. It is
-            not exceeded.
-        strategy: "error": all begin at 2 bits, and the next ones go where they save most per bit, in whichever layer.
-            "even": the same, with the budget kept by each layer alone: for pages of one size, as servers have them.
-            "priority": the paper's (section 3.2), in each layer and for K and V apart: the heads of lowest priority
-            take 2 bits and the others 4 (or 4 and 8, for budgets above 4).
+        scores: per layer. For "error" and "even" the cost of each width, float [2, Hkv, len(WIDTHS)]
+            (`LayerStatistics.costs`, or any other additive measure); for "priority" the paper's, float [2, Hkv].
+        budget: upper bound of the average width, from 2 to 8, over K and V of all heads; steps, zeros and scales are
+            not included.
+        strategy: "error": starts at 2 bits everywhere, and adds bits where they reduce the cost most per bit, in any
+            layer. "even": the same within each layer, with an equal budget for every layer, for servers, whose pages
+            have one size. "priority": the paper's method (section 3.2), within each layer and separately for K and V:
+            heads of low priority get 2 bits and the others 4 (4 and 8 for budgets above 4).
 
     Returns:
         int64 [2, Hkv] per layer.
@@ -55,7 +55,7 @@ def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "e
 
 
 def keep_bounds(bits: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor]:
-    """`bits` with what the guard would add: heads whose error is beyond their width's bound take the next wider one.
+    """`bits` with heads promoted to the next width while their error is beyond the guard's bound of their width.
 
     Args:
         bits: int64 [2, Hkv] per layer; errors: float [2, Hkv, len(WIDTHS)] likewise, relative.
@@ -80,7 +80,7 @@ def chosen_error(bits: Tensor, errors: Tensor) -> Tensor:
 
 
 def _beyond(bits: Tensor, errors: Tensor) -> Tensor:
-    """bool [Hkv]; at the widest there is nothing left to do."""
+    """bool [Hkv]: heads beyond their bound that are not at the largest width yet."""
     return ~(chosen_error(bits, errors) <= bound_of(bits)) & (bits.amin(0) < max(BOUNDS))
 
 
@@ -90,7 +90,7 @@ def _by_priority(scores: Sequence[Tensor], budget: float) -> list[Tensor]:
     for score in scores:
         bits = torch.full(score.shape, low, dtype=torch.int64)
         for row, priority in zip(bits, score, strict=True):
-            # What a row has no whole head for goes to the next.
+            # The part of a row's share that is not a whole head is carried over to the next row.
             owed += share * len(priority)
             row[torch.argsort(priority, stable=True)[len(priority) - int(owed) :]] = high
             owed -= int(owed)
@@ -99,7 +99,7 @@ def _by_priority(scores: Sequence[Tensor], budget: float) -> list[Tensor]:
 
 
 def _by_error(scores: Sequence[Tensor], budget: float) -> list[Tensor]:
-    """Greedy: the step, of one width or several, that saves most per bit and is still within the budget."""
+    """Greedy choice of the promotion, by one width or several, with the largest saving per bit within the budget."""
     flat = torch.cat([score.reshape(-1, len(WIDTHS)).double().cpu() for score in scores])
     widths = torch.tensor(WIDTHS, dtype=torch.float64)
     at = torch.zeros(len(flat), dtype=torch.int64)

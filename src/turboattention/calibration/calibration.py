@@ -1,4 +1,4 @@
-"""`Calibration`: what was measured of a model, and the widths that follow."""
+"""`Calibration`: measurements of a model, and the widths chosen from them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .measure import LayerStatistics
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the figures come from.
+    """The model and text of the measurements.
 
-    model: its name or folder; model_hash: SHA-256 over its parameters' names, shapes and first values.
-    shape: sizes by which a model is recognized (`integrations.transformers.model.ModelShape`).
-    text_hash: SHA-256 of the token ids; tokens: how many, in texts of `length`. version: of this package.
+    model: its name or folder. model_hash: SHA-256 of the parameters' names, shapes and first values.
+    shape: the sizes that identify the model (`integrations.model_shape.ModelShape`).
+    text_hash: SHA-256 of the token ids. tokens: their number. length: tokens of one piece. version: of this package.
     """
 
     model: str
@@ -37,11 +37,11 @@ class Calibration:
     """Statistics per layer, and the widths chosen from them.
 
     layers: one entry for each layer of the cache.
-    provenance: where they come from.
+    provenance: the model and text of the measurements.
     head_bits: int64 [2, Hkv] per layer, the widths of K and V.
-    budget, strategy: what `head_bits` were chosen under, see `assign_bits`.
-    means: whether caches take the measured means of K for smoothing, instead of their own first block's.
-    bounds: largest relative error of a head, by width, that `head_bits` keep.
+    budget, strategy: the arguments with which `head_bits` were chosen, see `assign_bits`.
+    means: whether caches smooth K with the measured means instead of the mean of their own first block.
+    bounds: width -> the largest relative error of a head that `head_bits` allow.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -61,7 +61,7 @@ class Calibration:
         strategy: Strategy = "error",
         means: bool = False,
     ) -> Calibration:
-        """The widths of `assign_bits`, wider where a head would be beyond its bound: then above the budget.
+        """The widths of `assign_bits`, with heads beyond their bound promoted, which can exceed the budget.
 
         Raises:
             ConfigError: budget or strategy out of range.
@@ -74,18 +74,18 @@ class Calibration:
         return cls(layers, provenance, tuple(bits), float(budget), strategy, means)
 
     def rechosen(self, budget: float, strategy: Strategy = "error", means: bool | None = None) -> Calibration:
-        """The same statistics under another budget or strategy."""
+        """The same statistics with another budget or strategy."""
         means = self.means if means is None else means
         return Calibration.choose(self.layers, self.provenance, budget, strategy, means)
 
     @property
     def average_bits(self) -> float:
-        """Mean width of K and V over all heads; steps, zeros and scales come on top."""
+        """Mean width of K and V over all heads, without steps, zeros and scales."""
         return sum(int(bits.sum()) for bits in self.head_bits) / sum(bits.numel() for bits in self.head_bits)
 
     @property
     def k_mean(self) -> list[Tensor] | None:
-        """Means of K per layer, float32 [Hkv, D], where caches are to take them."""
+        """Means of K per layer, float32 [Hkv, D]; None unless `means` is set."""
         return [layer.k_mean for layer in self.layers] if self.means else None
 
     @property
@@ -95,16 +95,17 @@ class Calibration:
 
     @property
     def chosen_costs(self) -> list[Tensor]:
-        """Per layer float64 [2, Hkv], what K and V are expected to cost at the chosen widths, in nats per token."""
+        """Per layer float64 [2, Hkv], the expected cost of K and V at the chosen widths, in nats per token."""
         return [chosen(bits, layer.costs) for bits, layer in zip(self.head_bits, self.layers, strict=True)]
 
     @property
     def expected_kl(self) -> float:
-        """Their sum: the KL divergence from the model's own cache, where errors are small and independent."""
+        """The sum of the costs: the KL divergence from the model's own cache for small, independent errors, in nats per
+        token."""
         return sum(float(costs.sum()) for costs in self.chosen_costs)
 
     def check_shape(self, shape: Mapping[str, str | int | None]) -> None:
-        """Raises `ConfigError` naming what differs if `shape` is another model's."""
+        """Raises `ConfigError` that names the first size in which `shape` differs from the calibrated model."""
         for name, expected in self.provenance.shape.items():
             if shape.get(name) != expected:
                 raise ConfigError(
@@ -113,10 +114,10 @@ class Calibration:
                 )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``calibration.json`` into `folder`, made if need be; the file appears whole or not at all.
+        """Write ``calibration.json`` atomically into `folder`, which is created if necessary.
 
         Raises:
-            InputError: it cannot be written there.
+            InputError: the file cannot be written.
         """
         from .files import save_calibration
 
@@ -124,10 +125,10 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read what `save` wrote, from its folder or the file itself.
+        """Read a calibration from a folder written by `save`, or from the file itself.
 
         Raises:
-            InputError: there is none. FormatError: the file is damaged, foreign or of another version.
+            InputError: the file does not exist. FormatError: it is damaged, of another kind or of another version.
         """
         from .files import load_calibration
 

@@ -1,4 +1,4 @@
-"""A `Calibration` as JSON: small, readable, and refused where it does not fit."""
+"""Reads and writes a `Calibration` as JSON, with checks of every field."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _layer(layer: LayerStatistics, bits: Tensor) -> dict[str, Any]:
 
 
 def _rounded(x: Tensor) -> Any:
-    """Six digits are more than the figures are worth."""
+    """Six digits, more than the precision of the measurements."""
 
     def short(value: Any) -> Any:
         return [short(x) for x in value] if isinstance(value, list) else float(f"{value:.6g}")

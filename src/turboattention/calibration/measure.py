@@ -1,7 +1,7 @@
-"""What calibration measures of a layer, head by head: what each width loses, and what that costs the model.
+"""Measurements of a layer, head by head: the error of each width, and its cost for the model's predictions.
 
-Errors are measured as decode meets them: the last block before a query, its buffer, is exact, what lies behind is
-stored. Attention that stays near the query then loses little, however badly its keys quantize.
+Errors are those of decode: a query reads its own block exactly, like the buffer, and earlier blocks in their stored
+form. A head that attends to recent tokens therefore has a small error, even if its keys quantize badly.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from ..kv.cache import KVCache
 from ..reference.exact import exact_attention
 
 OUTLIER = 4.0
-"""A channel of K is an outlier where its largest value is this many times that of the head's median channel."""
+"""A channel of K is an outlier if its largest magnitude is this many times that of the head's median channel."""
 
-_PLACES = 8  # blocks of a text that query
+_PLACES = 8  # blocks of a text whose queries are used
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Figures per KV head; row 0 is K, row 1 is V, and W = len(WIDTHS) are 2, 3, 4 and 8 bits.
+    """Measurements per KV head; row 0 is K, row 1 is V, and W = len(WIDTHS) stands for 2, 3, 4 and 8 bits.
 
-    errors: float64 [2, Hkv, W], relative error of the head's attention output (Frobenius) with K, or V, alone stored.
-    costs: float64 [2, Hkv, W], the KL divergence in nats per token that this error is expected to cause:
+    errors: float64 [2, Hkv, W], relative error of the head's attention output (Frobenius norm) with only K, or only V,
+        quantized.
+    costs: float64 [2, Hkv, W], the KL divergence in nats per token expected from this error:
         `1/2 E_t E_y [(sum_h g_th . delta_th)^2]`, with `delta` the error of a query head's output at token t and `g`
-        the gradient of the log-likelihood of y, drawn from the model. (The second-order expansion of the divergence,
-        by the Fisher information; errors of different tokens and KV heads taken as independent.)
+        the gradient of the log-likelihood of y, sampled from the model. (Second-order expansion of the divergence with
+        the Fisher information; errors of different tokens and KV heads are assumed to be independent.)
     priority: float64 [2, Hkv], the paper's gap * std (section 3.2), mean over the texts.
     k_mean: float32 [Hkv, D], mean of each channel of K.
-    outliers: per head the channels of K that stand out (`OUTLIER`).
+    outliers: per head the outlier channels of K (`OUTLIER`).
     """
 
     errors: Tensor
@@ -45,19 +46,19 @@ class LayerStatistics:
 
 
 class LayerMeter:
-    """Sums over texts, from which `statistics` come.
+    """Accumulates the statistics of one layer over several texts.
 
     Args:
-        config: how a cache would store; its `bits` do not matter.
+        config: the configuration of caches; its `bits` are ignored.
     """
 
     def __init__(self, config: TurboConfig):
-        self._config = config.replace(guard="off")  # there is no query to guard, and no width to widen
+        self._config = config.replace(guard="off")  # widths are fixed here
         self._texts: list[tuple[Tensor, ...]] = []
 
     @property
     def least_tokens(self) -> int:
-        """Tokens of the shortest text in which anything is compressed and then read."""
+        """Length of the shortest text in which a compressed block is read."""
         return self._config.sink_tokens + 2 * self._config.block_size
 
     @torch.no_grad()
@@ -110,10 +111,10 @@ class LayerMeter:
         self._texts.append((lost, whole, cost, priority, k[0].double().mean(1).cpu(), k[0].float().abs().amax(1).cpu()))
 
     def statistics(self) -> LayerStatistics:
-        """What was measured, all texts alike.
+        """The statistics, averaged over all texts.
 
         Raises:
-            InputError: no text was.
+            InputError: no text was added.
         """
         if not self._texts:
             raise InputError("text: expected at least one, got none")
@@ -121,7 +122,7 @@ class LayerMeter:
         highest = peaks.amax(0)
         stands_out = highest > OUTLIER * highest.median(-1, keepdim=True).values
         return LayerStatistics(
-            # A head without output loses nothing.
+            # A head with zero output has no error.
             errors=(lost.sum(0) / whole.sum(0).clamp(min=1e-300)).sqrt(),
             costs=cost.mean(0),
             priority=priority.mean(0),
@@ -130,7 +131,7 @@ class LayerMeter:
         )
 
     def _stored(self, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """k and v as a cache of this width would give them back."""
+        """k and v after quantization to this width and dequantization."""
         cache = KVCache(k.shape[0], k.shape[1], k.shape[3], config=self._config.replace(bits=width))
         cache.append(k, v)
         return cache.dequantize()
@@ -138,7 +139,7 @@ class LayerMeter:
 
 @dataclass(frozen=True)
 class _Place:
-    """The queries of the block that ends at `end`, over the text up to there."""
+    """The attention output of the block of queries that ends at `end`, over the text up to there."""
 
     q: Tensor
     end: int

@@ -1,1 +1,1 @@
-"""The command line: one file a command, and the helpers they share."""
+"""The command line: one file per command, and shared helpers."""

@@ -1,4 +1,4 @@
-"""The commands and what they share."""
+"""The application, its commands and common options."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .ask import ask
 from .bench import bench
 from .calibrate import calibrate
 from .chat import chat
+from .descriptors import check_results
 from .doctor import doctor
 from .evaluate import evaluate
 from .failures import CleanGroup
@@ -41,6 +42,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
+    check_results()
     never_fail_on_characters()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -14,6 +14,7 @@ from ..errors import InputError
 from . import cache_file
 from .ask_view import answers_json, show
 from .asking import compare
+from .descriptors import check_input
 from .device import Dtype
 from .document import Document, Ready
 from .facts import facts, slower_than_kernels
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """The options, checked against each other. `questions` are None where they come from stdin."""
+    """The options, checked for consistency. `questions` is None if they come from stdin."""
 
     text: str
     questions: list[str] | None
@@ -79,7 +80,7 @@ def ask(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of an answer at most.", rich_help_panel=INPUT)
+        int, typer.Option(min=1, help="Maximum number of tokens of an answer.", rich_help_panel=INPUT)
     ] = 128,
     bits: Annotated[
         list[str] | None,
@@ -97,20 +98,20 @@ def ask(
     compare: Annotated[
         bool,
         typer.Option(
-            "--compare", help="Answer over the model's own cache as well, and compare.", rich_help_panel=QUANTIZING
+            "--compare", help="Also answer over the model's own cache, and compare.", rich_help_panel=QUANTIZING
         ),
     ] = False,
     save_cache: SaveCache = None,
     load_cache: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Start from the document's kept cache.", rich_help_panel=QUANTIZING),
+        typer.Option(metavar="PATH", help="Start from the saved cache of the document.", rich_help_panel=QUANTIZING),
     ] = None,
     device: Device = "auto",
     dtype: Kind = Dtype.auto,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Ask a model about a document; its cache is made once, and every question starts from it.
+    """Ask a model about a document. The document is read once, and every question starts from its cache.
 
     Example: turboattention ask --model model.gguf --file report.txt -q "Who wrote this?" -q "What is it about?"
     """
@@ -152,13 +153,15 @@ def _document(file: str | None, demo: bool) -> str:
 
 
 def _questions(file: str | None, given: list[str] | None, demo: bool) -> list[str] | None:
-    """None where stdin has them."""
+    """None if the questions come from stdin."""
     for text in given or ():
         check_text("--question", text)
     if not given and demo:
         return bundled.questions()
     if not given and file == "-":
         raise InputError("--question: expected at least one with --file -, which takes stdin, got none")
+    if not given:
+        check_input("stdin")
     return given or None
 
 

@@ -1,4 +1,4 @@
-"""Answers over several caches, as people read them and as machines do."""
+"""Answers over several caches, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .output import bytes_text, number_text, share_text
 
 
 def show(answers: Answers, facts: dict[str, Any], console: Console) -> None:
-    """Question by question, then the figures."""
+    """The answers to each question, then the table."""
     console.print(facts_line(facts), style="dim", markup=False)
     console.print(f"Document: {answers.document_tokens:,} tokens, read once for each cache.", markup=False)
     for index, question in enumerate(answers.questions):
@@ -66,7 +66,7 @@ def _figures(answers: Answers) -> Table:
 
 
 def _row(cache: Prompted) -> tuple[str, ...]:
-    if cache.setting is None:  # its elements count at 2 bytes, whatever they are kept in
+    if cache.setting is None:  # counted at 2 bytes per element, independent of the dtype
         size = bytes_text(cache.kv_bytes_fp16), "1.00x"
         return cache.label, *size, *_times(cache), "", "", ""
     firsts = [x.first_difference for x in cache.agreements]
@@ -104,7 +104,7 @@ def _legend(answers: Answers) -> str:
 
 
 def answers_json(answers: Answers) -> dict[str, Any]:
-    """One entry a cache, the model's own first, with one entry a question."""
+    """One entry per cache, starting with the model's own, each with one entry per question."""
     return {
         "document_tokens": answers.document_tokens,
         "questions": answers.questions,

@@ -1,4 +1,4 @@
-"""Questions about one document over the model's own cache and over quantized ones, and how far they agree."""
+"""Questions about one document over the model's own cache and over quantized caches, and their agreement."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompted:
-    """One kind of cache: what the document took, and every question's outcome.
+    """One kind of cache: the size and time of the document, and the outcome of every question.
 
-    `kv_bytes` are allocated for the document, `kv_bytes_fp16` the same elements at 2 bytes. The questions start from a
-    file of `file_bytes`, loaded in `load_seconds`; from memory, and both None, where the cache is the model's own.
+    `kv_bytes` are allocated for the document; `kv_bytes_fp16` is the size of the same elements at 2 bytes. Questions
+    start
+    from a file of `file_bytes`, loaded in `load_seconds`; for the model's own cache, which is copied, both are None.
     """
 
     label: str
@@ -64,7 +65,7 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Answers:
-    """`caches` begins with the model's own."""
+    """`caches` starts with the model's own cache."""
 
     document_tokens: int
     questions: list[str]
@@ -79,7 +80,7 @@ def compare(
     limit: int,
     bars: Bars,
 ) -> Answers:
-    """The document is read once for each kind of cache; every question starts from there.
+    """Read the document once per kind of cache, and answer every question from there.
 
     Raises:
         InputError: document, question and answer do not fit the model's context.
@@ -123,7 +124,7 @@ def _over(
 
 
 def _through_file(ready: Ready) -> tuple[Ready, int, float]:
-    """The document's cache as it comes back from a file, the file's bytes, and the seconds of loading."""
+    """The document's cache after saving and loading, the size of the file in bytes, and the seconds of loading."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "document.cache"
         cache_file.save(ready.run.cache, ready.held, path)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``turboattention bench``: speed and memory beside other implementations on this machine."""
+"""``turboattention bench``: speed and memory in comparison with other implementations on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .targets import check_target
 if TYPE_CHECKING:
     from ..benchmarking.plan import Plan
 
-AGAINST = "Against what, and how long"
+AGAINST = "Comparison"
 
 
 class Work(str, Enum):
@@ -71,30 +71,30 @@ def bench(
     ] = None,
     mask: Annotated[Mask, typer.Option(help="Of prefill.", rich_help_panel=MEASURED)] = Mask.both,
     dtype: Annotated[
-        BenchDtype, typer.Option(help="Of the tensors that TurboAttention is given.", rich_help_panel=MEASURED)
+        BenchDtype, typer.Option(help="Dtype of TurboAttention's inputs.", rich_help_panel=MEASURED)
     ] = BenchDtype.float32,
     backend: Annotated[str, typer.Option(help="auto, or one that doctor lists.", rich_help_panel=AGAINST)] = "auto",
     peers: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,NAME,...",
-            help="Of sdpa, sdpa-folded, sdpa-bf16, sdpa-bf16-folded, dequantize, int4, ggml-f16, ggml-q8_0, ggml-q4_0; "
-            "or none. By default all that are here.",
+            help="Some of sdpa, sdpa-folded, sdpa-bf16, sdpa-bf16-folded, dequantize, int4, ggml-f16, ggml-q8_0, "
+            "ggml-q4_0; or none. By default all that are available.",
             rich_help_panel=AGAINST,
             show_default=False,
         ),
     ] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.0, help="Time for each pair.", rich_help_panel=AGAINST)] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="Time per pair.", rich_help_panel=AGAINST)] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short lengths and little time: a first look.", rich_help_panel=AGAINST)
+        bool, typer.Option("--quick", help="Short lengths and short measurements.", rich_help_panel=AGAINST)
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the random tensors.", rich_help_panel=AGAINST)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random tensors.", rich_help_panel=AGAINST)] = 0,
     threads: Threads = None,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object instead of tables.", rich_help_panel=MACHINE)
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Keep the same JSON in this file.", rich_help_panel=MACHINE)
+        Path | None, typer.Option(metavar="PATH", help="Also write the JSON to this file.", rich_help_panel=MACHINE)
     ] = None,
     plot: Annotated[
         Path | None,
@@ -103,7 +103,7 @@ def bench(
         ),
     ] = None,
 ) -> None:
-    """Measure TurboAttention beside its peers: checked first, then timed in turns in one process.
+    """Compare TurboAttention with other implementations: results are checked, then timed alternately in one process.
 
     Example: turboattention bench decode --lengths 4096,16384 --bits 4 --bits 3
     """
@@ -124,10 +124,10 @@ def bench(
         chosen = choose(backend).name
     works = plans.WORKS if work is Work.all else (work.value,)
     names = _peers(peers)
-    # The reference is a specification: at full length it would take hours.
+    # The reference is not optimized: full lengths would take hours.
     small = quick or chosen == "reference"
     if small and not quick and not tokens:
-        note("the reference backend is not made for speed; measuring short contexts only (--lengths to choose)")
+        note("the reference backend is not optimized; measuring short contexts only (choose with --lengths)")
     effort = QUICK if quick else Effort()
     if seconds is not None:
         effort = Effort(seconds, effort.sample, effort.least, effort.most)
@@ -180,12 +180,12 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
 
 @contextmanager
 def _doing(*, hidden: bool) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being measured, where that is a terminal."""
+    """A status line on stderr, if that is a terminal."""
     console = notices()
     if hidden or not console.is_terminal:
         yield lambda text: None
         return
-    # Redrawn seldom: the line must not take part in what is timed.
+    # Redrawn rarely, so that it does not affect the timing.
     with console.status("Measuring", refresh_per_second=1) as status:
         yield lambda text: status.update(f"Measuring {escape(text)}")
 
@@ -194,7 +194,7 @@ def _peers(text: str | None) -> list[str]:
     """Names of peers; by default those that can run here.
 
     Raises:
-        InputError: a name that there is not, or one that cannot run here.
+        InputError: an unknown name, or a peer that cannot run here.
     """
     from ..benchmarking.peers import PEERS
 

@@ -1,4 +1,4 @@
-"""``--out`` and ``--plot``: a benchmark as JSON, and as a picture."""
+"""``--out`` and ``--plot``: a benchmark as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import write_text, write_whole
+from ..files import write_figure, write_text
 from .missing import INSTALL
 from .targets import check_target
 
@@ -19,7 +19,7 @@ _RATIOS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128,
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises InputError where matplotlib is not there, or does not know this kind of file."""
+    """Raises InputError if matplotlib is not installed or does not support this file type."""
     check_target("--plot", path)
     if path is None:
         return
@@ -37,7 +37,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def write_plot(path: Path, rows: list[Row], title: str) -> bool:
-    """Each peer's time over TurboAttention's against context length; False where nothing was compared."""
+    """Plot each peer's time divided by TurboAttention's against context length; False if nothing was compared."""
     from matplotlib.figure import Figure
 
     lines = ratio_lines(rows)
@@ -62,8 +62,7 @@ def write_plot(path: Path, rows: list[Row], title: str) -> bool:
         axes.set(title=work, xlabel="tokens", ylabel="peer's time / TurboAttention's")
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
     figure.suptitle("\n".join(wrap(title, 70 * len(works))), fontsize=8)
-    kind = path.suffix.removeprefix(".").lower()
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format=kind), "--plot")
+    write_figure(path, figure, "--plot")
     return True
 
 

@@ -1,4 +1,4 @@
-"""A benchmark's rows as people read them: one table a kind of work."""
+"""The results of a benchmark as tables, one per kind of work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TITLES = {
     "decode": "Decode: one query over a quantized cache",
     "steps": "Decode step by step, new tokens stored",
     "compress": "Storing: one block of tokens through both stages",
-    "memory": "Memory of a cache, everything allocated counted",
+    "memory": "Memory of a cache, all allocations",
 }
 
 
@@ -78,7 +78,7 @@ def _table(*columns: str) -> Table:
 
 
 def _speed(rows: Sequence[Row]) -> Table:
-    """The subject's line, then one a peer; the first column goes on beside the first of them."""
+    """The line of the subject, then one line per peer; the first column continues next to the first peer."""
     table = _table("tokens", "who", "time", "GOPS", "error", "faster")
     table.columns[1].justify = "left"
     for row in rows:
@@ -101,7 +101,7 @@ def _rival(rival: Rival) -> list[str | Text]:
 
 
 def _cells(timed: Row | Rival) -> list[str]:
-    """Time, rate and error of who was timed."""
+    """Time, rate and error of a contender."""
     assert timed.seconds is not None and timed.gops is not None
     rate = f"{timed.gops:.0f}" if timed.gops >= 10 else f"{timed.gops:.1f}"
     return [time_text(timed.seconds.median), rate, f"{timed.error:.1e}"]

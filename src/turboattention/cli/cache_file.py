@@ -1,4 +1,4 @@
-"""``--save-cache`` and ``--load-cache``: a long prompt's cache, kept for next time."""
+"""``--save-cache`` and ``--load-cache``: saves the cache of a long prompt, and loads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_target(path: Path, option: str = "--save-cache") -> None:
-    """Raises InputError now for a file that after a long prompt could not be written, or should not be replaced."""
+    """Raises InputError for a file that cannot be written or should not be replaced, before a long prompt is read."""
     targets.check_target(option, path)
     if path.exists() and not _is_saved_cache(path):
         raise InputError(f"{option}: expected a new file or a saved cache to replace, got {path}, which is neither")
@@ -43,7 +43,7 @@ def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:
 
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """What cannot be written is said of the option."""
+    """Name the option in errors about a file that cannot be written."""
     try:
         yield
     except InputError as error:
@@ -53,10 +53,10 @@ def writing(option: str, path: Path) -> Iterator[None]:
 
 
 def load(language: LanguageModel, path: Path, option: str = "--load-cache") -> tuple[TurboCache, list[int]]:
-    """A saved cache and the tokens it was made from.
+    """A saved cache and its tokens.
 
     Raises:
-        FormatError, InputError: no such file, damaged, of another model, or without tokens.
+        FormatError, InputError: the file does not exist, is damaged, of another model, or without tokens.
     """
     if not path.is_file():
         raise InputError(f"{option}: expected a file, got {path}: {'a folder' if path.is_dir() else 'no such file'}")
@@ -71,23 +71,23 @@ def load(language: LanguageModel, path: Path, option: str = "--load-cache") -> t
 
 
 def _without_argument(message: str) -> str:
-    """A message of the library, without the name by which it calls the file or the cache."""
+    """A message of the library without its argument name."""
     for name in ("path: ", "cache: ", "past_key_values: "):
         message = message.removeprefix(name)
     return message
 
 
 def shared_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
+    """The length of the common prefix of two texts, in tokens."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
-    """Crops the cache to what it shares with the prompt `ids`: the number of its tokens that stay.
+    """Crop the cache to the prefix that it shares with the prompt `ids`; returns the number of remaining tokens.
 
-    At least one token of the prompt is left to process, since the next one depends on it. The end
-    of the cached text may turn into other tokens in a longer prompt, so a shorter match is fine;
-    less than half is taken for another text.
+    At least one token of the prompt is left to process, because its logits are needed. The end of the cached text can
+    be tokenized differently in a longer prompt, so a shorter match is accepted; a match of less than half is treated
+    as another text.
 
     Raises:
         InputError: the prompt is another text.
@@ -102,7 +102,7 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
     if kept < len(cached):
         try:
             cache.crop(kept - len(cached))
-        except InputError as error:  # a sliding window has released what such a crop needs
+        except InputError as error:  # a sliding window has released tokens that the crop needs
             raise InputError(
                 f"--load-cache: expected a prompt that goes on from the cached one ({len(cached):,} tokens), since "
                 f"this model's sliding windows cannot go back far, got one that shares {shared:,} of its tokens; run "

@@ -1,4 +1,4 @@
-"""``turboattention calibrate``: widths per head for one model, measured once and kept in a file."""
+"""``turboattention calibrate``: measures a model, chooses widths per head and saves them in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def calibrate(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="A UTF-8 file, best of what the model will read; - is stdin. By default the bundled text (4k tokens).",
+            help="A UTF-8 file, similar to the texts in use; - is stdin. By default the bundled text (4k tokens).",
             rich_help_panel=MEASURED,
         ),
     ] = None,
@@ -30,19 +30,21 @@ def calibrate(
     length: Length = LENGTH,
     bits: Annotated[
         float,
-        typer.Option(help="Average width of K and V from 2 to 8; scales come on top.", rich_help_panel=CHOICE),
+        typer.Option(help="Average width of K and V from 2 to 8, without scales.", rich_help_panel=CHOICE),
     ] = 3.0,
     strategy: Annotated[Strategy, typer.Option(help=STRATEGY, rich_help_panel=CHOICE)] = Strategy.error,
     means: Annotated[
         bool,
-        typer.Option("--means", help="Smooth K by the measured means, not by each text's own.", rich_help_panel=CHOICE),
+        typer.Option(
+            "--means", help="Smooth K with the measured means instead of those of each text.", rich_help_panel=CHOICE
+        ),
     ] = False,
     device: Device = "auto",
     dtype: Kind = Dtype.auto,
     threads: Threads = None,
     json: AsJson = False,
 ) -> None:
-    """Measure what each width costs in every head of a model, and choose widths under a budget.
+    """Measure the cost of each width for every head of a model, and choose widths under a budget.
 
     Example: turboattention calibrate --text book.txt --bits 3 --out calibrated
     """

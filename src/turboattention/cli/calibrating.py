@@ -1,4 +1,4 @@
-"""What `calibrate` and `inspect` share: a model, a text, and the measurement."""
+"""Shared by `calibrate` and `inspect`: options, and the measurement of a model on a text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from .prompt import read_file
 if TYPE_CHECKING:
     from ..calibration import Calibration
 
-CHOICE = "Which widths are chosen"
+CHOICE = "Choice of widths"
 TOKENS = 8192
 LENGTH = 1024
 STRATEGY = "By measured error over all layers, evenly in each layer (for servers), or by the paper's gap x std."
 
 # Options of both commands.
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text at most.", rich_help_panel=MEASURED)]
-Length = Annotated[
-    int, typer.Option(min=1, help="Tokens that go through the model at once, and back.", rich_help_panel=MEASURED)
-]
+Tokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens of the text.", rich_help_panel=MEASURED)]
+Length = Annotated[int, typer.Option(min=1, help="Tokens per forward and backward pass.", rich_help_panel=MEASURED)]
 
 
 class Strategy(str, Enum):
@@ -56,17 +54,18 @@ class Request:
     json: bool
 
     def check(self) -> None:
-        """Raises InputError before anything long begins."""
+        """Raises InputError, before anything that takes long."""
         if not 2 <= self.bits <= 8:
             raise InputError(f"--bits: expected an average width from 2 to 8, got {self.bits:g}")
         check_model(self.model)
 
 
 def measure(request: Request) -> Calibration:
-    """Runs the model over the text.
+    """Measure the model on the text.
 
     Raises:
-        InputError: no such model or text, or too short a text. UnsupportedError: a model that caches refuse.
+        InputError: the model or the text does not exist, or the text is too short.
+        UnsupportedError: a model that `TurboCache` does not support.
     """
     text = bundled_text() if request.text is None else read_file(request.text_option, request.text)
     bars = Bars(hidden=request.json)

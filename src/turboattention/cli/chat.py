@@ -1,4 +1,4 @@
-"""``turboattention chat``: a conversation whose quantized cache is kept between turns."""
+"""``turboattention chat``: a conversation that keeps its quantized cache between turns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, TurboError
+from .descriptors import check_input
 from .device import Dtype
 from .facts import slower_than_kernels
 from .interrupt import Interrupt
@@ -51,13 +52,13 @@ def chat(
     model: InputModel = None,
     system: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What the model is told before all else.", rich_help_panel=INPUT),
+        typer.Option(metavar="TEXT", help="The system prompt.", rich_help_panel=INPUT),
     ] = None,
     load: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Go on with what /save kept.", rich_help_panel=INPUT)
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of an answer at most.", rich_help_panel=INPUT)
+        int, typer.Option(min=1, help="Maximum number of tokens of an answer.", rich_help_panel=INPUT)
     ] = 512,
     bits: Annotated[
         str | None,
@@ -78,9 +79,9 @@ def chat(
     dtype: Kind = Dtype.auto,
     threads: Threads = None,
 ) -> None:
-    """Talk with a model; its quantized cache is kept between turns, and in a file with /save.
+    """Chat with a model. The quantized cache is kept between turns, and saved to a file with /save.
 
-    Each line of stdin is a message. What a turn cost is on stderr.
+    Each line of stdin is a message. The cost of each turn is printed on stderr.
 
     Example: turboattention chat --model SmolLM2-135M-Instruct.Q4_1.gguf --bits 3
     """
@@ -89,6 +90,7 @@ def chat(
             "--load: expected no --system, --bits, --preset, --guard or --calibration with it: the file has its own"
         )
     check_sampling(temperature, top_p)
+    check_input("chat")
     check_model(model)
     bits = bits or ("4" if calibration is None else "mixed")
     setting = make_setting(bits, preset or Preset.default, guard, load_calibration(calibration))
@@ -111,7 +113,7 @@ def chat(
 
 @dataclass
 class Chat:
-    """Lines in, answers out."""
+    """The loop over messages and commands."""
 
     session: Session
     limit: int
@@ -119,7 +121,7 @@ class Chat:
     bars: Bars
 
     def run(self) -> None:
-        """Until the lines end. Someone at a terminal reads an error and goes on, a program gets it as the exit code."""
+        """Run until the end of input. At a terminal, errors are printed and the chat continues; else they end it."""
         lines = Lines("chat", ">>> ")
         if lines.typed:
             note(f"{self.session.about}; /help lists commands")

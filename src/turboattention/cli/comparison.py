@@ -1,4 +1,4 @@
-"""The same input through the model's own cache and through quantized ones, greedily, and how far they agree."""
+"""Greedy decoding of the same input over the model's own cache and over quantized caches, and their agreement."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 OWN = "own cache"
 
 _WARM_UP_TOKENS = 200
-"""A few blocks, so that a warm-up passes through every kind of memory."""
+"""A few blocks, so that the warm-up uses every kind of storage."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way through the model. `kv_bytes` are allocated, `kv_bytes_fp16` the same elements at 2 bytes."""
+    """The result over one cache. `kv_bytes` are allocated; `kv_bytes_fp16` is the same elements at 2 bytes."""
 
     label: str
     text: str
@@ -44,13 +44,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a quantized cache compares with the model's own.
+    """Agreement of a quantized cache with the model's own.
 
-    first_difference: index of the first new token that differs, from 0; None: none does.
-    same_tokens: share of positions with the same token, each cache going its own way.
+    first_difference: index of the first new token that differs, from 0; None if none does.
+    same_tokens: fraction of positions with the same token, with each cache generating its own text.
     same_text_chars: characters before the first difference.
-    top1: share of the own cache's tokens that the quantized cache also ranks first when it is fed
-        that same text, token by token.
+    top1: fraction of the own cache's tokens that the quantized cache also ranks first, when fed the own cache's text
+        token by token.
     """
 
     first_difference: int | None
@@ -82,7 +82,7 @@ def compare(
     bars: Bars,
     stop: frozenset[int] | None = None,
 ) -> Comparison:
-    """One run on the model's own cache, and one for each setting; `stop` as in `generate`."""
+    """One run over the model's own cache, and one per setting; `stop` as in `generate`."""
     own, _ = _run(language, ids, None, OWN, limit, bars, stop)
     rows = []
     for setting in settings:
@@ -93,7 +93,7 @@ def compare(
 
 
 def agreement(language: LanguageModel, own: Outcome, outcome: Outcome, ranked_first: Sequence[int]) -> Agreement:
-    """How an outcome compares with the own cache's, given what was ranked first at each of that one's tokens."""
+    """The agreement of an outcome with the own cache's, given the top-ranked token at each token of the latter."""
     first = first_difference(own.tokens, outcome.tokens)
     return Agreement(
         first_difference=first,
@@ -113,7 +113,7 @@ def _run(
     stop: frozenset[int] | None,
     reference: Sequence[int] = (),
 ) -> tuple[Outcome, list[int]]:
-    """The outcome, and what was ranked first at each token of `reference` after its tokens before."""
+    """The outcome, and the top-ranked token at each position of `reference`, given the tokens before it."""
     warm_up(language, ids, setting, label, bars)
     run = new_run(language, setting)
     with bars.task(f"{label}: prompt") as update:

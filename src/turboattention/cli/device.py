@@ -8,7 +8,7 @@ from enum import Enum
 from ..errors import InputError
 
 MAX_THREADS = 4 * (os.cpu_count() or 1)
-"""More only wait for each other, and from some number on the system starts none, which ends the process."""
+"""More threads are slower, and too many make the process fail."""
 
 
 class Dtype(str, Enum):
@@ -19,10 +19,10 @@ class Dtype(str, Enum):
 
 
 def choose(device: str, dtype: Dtype) -> tuple[str, str]:
-    """A device that is there and a dtype for it: float32 on a CPU, the model's own elsewhere.
+    """An available device and a dtype for it: float32 on a CPU, the model's own elsewhere.
 
     Raises:
-        InputError: there is no such device.
+        InputError: the device is not available.
     """
     import torch
 

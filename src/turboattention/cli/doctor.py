@@ -1,4 +1,4 @@
-"""``turboattention doctor``: what this machine has, and which backends work on it."""
+"""``turboattention doctor``: reports the features of this machine, and which backends work on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .progress import Bars
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False) -> None:
-    """What this machine has, which backends work on it, and why the others do not."""
+    """Show the features of this machine, which backends work on it, and why the others do not."""
     with Bars(hidden=json).task("Looking around"):
         machine = examine()
     if json:

@@ -1,4 +1,4 @@
-"""A document that questions are about, as the beginning of a conversation, and its cache."""
+"""A document for questions, as the start of a conversation, and its cache."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Document:
-    """Asked about in the model's chat template.
+    """A document in the model's chat template.
 
-    prefix: the token ids that every question's prompt begins with.
+    prefix: the token ids at the start of every question's prompt.
 
     Raises:
         InputError: the model has no chat template.
@@ -36,13 +36,13 @@ class Document:
         self.prefix = one[: cache_file.shared_tokens(one, other)]
 
     def ids(self, question: str) -> list[int]:
-        """The whole prompt: the document, a question, and the beginning of the answer."""
+        """The whole prompt: the document, a question, and the prefix of the answer."""
         from ..integrations.transformers import chat
 
         return chat.encode(self._language, chat.render(self._language, _about(self._text, question)))
 
     def check_length(self, question: str, new_tokens: int) -> list[int]:
-        """`ids`, where they and an answer fit. Raises InputError."""
+        """`ids`, if they and an answer fit into the context. Raises InputError."""
         ids, context = self.ids(question), self._language.context
         if context is not None and len(ids) + new_tokens > context:
             raise InputError(
@@ -53,15 +53,15 @@ class Document:
 
 
 def _about(text: str, question: str) -> list[Message]:
-    # In the user's message, since not every template knows a system's.
+    # In the user's message, because not every template supports a system message.
     return [{"role": "user", "content": f"{text}\n\n{question.strip()}"}]
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A cache that holds a document: what every question starts from.
+    """A cache with a document, from which every question starts.
 
-    seconds: what reading the document took; 0 where it came from a file.
+    seconds: the time for reading the document; 0 if the cache was loaded from a file.
     """
 
     document: Document
@@ -71,7 +71,7 @@ class Ready:
 
     @classmethod
     def read(cls, document: Document, run: Run, bars: Bars, label: str = "") -> Ready:
-        """Through the model once."""
+        """Read the document."""
         with bars.task(f"{label}Reading the document") as update:
             begun = time.perf_counter()
             run.prefill(document.prefix, update)
@@ -79,7 +79,7 @@ class Ready:
 
     @classmethod
     def load(cls, document: Document, language: LanguageModel, path: Path) -> Ready:
-        """From a file. Raises InputError, FormatError for another model's, or another document's."""
+        """From a file. Raises InputError or FormatError for the file of another model or document."""
         from ..integrations.transformers.generation import Run
 
         cache, held = cache_file.load(language, path)
@@ -87,7 +87,7 @@ class Ready:
         return cls(document, Run(language, cache), held[:kept], 0.0)
 
     def ask(self, ids: list[int]) -> tuple[Run, int]:
-        """A copy for one question, and how many tokens of its prompt are there already."""
+        """A copy for one question, and the number of prompt tokens that it already contains."""
         from ..integrations.transformers.generation import Run
 
         cache = copy.deepcopy(self.run.cache)

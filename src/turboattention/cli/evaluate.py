@@ -1,4 +1,4 @@
-"""``turboattention eval``: how near methods of keeping a KV cache stay to the model's own."""
+"""``turboattention eval``: accuracy of KV cache quantization methods relative to the model's own cache."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .progress import Bars
 from .prompt import read_file
 from .targets import check_figures
 
-PIECE = 16  # as evaluation.subject has it, which imports torch
+PIECE = 16  # the same as in evaluation.subject, which imports torch
 
 if TYPE_CHECKING:
     from ..evaluation.baselines import CacheMethod
     from ..evaluation.suite import Options
     from ..integrations.transformers.generation import LanguageModel
 
-HOW = "How much of it"
+HOW = "Amount"
 METHODS = "fp16,turbo-4,turbo-3,turbo-mixed,turbo-2"
 TASKS = "perplexity,recall,needle,arithmetic"
 
@@ -46,7 +46,7 @@ class Request:
 def evaluate(
     model: Model = None,
     methods: Annotated[
-        str, typer.Option(metavar="NAME,NAME,...", help="Ways to keep the cache, or all.", rich_help_panel=MEASURED)
+        str, typer.Option(metavar="NAME,NAME,...", help="Cache methods, or all.", rich_help_panel=MEASURED)
     ] = METHODS,
     tasks: Annotated[
         str,
@@ -83,7 +83,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="What `turboattention calibrate` wrote, for the methods turbo-calibrated and turbo-calibrated-BITS.",
+            help="Folder written by `calibrate`, for the methods turbo-calibrated and turbo-calibrated-BITS.",
             rich_help_panel=MEASURED,
         ),
     ] = None,
@@ -105,8 +105,8 @@ def evaluate(
         int,
         typer.Option(
             min=1,
-            help="Tokens of a passage that go through the model at once, and see each other unquantized. 64 takes half "
-            "the time of the default.",
+            help="Tokens per forward pass, which attend to each other unquantized. 64 takes half the time of the "
+            "default.",
             rich_help_panel=HOW,
         ),
     ] = PIECE,
@@ -114,7 +114,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="In front of every text, such as '<|endoftext|>'. By default what the tokenizer puts there.",
+            help="Prefix of every text, such as '<|endoftext|>'. By default BOS if the tokenizer adds it.",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -130,7 +130,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep results.json, report.html and one file a method and task here; what is there already is not "
+            help="Write results.json, report.html and one file per method and task here; existing results are not "
             "measured again.",
             rich_help_panel=MACHINE,
         ),
@@ -179,8 +179,8 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     records = Records(request.out)
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)
+    from ..evaluation.hf.subject import TransformersSubject
     from ..integrations.transformers import generation
-    from ..integrations.transformers.subject import TransformersSubject
 
     facts, units = _facts(language, request.begin), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)
@@ -190,7 +190,7 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
             for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
                 units.append(unit)
     finally:
-        # A run that is ended leaves a report of what it has.
+        # An interrupted run still writes a report of its results.
         document = suite.document(facts, request.methods, units)
         if units:
             write(request.out, document)
@@ -200,7 +200,7 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
         show(document, results())
     reused = sum(bool(unit.get("reused")) for unit in units)
     if reused:
-        note(f"{reused} of {len(units)} results were there already")
+        note(f"{reused} of {len(units)} results were reused")
     if request.out is not None:
         note(f"written to {request.out / 'report.html'} and results.json beside it")
     failed = failures(document)
@@ -211,7 +211,7 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
 
 
 def _facts(language: LanguageModel, begin: str | None) -> dict[str, Any]:
-    """What every result depends on."""
+    """The facts that every result depends on."""
     from .. import __version__
 
     model = language.model

@@ -1,4 +1,4 @@
-"""The options of ``turboattention eval`` that have to be checked, or made into something, before a model is loaded."""
+"""Options of ``turboattention eval`` that are checked or converted before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def check_methods(methods: list[CacheMethod]) -> None:
 
 
 def check_outside(names: list[str], include: Path | None) -> None:
-    """Raises InputError for a task that lm-evaluation-harness does not have, or where it is not installed."""
+    """Raises InputError for a task that lm-evaluation-harness does not have, or if it is not installed."""
     from ..evaluation.suite import OUTSIDE
 
     outside = [name.removeprefix(OUTSIDE) for name in names if name.startswith(OUTSIDE)]
     if include is not None and not include.is_dir():
         raise InputError(f"--include: expected a folder with task files, got {include}")
     if outside:
-        from ..integrations.transformers import harness
+        from ..evaluation.hf import harness
 
         for name in outside:
             harness.check(name, include)
@@ -35,6 +35,6 @@ def check_outside(names: list[str], include: Path | None) -> None:
 
 def outside(name: str, limit: int | None, data: Path | None, include: Path | None) -> Any:
     """A task of lm-evaluation-harness."""
-    from ..integrations.transformers.harness import HarnessTask
+    from ..evaluation.hf.harness import HarnessTask
 
     return HarnessTask(name, limit, data, include)

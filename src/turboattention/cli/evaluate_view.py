@@ -1,4 +1,4 @@
-"""An evaluation as people read it, and as files."""
+"""An evaluation as a table, and as files."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LEGEND = (
     "the change of perplexity: token by token against the model's own cache. Intervals are in the report and the JSON."
 )
 COLUMNS = 5
-"""Figures in one table."""
+"""The results in one table."""
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    """One row a method."""
+    """One row per method."""
     facts = document["facts"]
     console.print(
         f"Model {facts['model']} in {facts['dtype']} on {facts['device']}.", style="dim", markup=False, highlight=False
     )
     columns, rows = summary.table(document, intervals=False, called="name")
-    # As many columns side by side as a narrow terminal shows whole.
+    # The number of columns that fit into a narrow terminal.
     for at in range(1, len(columns) if rows else 1, COLUMNS):
         shown = [0, *range(at, min(at + COLUMNS, len(columns)))]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -41,12 +41,12 @@ def show(document: dict[str, Any], console: Console) -> None:
 
 
 def _header(name: str) -> str:
-    """Over several lines, so that a column is as narrow as its figures."""
+    """Wrap a title over several lines, so that its column is narrow."""
     return name.replace(" / ", "/\n").replace(" ", "\n").replace("lm-eval/", "lm-eval/\n").replace("bbh/", "bbh/\n")
 
 
 def write(folder: Path | None, document: dict[str, Any]) -> None:
-    """``results.json`` and ``report.html``, each whole or not at all."""
+    """Write ``results.json`` and ``report.html``, each atomically."""
     if folder is not None:
         write_whole(folder / "results.json", json.dumps(document, indent=1) + "\n")
         write_whole(folder / "report.html", evaluation.html(document))

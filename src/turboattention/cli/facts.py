@@ -1,4 +1,4 @@
-"""What a model runs on, for the line and the JSON that say so."""
+"""The device, dtype and backend of a model, for text and JSON output."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def facts(language: LanguageModel, config: TurboConfig) -> dict[str, Any]:
 
 
 def slower_than_kernels(language: LanguageModel, config: TurboConfig) -> str | None:
-    """A warning where CPU kernels are here and do not compute `config`, so that a CPU runs the reference."""
+    """A warning if the CPU kernels are available but do not compute `config`, so that the reference runs."""
     from .. import backends
 
     explained = _explained(language, config)
     if explained.backend != "reference" or language.model.device.type != "cpu" or not backends()["cpu"].usable:
         return None
     reason = explained.others["cpu"]
-    return f"the CPU kernels do not compute this ({reason}): it runs on the reference, which is many times slower"
+    return f"the CPU kernels do not compute this ({reason}): it runs on the reference, which is much slower"
 
 
 def _explained(language: LanguageModel, config: TurboConfig) -> Explanation:

@@ -1,6 +1,6 @@
-"""How a command fails: one line on stderr, and an exit code.
+"""Errors of commands: one line on stderr, and an exit code.
 
-2 for what was asked for (options, files, models), 1 for what went wrong inside, 130 for Ctrl-C.
+2 for invalid options, files and models, 1 for internal errors, 130 for Ctrl-C.
 ``TURBOATTENTION_DEBUG=1`` shows the traceback as well.
 """
 
@@ -31,14 +31,14 @@ class CleanGroup(TyperGroup):
             if os.environ.get(DEBUG, "") not in ("", "0") and not _is_usage(error):
                 raise
             message, code = describe(error)
-            # A file name that is no valid text must not break the message about it.
+            # File names that are not valid text are escaped.
             line = " ".join(f"error: {message}".split()).encode("utf-8", "backslashreplace").decode()
             typer.echo(line, err=True)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """What to say about an error, and the exit code."""
+    """The message of an error, and the exit code."""
     if isinstance(error, TurboError):
         return str(error), 2
     if _is_usage(error):
@@ -51,5 +51,5 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def _is_usage(error: Exception) -> bool:
-    """A click error: a wrong option, a missing value. Releases of typer bring click under different names."""
+    """Whether it is a click error, such as a wrong option. Releases of typer include click under different names."""
     return hasattr(error, "format_message")

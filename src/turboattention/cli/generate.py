@@ -1,4 +1,4 @@
-"""``turboattention generate``: text from a language model on a quantized KV cache, or beside its own."""
+"""``turboattention generate``: text from a language model with a quantized KV cache, or in comparison with its own."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """The options, checked against each other."""
+    """The options, checked for consistency."""
 
     settings: list[Setting]
     prompt: str | None
@@ -79,10 +79,12 @@ def generate(
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat", help="The text is a message, in the model's chat template, to answer.", rich_help_panel=INPUT
+            "--chat", help="Answer the text as a message, in the model's chat template.", rich_help_panel=INPUT
         ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="New tokens at most.", rich_help_panel=INPUT)] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Maximum number of new tokens.", rich_help_panel=INPUT)
+    ] = 128,
     bits: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +102,7 @@ def generate(
         bool,
         typer.Option(
             "--compare",
-            help="Also run the model's own attention and cache, and show both side by side.",
+            help="Also run with the model's own attention and cache, and compare.",
             rich_help_panel=QUANTIZING,
         ),
     ] = False,
@@ -109,7 +111,7 @@ def generate(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Start from a kept cache; without a prompt, continue its own.",
+            help="Start from a saved cache; without a prompt, continue its text.",
             rich_help_panel=QUANTIZING,
         ),
     ] = None,
@@ -121,7 +123,7 @@ def generate(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Continue a text on a quantized KV cache; with --compare, beside the model's own.
+    """Continue a text with a quantized KV cache; with --compare, also with the model's own.
 
     Example: turboattention generate --demo --compare --bits 4 --bits 3
     """
@@ -166,7 +168,7 @@ def _settings(
 
 
 def _check(request: Request) -> None:
-    """Raises InputError for options that exclude each other, before anything long begins."""
+    """Raises InputError for options that exclude each other, before anything that takes long."""
     if request.compare and (request.save_cache or request.load_cache):
         raise InputError("--compare: expected no --save-cache or --load-cache with it")
     if request.prompt is None and request.load_cache is None:
@@ -198,7 +200,7 @@ def _compare(request: Request, language: LanguageModel, bars: Bars) -> None:
     assert request.prompt is not None
     ids = _ids(request, language, request.prompt)
     check_length(len(ids), request.limit, language.context)
-    config = request.settings[0].config  # what kernels compute does not depend on how the settings differ
+    config = request.settings[0].config  # the settings do not differ in what kernels support
     warnings = _warned(request, language, config)
     comparison = compare(language, ids, request.settings, request.limit, bars, _stop(request, language))
     if request.json:
@@ -208,7 +210,7 @@ def _compare(request: Request, language: LanguageModel, bars: Bars) -> None:
 
 
 def _warned(request: Request, language: LanguageModel, config: TurboConfig) -> list[str]:
-    """What there is to say before a long wait: said now, or kept for the JSON."""
+    """Notes before a long run: printed now, or collected for the JSON."""
     slower = slower_than_kernels(language, config)
     if slower is None:
         return []

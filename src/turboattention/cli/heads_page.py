@@ -1,4 +1,4 @@
-"""Where bits go, as one HTML page with figures."""
+"""The widths and errors of heads as one HTML page with figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def page(calibration: Calibration) -> str:
-    """HTML that needs nothing else."""
+    """A self-contained HTML page."""
     origin = calibration.provenance
     made = Page("Where bits go", f"{origin.model}, measured on {origin.tokens:,} tokens of text")
     made.text(summary(calibration))
@@ -52,7 +52,7 @@ def page(calibration: Calibration) -> str:
 
 
 def keys_by_layer(calibration: Calibration) -> Figure:
-    """What storing K alone costs each head, layer by layer: the picture in which an outlier is seen at once."""
+    """The error of each head with only K quantized, by layer, which shows outliers."""
     return by_layer(
         {f"K at {width} bits": k_errors(calibration, width) for width in (2, 4, 8)},
         ylabel="relative error of the head's output",

@@ -1,4 +1,4 @@
-"""Where bits go, head by head: as people read it, and as machines do."""
+"""The widths and errors of heads, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Head:
     """One KV head of a layer. Pairs are (K, V).
 
-    error: relative error of its output at the widths it gets; bound: what is allowed there.
+    error: relative error of its output at the chosen widths. bound: the guard's bound at these widths.
     cost: expected KL divergence in nats per token at these widths.
-    errors, costs: the same for K and V alone at 2, 3, 4 and 8 bits. priority: the paper's.
+    errors, costs: the same with only K or only V quantized, at 2, 3, 4 and 8 bits. priority: the paper's.
     """
 
     layer: int
@@ -76,7 +76,7 @@ def as_json(calibration: Calibration) -> dict[str, Any]:
 
 
 def summary(calibration: Calibration) -> str:
-    """What was chosen, in two sentences."""
+    """The chosen widths, in two sentences."""
     beyond = [f"{x.layer}.{x.head}" for x in heads(calibration) if not x.error <= x.bound]
     counts = Counter(int(bits) for layer in calibration.head_bits for bits in layer.flatten())
     shares = ", ".join(f"{counts[width]} at {width}" for width in WIDTHS if counts[width])
@@ -87,20 +87,20 @@ def summary(calibration: Calibration) -> str:
     if beyond:
         text = f"{text} Beyond their bound (layer.head): {', '.join(beyond)}."
     found = standing_out(calibration)
-    return f"{text} Standing out: {'; '.join(found.values())}." if found else text
+    return f"{text} Unusual: {'; '.join(found.values())}." if found else text
 
 
 STANDS_OUT = 5.0
-"""A layer stands out where its keys lose this many times what the median layer's do."""
+"""A layer is unusual if the error of its keys is this many times that of the median layer."""
 
 
 def k_errors(calibration: Calibration, width: int) -> list[list[float]]:
-    """[layer][head]: relative error of the head's output with K alone at `width` bits."""
+    """[layer][head]: relative error of the head's output with only K quantized, at `width` bits."""
     return [layer.errors[0, :, WIDTHS.index(width)].tolist() for layer in calibration.layers]
 
 
 def standing_out(calibration: Calibration) -> dict[int, str]:
-    """Layers whose keys lose far more than others even at 8 bits, and what to say about each."""
+    """Layers whose keys have a much larger error than others even at 8 bits, and a message about each."""
     worst = [max(heads) for heads in k_errors(calibration, 8)]
     usual = median(worst)
     return {
@@ -111,7 +111,7 @@ def standing_out(calibration: Calibration) -> dict[int, str]:
 
 
 def widths_table(calibration: Calibration) -> Table:
-    """One row a layer: the widths of its heads."""
+    """One row per layer: the widths of its heads."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in ("layer", "K bits", "V bits", "worst error", "cost"):
         table.add_column(name, justify="right")
@@ -123,7 +123,7 @@ def widths_table(calibration: Calibration) -> Table:
 
 
 def heads_table(calibration: Calibration) -> Table:
-    """One row a head."""
+    """One row per head."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, caption=LEGEND, caption_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="right", overflow="fold")
@@ -148,9 +148,9 @@ COLUMNS = (
     "outl.\nof K",
 )
 LEGEND = (
-    "error: relative error of the head's output at its widths, as decode meets it. cost: what that is expected to add "
-    "to the KL divergence, in 1e-4 nats a token; then the same for K or V alone, at 2 and 4 bits. prio.: the "
-    "paper's priority, gap x std. outl.: channels that stand out."
+    "error: relative error of the head's output at its widths, during decode. cost: the expected increase of the "
+    "KL divergence, in 1e-4 nats per token; then the same for only K or V, at 2 and 4 bits. prio.: the "
+    "paper's priority, gap x std. outl.: outlier channels."
 )
 
 

@@ -1,4 +1,4 @@
-"""``turboattention inspect``: where bits go in a model, head by head, and why."""
+"""``turboattention inspect``: shows the widths and errors of a model's heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from ..files import write_text
+from ..files import write_figure, write_text
 from .calibrating import CHOICE, LENGTH, STRATEGY, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, heads_table, summary
@@ -34,7 +34,9 @@ def inspect(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Show what `calibrate` wrote; nothing is run.", rich_help_panel=MEASURED),
+        typer.Option(
+            metavar="DIR", help="Show a saved calibration, without running the model.", rich_help_panel=MEASURED
+        ),
     ] = None,
     tokens: Tokens = TOKENS,
     length: Length = LENGTH,
@@ -55,7 +57,7 @@ def inspect(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Also draw what storing K costs by layer, as .png, .svg or .pdf (needs matplotlib).",
+            help="Also plot the error of quantizing K by layer, as .png, .svg or .pdf (needs matplotlib).",
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -64,7 +66,7 @@ def inspect(
     threads: Threads = None,
     json: AsJson = False,
 ) -> None:
-    """Show each head's error, the paper's priority, the widths it gets, and outlier channels.
+    """Show each head's error, the paper's priority, the chosen widths, and outlier channels.
 
     Example: turboattention inspect --file book.txt --html heads.html
     """
@@ -104,7 +106,7 @@ def inspect(
     if picture is not None:
         from .heads_page import keys_by_layer
 
-        keys_by_layer(found).savefig(picture, dpi=110)
+        write_figure(picture, keys_by_layer(found), "--picture")
     if json:
         print_json(as_json(found))
     else:

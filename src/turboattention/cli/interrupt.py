@@ -1,4 +1,4 @@
-"""Ctrl-C that ends an answer, and not the program."""
+"""Ctrl-C that ends an answer, but not the program."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Interrupt:
-    """While it is entered, Ctrl-C ends a text that has begun behind its current token, and all else at once.
+    """Inside the `with` block, Ctrl-C ends a started text after its current token.
 
-    Between tokens a cache holds whole tokens in all of its layers, so what was said stays good; a second Ctrl-C, or one
-    before the first token, raises KeyboardInterrupt wherever the program is.
+    After a token all layers of the cache have the same tokens, so the answer so far remains valid. A second Ctrl-C, or
+    one before the first token, raises KeyboardInterrupt immediately.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,6 @@ class Interrupt:
         self.asked = True
 
     def enough(self) -> bool:
-        """Asked behind every token."""
+        """Called after every token."""
         self.begun = True
         return self.asked

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from ..errors import InputError
+from .descriptors import check_input
 from .output import note
 from .prompt import check_text
 
@@ -20,6 +21,7 @@ class Lines:
     """
 
     def __init__(self, option: str, prompt: str):
+        check_input(option)
         self._option, self._prompt = option, prompt
         self.typed = sys.stdin.isatty()
 

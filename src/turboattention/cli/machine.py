@@ -1,4 +1,4 @@
-"""What a machine has: found without changing anything, and without failing where something is absent."""
+"""Features of the machine. Missing information is not an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .missing import missing
 
 PACKAGES = ("torch", "numpy", "transformers", "triton", "safetensors")
 
-# Instruction sets that kernels can use, by the flag that Linux gives them.
+# Instruction sets used by the kernels, by their flag in Linux.
 _X86 = {
     "avx2": "avx2",
     "avx_vnni": "avx_vnni",
@@ -32,7 +32,7 @@ _ARM = {"neon": "asimd", "dotprod": "asimddp", "i8mm": "i8mm", "sve": "sve"}
 
 @dataclass(frozen=True)
 class Machine:
-    """`features`: instruction sets and whether they are there, empty where unknown; bytes of memory."""
+    """`features`: instruction sets and whether they are available, empty if unknown. Memory is in bytes."""
 
     turboattention: str
     python: str
@@ -79,7 +79,7 @@ def examine() -> Machine:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """The processor's name from the text of /proc/cpuinfo, or what else the system says."""
+    """The name of the processor from the text of /proc/cpuinfo, or from `platform`."""
     found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     if found:
         return found[1].strip()
@@ -89,7 +89,7 @@ def cpu_name(cpuinfo: str) -> str:
 
 
 def cpu_features(cpuinfo: str, machine: str) -> dict[str, bool]:
-    """Which instruction sets the text of /proc/cpuinfo has; empty where it says nothing."""
+    """The instruction sets in the text of /proc/cpuinfo; empty if it has no flags."""
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     if not found:
         return {}

@@ -1,10 +1,11 @@
-"""Entry point of the command line, which says what is missing where its packages are not installed."""
+"""Entry point of the command line. Reports packages that are not installed."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
+from .descriptors import settle
 from .missing import INSTALL, missing_package
 
 
@@ -16,6 +17,7 @@ def _explain(package: str) -> Callable[[], None]:
     return app
 
 
+settle()
 try:
     from .application import app
 except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Packages that the library does without and commands need."""
+"""Optional packages that commands need."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ OPTIONAL = {
     "gguf": "models in GGUF files",
     "accelerate": "models in GGUF files",
 }
-"""Packages and what needs them."""
+"""Optional packages, and what needs them."""
 
 _BEHIND = {"tokenizers": "transformers", "huggingface_hub": "transformers"}
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """The optional package that could not be imported; None where the error is about something else."""
+    """The optional package that could not be imported; None if the error has another cause."""
     package = (error.name or "").partition(".")[0]
     package = _BEHIND.get(package, package)
     return package if package in OPTIONAL else None

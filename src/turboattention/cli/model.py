@@ -1,4 +1,4 @@
-"""``--model``: a name, and the model that it names."""
+"""``--model``: checks the name, and loads the model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def check_model(name: str | None) -> None:
 
 
 def load_model(name: str | None, device: str, dtype: Dtype, threads: int | None, bars: Bars) -> LanguageModel:
-    """The model, by default the bundled one, under a bar.
+    """Load the model, by default the bundled one, with a progress bar.
 
     Raises:
-        InputError: there is no such model or device.
+        InputError: the model or device does not exist.
     """
     name = str(model_path()) if name is None else name
     with bars.task("Loading the model"):

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options of several commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import InputError
 from .device import MAX_THREADS, Dtype
 from .settings import Guard, Preset
 
-MEASURED, MACHINE = "What is measured", "Machine and output"
+MEASURED, MACHINE = "Measurement", "Machine and output"
 INPUT, QUANTIZING, SAMPLING = "Input", "Quantization", "Sampling"
 
 
@@ -38,28 +38,29 @@ PresetOption = Annotated[
 ]
 GuardOption = Annotated[
     Guard | None,
-    typer.Option(
-        "--guard", help="What to do about heads that quantize badly. By default adapt.", rich_help_panel=QUANTIZING
-    ),
+    typer.Option("--guard", help="Action for heads that quantize badly. By default adapt.", rich_help_panel=QUANTIZING),
 ]
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
         metavar="DIR",
-        help="What `calibrate` wrote for this model: the widths of --bits mixed, the default with it.",
+        help="Folder written by `calibrate` for this model: the widths of --bits mixed, which is then the default.",
         rich_help_panel=QUANTIZING,
     ),
 ]
 SaveCache = Annotated[
     Path | None,
     typer.Option(
-        "--save-cache", metavar="PATH", help="Keep the prompt's cache in this file.", rich_help_panel=QUANTIZING
+        "--save-cache", metavar="PATH", help="Save the cache of the prompt to this file.", rich_help_panel=QUANTIZING
     ),
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel=SAMPLING)]
-TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this share.", rich_help_panel=SAMPLING)]
-Seed = Annotated[int, typer.Option(help="Of the sampling.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.", rich_help_panel=SAMPLING)]
+TopP = Annotated[
+    float,
+    typer.Option(help="Sample from the most likely tokens with this total probability.", rich_help_panel=SAMPLING),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=SAMPLING)]
 Json = Annotated[
     bool,
     typer.Option(
@@ -69,7 +70,7 @@ Json = Annotated[
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """Raises InputError for what no distribution can be drawn with."""
+    """Raises InputError for invalid sampling parameters."""
     if not math.isfinite(temperature):
         raise InputError(f"--temperature: expected a finite number of at least 0, got {temperature}")
     if not 0 < top_p <= 1:

@@ -1,4 +1,4 @@
-"""What commands print: results to stdout, as a table or JSON; all else to stderr."""
+"""Output of commands: results on stdout, as a table or JSON; everything else on stderr."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..errors import GuardWarning
 
 
 def results() -> Console:
-    """Where results go: stdout."""
+    """The console for results: stdout."""
     return Console(highlight=False)
 
 
 def notices() -> Console:
-    """Where progress, warnings and notes go: stderr."""
+    """The console for progress, warnings and notes: stderr."""
     return Console(stderr=True, highlight=False)
 
 
@@ -32,7 +32,7 @@ def print_json(value: Any) -> None:
 
 
 def never_fail_on_characters() -> None:
-    """A character that the terminal's encoding lacks is shown as "?" instead of ending the command."""
+    """Show characters that the terminal cannot encode as "?" instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -45,7 +45,7 @@ def note(text: str, kind: str = "note") -> None:
 
 @contextmanager
 def guard_warnings(*, show: bool) -> Iterator[list[str]]:
-    """Collects what the guard says, and shows it at once where wanted."""
+    """Collect the guard's warnings, and print them immediately if requested."""
     said: list[str] = []
 
     def take(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -71,7 +71,7 @@ def bytes_text(count: int) -> str:
 
 
 def share_text(share: float | None) -> str:
-    """0.984 -> "98.4%". Only all of them is 100%."""
+    """0.984 -> "98.4%". Only 1 is shown as 100%."""
     if share is None:
         return "–"
     return "100%" if share == 1 else f"{min(share * 100, 99.9):.1f}%"

@@ -1,4 +1,4 @@
-"""Generation on a quantized cache alone: text as it comes, then what it took."""
+"""Generation with a quantized cache: streamed text, then time and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """A prompt, and the cache that takes it; the first `reused` tokens are there already."""
+    """A prompt and its cache, which already contains the first `reused` tokens."""
 
     ids: list[int]
     cache: TurboCache
@@ -56,7 +56,7 @@ class Result:
         return fields | figures
 
     def show_cost(self, turn: str = "") -> None:
-        """Below the text, on stderr: what was not said before, and what it took."""
+        """Print late warnings and the summary on stderr, below the text."""
         for text in self.late:
             note(text, "warning")
         note(f"{turn}{self.summary()}")
@@ -73,7 +73,7 @@ class Result:
 
 
 def size_text(ratio: float) -> str:
-    """How a size compares with FP16. A cache of few tokens is larger: its blocks are not full."""
+    """A size relative to FP16. A cache with few tokens can be larger than FP16, because its blocks are not full."""
     return f"{ratio:.2f}x below FP16" if ratio >= 1 else f"{1 / ratio:.2f}x above FP16 (few tokens)"
 
 
@@ -89,10 +89,10 @@ def continue_text(
     stop: frozenset[int] | None = None,
     enough: Callable[[], bool] | None = None,
 ) -> Result:
-    """Process the prompt, save its cache where wanted, then generate up to `limit` tokens into `write`.
+    """Process the prompt, save its cache if requested, then generate up to `limit` tokens and pass them to `write`.
 
-    The text ends early behind one of `stop`, by default the model's stop tokens, or behind the token at which `enough`
-    is true.
+    Generation ends early after one of `stop`, by default the model's stop tokens, or after the token at which `enough`
+    returns true.
     """
     from ..integrations.transformers.generation import Generation, Run, generate
 
@@ -132,7 +132,7 @@ def continue_text(
 
 
 def config_of(cache: TurboCache) -> TurboConfig:
-    """What its first layer was made with, or what a file said."""
+    """The configuration of its first layer, or of the file."""
     layer = cache.layers[0]
     return layer.config if layer.kv is None else layer.kv.config
 

@@ -1,4 +1,4 @@
-"""Progress bars for people: on stderr, and only where that is a terminal."""
+"""Progress bars on stderr, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .output import notices
 
 Update = Callable[[int, int], None]
-"""Called with the steps done and the steps to do."""
+"""Called with the number of finished steps and of all steps."""
 
 
 class Bars:
-    """One bar at a time, gone when its work is done."""
+    """One bar at a time, removed when its task is finished."""
 
     def __init__(self, *, hidden: bool):
         self._hidden = hidden

@@ -1,4 +1,4 @@
-"""Where a prompt comes from, and whether it can be used."""
+"""Reads and checks prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..bundled import text as bundled_text
 from ..errors import InputError
+from .descriptors import check_input
 
 
 def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
@@ -41,7 +42,7 @@ def read_file(option: str, file: str) -> str:
 
 
 def check_text(option: str, text: str) -> None:
-    """Raises InputError for a text without characters, or with some that are none."""
+    """Raises InputError for an empty text, or one with surrogates."""
     if not text.strip():
         raise InputError(f"{option}: expected some text, got none")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -49,6 +50,8 @@ def check_text(option: str, text: str) -> None:
 
 
 def _read(option: str, file: str) -> str:
+    if file == "-":
+        check_input(option)
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except (OSError, ValueError) as error:
@@ -61,7 +64,7 @@ def _read(option: str, file: str) -> str:
 
 
 def check_length(tokens: int, new_tokens: int, context: int | None) -> None:
-    """Raises InputError if a prompt does not fit, or leaves no room for what is to follow."""
+    """Raises InputError if a prompt does not fit into the context, or leaves no room for the new tokens."""
     if not tokens:
         raise InputError("prompt: expected at least one token, got none")
     if context is None or tokens + new_tokens <= context:

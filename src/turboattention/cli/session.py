@@ -1,4 +1,4 @@
-"""A conversation on its quantized cache: turn by turn, and in a file."""
+"""A conversation and its quantized cache: turns, saving and loading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KIND = "conversation"
 
 
 class Session:
-    """What was said, and the cache that holds it.
+    """A conversation and its cache.
 
     Raises:
         InputError: the model has no chat template.
@@ -37,7 +37,7 @@ class Session:
 
     @property
     def about(self) -> str:
-        """The model and its cache, for a line at the start."""
+        """A description of the model and its cache, shown at the start."""
         config = self._setting.config if self._cache is None else config_of(self._cache)
         return f"{self._language.name}, KV cache of {bits_label(config.bits)}"
 
@@ -46,11 +46,11 @@ class Session:
         return sum(message["role"] == "assistant" for message in self._conversation.messages)
 
     def clear(self) -> None:
-        """Begin anew, with the system prompt alone."""
+        """Start a new conversation with the system prompt."""
         from ..integrations.transformers import chat
 
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        if system:  # refused now, where the template knows none
+        if system:  # raises now if the template does not support system prompts
             chat.render(self._language, [*system, {"role": "user", "content": "0"}])
         self._conversation = chat.Conversation(self._language, system)
         self._cache: TurboCache | None = None
@@ -64,7 +64,7 @@ class Session:
         write: Callable[[str], None],
         interrupt: Interrupt,
     ) -> Result:
-        """One turn, which counts when it is over: after an exception everything is as it was before.
+        """One turn. After an exception the conversation is unchanged.
 
         Raises:
             InputError: the conversation is longer than the model's context. KeyboardInterrupt: from `interrupt`.
@@ -84,14 +84,14 @@ class Session:
             self._language, start, room, sampler, bars, write=write, stop=self._stop, enough=interrupt.enough
         )
         said = result.tokens[:-1] if result.ended else result.tokens
-        if not result.ended:  # the last token was given, but never read
+        if not result.ended:  # the last token was generated, but not read
             Run(self._language, start.cache).advance(said[-1])
         self._conversation.take(question, ids, said)
         self._cache = start.cache
         return result
 
     def _start(self, ids: list[int]) -> Start:
-        """A copy of the cache, without what the template writes differently by now."""
+        """A copy of the cache, cropped to the tokens that the template still renders in the same way."""
         shared = cache_file.shared_tokens(self._conversation.ids, ids)
         if self._cache is None or not shared:
             return Start(ids, self._language.new_cache(self._setting.config, self._setting.calibration))  # type: ignore[arg-type]
@@ -102,10 +102,10 @@ class Session:
         return Start(ids, cache, shared)
 
     def save(self, path: Path) -> None:
-        """Keep the conversation with its cache in one file.
+        """Save the conversation and its cache to one file.
 
         Raises:
-            InputError: nothing was said yet, or the file cannot be written.
+            InputError: there is no turn yet, or the file cannot be written.
         """
         import torch
 
@@ -125,10 +125,11 @@ class Session:
             save_cache(self._cache, path, torch.tensor([conversation.ids]), notes)
 
     def load(self, path: Path, option: str = "/load") -> None:
-        """Go on with a kept conversation; its widths and its system prompt come along.
+        """Continue a saved conversation, with its widths and its system prompt.
 
         Raises:
-            InputError, FormatError: no such file, damaged, of another model, or no conversation. Nothing changes then.
+            InputError, FormatError: the file does not exist, is damaged, of another model, or not a conversation. The
+                current conversation is then unchanged.
         """
         from ..integrations.transformers.chat import Conversation
         from ..integrations.transformers.storage import read_notes

@@ -1,4 +1,4 @@
-"""From ``--bits``, ``--preset`` and ``--guard`` to configurations with names."""
+"""Converts ``--bits``, ``--preset`` and ``--guard`` to named configurations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Guard(str, Enum):
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration, what was typed for its bits, how a table names it, and the calibration it draws on."""
+    """A configuration, its bits as typed, its label in tables, and its calibration."""
 
     bits: str
     label: str
@@ -36,7 +36,7 @@ class Setting:
 
 
 def load_calibration(folder: Path | None) -> Calibration | None:
-    """What `calibrate` wrote. Raises InputError, FormatError."""
+    """Load a calibration. Raises InputError, FormatError."""
     if folder is None:
         return None
     from ..calibration import Calibration
@@ -50,7 +50,7 @@ def make_setting(
     guard: Guard | None = None,
     calibration: Calibration | None = None,
 ) -> Setting:
-    """Raises ConfigError for bits that there are not."""
+    """Raises ConfigError for invalid bits."""
     make = TurboConfig.paper if preset is Preset.paper else TurboConfig
     widths = parse_bits(bits)
     config = make(bits=widths) if guard is None else make(bits=widths, guard=guard.value)

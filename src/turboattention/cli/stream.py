@@ -1,4 +1,4 @@
-"""Text that appears as its tokens do."""
+"""Streams text while its tokens are generated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if code not in
 
 
 class TokenText:
-    """Turns tokens into pieces of text, and hands them to `write`.
+    """Converts tokens to pieces of text, and passes them to `write`.
 
-    A token alone may be half a character, or lose its leading space, so a short tail is decoded
-    together with the new ones, and what could still change is held back.
+    A single token can be part of a character, or lose its leading space. A short tail is therefore decoded together
+    with the new tokens, and text that can still change is held back.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], write: Callable[[str], None]):
@@ -24,7 +24,7 @@ class TokenText:
         self._start = self._shown = 0
 
     def add(self, token: int) -> None:
-        """Writes what this token settles; nothing where it ends inside a character."""
+        """Write the text that is final after this token; nothing if it ends inside a character."""
         self._tokens.append(token)
         before, after = self._tail()
         if after.endswith("�") or len(after) <= len(before):
@@ -33,7 +33,7 @@ class TokenText:
         self._write(after[len(before) :])
 
     def finish(self) -> None:
-        """Writes what was held back."""
+        """Write the text that was held back."""
         before, after = self._tail()
         if len(after) > len(before):
             self._write(after[len(before) :])
@@ -43,10 +43,10 @@ class TokenText:
 
 
 def printable(text: str) -> str:
-    """Without the control characters that would steer a terminal."""
+    """The text without control characters."""
     return text.translate(_CONTROL)
 
 
 def write_text(text: str) -> None:
-    """A piece of text on stdout, now; a terminal gets nothing that would steer it."""
+    """Write a piece of text to stdout and flush; control characters are removed for a terminal."""
     typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)

@@ -1,4 +1,4 @@
-"""What commands write: whether they can, asked before anything long begins."""
+"""Checks that output files can be written, before anything that takes long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .missing import INSTALL
 
 
 def check_target(option: str, path: Path | None) -> None:
-    """Raises InputError for a file that could not be written."""
+    """Raises InputError for a file that cannot be written."""
     if path is None:
         return
     folder = path.parent
@@ -24,6 +24,6 @@ def check_target(option: str, path: Path | None) -> None:
 
 
 def check_figures(figures: str) -> None:
-    """Raises InputError where `figures` ("--out: the report's figures") could not be drawn."""
+    """Raises InputError if `figures` ("--out: the report's figures") cannot be drawn."""
     if find_spec("matplotlib") is None:
         raise InputError(f"{figures} need the package matplotlib: {INSTALL}")

@@ -53,7 +53,7 @@ def preset_error(kind: str, bits: int, config: TurboConfig) -> tuple[float, floa
 
 
 def long_context_error(tokens: int, gap: float, config: TurboConfig) -> float:
-    """Relative error of one decode query whose first key takes much of the attention."""
+    """Relative error of one decode query whose first key gets a large part of the attention."""
     q, k, v = (torch.from_numpy(x) for x in long_context_sink(tokens, gap))
     wanted, _ = exact_attention(q, k, v)
     cache = KVCache(1, 1, k.shape[3], config=config)

@@ -1,9 +1,9 @@
-"""The generated tasks (look-ups, needles, copies, sums) asked through a method's cache, by context length.
+"""The generated tasks (look-ups, needles, copies, sums) over a method's cache, by context length.
 
-The context is read as a prompt; the question goes through the cache like decoded text, and so does the answer, token
-by token, with several methods side by side. An answer is right where each of its tokens, steps included, is the
-likeliest one: that is what greedy decoding would write. Several questions share a context, each after the right answers
-to those before.
+The context is read as a prompt. The question, and then the answer token by token, go through the cache like decoded
+text, with several methods side by side. An answer is correct if each of its tokens is the most likely one, so that
+greedy decoding would generate it. Several questions share a context; each follows the correct answers to the previous
+ones.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from .records import Parts
 from .subject import PIECE, Progress, Session, Subject
 
 QUESTIONS = 8
-"""To a context, which takes longer to read than they take to answer."""
+"""Questions per context. Reading a context takes longer than answering them."""
 MOST_TOGETHER = 12
 SEED = 20_000_000
-"""Far from the seeds that the bundled model was trained and measured with."""
+"""Different from the seeds with which the bundled model was trained and measured."""
 
 
 class GeneratedTask:
-    """`limit` questions of one family of `evaluation.tasks` at each context length. A length too short for them
-    raises InputError.
+    """`limit` questions of one family of `evaluation.tasks` at each context length.
 
     Args:
-        name: one of ``tasks.TASKS``. lengths: tokens of context, questions included. prose: hides the needles.
+        name: one of ``tasks.TASKS``.
+        lengths: tokens of the contexts, including the questions.
+        prose: the text in which needles are hidden; `source` names it in results.
     """
 
     def __init__(self, name: str, lengths: Sequence[int], limit: int, prose: str | None, source: str):
@@ -48,7 +49,11 @@ class GeneratedTask:
     def run(
         self, subject: Subject, methods: Sequence[CacheMethod], parts: Parts, progress: Progress
     ) -> list[dict[str, Any]]:
-        """`accuracy` over all lengths, `by_length`, and the bits at the longest."""
+        """`accuracy` over all lengths, `by_length`, and the bits per element at the longest.
+
+        Raises:
+            InputError: a length is too short for the questions.
+        """
         contexts = [
             (length, index, min(QUESTIONS, self._limit - index * QUESTIONS))
             for length in self._lengths
@@ -68,7 +73,7 @@ class GeneratedTask:
         by_length, bits = [], 0.0
         for length in self._lengths:
             ones = [one for context, one in found.items() if context[0] == length]
-            # Question by question, so that two methods can be compared on the same ones.
+            # Per question, so that two methods can be compared on the same questions.
             solved, bits = [x for one in ones for x in one["solved"]], ones[-1]["bits"]
             row = {"length": length, "right": sum(solved), "asked": len(solved), "solved": solved}
             by_length.append(row | share(row["right"], row["asked"]))
@@ -98,7 +103,7 @@ class GeneratedTask:
         sessions = [subject.open(method) for method in methods]
         for session in sessions:
             session.read([*subject.begin, *spans[0]])
-        # After the context questions and answers take turns.
+        # After the context, questions and answers alternate.
         solved = [answers(subject, sessions, *pair) for pair in zip(spans[1::2], spans[2::2], strict=True)]
         return [
             {"solved": [int(one[at]) for one in solved], "bits": session.bits_per_element}
@@ -109,7 +114,7 @@ class GeneratedTask:
 def answers(
     subject: Subject, sessions: Sequence[Session], question: Sequence[int], answer: Sequence[int]
 ) -> list[bool]:
-    """For each session whether greedy decoding answers; it has taken the question and the right answer afterwards."""
+    """Whether greedy decoding gives the answer, per session. Afterwards sessions contain the question and answer."""
     right = [True] * len(sessions)
     pieces = [question[at : at + PIECE] for at in range(0, len(question), PIECE)]
     *_, logits = (subject.feed_together(sessions, [piece] * len(sessions)) for piece in pieces)

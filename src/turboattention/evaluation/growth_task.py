@@ -1,7 +1,7 @@
-"""How errors grow over text that the model writes itself, from a short prompt on.
+"""Growth of errors over text that the model generates from a short prompt.
 
-The text is sampled over the model's own cache and then read as any other. Its first tokens meet an almost empty cache,
-its last ones all that was written before.
+The text is sampled over the model's own cache and then evaluated like any other text. Its first tokens are read with
+an almost empty cache, its last ones with all of the generated text in the cache.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class GrowthTask(TextTask):
 
 
 def write(subject: Subject, prompt: list[int], length: int, seed: int) -> list[int]:
-    """The prompt and what the model goes on with, `length` tokens in all, sampled at `TEMPERATURE`.
+    """The prompt and the model's continuation, `length` tokens in total, sampled at `TEMPERATURE`.
 
-    Where the model would end, the likeliest other token stands in: the text has to have its length.
+    A stop token is replaced by the most likely other token, so that the text has the full length.
     """
     session, generator = subject.open(METHODS["fp16"]), torch.Generator().manual_seed(seed)
     logits, ids = session.feed(prompt)[-1], list(prompt)

@@ -1,4 +1,4 @@
-"""Where a method errs: attention's relative error by layer and query head, over one passage of text."""
+"""The relative error of attention by layer and query head, over one passage of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .text_metrics import cut
 
 
 class HeadTask:
-    """The first `context` tokens of a text; the second half is looked at, over the first."""
+    """The first `context` tokens of a text; errors are measured on the second half, with the first in the cache."""
 
     name = "heads"
 

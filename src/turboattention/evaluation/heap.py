@@ -1,4 +1,4 @@
-"""Memory of large tensors goes back to the system when they are freed."""
+"""Returns the memory of large tensors to the system when they are freed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import ctypes
 import sys
 
 LARGE = 4 * 2**20
-"""Bytes; the logits of a piece are larger, in models whose memory matters."""
+"""Bytes. The logits of a piece are larger in models with large vocabularies."""
 _M_MMAP_THRESHOLD = -3
 
 
 def release_large_blocks() -> None:
-    """Have the C library map blocks from `LARGE` on by themselves, for the rest of the process.
+    """Make glibc allocate blocks of at least `LARGE` bytes with mmap, for the rest of the process.
 
-    glibc takes blocks of up to 32 MiB from its heap once some of that size were freed. What is kept of each piece of a
-    text (a few numbers, a grown cache) then lies between the freed logits, which the next piece's no longer fit: the
-    heap grows by a piece's logits for every piece. Nothing happens with other C libraries.
+    By default glibc allocates blocks of up to 32 MiB from its heap once blocks of that size have been freed. The small
+    results kept from each piece of a text then fragment the heap between freed logits, and the heap grows by the
+    logits of one piece for every piece. No effect with other C libraries.
     """
     if sys.platform == "linux":
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)

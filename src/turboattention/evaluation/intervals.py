@@ -1,4 +1,4 @@
-"""Figures with 95 % intervals."""
+"""Statistics with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bootstrap(columns: Sequence[Any], of: Callable[[np.ndarray], np.ndarray], se
         of: from sums [quantities, n] to statistics [n]; n is 1 for the value itself.
 
     Returns:
-        {"value", "low", "high"}. With a single piece there is nothing to resample: low and high are the value.
+        {"value", "low", "high"}. With a single piece, low and high equal the value.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
@@ -34,7 +34,7 @@ def bootstrap(columns: Sequence[Any], of: Callable[[np.ndarray], np.ndarray], se
 
 
 def share(right: int, total: int) -> dict[str, Any]:
-    """A share of successes with its Wilson interval, which has a width at 0 and 1 too.
+    """A proportion of successes with its Wilson interval, which has a width at 0 and 1 too.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference (JASA, 1927).
     """
@@ -43,16 +43,16 @@ def share(right: int, total: int) -> dict[str, Any]:
     z, p = 1.959963984540054, right / total
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    # At the ends the formula gives exactly 0 and 1, but for rounding.
+    # At 0 and 1 the formula is exact except for rounding.
     low, high = (0.0 if right == 0 else centre - half), (1.0 if right == total else centre + half)
     return {"value": p, "low": low, "high": high}
 
 
 def mcnemar(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
-    """Two methods on the same questions: how many each alone answers, and the exact two-sided p of McNemar's test.
+    """Two methods on the same questions: how many only one answers, and the exact two-sided p of McNemar's test.
 
     Args:
-        one, other: 1 where a question was answered rightly, question by question.
+        one, other: 1 for each correctly answered question, else 0.
 
     Source: McNemar, Note on the sampling error of the difference between correlated proportions (1947), with the
     binomial distribution in place of its approximation.

@@ -1,8 +1,8 @@
-"""A question set asked through methods' caches: worked examples as the prompt, then the question, then greedy text.
+"""A question set over methods' caches: worked examples as the prompt, then the question, then greedy decoding.
 
-The worked examples are read once for each method, and every question goes on from a copy of that cache. All methods'
-answers to several questions are written side by side: one step of the model gives each of them its next token, so that
-the weights are read once for many, and whoever ends makes room for the next question.
+The worked examples are read once per method, and every question continues from a copy of that cache. The answers of all
+methods to several questions are decoded in one batch, so that the weights are read once per step; a finished answer is
+replaced by the next question.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .records import Parts, fingerprint
 from .subject import Progress, Session, Subject
 
 SHOWN = 3
-"""Generated answers kept in the results, to look at."""
+"""Number of generated answers that are saved in the results, for inspection."""
 ROWS = 96
-"""Answers that are written at the same time, over all methods."""
+"""Answers decoded at the same time, over all methods."""
 
 
 @dataclass(eq=False)
 class _Answer:
-    """One method's answer to one question as it is written, after `shots` examples; `next` is the token to be fed."""
+    """One method's answer to one question in progress, after `shots` examples; `next` is the token to feed next."""
 
     method: CacheMethod
     index: int
@@ -56,17 +56,17 @@ class QuestionTask:
 
     @property
     def part_settings(self) -> dict[str, Any]:
-        """What an answer depends on: not on how many others are asked for."""
+        """The settings that an answer depends on; the number of questions is not one of them."""
         contents = fingerprint(repr((self._set.context(len(self._set.shots)), self._set.questions)))
         return {"contents": contents, "max_new_tokens": self._set.max_new_tokens}
 
     def together(self, subject: Subject) -> int:
-        return ROWS // 4  # so that some questions at least are answered side by side
+        return ROWS // 4  # leaves room for several questions at a time
 
     def run(
         self, subject: Subject, methods: Sequence[CacheMethod], parts: Parts, progress: Progress
     ) -> list[dict[str, Any]]:
-        """`accuracy`, the share of answers found at all, and the fewest worked examples that a question had."""
+        """`accuracy`, the proportion of texts with an answer, and the smallest number of worked examples."""
         self._ask(subject, methods, parts, progress)
         return [self._summary([parts.get(m.name, str(at)) for at in range(len(self._questions))]) for m in methods]
 
@@ -83,13 +83,13 @@ class QuestionTask:
             "bits_per_element": sum(answer["bits"] for answer in answers) / total,
             "metrics": {"accuracy": share(sum(right), total), "answered": share(found, total)},
             "questions": total,
-            "solved": right,  # question by question, so that two methods can be compared on the same ones
+            "solved": right,  # per question, so that two methods can be compared on the same questions
             "fewest_shots": min(answer["shots"] for answer in answers),
             "shown": shown,
         }
 
     def _ask(self, subject: Subject, methods: Sequence[CacheMethod], parts: Parts, progress: Progress) -> None:
-        """Fills `parts` with one answer for each method and question."""
+        """Fill `parts` with one answer per method and question."""
         total = len(methods) * len(self._questions)
         waiting = deque(range(len(self._questions)))
         contexts: dict[tuple[str, int], Session] = {}
@@ -115,7 +115,7 @@ class QuestionTask:
         parts: Parts,
         contexts: dict[tuple[str, int], Session],
     ) -> list[_Answer]:
-        """The question, read by every method that has not answered it yet."""
+        """Sessions of all methods that have not answered the question yet, after reading it."""
         methods = [method for method in methods if parts.get(method.name, str(index)) is None]
         if not methods:
             return []
@@ -132,7 +132,7 @@ class QuestionTask:
         return [_Answer(method, index, shots, session, token) for method, session, token in found]
 
     def _goes_on(self, subject: Subject, answer: _Answer) -> bool:
-        """Takes the answer's next token, and says whether more may follow."""
+        """Append the next token of the answer; returns whether the answer continues."""
         if answer.next in subject.stop_tokens:
             return False
         answer.tokens.append(answer.next)
@@ -148,7 +148,7 @@ class QuestionTask:
         }
 
     def _context(self, subject: Subject, asked: int) -> tuple[list[int], int]:
-        """Tokens of as many worked examples as leave room for the question and its answer."""
+        """Tokens of as many worked examples as fit together with the question and its answer."""
         room = (subject.context or 2**31) - len(subject.begin) - asked - self._set.max_new_tokens
         for shots in range(len(self._set.shots), -1, -1):
             ids = self._shots(subject, shots)

@@ -1,4 +1,4 @@
-"""Results as they are kept: one JSON file for each method and task, so that a run goes on where it was ended."""
+"""Saved results: one JSON file (unit) per method and task, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ VERSION = 1
 
 
 def fingerprint(text: str | bytes) -> str:
-    """Eight hex digits that tell other contents apart from these; no protection against forgery."""
+    """A checksum of eight hex digits (CRC-32), not secure against forgery."""
     return f"{zlib.crc32(text.encode() if isinstance(text, str) else text):08x}"
 
 
 class Records:
-    """The folder `units` in `folder`; without one nothing is kept.
+    """The folder `units` in `folder`; with None nothing is saved.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path | None):
@@ -38,7 +38,7 @@ class Records:
         """The unit of a method and task, if it was measured with these settings.
 
         Raises:
-            FormatError: its file is no unit.
+            FormatError: its file is damaged.
         """
         path = self._path(method, task)
         if path is None or not path.exists():
@@ -51,13 +51,13 @@ class Records:
         return unit if same else None
 
     def keep(self, unit: dict[str, Any]) -> None:
-        """Write a unit, whole or not at all."""
+        """Write a unit atomically."""
         path = self._path(unit["method"], unit["task"])
         if path is not None:
             write_whole(path, json.dumps(unit, indent=1) + "\n")
 
     def parts(self, task: str, settings: Mapping[str, dict[str, Any]]) -> Parts:
-        """What is there of a task's units; `settings` by method, as `find` takes them."""
+        """The saved parts of a task's incomplete units; `settings` by method, as in `find`."""
         paths = {method: self._path(method, task, ".part.jsonl") for method in settings}
         return Parts({method: Part(paths[method], settings[method]) for method in settings})
 
@@ -67,35 +67,30 @@ class Records:
 
 
 class Parts:
-    """Pieces of a task's units that are not complete, by method and key: a passage, a question. Kept as they come."""
+    """Parts of a task's incomplete units by method and key (a passage, a question), saved as they are added."""
 
     def __init__(self, parts: Mapping[str, Part]):
         self._parts = parts
 
-    @classmethod
-    def nowhere(cls, *methods: str) -> Parts:
-        """In memory."""
-        return cls({method: Part(None, {}) for method in methods})
-
     def get(self, method: str, key: str) -> Any:
-        """JSON, or None."""
+        """The JSON value, or None."""
         return self._parts[method].values.get(key)
 
     def put(self, method: str, key: str, value: Any) -> None:
         self._parts[method].put(key, value)
 
     def drop(self, method: str) -> None:
-        """The unit is complete."""
+        """Delete the parts of a method, when its unit is complete."""
         self._parts[method].drop()
 
 
 class Part:
-    """A file of JSON lines: the settings, then a key and a value in each."""
+    """A file of JSON lines: first the settings, then a key and a value per line."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
         self._path, self._head = path, {"version": VERSION, "settings": settings}
         self.values: dict[str, Any] = {}
-        # A line that a kill cut short, and everything under other settings, is measured again.
+        # Truncated lines, and parts with other settings, are discarded and measured again.
         lines = list(_json_lines(path)) if path is not None and path.exists() else []
         if lines and lines[0] == self._head:
             self.values = dict(lines[1:])
@@ -108,7 +103,7 @@ class Part:
         if self._is_whole:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, value]) + "\n")
-        else:  # what was there before may end in half a line
+        else:  # the existing file may end with a truncated line
             lines = [self._head, *self.values.items()]
             write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
             self._is_whole = True
@@ -120,7 +115,7 @@ class Part:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    """Up to the first line that is none."""
+    """The lines up to the first one that is not valid JSON."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
@@ -129,5 +124,5 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
+    """Write a file atomically."""
     write_text(path, text)

@@ -1,7 +1,7 @@
-"""What the measures need of a model: texts as tokens, and logits through a method's cache.
+"""The interface of a model under evaluation: texts as tokens, and logits through a method's cache.
 
-Everything goes the decode path: a text is fed in short pieces, each attends to what the cache has stored of the
-pieces before. A perplexity taken in one prefill never reads a quantized cache.
+Everything uses the decode path: a text is fed in short pieces, and each piece attends to the stored form of the pieces
+before it. A perplexity computed in a single prefill never reads a quantized cache.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 from .baselines import CacheMethod
 
 PIECE = 16
-"""Tokens fed at once where their values are known. A piece sees its own tokens unquantized: on average half of it."""
+"""Tokens per forward pass of a known text. Each token attends to half of its piece on average without quantization."""
 
 attending: ContextVar[str | None] = ContextVar("attending", default=None)
-"""The name of the method whose cache is being attended to, while several go through the model together."""
+"""The method whose cache is being attended to, while several methods share a forward pass."""
 
 Progress = Callable[[int, int], None]
-"""Called with the steps done and the steps to do."""
+"""Called with the number of finished steps and of all steps."""
 
 
 class Session(Protocol):
-    """One text on its way through a model over one cache."""
+    """One text in progress, with its cache."""
 
     def read(self, ids: Sequence[int]) -> None:
-        """Take tokens as a prompt: in large pieces, without their logits."""
+        """Read tokens as a prompt, in large pieces and without logits."""
         ...
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        """Take tokens through the cache, a piece at a time: logits float32 [len(ids), V] of the token after each."""
+        """Read tokens in pieces of `PIECE`: logits float32 [len(ids), V] of the token after each."""
         ...
 
     def fork(self) -> Session:
@@ -41,7 +41,7 @@ class Session(Protocol):
 
     @property
     def bits_per_element(self) -> float:
-        """What the method's cache takes now, everything counted."""
+        """The current size of the method's cache, including everything it stores."""
         ...
 
 
@@ -53,17 +53,17 @@ class Subject(Protocol):
 
     @property
     def context(self) -> int | None:
-        """Tokens it was made for; None where it does not say."""
+        """The model's maximum number of tokens; None if unknown."""
         ...
 
     @property
     def vocabulary(self) -> int:
-        """V: logits of one token."""
+        """V, the size of the vocabulary."""
         ...
 
     @property
     def begin(self) -> list[int]:
-        """Tokens that every text begins with: BOS where the model's tokenizer puts one, or none."""
+        """The tokens at the start of every text: BOS if the model's tokenizer adds one, or none."""
         ...
 
     @property
@@ -80,19 +80,19 @@ class Subject(Protocol):
         ...
 
     def feed_together(self, sessions: Sequence[Session], ids: Sequence[Sequence[int]], *, last: bool = False) -> Tensor:
-        """One piece of tokens through the cache of each session: logits float32 [sessions, L, V], or with `last` those
-        after the last token alone, [sessions, 1, V].
+        """Feed one piece of tokens to each session: logits float32 [sessions, L, V], or with `last` only those after
+        the last token, [sessions, 1, V].
 
-        The same as feeding them one by one, but in one forward: weights are read once for all.
+        The results equal those of separate calls, but the weights are read only once.
 
         Args:
-            ids: equally many for each session.
+            ids: tokens per session, the same number for each.
         """
         ...
 
     def head_errors(self, method: CacheMethod, ids: Sequence[int], skip: int) -> list[list[float]]:
-        """Relative error of attention's output by layer and query head, over positions from `skip` on.
+        """Relative error of the attention output by layer and query head, over positions from `skip` on.
 
-        Every layer is given the input that it has with the model's own cache, so that an error is its own.
+        Every layer gets the input that it has with the model's own cache, so that errors do not propagate.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which tasks there are, and running each with each method."""
+"""The tasks, and running every task with every method."""
 
 from __future__ import annotations
 
@@ -22,44 +22,45 @@ from .subject import PIECE, Progress, Subject, attending
 from .text_metrics import TextTask
 
 MEASURES = ("perplexity", "growth", "heads", *tasks.TASKS)
-"""Tasks that need a text at most."""
+"""Tasks that need no data files."""
 OUTSIDE = "lm-eval/"
 PASSAGES, QUESTIONS, HEAD_TOKENS, GENERATED = 8, 32, 1024, 2048
 LENGTHS = (512, 1024, 2048, 4096)
 MARGIN = 96
-"""Tokens of the model's context that generated tasks leave free."""
+"""Tokens of the model's context that generated tasks do not use."""
 
 
 class Task(Protocol):
-    """Something that a model over methods' caches is measured by."""
+    """A measurement of a model over methods' caches."""
 
     name: str
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that a result depends on, beside the model and the method. JSON."""
+        """Everything that a result depends on, except the model and the method; a JSON object."""
         ...
 
     def together(self, subject: Any) -> int:
-        """The most methods that it takes at once."""
+        """The largest number of methods in one forward pass."""
         ...
 
     def run(
         self, subject: Any, methods: Sequence[CacheMethod], parts: Parts, progress: Progress
     ) -> list[dict[str, Any]]:
-        """For each method JSON with `metrics`: name -> {"value", "low", "high"}, and `bits_per_element` where a cache
-        was full. What takes long is kept in `parts` as it comes, and taken from there."""
+        """Per method a JSON object with `metrics`: name -> {"value", "low", "high"}, and `bits_per_element`.
+        Intermediate results are saved in `parts` and reused from there."""
         ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """What tasks are made of.
+    """Options of tasks.
 
     Attributes:
-        text, source: a text and what to call it. limit: passages, questions a length, or questions; None: 8, 32, all.
-        context: tokens of a passage. piece: tokens of it fed at once. lengths: of contexts that are asked about.
-        data: folder of GSM8K, AQuA and BBH.
+        text, source: a text and its name in results.
+        limit: number of passages, of questions per length, or of questions; None means 8, 32, and all.
+        context: tokens of a passage. piece: tokens per forward pass. lengths: context lengths of generated tasks.
+        data: folder with GSM8K, AQuA and BBH.
     """
 
     text: str
@@ -73,7 +74,7 @@ class Options:
 
 
 def check_names(names: Sequence[str], data: Path | None) -> None:
-    """Raises InputError for a task that there is not, or one whose files are missing, before anything long begins."""
+    """Raises InputError for unknown tasks and missing files, before anything that takes long."""
     if not names:
         raise InputError("tasks: expected at least one, got none")
     for name in names:
@@ -89,7 +90,7 @@ def check_names(names: Sequence[str], data: Path | None) -> None:
 
 
 def make_tasks(names: Sequence[str], options: Options, context: int | None) -> list[Task]:
-    """The tasks for a model of this context."""
+    """The tasks, for a model with this context length."""
     return [task for name in dict.fromkeys(names) for task in _make(name, options, context or max(LENGTHS))]
 
 
@@ -124,13 +125,13 @@ def run(
     facts: dict[str, Any],
     doing: Callable[[str], Any],
 ) -> Iterator[dict[str, Any]]:
-    """One unit for each task and method, kept as soon as it is there; those kept before are not measured again.
+    """One unit per task and method, saved when it is complete; saved units are not measured again.
 
     Args:
         facts: what all results depend on: the model, its dtype, the version.
-        doing: gives a context manager with a `Progress` for a line of text, as `Bars.task` does.
+        doing: returns a context manager with a `Progress` for a line of text, like `Bars.task`.
 
-    A unit that fails with an error of this package has `failed`, its message, and is not kept.
+    A unit that fails with an error of this package has the message in `failed` and is not saved.
     """
     for number, task in enumerate(chosen, 1):
         settings = {m.name: {"facts": facts, "method": m.settings, "task": task.settings} for m in methods}
@@ -144,7 +145,7 @@ def run(
                 continue
             if method.name not in made:
                 group, missing = missing[:size], missing[size:]
-                # Parts that hold for other units as well, such as answers to questions, stay.
+                # Parts that other units can use, such as answers to questions, are kept.
                 lasting = getattr(task, "part_settings", None)
                 parts = records.parts(
                     task.name, {one.name: settings[one.name] | ({"task": lasting} if lasting else {}) for one in group}
@@ -162,7 +163,7 @@ def run(
 def _measure(
     subject: Subject, methods: Sequence[CacheMethod], task: Task, parts: Parts, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """A unit for each method. `seconds` are its share of what they took together."""
+    """One unit per method. `seconds` is its share of the common time."""
     begun = time.perf_counter()
     names = [{"method": method.name, "title": method.title, "task": task.name} for method in methods]
     with _guard_warnings() as said:
@@ -173,7 +174,7 @@ def _measure(
                 yield names[0] | {"failed": str(error)}
                 return
             results = None
-    if results is None:  # one that fails must not take the others with it
+    if results is None:  # measure them separately, so that one failure does not affect the others
         for method in methods:
             yield from _measure(subject, [method], task, parts, progress)
         return
@@ -185,8 +186,8 @@ def _measure(
 
 @contextmanager
 def _guard_warnings() -> Iterator[list[tuple[str | None, str]]]:
-    """What the guard says inside, and over which method's cache where several take turns; other warnings go their
-    way."""
+    """Collects the guard's warnings inside, with the method if several share a forward pass; other warnings are passed
+    on."""
     said: list[tuple[str | None, str]] = []
     show = warnings.showwarning
 

@@ -1,4 +1,4 @@
-"""Tensors like those of real models, from a seed: what the tables of docs/numerics.md are measured on."""
+"""Synthetic tensors with properties of real models, from a seed, for the tables of docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def synthetic_qkv(
     - ``gauss``: standard normal.
     - ``bias``: four key channels offset by 15, channels of unequal size, two large value channels.
     - ``bigbias``: the same with 60.
-    - ``sink``: bigbias, and a first key of large norm that takes most of the attention and carries
-      a small value.
+    - ``sink``: bigbias, with an attention sink: a first key of large norm with a small value.
 
     Raises ValueError for another kind.
     """
@@ -54,7 +53,7 @@ def long_context_sink(
     v = rng.normal(size=(1, 1, tokens, head_dim)) + rng.normal(size=head_dim)
     query = q[0, 0, 0]
     highest = (k[0, 0, 1:] @ query).max() / head_dim**0.5
-    # Move the first key along the query until its logit is where it should be.
+    # Shift the first key along the query, to the desired logit.
     wanted, has = (highest + gap) * head_dim**0.5, k[0, 0, 0] @ query
     k[0, 0, 0] += (wanted - has) / (query @ query) * query
     v[:, :, 0] *= 0.05

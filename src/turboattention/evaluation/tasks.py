@@ -7,9 +7,8 @@ Four families, each an `Episode` of text spans where some spans are answers:
 - ``copy``: lines of random words, one of which has to be repeated from its first two words;
 - ``arithmetic``: additions with the digit sums and carries written out, lowest digit first.
 
-An episode fills a budget, counted by a `measure` function (characters by default, tokens where a
-tokenizer is at hand), so that the same task can be asked at any context length. The same seed
-gives the same text on every machine.
+An episode fills a budget, measured by a `measure` function (characters by default, tokens with a tokenizer), so that
+the same task is available at any context length. The same seed gives the same text on every machine.
 """
 
 from __future__ import annotations
@@ -57,30 +56,6 @@ class Episode:
     def text(self) -> str:
         return "".join(text for text, _ in self.spans)
 
-    @property
-    def prompt(self) -> str:
-        """Everything before the last answer."""
-        return "".join(text for text, _ in self.spans[:-1])
-
-    @property
-    def answer(self) -> str:
-        """The last answer, which ends with a newline."""
-        return self.spans[-1][0]
-
-    @property
-    def expected(self) -> str:
-        """What must be produced exactly: the last word of the answer, or for ``copy`` all of it."""
-        answer = self.answer.strip()
-        return answer if self.task == "copy" else answer.split(" ")[-1]
-
-    def is_solved_by(self, generated: str) -> bool:
-        """Whether a greedy continuation of `prompt` gives the expected answer on its first line."""
-        line = generated.split("\n")[0].strip()
-        if self.task == "copy":
-            return line == self.expected
-        words = line.split(" ")
-        return bool(words) and words[-1].rstrip(".") == self.expected.rstrip(".")
-
 
 def generate(
     task: str,
@@ -91,12 +66,12 @@ def generate(
     questions: int = 1,
     prose: str | None = None,
 ) -> Episode:
-    """One episode of `task` that measures about `budget` and never more.
+    """One episode of `task` with a size of about `budget`, never more.
 
-    `questions` is the number of answers at the end. `prose` is the text that ``needle`` hides its
-    sentences in (a random passage is taken); without it, sentences of random words are used.
+    `questions` is the number of answers at the end. `prose` is the text in which ``needle`` hides its sentences (at a
+    random passage); without it, sentences of random words are used.
 
-    Raises ValueError for an unknown task or a budget too small to hold one question.
+    Raises ValueError for an unknown task or a budget that is too small for one question.
     """
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
@@ -115,7 +90,7 @@ def episodes(
 
 
 def _fill(lines: Iterator[str], budget: int, measure: Measure) -> list[str]:
-    """As many of `lines` as fit the budget; at least one, or the budget is too small."""
+    """As many of `lines` as fit the budget. Raises ValueError if none fits."""
     taken, used = [], 0
     for line in lines:
         used += measure(line)
@@ -135,7 +110,7 @@ def _recall(rng: random.Random, budget: int, measure: Measure, questions: int, _
     line_cost = max(measure(f"{key}={value}\n") for key, value in list(table.items())[:50])
     budget -= measure(head) + measure(middle) + questions * line_cost
     lines = _fill((f"{key}={value}\n" for key, value in table.items()), budget, measure)
-    # A line longer than any that room was kept for is not asked.
+    # Lines longer than the reserved size are not asked for.
     short = [key for key, line in zip(keys, lines, strict=False) if measure(line) <= line_cost]
     asked = rng.sample(short, min(questions, len(short)))
     spans: list[Span] = [(head + "".join(lines) + middle, False)]
@@ -161,12 +136,12 @@ def _needle(rng: random.Random, budget: int, measure: Measure, questions: int, p
 
 
 def _sentences(rng: random.Random, prose: str | None) -> Iterator[str]:
-    """Lines of prose from a random place on (wrapping around), or invented ones."""
+    """Lines of prose from a random position (wrapping around), or of random words."""
     if prose:
         lines = [line for line in prose[_start(rng, prose) :].split("\n") if line.strip()]
         lines += [line for line in prose.split("\n") if line.strip()]
         for line in lines:
-            # Short pieces, so that a budget is filled closely and a needle can stand anywhere.
+            # Short lines, so that the budget is filled closely and a needle can be anywhere.
             words = line.split(" ")
             for at in range(0, len(words), 24):
                 yield " ".join(words[at : at + 24]) + "\n"

@@ -1,9 +1,9 @@
 """Perplexity, bits per byte, and KL, total variation and top-1 agreement with the model's own cache, by position.
 
-A passage goes through the model piece by piece, over its own cache and over every method's at once, and each token's
-logits are compared while they are there: no more than a piece's are ever held. Intervals are bootstrapped over
-stretches of `STRETCH` tokens; what is relative to the own cache is compared token by token first, so that the text's
-own difficulty cancels.
+A passage is run through the model piece by piece, over its own cache and the caches of several methods at once. The
+logits of a piece are compared and discarded, so that only one piece's are in memory. Intervals are bootstrapped over
+stretches of `STRETCH` tokens; metrics relative to the own cache are computed per token, so that the difficulty of the
+text cancels.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .subject import PIECE, Progress, Subject
 STRETCH = 128
 BINS = 16
 LOGIT_BYTES = 2**29
-"""Of the logits of one piece, over all methods that go together."""
+"""Upper bound for the logits of one piece, over all methods of a forward pass."""
 MOST_TOGETHER = 12
-"""Methods in one pass, as each holds a cache."""
+"""The largest number of methods in one forward pass, each of which has a cache."""
 COLUMNS = ("own_nll", "nll", "kl", "tvd", "same")
 Columns = dict[str, np.ndarray]
 
@@ -53,7 +53,7 @@ class TextTask:
         return {"text": self._source, "context": self._context, "passages": self._limit, "piece": self._piece}
 
     def together(self, subject: Subject) -> int:
-        """Methods whose logits of one piece, with the own cache's, fit `LOGIT_BYTES`."""
+        """The number of methods whose logits for one piece fit into `LOGIT_BYTES`, with those of the own cache."""
         rows = LOGIT_BYTES // (4 * self._piece * subject.vocabulary)
         return min(max(rows - 1, 1), MOST_TOGETHER)
 
@@ -63,7 +63,7 @@ class TextTask:
         """Metrics, and `by_position`.
 
         Raises:
-            InputError: the text has no two tokens.
+            InputError: the text has fewer than two tokens.
         """
         passages = self._passages(subject)
         measured: dict[str, list[tuple[Columns, float]]] = {method.name: [] for method in methods}
@@ -92,7 +92,7 @@ class TextTask:
     def _compare(
         self, subject: Subject, methods: Sequence[CacheMethod], ids: Sequence[int], progress: _Steps
     ) -> Iterator[dict[str, Any]]:
-        """JSON for each method: columns by token, and bits per element over the last stretch."""
+        """JSON per method: columns with one value per token, and bits per element over the last stretch."""
         others = [method for method in methods if method.name != "fp16"]
         own, sessions = subject.open(METHODS["fp16"]), [subject.open(method) for method in others]
         pieces: dict[str, list[Columns]] = {method.name: [] for method in methods}
@@ -108,7 +108,7 @@ class TextTask:
                 pieces[method.name].append(compare(expected, got, targets))
                 if end > len(ids) - 1 - STRETCH:
                     sizes[method.name].append((sessions[row - 1] if row else own).bits_per_element)
-        # As many bytes as the predicted tokens stand for; the first of all is given.
+        # The bytes of the predicted tokens, which are all but the first.
         texts = [subject.decode(ids[1:][at : at + STRETCH]) for at in range(0, len(ids) - 1, STRETCH)]
         size = [len(text.encode()) for text in texts]
         for method in methods:
@@ -128,7 +128,7 @@ class _Steps:
 
 
 def cut(ids: Sequence[int], context: int, limit: int) -> list[list[int]]:
-    """At most `limit` passages of `context` tokens, apart from each other, spread evenly."""
+    """At most `limit` passages of `context` tokens that do not overlap, spread evenly over the text."""
     if len(ids) < 2:
         raise InputError(f"text: expected at least two tokens, got {len(ids)}")
     whole = max(1, len(ids) // context)
@@ -137,15 +137,15 @@ def cut(ids: Sequence[int], context: int, limit: int) -> list[list[int]]:
 
 
 def compare(own: Tensor, got: Tensor, targets: Tensor) -> Columns:
-    """By token: negative log-likelihoods and KL(own || got) in nats, the total variation distance (half the sum of
-    absolute differences of probabilities), and whether the likeliest is the same.
+    """Per token: negative log-likelihoods and KL(own || got) in nats, the total variation distance (half the sum of
+    absolute differences of probabilities), and whether both rank the same token first.
 
     Args:
-        own, got: log-probabilities float32 [L, V]. targets: int64 [L], the tokens that followed.
+        own, got: log-probabilities float32 [L, V]. targets: int64 [L], the tokens that follow.
     """
     likelihoods = [-x.gather(1, targets[:, None])[:, 0] for x in (own, got)]
     odds = own.exp()
-    # KL is never negative; float32 sums come out slightly below 0 where the two are equal.
+    # KL is not negative; the float32 sum of equal distributions can be slightly below 0.
     kl = (odds * (own - got)).sum(1).clamp_min(0)
     tvd = (odds - got.exp()).abs().sum(1) / 2
     same = (own.argmax(1) == got.argmax(1)).float()
@@ -154,7 +154,7 @@ def compare(own: Tensor, got: Tensor, targets: Tensor) -> Columns:
 
 
 def summarize(passages: Sequence[Columns]) -> dict[str, Any]:
-    """Metrics with intervals, and means by position, over what `compare` gave for each passage."""
+    """Metrics with intervals, and means by position, from the columns of `compare` for each passage."""
     sums = {name: np.concatenate([_by_stretch(p[name]) for p in passages]) for name in COLUMNS}
     count = np.concatenate([_by_stretch(np.ones_like(p["nll"])) for p in passages])
     size = np.concatenate([p["bytes"] for p in passages])

@@ -10,22 +10,20 @@ from torch import Tensor
 from ..modes import in_own_modes
 from .pages import Tiles
 
-
-STEP = 16
-"""Rows by which the buffer grows."""
+_STEP = 16
+_SPARE = 256
 
 
 class Int8Buffer:
     """Up to `capacity` INT8 tokens a sequence, left-aligned, with a scale per token.
 
     codes int8 [B, H, rows, D], scales [B, H, rows]: bfloat16 where scales are on the 4-mantissa-bit grid of token
-    scales (exact), else float32. There are as many rows as the longest sequence needs, rounded up to 16s; those past a
-    sequence's length are zero.
+    scales (exact), else float32. There are as many rows as `rows_for` says; those past a sequence's length are zero.
     """
 
     def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, token_scales: bool, device: torch.device):
         self.capacity = capacity
-        scale_dtype, rows = torch.bfloat16 if token_scales else torch.float32, min(STEP, capacity)
+        scale_dtype, rows = torch.bfloat16 if token_scales else torch.float32, min(_STEP, capacity)
         self.k8, self.v8 = (
             torch.zeros(batch, heads, rows, head_dim, dtype=torch.int8, device=device) for _ in range(2)
         )
@@ -44,9 +42,11 @@ class Int8Buffer:
         """Tokens of a sequence that there is memory for."""
         return self.k8.shape[2]
 
-    def rows_for(self, tokens: int) -> int:
-        """Rows of a buffer whose longest sequence has so many tokens."""
-        return min(max(STEP, -(-tokens // STEP) * STEP), self.capacity)
+    def rows_for(self, tokens: int, held: int) -> int:
+        """Rows of a buffer whose longest sequence has `tokens` here, of `held` ones it can see: in 16s, and in larger
+        steps where that is little beside what is held, since every step moves the buffer."""
+        step = max(_STEP, held // _SPARE // _STEP * _STEP)
+        return min(max(1, -(-tokens // step)) * step, self.capacity)
 
     def memory(self, rows: int) -> tuple[Tensor, ...]:
         """The tensors with `rows` rows a head, contiguous, of which the first `capacity` are the buffer: some kernels
@@ -69,19 +69,20 @@ class Int8Buffer:
         """What is buffered, scales as float32."""
         return Tiles(self.k8, self.v8, self.k_scale.float(), self.v_scale.float())
 
-    def take(self, tiles: Tiles, first: Tensor, lengths: Tensor) -> None:
-        """Hold rows `first .. first + lengths` (int64 [B] each) of every sequence of `tiles`."""
-        count = self.rows_for(int(lengths.max()) if len(lengths) else 0)
+    def take(self, tiles: Tiles, first: Tensor, lengths: Tensor, held: int) -> None:
+        """Hold rows `first .. first + lengths` (int64 [B] each) of every sequence of `tiles`; `held` as in
+        `rows_for`."""
+        count = self.rows_for(int(lengths.max()) if len(lengths) else 0, held)
         rows = first[:, None] + torch.arange(count, device=first.device)
         valid = torch.arange(count, device=first.device) < lengths[:, None]
         rows = torch.where(valid, rows, 0).to(self.k8.device)[:, None, :]
         valid = valid.to(self.k8.device)[:, None, :]
         for name in self.TENSORS:
-            source, held = getattr(tiles, name), getattr(self, name)
-            shape = (*held.shape[:2], count, *held.shape[3:])
+            source, mine = getattr(tiles, name), getattr(self, name)
+            shape = (*mine.shape[:2], count, *mine.shape[3:])
             index = rows[..., None].expand(shape) if source.dim() == 4 else rows.expand(shape)
             mask = valid[..., None] if source.dim() == 4 else valid
-            setattr(self, name, torch.where(mask, source.gather(2, index), 0).to(held.dtype))
+            setattr(self, name, torch.where(mask, source.gather(2, index), 0).to(mine.dtype))
 
     @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class KVCache(Growing):
         check_crop(self._store, self._lengths, target, kept, self.window_size)
         self.kept = None
         rows = rows_behind(self._store, self._buffer, target, kept)
-        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size)
+        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size, self._seen(target))
         self._store.truncate(kept.tolist())
         self._lengths = target.clone()
 
@@ -127,8 +127,9 @@ class KVCache(Growing):
             return
         store, buffer = source._store.select(index.tolist()), source._buffer.select(index)
         if len(index) < source.batch_size:  # which may need less
-            rows = source._lengths[index] - store.counts * self.config.block_size
-            buffer.memory(buffer.rows_for(int(rows.max()) if len(rows) else 0))
+            lengths = source._lengths[index]
+            rows = lengths - store.counts * self.config.block_size
+            buffer.memory(buffer.rows_for(int(rows.max()) if len(rows) else 0, self._seen(lengths)))
             if store.reserved:
                 store.apart(self.max_tokens or 0, self.window_size)
         rows = index.to(store.device)

@@ -208,6 +208,11 @@ class Contents:
         order = None if self._store is None else self._store.order
         return None if order is None else order.places
 
+    def _seen(self, lengths: Tensor) -> int:
+        """Tokens that the next query of the longest of sequences so long can see."""
+        longest = int(lengths.max()) if len(lengths) else 0
+        return longest if self.window_size is None else min(longest, self.window_size)
+
     def _allocate(self, device: torch.device) -> None:
         if self._store is not None:
             return

@@ -87,7 +87,7 @@ class Growing(Contents):
         if order is not None:
             stored = replace(stored, k8=reorder(stored.k8, order.places, 1))
             mean = None if mean is None else reorder(mean, order.places, 1)
-        self._buffer.take(stored, kept, staged.lengths - staged.start - kept)
+        self._buffer.take(stored, kept, staged.lengths - staged.start - kept, self._seen(staged.lengths))
         self._lengths = staged.lengths.clone()
         self._k_mean, self._universal = _single(mean), _single(staged.universal)
         self._query_energy = staged.query_energy if self.learns_order else None
@@ -180,7 +180,7 @@ class Growing(Contents):
     def buffer_rows(self, tokens: int) -> int:
         """Rows of a buffer whose longest sequence has `tokens` there."""
         assert self._buffer is not None
-        return self._buffer.rows_for(tokens)
+        return self._buffer.rows_for(tokens, self._seen(self._lengths))
 
     @in_own_modes
     def buffer_memory(self, rows: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

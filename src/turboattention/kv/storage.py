@@ -25,10 +25,12 @@ from .buffer import Int8Buffer
 from .cache import KVCache
 from .channel_order import ChannelOrder
 from .layout import FORMAT_NAME, FORMAT_VERSION
+from .pages import _decode_scales
 from .pool import PagePool
 from .store import EVICTED, PageStore
 
 _LARGEST = 1e30
+_MOST_HEADS = 2**16
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
@@ -174,10 +176,12 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
             elif name in own:
                 raise FormatError(f"{name}: expected none under this configuration, got a tensor")
         _restore_pages(cache._store, own)
+        cache._store.evict(cache._first_kept(lengths).tolist())
         open_tokens = lengths - cache.page_counts * cache.config.block_size
         if bool(((open_tokens < 0) | (open_tokens > cache._buffer.rows)).any()):
             raise FormatError(f"lengths: expected them to fit the pages, got {lengths.tolist()}")
-        cache._buffer.memory(cache._buffer.rows_for(int(open_tokens.max()) if len(lengths) else 0))
+        longest = int(open_tokens.max()) if len(lengths) else 0
+        cache._buffer.memory(cache._buffer.rows_for(longest, cache._seen(lengths)))
         if "query_energy" in own and cache.learns_order:
             like = torch.empty(cache.num_kv_heads, cache.head_dim, dtype=torch.float64)
             _check("query_energy", own["query_energy"], like)
@@ -191,6 +195,8 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
 
 def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:
     """Sizes that the metadata speaks of are those of tensors in the file, before memory is taken for them."""
+    if metadata["num_kv_heads"] > _MOST_HEADS:
+        raise FormatError(f"num_kv_heads: expected at most {_MOST_HEADS}, got {metadata['num_kv_heads']}")
     if "table" in own:
         heads, capacity = metadata["num_kv_heads"], config.block_size - 1 + config.flush_lag
         rows = own["buffer.k8"].shape[2] if own["buffer.k8"].dim() == 4 else 0
@@ -243,9 +249,14 @@ def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder:
 
 
 def _restore_pool(pool: PagePool, name: str, content: Tensor, runs: list[int]) -> list[int]:
-    _check(name, content, torch.empty(len(content), pool.layout.page_bytes, dtype=torch.uint8))
-    scales = content[:, pool.layout.k_scales : pool.layout.v_scales + 4 * pool.layout.num_kv_heads].contiguous()
-    _check_finite(name, scales.view(torch.float32))
+    layout = pool.layout
+    _check(name, content, torch.empty(len(content), layout.page_bytes, dtype=torch.uint8))
+    for head, token in ((layout.k_scales, layout.k_token_scales), (layout.v_scales, layout.v_token_scales)):
+        _check_finite(name, content[:, head : head + 4 * layout.num_kv_heads].contiguous().view(torch.float32))
+        scales = _decode_scales(layout, content, head, token)
+        _check_finite(name, scales)
+        if bool((scales < 0).any()):
+            raise FormatError(f"{name}: expected scales of at least 0, got {float(scales.min())}")
     pages = pool.allocate(runs)
     pool.write(pages, content)
     return pages

@@ -83,3 +83,25 @@ def test_disable_leaves_generate_as_it_was():
     integration.enable()
     integration.disable()
     assert not hasattr(GenerationMixin.prepare_inputs_for_generation, "_turbo_original")
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize("shorter", [0, 3])
+def test_a_prompt_that_is_there_already_is_said_to_be_too_short(padding, shorter, tiny, tokens):
+    """Also of a padded batch, where the mask was blamed."""
+    model, ids = tiny("llama"), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    model.set_attn_implementation("turbo")
+    cache = TurboCache(model.config, SMALL)
+    options = {"past_key_values": cache, "max_new_tokens": 5, "do_sample": False}
+    model.generate(ids, attention_mask=mask, **options)
+    ids, mask = ids[:, : 20 - shorter], mask[:, : 20 - shorter]
+    with pytest.raises(
+        InputError,
+        match=rf"^input_ids: expected a prompt that goes on behind the 24 tokens .* got {20 - shorter}; "
+        rf"crop\({-5 - shorter}\) leaves one",
+    ):
+        model.generate(ids, attention_mask=mask, **options)
+    cache.crop(-5 - shorter)
+    assert model.generate(ids, attention_mask=mask, **options).shape == (2, 25 - shorter)

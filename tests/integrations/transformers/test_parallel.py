@@ -16,9 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from turboattention.errors import ConfigError, InputError, UnsupportedError
+from turboattention.integrations.model_shape import ModelShape
 from turboattention.integrations.transformers import TurboCache, calibrate
 from turboattention.integrations.transformers.layer import TurboLayer
-from turboattention.integrations.transformers.model import ModelShape
 from turboattention.integrations.transformers.parallel import HeadShare, TensorParallel
 
 WORKER = Path(__file__).with_name("parallel_worker.py")

@@ -241,3 +241,25 @@ def test_a_forward_that_broke_off_is_noticed(tiny, forward, tokens, monkeypatch)
 
 def test_every_refusal_is_a_turbo_error():
     assert all(issubclass(error, TurboError) for error in (ConfigError, InputError, ShapeError, UnsupportedError))
+
+
+class TestWithoutKeeping:
+    def test_generate(self, tiny, tokens):
+        model = tiny("llama")
+        model.set_attn_implementation("turbo")
+        cache = TurboCache(model.config)
+        with pytest.raises(InputError, match=r"^use_cache: expected True with a TurboCache, got False; leave past_key"):
+            model.generate(tokens(1, 8), past_key_values=cache, max_new_tokens=2, use_cache=False)
+        assert cache.get_seq_length() == 0
+
+    def test_a_forward(self, tiny, tokens):
+        """And the cache is as it was."""
+        model = tiny("llama")
+        model.set_attn_implementation("turbo")
+        cache = TurboCache(model.config)
+        for _ in range(2):
+            with torch.no_grad(), pytest.raises(InputError, match=r"^use_cache: expected True with a TurboCache"):
+                model(tokens(1, 8), past_key_values=cache, use_cache=False)
+            assert cache.get_seq_length() in (0, 8)
+            with torch.no_grad():
+                model(tokens(1, 8), past_key_values=cache, position_ids=torch.arange(8)[None] + cache.get_seq_length())

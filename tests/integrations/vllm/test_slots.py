@@ -74,7 +74,7 @@ def test_resumed_inside_a_block_raises() -> None:
     slots = Slots(2)
     slots.step(step(new={"a": (0, 100)}))
     slots.step(step(preempted=("a",)))
-    with pytest.raises(RuntimeError, match="request a: goes on at token 70, inside a block, and holds no slot"):
+    with pytest.raises(RuntimeError, match="request a: continues at token 70, inside a block, without a slot"):
         slots.step(step(cached={"a": (70, 31)}, resumed=("a",)))
 
 
@@ -111,7 +111,9 @@ def test_more_requests_than_slots_raise() -> None:
 def test_a_gap_raises(start: int) -> None:
     slots = Slots(1)
     slots.step(step(new={"a": (0, 10)}))
-    with pytest.raises(RuntimeError, match=f"request a: goes on at token {start}, but its slot holds tokens up to 10"):
+    with pytest.raises(
+        RuntimeError, match=f"request a: continues at token {start}, but its slot holds tokens up to 10"
+    ):
         slots.step(step(cached={"a": (start, 1)}))
 
 
@@ -139,7 +141,7 @@ def test_rejected_drafts(end: int, start: int, kept_by: set[int]) -> None:
         if ring in kept_by:
             slots.step(step(cached={"a": (start, 3)}))
         else:
-            with pytest.raises(RuntimeError, match=f"goes on at token {start}, .* up to {end} in {ring} rows"):
+            with pytest.raises(RuntimeError, match=f"continues at token {start}, .* up to {end} in {ring} rows"):
                 slots.step(step(cached={"a": (start, 3)}))
 
 

@@ -1,4 +1,4 @@
-"""Ways to keep a KV cache, ours and others', behind one interface: `METHODS` by name, `parse_methods` for lists.
+"""KV cache methods, ours and others', with a common interface: `METHODS` by name, `parse_methods` for lists.
 
 Example:
     >>> for method in parse_methods("fp16,kivi-4,turbo-4"):

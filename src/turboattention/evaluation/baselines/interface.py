@@ -1,4 +1,4 @@
-"""What a method must say of itself and be able to do."""
+"""The interface of a KV cache method."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from typing import Any, Protocol
 
 
 class CacheMethod(Protocol):
-    """A way to keep keys and values, as evaluation sees it.
+    """A KV cache quantization method under evaluation.
 
-    A call to the model attends to its own new tokens as the method's prefill does (baselines: at the model's
-    precision; TurboAttention: as INT8) and to everything older as stored. Feed a text in short pieces, or token by
-    token, to measure what is stored.
+    A call of the model attends to its own new tokens like the method's prefill (baselines: at the model's precision;
+    TurboAttention: as INT8), and to all older tokens in their stored form. Feed a text in short pieces, or token by
+    token, to measure the stored form.
     """
 
     @property
     def name(self) -> str:
-        """As typed on the command line: "kivi-4"."""
+        """The name on the command line, such as "kivi-4"."""
         ...
 
     @property
     def title(self) -> str:
-        """As a table shows it: "KIVI-4"."""
+        """The name in tables, such as "KIVI-4"."""
         ...
 
     @property
     def source(self) -> str:
-        """The paper, and where in it."""
+        """The paper, with section or algorithm."""
         ...
 
     @property
@@ -52,10 +52,10 @@ class CacheMethod(Protocol):
         ...
 
     def bits_per_element(self, cache: Any) -> float:
-        """Bits stored now over elements held: codes, scales, zeros, low-rank factors, full-precision windows.
+        """Stored bits per element: codes, scales, zeros, low-rank factors and full-precision windows.
 
-        Whatever is stored as a float counts 16 bits, also where the model runs in float32. Of TurboAttention every
-        byte allocated counts. Windows grow and are compressed as tokens come, so this moves with the length.
-        Infinite while the cache is empty.
+        Stored floats count as 16 bits, also if the model runs in float32. For TurboAttention, all allocated bytes are
+        counted. The value changes with the length, as windows grow and are compressed. Infinite while the cache is
+        empty.
         """
         ...

@@ -33,7 +33,7 @@ class OwnCache:
         return None
 
     def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.baselines import own_cache
+        from ..hf.baseline_cache import own_cache
 
         return own_cache(model_config)
 
@@ -57,7 +57,7 @@ class QuantizerMethod:
         return None
 
     def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.baselines import BaselineCache
+        from ..hf.baseline_cache import BaselineCache
 
         return BaselineCache(model_config, self.keys, self.values)
 
@@ -80,7 +80,7 @@ class FittedMethod:
         return None
 
     def fitted(self, layers: Sequence[Moments]) -> QuantizerMethod:
-        """This method for the model whose layers have these moments."""
+        """The method, fitted to a model whose layers have these moments."""
         return QuantizerMethod(self.name, self.title, self.source, self.settings, *self.fit(layers))
 
     def make_cache(self, model_config: Any) -> Any:
@@ -92,7 +92,7 @@ class FittedMethod:
 
 @dataclass(frozen=True)
 class HubMethod:
-    """transformers' own `QuantizedCache`, where its backend is installed."""
+    """transformers' own `QuantizedCache`, if its backend is installed."""
 
     name: str
     title: str
@@ -116,7 +116,7 @@ class HubMethod:
         return None if found else f"not available: it needs {self.module}, which is not installed"
 
     def make_cache(self, model_config: Any) -> Any:
-        from ...integrations.transformers.baselines import quantized_cache
+        from ..hf.baseline_cache import quantized_cache
 
         reason = self.unavailable()
         if reason is not None:
@@ -124,7 +124,7 @@ class HubMethod:
         return quantized_cache(model_config, self.backend, **self.options)
 
     def bits_per_element(self, cache: Any) -> float:
-        from ...integrations.transformers.baselines import quantized_cache_bits
+        from ..hf.baseline_cache import quantized_cache_bits
 
         return quantized_cache_bits(cache)
 
@@ -150,5 +150,5 @@ class TurboMethod:
         return TurboCache(model_config, self.config, calibration=self.calibration)
 
     def bits_per_element(self, cache: Any) -> float:
-        """Every byte allocated, as `TurboCache.bits_per_element` counts."""
+        """From all allocated bytes, see `TurboCache.bits_per_element`."""
         return cache.bits_per_element

@@ -1,4 +1,4 @@
-"""Plain INT8 and INT4: each token of each head has a scale and a min of its own, and nothing else is done."""
+"""Plain INT8 and INT4: one scale and one minimum per token and head."""
 
 from __future__ import annotations
 

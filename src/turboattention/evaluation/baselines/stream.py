@@ -1,7 +1,7 @@
-"""How a baseline keeps one tensor, K or V, of one layer: what is quantized when, and the bits of it.
+"""The stored form of one tensor, K or V, of one layer in a baseline: when tokens are quantized, and their bits.
 
-Storage is simulated: what a quantizer restores is held as floats in place of the original, and its bits are counted
-as they would be stored.
+Storage is simulated: tokens are replaced by their dequantized values as floats, and the bits are counted as they would
+be stored.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 FLOAT_BITS = 16
-"""Of an element in a full-precision window, and of every scale, zero, norm and factor; in a float32 model too."""
+"""Bits of an element in a full-precision window, and of every scale, zero, norm and factor, also in float32 models."""
 
 
 class Restored(NamedTuple):
-    """What a quantizer gives back of x [B, H, T, D]: the same shape, and the bits that all of it takes in storage."""
+    """The dequantized values of x [B, H, T, D], of the same shape, and the number of bits that all of them take."""
 
     values: Tensor
     bits: int
 
 
 class Quantizer(Protocol):
-    """One paper's way to store a tensor."""
+    """The quantizer of one method."""
 
     def settled(self, length: int) -> int:
-        """How many of the first tokens are stored quantized once there are `length`; the others form a window."""
+        """How many of the first tokens are quantized at a length of `length`; the others form the window."""
         ...
 
     def __call__(self, x: Tensor, start: int) -> Restored:
-        """Quantize float32 x [B, H, T, D], the tokens from position `start` on, at once."""
+        """Quantize float32 x [B, H, T, D], the tokens from position `start` on, in one group."""
         ...
 
 
@@ -40,7 +40,7 @@ def as_half(x: Tensor) -> Tensor:
 
 
 class Stream:
-    """Follows a growing tensor and quantizes what its quantizer says is due. Nothing is quantized twice."""
+    """Quantizes a growing tensor as its quantizer requires. No token is quantized twice."""
 
     def __init__(self, quantizer: Quantizer):
         self.quantizer = quantizer
@@ -49,7 +49,7 @@ class Stream:
 
     @torch.inference_mode()
     def settle(self, x: Tensor) -> None:
-        """Tokens of x [B, H, T, D] that are due now are replaced by what is restored of them, in place."""
+        """Replace the tokens of x [B, H, T, D] that have left the window by their dequantized values, in place."""
         start, end = self._done, self.quantizer.settled(x.shape[2])
         if end <= start:
             return
@@ -59,12 +59,12 @@ class Stream:
         x[:, :, start:end] = values.to(x.dtype)
 
     def stored_bits(self, x: Tensor) -> float:
-        """Bits of all of x [B, H, T, D], which is settled."""
+        """Stored bits of x [B, H, T, D], after `settle`."""
         batch, heads, length, head_dim = x.shape
         return batch * (self._bits + FLOAT_BITS * heads * (length - self._done) * head_dim)
 
     def crop(self, length: int) -> None:
-        """Tokens from `length` on are gone; quantized ones that stay are counted at their average."""
+        """Remove the tokens from `length` on. The remaining quantized tokens are counted at the average size."""
         if length < self._done:
             self._bits *= length / self._done
             self._done = length

@@ -12,7 +12,7 @@ __all__ = ["Question", "QuestionSet", "is_question_set", "load"]
 
 
 def is_question_set(name: str) -> bool:
-    """Whether a task's name is one of these: "gsm8k", "aqua", "bbh" or "bbh/TASK"."""
+    """Whether the name of a task is "gsm8k", "aqua", "bbh" or "bbh/TASK"."""
     return name in ("gsm8k", "aqua", "bbh") or name.startswith("bbh/")
 
 

@@ -35,7 +35,7 @@ def _prompt(row: dict[str, Any]) -> str:
 
 
 def extract(text: str) -> str | None:
-    """The option after the last "answer is" (or "answer -", "answer:"); without one the last option named alone."""
+    """The option after the last "answer is" (or "answer -", "answer:"); otherwise the last single option letter."""
     named = re.findall(r"(?i:answer)\s*(?i:is|[-:–])*\s*\(?([A-E])\b", text)
     alone = named or re.findall(r"(?<![A-Za-z])\(?([A-E])\)(?![A-Za-z])", text)
     return alone[-1] if alone else None

@@ -19,10 +19,10 @@ _MARK = "Q: "
 
 
 def names(folder: Path) -> list[str]:
-    """The tasks there are.
+    """The names of the tasks in `folder`.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no tasks.
     """
     found = sorted(path.stem for path in (folder / "bbh").glob("*.json"))
     if not found:
@@ -34,7 +34,7 @@ def load(folder: Path, task: str) -> QuestionSet:
     """One task.
 
     Raises:
-        InputError: there is no such task, or its files are not in the published format.
+        InputError: the task does not exist, or its files are not in the published format.
     """
     if task not in names(folder):
         raise InputError(f"tasks: expected bbh/TASK with one of {', '.join(names(folder))}; got {task!r}")
@@ -63,14 +63,14 @@ def _prompt(question: str) -> str:
 
 
 def split_prompt(text: str) -> tuple[str, tuple[str, ...]]:
-    """The task's description and its worked examples, each with the empty line after it."""
+    """The description of the task and its worked examples, each followed by an empty line."""
     body = text.split(_RULE, 1)[-1].strip()
     head, *shots = re.split(rf"(?m)^(?={_MARK})", body)
     return head, tuple(shot.strip() + "\n\n" for shot in shots)
 
 
 def extract(text: str, *, options: bool) -> str | None:
-    """What follows the last "the answer is" on its line; for `options` then the last one named anywhere."""
+    """The text after the last "the answer is" on its line; with `options`, otherwise the last option in the text."""
     said = re.findall(r"(?i)the answer is:?[ \t]*([^\n]*)", text)
     answer = normal(said[-1]) if said else ""
     if options:

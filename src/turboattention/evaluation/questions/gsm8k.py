@@ -35,7 +35,7 @@ def _prompt(row: dict[str, Any]) -> str:
 
 
 def extract(text: str) -> str | None:
-    """The number after the first ``####``; without one the last number there is."""
+    """The number after the first ``####``; otherwise the last number in the text."""
     marked = re.search(rf"####\s*({NUMBER})", text)
     numbers = [marked.group(1)] if marked else re.findall(NUMBER, text)
     return plain_number(numbers[-1]) if numbers else None

@@ -1,4 +1,4 @@
-"""Questions with worked examples before them, and how an answer is read from what a model writes."""
+"""Questions with worked examples, and the extraction of answers from generated text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
 @dataclass(frozen=True)
 class Question:
-    """`prompt` ends where the model is to go on; `target` is the right answer as `QuestionSet.extract` gives it."""
+    """`prompt` ends before the answer; `target` is the correct answer in the form of `QuestionSet.extract`."""
 
     prompt: str
     target: str
@@ -29,8 +29,8 @@ class QuestionSet:
     Attributes:
         head: instructions before the examples, or "".
         shots: worked examples, each a whole paragraph; as many are used as fit the model's context.
-        extract: the answer in a generated text, or None where it gives none.
-        stops: where a generated text ends, as the model begins the next question by itself.
+        extract: the answer in a generated text, or None if there is none.
+        stops: strings that end a generated text, because the model starts another question there.
     """
 
     name: str
@@ -46,16 +46,13 @@ class QuestionSet:
         return self.head + "".join(self.shots[:shots])
 
     def until_stop(self, generated: str) -> str:
-        """What was generated before the first stop."""
+        """The generated text before the first stop string."""
         ends = [generated.find(stop) for stop in self.stops if stop in generated]
         return generated[: min(ends)] if ends else generated
 
-    def is_right(self, question: Question, generated: str) -> bool:
-        return self.extract(self.until_stop(generated)) == question.target
-
 
 def plain_number(text: str) -> str | None:
-    """ "$1,234.50" -> "1234.5", "18.00" -> "18"; None where it is no number."""
+    """ "$1,234.50" -> "1234.5", "18.00" -> "18"; None if it is not a number."""
     digits = text.replace(",", "").replace("$", "").rstrip(".")
     if not re.fullmatch(r"-?\d+(\.\d+)?", digits):
         return None
@@ -67,7 +64,7 @@ def plain_number(text: str) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """Raises InputError where the file cannot be read."""
+    """Raises InputError if the file cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +75,7 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """JSON lines that have all of `fields`.
 
     Raises:
-        InputError: the file, or a line of it, is something else.
+        InputError: the file or one of its lines has another format.
     """
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -96,7 +93,7 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def check_fields(row: Any, fields: Sequence[str], where: str) -> None:
-    """Raises InputError where a question is no object or lacks a field."""
+    """Raises InputError if a question is not an object or lacks a field."""
     got = sorted(row) if isinstance(row, dict) else type(row).__name__
     if not isinstance(row, dict) or not set(fields) <= set(row):
         raise InputError(f"data: expected the fields {', '.join(fields)} in {where}, got {got}")

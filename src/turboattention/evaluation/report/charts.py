@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 PLACES = ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (6, 12, "left"))
-"""Where a name may stand beside its point: offset in points, and the side of it that is at the point."""
+"""Candidate positions of a label next to its point: the offset in points, and the alignment."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method in the plane of size and loss; `low` to `high` is the loss's interval."""
+    """A method's size and loss; `low` to `high` is the interval of the loss."""
 
     name: str
     bits: float
@@ -25,11 +25,11 @@ class Point:
     low: float
     high: float
     own: bool = False
-    """Whether it is one of this package's."""
+    """Whether the method belongs to this package."""
 
 
 def heat_map(values: Sequence[Sequence[float]], *, title: str, label: str, highest: float | None = None) -> Figure:
-    """One cell a layer (rows, from 0) and head (columns); `highest` is where the colours end."""
+    """One cell per layer (rows, from 0) and head (columns); `highest` is the upper end of the color scale."""
     figure = _figure(0.42 * len(values[0]) + 2.6, 0.3 * len(values) + 1.1)
     axes = figure.subplots()
     drawn = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
@@ -41,7 +41,7 @@ def heat_map(values: Sequence[Sequence[float]], *, title: str, label: str, highe
 
 
 def pareto(points: Sequence[Point], *, ylabel: str, with_front: bool = True) -> Figure:
-    """Loss against bits per element, with the front: the methods that none other beats in both."""
+    """Loss against bits per element, with the Pareto front."""
     figure = _figure(10, 6)
     axes = figure.subplots()
     for point in points:
@@ -59,7 +59,7 @@ def pareto(points: Sequence[Point], *, ylabel: str, with_front: bool = True) -> 
         axes.set_yscale("log")
     else:
         axes.axhline(0, color="C7", linewidth=0.8)
-    # Most methods are between 2 and 5 bits; a logarithmic axis gives them the room.
+    # Logarithmic, because most methods are between 2 and 5 bits.
     axes.set_xscale("log", base=2)
     sizes = [
         size for size in (1, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 12, 16) if axes.get_xlim()[0] <= size <= axes.get_xlim()[1]
@@ -77,10 +77,10 @@ def _colour(point: Point) -> str:
 
 
 def _name(axes: Axes, points: Sequence[Point]) -> None:
-    """Writes each point's name beside it, where it covers no other name if there is such a place."""
+    """Label each point, at a position where the label overlaps no other, if there is one."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # only now are places on the page known
+    figure.draw_without_rendering()  # positions on the page are known only after drawing
     taken = []
     for point in sorted(points, key=lambda p: (not p.own, p.value)):
         for place in PLACES:
@@ -101,7 +101,7 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in size without losing more, from small to large."""
+    """The points of the Pareto front, from small to large."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bits, p.value)):
         if not best or point.value < best[-1].value:
@@ -117,12 +117,12 @@ def lines(
     logarithmic: bool = False,
     emphasized: Sequence[str] = (),
 ) -> Figure:
-    """One line a name, (x, y) each; the `emphasized` are solid, the others dashed."""
+    """One line per name with (x, y); `emphasized` lines are solid, the others dashed."""
     figure = _figure(11, 4.8)
     axes = figure.subplots()
     for index, (name, (x, y)) in enumerate(series.items()):
         solid = name in emphasized
-        # Ten colours go round; the marker tells lines of one colour apart.
+        # Colors repeat after ten lines; markers distinguish lines of the same color.
         marker = "osv^DPX*"[index // 10 % 8]
         axes.plot(
             x,
@@ -144,7 +144,7 @@ def lines(
 def by_layer(
     series: Mapping[str, Sequence[Sequence[float]]], *, ylabel: str, emphasized: Mapping[int, str] | None = None
 ) -> Figure:
-    """One point a head over its layer, for each name's [layer][head]; `emphasized` layers are shaded and labelled."""
+    """One point per head at its layer, for each name's [layer][head]; `emphasized` layers are shaded and labeled."""
     figure = _figure(8, 4)
     axes = figure.subplots()
     for index, (name, layers) in enumerate(series.items()):
@@ -171,7 +171,7 @@ def by_layer(
 
 
 def _figure(width: float, height: float) -> Figure:
-    # Not pyplot: it keeps every figure, and asks for a display.
+    # Not pyplot, which keeps every figure and needs a display.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -10,9 +10,9 @@ from .page import Page
 from .summary import NOTHING, bits, bits_text, figure, find, table, tasks
 
 MEASURED = (
-    "Everything is read through the cache under test: a text is fed in short pieces, and each attends to what the "
-    "cache has stored of the pieces before. Brackets hold 95 % intervals: bootstrapped over stretches of 128 tokens "
-    "for texts, Wilson's for shares. KL, top-1 and the change of perplexity compare each token with the model's own "
+    "Everything is read through the cache under test: a text is fed in short pieces, and each attends to the stored "
+    "form of the pieces before it. Brackets are 95 % intervals: bootstrapped over stretches of 128 tokens for texts, "
+    "Wilson's for proportions. KL, top-1 and the change of perplexity compare each token with the model's own "
     "cache. Bits per element are those of the caches at the end of the texts, with scales, zeros and full-precision "
     "windows."
 )
@@ -20,7 +20,7 @@ LOSSES = (("kl", "KL from the own cache, nats", 1), ("perplexity_change", "perpl
 
 
 def html(document: dict[str, Any]) -> str:
-    """The whole page of a document as `suite.document` gives it."""
+    """The HTML page for a document of `suite.document`."""
     facts = document["facts"]
     page = Page("KV cache methods compared", ", ".join(f"{name} {value}" for name, value in facts.items()))
     columns, rows = table(document)
@@ -43,7 +43,7 @@ def _own_rows(document: dict[str, Any], rows: Sequence[Sequence[str]]) -> list[i
 
 
 def _is_own(name: str) -> bool:
-    return name.startswith("turbo-")  # and not turboquant-4
+    return name.startswith("turbo-")  # but not turboquant-4
 
 
 def _trade(page: Page, document: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def _trade(page: Page, document: dict[str, Any]) -> None:
             if metric == LOSSES[0][0]:
                 page.section("Accuracy against size")
             title = f"{label[0].upper()}{label[1:]} against bits per element, with 95 % intervals"
-            # A perplexity may fall by luck, and has no front.
+            # Perplexity can decrease by chance, so it gets no Pareto front.
             page.figure(pareto(points, ylabel=label, with_front=metric == "kl"), title)
 
 
@@ -100,7 +100,7 @@ def _by_length(page: Page, document: dict[str, Any], task: str) -> None:
 
 
 def _answers(page: Page, document: dict[str, Any]) -> None:
-    """Figures of tasks whose answers are text, beyond the chief one."""
+    """Further metrics of tasks whose answers are text."""
     units = [unit for unit in document["units"] if unit.get("questions") and "failed" not in unit]
     if not units:
         return
@@ -124,8 +124,8 @@ def _heads(page: Page, document: dict[str, Any]) -> None:
         return
     page.section("Where the errors are")
     page.note(
-        "Relative error of attention's output by layer and query head. Every layer is given the input that it has with "
-        "the model's own cache, so that an error is the layer's own."
+        "Relative error of the attention output by layer and query head. Every layer gets the input that it has with "
+        "the model's own cache, so that errors do not propagate."
     )
     page.table(
         ["method", "mean error", "largest error"],
@@ -134,7 +134,7 @@ def _heads(page: Page, document: dict[str, Any]) -> None:
             for title, unit in found.items()
         ],
     )
-    # One scale for all, so that colours compare; it ends where nine in ten heads are below.
+    # One color scale for all methods; it ends at the 90th percentile.
     every = sorted(error for unit in found.values() for row in unit["errors"] for error in row)
     highest = every[int(len(every) * 0.9)]
     for title, unit in found.items():

@@ -6,8 +6,7 @@
     page.figure(heat_map(...), "Error by layer and head")
     path.write_text(page.html(), encoding="utf-8")
 
-All text is escaped. Figures are matplotlib's, drawn as SVG into data URIs, so that the identifiers of one
-never meet those of another.
+All text is escaped. Figures of matplotlib are embedded as SVG in data URIs, which keeps their identifiers separate.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ figcaption, .note { max-width: 60rem; }
 
 
 class Page:
-    """A page that is written from top to bottom.
+    """A page, written from top to bottom.
 
     Args:
-        title, subtitle: what the page is about, and of what model, text and machine.
+        title, subtitle: the subject of the page; the model, text and machine.
     """
 
     def __init__(self, title: str, subtitle: str = ""):
@@ -57,7 +56,7 @@ class Page:
             self._parts.append(f'<p class="subtitle">{escape(subtitle)}</p>')
 
     def section(self, title: str) -> None:
-        """A heading; what follows belongs to it."""
+        """Start a section."""
         self._parts.append(f"<h2>{escape(title)}</h2>")
 
     def text(self, text: str) -> None:
@@ -65,13 +64,13 @@ class Page:
         self._parts.append(f"<p>{escape(text)}</p>")
 
     def note(self, text: str) -> None:
-        """A paragraph of small print: how something was measured, what is missing."""
+        """A paragraph in small print, for methods and omissions."""
         self._parts.append(f'<p class="note">{escape(text)}</p>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Sequence[int] = ()) -> None:
-        """Cells of text, small from their second line on; the first column is the row's name.
+        """Cells of text, in which lines after the first are small; the first column is the name of the row.
 
-        `strong` are the indices of rows to bring out.
+        `strong`: indices of highlighted rows.
         """
         head = "".join(f"<th>{_cell(name)}</th>" for name in columns)
         lines = []
@@ -84,7 +83,7 @@ class Page:
         )
 
     def figure(self, figure: Figure, caption: str) -> None:
-        """A matplotlib figure; the caption is also what a reader without pictures gets."""
+        """A matplotlib figure; the caption is also its alternative text."""
         image = f'<img alt="{escape(caption)}" src="{_data_uri(figure)}">'
         self._parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
 
@@ -107,7 +106,7 @@ def _data_uri(figure: Figure) -> str:
     from matplotlib import rc_context
 
     drawing = io.BytesIO()
-    # The same figure gives the same bytes: identifiers from a fixed salt, and no date.
+    # Reproducible output: identifiers from a fixed salt, and no date.
     with rc_context({"svg.hashsalt": "turboattention"}):
         figure.savefig(drawing, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(drawing.getvalue()).decode()

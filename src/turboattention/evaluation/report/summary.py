@@ -1,4 +1,4 @@
-"""One row a method: its size, and every task's chief figure with its interval."""
+"""The summary table: one row per method, with its size and the main metric of every task with its interval."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def tasks(document: dict[str, Any]) -> list[str]:
 def table(
     document: dict[str, Any], *, intervals: bool = True, called: str = "title"
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of text. Cells have the interval in brackets on a line of its own; methods are `called` by
-    their "title" or "name"."""
+    """Columns and rows of text. Cells have the interval in brackets on a second line; `called` selects the "title" or
+    "name" of methods."""
     names = tasks(document)
-    # Heads have a picture of their own, and no column.
+    # Heads are shown in a figure instead of a column.
     others = [name for name in names if name not in ("perplexity", "heads")]
     columns = ["method", "bits / element"]
     columns += [title for title, *_ in TEXT] if "perplexity" in names else []
@@ -50,14 +50,14 @@ def table(
 
 
 def bits(document: dict[str, Any], method: str) -> float | None:
-    """Bits per element at the end of the perplexity's passages; without them, of the first task that filled a cache."""
+    """Bits per element at the end of the passages of perplexity; otherwise, of the first task that has them."""
     units = [find(document, method, task) for task in sorted(tasks(document), key=lambda name: name != "perplexity")]
     sizes = [unit["bits_per_element"] for unit in units if unit and unit.get("bits_per_element")]
     return sizes[0] if sizes else None
 
 
 def chief(unit: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The metric that stands for a unit: the first."""
+    """The main metric of a unit, which is its first."""
     return next(iter(unit["metrics"].items()), None)
 
 

@@ -1,4 +1,4 @@
-"""The attention function of "turbo": reads the layer's handle if there is one, else attends densely."""
+"""The attention function of "turbo": over a layer of a `TurboCache` if there is one, else over full-precision keys."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ...config import TurboConfig
-from ...errors import UnsupportedError
+from ...errors import InputError, UnsupportedError
 from .call import Call, aligned
 from .compiled import attend_in_graph
 from .dense import attend_dense
-from .layer import layer_of
+from .dense_guard import check_first_prompt
+from .layer import ALTERNATIVE, layer_of
 from .masks import MaskPlan, read_mask
 
 
@@ -35,13 +36,19 @@ def turbo_attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, Hq, Lq, D] queries -> ([B, Lq, Hq, D], no weights).
 
-    With a `TurboCache`, `key` carries its layer, which attends over the packed cache and appends; this
-    stays outside of compiled graphs.
+    With a `TurboCache`, `key` carries a reference to its layer, which attends over the packed cache and appends the new
+    tokens. This part is excluded from compiled graphs.
+
+    Raises:
+        UnsupportedError: dropout, attention weights, position biases, continuous batching, gradients, MLA.
     """
     _refuse(module, dropout, kwargs)
     _refuse_gradients(query, key, value)
     if (layer := layer_of(key)) is not None:
         layer.check_values(key, value)
+        if kwargs.get("use_cache") is False:
+            layer.forget_new()
+            raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
     if key.shape[3] != value.shape[3]:
         raise UnsupportedError(
             f"value: expected the keys' head_dim ({key.shape[3]}), got {value.shape[3]}: "
@@ -55,6 +62,8 @@ def turbo_attention_forward(
         query, key, value = aligned(query, key, value)
         call = Call(scaling, softcap, window, s_aux, config, backend)
         out = (attend_in_graph if tracing else attend_dense)(query, key, value, plan, causal, call)
+        if not tracing:
+            check_first_prompt(module, out, (query, key, value), plan, causal, call)
     else:
         attend = _attend_layer_outside if tracing else _attend_layer
         positions = kwargs.get("position_ids")
@@ -84,7 +93,7 @@ _attend_layer_outside: Any = torch.compiler.disable(_attend_layer)
 
 
 def _window(plan: MaskPlan | None, causal: bool, sliding_window: int | None) -> int | None:
-    """The mask is the truth where it says; a mask of padding alone leaves it to the layer."""
+    """The mask's window if the mask has one; a padding mask has none, and the layer's applies."""
     if plan is not None and (plan.from_function or not plan.is_causal):
         return plan.window
     return sliding_window if causal or plan is not None else None
@@ -94,7 +103,9 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedError(f"dropout: expected 0 (call model.eval()), got {dropout}")
     if kwargs.get("output_attentions"):
-        raise UnsupportedError('output_attentions: attn_implementation="turbo" never forms the weights; use "eager"')
+        raise UnsupportedError(
+            'output_attentions: attn_implementation="turbo" does not compute attention weights; use "eager"'
+        )
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError('position_bias: not supported by attn_implementation="turbo"')
     if kwargs.get("cache") is not None:

@@ -16,8 +16,9 @@ from ...calibration import Calibration
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError
 from ...validation import check_config
+from ..model_shape import ModelShape, text_config
 from .layer import TurboLayer
-from .model import ModelShape, layer_windows, shares_keys, text_config
+from .model import layer_windows, shares_keys
 from .parallel import TensorParallel
 from .prompt import check_goes_on
 
@@ -273,6 +274,12 @@ class TurboCache(Cache):
             InputError: the prompt does not go on from the cache's tokens.
         """
         length, known = self.get_seq_length(), self._fed if self._fed is not None else self.prompt_ids
+        given = 0 if input_ids is None else input_ids.shape[1]
+        if begins and 0 < given <= length:
+            raise InputError(
+                f"input_ids: expected a prompt that goes on behind the {length} tokens that the TurboCache already "
+                f"holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() empties it"
+            )
         if begins and length and self.check_prompts and known is not None and input_ids is not None:
             shared = min(length, known.shape[1], input_ids.shape[1])
             mine, given = (x[:, :shared].cpu() for x in (known, input_ids))

@@ -1,31 +1,26 @@
-"""Calibration of a model: a text goes through it, and what its attention sees is measured layer by layer."""
+"""Calibration of a model: runs a text through it and measures the attention of every layer."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from ... import __version__
 from ...calibration import Calibration, LayerMeter, LayerStatistics, Provenance, Strategy
 from ...config import TurboConfig
 from ...errors import InputError, NonFiniteError, UnsupportedError
-from .model import ModelShape, layer_windows
+from ..model_shape import ModelShape
+from .model import layer_windows
 from .parallel import TensorParallel
-from .registry import NAME as TURBO
+from .recording import RecordedCall, recorded_attention
 
 TEXT_LENGTH = 1024
-"""Tokens of a text that go through the model at once, forward and back."""
-
-_NAME = "turbo_calibration"
+"""Tokens per forward and backward pass."""
 
 
 def calibrate(
@@ -41,21 +36,20 @@ def calibrate(
 ) -> Calibration:
     """Measure `model` on a text, and choose widths.
 
-    Each piece of the text goes forward and back once, so that an error is judged by what the model makes of it
-    (`LayerStatistics`): the activations of a whole piece are in memory at that time, more than inference needs.
+    Each piece of the text takes one forward and one backward pass, because the cost of an error is derived from
+    gradients (`LayerStatistics`). The activations of a piece are held in memory, which is more than inference needs.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        input_ids: the text's tokens; they are cut into pieces of `length`, and a shorter last one is left out if it is
-            too short to measure.
+        input_ids: the tokens of the text, split into pieces of `length`; a last piece that is too short is skipped.
         budget, strategy, means: as in `Calibration.choose`.
-        config: how caches will store; `TurboConfig()` by default.
-        progress: called with the pieces done and to do.
+        config: the configuration of the caches; `TurboConfig()` by default.
+        progress: called with the number of finished pieces and of all pieces.
 
     Raises:
-        InputError: the text is too short. NonFiniteError: the model gives NaN or infinity, with the layer.
-        UnsupportedError: models that `TurboCache` refuses, parts of models (tensor parallelism), or models without
-            an attention function to watch.
+        InputError: the text is too short. NonFiniteError: NaN or infinity in a layer, which the message names.
+        UnsupportedError: models that `TurboCache` does not support, tensor-parallel models, or models whose attention
+            does not go through transformers' attention interface.
         ConfigError: budget or strategy out of range.
     """
     layers = collect(model, input_ids, length=length, config=config, progress=progress)
@@ -97,87 +91,46 @@ def collect(
     if not pieces:
         raise InputError(f"text: expected at least {least} tokens, got {len(input_ids)}")
     generator = torch.Generator().manual_seed(0)
-    with _frozen(model), watched(model) as seen:
+    with _frozen(model), recorded_attention(model) as calls:
         for done, piece in enumerate(pieces):
-            seen.clear()
+            calls.clear()
             ids = torch.tensor([piece], device=model.device)
             with torch.enable_grad():
                 logs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
-                # Tokens drawn from the model, not the text's: that is what makes it a divergence.
+                # Sampled from the model, not taken from the text: the expectation is then a Fisher information.
                 drawn = torch.multinomial(
                     logs.detach().exp().nan_to_num(0.0).clamp(min=1e-30).cpu(), 1, generator=generator
                 )
                 logs.gather(-1, drawn.to(logs.device)).sum().backward()
             for index, (meter, window) in enumerate(zip(meters, windows, strict=True)):
-                _measure(meter, seen, index, window)
+                _measure(meter, calls, index, window)
             if progress:
                 progress(done + 1, len(pieces))
     return tuple(meter.statistics() for meter in meters)
 
 
-class Seen:
-    """What a layer's attention was given, and gave."""
-
-    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], out: Tensor, options: dict[str, Any]):
-        self.q, self.k, self.v = tensors
-        self.out, self.options = out, options
-
-
-def _measure(meter: LayerMeter, seen: dict[int, Seen], index: int, window: int | None) -> None:
-    layer = seen.get(index)
-    if layer is None or layer.out.grad is None:
-        raise UnsupportedError(f"model: no attention function of layer {index} was called that could be watched")
+def _measure(meter: LayerMeter, calls: dict[int, RecordedCall], index: int, window: int | None) -> None:
+    call = calls.get(index)
+    if call is None or call.out.grad is None:
+        raise UnsupportedError(f"model: layer {index} does not call transformers' attention interface")
     try:
         meter.add(
-            layer.q,
-            layer.k,
-            layer.v,
-            layer.out.grad.transpose(1, 2),
-            scale=layer.options.get("scaling"),
-            softcap=layer.options.get("softcap"),
-            window_size=layer.options.get("sliding_window") or window,
-            sinks=layer.options.get("s_aux"),
+            call.q,
+            call.k,
+            call.v,
+            call.out.grad.transpose(1, 2),
+            scale=call.options.get("scaling"),
+            softcap=call.options.get("softcap"),
+            window_size=call.options.get("sliding_window") or window,
+            sinks=call.options.get("s_aux"),
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"layer {index}, {error}") from error
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[dict[int, Seen]]:
-    """Inside, `model` attends as before and leaves behind what each layer's attention saw."""
-    own = model.config._attn_implementation
-    name = "eager" if own == TURBO else own  # "turbo" refuses gradients, and "eager" is what every model has
-    attend, mask = AttentionInterface().get(name), AttentionMaskInterface().get(name)
-    if mask is None:
-        raise UnsupportedError(f"attn_implementation: calibration needs one that is registered, got {own!r}")
-    seen: dict[int, Seen] = {}
-
-    def forward(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
-    ) -> tuple[Tensor, Any]:
-        function = attend or sys.modules[type(module).__module__].eager_attention_forward
-        out, weights = function(module, query, key, value, *args, **options)
-        if not out.requires_grad:
-            out.requires_grad_()  # the first layer: gradients need go no further back
-        out.retain_grad()
-        # The first call is the layer's own; later layers that share its keys come after.
-        seen.setdefault(int(module.layer_idx), Seen((query.detach(), key.detach(), value.detach()), out, options))  # type: ignore[arg-type]
-        return out, weights
-
-    AttentionInterface.register(_NAME, forward)
-    AttentionMaskInterface.register(_NAME, mask)
-    model.set_attn_implementation(_NAME)
-    try:
-        yield seen
-    finally:
-        model.set_attn_implementation(own)
-        for registry in (AttentionInterface, AttentionMaskInterface):
-            registry._global_mapping.pop(_NAME, None)
-
-
-@contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Parameters collect no gradients inside."""
+    """Disable the gradients of parameters inside the `with` block."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in wanted:
         parameter.requires_grad_(False)

@@ -14,7 +14,7 @@ from ...kv.cache import KVCache
 
 
 def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of one dtype: under autocast, where a model's differ, autocast's, as SDPA takes them."""
+    """Tensors of one dtype: if their dtypes differ under autocast, all in autocast's dtype, as in SDPA."""
     device = tensors[0].device.type
     if all(x.dtype == tensors[0].dtype for x in tensors) or not torch.is_autocast_enabled(device):
         return tensors
@@ -23,9 +23,9 @@ def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer asks for besides tensors and masks.
+    """The options of one attention call.
 
-    scale: factor of the logits; softcap: their cap; window: tokens a query sees, itself included;
+    scale: factor of the logits. softcap: cap of the logits. window: tokens visible to a query, including its own.
     sinks: learned sink logits [Hq], an extra column of the softmax without a value.
     """
 
@@ -52,7 +52,7 @@ class Call:
         mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
-        """[B, Hq, Lq, D] over the packed cache, which takes the `new` keys and values with it."""
+        """[B, Hq, Lq, D] over the packed cache, to which the `new` keys and values are appended."""
         key, value = new if new is not None else (None, None)
         result = turbo_attention_with_kvcache(
             query,
@@ -76,9 +76,9 @@ class Call:
         }
 
     def with_sinks(self, result: Any) -> Tensor:
-        """The output of a call that gave what `_shared` asks for.
+        """The output of a call with the options of `_shared`, with the learned sinks applied.
 
-        A softmax with one more column of logit s is the plain one times sigmoid(lse - s)."""
+        A softmax with an additional column of logit s is the softmax without it times sigmoid(lse - s)."""
         if self.sinks is None:
             return result
         out, lse = result

@@ -1,4 +1,4 @@
-"""Conversations as a model's chat template writes them."""
+"""Conversations, rendered with a model's chat template."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def check_template(language: LanguageModel) -> None:
 
 
 def render(language: LanguageModel, messages: Sequence[Message], *, answer: bool = True) -> str:
-    """The conversation as text; with `answer` up to where the model's answer begins.
+    """The conversation as text; with `answer`, including the prefix of the model's answer.
 
     Raises:
-        InputError: the template refuses it, as some do a system message.
+        InputError: the template rejects it (some reject a system message).
     """
     check_template(language)
     try:
         text: Any = language.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise exceptions of any kind
         said = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"model: the chat template of {language.name} refuses this conversation: {said}") from error
     return text
 
 
 def encode(language: LanguageModel, text: str) -> list[int]:
-    """Token ids of rendered text, which has its special tokens already."""
+    """Token ids of rendered text, which already contains its special tokens."""
     return list(language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def stop_tokens(language: LanguageModel) -> frozenset[int]:
-    """What ends an answer: the model's stop tokens, and the special token that its template puts behind answers."""
+    """Tokens that end an answer: the model's stop tokens, and the special token after answers in its template."""
     asked: list[Message] = [{"role": "user", "content": "0"}]
     begin = render(language, asked)
     whole = render(language, [*asked, {"role": "assistant", "content": "0"}], answer=False)
@@ -49,10 +49,10 @@ def stop_tokens(language: LanguageModel) -> frozenset[int]:
 
 
 class Conversation:
-    """Messages, and the tokens that say them so far.
+    """Messages, and their tokens so far.
 
-    messages: whose turn is next is for the caller to know.
-    ids, text: what a cache of this conversation holds, as tokens and as the template's text.
+    messages: the turns; the caller keeps track of whose turn is next.
+    ids, text: the contents of this conversation's cache, as token ids and as rendered text.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Conversation:
         self.messages, self.ids, self.text = list(messages), list(ids), text
 
     def ask(self, question: str) -> list[int]:
-        """Ids of the whole conversation with `question` at its end, up to where the answer begins; nothing changes.
+        """Token ids of the conversation, followed by `question` and the prefix of its answer. Changes nothing.
 
-        Tokens that are there stay as the model gave them: only what the template adds is encoded. Where a template
-        writes earlier messages differently now, all is encoded anew.
+        Existing tokens are kept as the model generated them, and only new text is encoded. If the template now
+        renders earlier messages differently, everything is encoded again.
         """
         text = render(self._language, [*self.messages, {"role": "user", "content": question}])
         if self.text and text.startswith(self.text):
@@ -73,7 +73,7 @@ class Conversation:
         return encode(self._language, text)
 
     def take(self, question: str, ids: Sequence[int], answer: Sequence[int]) -> None:
-        """Keep a turn: the `ids` that `ask` gave, and the answer's tokens, without one that ended it."""
+        """Add a turn: the `ids` returned by `ask`, and the tokens of the answer without its stop token."""
         said = self._language.decode(answer)
         asked = [*self.messages, {"role": "user", "content": question}]
         self.text = render(self._language, asked) + said

@@ -1,6 +1,6 @@
 """Attention without a `TurboCache` as an operator, so that `torch.compile` keeps a model in one graph.
 
-What to cut out of keys and masks depends on values, which a graph does not know; the operator looks when it runs.
+Which keys and masks are cut depends on values that are not known during tracing; the operator reads them when it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .masks import MaskPlan
 def attend_in_graph(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None, is_causal: bool, call: Call
 ) -> Tensor:
-    """`attend_dense`, for code that Dynamo traces."""
+    """`attend_dense` for code that is traced by Dynamo."""
     mask, mask_window, made_here = (None, None, False) if plan is None else (plan.mask, plan.window, plan.from_function)
     return torch.ops.turboattention.attend_dense(
         query,

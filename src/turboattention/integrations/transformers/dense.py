@@ -15,13 +15,13 @@ def attend_dense(
 ) -> Tensor:
     """query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Hq, Lq, D].
 
-    Keys that nobody may see (padding, the empty part of a static cache) are cut out before they are
-    quantized. Rows of padded queries are zero.
+    Keys that no query may see (padding, the empty part of a static cache) are removed before quantization. Rows of
+    padded queries are zero.
     """
     if plan is None:
         return call.dense(query, key, value, None, is_causal)
     if plan.is_causal and plan.from_function and plan.width < key.shape[2]:
-        # A sliding layer that records its past may return older keys than its mask speaks of.
+        # A sliding layer that records its past may return keys older than those in its mask.
         key, value = key[:, :, -plan.width :], value[:, :, -plan.width :]
     plan = _fit(plan, key.shape[2])
     if plan.visible is None:

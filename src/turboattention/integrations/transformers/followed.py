@@ -1,7 +1,7 @@
-"""`generate` with a cache that holds tokens already: its prompt goes on from those, or is refused.
+"""Checks that the prompt of `generate` continues the tokens that are already in a `TurboCache`.
 
-A model sees only the new tokens of a prompt, so a cache cannot tell by itself that the others are not its own. The step
-before, which `generate` takes for every forward, sees them all.
+`generate` passes only the new tokens of a prompt to the model, so the cache cannot compare the earlier ones itself.
+`prepare_inputs_for_generation`, which runs before every forward pass, gets all of them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
+from ...errors import InputError
 from .cache import TurboCache
+from .layer import ALTERNATIVE
 
 _NAME = "prepare_inputs_for_generation"
 
 
 def follow() -> None:
-    """Have every model's `generate` tell a `TurboCache` its tokens. Idempotent."""
+    """Wrap `prepare_inputs_for_generation`, so that a `TurboCache` learns the token ids of `generate`. Idempotent."""
     original = getattr(GenerationMixin, _NAME)
     if hasattr(original, "_turbo_original"):
         return
@@ -26,6 +28,8 @@ def follow() -> None:
     @functools.wraps(original)
     def prepare(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, TurboCache) and kwargs.get("use_cache") is False:
+            raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
         if isinstance(cache, TurboCache) and kwargs.get("inputs_embeds") is None:
             whole = not isinstance(mask, Tensor) or mask.shape[-1] == input_ids.shape[1]
             cache.follow(input_ids if whole else None, begins=bool(kwargs.get("is_first_iteration")))

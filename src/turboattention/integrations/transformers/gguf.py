@@ -1,4 +1,4 @@
-"""Models in one GGUF file, as llama.cpp keeps them: transformers gives their weights back as floats."""
+"""Models in a single GGUF file (llama.cpp's format), whose weights transformers dequantizes to floats."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _MAGIC = b"GGUF"
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a model's name is that of such a file, there or not."""
+    """Whether a model's name is the name of a GGUF file; the file need not exist."""
     return name.lower().endswith(".gguf")
 
 
 def check_file(name: str) -> Path:
-    """The file.
+    """The path of the file, after a check of its magic bytes.
 
     Raises:
-        InputError: there is none, or another kind of file.
-        ModuleNotFoundError: without the packages that transformers reads it with.
+        InputError: the file does not exist, or is not a GGUF file.
+        ModuleNotFoundError: a package that transformers needs for reading it is missing.
     """
     path = Path(name)
     if not path.is_file():
@@ -37,7 +37,7 @@ def check_file(name: str) -> Path:
         raise InputError(f"model: {name} cannot be read: {error.strerror or error}") from error
     if begin != _MAGIC:
         raise InputError(f"model: expected a GGUF file, got {name}, which begins otherwise")
-    # Where one of these is missing, transformers says so in errors of several kinds.
+    # If one of these is missing, transformers raises errors of several kinds.
     import accelerate  # noqa: F401
     import gguf  # noqa: F401
 
@@ -45,15 +45,15 @@ def check_file(name: str) -> Path:
 
 
 def load_gguf(path: Path, dtype: str) -> tuple[Any, dict[str, Any], Any]:
-    """The model, transformers' report on its weights, and the tokenizer, all from this one file.
+    """The model, transformers' loading report, and the tokenizer, all from this file.
 
-    Weights are dequantized to `dtype`; "auto" is float32, which loses nothing of them.
+    Weights are dequantized to `dtype`; "auto" is float32, which represents them exactly.
 
-    Raises what transformers does.
+    Raises the errors of transformers.
     """
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     folder = str(path.resolve().parent)
-    with redirect_stderr(io.StringIO()):  # a progress bar of its own, which no setting turns off
+    with redirect_stderr(io.StringIO()):  # transformers' progress bar, which no setting disables
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="float32" if dtype == "auto" else dtype,
@@ -67,6 +67,6 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, dict[str, Any], Any]:
 
 
 def _as_floats() -> dict[str, Any]:
-    """Releases that can compute on packed weights are asked not to: the model is to be the same everywhere."""
+    """Disables computing on packed weights in releases that can, so that the model is the same in all releases."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}

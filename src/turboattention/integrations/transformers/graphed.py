@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ... import dispatch
 from ...errors import InputError, UnsupportedError
+from ..model_shape import text_config
 from .cache import TurboCache
-from .model import shares_keys, text_config
+from .model import shares_keys
 from .registry import NAME
 
 if TYPE_CHECKING:

@@ -11,11 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError, ShapeError, UnsupportedError
 from ...kv.cache import KVCache
+from ..model_shape import ModelShape
 from .call import Call, aligned
 from .masks import MaskPlan
-from .model import ModelShape
 from .padding import attend_tokens, valid_after
 from .parallel import HeadShare, TensorParallel
+
+ALTERNATIVE = "leave past_key_values out to run without one"
 
 _HANDLE = "_turbo_layer"
 _VALUES = "_turbo_values"
@@ -282,6 +284,10 @@ class TurboLayer(CacheLayerMixin):
                 "the cache. reset() empties the cache"
             )
 
+    def forget_new(self) -> None:
+        """Drop what `update` brought, so that the cache is as it was."""
+        self._pending = None
+
     def check_values(self, key: Tensor, value: Tensor) -> None:
         """`key` and `value` are a pair that `update` returned: attention reads what it stored, not these.
 
@@ -290,7 +296,7 @@ class TurboLayer(CacheLayerMixin):
         """
         if value is getattr(key, _VALUES):
             return
-        self._pending = None
+        self.forget_new()
         kind = repr(self.model.model_type) if self.model is not None else "of this model"
         raise UnsupportedError(
             f"value: expected the values that the TurboCache stored with the keys of layer {self.index}, got others: "

@@ -3,7 +3,7 @@
 transformers builds one mask per forward and kind of layer and hands it to every layer. "turbo" builds
 - bool [B, Lk] for causal and sliding-window masks: which key positions are tokens (not padding), and
 - bool [B, 1, Lq, Lk] for every other pattern (chunked, packed, prefix, bidirectional, static caches).
-Both carry their `MaskPlan`, so that it is worked out once per forward rather than once per layer.
+Both carry their `MaskPlan`, which is therefore computed once per forward pass instead of once per layer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _PLAN = "_turbo_plan"
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """What one mask says.
+    """The meaning of one mask.
 
-    mask: bool [B, Lk], the tokens among which attention is causal (bottom-right aligned, within
-        `window` if that is set); or bool or additive [B or 1, 1 or H, Lq, Lk].
-    window: tokens that a query sees, itself included, as the mask function was told; None: all.
-    from_function: `turbo_mask` made it, so that `window` is known, not merely absent.
+    mask: bool [B, Lk], True for tokens, among which attention is causal (bottom-right aligned, limited to
+        `window` if set); or bool or additive [B or 1, 1 or H, Lq, Lk].
+    window: tokens visible to a query, including its own, as passed to the mask function; None: all.
+    from_function: whether `turbo_mask` made it, so that a `window` of None means that there is no window.
     """
 
     mask: Tensor
@@ -48,18 +48,18 @@ class MaskPlan:
 
     @property
     def width(self) -> int:
-        """Key positions that the mask speaks of, past ones and padding included."""
+        """Number of key positions in the mask, including past tokens and padding."""
         return self.mask.shape[-1]
 
     @cached_property
     def visible(self) -> Tensor | None:
-        """bool [B, Lk] on the CPU: positions that some query may see; None where all are."""
+        """bool [B, Lk] on the CPU: positions that are visible to some query; None if all are."""
         shown = self.mask if self.is_causal else shown_by(self.mask).any(2).any(1)
         return None if bool(shown.all()) else shown.cpu()
 
     @cached_property
     def matrix(self) -> Tensor | None:
-        """The mask [B or 1, 1 or H, Lq, Lk] as `turbo_attention` takes it; None where all is shown."""
+        """The mask [B or 1, 1 or H, Lq, Lk] as `turbo_attention` takes it; None if it hides nothing."""
         if self.is_causal:
             return None
         shown = shown_by(self.mask)
@@ -69,12 +69,12 @@ class MaskPlan:
 
 
 def shown_by(mask: Tensor) -> Tensor:
-    """bool: where a boolean mask is True, or an additive one is above the "hidden" values in use."""
+    """bool: where a boolean mask is True, or an additive mask is above the values used for "hidden"."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def read_mask(mask: Tensor | None) -> MaskPlan | None:
-    """The plan of whatever stands in for the mask at a layer: ours, or one the user passed."""
+    """The plan of the mask that a layer gets: one made by `turbo_mask`, or one passed by the user."""
     if mask is None:
         return None
     plan = getattr(mask, _PLAN, None)
@@ -103,10 +103,10 @@ def turbo_mask(
 ) -> Tensor:
     """transformers' mask interface (see `transformers.masking_utils.sdpa_mask` for the arguments).
 
-    `allow_is_causal_skip=False` means that the caller needs the full matrix, and gets it.
+    With `allow_is_causal_skip=False` the full matrix is returned.
     """
     causal, window = _causal_window(mask_function)
-    # A compiled graph does not know where a static cache stands.
+    # The length of a static cache is not known while tracing.
     known = not (torch.compiler.is_dynamo_compiling() and isinstance(q_offset, Tensor))
     ends_together = known and kv_offset + kv_length == int(q_offset) + q_length
     if causal and ends_together and allow_is_causal_skip and not _cut_by_model(kwargs.get("config")):
@@ -132,7 +132,7 @@ def turbo_mask(
 
 
 def _cut_by_model(config: Any) -> bool:
-    """Gemma 4 with layers that share keys cuts rows out of its masks, which must then have rows."""
+    """Gemma 4 with shared keys selects rows of its masks, which therefore need a row dimension."""
     kind = str(getattr(config, "model_type", ""))
     return kind.startswith("gemma4") and bool(getattr(config, "num_kv_shared_layers", None))
 
@@ -159,14 +159,14 @@ def _tokens(
 
 
 def _causal_window(mask_function: Callable) -> tuple[bool, int | None]:
-    """Whether a mask function is causal and nothing else, and its sliding window.
+    """Whether a mask function is only causal, and its sliding window.
 
-    transformers composes a sliding window as a closure over (overlay, causal). It is recognized by
-    the code objects of its parts; anything unrecognized is evaluated as a matrix, which is always right.
+    transformers composes a sliding window as a closure over (overlay, causal), which is recognized by the code objects
+    of its parts. Unrecognized functions are evaluated as a matrix, which is always correct.
     """
     if mask_function is causal_mask_function:
         return True, None
-    if torch.compiler.is_dynamo_compiling():  # which cannot look into closures
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot inspect closures
         return False, None
     parts = _closure(mask_function, "mask_functions")
     if getattr(mask_function, "__code__", None) is not _AND_CODE or not isinstance(parts, tuple) or len(parts) != 2:

@@ -1,4 +1,4 @@
-"""Padding kept out of a cache: which positions are tokens, and attention over the tokens alone."""
+"""Padding is not stored in a cache: finds the positions that are tokens, and attends over these only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .ragged import pack_index, put_back, take, take_columns, take_rows
 
 
 def valid_after(plan: MaskPlan | None, known: Tensor | None, past: int, new: int, batch: int) -> Tensor | None:
-    """Which positions are tokens once this call's are stored: bool [B, past + new], None if all are.
+    """Which positions are tokens after this call: bool [B, past + new]; None if all are.
 
     Args:
         known: the same for the `past` positions stored before, bool [B, past] or None.
 
     Raises:
-        InputError: the mask contradicts what is stored.
+        InputError: the mask contradicts the stored padding.
     """
     if plan is not None and plan.width != past + new:
         raise InputError(
@@ -58,10 +58,10 @@ def attend_tokens(
     is_causal: bool,
     call: Call,
 ) -> Tensor:
-    """query [B, Hq, Lq, D] over `kv` and the `new` keys and values, which it then takes.
+    """query [B, Hq, Lq, D] over `kv` and the `new` keys and values, which are then appended.
 
-    Tokens are packed to one side, so that padding reaches neither tiles nor means nor sinks;
-    rows of padded queries are zero. `valid`: as `valid_after` gives it.
+    Tokens are packed to one side, so that padding does not enter tiles, means or sinks; rows of padded queries are
+    zero. `valid`: as returned by `valid_after`.
     """
     causal = plan.is_causal if plan is not None else is_causal
     mask = plan.matrix if plan is not None else None

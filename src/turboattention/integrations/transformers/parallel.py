@@ -1,4 +1,4 @@
-"""Tensor parallelism as transformers does it: each process holds some of a model's heads, whole ones and in order."""
+"""Tensor parallelism in transformers: each process has a contiguous range of a model's heads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class HeadShare:
         return self.count < self.total
 
     def cut(self, values: Any, name: str, axis: int) -> Any:
-        """This share of `values`, which have an entry per head along `axis`; those of these heads alone stay whole.
+        """This range of `values`, which have one entry per head along `axis`. Values of only these heads are unchanged.
 
         Raises:
-            ConfigError: they are of neither length.
+            ConfigError: the number of entries is neither the total nor that of this process.
         """
         if values is None or not self.partial:
             return values
@@ -35,7 +35,7 @@ class HeadShare:
             x = torch.as_tensor(values)
             length = x.shape[axis]
         except (IndexError, RuntimeError, TypeError, ValueError):
-            return values  # nothing that a cache takes: it says so
+            return values  # not a valid value: the cache raises the error
         if length == self.count:
             return x
         if length != self.total:
@@ -48,24 +48,26 @@ class HeadShare:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Process `rank` of the `size` that a layer's heads are spread over."""
+    """Process `rank` of the `size` processes that share the heads of a layer."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def of(cls, config: Any) -> TensorParallel:
-        """What a model loaded with ``distributed_config`` says of it; one process where it says nothing."""
+        """From the config of a model loaded with ``distributed_config``; a single process for other models."""
         size = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
         if size == 1 or not (distributed.is_available() and distributed.is_initialized()):
             return cls()
-        return cls(distributed.get_rank() % size, size)  # the innermost dimension of transformers' mesh
+        return cls(
+            distributed.get_rank() % size, size
+        )  # tensor parallelism is the innermost dimension of transformers' device mesh
 
     def share(self, held: int, total: int | None) -> HeadShare:
-        """The share of a layer with `total` KV heads, of which keys have `held` here.
+        """The range of a layer with `total` KV heads, given that keys have `held` heads in this process.
 
         Raises:
-            UnsupportedError: that is neither all of them (some plans leave attention whole) nor an equal part.
+            UnsupportedError: `held` is neither `total` (some plans do not split attention) nor an equal part of it.
         """
         if self.size == 1 or total is None or held == total:
             return HeadShare(0, held, held)
@@ -77,7 +79,7 @@ class TensorParallel:
         return HeadShare(self.rank * held, held, total)
 
     def path(self, path: str) -> str:
-        """Where this process keeps its part of a saved cache."""
+        """The path of this process's part of a saved cache."""
         return path if self.size == 1 else f"{path}.rank{self.rank}of{self.size}"
 
     def metadata(self) -> dict[str, int]:

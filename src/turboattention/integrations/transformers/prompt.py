@@ -1,4 +1,4 @@
-"""The tokens that a cache was made from: kept in its file, so that a prompt can be checked to go on from them."""
+"""The token ids of a cache, saved in its file, against which a prompt is checked that continues them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def checked_ids(input_ids: Any, batch: int, length: int) -> Tensor:
-    """int64 [batch, length] on the CPU: one id for each position that a cache holds, padding included.
+    """int64 [batch, length] on the CPU: one id per position of a cache, including padding.
 
     Raises:
-        InputError: `input_ids` are not that.
+        InputError: `input_ids` have another shape or dtype.
     """
     ids = _integers(input_ids, batch)
     given = ids.shape[1]
@@ -30,10 +30,10 @@ def checked_ids(input_ids: Any, batch: int, length: int) -> Tensor:
 
 
 def check_goes_on(input_ids: Any, known: Tensor, length: int) -> None:
-    """A prompt begins with the `length` tokens of a cache, whose first ids are `known` [B, L], and is longer.
+    """Check that a prompt continues the `length` tokens of a cache, whose first ids are `known` [B, L].
 
     Raises:
-        InputError: it does not, or the cache has taken tokens that are not known.
+        InputError: it does not, or the cache has tokens whose ids are not known.
     """
     if known.shape[1] != length:
         raise InputError(

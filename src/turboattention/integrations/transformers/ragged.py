@@ -1,4 +1,4 @@
-"""Rows of unequal length: valid tokens packed to one side, and results put back where they came from."""
+"""Rows of unequal length: packs valid tokens to one side, and scatters results back to their positions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def pack_index(valid: Tensor, side: Literal["left", "right"] = "left") -> tuple[Tensor, Tensor]:
-    """Where each row's valid positions are: bool [B, T] -> index int64 [B, T'], counts int64 [B].
+    """The positions of valid tokens per row: bool [B, T] -> index int64 [B, T'], counts int64 [B].
 
-    T' is the largest count. Entries beyond a row's count point at positions that are not valid.
+    T' is the largest count. Entries beyond the count of a row are positions that are not valid.
     """
     counts = valid.sum(-1)
     width = int(counts.max()) if len(counts) else 0
@@ -35,7 +35,7 @@ def put_back(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 
 
 def take_columns(mask: Tensor, valid: Tensor, hidden: bool | float) -> Tensor:
-    """mask [B or 1, H, T, L]: the columns that `valid` [B, L] picks, packed to the left, `hidden` behind them."""
+    """mask [B or 1, H, T, L]: the columns selected by `valid` [B, L], packed to the left and padded with `hidden`."""
     index, counts = pack_index(valid)
     index, width = index.to(mask.device), index.shape[1]
     mask = mask.expand(len(valid), -1, -1, -1)
@@ -45,7 +45,7 @@ def take_columns(mask: Tensor, valid: Tensor, hidden: bool | float) -> Tensor:
 
 
 def take_rows(mask: Tensor, index: Tensor) -> Tensor:
-    """mask [B or 1, H, T, L] at query rows index [B, T']; a single row stands for all."""
+    """mask [B or 1, H, T, L] at query rows index [B, T']; a single row applies to all."""
     if mask.shape[2] == 1:
         return mask
     return take(mask.expand(len(index), -1, -1, -1), index)

@@ -1,4 +1,4 @@
-"""`enable` and `disable`: the name "turbo" in transformers' two registries, and out of them again."""
+"""`enable` and `disable`: add the name "turbo" to transformers' two registries, and remove it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .masks import turbo_mask
 NAME = "turbo"
 
 _ABSENT = object()
-# What stood under the name before `enable`, per registry; empty while disabled.
+# The entries under the name before `enable`, per registry; empty while disabled.
 _replaced: dict[type, Any] = {}
 
 
@@ -30,7 +30,7 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
         backend: for calls without a `TurboCache`, as in `turbo_attention`.
 
     Raises:
-        ConfigError, InputError, BackendError: what a call would raise for them; nothing is then registered.
+        ConfigError, InputError, BackendError: as a call with these arguments; nothing is registered then.
     """
     check_config(config)
     dispatch.choose(backend)
@@ -42,10 +42,10 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
 
 
 def disable() -> None:
-    """Undo `enable`: what stood under "turbo" before (usually nothing) stands there again.
+    """Undo `enable` and restore the previous entries under "turbo" (usually none).
 
-    Models that still ask for "turbo" then fail with transformers' own error for an unknown
-    implementation; switch them with ``model.set_attn_implementation``.
+    Models that still use "turbo" then fail with transformers' error for an unknown implementation; switch them with
+    ``model.set_attn_implementation``.
     """
     for registry, before in _replaced.items():
         if before is _ABSENT:

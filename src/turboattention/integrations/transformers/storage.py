@@ -1,4 +1,4 @@
-"""A `TurboCache` as one safetensors file: every layer's packed bytes, the padding, and whose it is."""
+"""A `TurboCache` as one safetensors file: the packed bytes of all layers, the padding, and the shape of its model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
 from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
+from ..model_shape import ModelShape
 from .cache import TurboCache
 from .layer import TurboLayer
-from .model import ModelShape
 from .parallel import TensorParallel
 from .prompt import checked_ids
 
@@ -28,7 +28,7 @@ _VALID, _PROMPT = "valid", "prompt_ids"
 def save_cache(
     cache: TurboCache, path: str | os.PathLike[str], input_ids: Tensor | None = None, notes: Any = None
 ) -> None:
-    """Write `cache`; the file appears whole or not at all. `notes`, anything JSON holds, are kept for `read_notes`."""
+    """Write `cache` atomically. `notes`, any JSON value, are stored in the file for `read_notes`."""
     cache.check_level()
     if cache.get_seq_length() == 0:
         raise InputError("past_key_values: expected a TurboCache that holds tokens, got an empty one")
@@ -56,14 +56,14 @@ def save_cache(
 
 
 def read_notes(path: str | os.PathLike[str]) -> Any:
-    """What `save_cache` was given as `notes`; None where it was not."""
+    """The `notes` passed to `save_cache`; None if there were none."""
     return read_file(path)[1].get(_NOTES)
 
 
 def load_cache(
     cls: type[TurboCache], path: str | os.PathLike[str], model_config: Any, device: torch.device | str, backend: str
 ) -> TurboCache:
-    """Read what `save_cache` wrote."""
+    """Read a file written by `save_cache`."""
     dispatch.choose(backend)
     parallel = TensorParallel.of(model_config)
     path = parallel.path(os.fspath(path))

@@ -1,11 +1,11 @@
-"""vLLM (0.32): attention over our packed cache, as an out-of-tree plugin.
+"""vLLM (0.32): attention over the packed cache, as an out-of-tree plugin.
 
     TURBOATTENTION_VLLM=4 python -m vllm.entrypoints.openai.api_server --model MODEL
 
-The variable is a width (8, 4, 3, 2), a calibration's folder, or 1, which is 4 bits.
+The variable is a width (8, 4, 3, 2), the folder of a calibration, or 1, which means 4 bits.
 
-vLLM finds `register` by its entry point and calls it in every process. Without the variable nothing happens there, and
-no module of vLLM is imported. More settings: `settings.Settings`; what is refused: `refusals`.
+vLLM finds `register` through its entry point and calls it in every process. Unless the variable is set, the plugin is
+inactive and imports no module of vLLM. Further settings: `settings.Settings`; unsupported features: `refusals`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import os
 from .settings import VARIABLE, parse_variable
 
 BACKEND = f"{__name__}.backend.TurboBackend"
-"""What stands in vLLM's registry."""
+"""The backend class in vLLM's registry."""
 
 __all__ = ["BACKEND", "register"]
 
 
 def register() -> None:
-    """Enter the backend in vLLM's registry, if the environment asks for it; again is the same as once.
+    """Register the backend with vLLM if the environment variable is set. Idempotent.
 
-    As CUSTOM, for ``--attention-backend CUSTOM`` on GPUs, and in place of CPU_ATTN, the one backend that vLLM's CPU
-    platform ever takes. Multi-head latent attention, which it takes from elsewhere, is refused by name.
+    It is registered as CUSTOM, for ``--attention-backend CUSTOM`` on GPUs, and replaces CPU_ATTN, the only backend of
+    vLLM's CPU platform. The backends for multi-head latent attention are replaced by one that refuses.
 
     Raises:
-        ConfigError: the variable has a value that is none of those above.
+        ConfigError: the variable has another value than those above.
     """
     if parse_variable(os.environ.get(VARIABLE)) is None:
         return

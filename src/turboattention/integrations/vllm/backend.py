@@ -1,4 +1,4 @@
-"""The backend vLLM selects: what it supports, and how many bytes a block of 64 tokens takes."""
+"""The attention backend for vLLM: its features, and the bytes of a block of 64 tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .refusals import refuse
 
 
 class TurboBackend(AttentionBackend):
-    """Attention over packed pages. A page is ours as bytes: one slot [1, 64, bytes / 64] for all its heads."""
+    """Attention over packed pages. To vLLM, a page is uint8 [1, 64, bytes / 64]: one "head" with all heads in it."""
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -27,7 +27,7 @@ class TurboBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """vLLM looks it up among its own backends' names: ours is that of the entry taken."""
+        """The name of the registry entry, because vLLM looks the name up among its own backends."""
         return "CPU_ATTN" if current_platform.is_cpu() else "CUSTOM"
 
     @staticmethod
@@ -60,9 +60,9 @@ class TurboBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The same layer with packed pages. Idempotent.
+        """The spec of a layer with packed pages. Idempotent.
 
-        vLLM calls this with its configuration at hand, or after it made the layers.
+        vLLM calls this while its configuration is set, or after the layers were created.
         """
         config = get_current_vllm_config_or_none()
         widths = latest_widths() if config is None else widths_for(config)
@@ -71,7 +71,7 @@ class TurboBackend(AttentionBackend):
 
 
 class RefusedMLA(AttentionBackend):
-    """In place of the CPU platform's backends for multi-head latent attention, which would not quantize anything."""
+    """Replaces the CPU platform's backends for multi-head latent attention, which would not quantize, and refuses."""
 
     @staticmethod
     def get_name() -> str:

@@ -1,4 +1,4 @@
-"""One layer's attention: new tokens into its pages and open blocks, queries over both."""
+"""Attention of one layer: stores new tokens in its pages and open blocks, and attends over both."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from ...guard import fixed_widths_message
 from ...paged import OpenBlocks, PagedFormat, paged_attention
-from ..transformers.model import ModelShape
-from .first_prompt import FirstPrompt
+from ..model_shape import ModelShape
 from .metadata import TurboMetadata
 from .refusals import refuse, refuse_device, refuse_engine, refuse_layer
 from .settings import VARIABLE, Settings
 from .slots import ring_for
 from .widths import Rank, Widths, widths_of
 
-# Below vLLM's own logger, whose settings then hold.
+# A child of vLLM's logger, so that its settings apply.
 logger = init_logger("vllm.turboattention")
 
 _latest: list[Widths] = []
 
 
 def widths_for(config: VllmConfig) -> Widths:
-    """What an engine of `config` stores.
+    """The widths of an engine with this configuration.
 
     Raises:
         ConfigError: settings out of range, or the calibration of another model.
@@ -44,15 +44,15 @@ def widths_for(config: VllmConfig) -> Widths:
 
 
 def latest_widths() -> Widths:
-    """Those of the engine whose layers this process made last."""
+    """The widths of the engine whose layers this process created last."""
     return _latest[0]
 
 
 class TurboImpl(AttentionImpl[TurboMetadata]):
     """Attention of one layer on one tensor-parallel rank.
 
-    The side pool (`open_blocks`) is allocated with the layer, so that vLLM counts it with the weights. What depends on
-    the layer's place in the model, which vLLM does not say here, is set by `bind`.
+    The pool of INT8 rows (`open_blocks`) is allocated with the layer, so that vLLM counts it with the weights. `bind`
+    sets what depends on the layer's index in the model, which is not known to the constructor.
     """
 
     format: PagedFormat
@@ -73,7 +73,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         sinks: Tensor | None = None,
         **others: Any,
     ):
-        """Raises `UnsupportedError` for what refusals.py lists, `ConfigError` for settings out of range."""
+        """Raises `UnsupportedError` for the features listed in refusals.py, `ConfigError` for settings out of range."""
         refuse_layer(
             head_size,
             alibi_slopes=alibi_slopes,
@@ -93,7 +93,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.device = torch.get_default_device()
         refuse_device(self.widths.config, config.model_config.dtype, self.device)
-        # A slot more than sequences can run, for what vLLM runs through a model without a sequence.
+        # One spare slot, for runs without a sequence (warm-up, profiling).
         self.open_blocks = OpenBlocks(
             layers=1,
             slots=config.scheduler_config.max_num_seqs + 1,
@@ -105,15 +105,15 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self._finite = True
 
     def bind(self, name: str, layer: int) -> None:
-        """Make this the layer `name`, number `layer` of the whole model.
+        """Set the layer's name and its index `layer` in the whole model.
 
         Raises:
             ConfigError: the calibration has other layers or heads.
         """
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.num_kv_heads)
         self.name, self.format = name, self.widths.format(layer, rank, self.head_size, self.device)
-        first_head = rank.of(self.total_kv_heads).start
-        self.first_prompt = FirstPrompt(self.format, first_head) if self.widths.settings.guard else None
+        self.first_head = rank.of(self.total_kv_heads).start
+        self.guard_pending = self.widths.settings.guard
 
     def forward(
         self,
@@ -127,19 +127,24 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query and output [T, Hq, D], key and value [T, Hkv, D], T at least the batch's tokens; kv_cache uint8
-        [blocks, 1, 64, bytes / 64]. Padding of `output` is left as it is."""
+        """Store the new keys and values, attend, and write `output`.
+
+        Args:
+            query, output: [T, Hq, D], T at least the tokens of the batch; rows of padding are not written.
+            key, value: [T, Hkv, D].
+            kv_cache: uint8 [blocks, 1, 64, bytes / 64].
+        """
         if attn_metadata is None:
-            # vLLM measures memory: nothing to attend to.
+            # a profiling run of vLLM, without a batch
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             refuse("fused output quantization")
         tokens = attn_metadata.num_actual_tokens
         q, k, v, out = query, key, value, output
-        if tokens < len(q):  # padded; a view takes its time
+        if tokens < len(q):  # padded; otherwise avoid the cost of four views
             q, k, v, out = (x[:tokens] for x in (q, k, v, out))
-        if self.first_prompt is not None and attn_metadata.first_prompt is not None:
-            self._check(q, k, v, attn_metadata.first_prompt)
+        if self.guard_pending and attn_metadata.first_prompt is not None:
+            self._guard(*(x[attn_metadata.first_prompt] for x in (q, k, v)))
         finite = paged_attention(
             self.format,
             0,
@@ -154,21 +159,29 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             window=self.window,
             softcap=self.softcap,
         )
-        self.tell_of_values(finite)
+        self.report_nonfinite(finite)
         return output
 
-    def tell_of_values(self, finite: bool) -> None:
-        """Log, once, that some were not finite."""
+    def report_nonfinite(self, finite: bool) -> None:
+        """Log once that a query, key or value was not finite."""
         if not finite and self._finite:
             self._finite = False
-            logger.error("%s: NaN or infinity among queries, keys or values; they count as zeros", self.name)
+            logger.error("%s: NaN or infinity among queries, keys or values; they are treated as zeros", self.name)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> None:
-        """Once: whether this layer's heads survive their widths."""
-        assert self.first_prompt is not None
-        message = self.first_prompt.complaint(
-            q[rows], k[rows], v[rows], scale=self.scale, softcap=self.softcap, window=self.window
+    def _guard(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Compare attention over this layer's first prompt, as stored, with exact attention; once."""
+        self.guard_pending = False
+        message = fixed_widths_message(
+            self.format.config,
+            torch.tensor(self.format.head_bits[0]),
+            q,
+            k,
+            v,
+            k_mean=self.format.means[0] if self.format.means else None,
+            first_head=self.first_head,
+            scale=self.scale,
+            softcap=self.softcap,
+            window_size=self.window,
         )
-        self.first_prompt = None
         if message is not None:
             logger.warning("%s: %s", self.name, message)

@@ -1,4 +1,4 @@
-"""A step's plan: vLLM's common metadata as a `PagedBatch`, the same for all layers of a group."""
+"""Attention metadata of a step: vLLM's common metadata as a `PagedBatch`, shared by all layers of a group."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .refusals import refuse, refuse_block_size
 
 logger = init_logger("vllm.turboattention")
 
-_STEPS_UNTOLD = 256
+_POLL_INTERVAL = 256
 
 
 @dataclass(frozen=True)
 class TurboMetadata(AttentionMetadata):
-    """batch: the plan. num_actual_tokens: rows of it; what follows is padding. first_prompt: rows of a sequence that
-    starts in this step with at least a block, as long as none did before."""
+    """batch: the ragged batch. num_actual_tokens: its rows; rows after them are padding. first_prompt: the rows of the
+    first sequence that starts with at least a block, in the step in which it starts; else None."""
 
     batch: PagedBatch
     num_actual_tokens: int
@@ -38,14 +38,14 @@ class TurboMetadata(AttentionMetadata):
 
 
 class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
-    """Binds the layers of its group to their places in the model, and plans their steps."""
+    """Builds the metadata of a group of layers, and gives each layer its index in the model."""
 
-    # Steps of one token a sequence decide everything on the device.
+    # Steps with one token per sequence make all decisions on the device.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: Any):
-        """Raises `UnsupportedError` for a kind of layer that is refused, `ConfigError` for a calibration of
-        other layers or heads."""
+        """Raises `UnsupportedError` for unsupported kinds of layers, `ConfigError` for a calibration of other layers or
+        heads."""
         from .steps import follow_steps
 
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -59,7 +59,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         self._slots = torch.full((self.spare_slot,), self.spare_slot, dtype=torch.int32, device=device)
         self._impls, self._builds, self._seen_prompt = impls, 0, False
         logger.info(
-            "TurboAttention: %s, %d bytes for %d tokens of a layer; %.1f MiB beside them for the open blocks of "
+            "TurboAttention: %s, %d bytes for %d tokens of a layer; %.1f MiB in addition for the open blocks of "
             "%d sequences in %d layers",
             impls[0].widths.settings.name,
             impls[0].format.page_bytes,
@@ -72,12 +72,12 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TurboMetadata:
-        """Raises `UnsupportedError` where attention is not causal, `RuntimeError` for a row without a slot."""
+        """Raises `UnsupportedError` if attention is not causal, `RuntimeError` for a row without a slot."""
         common = common_attn_metadata
         if common.causal is not True:
             refuse("attention that is not causal")
-        self._tell_of_values()
-        # Views of what vLLM keeps from step to step, as a CUDA graph needs them.
+        self._poll_nonfinite()
+        # Views of vLLM's persistent tensors, which CUDA graphs require.
         batch = PagedBatch(
             query_start=common.query_start_loc,
             seq_lens=common.seq_lens,
@@ -88,7 +88,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         return TurboMetadata(batch, common.num_actual_tokens, self._first_prompt(common))
 
     def _row_slots(self, common: CommonAttentionMetadata) -> Tensor:
-        """int32 [rows], the slot of each row, in memory that stays."""
+        """int32 [rows], the slot of each row, in a persistent tensor."""
         from .steps import current_step
 
         step = current_step()
@@ -97,27 +97,27 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         elif step is not None:
             slots = step.row_slots(common.num_reqs)
         else:
-            # No sequence runs: what is written is never read.
+            # No sequence is running: what is written is never read.
             slots = []
         slots += [self.spare_slot] * (common.num_reqs - len(slots))
         if len(slots) > len(self._slots):
             self._slots = self._slots.new_empty(len(slots))
         rows = self._slots[: len(slots)]
-        # Memory of its own each time: the copy may still be under way in the next step.
+        # A new tensor in every step, because the previous copy may not have finished.
         there = torch.tensor(slots, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         rows.copy_(there, non_blocking=True)
         return rows
 
-    def _tell_of_values(self) -> None:
-        """On a GPU no step waits to hear whether its values were finite: layers are asked once in a while, and the
-        answer is there the next time."""
+    def _poll_nonfinite(self) -> None:
+        """On a GPU no step waits for the flag of values that are not finite. Every few hundred steps it is polled, and
+        copied to the host for the next poll."""
         self._builds += 1
-        if self.device.type != "cpu" and self._builds % _STEPS_UNTOLD == 0:
+        if self.device.type != "cpu" and self._builds % _POLL_INTERVAL == 0:
             for impl in self._impls:
-                impl.tell_of_values(not impl.open_blocks.notice())
+                impl.report_nonfinite(not impl.open_blocks.notice())
 
     def _first_prompt(self, common: CommonAttentionMetadata) -> slice | None:
-        """Lengths are read from host memory: upper bounds, which are exact for prompts."""
+        """Lengths are read on the host. They are upper bounds that are exact for prompts."""
         if self._seen_prompt or common.max_query_len < BLOCK or common.seq_lens_cpu_upper_bound is None:
             return None
         starts = common.query_start_loc_cpu.tolist()
@@ -130,7 +130,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
 
 
 def check_spec(spec: KVCacheSpec) -> None:
-    """Raises `UnsupportedError` for a kind of layer, or of pages, that is refused."""
+    """Raises `UnsupportedError` for unsupported kinds of layers or pages."""
     if getattr(spec, "attention_chunk_size", None):
         refuse(f"chunked local attention ({type(spec).__name__})")
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or getattr(spec, "non_causal", False):

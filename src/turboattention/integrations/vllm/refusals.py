@@ -1,4 +1,4 @@
-"""What vLLM can ask for and this backend refuses: once, at start-up, in one line."""
+"""Features of vLLM that this backend does not support. They are refused at startup, in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refuse_layer(
     kv_sharing_target: str | None,
     others: dict[str, Any],
 ) -> None:
-    """Raises `UnsupportedError` naming what a layer asks for that is refused."""
+    """Raises `UnsupportedError` that names the unsupported feature of a layer."""
     if head_size % 8 or not 0 < head_size <= MAX_HEAD_DIM:
         refuse(f"head_dim {head_size} (a multiple of 8 up to {MAX_HEAD_DIM} is needed)")
     if attn_type != AttentionType.DECODER:
@@ -45,21 +45,21 @@ def refuse_layer(
 
 
 def refuse_engine(config: VllmConfig) -> None:
-    """Raises `UnsupportedError` naming what a server asks for that is refused."""
-    if config.cache_config.user_specified_block_size:  # else vLLM has yet to ask which one we prefer
+    """Raises `UnsupportedError` that names the unsupported feature of an engine."""
+    if config.cache_config.user_specified_block_size:  # otherwise vLLM asks for the preferred size later
         refuse_block_size(config.cache_config.block_size)
     for what in _of_engine(config):
         refuse(what)
 
 
 def refuse_block_size(size: int) -> None:
-    """Raises `UnsupportedError` for what is not a multiple of a page's tokens."""
+    """Raises `UnsupportedError` for a block size that is not a multiple of a page."""
     if size % BLOCK:
         refuse(f"--block-size {size} (a multiple of {BLOCK} is needed)")
 
 
 def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises `UnsupportedError` where no kernels for pages run, as on CPUs without the extension."""
+    """Raises `UnsupportedError` if there are no kernels for pages, as on CPUs without the extension."""
     try:
         backend_for(config, dtype, device)
     except InputError as error:
@@ -89,5 +89,5 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
 
 
 def refuse(what: str) -> NoReturn:
-    """Raises `UnsupportedError`, in the words that all refusals have."""
+    """Raises `UnsupportedError` with the message common to all refusals."""
     raise UnsupportedError(f"TurboAttention does not support {what} in vLLM; unset {VARIABLE} to serve without it")

@@ -1,4 +1,4 @@
-"""What a user can set: one environment variable, which also is the opt-in, and vLLM's ``--additional-config``."""
+"""Settings of the plugin: an environment variable, which activates it, and vLLM's ``--additional-config``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _KEYS = ("bits", "calibration", "guard")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server stores its cache; fixed when it starts.
+    """The storage settings of a server, fixed at startup.
 
-    bits: as in `TurboConfig.bits`. None: a calibration's widths per head (as ``"mixed"``), or 4 where there is none.
-    calibration: a folder that `turboattention calibrate` wrote, or None.
-    guard: whether the first prompt's attention is compared with exact attention, layer by layer.
+    bits: as in `TurboConfig.bits`. None: the calibration's widths per head (like ``"mixed"``), or 4 without one.
+    calibration: a folder written by `turboattention calibrate`, or None.
+    guard: whether attention over the first prompt is compared with exact attention in every layer.
     """
 
     bits: Bits | None = None
@@ -33,7 +33,7 @@ class Settings:
 
     @classmethod
     def resolve(cls, variable: str | None, additional: Mapping[str, Any] | None) -> Settings:
-        """From the environment variable and, where they say the same thing, rather from ``--additional-config``.
+        """From the environment variable and ``--additional-config``, which takes precedence.
 
         Raises:
             ConfigError: a value out of range, an unknown name, or ``"mixed"`` without a calibration.
@@ -54,7 +54,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """For log lines."""
+        """The name in log messages."""
         return f"widths of {self.calibration}" if self.calibrated_widths else f"{self.bits or 4} bits"
 
     def _with(self, section: object) -> Settings:
@@ -75,10 +75,10 @@ class Settings:
 
 
 def parse_variable(text: str | None) -> Settings | None:
-    """None where the variable is unset, empty or says no.
+    """The settings in the variable's value; None if it is unset, empty or 0.
 
     Raises:
-        ConfigError: neither a switch, nor a width, nor a path that is there.
+        ConfigError: the value is neither a switch, nor a width, nor an existing path.
     """
     value = (text or "").strip()
     if value.lower() in _OFF:
@@ -96,5 +96,5 @@ def parse_variable(text: str | None) -> Settings | None:
 
 
 def _checked_bits(bits: Any) -> Bits:
-    """JSON has lists where pairs are meant."""
+    """JSON lists become tuples."""
     return TurboConfig(bits=tuple(bits) if isinstance(bits, list) else bits).bits

@@ -1,7 +1,7 @@
-"""Which slot of the side pool each running request holds: the INT8 rows of its block that is not full yet.
+"""Slots of running requests: each slot has the INT8 rows of a request's incomplete block.
 
-A request holds its slot from its first step until it finishes or is preempted, whether or not it is scheduled in
-between. Nothing is ever guessed: what does not fit raises.
+A request holds its slot from its first step until it finishes or is preempted, also in steps in which it is not
+scheduled. Inconsistent scheduler output raises an error.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from ...paged import BLOCK
 
 
 def ring_for(speculative: bool) -> int:
-    """Rows of a slot: twice a block's where rejected drafts may lead back into a block that was full."""
+    """Rows of a slot: two blocks with speculative decoding, where rejected drafts may lead back into a full block."""
     return 2 * BLOCK if speculative else BLOCK
 
 
 class Slots:
-    """Slots of one engine's worker, kept up by the scheduler's output of each step.
+    """The slots of one engine's worker, updated from the scheduler's output of each step.
 
     Args:
-        count: the most requests that run at once.
-        ring: rows of a slot, as in `OpenBlocks`: of a block that is full, none is left in a ring of 64 as soon as the
-            next block begins.
+        count: the largest number of concurrent requests.
+        ring: rows of a slot, as in `OpenBlocks`. With 64 rows, a new block overwrites the previous one.
     """
 
     def __init__(self, count: int, ring: int = BLOCK):
@@ -34,14 +33,14 @@ class Slots:
         self._ends: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """Slots that are held."""
+        """The number of slots in use."""
         return len(self._held)
 
     def step(self, output: Any) -> None:
-        """Take and give back slots as `output` says, vLLM's SchedulerOutput of the step that comes.
+        """Assign and release slots according to `output`, vLLM's SchedulerOutput of the next step.
 
         Raises:
-            RuntimeError: a request goes on inside a block without a slot, or elsewhere than its slot's rows end; or
+            RuntimeError: a request continues inside a block without a slot, or not at the end of its slot's rows; or
                 more requests run than there are slots.
         """
         cached = output.scheduled_cached_reqs
@@ -54,10 +53,10 @@ class Slots:
             self._place(name, start, output.num_scheduled_tokens[name])
 
     def of(self, names: Sequence[str]) -> list[int]:
-        """The slots of the step's requests.
+        """The slots of requests.
 
         Raises:
-            RuntimeError: one that is not of this step.
+            RuntimeError: a request that is not part of this step.
         """
         missing = [name for name in names if name not in self._held]
         if missing:
@@ -71,22 +70,22 @@ class Slots:
                 del self._ends[name]
 
     def _place(self, name: str, start: int, tokens: int) -> None:
-        """`name` stores `tokens` from position `start` on."""
+        """Request `name` stores `tokens` tokens from position `start`."""
         if name not in self._held:
             if start % BLOCK:
-                raise RuntimeError(f"request {name}: goes on at token {start}, inside a block, and holds no slot")
+                raise RuntimeError(f"request {name}: continues at token {start}, inside a block, without a slot")
             if not self._free:
                 raise RuntimeError(f"request {name}: all {self.count} slots are held")
             self._held[name] = heapq.heappop(self._free)
         elif not self._reaches(start, self._ends[name]):
             raise RuntimeError(
-                f"request {name}: goes on at token {start}, but its slot holds tokens up to {self._ends[name]} "
+                f"request {name}: continues at token {start}, but its slot holds tokens up to {self._ends[name]} "
                 f"in {self.ring} rows"
             )
         self._ends[name] = start + tokens
 
     def _reaches(self, start: int, end: int) -> bool:
-        """Whether the rows of `start`'s block that stand before it are those last stored up to `end`."""
+        """Whether a slot that was last written up to `end` still has the rows of `start`'s block before `start`."""
         if start % BLOCK == 0:
             return start <= end
         return start <= end and end - start // BLOCK * BLOCK <= self.ring

@@ -1,7 +1,7 @@
-"""Requests of the step that runs: vLLM tells metadata builders how long each row is, not whose it is.
+"""The requests of the current step. vLLM passes the length of each row to metadata builders, but not its request.
 
-The second model runner gives each row its request's index (`req_idx`); the first one, which CPUs have, keeps the
-requests' names to itself. So, once an engine with this backend starts, its `execute_model` is followed.
+The second model runner passes the index of each row's request (`req_idx`). The first one, which CPUs use, does not, so
+its `execute_model` is wrapped when an engine with this backend starts.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _current: ContextVar[Step | None] = ContextVar("turboattention_step", default=No
 
 @dataclass(frozen=True)
 class Step:
-    """The step that `runner` runs now."""
+    """The current step of `runner`."""
 
     runner: Any
     slots: Slots
 
     def row_slots(self, rows: int) -> list[int]:
-        """The slot of each row of the batch, which may have padding behind them.
+        """The slots of the rows of the batch, without its padding.
 
         Raises:
-            RuntimeError: it is a part of the batch, and nothing says which.
+            RuntimeError: the rows are a part of the step's requests, and it is not known which.
         """
         names = self.runner.input_batch.req_ids
         if rows < len(names):
@@ -41,12 +41,12 @@ class Step:
 
 
 def current_step() -> Step | None:
-    """None outside of steps: while vLLM measures memory or warms up."""
+    """None outside of steps, when vLLM profiles memory or warms up."""
     return _current.get()
 
 
 def follow_steps() -> None:
-    """Keep `current_step` up to date in this process; again is the same as once."""
+    """Wrap `GPUModelRunner.execute_model` in this process, so that it sets `current_step`. Idempotent."""
     execute_model = GPUModelRunner.execute_model
     if not hasattr(execute_model, "followed"):
         GPUModelRunner.execute_model = _followed(execute_model)

@@ -1,4 +1,4 @@
-"""What each layer stores: widths and means of its KV heads, sliced for a tensor-parallel rank, and bytes of a page."""
+"""The widths and means of each layer's KV heads, sliced for a tensor-parallel rank, and the bytes of a page."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Rank:
-    """Which KV heads of a layer are here: rank `index` of `size`, `heads` of them."""
+    """The KV heads of one process: rank `index` of `size`, with `heads` heads."""
 
     index: int
     size: int
     heads: int
 
     def of(self, total: int) -> slice:
-        """Of `total` heads, of which ranks share one where there are fewer heads than ranks."""
+        """The range of `total` heads. If there are fewer heads than ranks, several ranks share a head."""
         first = self.index * self.heads if total >= self.size else self.index * total // self.size
         return slice(first, first + self.heads)
 
 
 class Widths:
-    """The decisions of `settings` for every layer, the same for every sequence."""
+    """The widths and means of every layer under `settings`, the same for all sequences."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -42,7 +42,7 @@ class Widths:
 
     @property
     def config(self) -> TurboConfig:
-        """The serving configuration (numerics.md); smoothing only by means that are known beforehand."""
+        """The serving configuration (numerics.md), with smoothing only if the means are calibrated."""
         means = self.calibration is not None and self.calibration.means
         bits: Bits = self.settings.bits or ("mixed" if self.settings.calibrated_widths else 4)
         return TurboConfig.serving(bits=bits, smooth_k=means)
@@ -67,16 +67,16 @@ class Widths:
         return tuple(k_bits), tuple(v_bits)
 
     def mean(self, layer: int, rank: Rank) -> Tensor | None:
-        """float32 [Hkv, D] of the rank, where the calibration has means to subtract."""
+        """float32 [Hkv, D] of the rank; None if the calibration has no means."""
         if self.calibration is None or not self.calibration.means:
             return None
         mean = self._of_layer(layer).layers[layer].k_mean
         return mean[rank.of(mean.shape[0])].contiguous()
 
     def page_bytes(self, heads: int, head_dim: int) -> int:
-        """Bytes for a block: enough for every layer and rank that has `heads` heads, in units of pages.
+        """Bytes of a block: enough for every layer and rank with `heads` heads, rounded up to `PAGE_UNIT`.
 
-        vLLM asks for a page's size without saying of which layer, and every rank's pages have one size.
+        vLLM asks for the size without a layer, and the pages of all ranks have the same size.
         """
         return reserved_bytes(head_dim, self._all(heads))
 
@@ -112,5 +112,5 @@ class Widths:
 
 @lru_cache(maxsize=8)
 def widths_of(settings: Settings) -> Widths:
-    """One for all layers: a calibration is read once."""
+    """Shared by all layers, so that a calibration is read once."""
     return Widths(settings)

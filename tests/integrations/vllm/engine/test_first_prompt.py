@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from turboattention import guard
+
 from .answers import answer, prompts
 from .models import save_changed
 
@@ -31,9 +33,7 @@ def logged() -> Iterator[list[str]]:
 def spoiled(tmp_path, monkeypatch) -> str:
     """A model whose head 1 in layer 3 has large logits, so that two bits leave the wrong keys on top, and a bound
     between its error, 0.50, and that of all others, up to 0.42."""
-    from turboattention.integrations.vllm import first_prompt
-
-    monkeypatch.setattr(first_prompt, "bound_of", lambda bits: torch.full((2,), 0.46))
+    monkeypatch.setattr(guard, "bound_of", lambda bits: torch.full((2,), 0.46))
     return str(save_changed(tmp_path / "m", "model.layers.3.self_attn.k_proj.weight", lambda w: w[64:].mul_(8)))
 
 
@@ -45,23 +45,7 @@ def test_heads_that_lose_too_much_are_named_once(start, token_ids, logged, spoil
     answer(llm, prompts(token_ids[700:], [300]), max_tokens=2)
     (line,) = [line for line in logged if line.startswith("WARNING")]
     assert "model.layers.3.self_attn.attn: KV heads 1 lose too much in the quantized cache (head 1 has" in line
-    assert "at K 2 and V 2 bits, bound 0.46); widths are kept" in line
-
-
-def test_heads_are_named_as_the_model_counts_them(monkeypatch) -> None:
-    """Rank 1 of 2, whose only head is the model's second."""
-    from turboattention.integrations.vllm import first_prompt
-    from turboattention.integrations.vllm.settings import Settings
-    from turboattention.integrations.vllm.widths import Rank, Widths
-
-    monkeypatch.setattr(first_prompt, "bound_of", lambda bits: torch.zeros(1))
-    rank = Rank(1, 2, 1)
-    layer_format = Widths(Settings(bits=2)).format(0, rank, 64, torch.device("cpu"))
-    judge = first_prompt.FirstPrompt(layer_format, rank.of(2).start)
-    q, k, v = (torch.randn(128, heads, 64, generator=torch.Generator().manual_seed(0)) for heads in (4, 1, 1))
-    message = judge.complaint(q, k, v, scale=0.125, softcap=None, window=None)
-    assert message is not None
-    assert message.startswith("KV heads 1 lose too much in the quantized cache (head 1 has relative error")
+    assert "at K 2 and V 2 bits, bound 0.46); widths kept as configured; calibrate the model" in line
 
 
 def test_the_check_can_be_left_out(start, token_ids, logged, spoiled) -> None:
@@ -86,7 +70,7 @@ def test_memory_is_said(start, logged) -> None:
     beside = sum(layer.self_attn.attn.impl.open_blocks.nbytes for layer in layers) / 2**20
     (line,) = [line for line in logged if line.startswith("INFO TurboAttention")]
     assert line.endswith(
-        f"4 bits, 9024 bytes for 64 tokens of a layer; {beside:.1f} MiB beside them for the open blocks of "
+        f"4 bits, 9024 bytes for 64 tokens of a layer; {beside:.1f} MiB in addition for the open blocks of "
         "3 sequences in 8 layers"
     )
     assert {layer.self_attn.attn.kv_cache.dtype for layer in layers} == {torch.uint8}

@@ -1,8 +1,8 @@
-"""What each head's attention loses to a method's cache, layer by layer.
+"""The error of each head's attention output over a method's cache, layer by layer.
 
-The model runs twice over the same pieces of text. In the second run, over the method's cache, every decoder layer is
-given the input that it had in the first, so that an error does not grow from layer to layer and belongs to the layer
-where it is seen. What is compared is the input of the layer's output projection: the heads' outputs side by side.
+The model runs twice over the same pieces of text. In the second run, over the method's cache, every decoder layer gets
+the input that it had in the first run, so that errors do not propagate from layer to layer. The input of the output
+projection, which is the concatenated outputs of the heads, is compared.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from ...evaluation.baselines import METHODS, CacheMethod
-from ...evaluation.subject import PIECE, Session
+from ..baselines import METHODS, CacheMethod
+from ..subject import PIECE, Session
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
-"""What models call the projection of the heads' outputs."""
+"""Names of the output projection in transformers' models."""
 
 
 def head_errors(
@@ -28,7 +28,7 @@ def head_errors(
     """Relative errors (Frobenius norm over positions from `skip` on) by layer and query head.
 
     Raises:
-        UnsupportedError: a model whose layers or projections are not found.
+        UnsupportedError: the layers or output projections of the model are not found.
     """
     layers, projections = _parts(model)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
@@ -69,7 +69,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 @contextmanager
 def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The first argument of each module's next call, in order."""
+    """Record the first argument of each module's next call, in order."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -81,7 +81,7 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _replaced(modules: Sequence[nn.Module], values: Sequence[Tensor]) -> Iterator[None]:
-    """Each module gets its value as the first argument instead of its own."""
+    """Replace the first argument of each module's calls by its value."""
 
     def give(value: Tensor) -> Callable:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

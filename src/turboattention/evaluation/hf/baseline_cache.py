@@ -1,4 +1,4 @@
-"""Other ways to keep a cache, for comparison: `turboattention.evaluation.baselines` as `past_key_values`."""
+"""The quantizers of `turboattention.evaluation.baselines` as transformers caches (`past_key_values`)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...errors import BackendError, UnsupportedError
-from ...evaluation.baselines.stream import FLOAT_BITS, Quantizer, Stream
-from .model import layer_windows
+from ...integrations.transformers.model import layer_windows
+from ..baselines.stream import FLOAT_BITS, Quantizer, Stream
 
 
 class BaselineLayer(DynamicLayer):
-    """A growing cache whose older tokens are what a quantizer gives back of them.
+    """A growing cache in which older tokens are replaced by their quantized and dequantized values.
 
     The tokens of a call attend to each other at the model's precision, as published for prefill and for the window
-    of decoding; what is due is quantized behind them. Padding is stored like any token.
+    of decoding; they are quantized afterwards. Padding is stored like any token.
 
-    `keys` and `values` are views of memory that has room for more, and what `update` returned is quantized in place
-    when it is called again: a step of decoding copies no more than its own token.
+    `keys` and `values` are views of preallocated memory, and the tensors returned by `update` are quantized in place
+    by the next call, so that a decode step copies only its own token.
     """
 
     def __init__(self, keys: Quantizer, values: Quantizer):
@@ -38,7 +38,7 @@ class BaselineLayer(DynamicLayer):
         return self.keys, self.values
 
     def settle(self) -> None:
-        """Quantize what is due."""
+        """Quantize the tokens that have left the window."""
         for stream, x in zip(self.streams, (self.keys, self.values), strict=True):
             if x is not None and x.numel():
                 stream.settle(x)
@@ -47,7 +47,7 @@ class BaselineLayer(DynamicLayer):
         batch, heads, count, head_dim = new.shape
         length = held.shape[2] if held is not None and held.numel() else 0
         total, memory = length + count, self._memory[at]
-        # What a crop leaves is still in its place; what beams and selections leave is not.
+        # After a crop the tensors are still views of this memory; after a beam reorder or a selection they are not.
         moved = memory is None or (held is not None and length and held.data_ptr() != memory.data_ptr())
         if memory is None or moved or memory.shape[:2] != (batch, heads) or memory.shape[2] < total:
             memory = self._memory[at] = new.new_empty(batch, heads, total + total // 4, head_dim)
@@ -70,25 +70,25 @@ class BaselineLayer(DynamicLayer):
 
     @property
     def elements(self) -> int:
-        """Of keys and values."""
+        """Number of elements of keys and values."""
         return sum(x.numel() for x in (self.keys, self.values) if x is not None)
 
     @property
     def stored_bits(self) -> float:
-        """Codes, scales, zeros, factors and windows."""
+        """Bits of codes, scales, zeros, factors and windows."""
         self.settle()
         held = zip(self.streams, (self.keys, self.values), strict=True)
         return sum(stream.stored_bits(x) for stream, x in held if x is not None)
 
 
 class BaselineCache(Cache):
-    """One `BaselineLayer` a layer. Sliding-window layers keep every token; their masks do the sliding.
+    """One `BaselineLayer` per layer. Sliding-window layers keep every token; their masks apply the window.
 
     Args:
         keys, values: a quantizer for all layers, or one for each.
 
     Raises:
-        UnsupportedError: models that a key/value cache of this kind cannot serve.
+        UnsupportedError: models that need another kind of cache.
     """
 
     layers: list[BaselineLayer]
@@ -117,8 +117,8 @@ def quantized_cache(model_config: Any, backend: str, **settings: int) -> Quantiz
     """transformers' `QuantizedCache`.
 
     Raises:
-        UnsupportedError: the model has layers that it has no cache for.
-        BackendError: the backend is installed, but does not run.
+        UnsupportedError: the model has layers that `QuantizedCache` does not support.
+        BackendError: the backend is installed but does not run.
     """
     if any(window is not None for window in layer_windows(model_config)):
         raise UnsupportedError("model_config: transformers' QuantizedCache has no sliding-window layers")
@@ -129,7 +129,7 @@ def quantized_cache(model_config: Any, backend: str, **settings: int) -> Quantiz
 
 
 def quantized_cache_bits(cache: QuantizedCache) -> float:
-    """Bits per element of a `QuantizedCache`: of the tensors that its layers hold, floats counted as float16."""
+    """Bits per element of a `QuantizedCache`, from the tensors in its layers, with floats counted as float16."""
     bits, elements = 0, 0
     layers: list[Any] = list(cache.layers)
     for layer in layers:
@@ -143,7 +143,7 @@ def quantized_cache_bits(cache: QuantizedCache) -> float:
 
 
 def _bits(part: Any) -> int:
-    """Of a tensor, of those inside a tensor that packs several, or of a container of these."""
+    """Bits of a tensor, of the tensors inside a tensor subclass, or of a container of these."""
     if isinstance(part, dict):
         return sum(_bits(value) for value in part.values())
     if isinstance(part, (tuple, list)):

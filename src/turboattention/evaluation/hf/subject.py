@@ -1,4 +1,4 @@
-"""A language model as `turboattention.evaluation` wants it: tokens in, logits out, over any method's cache."""
+"""A transformers language model as the subject of an evaluation: tokens in, logits out, over any method's cache."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from ... import bundled
-from ...evaluation.baselines import CacheMethod
-from ...evaluation.baselines.kinds import FittedMethod
-from ...evaluation.baselines.oscar import Moments, moments
-from ...evaluation.subject import PIECE
-from .calibration import watched
-from .generation import PREFILL_CHUNK, LanguageModel
+from ...integrations.transformers.generation import PREFILL_CHUNK, LanguageModel
+from ...integrations.transformers.recording import recorded_attention
+from ..baselines import CacheMethod
+from ..baselines.kinds import FittedMethod
+from ..baselines.oscar import Moments, moments
+from ..subject import PIECE
+from .batched import Row, can_go_together, forward_together
 from .head_errors import head_errors
-from .together import Row, can_go_together, forward_together
 
 FITTED_TO = 2048
-"""Tokens of the bundled text that methods are fitted to which want a calibration."""
+"""Tokens of the bundled text for fitting methods that need a calibration."""
 
 
 class TransformersSubject:
     """Implements `evaluation.subject.Subject`. "turbo" must be enabled while it is used.
 
     Args:
-        begin: a text in front of every other, special tokens by name; None: what the tokenizer itself puts there.
+        begin: a prefix of every text, with special tokens by name; None: the BOS token if the tokenizer adds one.
     """
 
     def __init__(self, language: LanguageModel, begin: str | None = None):
@@ -50,7 +50,7 @@ class TransformersSubject:
     def begin(self) -> list[int]:
         if self._begin is not None:
             return self.encode(self._begin)
-        # Many tokenizers name a BOS and never put one. Qwen2.5, for one, meets no text behind its <|endoftext|>.
+        # Many tokenizers define a BOS token but do not add it, Qwen2.5's <|endoftext|> for example.
         tokenizer = self.language.tokenizer
         ids = tokenizer("", verbose=False)["input_ids"]
         return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
@@ -69,7 +69,7 @@ class TransformersSubject:
         return MethodSession(self.language, self.fitted(method))
 
     def fitted(self, method: CacheMethod) -> CacheMethod:
-        """The method for this model: most are the same for all."""
+        """The method, fitted to this model if it needs to be."""
         if not isinstance(method, FittedMethod):
             return method
         if not self._moments:
@@ -94,7 +94,7 @@ class TransformersSubject:
 
 
 class MethodSession:
-    """One text on its way through a model over a method's cache."""
+    """One text in progress: the model, and a method's cache of its tokens so far."""
 
     def __init__(self, language: LanguageModel, method: CacheMethod, cache: Any = None):
         self._language, self.method = language, method
@@ -118,9 +118,9 @@ class MethodSession:
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], **options: Any) -> Tensor:
-        """Logits [L, V] of one piece, as the model gives them."""
+        """Logits [L, V] of one piece, in the model's dtype."""
         model = self._language.model
-        # Sessions over different caches take turns, so each sets its own attention.
+        # Sessions with different attention implementations alternate, so each call sets its own.
         self._language.use(self.attention)
         tokens = torch.tensor([list(ids)], device=model.device)
         return model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **options).logits[0]
@@ -128,7 +128,7 @@ class MethodSession:
 
 @torch.no_grad()
 def attention_moments(model: Any, ids: Sequence[int]) -> list[Moments]:
-    """Of each layer of the model's cache, over one text."""
-    with watched(model) as seen:
+    """The moments of each layer of the model's cache, over one text."""
+    with recorded_attention(model) as seen:
         model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
     return [moments(seen[layer].q, seen[layer].k, seen[layer].v) for layer in sorted(seen)]

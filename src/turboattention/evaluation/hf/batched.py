@@ -1,8 +1,8 @@
-"""Sequences over caches of different kinds in one forward: linear layers see all rows at once, attention one by one.
+"""Sequences over different kinds of caches in one forward pass: linear layers run on the batch, attention row by row.
 
-A row has a cache of its own, of its own length, with one sequence in it. The model is given the rows as a batch and a
-cache that hands each row's keys and values to that row's cache; attention then runs row by row, with the function that
-the row's cache wants. No row is padded, and none sees another.
+Each row has its own cache with one sequence, of any length. The model gets the rows as a batch, and a cache that
+passes the keys and values of each row to the cache of the row; attention then runs per row, with the attention
+function of that cache. Rows are not padded and do not interact.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...errors import UnsupportedError
-from ...evaluation.subject import attending
-from .generation import LanguageModel
-from .registry import NAME as TURBO
+from ...integrations.transformers.generation import LanguageModel
+from ...integrations.transformers.registry import NAME as TURBO
+from ..subject import attending
 
 NAME = "turbo_together"
 _HANDLE = "_turbo_rows"
@@ -28,7 +28,7 @@ _SDPA = "sdpa"
 
 
 class Row(NamedTuple):
-    """A sequence: the method that keeps it, its cache, and the attention that reads this cache."""
+    """A sequence: the name of its method, its cache, and the attention implementation for this cache."""
 
     name: str
     cache: Any
@@ -36,10 +36,10 @@ class Row(NamedTuple):
 
 
 class TogetherCache(Cache):
-    """What the model takes for its cache."""
+    """The cache that the model gets; distributes keys and values to the caches of the rows."""
 
     def __init__(self, rows: Sequence[Row]):
-        super().__init__(layers=[DynamicLayer()])  # asked for the kind of its masks, which are not made
+        super().__init__(layers=[DynamicLayer()])  # the model asks it for the kind of mask; no mask is made
         self._rows = rows
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ class TogetherCache(Cache):
 
 
 def can_go_together(own_attention: str) -> bool:
-    """Whether a model's own attention can be asked for one row, without the mask that the model makes for it."""
+    """Whether a model's own attention function can run on a single row, with a mask made here."""
     return own_attention == _SDPA
 
 
@@ -86,7 +86,7 @@ def attend_together(
         if positions is not None:
             options["position_ids"] = positions[at : at + 1]
         mask = None
-        if row.attention != TURBO:  # which finds the mask by itself
+        if row.attention != TURBO:  # "turbo" needs no mask
             mask = causal_mask(query.shape[2], keys.shape[2], options.get("sliding_window"), query.device)
         said = attending.set(row.name)
         outputs.append(
@@ -98,8 +98,12 @@ def attend_together(
 
 @functools.lru_cache(maxsize=64)
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """bool [1, 1, queries, keys], True where the query sees the key; the last query stands at the last key. None where
-    all is seen."""
+    """bool [1, 1, queries, keys], True where the key is visible; the last query is at the last key. None if all are
+    visible. With 2 queries and 4 keys:
+
+        1 1 1 0
+        1 1 1 1
+    """
     last = torch.arange(keys - queries, keys, device=device)[:, None]
     at = torch.arange(keys, device=device)
     seen = at <= last
@@ -110,7 +114,7 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
 
 @contextmanager
 def _registered() -> Iterator[None]:
-    """The name is in transformers' registry of attention; not in that of masks, so that no mask is made."""
+    """Register the name for attention but not for masks, so that transformers makes no mask."""
     AttentionInterface.register(NAME, attend_together)
     try:
         yield

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness over any method's cache, through the harness's own Hugging Face model class.
 
-Needs the package lm-eval (extra `eval`). Prompts, few-shot examples, answer filters and scores are all the harness's;
-only where keys and values are kept differs.
+Needs the package lm-eval (extra `eval`). Prompts, few-shot examples, answer filters and scores are those of the
+harness; only the cache differs.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...evaluation.baselines import CacheMethod
-from ...evaluation.intervals import share
-from ...evaluation.subject import PIECE, Progress
-from .generation import LanguageModel
+from ...integrations.transformers.generation import LanguageModel
+from ..baselines import CacheMethod
+from ..intervals import share
+from ..subject import PIECE, Progress
 
 PREFIX = "lm-eval/"
 ASKED = 128
-"""Tokens at the end of a prompt that are read through the cache, so that a question meets what is stored."""
+"""Tokens at the end of a prompt that are read through the cache, so that the question attends to stored values."""
 
 _Z = 1.959963984540054
 
 
 def check(name: str, include: Path | None) -> None:
-    """Raises InputError where lm-eval is not installed, or has no such task."""
+    """Raises InputError if lm-eval is not installed or does not have the task."""
     _entry(name, include)
 
 
@@ -47,7 +47,7 @@ def run(
     include: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """One task or group by the harness's name: its metrics, and the bits per element of the caches.
+    """Run one task or group of the harness: its metrics, and the bits per element of the caches.
 
     Args:
         limit: examples of each task; None: all.
@@ -55,7 +55,7 @@ def run(
         include: a folder with further task files in the harness's format.
 
     Raises:
-        InputError: the task is not known, or its data cannot be loaded.
+        InputError: the task is unknown, or its data cannot be loaded.
     """
     with _quiet():
         spec, files = _with_local_data(_entry(name, include), name, data), None
@@ -65,7 +65,7 @@ def run(
                     files = Path(folder, "task.yaml")  # JSON is YAML
                     files.write_text(json.dumps(spec), encoding="utf-8")
                 tasks = list(_manager_of(name, include).load([str(files or name)])["tasks"].values())
-        except Exception as error:  # the hub, the data set library and the harness raise kinds of their own
+        except Exception as error:  # the hub, the data set library and the harness raise errors of many kinds
             raise InputError(f"tasks: the data of {PREFIX}{name} cannot be loaded: {_first_line(error)}") from error
         model = _model_class()(language, method, progress)
         options = {"task_manager": _manager_of(name, include), "log_samples": False, "bootstrap_iters": 1000}
@@ -84,7 +84,7 @@ def _model_class() -> Callable[[LanguageModel, CacheMethod, Progress], Any]:
     base: Any = _lm_eval("models.huggingface").HFLM
 
     class MethodLM(base):
-        """The harness's class; its two calls to the model use a method's cache."""
+        """The harness's class, with a method's cache in its two calls of the model."""
 
         def __init__(self, language: LanguageModel, method: CacheMethod, progress: Progress):
             language.use(method.attention or language.own_attention)
@@ -115,7 +115,7 @@ def _model_class() -> Callable[[LanguageModel, CacheMethod, Progress], Any]:
 
         @torch.inference_mode()
         def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-            """Logits [B, L, V] of given tokens, read a piece at a time."""
+            """Logits [B, L, V] of the tokens, in pieces of `PIECE`."""
             with self._cache() as kept:
                 return torch.cat([self.model(x, past_key_values=kept).logits for x in inps.split(PIECE, 1)], 1)
 
@@ -130,9 +130,9 @@ def _model_class() -> Callable[[LanguageModel, CacheMethod, Progress], Any]:
 
 
 def _metrics(results: dict[str, dict[str, Any]], asked: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The harness's "exact_match,strict-match" and its standard error as a value with a 95 % interval.
+    """Metrics such as "exact_match,strict-match" and their standard errors as values with 95 % intervals.
 
-    The interval is the normal one; a share of 0 or 1, where that has no width, gets Wilson's.
+    Normal intervals; for a proportion of 0 or 1, where these have no width, Wilson intervals.
     """
     for task, row in results.items():
         for key, value in row.items():
@@ -151,7 +151,7 @@ def _metrics(results: dict[str, dict[str, Any]], asked: dict[str, int]) -> Itera
 
 
 def _with_local_data(entry: Any, name: str, data: Path | None) -> dict[str, Any] | None:
-    """For GSM8K and BBH with files in `data`: the task's own file with other data. Else None."""
+    """For GSM8K and BBH with files in `data`: the task's definition with these files. Else None."""
     path, bbh = entry.yaml_path, name.partition("shot_")[2]
     if data is None or path is None:
         return None
@@ -179,7 +179,7 @@ def _entry(name: str, include: Path | None) -> Any:
 
 
 def _manager_of(name: str, include: Path | None) -> Any:
-    """The list of tasks that has this one: the user's own first."""
+    """The task manager that has this task; the user's own takes precedence."""
     if include is not None and name in _manager(include).task_index:
         return _manager(include)
     return _manager(None)
@@ -187,20 +187,20 @@ def _manager_of(name: str, include: Path | None) -> Any:
 
 @cache
 def _manager(include: Path | None) -> Any:
-    """The tasks of a folder, or the harness's own, which take seconds to read."""
+    """The tasks of a folder, or the harness's own. Loading takes seconds."""
     return _lm_eval("tasks").TaskManager(
         include_path=None if include is None else str(include), include_defaults=include is None
     )
 
 
 def _lm_eval(module: str = "") -> Any:
-    """The harness, or a module of it. Imported when first used: it is optional, and takes seconds."""
+    """The harness, or one of its modules. Imported on first use, because it is optional and takes seconds."""
     return import_module(f"lm_eval.{module}".rstrip("."))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness and the data set library say much on stderr; errors come as exceptions."""
+    """Silence the logs of the harness and the data set library; errors are raised as exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -215,7 +215,7 @@ def _first_line(error: Exception) -> str:
 
 
 class HarnessTask:
-    """A task of the harness as `turboattention.evaluation` runs tasks."""
+    """A task of the harness with the interface of `turboattention.evaluation`."""
 
     def __init__(self, name: str, limit: int | None, data: Path | None, include: Path | None):
         self.name, self._limit, self._data, self._include = name, limit, data, include

@@ -13,9 +13,9 @@ from transformers import AttentionInterface
 
 from tests.cli.conftest import TEXT, save_model
 from turboattention.evaluation.baselines import METHODS
+from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.subject import attending
 from turboattention.integrations.transformers import generation
-from turboattention.integrations.transformers.subject import TransformersSubject
 
 
 @pytest.fixture(scope="module")

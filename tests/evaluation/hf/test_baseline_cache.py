@@ -15,9 +15,9 @@ from turboattention.errors import InputError, UnsupportedError
 from turboattention.evaluation.baselines import METHODS, parse_methods
 from turboattention.evaluation.baselines.kivi import KiviKeys, KiviValues
 from turboattention.evaluation.baselines.stream import Restored
-from turboattention.integrations.transformers.baselines import BaselineCache
+from turboattention.evaluation.hf.baseline_cache import BaselineCache
+from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.integrations.transformers.generation import load
-from turboattention.integrations.transformers.subject import TransformersSubject
 
 NEW = 10
 

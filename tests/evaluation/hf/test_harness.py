@@ -17,7 +17,7 @@ from turboattention.integrations.transformers import generation
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from turboattention.integrations.transformers import harness  # noqa: E402
+from turboattention.evaluation.hf import harness  # noqa: E402
 
 QUESTIONS = [
     {"question": f"The old man said {n}", "answer": "yes", "choices": ["yes", "no"], "gold": 0} for n in range(5)

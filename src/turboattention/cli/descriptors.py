@@ -1,0 +1,32 @@
+"""A closed stdin, stdout or stderr (``<&-``): said where it is wanted, and never mistaken for a file."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..errors import InputError
+
+
+def settle() -> None:
+    """Take the numbers of closed ones, which files opened later would get, and what any library writes would go into.
+    Messages go nowhere where stderr is closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the program runs)
+
+
+def check_results() -> None:
+    """Raises InputError where there is no stdout for results."""
+    if sys.stdout is None:
+        raise InputError("stdout: expected a place for results, got it closed (>/dev/null discards them)")
+
+
+def check_input(option: str) -> None:
+    """Raises InputError where there is no stdin to read what `option` asks for."""
+    if sys.stdin is None:
+        raise InputError(f"{option}: expected text on stdin, got it closed")

@@ -1,0 +1,100 @@
+"""The guard without a `TurboCache`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from turboattention import TurboConfig
+from turboattention.errors import GuardWarning
+from turboattention.integrations.transformers import TurboCache, dense_guard, disable, enable
+from turboattention.integrations.transformers.dense_guard import _looked_at
+from turboattention.reference.exact import exact_attention
+
+
+@pytest.fixture(autouse=True)
+def unseen():
+    """Models are shared between tests."""
+    _looked_at.clear()
+
+
+@pytest.fixture
+def ruined(tiny):
+    """A model whose layer 1 has keys of one large channel: logits beyond a thousand, which INT8 keys do not carry."""
+    model = copy.deepcopy(tiny("llama"))  # other tests share it
+    model.set_attn_implementation("turbo")
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(40)
+        attention.k_proj.weight.mul_(40)
+    return model
+
+
+def said(model, ids, **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always", GuardWarning)
+        model(ids, **options)
+    return [str(x.message) for x in caught if x.category is GuardWarning]
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"use_cache": True}], ids=str)
+def test_warns_once_of_the_layer(options, ruined, tokens):
+    (message,) = said(ruined, tokens(2, 100), **options)
+    assert message.startswith("layer 1: KV heads ")
+    assert "bound 0.05" in message
+    assert "another attn_implementation" in message
+    assert said(ruined, tokens(2, 100), **options) == []
+
+
+@pytest.mark.parametrize("padding", [0, 30, 99])
+def test_with_padding(padding, ruined, tokens):
+    mask = torch.ones(2, 100, dtype=torch.int64)
+    mask[0, :padding] = 0
+    assert len(said(ruined, tokens(2, 100), attention_mask=mask, use_cache=False)) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_a_model_that_is_fine_is_not_talked_of(name, tiny, tokens):
+    model = tiny(name)
+    model.set_attn_implementation("turbo")
+    assert said(model, tokens(2, 150), use_cache=False) == []
+    assert all(any(x is module for x in _looked_at) for module in attentions(model))
+
+
+def attentions(model) -> list[torch.nn.Module]:
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def test_short_prompts_and_decoding_are_not_looked_at(ruined, tokens):
+    assert said(ruined, tokens(1, 63), use_cache=False) == []
+    assert not any(x is module for x in _looked_at for module in attentions(ruined))
+
+
+def test_with_a_turbo_cache_its_own_guard_speaks(ruined, tokens):
+    cache = TurboCache(ruined.config, TurboConfig(guard="off"))
+    assert said(ruined, tokens(1, 100), past_key_values=cache) == []
+
+
+def test_can_be_switched_off(ruined, tokens):
+    enable(TurboConfig(guard="off"))
+    try:
+        assert said(ruined, tokens(1, 100), use_cache=False) == []
+    finally:
+        disable()
+        enable()
+
+
+def test_a_few_rows_are_looked_at(ruined, tokens, monkeypatch):
+    """Not the prompt."""
+    seen = []
+
+    def note(q, k, *rest, **more):
+        seen.append((q.shape[0], q.shape[2], k.shape[2]))
+        return exact_attention(q, k, *rest, **more)
+
+    monkeypatch.setattr(dense_guard, "exact_attention", note)
+    said(ruined, tokens(2, 600), use_cache=False)
+    assert set(seen) == {(1, 32, 512)}
