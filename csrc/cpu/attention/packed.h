@@ -6,14 +6,10 @@
 // V: sum_t p (code step + zero) = step sum_t p code + zero sum_t p.
 #pragma once
 
-// body(bits, octet, o) for every octet of K, of which the first half is coded in Wide bits, the others in Narrow ones.
-template <int Wide, int Narrow, class Body>
-inline void over_key_octets(const PageHead& source, int head_dim, const Body& body) {
-    const std::uint8_t* octet = source.codes(0);
-    const int octets = head_dim / 8, wide = Wide == Narrow ? octets : octets / 2;
-    for (int o = 0; o < wide; ++o, octet += octet_bytes(Wide)) body(Width<Wide>{}, octet, o);
-    if constexpr (Wide != Narrow)
-        for (int o = wide; o < octets; ++o, octet += octet_bytes(Narrow)) body(Width<Narrow>{}, octet, o);
+// How many octets of K are coded in Wide bits; the others are coded in Narrow ones.
+template <int Wide, int Narrow>
+inline int wide_octets(int head_dim) {
+    return Wide == Narrow ? head_dim / 8 : head_dim / 16;
 }
 
 #ifdef TURBO_TABLES
@@ -41,6 +37,26 @@ inline Bytes table_keys(const KeyTable& table, const std::uint8_t* octet, int i)
     return keys;
 }
 
+// acc[r][n] += the products of q[r] with vector n of the keys of octets `first` to `last`, coded from `octet` on.
+template <int Bits, int R>
+TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R][4], const std::int8_t* const* q, const PageHead& source,
+                                    const std::uint8_t* octet, int first, int last) {
+    for (int o = first; o < last; ++o, octet += octet_bytes(Bits)) {
+#pragma GCC unroll 2
+        for (int quad = 0; quad < 2; ++quad) {
+            const int channel = 8 * o + 4 * quad;
+            const KeyTable table = key_table<Bits>(source.steps(0) + channel, source.zeros(0) + channel);
+            Bytes key[4];
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) key[n] = table_keys<Bits>(table, octet, 4 * quad + n);
+            for (int r = 0; r < R; ++r) {
+                const Bytes word = b_broadcast(q[r] + channel);
+                for (int n = 0; n < 4; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);
+            }
+        }
+    }
+}
+
 // out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact. sums[r] = sum_c q[r][c].
 template <int Wide, int Narrow, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
@@ -48,21 +64,11 @@ inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*
     I acc[R][4];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < 4; ++n) acc[r][n] = i_set(-128 * sums[r]);
-    over_key_octets<Wide, Narrow>(source, head_dim, [&](auto bits, const std::uint8_t* octet, int o) {
-        constexpr int kBits = decltype(bits)::value;
-#pragma GCC unroll 2
-        for (int quad = 0; quad < 2; ++quad) {
-            const int channel = 8 * o + 4 * quad;
-            const KeyTable table = key_table<kBits>(source.steps(0) + channel, source.zeros(0) + channel);
-            Bytes key[4];
-#pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) key[n] = table_keys<kBits>(table, octet, 4 * quad + n);
-            for (int r = 0; r < R; ++r) {
-                const Bytes word = b_broadcast(q[r] + channel);
-                for (int n = 0; n < 4; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);
-            }
-        }
-    });
+    const std::uint8_t* codes = source.codes(0);
+    const int wide = wide_octets<Wide, Narrow>(head_dim);
+    add_octets<Wide>(acc, q, source, codes, 0, wide);
+    if constexpr (Wide != Narrow)
+        add_octets<Narrow>(acc, q, source, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < 4; ++n) i_store(out[r] + 16 * n, acc[r][n]);
 }
@@ -95,26 +101,38 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
     }
 }
 
+// low[r] + 128 high[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, which stand
+// from `octet` on.
+template <int Bits, int R>
+TURBO_ALWAYS_INLINE void add_octets(I (&low)[R], I (&high)[R], const ScaledQueries<R>& q, int n,
+                                    const std::uint8_t* octet, int first, int last) {
+    for (int o = first; o < last; ++o, octet += octet_bytes(Bits)) {
+#pragma GCC unroll 2
+        for (int quad = 0; quad < 2; ++quad) {
+            const Bytes code = unpack<Bits>(octet, 4 * quad + n);
+            for (int r = 0; r < R; ++r) {
+                low[r] = dot_small(low[r], code, b_broadcast(q.low[r] + 8 * o + 4 * quad));
+                high[r] = dot_small(high[r], code, b_broadcast(q.high[r] + 8 * o + 4 * quad));
+            }
+        }
+    }
+}
+
 // out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact.
 template <int Wide, int Narrow, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*, const PageHead& source, int head_dim,
                                 std::int32_t (*out)[kBlock]) {
     ScaledQueries<R> scaled;
     scale_queries<R>(scaled, q, source, head_dim);
+    const std::uint8_t* codes = source.codes(0);
+    const int wide = wide_octets<Wide, Narrow>(head_dim);
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) {  // a vector of tokens, with two sums for each row
+    for (int n = 0; n < 4; ++n) {
         I low[R], high[R];
         for (int r = 0; r < R; ++r) low[r] = i_set(scaled.offset[r]), high[r] = i_set(0);
-        over_key_octets<Wide, Narrow>(source, head_dim, [&](auto bits, const std::uint8_t* octet, int o) {
-#pragma GCC unroll 2
-            for (int quad = 0; quad < 2; ++quad) {
-                const Bytes code = unpack<decltype(bits)::value>(octet, 4 * quad + n);
-                for (int r = 0; r < R; ++r) {
-                    low[r] = dot_small(low[r], code, b_broadcast(scaled.low[r] + 8 * o + 4 * quad));
-                    high[r] = dot_small(high[r], code, b_broadcast(scaled.high[r] + 8 * o + 4 * quad));
-                }
-            }
-        });
+        add_octets<Wide>(low, high, scaled, n, codes, 0, wide);
+        if constexpr (Wide != Narrow)
+            add_octets<Narrow>(low, high, scaled, n, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
         for (int r = 0; r < R; ++r) i_store(out[r] + 16 * n, low[r] + i_shl<7>(high[r]));
     }
 }

@@ -1,8 +1,15 @@
 // Reading a page (kv/layout.py): codes of every width, steps and zeros, scales.
 #pragma once
 
+#if defined(__GNUC__)
+#define TURBO_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define TURBO_ALWAYS_INLINE inline
+#endif
+
 // `low`, and of every byte of `plane` the bits that stand `n` places above `mask` (below it, where n is negative).
-inline Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
+// Inlined, since unrolled loops know n.
+TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
     switch (n) {
         case -4: return b_shl_or<4>(plane, mask, low);
         case -3: return b_shl_or<3>(plane, mask, low);
@@ -23,14 +30,14 @@ inline Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
 //
 // Of vector `i` (0 .. 7) the bits of the lower plane, onto `low`.
 template <int Bits>
-inline Bytes lower_bits(const std::uint8_t* octet, int i, Bytes low) {
+TURBO_ALWAYS_INLINE Bytes lower_bits(const std::uint8_t* octet, int i, Bytes low) {
     constexpr int kLower = lower_plane(Bits);
     return with_bits(low, b_load(octet + 64 * (i % kLower)), i / kLower * kLower, (1 << kLower) - 1);
 }
 
 // Vector `i`.
 template <int Bits>
-inline Bytes unpack(const std::uint8_t* octet, int i) {
+TURBO_ALWAYS_INLINE Bytes unpack(const std::uint8_t* octet, int i) {
     constexpr int kLower = lower_plane(Bits);
     if constexpr (Bits == 8) return b_load(octet + 64 * i);
     const Bytes low = lower_bits<Bits>(octet, i, b_zero());
