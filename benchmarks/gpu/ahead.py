@@ -30,6 +30,8 @@ def works() -> dict[str, Work]:
         found[f"decode int{bits} {launch}"] = functools.partial(_decode, bits, launch)
     for form, launch in itertools.product(sweeping.FORMS, sweeping.PREFILL):
         found[f"prefill {form} {launch}"] = functools.partial(_prefill, form, launch)
+    for form in sweeping.FORMS:
+        found[f"prefill {form}, other rescaling"] = functools.partial(_other_prefill, form)
     return found | {name: work for name, work in kernels.calls(quick=True) if "mask" not in name}
 
 
@@ -47,6 +49,13 @@ def _prefill(form: str, launch: Launch) -> None:
 
     with sweeping.launched(prefill=launch):
         kernels._prefill(kernels.CONFIG.replace(softmax=form), 128)()
+
+
+def _other_prefill(form: str) -> None:
+    import sweeping
+
+    with sweeping.other_rescaling():
+        _prefill(form, sweeping.PREFILL[0])
 
 
 def compile_all(target: str, processes: int | None = None) -> list[dict[str, Any]]:

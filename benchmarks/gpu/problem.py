@@ -36,6 +36,26 @@ def filled_cache(
     return cache
 
 
+def repeated(cache: ta.KVCache, batch: int) -> ta.KVCache:
+    """A cache of `batch` sequences like the only one of `cache`, each in pages of its own: as much memory and traffic
+    as of different tokens, without quantizing them all."""
+    wide = cache.clone()
+    wide.reorder(torch.zeros(batch, dtype=torch.int64))
+    store = wide.store
+    assert store is not None
+    split = store.sink_blocks
+    for pool, part in ((store.sinks, slice(0, split)), (store.compressed, slice(split, None))):
+        shared = store.tables[0][part]
+        if pool is None or not shared:
+            continue
+        content = pool.gather(shared)
+        for table in store.tables:
+            table[part] = pool.allocate(len(shared))
+            pool.write(table[part], content)
+            pool.release(shared)
+    return wide
+
+
 def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Attention in float32 of q [B, Hq, Lq, D] whose last row stands at the last key."""
     group, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])

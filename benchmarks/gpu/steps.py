@@ -14,7 +14,7 @@ from typing import Any
 
 from supervising import CRASHED, FOUND_WRONG, TIMED_OUT, Results, Step
 
-GATES = ("stages", "prefill", "decode", "paged", "steps", "repeats")
+GATES = ("stages", "prefill", "decode", "paged", "pages of other sizes", "steps", "repeats")
 WIDTHS = (4, 3, 2)
 _DECODE_GATE, _PREFILL_GATE = ("gate decode",), ("gate prefill",)
 
@@ -26,7 +26,7 @@ def steps(rehearse: bool) -> list[Step]:
     """In order of their worth. Gates run while kernels compile, since nothing is timed in them."""
     limit = 240.0
     table = [Step("facts", 40), Step("compile", limit if rehearse else 90, beside=not rehearse)]
-    table += [Step(f"gate {gate}", limit if rehearse else 90, beside=not rehearse) for gate in GATES]
+    table += [Step(f"gate {gate}", limit if rehearse else 90, beside=not rehearse) for gate in (*GATES, "generate")]
     table += [Step(f"sweep decode {bits}", 60, sound=_DECODE_GATE) for bits in WIDTHS]
     table += [
         Step("sweep prefill", 60, sound=_PREFILL_GATE),
@@ -34,13 +34,15 @@ def steps(rehearse: bool) -> list[Step]:
         Step("peers prefill", 60, sound=_PREFILL_GATE),
         Step("trace", 30, sound=_PREFILL_GATE),
         Step("graph", 60, sound=("gate steps",)),
-        Step("generate", 60),
+        Step("generate", 60, sound=("gate generate",)),
         Step("profile decode 4", 50, sound=_DECODE_GATE),
+        Step("profile decode 3", 50, sound=_DECODE_GATE),
         Step("profile decode 2", 50, sound=_DECODE_GATE),
         Step("profile prefill", 50, sound=_PREFILL_GATE),
-        Step("throughput", 90, sound=_DECODE_GATE),
+        Step("throughput", limit if rehearse else 90, sound=("gate decode", "gate steps")),
         Step("sanitizer", 60),
         Step("flex", 40, sound=_PREFILL_GATE),
+        Step("torch.compile", 60, sound=("gate steps",)),
     ]
     if rehearse:
         table[3:3] = [Step(name, 3) for name in INJECTED]
@@ -167,6 +169,7 @@ def _profile(shapes: Any, which: str, results: Results) -> Rows:
     sections = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy",
                 "InstructionStats", "LaunchStats", "ComputeWorkloadAnalysis")  # fmt: skip
     command = ["ncu", "--kernel-name", work, "--launch-count", "1", "--clock-control", "none"]
+    command += ["--print-details", "all"]  # what warps wait for, each by itself
     for section in sections:
         command += ["--section", section]
     yield from _tool(command, [work, bits or "4"], results.path.parent / f"ncu-{which.replace(' ', '-')}.txt")
@@ -192,15 +195,26 @@ def _tool(command: list[str], arguments: list[str], log: Path) -> Rows:
     yield {"tool": command[0], "arguments": arguments, "status": done.returncode, "log": log.name}
 
 
-def _generate(shapes: Any, which: str, results: Results) -> Rows:
+def _generate(shapes: Any, which: str, results: Results, *parts: str) -> Rows:
+    """Its timing, or the parts named."""
     import importlib.util
 
-    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("generating") is None:
+    if importlib.util.find_spec("transformers") is None:
         yield {"missing": "transformers"}
         return
     import generating
 
-    yield from generating.rows()
+    yield from generating.rows(parts or generating.TIMED)
+
+
+def _generate_gate(shapes: Any, which: str, results: Results) -> Rows:
+    import generating
+
+    yield from _generate(shapes, which, results, *generating.GATE)
+
+
+def _torch_compile(shapes: Any, which: str, results: Results) -> Rows:
+    yield from _generate(shapes, which, results, "torch.compile")
 
 
 def _plain(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -240,7 +254,7 @@ def _hang(shapes: Any, which: str, results: Results) -> Rows:
 
 _OF: dict[str, _Call] = {
     "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph,
-    "trace": _trace,
+    "trace": _trace, "gate generate": _generate_gate, "torch.compile": _torch_compile,
     "profile": _profile, "throughput": _throughput, "generate": _generate, "sanitizer": _sanitizer, "flex": _flex,
     "a crash": _crash, "a hang": _hang,
 }  # fmt: skip

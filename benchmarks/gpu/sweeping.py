@@ -9,12 +9,12 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 import torch
 from plan import Plan
-from problem import exact, filled_cache, normals
+from problem import device, exact, filled_cache, normals
 from timing import WRONG, graphed, on_gpu, once, relative_error, said
 
 import turboattention as ta
@@ -42,6 +42,22 @@ def launched(decode: Launch | None = None, prefill: Launch | None = None) -> Ite
         yield
     finally:
         configs.decode, configs.prefill = own
+
+
+@contextlib.contextmanager
+def other_rescaling() -> Iterator[str]:
+    """Within, prefill skips rescaling where it does not as shipped, or the other way round; gives what it does."""
+    own = configs.architecture_of
+
+    def changed(device: torch.device) -> configs.Architecture:
+        shipped = own(device)
+        return replace(shipped, skips_rescaling=not shipped.skips_rescaling)
+
+    configs.architecture_of = changed  # type: ignore[assignment]
+    try:
+        yield "rescaling as rows rise" if changed(device()).skips_rescaling else "rescaling always"
+    finally:
+        configs.architecture_of = own
 
 
 def decode_candidates() -> tuple[Launch, ...]:
@@ -75,24 +91,35 @@ def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
 
 
 def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
-    """Every launch and every softmax form at one length, causal."""
+    """Every launch and every softmax form at one length, causal; the first launch with the other rescaling, too."""
     with torch.inference_mode():
         for batch, tokens in plan.sweep_prefill:
             q = normals(batch, plan.heads, tokens, plan.head_dim, seed=0)
             k, v = (normals(batch, plan.kv_heads, tokens, plan.head_dim, seed=seed) for seed in (1, 2))
             want = exact(q[:1, :, -64:], k[:1], v[:1], True)
+            tried = functools.partial(_prefill, (q, k, v), want, have)
             for form, launch in itertools.product(FORMS, prefill_candidates()):
-                key = f"prefill {form} {batch}x{tokens} {_text(launch)}"
-                if key in have:
-                    continue
-                config = ta.TurboConfig(softmax=form, guard="off")
-                attend = functools.partial(ta.turbo_attention, q, k, v, is_causal=True, config=config, backend="triton")
-                with launched(prefill=launch):
-                    row = _timed(attend, lambda attend=attend: attend()[:1, :, -64:], want, captured=False)
-                if "seconds" in row:
-                    operations = 2 * batch * plan.heads * plan.head_dim * tokens**2
-                    row["TOPS"] = operations / row["seconds"] / 1e12
-                yield {"key": key, "softmax": form, "batch": batch, "keys": tokens, **_of(launch)} | row
+                yield from tried(form, launch, form)
+            for form in FORMS:
+                with other_rescaling() as rescaling:
+                    yield from tried(form, PREFILL[0], f"{form}, {rescaling}")
+
+
+def _prefill(
+    qkv: tuple[torch.Tensor, ...], want: torch.Tensor, have: set[str], form: str, launch: Launch, softmax: str
+) -> Iterator[Row]:
+    """`softmax`: what the row says of form and rescaling."""
+    batch, heads, tokens, head_dim = qkv[0].shape
+    key = f"prefill {softmax} {batch}x{tokens} {_text(launch)}"
+    if key in have:
+        return
+    config = ta.TurboConfig(softmax=form, guard="off")
+    attend = functools.partial(ta.turbo_attention, *qkv, is_causal=True, config=config, backend="triton")
+    with launched(prefill=launch):
+        row = _timed(attend, lambda: attend()[:1, :, -64:], want, captured=False)
+    if "seconds" in row:
+        row["TOPS"] = 2 * batch * heads * head_dim * tokens**2 / row["seconds"] / 1e12
+    yield {"key": key, "softmax": softmax, "batch": batch, "keys": tokens, **_of(launch)} | row
 
 
 def best(rows: list[Row], **wanted: Any) -> Launch | None:

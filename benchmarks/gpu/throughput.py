@@ -12,7 +12,7 @@ from typing import NamedTuple
 import contenders
 import torch
 from plan import Model, Plan
-from problem import device, dtype, filled_cache, normals
+from problem import device, dtype, filled_cache, normals, repeated
 from timing import Work, attempted, each_call, graphed, on_gpu, once
 from torch import Tensor
 from torch.nn import functional
@@ -118,10 +118,8 @@ def _floats(model: Model, batch: int, context: int) -> _Caches:
 
 def _quantized(model: Model, batch: int, context: int, bits: int) -> _Caches:
     config = ta.TurboConfig(bits=bits, guard="off")
-    held = [
-        filled_cache(batch, model.kv_heads, model.head_dim, context, config, max_tokens=context + _ROOM)
-        for _ in range(model.layers)
-    ]
+    one = filled_cache(1, model.kv_heads, model.head_dim, context, config, max_tokens=context + _ROOM)
+    held = [repeated(one, batch) for _ in range(model.layers)]
     graphs = [DecodeGraph(cache, model.heads, capture=False) for cache in held]
 
     def attend(graph: DecodeGraph, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -186,7 +184,16 @@ def _bytes_a_sequence(model: Model, context: int, bits: int | None) -> float:
     assert sample.store is not None
     assert sample.store.compressed is not None
     fixed = sample.nbytes - sample.store.compressed.nbytes
-    return fixed + -(-(context + _ROOM) // 64) * sample.store.compressed.layout.page_bytes
+    return fixed + -(-(context + _ROOM) // 64) * _placed(sample.store.compressed.layout.page_bytes)
+
+
+_SEGMENT, _UNIT = 2 << 20, 512
+
+
+def _placed(size: int) -> float:
+    """Bytes that PyTorch takes of a GPU for an allocation: of less than a MiB, as many as fit 2 MiB share these."""
+    size = -(-size // _UNIT) * _UNIT
+    return size if size > _SEGMENT // 2 else _SEGMENT / (_SEGMENT // size)
 
 
 def _limit(plan: Plan) -> float:

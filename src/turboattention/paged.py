@@ -22,6 +22,7 @@ from .dispatch import Call, choose
 from .errors import ConfigError, InputError, ShapeError
 from .flashq import rotate
 from .kv.layout import PageLayout
+from .modes import in_own_modes
 from .reference.queries import logit_scale
 
 BLOCK = 64
@@ -118,6 +119,7 @@ class OpenBlocks:
     ring: 64; or 128 where tokens may be taken back (speculative decoding), up to 64 of them.
     """
 
+    @in_own_modes
     def __init__(
         self,
         layers: int,
@@ -143,6 +145,7 @@ class OpenBlocks:
         """One layer's codes and scales, each of K and V."""
         return self._layers[layer]
 
+    @in_own_modes
     def notice(self) -> bool:
         """Whether steps on a GPU met values that were not finite, as far as is known here.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import DtypeError, InputError, ShapeError, UnsupportedError
 from ..kernels.inputs import BLOCK
 from ..kv.cache import KVCache
+from ..modes import in_own_modes
 from ..reference.queries import logit_scale
 from ..validation import check_floats, check_softmax, check_window
 from .triton_device import guard
@@ -42,6 +43,7 @@ class DecodeGraph:
         ShapeError, ConfigError: other arguments out of range.
     """
 
+    @in_own_modes
     def __init__(
         self,
         cache: KVCache,
@@ -78,6 +80,7 @@ class DecodeGraph:
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._graph = self._capture() if capture else None
 
+    @in_own_modes
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, Hq, 1, D], k, v [B, Hkv, 1, D] -> out like q and lse float32 [B, Hq, 1], valid until the next step.
 
@@ -96,16 +99,19 @@ class DecodeGraph:
         assert self._outputs is not None
         return self._outputs
 
+    @in_own_modes
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The device's work of a step, and none of the host's. Raises as `step` does for q, k and v."""
         self._check(q, k, v)
         return self._steps.run(q, k, v, self._call, fills=_FILLS)
 
+    @in_own_modes
     def try_out(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What `attend` gives, on copies of all that a step changes: compiles its kernels ahead of a capture."""
         self._check(q, k, v)
         return self._steps.copied().run(q, k, v, self._call, fills=_FILLS)
 
+    @in_own_modes
     def advance(self) -> None:
         """Count a step on the host, ahead of the device. Raises as `step` does."""
         self.ready()
@@ -128,6 +134,7 @@ class DecodeGraph:
         """int32 [1] on the device, not 0 once a step had values that were not finite."""
         return self._steps.flag
 
+    @in_own_modes
     def ready(self) -> None:
         """Raises as `step` does where there can be no step; changes nothing."""
         self._cache.look()
@@ -136,16 +143,19 @@ class DecodeGraph:
         if self.full:
             raise InputError(f"cache: expected room in its max_tokens={self._cache.max_tokens}, got it full")
 
+    @in_own_modes
     def count(self) -> None:
         """Count a step on the host, behind `ready`. Nothing here is part of the device's work of the step."""
         plan = self._steps.tally.plan([1] * self._cache.batch_size)
         assert plan is not None
         self._steps.count(self._cache, plan, self._steps.tables.take(plan))
 
+    @in_own_modes
     def send(self) -> None:
         """The notice of steps on its way to the host, for whoever calls the cache next."""
         notice_of(self._cache).send()
 
+    @in_own_modes
     def close(self) -> None:
         """Give back pages that were not filled. The graph is then of no use."""
         self._steps.tables.release()

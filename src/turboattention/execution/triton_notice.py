@@ -6,17 +6,20 @@ import torch
 
 from ..errors import NonFiniteError
 from ..kv.growth import Growing
+from ..modes import in_own_modes
 
 
 class Notice:
     """`Growing.notice`: int32 [1] that kernels raise, and the host's copy, which arrives when it arrives."""
 
+    @in_own_modes
     def __init__(self, device: torch.device):
         self.on_device = torch.zeros(1, dtype=torch.int32, device=device)
         self._here = self.on_device
         if device.type != "cpu":
             self._here = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
+    @in_own_modes
     def copied(self) -> Notice:
         """For a copy of the cache, which is to hear of it as well."""
         other = Notice(self.on_device.device)
@@ -24,10 +27,12 @@ class Notice:
         other.send()
         return other
 
+    @in_own_modes
     def send(self) -> None:
         if self._here is not self.on_device:
             self._here.copy_(self.on_device, non_blocking=True)
 
+    @in_own_modes
     def look(self, label: str | None) -> None:
         """Raise NonFiniteError where it was raised, as far as is known here; lowers it."""
         if not int(self._here):

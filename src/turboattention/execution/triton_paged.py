@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import ShapeError, UnsupportedError
+from ..kernels.triton.configs import LARGEST_GRID
 from ..kernels.triton.paged import Ragged, Slots, attend, store
-from ..paged import OpenBlocks, PagedBatch, PagedFormat
+from ..paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat
 from .triton_device import on_own_device
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -53,7 +54,12 @@ def _ragged(batch: PagedBatch, q: Tensor) -> Ragged:
                 f"{name}: expected int32 or int64 side by side on {q.device}, got {x.dtype} on {x.device}, "
                 f"strides {x.stride()}"
             )
-    tokens = q.shape[0]
+    tokens, sequences = q.shape[0], batch.seq_lens.shape[0]
+    if sequences + tokens // BLOCK >= LARGEST_GRID:
+        raise UnsupportedError(
+            f"batch: expected fewer than {LARGEST_GRID} sequences and blocks of new tokens together, got {sequences} "
+            f"sequences of {tokens} tokens"
+        )
     most = tokens if batch.max_query_len is None else min(tokens, batch.max_query_len)
     return Ragged(batch.query_start, batch.seq_lens, batch.slots, batch.block_table, tokens, most)
 

@@ -16,6 +16,7 @@ from ..kernels.triton.quantize import quantize_queries
 from ..kernels.triton.smoothing import first_block_mean
 from ..kv.growth import Growing
 from ..kv.staging import MEAN_SKIPS
+from ..modes import in_own_modes
 from .triton_device import on_own_device, upload
 from .triton_notice import notice_of
 from .triton_tables import PageTables
@@ -36,6 +37,7 @@ class Steps:
     """What steps of a cache share while nothing changes it but they: its state on the device, changed in
     place, its page tables there, and what the host counts beside it."""
 
+    @in_own_modes
     def __init__(self, cache: Growing):
         assert cache.store is not None
         device = cache.store.device
@@ -49,6 +51,7 @@ class Steps:
         self._lengths, self._start = (upload(x, device) for x in (cache.lengths, cache.page_counts * BLOCK))
         self.flag = notice_of(cache).on_device
 
+    @in_own_modes
     def copied(self) -> Steps:
         """The same sequences in memory of their own, to try a step on."""
         other = copy.copy(self)
@@ -57,6 +60,7 @@ class Steps:
         other.tables = self.tables.copied()
         return other
 
+    @in_own_modes
     def count(self, cache: Growing, plan: Plan, pages: list[int]) -> None:
         """The step was taken."""
         alike = len(set(plan.counts)) == 1
@@ -65,6 +69,7 @@ class Steps:
         self.tally.count(plan)
         self.tables.follow()
 
+    @in_own_modes
     @on_own_device
     def run(
         self,
@@ -93,6 +98,7 @@ class Steps:
             self._advance(taken.tokens, fills)
         return result
 
+    @in_own_modes
     @on_own_device
     def store(self, k: Tensor, v: Tensor, *, fills: Fills, counts: Tensor | None = None) -> None:
         """The new tokens alone."""

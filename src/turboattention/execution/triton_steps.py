@@ -14,12 +14,14 @@ from torch import Tensor
 from ..kernels.triton.attention import refusal
 from ..kv.cache import KVCache
 from ..kv.growth import Growing
+from ..modes import in_own_modes
 from ..reference.queries import logit_scale
 from .triton_notice import notice_of
 from .triton_state import Call, Steps
 from .triton_tally import Plan
 
 
+@in_own_modes
 def step(
     q: Tensor,
     cache: KVCache,
@@ -51,6 +53,7 @@ def step(
         return steps.run(q, k, v, call, fills=plan.fills, counts=counts, mask=attn_mask)
 
 
+@in_own_modes
 def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -> bool:
     """`kv.quantizer.Quantizer.append`."""
     tokens = k.shape[2]

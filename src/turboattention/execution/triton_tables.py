@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from ..kernels.inputs import Pages
 from ..kv.growth import Growing
+from ..modes import in_own_modes
 from . import inputs
 from .triton_device import upload
 from .triton_tally import Plan
@@ -33,6 +34,7 @@ def _uploaded(pages: Pages, device: torch.device) -> Pages:
 class PageTables:
     """`on_device`: the tables, changed in place; `host`: the store's own, of the same pages."""
 
+    @in_own_modes
     def __init__(self, cache: Growing):
         assert cache.store is not None
         self._store = cache.store
@@ -40,12 +42,14 @@ class PageTables:
         self.on_device = _uploaded(inputs.tables_of(cache.store), cache.store.device)
         self._reserved: list[list[int]] = [[] for _ in self._store.tables]
 
+    @in_own_modes
     def copied(self) -> PageTables:
         """With counts of its own, to try a step on."""
         other = copy.copy(self)
         other.on_device = replace(self.on_device, counts=self.on_device.counts.clone())
         return other
 
+    @in_own_modes
     def freeze(self, cache: Growing) -> None:
         """Fix the widths of pages, which do not depend on tokens here."""
         assert cache.known_bits is not None
@@ -53,6 +57,7 @@ class PageTables:
         assert self._store.compressed is not None
         self.on_device = replace(self.on_device, compressed=self._store.compressed.layout)
 
+    @in_own_modes
     def reserve(self, blocks: list[int]) -> None:
         """Compressed pages for `blocks[b]` more blocks of each sequence, which the device then finds by itself."""
         missing = [max(0, want - len(have)) for want, have in zip(blocks, self._reserved, strict=True)]
@@ -71,6 +76,7 @@ class PageTables:
             row[count : count + len(reserved)] = torch.tensor(addresses, dtype=torch.int64)
         self.on_device = replace(self.on_device, addresses=upload(table, self._store.device))
 
+    @in_own_modes
     def take(self, plan: Plan) -> list[int]:
         """Pages for the blocks that `plan.filled` fill, their addresses in the device's table."""
         missing = [b for b in plan.filled if not self._reserved[b]]
@@ -113,6 +119,7 @@ class PageTables:
                 self._store.discard(reserved)
             reserved.clear()
 
+    @in_own_modes
     def follow(self) -> None:
         """After a step the store may have evicted pages: what is theirs no more is read by nobody, and not left
         where it could be."""

@@ -174,6 +174,18 @@ def test_splits(parts, bits, monkeypatch):
     both(*tokens_for(filled([500, 70], 32, OFF.replace(bits=bits), heads=1), 2, 2))
 
 
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("masked", [1, 3])
+def test_more_sequences_than_a_grid_has_programs(masked, monkeypatch):
+    cache = filled([70, 0, 140], 16)
+    q, _, new = tokens_for(cache, 4, 1)
+    mask = normals(masked, 1, 1, 141, seed=4)
+    want, _ = kernels_and_reference(q, cache, new, mask=mask)
+    monkeypatch.setattr(configs, "LARGEST_GRID", 2)
+    got, _ = kernels_and_reference(q, cache, new, mask=mask)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_empty_batch_and_no_rows():
     both(normals(0, 4, 1, 16), filled([]))
     out, lse = both(normals(1, 4, 0, 16), filled([70]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
 from .attending import OFF, both, filled
+from .tools import prefill_both
 
 from turboattention.execution import triton as execution  # isort: skip
-from turboattention.kernels.triton import many_rows  # isort: skip
+from turboattention.kernels.triton import configs, many_rows  # isort: skip
 
 
 def prompt(lengths: list[int], heads: int, kv_heads: int, head_dim: int, config=OFF, dtype=torch.float32, **options):
@@ -56,6 +59,18 @@ def test_groups_and_ragged_batches(group):
 @pytest.mark.parametrize("threshold", [-6.0, -2.5])
 def test_softmax(form, threshold):
     prompt([100], 2, 1, 32, OFF.replace(softmax=form, sas_threshold=threshold))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_rescaling_is_skipped_only_where_no_maximum_rises(group, monkeypatch):
+    """Keys whose logits fall, rise, and do both: results are those of rescaling always, to the last bit."""
+    q, k, v = qkv(1, group, 1, 260, 260, 16)
+    k = k * torch.linspace(-1, 3, 260).abs()[:, None]
+    got = prefill_both(q, k, v, is_causal=True)
+    found = configs.architecture_of
+    monkeypatch.setattr(configs, "architecture_of", lambda x: dataclasses.replace(found(x), skips_rescaling=False))
+    want = prefill_both(q, k, v, is_causal=True)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}], ids=str)

@@ -158,7 +158,7 @@ def _flush_kernel(
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    head, side, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, side, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     address = tl.load(fresh + b)
     if address != 0:
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
@@ -193,7 +193,7 @@ def flush_blocks(layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, s
         check_tiles(*side, TOKEN_SCALES)
     batch, heads, width, _ = codes[0].shape
     if batch * heads:
-        _flush_kernel[(heads, 2, batch)](
+        _flush_kernel[(batch, 2, heads)](
             *codes, *scales, indices(fresh, codes[0]), all_places(layout, codes[0].device), width,
             SEARCH=search, **layout_facts(layout),
         )  # fmt: skip

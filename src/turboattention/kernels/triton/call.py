@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -98,6 +99,27 @@ class Call:
     @property
     def group(self) -> int:
         return self.out.shape[1] // self.kv_heads
+
+    def parts(self, largest: int) -> Iterator[Call]:
+        """The same of at most so many sequences at a time. Not of fresh keys."""
+        if self.batch <= largest:
+            yield self
+            return
+        for begin in range(0, self.batch, largest):
+            some = slice(begin, begin + largest)
+
+            def of(x: Any, some: slice = some) -> Any:
+                """A dataclass of tensors [B, ...] and of what all sequences share."""
+                if x is None:
+                    return None
+                tensors = {f.name: getattr(x, f.name) for f in fields(x)}
+                return replace(x, **{name: y[some] for name, y in tensors.items() if isinstance(y, Tensor)})
+
+            mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[some]
+            yield replace(
+                self, quantized=of(self.quantized), standing=of(self.standing), pages=of(self.pages),
+                open=of(self.open), mask=mask, out=self.out[some], lse=self.lse[some],
+            )  # fmt: skip
 
     @property
     def rows(self) -> int:

@@ -42,20 +42,26 @@ class Architecture:
 
     assembly: "ptx" where inline assembly of NVIDIA's may be used, else "".
     slow_int_to_float: whether converting integers has a slow unit of its own, so that adding a magic
-    number is faster. least_rows: fewest columns of a product in decode.
+    number is faster. least_rows: fewest columns of a product in decode. skips_rescaling: whether prefill leaves its
+    running results alone where no row's maximum rose. warps: of decode that a processor holds at once.
     """
 
     name: str
     assembly: str
     slow_int_to_float: bool
     least_rows: int
+    skips_rescaling: bool
+    warps: int
 
 
+# Warps: NVIDIA's processors have 64 Ki registers, of which decode takes 255 a thread; AMD's have four SIMDs of 512
+# registers a lane, of which gfx942's decode takes more than half. On an H100 limits of 168 and 128 registers gained 4 %
+# at INT3 and lost elsewhere: more warps then run, and what they spill costs as much as they hide.
 ARCHITECTURES = {
-    "sm_80": Architecture("sm_80", "ptx", True, 4),
-    "sm_90": Architecture("sm_90", "ptx", False, 4),
-    "gfx942": Architecture("gfx942", "", False, 16),
-    "interpreter": Architecture("interpreter", "", False, 4),
+    "sm_80": Architecture("sm_80", "ptx", True, 4, False, 8),
+    "sm_90": Architecture("sm_90", "ptx", False, 4, False, 8),
+    "gfx942": Architecture("gfx942", "", False, 16, False, 4),
+    "interpreter": Architecture("interpreter", "", False, 4, True, 8),
 }
 
 # By head_dim, up to and including the one named.
@@ -128,13 +134,12 @@ def decode(architecture: Architecture, rows: int, head_dim: int, adjusted: bool)
     return _ADJUSTED_DECODE.get(architecture.name, {}).get(size, {}).get(columns, plain) if adjusted else plain
 
 
+LARGEST_GRID = 65535
+"""Programs along a grid's second and third axes."""
+
 LARGEST_DECODE_ROWS = 16
 """Query rows of a KV head's group up to which decode's kernel is taken."""
 
-
-_WARPS = 8
-"""That a processor holds at once at 255 registers a thread, which decode takes. On an H100 limits of 168 and 128
-registers gained 4 % at INT3 and lost elsewhere: more warps then run, and what they spill costs as much as they hide."""
 
 LARGEST_SPLITS = 256
 
@@ -146,7 +151,7 @@ _SPLIT_BLOCKS = 2
 def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> int:
     """Parts that the blocks of a sequence are cut into, so that `programs` times as many take the least time: rounds
     of as many programs as a device holds at once."""
-    held = max(1, _WARPS // launch.warps) * _processors(device)
+    held = max(1, architecture_of(device).warps // launch.warps) * _processors(device)
     most = max(1, min(-(-held // max(1, programs)) + 1, -(-blocks // 2), LARGEST_SPLITS))
 
     def time(splits: int) -> int:

@@ -8,11 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import largest_of, token_scales
-from .places import OF_KEYS, OF_VALUES, PLACES, metadata_sectors, places_of, prefetch
+from .metadata import key_metadata, scales_of, value_metadata
+from .operands import largest_of
+from .places import OF_KEYS, OF_VALUES, PLACES, places_of
 from .products import key_products, value_products
 from .sight import row_sight
 from .softmax import LEVELS, rescaled, weigh
+
+
+@triton.jit
+def _page(address, blank_ptr):
+    """A pointer to a page, or to what is read in place of an evicted one."""
+    address = tl.where(address == 0, blank_ptr.to(tl.int64), address)
+    return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
 
 
 @triton.jit
@@ -26,27 +34,32 @@ def _over_pages(
     q_low, q_high, is_high, unit, mean, mean_from = queries
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
-    sectors = metadata_sectors(k_place, v_place, D, WIDE)
     # Loaded a block ahead: or loads of pages could not be.
     ahead = tl.load(table_ptr + begin, mask=begin < end, other=0)
+    page = _page(ahead, blank_ptr)
+    of_keys = key_metadata(page, k_place, WIDE, D, K_BITS, BY_TOKEN)
+    of_values = value_metadata(page, v_place, WIDE, D, V_BITS, BY_TOKEN)
     for block in tl.range(begin, end, num_stages=STAGES):
+        page = _page(ahead, blank_ptr)
         evicted = ahead == 0
-        address = tl.where(evicted, blank_ptr.to(tl.int64), ahead)
         ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1))
-        prefetch(tl.where(ahead == 0, blank_ptr.to(tl.int64), ahead), sectors, ASM)
-        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-        s = key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
-        s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]
-        v_scale = token_scales(page, v_place, t, BY_TOKEN)
+        following = _page(ahead, blank_ptr)
+        next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
+        next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
+        s = key_products(page, k_place, of_keys, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
+        s *= scales_of(of_keys[4], of_keys[5])[:, None]
+        v_scale = scales_of(of_values[2], of_values[3])
         largest = largest_of(v_scale)
         p, block_total, block_peak = weigh(
             s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
             sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
         )  # fmt: skip
-        o = value_products(page, v_place, p, WIDE, D, V_BITS, ASM)
+        o = value_products(page, v_place, of_values, p, WIDE, D, V_BITS, ASM)
         peak, keep, each = rescaled(peak, tl.where(evicted, float("-inf"), block_peak))
         total = total * keep + block_total * each
         acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+        of_keys = next_of_keys
+        of_values = next_of_values
     return acc, total, peak
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kv.layout import WIDEST, PageLayout
+from ...modes import in_own_modes
 from ..inputs import BLOCK
 from . import configs
 from .call import Call
@@ -18,6 +19,11 @@ from .places import all_places, pairs_mask
 
 def attend_few_rows(call: Call) -> None:
     """Splits of the sequences over pages as they lie, then `combine`."""
+    for part in call.parts(configs.LARGEST_GRID):
+        _attend(part)
+
+
+def _attend(call: Call) -> None:
     adjusted = call.mask is not None or call.softcap is not None
     launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
     tiles = -(-call.rows // launch.rows)
@@ -73,6 +79,7 @@ def attend_few_rows(call: Call) -> None:
 
 
 @functools.cache  # for ever, as `head_places`
+@in_own_modes
 def _blank(size: int, device: torch.device) -> Tensor:
     """What is read, and not used, where a page was evicted."""
     return torch.zeros(size, dtype=torch.uint8, device=device)

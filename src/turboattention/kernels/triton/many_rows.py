@@ -46,6 +46,7 @@ def attend_many_rows(call: Call) -> None:
             M=launch.rows,
             ROTATE=call.config.rotate,
             SLOW=call.architecture.slow_int_to_float,
+            SKIP=call.architecture.skips_rescaling,
             **call.sight_arguments(),
             **launch.options,
         )
@@ -59,7 +60,7 @@ def _parts(call: Call) -> Iterator[tuple[range, range]]:
     """Sequences and KV heads whose operands fit `OPERAND_BYTES`, one of each at least."""
     fitting = max(1, OPERAND_BYTES // max(1, call.blocks * bytes_a_block(call.wide)))
     heads = min(fitting, call.kv_heads)
-    sequences = max(1, fitting // call.kv_heads)
+    sequences = min(max(1, fitting // call.kv_heads), configs.LARGEST_GRID // 2)  # K and V are two programs
     for b in range(0, call.batch, sequences):
         for h in range(0, call.kv_heads, heads):
             yield range(b, min(b + sequences, call.batch)), range(h, min(h + heads, call.kv_heads))

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .combine import merged
-from .operands import token_scales
-from .places import OF_KEYS, OF_VALUES, PLACES, metadata_sectors, places_of, prefetch
+from .metadata import key_metadata, scales_of, value_metadata
+from .places import OF_KEYS, OF_VALUES, PLACES, places_of
 from .products import key_products, value_products
 from .ragged import open_rows_of, standing
 from .rotation import rotate_back
@@ -29,23 +29,29 @@ def _over_pages(
     q_low, q_high, is_high, unit, mean = queries
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
-    sectors = metadata_sectors(k_place, v_place, D, WIDE)
     # Loaded a block ahead: or loads of pages could not be.
     ahead = tl.load(table + begin, mask=begin < end, other=0).to(tl.int64)
+    page = tl.multiple_of(pages + ahead * page_stride, 16)
+    of_keys = key_metadata(page, k_place, WIDE, D, K_BITS, BY_TOKEN)
+    of_values = value_metadata(page, v_place, WIDE, D, V_BITS, BY_TOKEN)
     for block in tl.range(begin, end):
         page = tl.multiple_of(pages + ahead * page_stride, 16)
         ahead = tl.load(table + tl.minimum(block + 1, end - 1)).to(tl.int64)
-        prefetch(pages + ahead * page_stride, sectors, ASM)
-        s = key_products(page, k_place, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
-        s *= token_scales(page, k_place, t, BY_TOKEN)[:, None]
-        v_scale = token_scales(page, v_place, t, BY_TOKEN)
+        following = tl.multiple_of(pages + ahead * page_stride, 16)
+        next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
+        next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
+        s = key_products(page, k_place, of_keys, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
+        s *= scales_of(of_keys[4], of_keys[5])[:, None]
+        v_scale = scales_of(of_values[2], of_values[3])
         p, block_total, block_peak, largest = weigh_stored(
             s, unit, mean, block * 64 + t, v_scale, sees, sees_end, cap, threshold, FORM, CUT, True, WINDOW, CAP, 0
         )
-        o = value_products(page, v_place, p, WIDE, D, V_BITS, ASM)
+        o = value_products(page, v_place, of_values, p, WIDE, D, V_BITS, ASM)
         peak, keep, each = rescaled(peak, block_peak)
         total = total * keep + block_total * each
         acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+        of_keys = next_of_keys
+        of_values = next_of_values
     return acc, total, peak
 
 

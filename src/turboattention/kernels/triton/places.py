@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
+from ...modes import in_own_modes
 
 # Numbers of a head's row, and where those of its keys and values begin in it.
 PLACES = tl.constexpr(16)
@@ -18,9 +20,16 @@ OF_VALUES = tl.constexpr(7)
 
 
 @functools.cache  # for ever: captured graphs hold addresses alone
+@in_own_modes
 def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [heads, PLACES]: the head; then for K and for V its width and the bytes' offsets of its codes, steps,
-    zeros, tokens' scales and scale; 0 for what it has not."""
+    zeros, tokens' scales and scale; 0 for what it has not.
+
+    Raises UnsupportedError where a stream is being captured: the copy would be made at its replay."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "layout: expected pages of widths that a call before the capture had, got new ones: take a step first"
+        )
     sides = (
         (layout.k_groups, layout.k_coded, layout.k_steps, layout.k_token_scales, layout.k_scales),
         (layout.v_groups, layout.v_coded, layout.v_steps, layout.v_token_scales, layout.v_scales),
@@ -77,32 +86,3 @@ def _side(place, D: tl.constexpr):
     tokens = tl.multiple_of(tl.load(place + 4), 16)
     scale = tl.multiple_of(tl.load(place + 5), 4)
     return codes, step, zero, tokens, scale
-
-
-# -- steps, zeros and scales, asked for ahead ---------------------------------------------------------------------
-
-_SECTOR = tl.constexpr(32)  # bytes that memory is read in
-
-
-@triton.jit
-def metadata_sectors(k_place, v_place, D: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets within a page, int32 [WIDE / 4 or 32], of all that a head has in it beside codes, a sector each."""
-    LANES: tl.constexpr = 64 if WIDE > 128 else 32
-    EACH: tl.constexpr = (D + 31) // 32
-    lane = tl.arange(0, LANES)
-    side = lane // EACH  # steps and zeros of keys, then of values, EACH sectors of them
-    base = tl.where(side == 0, k_place[1], tl.where(side == 1, k_place[2], tl.where(side == 2, v_place[1], v_place[2])))
-    rest = lane - 4 * EACH
-    token = tl.where(rest < 2, k_place[3] + rest * _SECTOR, v_place[3] + (rest - 2) * _SECTOR)
-    other = tl.where(rest < 4, token, tl.where(rest == 4, k_place[4], v_place[4]))
-    return tl.where(rest < 0, base + lane % EACH * _SECTOR, other)
-
-
-@triton.jit
-def prefetch(page, sectors, ASM: tl.constexpr):
-    """Brings these sectors of a page into the L2 cache; waits for nothing, and gives nothing."""
-    if ASM == "ptx":
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [page.to(tl.int64) + sectors], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip

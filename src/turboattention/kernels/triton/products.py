@@ -11,19 +11,18 @@ import triton
 import triton.language as tl
 
 from .softmax import sum_of_levels
-from .unpacking import bytes_of, field, interleave, signed, stack, third, words_at
+from .unpacking import bytes_of, code, field, interleave, signed, stack, words_at
 
 
 @triton.jit
 def key_products(
-    page, place, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+    page, place, held, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """INT8 products of 64 packed keys and queries, int32 [64, R]. q_low, q_high int32 [WIDE / 2, 2 R]: channels
-    c % 8 < 4 and the others, every query twice; is_high: its second column."""
+    c % 8 < 4 and the others, every query twice; is_high: its second column; held: `metadata.key_metadata`."""
     HALF: tl.constexpr = WIDE // 2
     R: tl.constexpr = q_low.shape[1] // 2
-    half = tl.arange(0, HALF)
-    channel = half // 4 * 8 + half % 4
     # Words of four channels: octets of lines [tokens][4 channels], and threads side by side take tokens.
     FIELD_TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
     octet = tl.arange(0, HALF // 4)
@@ -43,17 +42,17 @@ def key_products(
             low = bytes_of(field(w, 0, BITS), ASM)
             high = bytes_of(field(w, 1, BITS), ASM)
         else:
-            low = stack(bytes_of(field(w, 0, BITS), ASM), bytes_of(field(w, 1, BITS), ASM), True)
-            high = stack(bytes_of(field(w, 2, BITS), ASM), bytes_of(field(w, 3, BITS), ASM), True)
-        column = None if D == WIDE else channel < D
-        steps = page + place[1] + channel
-        zeros = page + place[2] + channel
-        step_low = tl.load(steps, mask=column).to(tl.int32)[:, None]
-        step_high = tl.load(steps + 4, mask=column).to(tl.int32)[:, None]
-        zero_low = tl.load(zeros, mask=column).to(tl.int8, bitcast=True).to(tl.int32)[:, None]
-        zero_high = tl.load(zeros + 4, mask=column).to(tl.int8, bitcast=True).to(tl.int32)[:, None]
-        w_low = q_low * step_low
-        w_high = q_high * step_high
+            thirds = w
+            if BITS == 3:
+                # Tokens 16 apart share a byte: its bits are shifted so that those of a field stand side by side.
+                thirds = tl.load(words + 32 + tl.arange(0, 16)[:, None], mask=inside)
+                thirds = stack(thirds, thirds >> 1, True)
+            low = stack(bytes_of(code(w, thirds, 0, BITS), ASM), bytes_of(code(w, thirds, 1, BITS), ASM), True)
+            high = stack(bytes_of(code(w, thirds, 2, BITS), ASM), bytes_of(code(w, thirds, 3, BITS), ASM), True)
+        zero_low = held[1].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
+        zero_high = held[3].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
+        w_low = q_low * held[0].to(tl.int32)[:, None]
+        w_high = q_high * held[2].to(tl.int32)[:, None]
         top_low = (w_low + 64) >> 7
         top_high = (w_high + 64) >> 7
         w_low = tl.where(is_high, top_low, w_low - top_low * 128).to(tl.int8)
@@ -61,22 +60,13 @@ def key_products(
         offset = tl.sum(tl.where(is_high, 0, q_low * zero_low + q_high * zero_high), 0)
         s = tl.dot(low, w_low, out_dtype=tl.int32)
         s = tl.dot(high, w_high, acc=s, out_dtype=tl.int32)
-        if BITS == 3:
-            # Products of their own: to join the planes first costs twice the instructions.
-            w = tl.load(words + 32 + tl.arange(0, 16)[:, None], mask=inside)
-            low = stack(stack(bytes_of(third(w, 0), ASM), bytes_of(third(w, 1), ASM), True),
-                        stack(bytes_of(third(w, 2), ASM), bytes_of(third(w, 3), ASM), True), True)  # fmt: skip
-            high = stack(stack(bytes_of(third(w, 4), ASM), bytes_of(third(w, 5), ASM), True),
-                         stack(bytes_of(third(w, 6), ASM), bytes_of(third(w, 7), ASM), True), True)  # fmt: skip
-            s = tl.dot(low, w_low, acc=s, out_dtype=tl.int32)
-            s = tl.dot(high, w_high, acc=s, out_dtype=tl.int32)
         s = s * tl.where(is_high, 128, 1) + offset[None, :]
     return tl.sum(tl.reshape(s, (64, R, 2)), 2)
 
 
 @triton.jit
-def value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Packed values times weights (`round_levels` [64, R]): float32 [WIDE, R]."""
+def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Packed values times weights (`round_levels` [64, R]): float32 [WIDE, R]. held: `metadata.value_metadata`."""
     d = tl.arange(0, WIDE)
     inside = None if D == WIDE else (d < D)[:, None]
     # Words of four tokens: octets of lines [quads of tokens][8 channels].
@@ -93,18 +83,17 @@ def value_products(page, place, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl
         if BITS == 4:
             v = stack(bytes_of(field(w, 0, BITS), ASM), bytes_of(field(w, 1, BITS), ASM), False)
         else:
-            v = stack(bytes_of(interleave(field(w, 0, BITS), field(w, 1, BITS)), ASM),
-                      bytes_of(interleave(field(w, 2, BITS), field(w, 3, BITS)), ASM), False)  # fmt: skip
+            thirds = w
+            if BITS == 3:
+                # Half the quads a line: shifted by one for the other half.
+                thirds = tl.load(words + 32 + tl.arange(0, 2)[None, :] * 8, mask=inside)
+                thirds = stack(thirds, thirds >> 1, False)
+            v = stack(bytes_of(interleave(code(w, thirds, 0, BITS), code(w, thirds, 1, BITS)), ASM),
+                      bytes_of(interleave(code(w, thirds, 2, BITS), code(w, thirds, 3, BITS)), ASM),
+                      False)  # fmt: skip
         o = tl.dot(v, weights, out_dtype=tl.int32)
-        if BITS == 3:
-            # Half the quads a line: shifted by one for the other half.
-            w = tl.load(words + 32 + quad % 2 * 8, mask=inside) >> (quad // 2)
-            v = stack(bytes_of(interleave(third(w, 0), third(w, 2)), ASM),
-                      bytes_of(interleave(third(w, 4), third(w, 6)), ASM), False)  # fmt: skip
-            o = tl.dot(v, weights, acc=o, out_dtype=tl.int32)
-        column = None if D == WIDE else d < D
-        step = tl.load(page + place[1] + d, mask=column).to(tl.float32)[:, None]
-        zero = tl.load(page + place[2] + d, mask=column).to(tl.int8, bitcast=True).to(tl.float32)[:, None]
+        step = held[0].to(tl.float32)[:, None]
+        zero = held[1].to(tl.int8, bitcast=True).to(tl.float32)[:, None]
         result = tl.fma(o.to(tl.float32), step, zero * sum_of_levels(p, 0)[None, :])
     return result
 

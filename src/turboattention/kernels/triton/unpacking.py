@@ -36,6 +36,15 @@ def third(w, F: tl.constexpr):
 
 
 @triton.jit
+def code(w, thirds, F: tl.constexpr, BITS: tl.constexpr):
+    """The F-th codes of two bits, or of three whose highest ones are every other bit of `thirds`."""
+    x = field(w, F, BITS)
+    if BITS == 3:
+        x |= third(thirds, 2 * F)
+    return x
+
+
+@triton.jit
 def signed(w):
     """INT8 of the bytes that 8-bit pages hold, X8 + 128."""
     return w ^ _SIGNS
