@@ -29,6 +29,7 @@ def _encode_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
+    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
@@ -38,12 +39,12 @@ def _encode_kernel(
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
         place = places + head * PLACES + OF_KEYS
-        encode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+        encode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH)
         if head == 0:
             clear_padding(page, USED, PAGE_BYTES)
     else:
         place = places + head * PLACES + OF_VALUES
-        encode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+        encode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH)
 
 
 @triton.jit
@@ -61,6 +62,7 @@ def _decode_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
+    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
@@ -69,10 +71,10 @@ def _decode_kernel(
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
         place = places + head * PLACES + OF_KEYS
-        decode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
+        decode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN)
     else:
         place = places + head * PLACES + OF_VALUES
-        decode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
+        decode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN)
 
 
 def refusal(layout: PageLayout) -> str | None:
@@ -126,6 +128,7 @@ def layout_facts(layout: PageLayout) -> dict:
         "SIZE": layout.block_size,
         "WIDTH": width,
         "WIDTHS": sum(1 << bits for bits in {*layout.k_bits, *layout.v_bits}),
+        "HALVES": layout.k_halves,
         "BY_TOKEN": layout.token_scales,
         "num_warps": min(max(layout.block_size * width // 1024, 1), 8),
         **EXACT,

@@ -9,6 +9,18 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def wider(bits):
+    """The width of the first half of K's channels where a head has two (`kv.layout.K_HALVES`)."""
+    return bits if bits == 8 else bits + 1
+
+
+@triton.constexpr_function
+def narrower(bits):
+    """The width of the other half."""
+    return bits if bits == 8 else bits - 1
+
+
 @triton.jit
 def to_lines(codes, SIDE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """[SIZE, WIDTH] -> [WIDTH / 8, 8 SIZE], octets in the order of `kv.layout`."""
