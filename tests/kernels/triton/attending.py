@@ -65,8 +65,9 @@ def kernels_and_reference(
     factor = q.shape[3] ** -0.5 if scale is None else scale
     rows = torch.arange(queries) < valid[:, None]
     clean = q.float().masked_fill(~rows[:, None, :, None], 0)
-    mean = (state if staged is None else staged).k_mean
-    codes = quantize_queries(config, clean, cache.num_kv_heads, factor, mean)
+    stands = state if staged is None else staged
+    mean = stands.k_mean
+    codes = quantize_queries(config, clean, cache.num_kv_heads, factor, mean, stands.k_order)
     options = {"window": window, "softcap": softcap, "mask": mask}
     got = attend(
         config,
