@@ -43,6 +43,8 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
         for name, dtype in MASKS.items():
             mask = _mask(dtype, 1, 4097)
             yield f"{purpose}, {name}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, mask=mask)
+    for bits in (4, 3, 2):  # what is measured
+        yield f"decode d128 int{bits}, group {GROUP}", _decode(CONFIG, 128, (bits,) * KV_HEADS, GROUP)
     yield "stage 1 d128", _stage_one(128)
     yield "append d128", _append(128, (2, 4) * (KV_HEADS // 2))
     yield from paged_kernels.calls(quick=True)
@@ -53,7 +55,7 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
         yield f"prefill d{head_dim} {softmax}", _prefill(CONFIG.replace(softmax=softmax), head_dim)
     for head_dim, (name, options) in itertools.product((64, 128, 256), SIGHTS.items()):
         yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, **options)
-    for head_dim, bits in itertools.product((64, 128, 256), (8, 4, 3, 2)):
+    for head_dim, bits in (*itertools.product((64, 256), (8, 4, 3, 2)), (128, 8)):
         yield f"decode d{head_dim} int{bits}, group 4", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, GROUP)
     for head_dim, (group, bits) in itertools.product((128, 256), widths.items()):
         work = _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, softcap=30.0)
