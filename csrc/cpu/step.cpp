@@ -48,7 +48,8 @@ int quantize(const Kernels& kernels, const StepArgs& s, Workspace& w, const std:
     TokenArgs sides[2] = {};
     for (int side = 0; side < 2; ++side) {
         TokenArgs& t = sides[side];
-        t.batch = a.batch, t.heads = a.heads, t.head_dim = a.head_dim, t.rotate = a.rotate;
+        t.batch = a.batch, t.heads = a.heads, t.head_dim = a.head_dim;
+        t.rotate = side ? a.rotate_values : a.rotate_keys, t.order = side ? nullptr : a.order;
         t.x = side ? s.v : s.k;
         t.begin = w.none.data(), t.end = w.ends.data(), t.first = s.before, t.target = target;
         t.mean = side ? nullptr : a.mean, t.mean_from = s.mean_from;

@@ -178,7 +178,8 @@ def turbo_attention_with_kvcache(
         stepped = _step(chosen.name, q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
         if stepped is not None:
             if cache.learns_order:
-                cache.observe(query_energy(q, None, cache.num_kv_heads))
+                at = (cache.lengths - q.shape[2])[:, None] + torch.arange(q.shape[2])
+                cache.observe(_energy(q, cache, at, at >= 0))
             return stepped if return_lse else stepped[0]
     counts = new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
@@ -191,7 +192,7 @@ def turbo_attention_with_kvcache(
     check_pages_kept(cache, positions, valid, window_size)
     staged, bits = None, None
     if k_new is not None and v_new is not None:
-        energy = query_energy(q, valid, cache.num_kv_heads) if cache.learns_order else None
+        energy = _energy(q, cache, positions, valid) if cache.learns_order else None
         staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"), energy)
         bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new))
     out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
@@ -210,6 +211,12 @@ def turbo_attention_with_kvcache(
     if staged is not None:
         cache.commit(staged, bits)
     return (out, lse) if return_lse else out
+
+
+def _energy(q: Tensor, cache: KVCache, positions: Tensor, valid: Tensor) -> Tensor:
+    """`query_energy` of the rows at positions that the order of K's channels is learned from: however a prompt is cut
+    into calls, they are the same."""
+    return query_energy(q, valid & (positions < cache.order_from), cache.num_kv_heads)
 
 
 def _step(

@@ -6,51 +6,63 @@
 // V: sum_t p (code step + zero) = step sum_t p code + zero sum_t p.
 #pragma once
 
+// body(bits, octet, o) for every octet of K, of which the first half is coded in Wide bits, the others in Narrow ones.
+template <int Wide, int Narrow, class Body>
+inline void over_key_octets(const PageHead& source, int head_dim, const Body& body) {
+    const std::uint8_t* octet = source.codes(0);
+    const int octets = head_dim / 8, wide = Wide == Narrow ? octets : octets / 2;
+    for (int o = 0; o < wide; ++o, octet += octet_bytes(Wide)) body(Width<Wide>{}, octet, o);
+    if constexpr (Wide != Narrow)
+        for (int o = wide; o < octets; ++o, octet += octet_bytes(Narrow)) body(Width<Narrow>{}, octet, o);
+}
+
 #ifdef TURBO_TABLES
 
-// Vector `i` of an octet's codes (page.h, `unpack`), each with its channel's place in the table.
+// The keys of four channels as they are looked up: values of their lower bits' codes, and what the highest bit adds.
+struct KeyTable {
+    Bytes values, top;
+};
+
 template <int Bits>
-inline Bytes table_indices(const std::uint8_t* octet, int i) {
-    const Bytes channels = {_mm512_set1_epi32(kTableChannels)};
-    if constexpr (Bits == 4) {
-        const Bytes packed = b_load(octet + 64 * (i & 3));
-        return i < 4 ? b_shr_or<0>(packed, 15, channels) : b_shr_or<4>(packed, 15, channels);
-    } else {
-        const Bytes packed = b_load(octet + 64 * (i & 1));
-        Bytes low;
-        switch (i >> 1) {
-            case 0: low = b_shr_or<0>(packed, 3, channels); break;
-            case 1: low = b_shr_or<2>(packed, 3, channels); break;
-            case 2: low = b_shr_or<4>(packed, 3, channels); break;
-            default: low = b_shr_or<6>(packed, 3, channels);
-        }
-        if constexpr (Bits == 2) return low;
-        return with_third_bit(octet, i, low);
-    }
+inline KeyTable key_table(const std::int8_t* step, const std::int8_t* zero) {
+    const Bytes top = b_shl<Bits - 1>(b_broadcast(step), 256 - (1 << (Bits - 1)));
+    if constexpr (Bits == 1) return {b_offset(b_broadcast(zero)), top};
+    return {b_code_table(step, zero), top};
+}
+
+// X8 + 128 of vector `i` of an octet (page.h, `unpack`).
+template <int Bits>
+inline Bytes table_keys(const KeyTable& table, const std::uint8_t* octet, int i) {
+    constexpr int kLower = lower_plane(Bits);
+    Bytes keys = table.values;
+    if constexpr (Bits > 1) keys = b_from_table(table.values, lower_bits<Bits>(octet, i, b_table_channels()));
+    if constexpr (Bits > kLower || Bits == 1)
+        keys = b_add_where(keys, b_load(octet + 64 * (Bits - 1)), i, table.top);
+    return keys;
 }
 
 // out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact. sums[r] = sum_c q[r][c].
-template <int Bits, int R>
+template <int Wide, int Narrow, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
                                 int head_dim, std::int32_t (*out)[kBlock]) {
     I acc[R][4];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < 4; ++n) acc[r][n] = i_set(-128 * sums[r]);
-    const std::uint8_t* octet = source.codes(0);
-    for (int o = 0; o < head_dim / 8; ++o, octet += octet_bytes(Bits)) {
+    over_key_octets<Wide, Narrow>(source, head_dim, [&](auto bits, const std::uint8_t* octet, int o) {
+        constexpr int kBits = decltype(bits)::value;
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; ++quad) {
             const int channel = 8 * o + 4 * quad;
-            const Bytes table = b_code_table(source.steps(0) + channel, source.zeros(0) + channel);
+            const KeyTable table = key_table<kBits>(source.steps(0) + channel, source.zeros(0) + channel);
             Bytes key[4];
 #pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) key[n] = b_from_table(table, table_indices<Bits>(octet, 4 * quad + n));
+            for (int n = 0; n < 4; ++n) key[n] = table_keys<kBits>(table, octet, 4 * quad + n);
             for (int r = 0; r < R; ++r) {
                 const Bytes word = b_broadcast(q[r] + channel);
                 for (int n = 0; n < 4; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);
             }
         }
-    }
+    });
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < 4; ++n) i_store(out[r] + 16 * n, acc[r][n]);
 }
@@ -72,7 +84,7 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
         const std::int8_t* row = q[r];
         std::int32_t sum = 0;
         for (int c = 0; c < head_dim; ++c) {
-            // |q step| <= 119 * 80 = 9,520: high within +-75, low within -64 .. 63.
+            // |q step| <= 119 * 127 = 15,113: high within +-118, low within -64 .. 63.
             const std::int16_t product = static_cast<std::int16_t>(row[c] * step[c]);
             const std::int16_t high = static_cast<std::int16_t>((product + 64) >> 7);
             out.high[r][c] = static_cast<std::int8_t>(high);
@@ -84,35 +96,26 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
 }
 
 // out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact.
-template <int Bits, int R>
+template <int Wide, int Narrow, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*, const PageHead& source, int head_dim,
                                 std::int32_t (*out)[kBlock]) {
     ScaledQueries<R> scaled;
     scale_queries<R>(scaled, q, source, head_dim);
-    constexpr int kAtOnce = 1;  // token vectors, beside two sums each
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n += kAtOnce) {
-        I low[R][kAtOnce], high[R][kAtOnce];
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < kAtOnce; ++m) low[r][m] = i_set(scaled.offset[r]), high[r][m] = i_set(0);
-        const std::uint8_t* octet = source.codes(0);
-        for (int o = 0; o < head_dim / 8; ++o, octet += octet_bytes(Bits)) {
+    for (int n = 0; n < 4; ++n) {  // a vector of tokens, with two sums for each row
+        I low[R], high[R];
+        for (int r = 0; r < R; ++r) low[r] = i_set(scaled.offset[r]), high[r] = i_set(0);
+        over_key_octets<Wide, Narrow>(source, head_dim, [&](auto bits, const std::uint8_t* octet, int o) {
 #pragma GCC unroll 2
             for (int quad = 0; quad < 2; ++quad) {
-                Bytes code[kAtOnce];
-                for (int m = 0; m < kAtOnce; ++m) code[m] = unpack<Bits>(octet, 4 * quad + n + m);
+                const Bytes code = unpack<decltype(bits)::value>(octet, 4 * quad + n);
                 for (int r = 0; r < R; ++r) {
-                    const Bytes a = b_broadcast(scaled.low[r] + 8 * o + 4 * quad);
-                    const Bytes b = b_broadcast(scaled.high[r] + 8 * o + 4 * quad);
-                    for (int m = 0; m < kAtOnce; ++m) {
-                        low[r][m] = dot_small(low[r][m], code[m], a);
-                        high[r][m] = dot_small(high[r][m], code[m], b);
-                    }
+                    low[r] = dot_small(low[r], code, b_broadcast(scaled.low[r] + 8 * o + 4 * quad));
+                    high[r] = dot_small(high[r], code, b_broadcast(scaled.high[r] + 8 * o + 4 * quad));
                 }
             }
-        }
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < kAtOnce; ++m) i_store(out[r] + 16 * (n + m), low[r][m] + i_shl<7>(high[r][m]));
+        });
+        for (int r = 0; r < R; ++r) i_store(out[r] + 16 * n, low[r] + i_shl<7>(high[r]));
     }
 }
 

@@ -12,12 +12,13 @@ namespace turbo {
 // Tokens begin[b] .. end[b] of every head, to INT8 with a scale each, at row target[b] + t of the result.
 struct TokenArgs {
     std::int64_t batch, heads, head_dim, rotate;
+    const std::int32_t* order;  // [H, D], the channel that each place takes, or null
     FloatRows x;
     const std::int64_t* begin;   // [B]
     const std::int64_t* end;     // [B]
     const std::int64_t* first;   // [B], position of token 0
     const std::int64_t* target;  // [B], row of token 0
-    const float* mean;           // [B, H, D] or null, subtracted from `mean_from` on
+    const float* mean;           // [B, H, D] (in that order) or null, subtracted from `mean_from` on
     std::int64_t mean_from;
     std::int8_t* codes;  // rows of D
     float* scales;
@@ -28,6 +29,7 @@ struct TokenArgs {
 // Query rows [B, H G, Lq], to INT8 [B, H, G, Lq, D] with their units; rows from valid[b] on are zero.
 struct QueryArgs {
     std::int64_t batch, heads, group, rows, head_dim, rotate;
+    const std::int32_t* order;  // as for tokens
     FloatRows x;
     const std::int64_t* valid;  // [B]
     const float* mean;          // [B, H, D] or null

@@ -60,20 +60,18 @@ inline const std::uint8_t* unpack_plane(const std::uint8_t* bytes, int count, in
     return bytes + size;
 }
 
-inline void pack_line(const std::uint8_t* line, int count, int bits, std::uint8_t* bytes) {
-    switch (bits) {
-        case 8: std::memcpy(bytes, line, count); break;
-        case 4: pack_plane<4>(line, count, 0, bytes); break;
-        case 3: pack_plane<1>(line, count, 2, pack_plane<2>(line, count, 0, bytes)); break;
-        default: pack_plane<2>(line, count, 0, bytes); break;
-    }
+inline void pack_line(const std::uint8_t* line, int count, std::int64_t bits, std::uint8_t* bytes) {
+    with_width<8, 5, 4, 3, 2, 1>(bits, [&](auto width) {
+        constexpr int kBits = decltype(width)::value, kLower = lower_plane(kBits);
+        std::uint8_t* rest = pack_plane<kLower>(line, count, 0, bytes);
+        if constexpr (kBits > kLower) pack_plane<1>(line, count, kLower, rest);
+    });
 }
 
-inline void unpack_line(const std::uint8_t* bytes, int count, int bits, std::uint8_t* line) {
-    switch (bits) {
-        case 8: std::memcpy(line, bytes, count); break;
-        case 4: unpack_plane<4>(bytes, count, 0, line); break;
-        case 3: unpack_plane<1>(unpack_plane<2>(bytes, count, 0, line), count, 2, line); break;
-        default: unpack_plane<2>(bytes, count, 0, line); break;
-    }
+inline void unpack_line(const std::uint8_t* bytes, int count, std::int64_t bits, std::uint8_t* line) {
+    with_width<8, 5, 4, 3, 2, 1>(bits, [&](auto width) {
+        constexpr int kBits = decltype(width)::value, kLower = lower_plane(kBits);
+        const std::uint8_t* rest = unpack_plane<kLower>(bytes, count, 0, line);
+        if constexpr (kBits > kLower) unpack_plane<1>(rest, count, kLower, line);
+    });
 }

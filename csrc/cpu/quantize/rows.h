@@ -1,4 +1,4 @@
-// Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
+// Stage 1 of rows: rotate or reorder, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
 #pragma once
 
 constexpr float kCodeMax = 119.0f;
@@ -26,6 +26,13 @@ inline float up_to_grid(float scale) {
     return float_of((bits_of(scale) + (kStep - 1)) & ~(kStep - 1));
 }
 
+// Channel order[c] to place c.
+inline void reorder_row(float* x, int head_dim, const std::int32_t* order) {
+    float old[kMaxHeadDim];
+    std::memcpy(old, x, sizeof(float) * head_dim);
+    for (int c = 0; c < head_dim; ++c) x[c] = old[order[c]];
+}
+
 // round_half_even(x / scale): adding 1.5 * 2^23 leaves the integer, rounded, in the lowest bits.
 inline void quantize_row(const float* x, int count, float scale, std::int8_t* codes) {
     constexpr float kRound = 12582912.0f;
@@ -36,6 +43,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
     static const Signs signs;
     const int head_dim = static_cast<int>(a.head_dim);
     const float* mean = a.mean ? a.mean + (b * a.heads + h) * head_dim : nullptr;
+    const std::int32_t* order = a.order ? a.order + h * head_dim : nullptr;
     const std::int64_t first_row = b * a.batch_rows + h * a.head_rows + a.target[b];
     float x[kMaxHeadDim];
     bool fine = true;
@@ -43,6 +51,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
         load_row(a.x, row_offset(a.x, b, h, t), head_dim, x);
         fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
         if (a.rotate) rotate_row(x, head_dim, signs);
+        if (order) reorder_row(x, head_dim, order);
         if (mean && a.first[b] + t >= a.mean_from) {
             for (int c = 0; c < head_dim; ++c) x[c] -= mean[c];
         }
@@ -67,6 +76,7 @@ inline bool quantize_queries(const QueryArgs& a, std::int64_t b, std::int64_t qu
     static const Signs signs;
     const int head_dim = static_cast<int>(a.head_dim);
     const float* mean = a.mean ? a.mean + (b * a.heads + query_head / a.group) * head_dim : nullptr;
+    const std::int32_t* order = a.order ? a.order + query_head / a.group * head_dim : nullptr;
     const std::int64_t first_row = (b * a.heads * a.group + query_head) * a.rows;
     const float unit = static_cast<float>(a.scale);
     float x[kMaxHeadDim];
@@ -79,6 +89,7 @@ inline bool quantize_queries(const QueryArgs& a, std::int64_t b, std::int64_t qu
         }
         fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
         if (a.rotate) rotate_row(x, head_dim, signs);
+        if (order) reorder_row(x, head_dim, order);
         const std::int64_t row = first_row + t;
         const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
         quantize_row(x, head_dim, scale, a.codes + row * head_dim);

@@ -72,7 +72,7 @@ def attend_cache(
     state = staged if staged is not None else cache.state(q.device)
     pages = pages_of(cache)
     if config.stored_prefill and staged is not None:
-        pages = with_filled(pages, cache, staged, head_bits)
+        pages, state = with_filled(pages, cache, staged, head_bits)
     return _attend(
         config,
         q,
@@ -123,6 +123,7 @@ def _attend(
         window=window,
         softcap=softcap,
         mask=mask,
+        order=state.k_order,
         quantized=quantized,
     )
     if result is None:  # the kernels look at queries as they read them; what is wrong with one is said here

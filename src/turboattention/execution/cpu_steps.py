@@ -78,8 +78,8 @@ class _Steps:
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
         self._open = (cache.lengths - self._start).tolist()
         self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
-        mean = cache.state(torch.device("cpu")).k_mean
-        self._mean = None if mean is None else mean.contiguous()
+        state = cache.state(torch.device("cpu"))
+        self._mean, self._order = None if state.k_mean is None else state.k_mean.contiguous(), state.k_order
         self._rows = 0
         self.fit(cache, 0, [])
 
@@ -95,7 +95,9 @@ class _Steps:
         if rows != self._rows:
             self._rows = rows
             codes, scales = cache.buffer_memory(rows)
-            self.step = Step(cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from)
+            self.step = Step(
+                cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from, self._order
+            )
 
     def filled_by(self, tokens: int) -> list[int] | None:
         """Which sequences fill a block with so many tokens; None where that takes more than a step."""

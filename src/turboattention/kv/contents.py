@@ -205,7 +205,8 @@ class Contents:
     @property
     def k_order(self) -> Tensor | None:
         """int64 [Hkv, D]: the channel at each place of stored keys and their mean; None: as in the model, or rotated."""
-        return None if self._store is None else self._store.k_order
+        order = None if self._store is None else self._store.order
+        return None if order is None else order.places
 
     def _allocate(self, device: torch.device) -> None:
         if self._store is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..modes import in_own_modes
 from ..validation import check_new, refuse_gradients
-from .channel_order import channel_order, reorder
+from .channel_order import ChannelOrder, channel_order, reorder
 from .contents import Contents
 from .quantizer import quantizer_for
 from .staging import Stage, stage
@@ -85,8 +85,8 @@ class Growing(Contents):
         kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
         stored, mean = staged.stored, staged.k_mean
         if order is not None:
-            stored = replace(stored, k8=reorder(stored.k8, order, 1))
-            mean = None if mean is None else reorder(mean, order, 1)
+            stored = replace(stored, k8=reorder(stored.k8, order.places, 1))
+            mean = None if mean is None else reorder(mean, order.places, 1)
         self._buffer.take(stored, kept, staged.lengths - staged.start - kept)
         self._lengths = staged.lengths.clone()
         self._k_mean, self._universal = _single(mean), _single(staged.universal)
@@ -124,18 +124,24 @@ class Growing(Contents):
         """Whether the order of K's channels is still to be fixed."""
         return self.config.reorders_k and self.k_order is None
 
-    def planned_order(self, staged: Stage, flush: Flush) -> Tensor | None:
-        """int64 [Hkv, D]: the order of K's channels that committing would fix; None where it fixes none."""
+    @property
+    def order_from(self) -> int:
+        """Tokens of a sequence whose queries count for the order of K's channels: to the first compressed block's
+        end."""
+        return (self.sink_blocks + 1) * self.config.block_size
+
+    def planned_order(self, staged: Stage, flush: Flush) -> ChannelOrder | None:
+        """The order of K's channels that committing would fix; None where it fixes none."""
         if not self.learns_order or not self.freezes_widths(flush):
             return None
         first = flush.where(flush.block == self.sink_blocks)
         return channel_order(first.tiles.floats()[0], staged.query_energy)
 
-    def freeze_widths(self, head_bits: Tensor, k_order: Tensor | None = None) -> None:
+    def freeze_widths(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
         """Fix the widths int64 [2, Hkv] of every page behind the sinks and the order of K's channels, and reserve
         memory for `max_tokens`."""
         assert self._store is not None
-        self._store.freeze(head_bits, k_order)
+        self._store.freeze(head_bits, order)
         self._reserve()
 
     def planned_bits(self, staged: Stage, flush: Flush) -> Tensor:
@@ -148,7 +154,7 @@ class Growing(Contents):
             k = k + staged.k_mean.to(k.dtype)[first.batch.to(k.device)][:, :, None]
         return decide_head_bits(self.config, self.restore_keys(k), self.restore(v))
 
-    def encode(self, flush: Flush, head_bits: Tensor | None, order: Tensor | None = None) -> list[Encoded]:
+    def encode(self, flush: Flush, head_bits: Tensor | None, order: ChannelOrder | None = None) -> list[Encoded]:
         """The pages of full blocks; `head_bits` and `order` where they are not fixed yet."""
         assert self._store is not None
         bits = self._store.head_bits if self._store.head_bits is not None else head_bits

@@ -1,7 +1,8 @@
 """The packed format: where every byte of a page stands. Shared by every backend.
 
 A page is one block (`block_size` tokens) of one sequence: the keys and values of all its KV heads.
-Sections, in this order; within a section heads are in the order of falling width, then of their index:
+Sections, in this order; within a section heads are in the order of falling width, those of two
+widths first, then of their index:
 
     K codes       per head `D / 8` octets of `block_size * bits` bytes
     V codes       likewise
@@ -18,9 +19,9 @@ products read as it stands, packed by `flashq.packing`:
 
 so four neighbouring codes are summed over by one 32-bit lane (VNNI, DP4A, MMA fragments).
 
-With `k_halves`, a head's K has two widths (`K_HALVES`): the octets of the first D / 2 channels are coded with the
-wider one, those of the others with the narrower one; the mean is the head's width. Caches bring a head's channels
-into an order in which the first ones matter most (`kv.channel_order`).
+K of a head in `k_halves` has two widths (`K_HALVES`): the octets of the first D / 2 channels are coded with the wider
+one, those of the others with the narrower one; the mean is the head's width. Caches bring a head's channels into an
+order in which the first ones matter most (`kv.channel_order`).
 
 Codes of 8 bits are `X8 + 128`, and have no step or zero. A token's scale is the byte `e`:
 `scale_t = bits_to_float(float_to_bits(S) - (e << 19))`, where the head's scale `S` is a power of
@@ -29,6 +30,7 @@ two; without token scales every token has the scale `S`, any float.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +47,7 @@ WIDEST = 8
 """Codes of this width are INT8 itself: no step, no zero."""
 
 K_HALVES = {4: (5, 3), 3: (4, 2), 2: (3, 1)}
-"""Width of a head's K -> widths of its two halves of channels, under `PageLayout.k_halves`."""
+"""Width of a head's K -> widths of its two halves of channels, where `PageLayout.k_halves` has the head."""
 
 _ALIGNMENT = 16
 
@@ -64,23 +66,28 @@ class Group:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head; `k_halves`: K's widths below 8 are means
-    of two, which takes a head_dim in 16s."""
+    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head; `k_halves`: per KV head whether K's width
+    is the mean of two, which takes a head_dim in 16s (no entries: of none)."""
 
     head_dim: int
     block_size: int
     k_bits: tuple[int, ...]
     v_bits: tuple[int, ...]
     token_scales: bool
-    k_halves: bool = False
+    k_halves: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if self.head_dim % 8 or self.block_size % 16:
             raise ConfigError(
                 f"layout: expected head_dim in 8s and block_size in 16s, got {self.head_dim} and {self.block_size}"
             )
+        # A width of 8 is never a mean, so that equal layouts have equal fields.
+        halves = tuple(half and bits < WIDEST for half, bits in zip(self.k_halves, self.k_bits, strict=False))
+        object.__setattr__(self, "k_halves", halves if any(halves) else ())
         if self.k_halves and self.head_dim % 16:
             raise ConfigError(f"layout: expected head_dim in 16s for two widths of K, got {self.head_dim}")
+        if self.k_halves and len(self.k_halves) != len(self.k_bits):
+            raise ConfigError(f"k_halves: expected {len(self.k_bits)} entries, got {len(self.k_halves)}")
         if len(self.k_bits) != len(self.v_bits):
             raise ConfigError(f"v_bits: expected {len(self.k_bits)} widths, as K has, got {len(self.v_bits)}")
 
@@ -108,16 +115,16 @@ class PageLayout:
 
     @cached_property
     def v_groups(self) -> tuple[Group, ...]:
-        return self._groups(self.v_bits, self._code_bytes(self.k_bits), False)
+        return self._groups(self.v_bits, self._code_bytes(self.k_bits), ())
 
     @cached_property
     def k_coded(self) -> tuple[int, ...]:
         """Heads of K that have steps and zeros, in stored order."""
-        return tuple(h for h in _stored_order(self.k_bits) if self.k_bits[h] < WIDEST)
+        return tuple(h for h in _stored_order(self.k_bits, self.k_halves) if self.k_bits[h] < WIDEST)
 
     @cached_property
     def v_coded(self) -> tuple[int, ...]:
-        return tuple(h for h in _stored_order(self.v_bits) if self.v_bits[h] < WIDEST)
+        return tuple(h for h in _stored_order(self.v_bits, ()) if self.v_bits[h] < WIDEST)
 
     @cached_property
     def k_steps(self) -> int:
@@ -159,20 +166,26 @@ class PageLayout:
     def _code_bytes(self, widths: Sequence[int]) -> int:
         return sum(self._head_bytes(bits) for bits in widths)
 
-    def _groups(self, widths: Sequence[int], offset: int, halves: bool) -> tuple[Group, ...]:
+    def _groups(self, widths: Sequence[int], offset: int, halves: Sequence[bool]) -> tuple[Group, ...]:
         groups = []
-        for bits in sorted(set(widths), reverse=True):
-            heads = tuple(h for h, width in enumerate(widths) if width == bits)
-            groups.append(Group(bits, heads, offset, self._head_bytes(bits), self._parts(bits, halves)))
+        for (bits, halved), members in itertools.groupby(
+            _stored_order(widths, halves), lambda head: (widths[head], _is_halved(halves, head))
+        ):
+            heads = tuple(members)
+            groups.append(Group(bits, heads, offset, self._head_bytes(bits), self._parts(bits, halved)))
             offset += len(heads) * self._head_bytes(bits)
         return tuple(groups)
 
-    def _parts(self, bits: int, halves: bool) -> tuple[tuple[int, int], ...]:
-        if not halves or bits == WIDEST:
+    def _parts(self, bits: int, halved: bool) -> tuple[tuple[int, int], ...]:
+        if not halved:
             return ((bits, self.head_dim),)
         wide, narrow = K_HALVES[bits]
         return ((wide, self.head_dim // 2), (narrow, self.head_dim // 2))
 
 
-def _stored_order(widths: Sequence[int]) -> list[int]:
-    return sorted(range(len(widths)), key=lambda head: (-widths[head], head))
+def _is_halved(halves: Sequence[bool], head: int) -> bool:
+    return bool(halves) and halves[head]
+
+
+def _stored_order(widths: Sequence[int], halves: Sequence[bool]) -> list[int]:
+    return sorted(range(len(widths)), key=lambda head: (-widths[head], not _is_halved(halves, head), head))

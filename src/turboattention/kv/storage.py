@@ -23,6 +23,7 @@ from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .buffer import Int8Buffer
 from .cache import KVCache
+from .channel_order import ChannelOrder
 from .layout import FORMAT_NAME, FORMAT_VERSION
 from .pool import PagePool
 from .store import EVICTED, PageStore
@@ -107,7 +108,8 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
         tensors |= {f"buffer.{name}": getattr(buffer, name) for name in Int8Buffer.TENSORS}
         optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
         optional["query_energy"] = cache._query_energy
-        optional["k_order"] = None if store.k_order is None else store.k_order.to(torch.int16)
+        if store.order is not None:
+            optional |= {"k_order": store.order.places.to(torch.int16), "k_halved": store.order.halved}
         columns = max((len(table) for table in store.tables), default=0)
         table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, store.tables, strict=True):
@@ -227,15 +229,17 @@ def _owners(part: Tensor, count: int) -> Tensor:
     return owners
 
 
-def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> Tensor:
-    """The order of K's channels: a permutation for each head."""
-    if "k_order" not in own:
-        raise FormatError("k_order: expected a tensor of that name, got none")
-    _check("k_order", own["k_order"], torch.empty(heads, head_dim, dtype=torch.int16))
+def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder:
+    """The order of K's channels: a permutation for each head, and which heads have two widths."""
+    like = {"k_order": torch.empty(heads, head_dim, dtype=torch.int16), "k_halved": torch.empty(heads, dtype=torch.bool)}
+    for name, tensor in like.items():
+        if name not in own:
+            raise FormatError(f"{name}: expected a tensor of that name, got none")
+        _check(name, own[name], tensor)
     order = own["k_order"].long()
     if not torch.equal(order.sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
         raise FormatError(f"k_order: expected a permutation of {head_dim} channels for each head, got another tensor")
-    return order
+    return ChannelOrder(order, own["k_halved"].clone())
 
 
 def _restore_pool(pool: PagePool, name: str, content: Tensor, runs: list[int]) -> list[int]:

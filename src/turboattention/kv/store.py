@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from .channel_order import reorder, restore_order
+from .channel_order import ChannelOrder, reorder, restore_order
 from .layout import WIDEST, PageLayout
 from .pages import Tiles, decode_pages
 from .pool import PagePool
@@ -45,7 +45,7 @@ class Flush:
 @dataclass(frozen=True)
 class Encoded:
     """Blocks as bytes: `pages` uint8 [N, page_bytes] in `layout`, for the N rows of `flush`, whose keys were put in
-    `order` (int64 [H, D]) first, unless it is None."""
+    `order` (int64 [Hkv, D]) first, unless it is None."""
 
     layout: PageLayout
     flush: Flush
@@ -72,23 +72,23 @@ class PageStore:
         self.sinks = PagePool(sink_layout, device)
         self.compressed: PagePool | None = None
         self.head_bits: Tensor | None = None
-        self.k_order: Tensor | None = None
+        self.order: ChannelOrder | None = None
         self._addresses: Tensor | None = None
         self._fresh = {True: 0, False: 0}
         """Pages (sinks, others) handed out by `fresh_pages` that no table has yet."""
 
-    def freeze(self, head_bits: Tensor, k_order: Tensor | None = None) -> None:
-        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and the order int64 [Hkv, D] of K's channels
-        in all pages; those of sinks that are here are rewritten in it."""
-        if k_order is not None:
-            self._reorder_sinks(k_order)
-            self.k_order = k_order
+    def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
+        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and the order of K's channels in all pages; those
+        of sinks that are here are rewritten in it."""
+        if order is not None:
+            self._reorder_sinks(order.places)
+            self.order = order
         self.head_bits = head_bits.clone()
-        self.compressed = PagePool(self.layout_for(head_bits), self.device)
+        self.compressed = PagePool(self.layout_for(head_bits, order), self.device)
 
-    def layout_for(self, head_bits: Tensor) -> PageLayout:
+    def layout_for(self, head_bits: Tensor, order: ChannelOrder | None) -> PageLayout:
         sink, (k_bits, v_bits) = self.sinks.layout, head_bits.tolist()
-        halves = self.config.reorders_k and sink.head_dim % 16 == 0
+        halves = () if order is None or sink.head_dim % 16 else tuple(order.halved.tolist())
         return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales, halves)
 
     def _reorder_sinks(self, order: Tensor) -> None:
@@ -134,7 +134,7 @@ class PageStore:
                 parts = (table[:split] if sinks else table[split:] for table in self.tables)
                 held = pool.extent(page for part in parts for page in part)
                 total += held + self._fresh[sinks] * pool.layout.page_bytes + pool.idle_nbytes
-        return total + sum(x.nbytes for x in (self.head_bits, self.k_order) if x is not None)
+        return total + sum(x.nbytes for x in (self.head_bits, *(self.order or ())) if x is not None)
 
     @property
     def counts(self) -> Tensor:
@@ -143,22 +143,23 @@ class PageStore:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def encode(self, flush: Flush, head_bits: Tensor | None, order: Tensor | None = None) -> list[Encoded]:
-        """The bytes of full blocks, of sinks and of others; `head_bits` where there are others. `order` int64 [H, D]:
-        what K's channels are to be put in first."""
+    def encode(self, flush: Flush, head_bits: Tensor | None, order: ChannelOrder | None = None) -> list[Encoded]:
+        """The bytes of full blocks, of sinks and of others; `head_bits` where there are others. `order`: what K's
+        channels are to be put in first."""
         if order is not None:
-            flush = replace(flush, tiles=replace(flush.tiles, k8=reorder(flush.tiles.k8, order, 1)))
+            flush = replace(flush, tiles=replace(flush.tiles, k8=reorder(flush.tiles.k8, order.places, 1)))
+        places = None if order is None else order.places
         parts, sink = [], flush.block < self.sink_blocks
         for is_sink, chosen in ((True, flush.where(sink)), (False, flush.where(~sink))):
             if len(chosen.batch):
                 layout = self.sinks.layout
                 if not is_sink:
                     assert head_bits is not None
-                    layout = self.layout_for(head_bits)
+                    layout = self.layout_for(head_bits, order or self.order)
                 tiles, quantizer = chosen.tiles, quantizer_for(self.device)
                 sides = tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
                 pages = quantizer.encode_pages(layout, *sides, self.config.search)
-                parts.append(Encoded(layout, chosen, pages, order))
+                parts.append(Encoded(layout, chosen, pages, places))
         return parts
 
     def append(self, parts: list[Encoded], before: Sequence[int] = (), skipped: Sequence[int] = ()) -> None:
