@@ -54,15 +54,15 @@ def test_one_width(bits, head_dim):
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@pytest.mark.parametrize("search", [True, False])
-def test_keys_of_two_widths(bits, head_dim, search):
-    layout = PageLayout(head_dim, 64, (bits,), (4,), True, k_halves=True)
-    assert_same(layout, sides(layout, seed=bits), search)
+def test_keys_of_two_widths(bits, head_dim):
+    layout = PageLayout(head_dim, 64, (bits,), (4,), True, (True,))
+    assert_same(layout, sides(layout, seed=bits), head_dim != 128)
 
 
 @pytest.mark.parametrize("head_dim, size, token_scales", [(16, 16, True), (48, 64, False), (80, 32, True)])
-def test_heads_of_two_widths_and_of_one(head_dim, size, token_scales):
-    layout = PageLayout(head_dim, size, *MIXED, token_scales, k_halves=True)
+@pytest.mark.parametrize("halves", [(True, False, True, True), (False, True, False, False)], ids=str)
+def test_heads_of_two_widths_and_of_one(head_dim, size, token_scales, halves):
+    layout = PageLayout(head_dim, size, *MIXED, token_scales, halves)
     assert_same(layout, sides(layout, blocks=2, spread=9.0), True)
 
 
@@ -83,7 +83,7 @@ def test_rows_of_zeros():
 @pytest.mark.parametrize("search", [False, True])
 def test_all_of_int8_and_constant_channels(bits, halves, search):
     """Decoded codes may reach beyond 119, and a crop compresses them once more. Steps are 127 at most."""
-    layout = PageLayout(16, 256, (bits,), (bits,), True, halves)
+    layout = PageLayout(16, 256, (bits,), (bits,), True, (halves,))
     codes = torch.arange(-128, 128).to(torch.int8)[:, None].expand(256, 16).clone()
     codes[:, 1], codes[:, 2], codes[:, 3] = 127, -128, 0
     codes[:, 4] = torch.where(torch.arange(256) == 7, 127, -128).to(torch.int8)
@@ -97,7 +97,7 @@ def test_all_of_int8_and_constant_channels(bits, halves, search):
 @pytest.mark.parametrize("halves", [False, True])
 def test_every_quotient(bits, halves):
     """Every distance over every step that min-max gives: ties go to the even code."""
-    layout = PageLayout(256, 256, (bits,), (bits,), True, halves)
+    layout = PageLayout(256, 256, (bits,), (bits,), True, (halves,))
     base = torch.arange(256)[:, None] - 128
     for channels in (torch.arange(256), torch.arange(255, -1, -1)):
         width = channels[None, :]  # the channel's range

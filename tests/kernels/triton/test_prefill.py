@@ -100,10 +100,10 @@ def test_chunks_over_a_cache(bits, head_dim):
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_keys_in_their_order(bits, head_dim):
-    """Of two widths, and behind a sink block."""
-    cache = filled([140], head_dim, OFF.replace(bits=bits), heads=1)
-    assert cache.store.compressed.layout.k_halves
-    both(*tokens_for(cache, 2, 10))
+    """A head of two widths, and one of one, behind a sink block."""
+    cache = filled([140], head_dim, OFF.replace(bits=bits))
+    assert cache.store.compressed.layout.k_halves == (True, False)
+    both(*tokens_for(cache, 4, 10))
 
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(4, 24), (3, 64), (2, 96)])

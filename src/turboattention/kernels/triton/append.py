@@ -129,11 +129,10 @@ def _flush_side(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    encode_head(codes, scales, page, place, SIDE, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH)
+    encode_head(codes, scales, page, place, SIDE, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
     token = tl.arange(0, SIZE)
     channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]  # as in `encode_head`: one layout serves both
     for at in range(0, width, SIZE):
@@ -162,7 +161,6 @@ def _flush_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
@@ -175,7 +173,7 @@ def _flush_kernel(
             place = places + head * PLACES + OF_KEYS
             _flush_side(
                 k_codes + row * D, k_scales + row, page, place, width,
-                0, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH,
+                0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
             )  # fmt: skip
             if head == 0:
                 clear_padding(page, USED, PAGE_BYTES)
@@ -183,7 +181,7 @@ def _flush_kernel(
             place = places + head * PLACES + OF_VALUES
             _flush_side(
                 v_codes + row * D, v_scales + row, page, place, width,
-                1, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH,
+                1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
             )  # fmt: skip
 
 

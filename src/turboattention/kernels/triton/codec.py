@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .planes import from_lines, narrower, pack, to_lines, unpack, wider
+from .planes import from_lines, has_two_widths, narrower, own_widths, pack, to_lines, unpack, wider
 from .rounding import bits_of, float_of, nearest, nearest_int8
 from .search import step_and_zero
 
@@ -139,20 +139,21 @@ def encode_head(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """A tile of INT8 rows at `codes` [SIZE, D] and `scales` [SIZE] -> its bytes in `page`.
 
-    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b.
-    HALVES: `PageLayout.k_halves`."""
+    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b, as
+    `places` has them."""
     HALF: tl.constexpr = D // 2
+    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
     # Four neighbouring channels a thread, no more: the search keeps several numbers of each of them.
     column = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
     channel, inside = column, column < D
-    if HALVES and SIDE == 0 and D < WIDTH:
+    if HALVES and D < WIDTH:
         # The second half of the channels begins in the middle of the tile.
         channel = tl.where(column < WIDTH // 2, column, column - WIDTH // 2 + D // 2)
         inside = column % (WIDTH // 2) < D // 2
@@ -161,10 +162,10 @@ def encode_head(
     tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
             if bits == BITS:
                 at, steps, zeros = _sections(page, place, BITS)
-                if HALVES and SIDE == 0:
+                if HALVES:
                     first, second = tl.split(tl.permute(tl.reshape(tile, (SIZE, 2, WIDTH // 2)), (0, 2, 1)))
                     _encode_run(first, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), SEARCH)
                     at += HALF * SIZE * wider(BITS) // 8
@@ -186,11 +187,12 @@ def decode_head(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
     """Inverse of `encode_head` up to the error of stage 2."""
     HALF: tl.constexpr = D // 2
+    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
     scale = tl.load((page + tl.load(place + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
     if BY_TOKEN:
@@ -198,10 +200,10 @@ def decode_head(
     tl.store(scales + token, float_of(scale))
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
             if bits == BITS:
                 at, steps, zeros = _sections(page, place, BITS)
-                if HALVES and SIDE == 0:
+                if HALVES:
                     _decode_run(codes, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), D)
                     at += HALF * SIZE * wider(BITS) // 8
                     steps += HALF

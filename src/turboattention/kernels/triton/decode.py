@@ -26,9 +26,9 @@ def _page(address, blank_ptr):
 @triton.jit
 def _over_pages(
     acc, total, peak, table_ptr, begin, end, blank_ptr, place, queries, sight, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, HALVES: tl.constexpr, V_BITS: tl.constexpr,
-    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
-    ASM: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` of one layout in."""
     q_first, q_second, is_high, unit, mean, mean_from = queries
@@ -46,7 +46,7 @@ def _over_pages(
         following = _page(ahead, blank_ptr)
         next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
         next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, HALVES, ASM)
+        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
         s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         largest = largest_of(v_scale)
@@ -104,8 +104,7 @@ def decode(
     acc_ptr, peak_ptr, total_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     kv_heads, group, queries, tiles, window, mean_from, cap, threshold,
-    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr,
-    SINKS: tl.constexpr, OPEN: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, OPEN: tl.constexpr,
     BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -113,8 +112,7 @@ def decode(
 
     Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, WIDE] (left as it was where a split sees
     nothing), peak (a logit, -inf where nothing is seen) and total (in units of 1/127) [B, Hkv, tiles, splits, R].
-    PAIRS: widths of heads, as `places.pairs_mask` has them; 0: no compressed pages. HALVES: their
-    `PageLayout.k_halves`.
+    PAIRS: widths of heads, as `places.pairs_mask` has them; 0: no compressed pages.
     """
     splits = tl.num_programs(0)
     split = tl.program_id(0)
@@ -173,13 +171,13 @@ def decode(
                         last = tl.where(own, count, 0)
                     acc, total, peak = _over_pages(
                         acc, total, peak, table_ptr, tl.maximum(low, sink_blocks), last, blank_ptr, place,
-                        rows_seen, sight, cap, threshold, WIDE, D, K_BITS, HALVES, V_BITS, BY_TOKEN, FORM, CUT,
-                        CAP, MASK, ASM, None,
+                        rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, CAP, MASK,
+                        ASM, None,
                     )  # fmt: skip
         if SINKS:
             acc, total, peak = _over_pages(
                 acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
-                rows_seen, sight, cap, threshold, WIDE, D, 8, False, 8, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, 1,
+                rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, 1,
             )  # fmt: skip
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)

@@ -70,7 +70,6 @@ def _attend(call: Call) -> None:
         sink_places_ptr=all_places(sinks, device),
         places_ptr=all_places(compressed or plain, device),
         PAIRS=pairs_mask(compressed) if compressed else 0,
-        HALVES=compressed.k_halves if compressed else False,
     )
     combine[call.rows, call.kv_heads, call.batch](
         acc, peak, total, call.out, call.lse, splits, tiles, call.group, call.queries,

@@ -87,8 +87,7 @@ def _make_operands(call: Call, sequences: range, heads: range, operands: tuple[T
                     page_operands[last - first, len(chosen), len(sequences)](
                         pages.addresses, pages.counts, head_places(layout, chosen, device), *operands,
                         pages.addresses.stride(0), first, heads=len(heads), **sizes, **shape,
-                        K_BITS=k_bits, HALVES=layout.k_halves, V_BITS=v_bits, BY_TOKEN=layout.token_scales,
-                        **configs.FUSION,
+                        K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales, **configs.FUSION,
                     )  # fmt: skip
     if opened is not None:
         row_operands[-(-opened.k8.shape[2] // BLOCK), len(heads), len(sequences)](

@@ -56,10 +56,10 @@ def _plane(at, index, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def _key_codes(at, t, d, inside, D: tl.constexpr, BITS: tl.constexpr, HALVES: tl.constexpr):
-    """Codes of channels d of keys t, uint8; HALVES: `PageLayout.k_halves`."""
+def _key_codes(at, t, d, inside, D: tl.constexpr, BITS: tl.constexpr):
+    """Codes of channels d of keys t, uint8."""
     index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
-    if HALVES and BITS < 8:
+    if wider(BITS) != narrower(BITS):
         first = (d < D // 2)[None, :]
         octet = (d // 8)[None, :] * (64 * wider(BITS))
         code = _codes(at + octet, index, first, wider(BITS))
@@ -97,8 +97,7 @@ def _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v
 def page_operands(
     table_ptr, counts_ptr, places_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
     table_stride, first_block, first_head, heads, first_sequence, blocks,
-    D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, HALVES: tl.constexpr, V_BITS: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks from first_block on, heads of one pair of widths, sequences from first_sequence on).
 
@@ -115,7 +114,7 @@ def page_operands(
         t = tl.arange(0, 64)
         d = tl.arange(0, WIDE)
         inside = d < D
-        k = _key_codes(page + k_place[0], t, d, inside, D, K_BITS, HALVES)
+        k = _key_codes(page + k_place[0], t, d, inside, D, K_BITS)
         k = _restored(k, page, k_place, d[None, :], inside[None, :], K_BITS)
         octet = (d // 8 * (64 * V_BITS))[:, None]
         index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]

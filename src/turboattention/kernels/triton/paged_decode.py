@@ -40,7 +40,7 @@ def _over_pages(
         following = tl.multiple_of(pages + ahead * page_stride, 16)
         next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
         next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, False, ASM)
+        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
         s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         p, block_total, block_peak, largest = weigh_stored(

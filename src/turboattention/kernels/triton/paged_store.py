@@ -98,8 +98,7 @@ def fill_pages(
     starts, lengths, slots, k_codes, v_codes, k_scales, v_scales, table, pages, places,
     sequences, steps, ring, room, table_stride, page_stride,
     HEADS: tl.constexpr, PAGE_BYTES: tl.constexpr, USED: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTHS: tl.constexpr, HALVES: tl.constexpr, BY_TOKEN: tl.constexpr, SEARCH: tl.constexpr,
-    RING: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr, SEARCH: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads, K or V, sequences or, without RING, blocks that may fill): those that the step fills into
     their pages. In a slot a step fills one block at most."""
@@ -118,9 +117,9 @@ def fill_pages(
         row = open_rows_of(slots, b, h, HEADS, first, block, start, ring, room, RING)
         if tl.program_id(1) == 0:
             place = places + h * PLACES + OF_KEYS
-            encode_head(k_codes + row * D, k_scales + row, page, place, 0, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH)
+            encode_head(k_codes + row * D, k_scales + row, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
             if h == 0:
                 clear_padding(page, USED, PAGE_BYTES)
         else:
             place = places + h * PLACES + OF_VALUES
-            encode_head(v_codes + row * D, v_scales + row, page, place, 1, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH)
+            encode_head(v_codes + row * D, v_scales + row, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)

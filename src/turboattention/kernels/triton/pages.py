@@ -11,7 +11,7 @@ from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
 from .codec import clear_padding, decode_head, encode_head
 from .configs import EXACT
-from .places import OF_KEYS, OF_VALUES, PLACES, all_places
+from .places import OF_KEYS, OF_VALUES, PLACES, all_places, key_widths
 
 
 @triton.jit
@@ -29,7 +29,6 @@ def _encode_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
@@ -39,12 +38,12 @@ def _encode_kernel(
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
         place = places + head * PLACES + OF_KEYS
-        encode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH)
+        encode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
         if head == 0:
             clear_padding(page, USED, PAGE_BYTES)
     else:
         place = places + head * PLACES + OF_VALUES
-        encode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN, SEARCH)
+        encode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
 
 
 @triton.jit
@@ -62,7 +61,6 @@ def _decode_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HALVES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
@@ -71,10 +69,10 @@ def _decode_kernel(
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
         place = places + head * PLACES + OF_KEYS
-        decode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN)
+        decode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
     else:
         place = places + head * PLACES + OF_VALUES
-        decode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, HALVES, BY_TOKEN)
+        decode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
 
 
 def refusal(layout: PageLayout) -> str | None:
@@ -127,8 +125,7 @@ def layout_facts(layout: PageLayout) -> dict:
         "D": layout.head_dim,
         "SIZE": layout.block_size,
         "WIDTH": width,
-        "WIDTHS": sum(1 << bits for bits in {*layout.k_bits, *layout.v_bits}),
-        "HALVES": layout.k_halves,
+        "WIDTHS": sum(1 << bits for bits in {*key_widths(layout), *layout.v_bits}),
         "BY_TOKEN": layout.token_scales,
         "num_warps": min(max(layout.block_size * width // 1024, 1), 8),
         **EXACT,

@@ -35,15 +35,14 @@ def key_channels(WIDE: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def key_products(
     page, place, held, q_first, q_second, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
-    HALVES: tl.constexpr, ASM: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """INT8 products of 64 packed keys and queries, int32 [64, R]. q_first, q_second int32 [WIDE / 2, 2 R]: channels as
-    in `key_channels`, every query twice; is_high: its second column; held: `metadata.key_metadata`; HALVES:
-    `PageLayout.k_halves`."""
+    in `key_channels`, every query twice; is_high: its second column; held: `metadata.key_metadata`."""
     R: tl.constexpr = q_first.shape[1] // 2
     OCTETS: tl.constexpr = first_half(D) // 8
-    FIRST: tl.constexpr = wider(BITS) if HALVES else BITS
-    SECOND: tl.constexpr = narrower(BITS) if HALVES else BITS
+    FIRST: tl.constexpr = wider(BITS)
+    SECOND: tl.constexpr = narrower(BITS)
     words = words_at(page, place[0])
     first = _key_codes(words, WIDE // 16, OCTETS, FIRST, ASM)
     second = _key_codes(words + OCTETS * (16 * FIRST), WIDE // 16, D // 8 - OCTETS, SECOND, ASM)
