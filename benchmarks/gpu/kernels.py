@@ -106,7 +106,7 @@ def _stage_one(head_dim: int) -> Work:
             x = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.bfloat16)
             rows = _rows(head_dim, tokens, torch.float32)
             span = none, none + tokens
-            quantize.quantize_tokens(x, span, none, mean, 64, True, rows.k8, rows.k_scale, none)
+            quantize.quantize_tokens(x, span, none, mean, 64, False, ORDER(head_dim), rows.k8, rows.k_scale, none)
             quantize.quantize_tokens(x, span, none, None, 0, True, rows.k8, rows.k_scale, none)
             q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
             quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, True)

@@ -59,9 +59,9 @@ def _prefill_at_once(
     factor, flag = logit_scale(scale, head_dim), torch.zeros(1, dtype=torch.int32, device=q.device)
     mean = None
     if config.smooth_k and keys >= BLOCK:
-        mean = mean_of_first_block(k, MEAN_SKIPS, padded(head_dim), config.rotate, flag)
+        mean = mean_of_first_block(k, MEAN_SKIPS, padded(head_dim), config.rotates_k, flag)
     first, valid, lengths = (torch.full((batch,), n, device=q.device) for n in (keys - queries, queries, keys))
-    codes, unit, logit, _ = quantize_queries(q, kv_heads, valid, mean, factor, config.rotate, flag)
+    codes, unit, logit, _ = quantize_queries(q, kv_heads, valid, mean, factor, config.rotates_k, flag=flag)
     result = attend(
         config, q, Standing(first, valid, lengths), None, None, kv_heads=kv_heads, scale=factor, mean=mean, mean_from=1,
         quantized=Int8Queries(codes, unit, logit), fresh=Fresh(k, v, mean, flag), **sight,
@@ -128,7 +128,9 @@ def _attend(
     mean = None if state.k_mean is None else state.k_mean.contiguous()
     first, rows, lengths = (x.to(q.device) for x in (standing.first, standing.valid, standing.lengths))
     if config.token_scales:
-        codes, unit, mean_logit, flag = quantize_queries(q, kv_heads, rows, mean, factor, config.rotate)
+        codes, unit, mean_logit, flag = quantize_queries(
+            q, kv_heads, rows, mean, factor, config.rotates_k, state.k_order
+        )
         quantized = Int8Queries(codes, unit, mean_logit)
     else:
         quantized, flag = queries_by_tile(config, q, standing.valid, kv_heads, factor, mean), None

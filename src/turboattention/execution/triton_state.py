@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
 from ..kernels.triton.append import flush_blocks, store_tokens
+from ..kernels.triton.arguments import orders
 from ..kernels.triton.attention import attend
 from ..kernels.triton.lengths import advance, stand
 from ..kernels.triton.quantize import quantize_queries
@@ -48,6 +49,8 @@ class Steps:
         self._codes, self._scales = cache.buffer_memory(rows)
         mean = cache.state(device).k_mean
         self._mean = None if mean is None else mean.contiguous()
+        # Fixed before the first page that is compressed; until then steps that reach one are none.
+        self._order = orders(cache.k_order, self._codes[0])
         self._lengths, self._start = (upload(x, device) for x in (cache.lengths, cache.page_counts * BLOCK))
         self.flag = notice_of(cache).on_device
 
@@ -118,9 +121,9 @@ class Steps:
         return mask.masked_fill(bad, 0)
 
     def _attend(self, q: Tensor, standing: Standing, call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        kv_heads, rotated = self._codes[0].shape[1], self._config.rotate
+        kv_heads, rotated = self._codes[0].shape[1], self._config.rotates_k
         codes, unit, logit, _ = quantize_queries(
-            q, kv_heads, standing.valid, self._mean, call.scale, rotated, self.flag
+            q, kv_heads, standing.valid, self._mean, call.scale, rotated, self._order, self.flag
         )
         return attend(
             self._config,
@@ -148,6 +151,7 @@ class Steps:
             self._start,
             self._mean,
             self._mean_from,
+            self._order,
             self._codes,
             self._scales,
             self.flag,

@@ -43,15 +43,34 @@ def test_widths(bits):
     both(*tokens_for(cache, 4, 1))
 
 
-@pytest.mark.parametrize("bits", [4, 3, 8], ids=str)
 @pytest.mark.parametrize("head_dim", [8, 24, 96, 128, 256])
-def test_head_dims(bits, head_dim):
-    both(*tokens_for(filled([130], head_dim, OFF.replace(bits=bits), heads=1), 2, 1))
+def test_head_dims(head_dim):
+    both(*tokens_for(filled([130], head_dim, OFF.replace(bits=8), heads=1), 2, 1))
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("head_dim", [24, 64, 80, 96, 128, 256])
+def test_keys_in_their_order(head_dim, bits):
+    """A head of two widths, where octets halve, and one of one; behind a sink block, whose channels are in that order
+    too."""
+    cache = filled([200], head_dim, OFF.replace(bits=bits))
+    assert cache.store.counts.tolist() == [3]
+    assert cache.store.compressed.layout.k_halves == (() if head_dim % 16 else (True, False))
+    assert not torch.equal(cache.k_order, torch.arange(head_dim).expand(2, -1))
+    both(*tokens_for(cache, 4, 1))
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [(4, 24), (3, 64), (2, 96), (4, 128)])
+def test_rotated_keys(bits, head_dim):
+    cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=False))
+    assert cache.k_order is None
+    both(*tokens_for(cache, 4, 1))
 
 
 @pytest.mark.parametrize("given", [[8, 4, 3, 2], [[2, 8, 4, 3], [4, 2, 8, 3]]], ids=str)
 def test_widths_of_heads(given):
-    both(*tokens_for(filled([150], 24, heads=4, head_bits=given), 8, 1))
+    for head_dim in (24, 48):
+        both(*tokens_for(filled([150], head_dim, heads=4, head_bits=given), 8, 1))
 
 
 @pytest.mark.parametrize("options", SIGHTS, ids=str)
@@ -91,7 +110,8 @@ def test_softmax(form, threshold):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"sink_tokens": 0}]
+    "fields",
+    [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"sink_tokens": 0}, {"reorder_k": False}],
 )
 @pytest.mark.parametrize("bits", [8, 3])
 @pytest.mark.usefixtures("split")

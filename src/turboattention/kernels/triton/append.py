@@ -13,7 +13,7 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
-from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape
+from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, orders, row_shape
 from .codec import clear_padding, encode_head
 from .pages import layout_facts, refusal
 from .places import OF_KEYS, OF_VALUES, PLACES, all_places
@@ -31,6 +31,7 @@ def _store_kernel(
     counts,
     start,
     mean,
+    order,
     k_codes,
     v_codes,
     k_scales,
@@ -50,6 +51,7 @@ def _store_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROTATE_K: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -63,12 +65,14 @@ def _store_kernel(
     to = tile.to(tl.int64) * width + open_row
     if tl.program_id(1) == 0:
         offsets = b * k_stride_b + h * k_stride_h + t * k_stride_t
-        values, scale = stage_rows(k, offsets, wanted, mean, tile, position >= mean_from, flag, D, ROWS, WIDTH, ROTATE)
+        values, scale = stage_rows(
+            k, offsets, wanted, mean, tile, position >= mean_from, order, h, flag, D, ROWS, WIDTH, ROTATE_K
+        )
         store_codes(k_codes, to, wanted, values, D, WIDTH)
         tl.store(k_scales + to, scale.to(k_scales.dtype.element_ty), mask=wanted)
     else:
         offsets = b * v_stride_b + h * v_stride_h + t * v_stride_t
-        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, flag, D, ROWS, WIDTH, ROTATE)
+        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, None, h, flag, D, ROWS, WIDTH, ROTATE)
         store_codes(v_codes, to, wanted, values, D, WIDTH)
         tl.store(v_scales + to, scale.to(v_scales.dtype.element_ty), mask=wanted)
 
@@ -81,6 +85,7 @@ def store_tokens(
     start: Tensor,
     mean: Tensor | None,
     mean_from: int,
+    order: Tensor | None,
     codes: Pair,
     scales: Pair,
     flag: Tensor,
@@ -89,7 +94,8 @@ def store_tokens(
     `lengths[b] - start[b] + t` of the buffer. The others of k and v are never read.
 
     lengths, counts, start: int64 [B], tokens stored before, new ones, and the position of the buffer's row 0.
-    mean: float32 [B, H, D] or None, off the keys from position `mean_from` on. codes: int8 [B, H, W, D],
+    mean: float32 [B, H, D] or None, off the keys from position `mean_from` on; order: integers [H, D], the channel
+    in each place of the keys and their mean, or None. codes: int8 [B, H, W, D],
     scales: float32 or bfloat16 [B, H, W], both contiguous and written into; what would stand beyond row W
     is dropped. A row that is not finite, or beyond 1e18 in magnitude, is stored as zeros with scale 1, and
     `flag` (int32 [1]) becomes 1. Raises DtypeError.
@@ -102,9 +108,9 @@ def store_tokens(
     if rows:
         shape = row_shape(rows, head_dim)
         _store_kernel[(triton.cdiv(rows, shape["ROWS"]), 2)](
-            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), *codes, *scales, flag, rows, heads,
-            tokens, codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3],
-            D=head_dim, ROTATE=config.rotate, **shape,
+            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), orders(order, k), *codes,
+            *scales, flag, rows, heads, tokens, codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3],
+            D=head_dim, ROTATE_K=config.rotates_k, ROTATE=config.rotate, **shape,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .planes import from_lines, pack, to_lines, unpack
+from .planes import from_lines, has_two_widths, narrower, own_widths, pack, to_lines, unpack, wider
 from .rounding import bits_of, float_of, nearest, nearest_int8
 from .search import step_and_zero
 
@@ -45,7 +45,7 @@ def _quotient(distance, step):
     """round_half_even(distance / step), int32, of integers up to 255.
 
     By an inverse in two parts: the product with the upper is exact, so that the sum is a tie where the
-    quotient is one, and nowhere else, since other quotients are at least 1/170 away from ties.
+    quotient is one, and nowhere else, since other quotients are at least 1/254 away from ties.
     """
     upper = float_of(bits_of(tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)) & -0x1000)
     lower = tl.div_rn(1.0 - step * upper, step)
@@ -53,10 +53,11 @@ def _quotient(distance, step):
 
 
 @triton.jit
-def _encode_width(
+def _encode_run(
     codes,
-    page,
-    place,
+    at,
+    steps,
+    zeros,
     SIDE: tl.constexpr,
     D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -64,38 +65,41 @@ def _encode_width(
     BITS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    at = page + tl.multiple_of(tl.load(place + 1), 16)
+    """A run of D channels of one width: codes int8 [SIZE, WIDTH]."""
     if BITS == 8:
         pack(at, to_lines((codes.to(tl.int32) + 128).to(tl.uint8), SIDE, SIZE, WIDTH), D, SIZE, WIDTH, 8, 8)
     else:
-        step, zero = step_and_zero(codes, BITS, SEARCH)
+        step, zero = step_and_zero(codes, BITS, SEARCH and BITS < 4)
         channel = tl.arange(0, WIDTH)
-        tl.store(page + tl.multiple_of(tl.load(place + 2), 8) + channel, step.to(tl.uint8), mask=channel < D)
-        tl.store(page + tl.multiple_of(tl.load(place + 3), 8) + channel, zero.to(tl.uint8), mask=channel < D)
+        tl.store(steps + channel, step.to(tl.uint8), mask=channel < D)
+        tl.store(zeros + channel, zero.to(tl.uint8), mask=channel < D)
         code = _quotient((codes.to(tl.int32) - zero[None, :]).to(tl.float32), step.to(tl.float32))
         code = tl.minimum(tl.maximum(code, 0), (1 << BITS) - 1).to(tl.uint8)
         lines = to_lines(code, SIDE, SIZE, WIDTH)
-        if BITS == 3:
-            pack(at, lines, D, SIZE, WIDTH, 3, 2)
-            pack(at + 2 * SIZE, lines >> 2, D, SIZE, WIDTH, 3, 1)
+        if BITS == 5 or BITS == 3:
+            pack(at, lines, D, SIZE, WIDTH, BITS, BITS - 1)
+            pack(at + (BITS - 1) * SIZE, lines >> (BITS - 1), D, SIZE, WIDTH, BITS, 1)
         else:
             pack(at, lines, D, SIZE, WIDTH, BITS, BITS)
 
 
 @triton.jit
-def _decode_width(
+def _decode_run(
     codes,
-    page,
-    place,
+    at,
+    steps,
+    zeros,
     SIDE: tl.constexpr,
     D: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    at = page + tl.multiple_of(tl.load(place + 1), 16)
-    if BITS == 3:
-        lines = unpack(at, D, SIZE, WIDTH, 3, 2) | (unpack(at + 2 * SIZE, D, SIZE, WIDTH, 3, 1) << 2)
+    """Inverse of `_encode_run`, into rows of STRIDE channels at `codes`."""
+    if BITS == 5 or BITS == 3:
+        high = unpack(at + (BITS - 1) * SIZE, D, SIZE, WIDTH, BITS, 1)
+        lines = unpack(at, D, SIZE, WIDTH, BITS, BITS - 1) | (high << (BITS - 1))
     else:
         lines = unpack(at, D, SIZE, WIDTH, BITS, BITS)
     code = from_lines(lines, SIDE, SIZE, WIDTH).to(tl.int32)
@@ -104,10 +108,21 @@ def _decode_width(
         code -= 128
     else:
         # Bytes, not signed: as a whole this fits int8, and only its lowest 8 bits are kept.
-        step = tl.load(page + tl.multiple_of(tl.load(place + 2), 8) + channel, mask=channel < D, other=0).to(tl.int32)
-        zero = tl.load(page + tl.multiple_of(tl.load(place + 3), 8) + channel, mask=channel < D, other=0).to(tl.int32)
+        step = tl.load(steps + channel, mask=channel < D, other=0).to(tl.int32)
+        zero = tl.load(zeros + channel, mask=channel < D, other=0).to(tl.int32)
         code = code * step + zero
-    tl.store(codes + tl.arange(0, SIZE)[:, None] * D + channel, code.to(tl.int8), mask=channel < D)
+    tl.store(codes + tl.arange(0, SIZE)[:, None] * STRIDE + channel, code.to(tl.int8), mask=channel < D)
+
+
+@triton.jit
+def _sections(page, place, BITS: tl.constexpr):
+    """Pointers to a head's codes, steps and zeros; without the latter two at 8 bits."""
+    at = page + tl.multiple_of(tl.load(place + 1), 16)
+    steps, zeros = at, at
+    if BITS < 8:
+        steps = page + tl.multiple_of(tl.load(place + 2), 8)
+        zeros = page + tl.multiple_of(tl.load(place + 3), 8)
+    return at, steps, zeros
 
 
 # -- one head -------------------------------------------------------------------------------------------
@@ -129,18 +144,36 @@ def encode_head(
 ):
     """A tile of INT8 rows at `codes` [SIZE, D] and `scales` [SIZE] -> its bytes in `page`.
 
-    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b."""
+    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b, as
+    `places` has them."""
+    HALF: tl.constexpr = D // 2
+    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
     # Four neighbouring channels a thread, no more: the search keeps several numbers of each of them.
-    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
-    tile = tl.load(codes + token[:, None] * D + channel, mask=channel < D, other=0)
+    column = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
+    channel, inside = column, column < D
+    if HALVES and D < WIDTH:
+        # The second half of the channels begins in the middle of the tile.
+        channel = tl.where(column < WIDTH // 2, column, column - WIDTH // 2 + D // 2)
+        inside = column % (WIDTH // 2) < D // 2
+    tile = tl.load(codes + token[:, None] * D + channel, mask=inside, other=0)
     scale = tl.load(scales + token).to(tl.float32)
     tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
             if bits == BITS:
-                _encode_width(tile, page, place, SIDE, D, SIZE, WIDTH, BITS, SEARCH and BITS < 4)
+                at, steps, zeros = _sections(page, place, BITS)
+                if HALVES:
+                    first, second = tl.split(tl.permute(tl.reshape(tile, (SIZE, 2, WIDTH // 2)), (0, 2, 1)))
+                    _encode_run(first, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), SEARCH)
+                    at += HALF * SIZE * wider(BITS) // 8
+                    steps += HALF
+                    zeros += HALF
+                    _encode_run(second, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, narrower(BITS), SEARCH)
+                else:
+                    _encode_run(tile, at, steps, zeros, SIDE, D, SIZE, WIDTH, BITS, SEARCH)
 
 
 @triton.jit
@@ -157,6 +190,9 @@ def decode_head(
     BY_TOKEN: tl.constexpr,
 ):
     """Inverse of `encode_head` up to the error of stage 2."""
+    HALF: tl.constexpr = D // 2
+    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
     scale = tl.load((page + tl.load(place + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
     if BY_TOKEN:
@@ -164,9 +200,17 @@ def decode_head(
     tl.store(scales + token, float_of(scale))
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
             if bits == BITS:
-                _decode_width(codes, page, place, SIDE, D, SIZE, WIDTH, BITS)
+                at, steps, zeros = _sections(page, place, BITS)
+                if HALVES:
+                    _decode_run(codes, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), D)
+                    at += HALF * SIZE * wider(BITS) // 8
+                    steps += HALF
+                    zeros += HALF
+                    _decode_run(codes + HALF, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, narrower(BITS), D)
+                else:
+                    _decode_run(codes, at, steps, zeros, SIDE, D, SIZE, WIDTH, BITS, D)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from .metadata import key_metadata, scales_of, value_metadata
 from .operands import largest_of
 from .places import OF_KEYS, OF_VALUES, PLACES, places_of
-from .products import key_products, value_products
+from .products import first_half, key_channels, key_products, value_products
 from .sight import row_sight
 from .softmax import LEVELS, rescaled, weigh
 
@@ -31,7 +31,7 @@ def _over_pages(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` of one layout in."""
-    q_low, q_high, is_high, unit, mean, mean_from = queries
+    q_first, q_second, is_high, unit, mean, mean_from = queries
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
@@ -46,8 +46,8 @@ def _over_pages(
         following = _page(ahead, blank_ptr)
         next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
         next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_place, of_keys, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
-        s *= scales_of(of_keys[4], of_keys[5])[:, None]
+        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
+        s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         largest = largest_of(v_scale)
         p, block_total, block_peak = weigh(
@@ -138,21 +138,20 @@ def decode(
         tl.store(peak_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
         tl.store(total_ptr + partial, tl.zeros((R,), tl.float32))
     else:
-        half = tl.arange(0, WIDE // 2)
-        channel = (half // 4 * 8 + half % 4)[:, None]
+        channel = key_channels(WIDE, D)[:, None]
         column = tl.arange(0, 2 * R)
         q_row = tile * R + column // 2
         q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
-        q_there = (q_row < rows)[None, :] & (channel < D)
-        q_low = tl.load(q_at, mask=q_there, other=0).to(tl.int32)
-        q_high = tl.load(q_at + 4, mask=q_there, other=0).to(tl.int32)
+        q_there = (q_row < rows)[None, :]
+        q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
+        q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
         is_high = (column % 2 == 1)[None, :]
         at = (base * group + row % group) * queries + row // group
         unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
         mean = tl.zeros_like(unit)
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
-        rows_seen = (q_low, q_high, is_high, unit, mean, mean_from)
+        rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
         mask_row = tl.minimum(row, rows - 1)
         mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
         sight = (begin, end, mask)

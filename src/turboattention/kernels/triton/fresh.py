@@ -30,7 +30,9 @@ def first_mean(
     for part in tl.static_range(64 // ROWS):
         row = part * ROWS + tl.arange(0, ROWS)
         offsets = base + row.to(tl.int64) * stride_t
-        codes, scale = stage_rows(k_ptr, offsets, row >= 0, None, row, row < 0, flag_ptr, D, ROWS, WIDE, ROTATE)
+        codes, scale = stage_rows(
+            k_ptr, offsets, row >= 0, None, row, row < 0, None, row, flag_ptr, D, ROWS, WIDE, ROTATE
+        )
         # Codes times scales of 4 mantissa bits sum exactly in float64, in whatever order.
         exact = codes.to(tl.float64) * tl.where(row >= SKIPPED, scale, 0.0).to(tl.float64)[:, None]
         total += tl.sum(exact, 0)
@@ -44,7 +46,7 @@ def fresh_operands(
     k_in, v_in, mean_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr,
     tokens, kv_heads, first_head, heads, first_sequence, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
-    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE_K: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, `heads` KV heads from first_head on, twice the sequences from first_sequence on: K, then V).
 
@@ -61,13 +63,15 @@ def fresh_operands(
         if side == 0:
             offsets = b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h + t.to(tl.int64) * k_stride_t
             codes, scale = stage_rows(
-                k_in, offsets, there, mean_ptr, tile, t >= 64, flag_ptr, D, ROWS, WIDE, ROTATE
-            )  # fmt: skip
+                k_in, offsets, there, mean_ptr, tile, t >= 64, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE_K
+            )
             tl.store(k_ptr + at * (64 * WIDE) + row[:, None] * WIDE + d[None, :], codes)
             tl.store(k_scale_ptr + at * 64 + row, tl.where(there, scale, 0.0))
         else:
             offsets = b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h + t.to(tl.int64) * v_stride_t
-            codes, scale = stage_rows(v_in, offsets, there, None, tile, there, flag_ptr, D, ROWS, WIDE, ROTATE)
+            codes, scale = stage_rows(
+                v_in, offsets, there, None, tile, there, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE
+            )
             tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + row[None, :], tl.trans(codes))
             tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
     if side == 1:
@@ -96,18 +100,18 @@ def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: 
 def make_operands(
     new: tuple[Tensor, Tensor],
     mean: Tensor | None,
-    rotate: bool,
+    rotates: tuple[bool, bool],
     flag: Tensor,
     sequences: range,
     heads: range,
     wide: int,
     operands: tuple[Tensor, ...],
 ) -> None:
-    """k, v [B, Hkv, L, D] of these sequences and heads into `operands`. flag: likewise. Raises DtypeError."""
+    """k, v [B, Hkv, L, D], rotated as `rotates` says of each, of these sequences and heads into `operands`. flag: likewise. Raises DtypeError."""
     k, v = map(float_rows, new)
     fresh_operands[operands[0].shape[2], len(heads), 2 * len(sequences)](
         k, v, mean, *operands, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,
-        *k.stride()[:3], *v.stride()[:3], ROTATE=rotate, **_shape(k.shape[3], wide),
+        *k.stride()[:3], *v.stride()[:3], ROTATE_K=rotates[0], ROTATE=rotates[1], **_shape(k.shape[3], wide),
     )  # fmt: skip
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .products import first_half, key_channels
+
 
 @triton.jit
 def key_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Steps and zeros uint8 [WIDE / 2] of channels c % 8 < 4, then those of the others, of packed keys; and the scales
-    as `scales_of` takes them."""
-    half = tl.arange(0, WIDE // 2)
-    channel = half // 4 * 8 + half % 4
+    """Steps and zeros uint8 [WIDE / 2] of the channels of either product (`products.key_channels`) of packed keys; and
+    the scales as `scales_of` takes them."""
+    channel = key_channels(WIDE, D)
+    SECOND: tl.constexpr = first_half(D)
     steps = page + place[1] + channel
     zeros = page + place[2] + channel
     exponents, scale = _scales(page, place, BY_TOKEN)
@@ -23,9 +25,10 @@ def key_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.cons
         held = (exponents, exponents, exponents, exponents, exponents, scale)
     else:
         inside = None if D == WIDE else channel < D
+        behind = None if D == WIDE else channel + SECOND < D
         held = (
             tl.load(steps, mask=inside), tl.load(zeros, mask=inside),
-            tl.load(steps + 4, mask=inside), tl.load(zeros + 4, mask=inside), exponents, scale,
+            tl.load(steps + SECOND, mask=behind), tl.load(zeros + SECOND, mask=behind), exponents, scale,
         )  # fmt: skip
     return held
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .places import PLACES, places_of
+from .planes import narrower, wider
 from .softmax import LEVELS
 
 
@@ -40,13 +41,32 @@ def _codes(octets, index, inside, BITS: tl.constexpr):
     """Codes `index` (of 512) of octets, uint8."""
     if BITS == 8:
         code = tl.load(octets + index, mask=inside, other=128)
-    elif BITS == 4:
-        code = (tl.load(octets + index % 256, mask=inside, other=0) >> (index // 256 * 4).to(tl.uint8)) & 15
     else:
-        code = (tl.load(octets + index % 128, mask=inside, other=0) >> (index // 128 * 2).to(tl.uint8)) & 3
-        if BITS == 3:
-            high = tl.load(octets + 128 + index % 64, mask=inside, other=0) >> (index // 64).to(tl.uint8)
-            code |= (high & 1) << 2
+        LOWER: tl.constexpr = BITS - 1 if BITS == 5 or BITS == 3 else BITS
+        code = _plane(octets, index, inside, LOWER)
+        if LOWER < BITS:
+            code |= _plane(octets + 64 * LOWER, index, inside, 1) << LOWER
+    return code
+
+
+@triton.jit
+def _plane(at, index, inside, BITS: tl.constexpr):
+    code = tl.load(at + index % (64 * BITS), mask=inside, other=0) >> (index // (64 * BITS) * BITS).to(tl.uint8)
+    return code & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _key_codes(at, t, d, inside, D: tl.constexpr, BITS: tl.constexpr):
+    """Codes of channels d of keys t, uint8."""
+    index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
+    if wider(BITS) != narrower(BITS):
+        first = (d < D // 2)[None, :]
+        octet = (d // 8)[None, :] * (64 * wider(BITS))
+        code = _codes(at + octet, index, first, wider(BITS))
+        octet = (D // 2 * 8) * wider(BITS) + ((d - D // 2) // 8)[None, :] * (64 * narrower(BITS))
+        code |= _codes(at + octet, index, inside[None, :] & ~first, narrower(BITS))
+    else:
+        code = _codes(at + (d // 8 * (64 * BITS))[None, :], index, inside[None, :], BITS)
     return code
 
 
@@ -94,9 +114,7 @@ def page_operands(
         t = tl.arange(0, 64)
         d = tl.arange(0, WIDE)
         inside = d < D
-        octet = (d // 8 * (64 * K_BITS))[None, :]
-        index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
-        k = _codes(page + k_place[0] + octet, index, inside[None, :], K_BITS)
+        k = _key_codes(page + k_place[0], t, d, inside, D, K_BITS)
         k = _restored(k, page, k_place, d[None, :], inside[None, :], K_BITS)
         octet = (d // 8 * (64 * V_BITS))[:, None]
         index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]

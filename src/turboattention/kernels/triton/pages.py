@@ -11,7 +11,7 @@ from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
 from .codec import clear_padding, decode_head, encode_head
 from .configs import EXACT
-from .places import OF_KEYS, OF_VALUES, PLACES, all_places
+from .places import OF_KEYS, OF_VALUES, PLACES, all_places, key_widths
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def layout_facts(layout: PageLayout) -> dict:
         "D": layout.head_dim,
         "SIZE": layout.block_size,
         "WIDTH": width,
-        "WIDTHS": sum(1 << bits for bits in {*layout.k_bits, *layout.v_bits}),
+        "WIDTHS": sum(1 << bits for bits in {*key_widths(layout), *layout.v_bits}),
         "BY_TOKEN": layout.token_scales,
         "num_warps": min(max(layout.block_size * width // 1024, 1), 8),
         **EXACT,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
 from ...modes import in_own_modes
+from .planes import TWO_WIDTHS
 
 # Numbers of a head's row, and where those of its keys and values begin in it.
 PLACES = tl.constexpr(16)
@@ -22,7 +23,7 @@ OF_VALUES = tl.constexpr(7)
 @functools.cache  # for ever: captured graphs hold addresses alone
 @in_own_modes
 def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [heads, PLACES]: the head; then for K and for V its width and the bytes' offsets of its codes, steps,
+    """int32 [heads, PLACES]: the head; then for K and for V its width (`key_widths`) and the bytes' offsets of its codes, steps,
     zeros, tokens' scales and scale; 0 for what it has not.
 
     Raises UnsupportedError where a stream is being captured: the copy would be made at its replay."""
@@ -44,7 +45,8 @@ def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device
             if group.bits < WIDEST:
                 step = steps + coded.index(head) * layout.head_dim
                 zero = step + len(coded) * layout.head_dim
-            row += [group.bits, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
+            width = group.bits + (TWO_WIDTHS if len(group.parts) > 1 else 0)
+            row += [width, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
         rows.append(row + [0] * (PLACES.value - len(row)))
     return torch.tensor(rows, dtype=torch.int32).view(len(rows), PLACES.value).to(device)
 
@@ -56,10 +58,17 @@ def all_places(layout: PageLayout, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
+def key_widths(layout: PageLayout) -> tuple[int, ...]:
+    """K's width of each head as kernels call it: two widths by `TWO_WIDTHS` more than their mean."""
+    halves = layout.k_halves or (False,) * len(layout.k_bits)
+    return tuple(bits + TWO_WIDTHS * halved for bits, halved in zip(layout.k_bits, halves, strict=True))
+
+
+@functools.lru_cache(maxsize=1024)
 def pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
-    """The heads of each pair of widths (K, V)."""
+    """The heads of each pair of widths (K as in `key_widths`, V)."""
     pairs: dict[tuple[int, int], list[int]] = {}
-    for head, pair in enumerate(zip(layout.k_bits, layout.v_bits, strict=True)):
+    for head, pair in enumerate(zip(key_widths(layout), layout.v_bits, strict=True)):
         pairs.setdefault(pair, []).append(head)
     return tuple((pair, tuple(heads)) for pair, heads in pairs.items())
 

@@ -9,6 +9,33 @@ import triton
 import triton.language as tl
 
 
+TWO_WIDTHS = 3
+"""Kernels call K of two widths, whose mean is 4, 3 or 2, by this more: 7, 6 or 5."""
+
+
+@triton.constexpr_function
+def wider(bits):
+    """The width of the first half of a head's channels (`kv.layout.K_HALVES`)."""
+    return bits - 2 if bits in (5, 6, 7) else bits
+
+
+@triton.constexpr_function
+def narrower(bits):
+    """The width of the other half."""
+    return bits - 4 if bits in (5, 6, 7) else bits
+
+
+@triton.constexpr_function
+def own_widths(widths, side):
+    """Of widths, a bit each, those that a side may have: two widths are of K (side 0) alone."""
+    return widths if side == 0 else widths & ~0b11100000
+
+
+@triton.constexpr_function
+def has_two_widths(widths):
+    return widths & 0b11100000 != 0
+
+
 @triton.jit
 def to_lines(codes, SIDE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """[SIZE, WIDTH] -> [WIDTH / 8, 8 SIZE], octets in the order of `kv.layout`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpacking import by_channels, by_rows, bytes_of, field, signed, stack, third, words_at
+from .unpacking import by_channels, by_rows, bytes_of, field, highest, signed, stack, words_at
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def _half_of_keys(w, thirds, step, zero, inside, HIGH: tl.constexpr, BITS: tl.co
         first = field(w, 2 * HIGH, BITS)
         second = field(w, 2 * HIGH + 1, BITS)
         if BITS == 3:
-            first |= third(thirds, 4 * HIGH)
-            second |= third(thirds, 4 * HIGH + 2)
+            first |= highest(thirds, 4 * HIGH, BITS)
+            second |= highest(thirds, 4 * HIGH + 2, BITS)
         keys = stack(_rows(by_channels(first, step, zero), ASM), _rows(by_channels(second, step, zero), ASM), True)
     return keys
 
@@ -108,7 +108,7 @@ def _part_of_values(
 ):  # fmt: skip
     code = field(w, F, BITS)
     if BITS == 3:
-        code |= third(thirds, 2 * F)
+        code |= highest(thirds, 2 * F, BITS)
     return _columns(by_rows(code, step, zero), QUADS, WIDE, ASM)
 
 

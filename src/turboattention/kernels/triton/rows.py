@@ -13,11 +13,18 @@ _SMALLEST_SCALE = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def load_rows(x, offsets, wanted, D: tl.constexpr, WIDTH: tl.constexpr):
+def load_rows(x, offsets, wanted, order, order_row, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of D channels at `offsets` (int64 [ROWS]) as float32 [ROWS, WIDTH], and which of them are
-    finite and in range. The others, and those not wanted, are zeros; the latter are not read."""
-    channel = tl.arange(0, WIDTH)[None, :]
-    rows = tl.load(x + offsets[:, None] + channel, mask=wanted[:, None] & (channel < D), other=0.0).to(tl.float32)
+    finite and in range. The others, and those not wanted, are zeros; the latter are not read.
+
+    order: uint8, the channels in D places of each row `order_row` (int32 [ROWS]), or None: as they are."""
+    place = tl.arange(0, WIDTH)[None, :]
+    there = wanted[:, None] & (place < D)
+    if order is None:
+        at = offsets[:, None] + place
+    else:
+        at = offsets[:, None] + tl.load(order + order_row[:, None] * D + place, mask=there, other=0)
+    rows = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     # Magnitudes' bits order like the magnitudes and put NaN and infinity on top.
     fine = tl.max(bits_of(rows) & 0x7FFFFFFF, 1) <= _LARGEST
     return tl.where(fine[:, None], rows, 0.0), fine
@@ -48,16 +55,19 @@ def stage_rows(
     mean,
     mean_row,
     smoothed,
+    order,
+    order_row,
     flag,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Rows at `offsets`, rotated, those `smoothed` less row `mean_row` of `mean` -> codes and scales.
+    """Rows at `offsets`, put in `order` and rotated, those `smoothed` less row `mean_row` of `mean` -> codes and
+    scales. order: as in `load_rows`, of keys that are not rotated.
 
     A row that is not finite gives zeros and raises the flag."""
-    rows, fine = load_rows(x, offsets, wanted, D, WIDTH)
+    rows, fine = load_rows(x, offsets, wanted, order, order_row, D, WIDTH)
     tell(flag, fine)
     if ROTATE:
         rows = rotate(rows, ROWS, WIDTH, D & -D)

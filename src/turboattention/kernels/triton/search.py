@@ -12,7 +12,8 @@ def step_and_zero(codes, BITS: tl.constexpr, SEARCH: tl.constexpr):
     LEVELS: tl.constexpr = (1 << BITS) - 1
     values = codes.to(tl.int32)
     low, high = tl.min(values, 0), tl.max(values, 0)
-    step = tl.minimum(tl.maximum((high - low + (LEVELS - 1)) // LEVELS, 1), 255 // LEVELS)
+    # An int8: one bit alone would take larger ones.
+    step = tl.minimum(tl.maximum((high - low + (LEVELS - 1)) // LEVELS, 1), 127 if BITS == 1 else 255 // LEVELS)
     # Rows that a crop brought back may lie beyond what stage 1 gives: the range then ends at 127.
     zero = tl.where(high > 119, tl.minimum(low, 127 - step * LEVELS), low)
     if SEARCH:
@@ -25,8 +26,10 @@ def _search(values, widest, zero, middle, BITS: tl.constexpr):
     """The range of least squared error among shrunken, centred and shifted ones; ties keep the earlier."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     best, least = widest, _squared_error(values, widest, zero, BITS)
+    # Of one bit the best two levels lie much further inside the range.
+    WIDEST: tl.constexpr = 12 if BITS == 1 else 16
     for less in range(9):
-        step = (widest * (16 - less) + 15) // 16
+        step = tl.maximum((widest * (WIDEST - less) + 15) // 16, 1)
         for shift in range(3):
             quarter = tl.where(shift == 0, 0, 2 * shift - 3)  # 0, -1, 1
             # An arithmetic shift divides by 4 and rounds down.
@@ -52,5 +55,7 @@ def _squared_error(values, step, zero, BITS: tl.constexpr):
     distance = tl.abs(values - middle[None, :])
     if BITS == 3:
         distance = tl.abs(distance - (step * 2.0)[None, :])
-    distance = tl.abs(distance - step[None, :]) - (step * 0.5)[None, :]
+    if BITS >= 2:
+        distance = tl.abs(distance - step[None, :])
+    distance = distance - (step * 0.5)[None, :]
     return tl.sum(distance * distance, 0)

@@ -23,24 +23,24 @@ def words_at(page, offset):
 
 @triton.jit
 def field(w, F: tl.constexpr, BITS: tl.constexpr):
-    """The F-th codes of a plane's bytes; of three bits, the lower two."""
-    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
-    return (w >> (WIDTH * F)) & ((15 if BITS == 4 else 3) * _ONES)
+    """The F-th codes of a plane's bytes; of five or three bits, the lower ones."""
+    WIDTH: tl.constexpr = 4 if BITS >= 4 else 2 if BITS >= 2 else 1
+    return (w >> (WIDTH * F)) & (((1 << WIDTH) - 1) * _ONES)
 
 
 @triton.jit
-def third(w, F: tl.constexpr):
-    """The F-th bits of the plane of highest ones, as what they add to three-bit codes: 4 or 0."""
-    w = w >> (F - 2) if F > 2 else w << (2 - F)
-    return w & (4 * _ONES)
+def highest(w, F: tl.constexpr, BITS: tl.constexpr):
+    """The F-th bits of the plane of highest ones, as what they add to codes of three or five bits."""
+    w = w >> (F - BITS + 1) if F > BITS - 1 else w << (BITS - 1 - F)
+    return w & ((1 << BITS - 1) * _ONES)
 
 
 @triton.jit
-def code(w, thirds, F: tl.constexpr, BITS: tl.constexpr):
-    """The F-th codes of two bits, or of three whose highest ones are every other bit of `thirds`."""
+def code(w, bits, F: tl.constexpr, BITS: tl.constexpr):
+    """The F-th codes of a plane; with the highest ones of a field, every fourth (five bits) or other of `bits`."""
     x = field(w, F, BITS)
-    if BITS == 3:
-        x |= third(thirds, 2 * F)
+    if BITS == 5 or BITS == 3:
+        x |= highest(bits, (4 if BITS == 5 else 2) * F, BITS)
     return x
 
 
