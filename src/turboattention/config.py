@@ -65,9 +65,10 @@ class TurboConfig:
     """Rotate V by a signed block Hadamard matrix before quantizing, and K and Q where `reorder_k` leaves them."""
 
     reorder_k: bool = True
-    """Store K below 8 bits unrotated, its channels in the order of their attention energy, the upper half with wider
-    codes than the lower: 4 bits become 5 and 3, 3 bits 4 and 2, 2 bits 3 and 1 (kv/layout.py). The order is fixed at
-    the first compressed block, from its keys and from the queries until then."""
+    """Where K has 3 or 2 bits, store it unrotated, its channels in the order of their attention energy, the upper half
+    with wider codes than the lower: 3 bits become 4 and 2, 2 bits become 3 and 1 (kv/layout.py). The order is fixed at
+    the first compressed block, from its keys and from the queries until then. From 4 bits on, and under ``"mixed"``,
+    K is rotated: unrotated keys lose more in stage 1 than they gain in stage 2."""
 
     token_scales: bool = True
     """Stage-1 scales per token (row), not per tile; 8 bits each where stored."""
@@ -177,8 +178,8 @@ class TurboConfig:
 
     @property
     def reorders_k(self) -> bool:
-        """Whether K's channels are reordered: 8 bits keep more of K when it is rotated."""
-        return self.reorder_k and self.token_scales and self.kv_bits[0] < 8
+        """Whether K's channels are reordered."""
+        return self.reorder_k and self.token_scales and self.kv_bits[0] in (2, 3)
 
     @property
     def rotates_k(self) -> bool:

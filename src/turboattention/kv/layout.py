@@ -46,7 +46,7 @@ TOKEN_SCALE_SHIFT = 19
 WIDEST = 8
 """Codes of this width are INT8 itself: no step, no zero."""
 
-K_HALVES = {4: (5, 3), 3: (4, 2), 2: (3, 1)}
+K_HALVES = {3: (4, 2), 2: (3, 1)}
 """Width of a head's K -> widths of its two halves of channels, where `PageLayout.k_halves` has the head."""
 
 _ALIGNMENT = 16
@@ -81,8 +81,8 @@ class PageLayout:
             raise ConfigError(
                 f"layout: expected head_dim in 8s and block_size in 16s, got {self.head_dim} and {self.block_size}"
             )
-        # A width of 8 is never a mean, so that equal layouts have equal fields.
-        halves = tuple(half and bits < WIDEST for half, bits in zip(self.k_halves, self.k_bits, strict=False))
+        # Other widths are never means, so that equal layouts have equal fields.
+        halves = tuple(half and bits in K_HALVES for half, bits in zip(self.k_halves, self.k_bits, strict=False))
         object.__setattr__(self, "k_halves", halves if any(halves) else ())
         if self.k_halves and self.head_dim % 16:
             raise ConfigError(f"layout: expected head_dim in 16s for two widths of K, got {self.head_dim}")
