@@ -14,7 +14,8 @@ inline int wide_octets(int head_dim) {
 
 #ifdef TURBO_TABLES
 
-// The keys of four channels as they are looked up: values of their lower bits' codes, and what the highest bit adds.
+// The keys of four channels as they are looked up: values by code, of 5 bits by the lower four, and what the highest
+// bit adds (of 5 bits and of 1).
 struct KeyTable {
     Bytes values, top;
 };
@@ -22,18 +23,17 @@ struct KeyTable {
 template <int Bits>
 inline KeyTable key_table(const std::int8_t* step, const std::int8_t* zero) {
     const Bytes top = b_shl<Bits - 1>(b_broadcast(step), 256 - (1 << (Bits - 1)));
-    if constexpr (Bits == 1) return {b_offset(b_broadcast(zero)), top};
-    return {b_code_table(step, zero), top};
+    return {Bits == 1 ? b_offset(b_broadcast(zero)) : b_code_table(step, zero), top};
 }
 
-// X8 + 128 of vector `i` of an octet (page.h, `unpack`).
+// X8 + 128 of vector `i` of an octet (page.h, `unpack`). One bit of all vectors takes as many bytes as a vector, and is
+// a mask for each: adding under it is the quickest.
 template <int Bits>
-inline Bytes table_keys(const KeyTable& table, const std::uint8_t* octet, int i) {
-    constexpr int kLower = lower_plane(Bits);
+TURBO_ALWAYS_INLINE Bytes table_keys(const KeyTable& table, const std::uint8_t* octet, int i) {
+    constexpr int kIndexed = Bits == 5 ? 4 : Bits;
     Bytes keys = table.values;
-    if constexpr (Bits > 1) keys = b_from_table(table.values, lower_bits<Bits>(octet, i, b_table_channels()));
-    if constexpr (Bits > kLower || Bits == 1)
-        keys = b_add_where(keys, b_load(octet + 64 * (Bits - 1)), i, table.top);
+    if constexpr (Bits > 1) keys = b_from_table(keys, unpack<kIndexed>(octet, i, b_table_channels()));
+    if constexpr (Bits == 5 || Bits == 1) keys = b_add_where(keys, b_load(octet + 64 * (Bits - 1)), i, table.top);
     return keys;
 }
 
@@ -101,8 +101,8 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
     }
 }
 
-// low[r] + 128 high[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, which stand
-// from `octet` on.
+// low[r] + 128 high[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, which
+// stand from `octet` on.
 template <int Bits, int R>
 TURBO_ALWAYS_INLINE void add_octets(I (&low)[R], I (&high)[R], const ScaledQueries<R>& q, int n,
                                     const std::uint8_t* octet, int first, int last) {

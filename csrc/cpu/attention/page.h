@@ -26,23 +26,20 @@ TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
     }
 }
 
-// An octet is 512 codes in planes of bits: eight vectors of 64 codes. A plane of w bits is w vectors of bytes.
-//
-// Of vector `i` (0 .. 7) the bits of the lower plane, onto `low`.
+// Vector `i` (0 .. 7) of an octet's eight, 64 codes each, and the bits of `base`. The octet is 512 codes in planes of
+// bits: a plane of w bits is w vectors of bytes.
 template <int Bits>
-TURBO_ALWAYS_INLINE Bytes lower_bits(const std::uint8_t* octet, int i, Bytes low) {
+TURBO_ALWAYS_INLINE Bytes unpack(const std::uint8_t* octet, int i, Bytes base) {
     constexpr int kLower = lower_plane(Bits);
-    return with_bits(low, b_load(octet + 64 * (i % kLower)), i / kLower * kLower, (1 << kLower) - 1);
-}
-
-// Vector `i`.
-template <int Bits>
-TURBO_ALWAYS_INLINE Bytes unpack(const std::uint8_t* octet, int i) {
-    constexpr int kLower = lower_plane(Bits);
-    if constexpr (Bits == 8) return b_load(octet + 64 * i);
-    const Bytes low = lower_bits<Bits>(octet, i, b_zero());
+    const Bytes low = with_bits(base, b_load(octet + 64 * (i % kLower)), i / kLower * kLower, (1 << kLower) - 1);
     if constexpr (Bits == kLower) return low;
     return with_bits(low, b_load(octet + 64 * kLower), i - kLower, 1 << kLower);
+}
+
+template <int Bits>
+TURBO_ALWAYS_INLINE Bytes unpack(const std::uint8_t* octet, int i) {
+    if constexpr (Bits == 8) return b_load(octet + 64 * i);
+    return unpack<Bits>(octet, i, b_zero());
 }
 
 inline int octet_bytes(std::int64_t bits) { return static_cast<int>(kBlock * bits); }
@@ -144,8 +141,8 @@ inline void lane_values(Operand& out, const PageHead& source, int head_dim) {
 // The page's INT8 values, for many rows of queries.
 inline void lane_operand(Operand& out, const PageHead& source, int head_dim) {
     over_runs(source.place(0), head_dim / 8, kBlock, [&](const Run& run) {
-        with_width<8, 5, 4, 3, 2, 1>(
-            run.bits, [&](auto bits) { lane_keys<decltype(bits)::value>(out, source, head_dim, run); });
+        with_width<8, 5, 4, 3, 2, 1>(run.bits,
+                                     [&](auto bits) { lane_keys<decltype(bits)::value>(out, source, head_dim, run); });
     });
     with_width<8, 4, 3, 2>(source.place(1).bits[0],
                            [&](auto bits) { lane_values<decltype(bits)::value>(out, source, head_dim); });
