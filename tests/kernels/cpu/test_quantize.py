@@ -165,7 +165,7 @@ def test_queries(isa, dtype, head_dim, group):
     for config, order in (
         (ta.TurboConfig(reorder_k=False), None),
         (ta.TurboConfig(rotate=False), None),
-        (ta.TurboConfig(), some_order(2, head_dim)),
+        (ta.TurboConfig(bits=3), some_order(2, head_dim)),
     ):
         want = quantize_queries(config, clean, 2, 0.3, mean, order)
         codes, unit, logit, fine = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotates_k, order, isa)

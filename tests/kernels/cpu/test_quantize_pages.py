@@ -60,21 +60,21 @@ def test_one_width(isa, bits):
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("head_dim, size", [(16, 16), (64, 64), (80, 64), (96, 256), (128, 64), (240, 48), (256, 112)])
 def test_keys_of_two_widths(isa, search, head_dim, size):
-    layout = PageLayout(head_dim, size, *MIXED, True, k_halves=True)
+    layout = PageLayout(head_dim, size, *MIXED, True, (True,) * len(MIXED[0]))
     assert_same(layout, sides(layout), search, isa)
 
 
 @every_isa
 @pytest.mark.parametrize("token_scales", [True, False])
 def test_rows_far_apart_are_requantized_alike(isa, token_scales):
-    for head_dim, halves in ((24, False), (48, True)):
+    for head_dim, halves in ((24, ()), (48, (True,) * len(MIXED[0]))):
         layout = PageLayout(head_dim, 32, *MIXED, token_scales, halves)
         assert_same(layout, sides(layout, spread=9.0), True, isa)
 
 
 @every_isa
 @pytest.mark.parametrize("search", [True, False])
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("halves", [(), (True,)], ids=["one", "two"])
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_all_of_int8_and_constant_channels(isa, bits, halves, search):
     """Decoded codes may reach beyond 119, and a crop compresses them once more."""
@@ -98,7 +98,7 @@ def test_every_pair_of_ends(isa, bits):
     channels = channels[: len(channels) // 128 * 128].view(-1, 128, 16).transpose(1, 2)
     tile = torch.cat((channels, channels.flip(2)), 2)[:, None].contiguous()  # each in the wide and the narrow half
     scale = torch.full((len(tile), 1, 16), 0.25)
-    layout = PageLayout(256, 16, (bits,), (bits,), True, k_halves=True)
+    layout = PageLayout(256, 16, (bits,), (bits,), True, (True,))
     for search in (True, False):
         assert_same(layout, (tile, tile, scale, scale), search, isa)
 

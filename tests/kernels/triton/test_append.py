@@ -45,7 +45,7 @@ def test_storing_tokens(tokens, rotate, smooth, reorder, dtype):
     lengths, start = torch.tensor([62, 190, 64]), torch.tensor([0, 128, 64])
     mean = normals(BATCH, HEADS, D, seed=3) if smooth else None
     codes, scales = buffer(66, dtype, fill=7)
-    config = ta.TurboConfig(rotate=rotate, reorder_k=reorder)
+    config = ta.TurboConfig(bits=3, rotate=rotate, reorder_k=reorder)
     order = normals(HEADS, D, seed=4).argsort(-1) if reorder else None
     want = [
         staged(x, lengths, start, m, 64, turned, o, c, s)

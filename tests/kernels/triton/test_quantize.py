@@ -169,7 +169,7 @@ def test_queries(dtype, head_dim):
     mean = normals(2, 2, head_dim, seed=4)
     rotated = ta.TurboConfig(reorder_k=False)
     for config, order in (
-        (rotated, None), (rotated.replace(rotate=False), None), (ta.TurboConfig(), an_order(2, head_dim)),
+        (rotated, None), (rotated.replace(rotate=False), None), (ta.TurboConfig(bits=3), an_order(2, head_dim)),
     ):  # fmt: skip
         want = quantize_queries(config, clean, 2, 0.3, mean, order)
         codes, unit, logit, flag = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotates_k, order)
