@@ -22,8 +22,11 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu" / "assembly.py"
 every_target = pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
 LEAST_COLUMNS = {"sm_90": 8, "sm_80": 8, "gfx942": 16}
 MASKS = ("", "bool", "add", "add")  # without, and those of benchmarks/gpu/kernels.py
-PAIRS = {1 << 7 * (bits - 2) + bits - 2: bits for bits in (2, 3, 4, 8)}
-"""What `places.pairs_mask` says where all heads have one width."""
+ONE_WIDTH = {1 << 7 * (bits - 2) + bits - 2: bits for bits in (2, 3, 4)}
+TWO_WIDTHS = {1 << 7 * (bits + 1) + bits - 2: bits for bits in (2, 3, 4)}
+BOTH = {one + two: bits for (one, bits), two in zip(ONE_WIDTH.items(), TWO_WIDTHS, strict=True)}
+PAIRS = ONE_WIDTH | TWO_WIDTHS | BOTH
+"""What `places.pairs_mask` says where V of all heads has as many bits as K, which has one width, two, or either."""
 NAMES = {"sm_90": ("IGMMA",), "sm_80": ("IMMA",), "gfx942": ("v_mfma_i32",)}
 
 
@@ -69,7 +72,7 @@ def test_both_products_of_prefill_are_integer_matrix_instructions(target):
 def test_both_products_of_decode_are_integer_matrix_instructions(target):
     rows = of(target, "decode")
     shipped = [(d, bits, mask) for d in (128, 256) for bits in (4, 3, 2) for mask in MASKS]
-    shipped += [(128, bits, "") for bits in (4, 3, 2)]
+    shipped += [(128, bits, "") for bits in (4, 4, 4, 3, 3, 3, 2, 2, 2)]
     found = [(row["constants"]["D"], PAIRS[row["constants"]["PAIRS"]], row["constants"]["MASK"]) for row in rows]
     assert found == shipped
     for row in rows:
@@ -80,8 +83,9 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
         values = max(LEAST_COLUMNS[target], c["R"])
         # A packed key's step stands in two columns, a high and a low part.
         keys = max(LEAST_COLUMNS[target], 2 * c["R"])
-        # INT8 pages, packed pages, and open rows.
-        wanted = 2 * keys + values + 3 * values
+        # INT8 pages, packed pages (of either kind), and open rows.
+        kinds = 3 if c["PAIRS"] in BOTH else 2
+        wanted = kinds * keys + values + (kinds + 1) * values
         assert row["multiplications"] >= 64 * c["WIDE"] * wanted
 
 
