@@ -177,9 +177,9 @@ def turbo_attention_with_kvcache(
     if chosen.name != "reference" and plain and (k_new is not None or cache.window_size is None):
         stepped = _step(chosen.name, q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
         if stepped is not None:
-            if cache.learns_order:
-                at = (cache.lengths - q.shape[2])[:, None] + torch.arange(q.shape[2])
-                cache.observe(_energy(q, cache, at, at >= 0))
+            if cache.learns_order and k_new is not None:
+                counts, row = new_tokens(q, k_new, lengths)[:, None], torch.arange(q.shape[2])
+                cache.observe(_energy(q, cache, cache.lengths[:, None] - counts + row, row < counts))
             return stepped if return_lse else stepped[0]
     counts = new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts

@@ -20,6 +20,10 @@ second: by the errors of the best uniform quantizers of a normal variable (Max 1
 to 4 bits, the pairs break even at 3.15 and 3.0."""
 
 
+_LARGEST = 1e18
+"""Of a magnitude that is read (`turboattention.validation`)."""
+
+
 class ChannelOrder(NamedTuple):
     """places: int64 [Hkv, D], at each place the channel that is stored there; halved: bool [Hkv] (CPU), the heads whose
     halves get two widths."""
@@ -31,9 +35,11 @@ class ChannelOrder(NamedTuple):
 def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
     """Sums of `q_c^2` float64 [Hkv, D] over sequences, query rows and the query heads of each KV head.
 
-    q [B, Hq, Lq, D]; counted bool [B, Lq] (CPU): the rows that count.
+    q [B, Hq, Lq, D]; counted bool [B, Lq] (CPU): the rows that count. One that is not finite, or beyond 1e18 in
+    magnitude, counts as zeros: steps on a GPU tell of it later.
     """
-    squares = torch.where(counted.to(q.device)[:, None, :, None], q.double(), 0.0).square()
+    counts = counted.to(q.device)[:, None, :, None] & (q.abs() <= _LARGEST).all(-1, keepdim=True)
+    squares = torch.where(counts, q.double(), 0.0).square()
     return squares.sum((0, 2)).unflatten(0, (kv_heads, -1)).sum(1)
 
 
