@@ -78,8 +78,8 @@ class PageStore:
         """Pages (sinks, others) handed out by `fresh_pages` that no table has yet."""
 
     def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
-        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and the order of K's channels in all pages; those
-        of sinks that are here are rewritten in it."""
+        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and the order of K's channels in all pages;
+        those of sinks that are here are rewritten in it."""
         if order is not None:
             self._reorder_sinks(order.places)
             self.order = order

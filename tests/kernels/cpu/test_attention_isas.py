@@ -65,10 +65,10 @@ DECODES = (
         for tokens in (1, 5, 20)
     }
     | {
-        f"{bits} bits rotated, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode(
-            [5, 64, 300], d, t, b, config=OFF.replace(reorder_k=False)
+        f"{bits} bits in order, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode(
+            [5, 64, 300], d, t, b, config=OFF.replace(reorder_k=True)
         )
-        for bits in (4, 3, 2)
+        for bits in (3, 2)
         for head_dim in (24, 96, 256)
         for tokens in (1, 20)
     }
