@@ -96,8 +96,9 @@ class PageStore:
         pages = list(dict.fromkeys(page for table in self.tables for page in table if page != EVICTED))
         if pages:
             layout, quantizer = self.sinks.layout, quantizer_for(self.device)
-            k8, *rest = quantizer.decode_pages(layout, self.sinks.gather(pages))
-            content = quantizer.encode_pages(layout, reorder(k8, order, 1), *rest, self.config.search)
+            k8, v8, k_scale, v_scale = quantizer.decode_pages(layout, self.sinks.gather(pages))
+            sides = reorder(k8, order, 1), v8, k_scale, v_scale
+            content = quantizer.encode_pages(layout, *sides, self.config.search)
             fresh = self.sinks.allocate([1] * len(pages))
             self.sinks.write(fresh, content)
             self._exchange(True, self.sinks, self.sinks, dict(zip(pages, fresh, strict=True)))
