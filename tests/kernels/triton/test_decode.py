@@ -116,7 +116,7 @@ def test_softmax(form, threshold):
         {"rotate": False},
         {"token_scales": False},
         {"sink_tokens": 0},
-        {"bits": 3, "reorder_k": True},
+        {"reorder_k": True},
     ],
 )
 @pytest.mark.parametrize("bits", [8, 3])
