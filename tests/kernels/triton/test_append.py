@@ -78,7 +78,9 @@ def test_what_has_no_room_is_dropped():
     guard = [x.clone() for x in (*codes, *scales)]
     k, v = normals(2, BATCH, HEADS, 2, D, seed=1)
     lengths, flag = torch.tensor([63, 64, 70]), torch.zeros(1, dtype=torch.int32)
-    store_tokens(ta.TurboConfig(), (k, v), lengths, torch.full((BATCH,), 2), lengths * 0, None, 0, None, codes, scales, flag)
+    store_tokens(
+        ta.TurboConfig(), (k, v), lengths, torch.full((BATCH,), 2), lengths * 0, None, 0, None, codes, scales, flag
+    )
     for x, before in zip((*codes, *scales), guard, strict=True):
         assert bool((x[0, :, 63] != 0).any())
         x[0, :, 63] = 0
@@ -99,7 +101,9 @@ def test_rows_that_are_not_finite_become_zeros(side, bad):
     want[side][1, 1, 3], want_scales[side][1, 1, 3] = 0, 1
     new[side][1, 1, 1, 5] = bad
     codes, scales = buffer(64, torch.bfloat16)
-    store_tokens(ta.TurboConfig(), tuple(new), lengths, torch.full((BATCH,), 2), start, mean, 0, None, codes, scales, flag)
+    store_tokens(
+        ta.TurboConfig(), tuple(new), lengths, torch.full((BATCH,), 2), start, mean, 0, None, codes, scales, flag
+    )
     assert flag.tolist() == [1]
     for got, expected in zip((*codes, *scales), (*want, *want_scales), strict=True):
         assert torch.equal(got, expected)

@@ -23,8 +23,8 @@ OF_VALUES = tl.constexpr(7)
 @functools.cache  # for ever: captured graphs hold addresses alone
 @in_own_modes
 def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [heads, PLACES]: the head; then for K and for V its width (`key_widths`) and the bytes' offsets of its codes, steps,
-    zeros, tokens' scales and scale; 0 for what it has not.
+    """int32 [heads, PLACES]: the head; then for K and for V its width (`key_widths`) and the bytes' offsets of its
+    codes, steps, zeros, tokens' scales and scale; 0 for what it has not.
 
     Raises UnsupportedError where a stream is being captured: the copy would be made at its replay."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 TWO_WIDTHS = 3
 """Kernels call K of two widths, whose mean is 4, 3 or 2, by this more: 7, 6 or 5."""
 
