@@ -90,8 +90,8 @@ def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Ite
         config = ta.TurboConfig(bits=bits, guard="off")
         row = functools.partial(_decode_at, plan, shape, str(bits), config, q, rivals, entries, peaks)
         yield attempted(row, "decode", shape, str(bits))
-        if bits == 4:  # beside it, keys of one width
-            name, config = f"{bits}, rotated keys", config.replace(reorder_k=False)
+        if bits in (3, 2):  # beside it, keys in order
+            name, config = f"{bits}, keys in order", config.replace(reorder_k=True)
             row = functools.partial(_decode_at, plan, shape, name, config, q, {}, [], peaks)
             yield attempted(row, "decode", shape, name)
 

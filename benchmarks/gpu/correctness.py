@@ -53,7 +53,12 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
             f"decode, {bits} bits": lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
             for bits in ((8, *plan.bits) if real else plan.bits)
         }
-        | {"decode, rotated keys": lambda: _decode(plan, 8191 if real else 191, OFF.replace(reorder_k=False))},
+        | {
+            f"decode, {bits} bits, keys in order": lambda bits=bits: _decode(
+                plan, 8191 if real else 191, OFF.replace(bits=bits, reorder_k=True)
+            )
+            for bits in ((3, 2) if real else (3,))
+        },
         "paged": {
             f"pages that a server manages, {bits} bits, head_dim {size}": lambda size=size, bits=bits: paged(
                 replace(plan, head_dim=size), bits

@@ -27,8 +27,8 @@ def normals(*shape: int, seed: int = SEED) -> Tensor:
 def filled_cache(
     batch: int, kv_heads: int, head_dim: int, tokens: int, config: ta.TurboConfig, max_tokens: int | None = None
 ) -> ta.KVCache:
-    """A cache of `tokens` random tokens a sequence, appended in chunks; keys' channels differ enough for two widths a
-    head."""
+    """A cache of `tokens` random tokens a sequence, appended in chunks; keys' channels differ as much
+    as it takes for two widths a head."""
     cache = ta.KVCache(batch, kv_heads, head_dim, config=config, max_tokens=max_tokens, device=device(), dtype=dtype())
     chunk = max(64, min(4096, (1 << 28) // max(1, batch * kv_heads * head_dim)))
     for first in range(0, tokens, chunk):

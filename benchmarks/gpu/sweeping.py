@@ -69,17 +69,17 @@ def prefill_candidates() -> tuple[Launch, ...]:
 
 
 def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
-    """Every launch over every shape of the sweep, one width; at 4 bits the shipped launch over keys of one width, too.
+    """Every launch over every shape of the sweep, one width; below 4 bits the shipped launch over keys in order, too.
     `have`: keys of rows that are there."""
     with torch.inference_mode():
         for batch, tokens in plan.sweep_decode:
             config = ta.TurboConfig(bits=bits, guard="off")
             yield from _decode(plan, batch, tokens, str(bits), config, decode_candidates(), have)
-            if bits == 4:
+            if bits in (3, 2):
                 group, architecture = plan.heads // plan.kv_heads, configs.architecture_of(device())
                 shipped = configs.decode(architecture, group, plan.head_dim, False)
-                rotated = config.replace(reorder_k=False)
-                yield from _decode(plan, batch, tokens, f"{bits}, rotated keys", rotated, (shipped,), have)
+                ordered = config.replace(reorder_k=True)
+                yield from _decode(plan, batch, tokens, f"{bits}, keys in order", ordered, (shipped,), have)
 
 
 def _decode(

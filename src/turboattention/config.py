@@ -64,11 +64,13 @@ class TurboConfig:
     rotate: bool = True
     """Rotate V by a signed block Hadamard matrix before quantizing, and K and Q where `reorder_k` leaves them."""
 
-    reorder_k: bool = True
+    reorder_k: bool = False
     """Where K has 3 or 2 bits, store it unrotated, its channels in the order of their attention energy, the upper half
     with wider codes than the lower: 3 bits become 4 and 2, 2 bits become 3 and 1 (kv/layout.py). The order is fixed at
     the first compressed block, from its keys and from the queries until then. From 4 bits on, and under ``"mixed"``,
-    K is rotated: unrotated keys lose more in stage 1 than they gain in stage 2."""
+    K is rotated: unrotated keys lose more in stage 1 than they gain in stage 2. Halves the KL divergence of real models
+    at 2 bits (docs/numerics.md). The order is that of the cache's first sequences, for all of them: off by default,
+    since a sequence's bytes then depend on its batch."""
 
     token_scales: bool = True
     """Stage-1 scales per token (row), not per tile; 8 bits each where stored."""
@@ -136,7 +138,6 @@ class TurboConfig:
             "rescale": "sas",
             "smooth_k": False,
             "rotate": False,
-            "reorder_k": False,
             "token_scales": False,
             "sink_tokens": 0,
             "search": False,
@@ -156,7 +157,6 @@ class TurboConfig:
             "stored_prefill": True,
             "sink_tokens": 0,
             "smooth_k": False,
-            "reorder_k": False,
             "guard": "warn",
         }
         return cls(**(fixed | overrides))

@@ -34,8 +34,8 @@ def squared_error(values: list[int], step: int, zero: int, bits: int) -> int:
 
 
 def search(values: list[int], bits: int) -> tuple[int, int]:
-    """Min-max, then steps of 16/16 to 8/16 (one bit: 12/16 to 4/16) of its step, each centred and shifted by -1/4 and +1/4
-    of a step; the first of least squared error."""
+    """Min-max, then steps of 16/16 to 8/16 (one bit: 12/16 to 4/16) of its step, each centred and shifted by -1/4 and
+    +1/4 of a step; the first of least squared error."""
     levels = 2**bits - 1
     widest, zero = min_max(values, bits)
     best = (squared_error(values, widest, zero, bits), widest, zero)

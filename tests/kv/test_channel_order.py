@@ -12,7 +12,7 @@ from ..helpers import normals
 from .tools import PLAIN, attend, content
 
 HEADS, QUERY_HEADS, DIM = 2, 4, 32
-ORDERED = PLAIN.replace(bits=3)
+ORDERED = PLAIN.replace(bits=3, reorder_k=True)
 
 
 def problem(length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_before_the_first_compressed_block_there_is_no_order():
 @pytest.mark.parametrize("bits", [3, 2])
 def test_tokens_stay_what_they_were_when_the_order_is_fixed(bits):
     """Sinks and buffer are rewritten in the new order: exactly."""
-    config = PLAIN.replace(bits=bits)
+    config = ORDERED.replace(bits=bits)
     before = fed([120], config=config).dequantize()
     after = fed([120, 40], config=config).dequantize()
     for x, y in zip(before, after, strict=True):
@@ -125,7 +125,7 @@ def test_attention_errs_less_with_it(bits):
 
 @pytest.mark.parametrize("bits", [8, 4, "mixed", (4, 2)])
 def test_wider_keys_are_rotated_and_not_reordered(bits):
-    cache = fed([300], config=PLAIN.replace(bits=bits))
+    cache = fed([300], config=ORDERED.replace(bits=bits))
     assert cache.k_order is None
     assert not cache.learns_order
 

@@ -20,6 +20,7 @@ from .tools import PLAIN, attend, content, filled, live_pages, tokens
 CASES = {
     "default": dict(lengths=[200, 64, 0, 131]),
     "3 bits": dict(lengths=[200], config=PLAIN.replace(bits=3)),
+    "keys in order": dict(lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True)),
     "mixed": dict(lengths=[150, 130], config=PLAIN.replace(bits="mixed")),
     "pair of widths": dict(lengths=[150], config=PLAIN.replace(bits=(4, 2))),
     "paper": dict(lengths=[150, 20], config=ta.TurboConfig.paper()),
@@ -159,7 +160,7 @@ def test_another_version(key, value, tmp_path):
 
 def test_a_file_of_version_1_is_read(tmp_path):
     """Its configuration knows of no reordered keys: they were rotated."""
-    cache, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(reorder_k=False))
+    cache, path = saved(tmp_path, lengths=[200])
     tensors, metadata = parts(path)
     content = json.loads(metadata["content"])
     del content["cache"]["config"]["reorder_k"]
@@ -173,10 +174,10 @@ def test_a_file_of_version_1_is_read(tmp_path):
 
 @pytest.mark.parametrize("order", [torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.int16), torch.arange(16)])
 def test_an_order_that_is_none(order, tmp_path):
-    _, path = saved(tmp_path, lengths=[200])
+    _, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True))
     tensors, metadata = parts(path)
     write_file(path, tensors | {"k_order": order}, json.loads(metadata["content"]))
-    with pytest.raises(FormatError, match="^k_order: expected "):
+    with pytest.raises(FormatError, match=r"^k_order: expected "):
         ta.KVCache.load(path)
 
 

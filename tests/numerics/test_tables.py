@@ -54,7 +54,7 @@ def test_default_is_better_than_the_paper_wherever_keys_are_not_plain_noise():
     for kind in ("bias", "bigbias", "sink"):
         for bits in WIDTHS:
             paper = measure(kind, bits, PRESETS["tiles (paper)"])[1]
-            assert measure(kind, bits, PRESETS["+ K in order, not rotated (default)"])[1] < 0.9 * paper
+            assert measure(kind, bits, PRESETS["+ search (default)"])[1] < 0.9 * paper
 
 
 # Running maxima lose nearly everything but the sink; block-local maxima do not.

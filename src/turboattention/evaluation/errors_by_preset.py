@@ -17,12 +17,12 @@ PRESETS: dict[str, TurboConfig] = {
     "tiles (paper)": TurboConfig.paper(),
     "+ K smoothing": TurboConfig.paper(smooth_k=True),
     "+ rotation": TurboConfig.paper(smooth_k=True, rotate=True),
-    "+ token scales, no sink block": TurboConfig(search=False, sink_tokens=0, reorder_k=False, guard="off"),
-    "+ sink block": TurboConfig(search=False, reorder_k=False, guard="off"),
-    "+ search": TurboConfig(reorder_k=False, guard="off"),
-    "+ K in order, not rotated (default)": TurboConfig(guard="off"),
+    "+ token scales, no sink block": TurboConfig(search=False, sink_tokens=0, guard="off"),
+    "+ sink block": TurboConfig(search=False, guard="off"),
+    "+ search (default)": TurboConfig(guard="off"),
+    "+ K of 3 and 2 bits in order": TurboConfig(reorder_k=True, guard="off"),
 }
-"""Rows of the table, from the paper's preset to the default."""
+"""Rows of the table, from the paper's preset to the default and beyond."""
 
 LONG_CONTEXT: dict[str, TurboConfig] = {
     "running max, tile-wide s_P": TurboConfig(bits=8, row_max="running", p_scale="tile", guard="off"),

@@ -34,7 +34,7 @@ def with_filled(
     assert store is not None  # staging made it
     known = pages or tables_of(store)
     if order is not None:
-        known, staged = _reordered_sinks(known, cache, order), _reordered(staged, order)
+        known, staged = _reordered_sinks(known, cache, order.places), _reordered(staged, order.places)
     counts = known.counts + torch.bincount(flush.batch, minlength=cache.batch_size)
     width = known.addresses.shape[1]
     addresses = known.addresses.new_zeros(cache.batch_size, max(width, int(counts.max())))

@@ -26,7 +26,6 @@ def _shrinks(bits: int) -> range:
     return range(12, 3, -1) if bits == 1 else range(16, 7, -1)
 
 
-
 def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Compress one tile of INT8 codes.
 

@@ -204,7 +204,7 @@ class Contents:
 
     @property
     def k_order(self) -> Tensor | None:
-        """int64 [Hkv, D]: the channel at each place of stored keys and their mean; None: as in the model, or rotated."""
+        """int64 [Hkv, D]: the channel at each place of stored keys and means; None: as in the model, or rotated."""
         order = None if self._store is None else self._store.order
         return None if order is None else order.places
 

@@ -66,8 +66,8 @@ class Group:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head; `k_halves`: per KV head whether K's width
-    is the mean of two, which takes a head_dim in 16s (no entries: of none)."""
+    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head; `k_halves`: per KV head whether K's
+    width is the mean of two, which takes a head_dim in 16s (no entries: of none)."""
 
     head_dim: int
     block_size: int

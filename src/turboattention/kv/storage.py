@@ -237,7 +237,10 @@ def _owners(part: Tensor, count: int) -> Tensor:
 
 def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder:
     """The order of K's channels: a permutation for each head, and which heads have two widths."""
-    like = {"k_order": torch.empty(heads, head_dim, dtype=torch.int16), "k_halved": torch.empty(heads, dtype=torch.bool)}
+    like = {
+        "k_order": torch.empty(heads, head_dim, dtype=torch.int16),
+        "k_halved": torch.empty(heads, dtype=torch.bool),
+    }
     for name, tensor in like.items():
         if name not in own:
             raise FormatError(f"{name}: expected a tensor of that name, got none")

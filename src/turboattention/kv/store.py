@@ -78,8 +78,8 @@ class PageStore:
         """Pages (sinks, others) handed out by `fresh_pages` that no table has yet."""
 
     def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
-        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and the order of K's channels in all pages; those
-        of sinks that are here are rewritten in it."""
+        """Fix the widths int64 [2, Hkv] of every page behind the sinks, and the order of K's channels in all pages;
+        those of sinks that are here are rewritten in it."""
         if order is not None:
             self._reorder_sinks(order.places)
             self.order = order
@@ -96,8 +96,9 @@ class PageStore:
         pages = list(dict.fromkeys(page for table in self.tables for page in table if page != EVICTED))
         if pages:
             layout, quantizer = self.sinks.layout, quantizer_for(self.device)
-            k8, *rest = quantizer.decode_pages(layout, self.sinks.gather(pages))
-            content = quantizer.encode_pages(layout, reorder(k8, order, 1), *rest, self.config.search)
+            k8, v8, k_scale, v_scale = quantizer.decode_pages(layout, self.sinks.gather(pages))
+            sides = reorder(k8, order, 1), v8, k_scale, v_scale
+            content = quantizer.encode_pages(layout, *sides, self.config.search)
             fresh = self.sinks.allocate([1] * len(pages))
             self.sinks.write(fresh, content)
             self._exchange(True, self.sinks, self.sinks, dict(zip(pages, fresh, strict=True)))

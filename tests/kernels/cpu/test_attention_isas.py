@@ -57,28 +57,32 @@ PREFILLS = {
     "by tile": lambda: prefill((1, 4, 2, 70, 150, 16), config=OFF.replace(token_scales=False)),
     "more queries than keys": lambda: prefill((2, 4, 2, 70, 9, 16), is_causal=True),
 }
-DECODES = {
-    f"{bits} bits, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode([5, 64, 300], d, t, b)
-    for bits in (8, 4, 3, 2, (8, 2), (3, 4))
-    for head_dim in (8, 24, 64, 80, 128)
-    for tokens in (1, 5, 20)
-} | {
-    f"{bits} bits rotated, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode(
-        [5, 64, 300], d, t, b, config=OFF.replace(reorder_k=False)
-    )
-    for bits in (4, 3, 2)
-    for head_dim in (24, 96, 256)
-    for tokens in (1, 20)
-} | {
-    "mixed": lambda: decode([400, 1], 64, 3, "mixed"),
-    "long": lambda: decode([2500, 70], 32, 1),
-    "long, many rows": lambda: decode([1500], 32, 30),
-    "bfloat16": lambda: decode([200, 100], 96, 2, dtype=torch.bfloat16),
-    "by tile": lambda: decode([200, 100], 16, 2, config=OFF.replace(token_scales=False)),
-    "window": lambda: decode([700, 100], 16, 2, window_size=130),
-    "ragged": lambda: decode([200, 100], 16, 6, counts=[0, 4]),
-    "eight heads a head": lambda: decode([200, 100], 16, 2, heads=16),
-}
+DECODES = (
+    {
+        f"{bits} bits, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode([5, 64, 300], d, t, b)
+        for bits in (8, 4, 3, 2, (8, 2), (3, 4))
+        for head_dim in (8, 24, 64, 80, 128)
+        for tokens in (1, 5, 20)
+    }
+    | {
+        f"{bits} bits in order, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode(
+            [5, 64, 300], d, t, b, config=OFF.replace(reorder_k=True)
+        )
+        for bits in (3, 2)
+        for head_dim in (24, 96, 256)
+        for tokens in (1, 20)
+    }
+    | {
+        "mixed": lambda: decode([400, 1], 64, 3, "mixed"),
+        "long": lambda: decode([2500, 70], 32, 1),
+        "long, many rows": lambda: decode([1500], 32, 30),
+        "bfloat16": lambda: decode([200, 100], 96, 2, dtype=torch.bfloat16),
+        "by tile": lambda: decode([200, 100], 16, 2, config=OFF.replace(token_scales=False)),
+        "window": lambda: decode([700, 100], 16, 2, window_size=130),
+        "ragged": lambda: decode([200, 100], 16, 6, counts=[0, 4]),
+        "eight heads a head": lambda: decode([200, 100], 16, 2, heads=16),
+    }
+)
 CASES = PREFILLS | DECODES
 
 

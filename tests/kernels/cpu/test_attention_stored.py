@@ -18,11 +18,10 @@ from .test_attention_cache import filled, with_new
 STORED = ta.TurboConfig(guard="off", stored_prefill=True)
 CONFIGS = {
     "default": STORED,
-    "serving": STORED.replace(sink_tokens=0, smooth_k=False),
     "2 bits": STORED.replace(bits=2, sink_tokens=0),
     "mixed": STORED.replace(bits="mixed", sink_tokens=128),
-    "rotated": STORED.replace(reorder_k=False),
-    "serving, rotated": ta.TurboConfig.serving(guard="off"),
+    "keys in order": STORED.replace(bits=3, reorder_k=True),
+    "serving": ta.TurboConfig.serving(guard="off"),
 }
 
 
@@ -38,7 +37,7 @@ def test_calls_that_fill_blocks(config, options):
 @pytest.mark.parametrize("sink_tokens", [0, 64, 128])
 def test_a_call_that_fixes_the_order_of_channels(sink_tokens, options):
     """Pages in the new order, sinks and open rows in the old one, in one call; then all of them in the new one."""
-    config = STORED.replace(sink_tokens=sink_tokens)
+    config = STORED.replace(sink_tokens=sink_tokens, bits=3, reorder_k=True)
     for lengths in ([70, 0, 127, 64], [3, 60, 1, 2]):
         cache = filled(lengths, 32, config, **options)
         before = cache.k_order

@@ -163,9 +163,9 @@ def test_queries(isa, dtype, head_dim, group):
     clean[1, :, 4:], q[1, :, 4:] = 0.0, torch.nan
     mean = normals(2, 2, head_dim, seed=4)
     for config, order in (
-        (ta.TurboConfig(reorder_k=False), None),
+        (ta.TurboConfig(), None),
         (ta.TurboConfig(rotate=False), None),
-        (ta.TurboConfig(bits=3), some_order(2, head_dim)),
+        (ta.TurboConfig(bits=3, reorder_k=True), some_order(2, head_dim)),
     ):
         want = quantize_queries(config, clean, 2, 0.3, mean, order)
         codes, unit, logit, fine = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotates_k, order, isa)

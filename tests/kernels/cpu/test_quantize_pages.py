@@ -131,7 +131,7 @@ def test_any_layout_on_every_instruction_set(data):
         tuple(data.draw(st.lists(WIDTHS, min_size=heads, max_size=heads))),
         tuple(data.draw(st.lists(WIDTHS, min_size=heads, max_size=heads))),
         data.draw(st.booleans()),
-        data.draw(st.booleans()) and head_dim % 16 == 0,
+        () if head_dim % 16 else tuple(data.draw(st.lists(st.booleans(), min_size=heads, max_size=heads))),
     )
     spread = data.draw(st.sampled_from([0.0, 1.0, 8.0]))
     tiles = sides(layout, 1, data.draw(st.integers(0, 99)), spread)

@@ -70,7 +70,9 @@ def test_steps_that_fill_blocks_attend_like_the_reference(bits, tokens):
 @pytest.mark.parametrize("sink_tokens", [0, 64])
 def test_steps_before_and_after_the_order_of_channels_is_fixed(tokens, sink_tokens):
     """What steps keep of a cache is of the old order until the step that fixes it, and of the new one from then on."""
-    cache, *_ = filled([sink_tokens + 40, sink_tokens + 3], config=OFF.replace(sink_tokens=sink_tokens, bits=3))
+    cache, *_ = filled(
+        [sink_tokens + 40, sink_tokens + 3], config=OFF.replace(sink_tokens=sink_tokens, bits=3, reorder_k=True)
+    )
     fixed = []
     for turn in range(90 // tokens):
         q, k, v = qkv(2, 4, 2, tokens, tokens, 16, seed=turn)

@@ -24,8 +24,8 @@ OFF = ta.TurboConfig(guard="off")
 
 
 def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF, heads: int = 2, **options) -> KVCache:
-    """A cache whose keys have an outlier channel, and whose values differ in size; channels of every other head's keys
-    differ enough for two widths."""
+    """A cache whose keys have an outlier channel, and whose values differ in size; keys of every other head have
+    channels that differ enough for two widths."""
     cache = KVCache(len(lengths), heads, head_dim, config=config, **options)
     if lengths and max(lengths):
         k, v = normals(2, len(lengths), heads, max(lengths), head_dim, seed=9)

@@ -53,7 +53,7 @@ def test_head_dims(head_dim):
 def test_keys_in_their_order(head_dim, bits):
     """A head of two widths, where octets halve, and one of one; behind a sink block, whose channels are in that order
     too."""
-    cache = filled([200], head_dim, OFF.replace(bits=bits))
+    cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=True))
     assert cache.store.counts.tolist() == [3]
     assert cache.store.compressed.layout.k_halves == (() if head_dim % 16 else (True, False))
     assert not torch.equal(cache.k_order, torch.arange(head_dim).expand(2, -1))
@@ -62,7 +62,7 @@ def test_keys_in_their_order(head_dim, bits):
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(4, 24), (3, 64), (2, 96), (4, 128)])
 def test_rotated_keys(bits, head_dim):
-    cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=False))
+    cache = filled([200], head_dim, OFF.replace(bits=bits))
     assert cache.k_order is None
     both(*tokens_for(cache, 4, 1))
 
@@ -111,7 +111,13 @@ def test_softmax(form, threshold):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"sink_tokens": 0}, {"reorder_k": False}],
+    [
+        {"smooth_k": False},
+        {"rotate": False},
+        {"token_scales": False},
+        {"sink_tokens": 0},
+        {"bits": 3, "reorder_k": True},
+    ],
 )
 @pytest.mark.parametrize("bits", [8, 3])
 @pytest.mark.usefixtures("split")

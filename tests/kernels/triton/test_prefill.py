@@ -74,7 +74,7 @@ def test_rescaling_is_skipped_only_where_no_maximum_rises(group, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"reorder_k": False}], ids=str
+    "fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"bits": 3, "reorder_k": True}], ids=str
 )
 def test_without_its_parts(fields):
     prompt([150], 2, 1, 24, OFF.replace(**fields))
@@ -101,14 +101,14 @@ def test_chunks_over_a_cache(bits, head_dim):
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_keys_in_their_order(bits, head_dim):
     """A head of two widths, and one of one, behind a sink block."""
-    cache = filled([140], head_dim, OFF.replace(bits=bits))
+    cache = filled([140], head_dim, OFF.replace(bits=bits, reorder_k=True))
     assert cache.store.compressed.layout.k_halves == (True, False)
     both(*tokens_for(cache, 4, 10))
 
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(4, 24), (3, 64), (2, 96)])
 def test_rotated_keys(bits, head_dim):
-    both(*tokens_for(filled([140], head_dim, OFF.replace(bits=bits, reorder_k=False)), 4, 10))
+    both(*tokens_for(filled([140], head_dim, OFF.replace(bits=bits)), 4, 10))
 
 
 @pytest.mark.parametrize("given", [[[2, 8, 4, 3], [4, 2, 8, 3]]], ids=str)
@@ -179,7 +179,9 @@ def test_what_is_not_finite_makes_all_results_nan(side, parts, monkeypatch):
 
 
 @pytest.mark.parametrize("head_dim, keys", [(16, 70), (24, 64), (40, 40), (256, 130)])
-@pytest.mark.parametrize("fields", [{}, {"smooth_k": False}, {"rotate": False}, {"reorder_k": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"smooth_k": False}, {"rotate": False}, {"bits": 3, "reorder_k": True}], ids=str
+)
 def test_a_prompt_without_a_cache_is_as_by_way_of_staged_rows(head_dim, keys, fields, monkeypatch):
     q, k, v = qkv(2, 4, 2, 40, keys, head_dim, seed=5)
     k[..., 1] += 4.0

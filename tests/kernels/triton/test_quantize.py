@@ -167,9 +167,10 @@ def test_queries(dtype, head_dim):
     clean = q.clone()
     clean[1, :, 2:], q[1, :, 2:] = 0.0, torch.nan
     mean = normals(2, 2, head_dim, seed=4)
-    rotated = ta.TurboConfig(reorder_k=False)
+    rotated = ta.TurboConfig()
     for config, order in (
-        (rotated, None), (rotated.replace(rotate=False), None), (ta.TurboConfig(bits=3), an_order(2, head_dim)),
+        (rotated, None), (rotated.replace(rotate=False), None),
+        (ta.TurboConfig(bits=3, reorder_k=True), an_order(2, head_dim)),
     ):  # fmt: skip
         want = quantize_queries(config, clean, 2, 0.3, mean, order)
         codes, unit, logit, flag = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotates_k, order)

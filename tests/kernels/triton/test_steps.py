@@ -25,6 +25,7 @@ from .tools import assert_close, cache_both
 
 OFF = ta.TurboConfig(guard="off")
 NO_SINKS = OFF.replace(sink_tokens=0)
+ORDERED = NO_SINKS.replace(bits=3, reorder_k=True)
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_counts_and_masks_are_not_read_back(monkeypatch):
 @pytest.mark.parametrize("attends", [True, False])
 def test_first_blocks_fill_without_staging(config, options, attends, stepping):
     """From a first token to the first compressed page: means, sinks, and widths that do not depend on tokens."""
-    cache, *_ = filled([3, 61, 127], config=config.replace(reorder_k=False), **options)
+    cache, *_ = filled([3, 61, 127], config=config, **options)
     want = cache.clone()
     stepping(cache)
     for turn, tokens in enumerate((1, 2, 58, 4, 2, 58)):
@@ -169,11 +170,11 @@ def test_first_blocks_fill_without_staging(config, options, attends, stepping):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"bits": "mixed"}, {"guard": "adapt"}, {"guard": "warn"}, {"reorder_k": True}], ids=str
+    "fields", [{"bits": "mixed"}, {"guard": "adapt"}, {"guard": "warn"}, {"bits": 3, "reorder_k": True}], ids=str
 )
 def test_what_tokens_decide_is_staged(fields):
     """Widths, and the order of K's channels. The guard looks at calls that attend; all once a cache."""
-    cache, *_ = filled([62, 50], config=NO_SINKS.replace(**{"reorder_k": False, **fields}))
+    cache, *_ = filled([62, 50], config=NO_SINKS.replace(**fields))
     want = cache.clone()
     steps = []
     for turn, tokens in enumerate((1, 1, 1)):
@@ -191,7 +192,7 @@ def test_queries_of_steps_count_for_the_order_of_channels():
     q, k, v = qkv(3, 4, 2, 70, 70, 16, seed=6)
     q, k = q * torch.linspace(0.2, 3.0, 16), k.clone()
     k[:, 1, :, ::2] *= 4.0
-    cache, want = (ta.KVCache(3, 2, 16, config=NO_SINKS) for _ in range(2))
+    cache, want = (ta.KVCache(3, 2, 16, config=ORDERED) for _ in range(2))
     at = torch.zeros(3, dtype=torch.int64)
     for turn, some in enumerate(([40, 50, 9], [2, 0, 1], [1, 3, 4], [0, 1, 0], [20, 9, 12], [2, 2, 2])):
         counts, most = torch.tensor(some), max(some)
@@ -218,7 +219,7 @@ def test_queries_of_steps_count_for_the_order_of_channels():
 
 
 def test_queries_that_are_not_finite_leave_the_order_alone():
-    cache, *_ = filled([50], config=NO_SINKS)
+    cache, *_ = filled([50], config=ORDERED)
     for bad in (torch.nan, torch.inf, 1e30):
         q, k, v = new(1, 1, 0)
         q[0, 1, 0, 3] = bad
@@ -231,7 +232,7 @@ def test_queries_that_are_not_finite_leave_the_order_alone():
 
 
 def test_steps_behind_the_order_are_steps(stepping):
-    cache, *_ = filled([130, 100], config=NO_SINKS)
+    cache, *_ = filled([130, 100], config=ORDERED)
     want = cache.clone()
     assert cache.k_order is not None
     stepping(cache)

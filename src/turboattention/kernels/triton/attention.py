@@ -48,9 +48,9 @@ def attend(
     `fresh`: keys and values in place of pages and rows, for calls that `takes_many_rows` names.
 
     mean: float32 [B, Hkv, D] (in the stored space) that keys from block `mean_from` on are stored without, or None;
-    order: integers [Hkv, D], the channels in the places of stored keys, or None; mask: bool or float, [1 or B, 1 or Hq,
-    1 or Lq, 1 or Lk]; `quantized` takes the place of q's values. All tensors on one device. Whether q is finite is
-    told by `quantize_queries` alone.
+    order: integers [Hkv, D], the channels in the places of stored keys, or None; mask: bool or float,
+    [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place of q's values. All tensors on one device. Whether q
+    is finite is told by `quantize_queries` alone.
 
     Raises UnsupportedError for what `refusal` and `configs.refusal` name.
     """

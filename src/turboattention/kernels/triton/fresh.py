@@ -107,7 +107,7 @@ def make_operands(
     wide: int,
     operands: tuple[Tensor, ...],
 ) -> None:
-    """k, v [B, Hkv, L, D] of these sequences and heads into `operands`; `rotates`: whether each is rotated. flag:
+    """k, v [B, Hkv, L, D], rotated as `rotates` says of each, of these sequences and heads into `operands`. flag:
     likewise. Raises DtypeError."""
     k, v = map(float_rows, new)
     fresh_operands[operands[0].shape[2], len(heads), 2 * len(sequences)](

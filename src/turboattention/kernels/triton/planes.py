@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 TWO_WIDTHS = 3
-"""Kernels call K of two widths, whose mean is 4, 3 or 2, by this more: 7, 6 or 5."""
+"""Kernels call K of two widths, whose mean is 3 or 2, by this more: 6 or 5."""
 
 
 @triton.constexpr_function

@@ -72,10 +72,11 @@ def quantize_tokens(
 ) -> bool:
     """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-    order: integers [H, D], the channel that each place takes, or None. Token t stands at position `first[b] + t`; from
-    `mean_from` on, mean [B, H, D] is subtracted. Its row goes to row `target[b] + t` of codes int8 [B, H, W, D] and
-    scales float32 [B, H, W], both contiguous. The others of x are never read, the others of the result never written.
-    All of span, first and target are int64 [B].
+    order: integers [H, D], the channel that each place takes, or None. Token t stands at position
+    `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted. Its row goes to row `target[b] + t` of codes int8
+    [B, H, W, D] and scales float32 [B, H, W], both contiguous. The others of x are never read, the others of the result
+    never written. All of span,
+    first and target are int64 [B].
 
     Returns whether all values read were finite and at most 1e18 in magnitude, which waits for the
     device. Raises DtypeError.
