@@ -47,9 +47,11 @@ def of(target: str, kernel: str) -> list[dict[str, Any]]:
 @every_target
 def test_kernels_spill_no_more_than_a_few_registers_to_memory(target):
     """A dozen words of a thread that a loop reads and does not write cost less than launches that spill nothing: decode
-    in two warps takes 1.6 times as long as in one on an H100. Prefill's loops have none to spare."""
+    in two warps takes 1.6 times as long as in one on an H100. Prefill's loops have none to spare. Where heads differ,
+    decode has a loop over pages for each kind, and holds more beside them."""
     rows = compiled(target)
-    assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"] > 64} == {}
+    most = {row["purpose"]: 96 if row["constants"].get("PAIRS") in BOTH else 64 for row in rows}
+    assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"] > most[row["purpose"]]} == {}
     plain = [row for row in rows if row["kernel"] == "prefill" and not row["constants"]["MASK"]]
     assert all(row["spill_bytes"] == 0 for row in plain)
     assert all(0 < row["registers"] <= (512 if target == "gfx942" else 255) for row in rows)
@@ -72,7 +74,7 @@ def test_both_products_of_prefill_are_integer_matrix_instructions(target):
 def test_both_products_of_decode_are_integer_matrix_instructions(target):
     rows = of(target, "decode")
     shipped = [(d, bits, mask) for d in (128, 256) for bits in (4, 3, 2) for mask in MASKS]
-    shipped += [(128, bits, "") for bits in (4, 4, 4, 3, 3, 3, 2, 2, 2)]
+    shipped += [(128, bits, "") for bits in (4, 3, 3, 3, 2, 2, 2)]
     found = [(row["constants"]["D"], PAIRS[row["constants"]["PAIRS"]], row["constants"]["MASK"]) for row in rows]
     assert found == shipped
     for row in rows:

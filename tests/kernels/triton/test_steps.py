@@ -190,7 +190,7 @@ def test_queries_of_steps_count_for_the_order_of_channels():
     """Of those alone that are their tokens', however they come: in ragged steps, with padding that may hold anything;
     behind a prompt; not those that come without tokens. A head of two widths, and one of one."""
     q, k, v = qkv(3, 4, 2, 70, 70, 16, seed=6)
-    q, k = q * torch.linspace(0.2, 3.0, 16), k.clone()
+    q, k = q * torch.linspace(0.8, 1.4, 16), k.clone()
     k[:, 1, :, ::2] *= 4.0
     cache, want = (ta.KVCache(3, 2, 16, config=ORDERED) for _ in range(2))
     at = torch.zeros(3, dtype=torch.int64)
@@ -236,8 +236,8 @@ def test_steps_behind_the_order_are_steps(stepping):
     want = cache.clone()
     assert cache.k_order is not None
     stepping(cache)
-    for turn in range(2):
-        q, k, v = new(2, 30, turn)
+    for turn, tokens in enumerate((20, 8)):  # the last fills a block
+        q, k, v = new(2, tokens, turn)
         cache_both(q[:, :, :1], cache, k[:, :, :1], v[:, :, :1])
         assert triton_steps.append(cache, k[:, :, 1:], v[:, :, 1:])
         want.commit(want.stage(k, v))
@@ -245,7 +245,7 @@ def test_steps_behind_the_order_are_steps(stepping):
 
 
 def test_a_graph_is_made_where_the_order_is_fixed():
-    cache, *_ = filled([63, 63], config=NO_SINKS, max_tokens=128)
+    cache, *_ = filled([63, 63], config=ORDERED, max_tokens=128)
     with pytest.raises(InputError, match=r"^cache: expected max_tokens beyond its lengths and every sequence past its"):
         DecodeGraph(cache, 4, capture=False)
     q, k, v = new(2, 1, 0)
