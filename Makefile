@@ -110,7 +110,7 @@ test test-long coverage sanitize test-transformers-oldest test-triton-oldest vll
 test: $(BUILT) ## run the tests
 	$(BIN)/python -m pytest -q --durations=10
 
-test-long: $(BUILT) ## run what takes minutes in Triton's interpreter, which `make test` leaves out
+test-long: $(BUILT) ## compile the GPU kernels, and run what takes minutes in Triton's interpreter, which `make test` leaves out
 	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long
 
 coverage: $(BUILT) ## run the tests and list the lines that none of them reaches
