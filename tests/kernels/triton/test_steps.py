@@ -229,7 +229,7 @@ def test_a_graph_of_blocks_that_wait():
 @pytest.mark.parametrize("graph", [False, True])
 def test_evicted_pages_leave_the_devices_table(graph, stepping):
     """The host hands them out again; what steps keep is not made anew."""
-    cache, *_ = filled([257, 300], config=NO_SINKS, max_tokens=384, window_size=70)
+    cache, *_ = filled([273, 300], config=NO_SINKS, max_tokens=384, window_size=70)
     want = cache.clone()
     stepping(cache)
     steps = DecodeGraph(cache, 4, capture=False) if graph else None
@@ -247,7 +247,7 @@ def test_evicted_pages_leave_the_devices_table(graph, stepping):
             assert not bool(row[:count].any())
             assert bool(row[count])
         kept.append(cache.kept)
-    assert evicted == [[1, 2]] * 4 + [[2, 2]] * 2
+    assert evicted == [[2, 3]] * 4 + [[3, 3]] * 2
     assert all(x is kept[0] for x in kept)
     assert content(cache) == content(want)
 
@@ -262,6 +262,6 @@ def test_pages_behind_a_window_are_not_read(rows):
     store, size = cache.store, cache.config.block_size
     for table, length in zip(store.tables, cache.seq_lens.tolist(), strict=True):
         for page in table[: (length - rows - 70 + 1) // size]:
-            store.compressed._pages[page].fill_(255)
+            store.compressed.write([page], torch.full((1, store.compressed.layout.page_bytes), 255, dtype=torch.uint8))
     got = steps.run(q, None, None, call, fills=Fills())
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
