@@ -107,11 +107,10 @@ $(SMOLLM2_MODEL): | $(READY)
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
 test test-long coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
 
-# A file's tests stay in one process, which builds what they share once. More than four processes would want much memory.
 test: $(BUILT) ## run the tests
-	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q --durations=10
 
-test-long: $(BUILT) ## run what takes minutes in Triton's interpreter, which `make test` leaves out
+test-long: $(BUILT) ## compile the GPU kernels, and run what takes minutes in Triton's interpreter, which `make test` leaves out
 	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long
 
 coverage: $(BUILT) ## run the tests and list the lines that none of them reaches

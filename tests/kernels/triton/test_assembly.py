@@ -1,6 +1,7 @@
 """What the kernels become on GPUs that are not here: integer matrix instructions for both products, and no spills.
 
-Compiled in processes of their own, which do not interpret; Triton keeps what it has compiled.
+Compiled in processes of their own, which do not interpret; Triton keeps what it has compiled. Minutes for each target:
+`make test-long` runs them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.long
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu" / "assembly.py"
 every_target = pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
