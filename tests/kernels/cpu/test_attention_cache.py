@@ -10,7 +10,7 @@ from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
 from . import tools  # noqa: F401
-from .attending import cache_both
+from .attending import cache_both, unequal
 
 OFF = ta.TurboConfig(guard="off")
 reordered = pytest.mark.parametrize("reorder_k", [True, False], ids=["reordered", "rotated"])
@@ -22,6 +22,7 @@ def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF,
     cache = KVCache(len(lengths), heads, head_dim, config=config, **options)
     if lengths and max(lengths):
         k, v = normals(2, len(lengths), heads, max(lengths), head_dim, seed=9)
+        k = unequal(k)
         k[..., 1] += 4.0
         v[..., ::5, :] *= 6.0
         cache.append(k, v, torch.tensor(lengths))
@@ -41,6 +42,8 @@ def poisoned(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 def test_widths_and_head_dims(bits, head_dim, reorder_k):
     """Decode, few rows, and more rows than are read from packed pages. Head_dims of 8, 24 and 40 have no halves."""
     cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=reorder_k))
+    two_widths = reorder_k and bits in (3, 2, (2, 4), (3, 8)) and head_dim % 16 == 0
+    assert cache.store.compressed.layout.k_halves == ((True, True) if two_widths else ())
     for tokens in (1, 3, 40):
         cache_both(*with_new(cache, 4, tokens))
 
@@ -48,7 +51,7 @@ def test_widths_and_head_dims(bits, head_dim, reorder_k):
 @pytest.mark.parametrize("bits", WIDTHS, ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 def test_reordered_keys_of_every_group(bits, group):
-    cache = filled([200, 130], 32, OFF.replace(bits=bits))
+    cache = filled([200, 130], 32, OFF.replace(bits=bits, reorder_k=True))
     for tokens in (1, 3, 20):
         cache_both(*with_new(cache, 2 * group, tokens))
 

@@ -112,13 +112,18 @@ def test_the_largest_codes(queries):
 def test_the_largest_steps(queries):
     """Keys between both ends of INT8, in channels that 1 and 3 bits hold too, under queries at their ends."""
     q, k, v = qkv(1, 1, 1, queries, 192, 256)
-    q, k = q.sign() * 5.0, k.sign()
+    q, k = q.sign() * 5.0, k.sign() * (119 / 128)  # codes of 119
+    k[..., 128:] *= 0.55  # the half that gets 1 bit
     for bits in (4, 3, 2):
         for reorder_k in (True, False):
             config = OFF.replace(rotate=False, smooth_k=False, search=False, bits=bits, reorder_k=reorder_k)
             cache = KVCache(1, 1, 256, config=config)
             cache.append(k, v)
             cache_both(q, cache, scale=1e-2)
+            if bits == 2 and reorder_k:
+                layout = cache.store.compressed.layout
+                steps = cache.store.compressed.gather([0])[0, layout.k_steps : layout.k_steps + 256]
+                assert set(steps[128:].tolist()) == {127}
 
 
 @rows

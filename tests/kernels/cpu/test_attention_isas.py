@@ -15,7 +15,7 @@ import turboattention as ta
 from turboattention.kv.cache import KVCache
 
 from ...helpers import bits_of, normals, qkv
-from .attending import Pair
+from .attending import Pair, unequal
 from .tools import ISAS
 
 OFF = ta.TurboConfig(guard="off")
@@ -30,7 +30,8 @@ def prefill(shape, *args, config=OFF, dtype=torch.float32, spread=1.0, **options
 
 def decode(lengths, head_dim, tokens, bits=4, heads=4, dtype=torch.float32, config=OFF, counts=None, **options) -> Pair:
     cache = KVCache(len(lengths), 2, head_dim, config=config.replace(bits=bits))
-    cache.append(*normals(2, len(lengths), 2, max(lengths), head_dim, seed=9, dtype=dtype), torch.tensor(lengths))
+    k, v = normals(2, len(lengths), 2, max(lengths), head_dim, seed=9)
+    cache.append(unequal(k).to(dtype), v.to(dtype), torch.tensor(lengths))
     q, k, v = qkv(len(lengths), heads, 2, tokens, tokens, head_dim, dtype=dtype)
     if counts:
         options["lengths"] = torch.tensor(counts)

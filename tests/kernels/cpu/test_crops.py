@@ -9,7 +9,7 @@ import turboattention as ta
 from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
-from .attending import cache_both
+from .attending import cache_both, unequal
 from .tools import every_isa
 
 OFF = ta.TurboConfig(guard="off")
@@ -20,7 +20,8 @@ def cropped(bits: int, seed: int, search: bool, reorder_k: bool = True) -> KVCac
     cache = KVCache(1, 2, 64, config=OFF.replace(bits=bits, search=search, reorder_k=reorder_k))
     for turn, length in enumerate((200, 150, 190, 170)):
         cache.crop(length - 30)
-        cache.append(*normals(2, 1, 2, 70 if turn else 200, 64, seed=10 * seed + turn))
+        k, v = normals(2, 1, 2, 70 if turn else 200, 64, seed=10 * seed + turn)
+        cache.append(unequal(k), v)
     return cache
 
 

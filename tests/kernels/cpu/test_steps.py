@@ -22,6 +22,7 @@ from turboattention.kv.cache import KVCache
 from ...helpers import normals, qkv
 from ...kv.tools import content, filled, live_pages
 from .attending import cache_both
+from .test_attention_cache import filled as of_unequal_keys
 from .tools import every_isa
 
 OFF = ta.TurboConfig(guard="off")
@@ -44,7 +45,7 @@ def by_stages(monkeypatch):
 def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, reorder_k, by_stages, monkeypatch):
     """Ragged sequences, whose blocks fill at different calls, also two calls in a row."""
     monkeypatch.setenv("TURBOATTENTION_ISA", isa)
-    cache, *_ = filled([130, 257, 191, 128], config=OFF.replace(bits=bits, reorder_k=reorder_k))
+    cache = of_unequal_keys([130, 257, 191, 128], config=OFF.replace(bits=bits, reorder_k=reorder_k))
     want = cache.clone()
     for turn, count in enumerate((1, 1, 62, 64, 5, 63, 1, 64, 64, 2)):
         k, v = normals(2, 4, 2, count, 16, seed=turn)
@@ -54,10 +55,11 @@ def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, reorder_k, by_sta
         assert content(cache) == content(want)
 
 
+@pytest.mark.parametrize("reorder_k", [True, False], ids=["reordered", "rotated"])
 @pytest.mark.parametrize("bits", WIDTHS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_steps_that_fill_blocks_attend_like_the_reference(bits, tokens):
-    cache, *_ = filled([128 + 63, 128 + 60, 128], config=OFF.replace(bits=bits))
+def test_steps_that_fill_blocks_attend_like_the_reference(bits, tokens, reorder_k):
+    cache = of_unequal_keys([128 + 63, 128 + 60, 128], config=OFF.replace(bits=bits, reorder_k=reorder_k))
     for turn in range(4):
         before = cache.clone()
         q, k, v = qkv(3, 4, 2, tokens, tokens, 16, seed=turn)
