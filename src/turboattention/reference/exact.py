@@ -35,9 +35,9 @@ def exact_attention(
     batch, heads, queries, head_dim = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
     ends = torch.full((batch,), keys) if lengths is None else lengths.cpu()
-    scores = (
-        q.unflatten(1, (-1, group)) @ k[:, :, None].transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
-    )
+    # A group's queries are rows of one product, so that keys and values are not copied for each of them.
+    scores = q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)
+    scores = scores.unflatten(2, (group, queries)) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     attn_mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -46,7 +46,8 @@ def exact_attention(
     peak = scores.amax(-1, keepdim=True) if keys else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
     weights = torch.exp(scores - torch.where(peak == -torch.inf, 0.0, peak))
     total = weights.sum(-1, keepdim=True)
-    out = weights @ torch.where(_used(ends, keys, k), v, 0.0)[:, :, None] / torch.where(total == 0, 1.0, total)
+    out = (weights.flatten(2, 3) @ torch.where(_used(ends, keys, k), v, 0.0)).unflatten(2, (group, queries))
+    out = out / torch.where(total == 0, 1.0, total)
     return out.flatten(1, 2), (peak + total.log()).squeeze(-1).flatten(1, 2)
 
 
