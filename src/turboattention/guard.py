@@ -32,7 +32,16 @@ _TOKENS = 512  # keys that they attend to at most
 
 
 def guarded_bits(
-    cache: KVCache, staged: Stage, q: Tensor, positions: Tensor, valid: Tensor, new: tuple[Tensor, Tensor]
+    cache: KVCache,
+    staged: Stage,
+    q: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    new: tuple[Tensor, Tensor],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window_size: int | None = None,
 ) -> Tensor | None:
     """Widths int64 [2, Hkv] for the blocks that committing `staged` compresses first; None where it
     compresses none, or the guard is off.
@@ -42,12 +51,13 @@ def guarded_bits(
     Args:
         q: [B, Hq, Lq, D], at `positions` (int64 [B, Lq]), of which rows marked in `valid` (bool [B, Lq]) are real.
         new: the call's k and v, each [B, Hkv, T, D].
+        scale, softcap, window_size: as in `turbo_attention`.
     """
     flush = cache.pending_flush(staged)
     if cache.config.guard == "off" or not cache.freezes_widths(flush):
         return None
     planned = cache.planned_bits(staged, flush)
-    sample = _Sample(cache, staged, flush, q, positions, valid, new)
+    sample = _Sample(cache, staged, flush, q, positions, valid, new, scale, softcap, window_size)
     first = errors = sample.errors(planned)
     bits, beyond = planned, _beyond(errors, planned)
     failing = beyond.clone()
@@ -172,7 +182,11 @@ class _Sample:
         positions: Tensor,
         valid: Tensor,
         new: tuple[Tensor, Tensor],
+        scale: float | None,
+        softcap: float | None,
+        window_size: int | None,
     ):
+        self.scale, self.softcap, self.window_size = scale, softcap, window_size
         # Sequences whose first compressed block is in this flush; in a ragged batch, those with the start of the first.
         batch = flush.batch[flush.block == cache.sink_blocks].unique()
         starts = staged.start[batch]
@@ -243,5 +257,8 @@ class _Sample:
 
     def _attend(self, k: Tensor, v: Tensor) -> Tensor:
         keys = torch.arange(k.shape[2])
-        mask = (keys <= self.positions[..., None]) & (keys < self.length[:, None, None])
-        return exact_attention(self.q, k, v, attn_mask=mask[:, None])[0]
+        behind = self.positions[..., None] - keys
+        mask = (behind >= 0) & (keys < self.length[:, None, None])
+        if self.window_size is not None:
+            mask &= behind < self.window_size
+        return exact_attention(self.q, k, v, mask[:, None], scale=self.scale, softcap=self.softcap)[0]
