@@ -109,7 +109,7 @@ def bench(
     Example: turboattention bench decode --lengths 4096,16384 --bits 4 --bits 3
     """
     tokens, dims = numbers("--lengths", lengths), numbers("--head-dim", head_dim)
-    widths = [parse_bits(text) for text in bits or ["4", "3", "mixed", "2"]]
+    configs = [TurboConfig(bits=parse_bits(text)) for text in bits or ["4", "3", "mixed", "2"]]
     if heads % kv_heads:
         raise InputError(f"--heads: expected a multiple of --kv-heads ({kv_heads}), got {heads}")
     check_target("--out", out)
@@ -135,7 +135,7 @@ def bench(
     plan = plans.Plan(
         works=works,
         backend=chosen,
-        settings=[(bits_label(width), TurboConfig(bits=width)) for width in widths],
+        settings=[(bits_label(config.bits), config) for config in configs],
         heads=heads,
         kv_heads=kv_heads,
         lengths=dict.fromkeys(works, tokens) if tokens else dict(plans.QUICK_LENGTHS) if small else {},
