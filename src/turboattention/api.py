@@ -21,11 +21,12 @@ from .validation import (
     check_config,
     check_finite,
     check_floats,
+    check_lengths,
     check_mask,
-    check_new,
     check_qkv,
     check_query,
     check_softmax,
+    check_tokens,
     check_window,
     refuse_gradients,
 )
@@ -243,18 +244,21 @@ def _step(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor] | None:
     """A decode step in one call of the kernels, where it is one; else None."""
-    counts, ends = None, cache.lengths
+    counts = None
     if k is not None and v is not None:
         shape = (cache.batch_size, cache.num_kv_heads, cache.head_dim)
-        counts = check_new(shape, cache.device, k, v, lengths, ("k_new", "v_new"), finite=False)
-        ends = ends + counts
-    mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
+        check_tokens(shape, cache.device, k, v, ("k_new", "v_new"))
+        counts = None if lengths is None else check_lengths(lengths, cache.batch_size, k.shape[2])
+    mask = None
+    if attn_mask is not None:
+        ends = cache.lengths + (counts if counts is not None else 0 if k is None else k.shape[2])
+        mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
     result = importlib.import_module(_MODULES[backend][1]).step(
         q,
         cache,
         k,
         v,
-        counts=None if lengths is None else counts,
+        counts=counts,
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
