@@ -206,8 +206,8 @@ class Growing(Contents):
 
         tokens: per sequence, int64 [B] (CPU) or one int for all; at most `room`, except in sequences that filled a
         block. filled, pages: those sequences, and the page (`fresh_pages` of the store) into which the caller
-        compressed each one's block; the buffer holds the rows after it. k_mean: float32 [B, H, D], the new mean if first
-        blocks filled and it is not calibrated. If the cache is not `settled`, the caller has frozen the widths.
+        compressed each one's block; the buffer holds the rows after it. k_mean: float32 [B, H, D], the new mean if
+        first blocks filled and it is not calibrated. If the cache is not `settled`, the caller has frozen the widths.
         """
         assert self._store is not None
         if filled:

@@ -49,7 +49,7 @@ def leave_graph() -> None:
     Under `fullgraph=True` this is an error with the message below.
     """
     if torch.compiler.is_dynamo_compiling():
-        torch._dynamo.graph_break("of a KVCache, compiled code can use seq_lens, append and attention alone")
+        torch._dynamo.graph_break("of a KVCache, compiled code can use seq_lens, append and attention only")
 
 
 def _append(handle: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
