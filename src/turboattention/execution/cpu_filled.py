@@ -1,4 +1,4 @@
-"""Backend "cpu" under `stored_prefill`: the pages of blocks that a call fills, before they belong to the cache."""
+"""Backend "cpu" with `stored_prefill`: pages for the blocks that a call fills, before they are committed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .inputs import tables_of
 def with_filled(
     pages: Pages | None, cache: KVCache, staged: Stage, head_bits: Tensor | None
 ) -> tuple[Pages | None, Stage]:
-    """The cache's page tables and, behind them, the blocks that committing `staged` compresses; None without any.
-    And the stage, whose keys are in the order that the pages' are in, also where committing fixes it.
+    """The cache's page tables extended by the blocks that committing `staged` would compress, and the stage.
 
-    `head_bits`, int64 [2, Hkv], where widths are not frozen yet and were decided already.
+    Keys of both are in the channel order that the commit would fix. Returns `pages` and `staged` unchanged if no block
+    fills. head_bits: int64 [2, Hkv], the widths if they are decided but not frozen yet.
     """
     flush = cache.pending_flush(staged)
     if head_bits is None and cache.freezes_widths(flush):
@@ -31,7 +31,7 @@ def with_filled(
     if not parts:
         return pages, staged
     store = cache.store
-    assert store is not None  # staging made it
+    assert store is not None  # allocated by staging
     known = pages or tables_of(store)
     if order is not None:
         known, staged = _reordered_sinks(known, cache, order.places), _reordered(staged, order.places)
@@ -56,7 +56,7 @@ def _reordered(staged: Stage, order: Tensor) -> Stage:
 
 
 def _reordered_sinks(known: Pages, cache: KVCache, order: Tensor) -> Pages:
-    """Copies of the pages there are, which are sinks while no order is fixed."""
+    """Replace all pages by copies with reordered keys. Before the order is fixed, all pages are sinks."""
     blocks = int(known.counts.max())
     if not blocks:
         return known

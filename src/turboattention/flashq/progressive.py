@@ -1,10 +1,10 @@
-"""Stage 2: INT8 codes to 5, 4, 3, 2 or 1 bits per channel, in integers (numerics.md section 2).
+"""Stage 2: INT8 to 5, 4, 3, 2 or 1 bits with a step and zero per channel, in integers (numerics.md section 2).
 
 `step = max(1, ceil((hi - lo) / (2^bits - 1)))` (at most 127), `zero = lo`,
 `code = clip(round_half_even((X8 - zero) / step), 0, 2^bits - 1)`, `X8' = code step + zero`.
 
-X8' fits int8 whatever X8 is: codes of stage 1 end at 119 and leave room for the rounding. Rows that a crop
-brought back from a page may lie beyond; then the range is moved, and if need be narrowed, to end at 127.
+X8' always fits in int8: INT8 values of stage 1 are at most 119, which leaves room for rounding. Rows that a crop
+decoded from a page may exceed 119; the range is then moved, and narrowed if necessary, to end at 127.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from .packing import PLANES
 from .symmetric import CODE_MAX
 
 _LARGEST_STEP = 127
-"""A step is an int8. Only one bit would take larger ones, which the search hardly ever chooses."""
+"""Steps are int8. Larger ones could only occur at one bit, where the search hardly ever chooses them."""
 
 
 def _shrinks(bits: int) -> range:
-    """Steps tried by the search, in 16ths of the min-max step. Few: each costs passes over the block. The best two
-    levels lie much further inside the range than the best four."""
+    """Steps tried by the search, in 16ths of the min-max step; few, since each costs passes over the block.
+
+    The optimal two levels lie much further inside the range than the optimal four.
+    """
     return range(12, 3, -1) if bits == 1 else range(16, 7, -1)
 
 
@@ -31,9 +33,9 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
 
     Args:
         codes: int8 [..., T, D]; all T rows are one tile.
-        bits: 8, 5, 4, 3, 2 or 1. At 8 bits nothing is lost.
-        search: below 4 bits, keep the step and zero of least squared error over shrunken ranges
-            and shifts instead of min-max. The format does not change.
+        bits: 8 (lossless), 5, 4, 3, 2 or 1.
+        search: below 4 bits, choose the step and zero with the least squared error among min-max and smaller, shifted
+            ranges. The format does not change.
 
     Returns:
         code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 127) and zero, int8 [..., 1, D].
@@ -65,20 +67,18 @@ def progressive_dequantize(code: Tensor, step: Tensor, zero: Tensor) -> Tensor:
 def _encode(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
     """`clip(round_half_even((values - zero) / step), 0, levels)` as int16.
 
-    Float32 division of integers this small rounds to a tie only where the quotient is one, so the
-    rounding is exact.
+    A float32 quotient of integers this small is a tie only if the exact quotient is, so the rounding is exact.
     """
     quotient = (values - zero).to(torch.float32) / step.to(torch.float32)
     return quotient.round_().clamp_(0, levels).to(torch.int16)
 
 
 def _search(values: Tensor, widest: tuple[Tensor, Tensor], middle: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The (step, zero) of least squared error among shrunken, centred and shifted ranges; `middle` is twice
-    the data's.
+    """The (step, zero) with the least squared error; `middle` is min + max of the data.
 
-    Candidates: steps of 16/16 down to 8/16 (one bit: 12/16 to 4/16) of the min-max step (rounded up), each with its
-    range centred on the data and shifted by a quarter of a step either way. Both ends of a range stay
-    inside int8. Ties keep the earlier candidate, min-max first.
+    Candidates: min-max (`widest`), then steps of 16/16 down to 8/16 (one bit: 12/16 to 4/16) of its step, rounded up,
+    each with a range centred on the data, and shifted by a quarter of a step down and up. Both ends of a range fit in
+    int8. Ties keep the earlier candidate.
     """
     levels = (1 << bits) - 1
     best_step, best_zero = widest

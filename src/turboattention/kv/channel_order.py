@@ -1,10 +1,10 @@
-"""The order of K's channels in a cache: those that attention asks most of come first, and are stored wider.
+"""The order of K's channels in a cache: the most important channels come first and get wider codes.
 
-What rounding channel c of K costs is about `E[q_c^2]` times the square of its step, which grows with the channel's
-spread. So a head's channels are put in the order of `E[q_c^2] var(k_c)`, once, when its first block is compressed, and
-the first half gets the wider codes (`kv.layout`). The order is one permutation per KV head for all sequences of a
-cache; queries take it too, so that no product changes. Where a head's channels hardly differ, one width errs less than
-two: its halves are then coded alike.
+Rounding channel c of K causes an error in the logits of about `E[q_c^2]` times the square of its step, and the step
+grows with the channel's standard deviation. Therefore a head's channels are sorted by decreasing `E[q_c^2] var(k_c)`,
+once, when the cache's first block is compressed, and the first half gets wider codes (`kv.layout`). All sequences of a
+cache use one permutation per KV head. Queries are permuted too, so dot products do not change. If the channels of a
+head differ little, one width has a lower error than two, and both halves get the same width.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import torch
 from torch import Tensor
 
 HALVES_PAY = 3.2
-"""Two widths (4/2 in place of 3, 3/1 of 2) err less than one where the first half weighs more than this times the
-second: by the errors of the best uniform quantizers of a normal variable (Max 1960), .363, .119, .0374 and .0115 at 1
-to 4 bits, the pairs break even at 3.15 and 3.0."""
+"""Ratio of the mean weights of the two halves above which two widths (4/2 for 3, 3/1 for 2) are used.
+
+From the mean squared errors of optimal uniform quantizers of a normal variable, .363, .119, .0374 and .0115 at 1 to 4
+bits (Max 1960), the pairs break even at ratios of 3.15 and 3.0.
+"""
 
 
 _LARGEST = 1e18
-"""Of a magnitude that is read (`turboattention.validation`)."""
+"""Largest magnitude that is accepted (`turboattention.validation`)."""
 
 
 class ChannelOrder(NamedTuple):
-    """places: int64 [Hkv, D], at each place the channel that is stored there; halved: bool [Hkv] (CPU), the heads whose
-    halves get two widths."""
+    """places: int64 [Hkv, D], the channel stored at each place; halved: bool [Hkv] (CPU), whether a head has two
+    widths."""
 
     places: Tensor
     halved: Tensor
@@ -35,8 +37,8 @@ class ChannelOrder(NamedTuple):
 def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
     """Sums of `q_c^2` float64 [Hkv, D] over sequences, query rows and the query heads of each KV head.
 
-    q [B, Hq, Lq, D]; counted bool [B, Lq] (CPU): the rows that count. One that is not finite, or beyond 1e18 in
-    magnitude, counts as zeros: steps on a GPU tell of it later.
+    q: [B, Hq, Lq, D]; counted: bool [B, Lq] (CPU), the rows to include. Rows with a value that is not finite or
+    above 1e18 in magnitude are ignored here; a GPU reports them on a later call.
     """
     counts = counted.to(q.device)[:, None, :, None] & (q.abs() <= _LARGEST).all(-1, keepdim=True)
     squares = torch.where(counts, q.double(), 0.0).square()
@@ -44,10 +46,10 @@ def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
 
 
 def channel_order(keys: Tensor, energy: Tensor | None) -> ChannelOrder:
-    """The order that a cache's first compressed blocks ask for.
+    """The order of K's channels for a cache.
 
-    keys [N, Hkv, B, D], the first blocks that are compressed, as stored (their mean does not matter); energy float64
-    [Hkv, D] from `query_energy`, or None where no queries were seen: then the keys' spread alone decides.
+    keys: [N, Hkv, B, D], the first compressed blocks as stored (a constant mean does not matter). energy: float64
+    [Hkv, D] from `query_energy`; None if there were no queries, which sorts by the variance of the keys.
     """
     spread = keys.double().var(2, correction=0).mean(0)
     weight = spread if energy is None else spread * energy.to(spread.device)
@@ -57,7 +59,7 @@ def channel_order(keys: Tensor, energy: Tensor | None) -> ChannelOrder:
 
 
 def reorder(x: Tensor, order: Tensor, heads_dim: int) -> Tensor:
-    """x [..., Hkv, ..., D], whose dimension `heads_dim` is the heads, with its channels in `order` [Hkv, D]."""
+    """Permute the channels of x [..., Hkv, ..., D] to `order` int64 [Hkv, D]; dimension `heads_dim` is the heads."""
     shape = [1] * x.dim()
     shape[heads_dim], shape[-1] = order.shape
     return x.gather(-1, order.to(x.device).view(shape).expand_as(x))

@@ -1,31 +1,30 @@
-"""The packed format: where every byte of a page stands. Shared by every backend.
+"""The packed format: the meaning of every byte of a page, for all backends.
 
 A page is one block (`block_size` tokens) of one sequence: the keys and values of all its KV heads.
-Sections, in this order; within a section heads are in the order of falling width, those of two
-widths first, then of their index:
+Its sections are listed in order below. Within a section, heads are sorted by decreasing width, at equal
+width those with two widths first, then by index:
 
     K codes       per head `D / 8` octets of `block_size * bits` bytes
-    V codes       likewise
+    V codes       the same
     K steps, K zeros, V steps, V zeros      int8 [heads below 8 bits, D] each
     K token scales, V token scales          uint8 [H, block_size] each, only with token scales
     K scales, V scales                      float32 [H] each, little-endian
     padding to a multiple of 16 bytes
 
-An octet is 8 channels of the whole block: `8 * block_size` codes in an order that integer dot
-products read as it stands, packed by `flashq.packing`:
+An octet is 8 channels of the whole block: `8 * block_size` codes, packed by `flashq.packing`, in an order that
+integer dot products read without a shuffle:
 
     K: [2 quads of channels][block_size tokens][4 channels]   a 32-bit lane is one token
     V: [block_size / 4 quads of tokens][8 channels][4 tokens] a 32-bit lane is one channel
 
-so four neighbouring codes are summed over by one 32-bit lane (VNNI, DP4A, MMA fragments).
+so the four neighbouring codes of a 32-bit lane are summed by one instruction (VNNI, DP4A, MMA fragments).
 
-K of a head in `k_halves` has two widths (`K_HALVES`): the octets of the first D / 2 channels are coded with the wider
-one, those of the others with the narrower one; the mean is the head's width. Caches bring a head's channels into an
-order in which the first ones matter most (`kv.channel_order`).
+K of a head in `k_halves` has two widths (`K_HALVES`): octets of the first D / 2 channels use the wider one, the others
+the narrower one; their mean is the head's width. Caches sort a head's channels by importance (`kv.channel_order`).
 
-Codes of 8 bits are `X8 + 128`, and have no step or zero. A token's scale is the byte `e`:
-`scale_t = bits_to_float(float_to_bits(S) - (e << 19))`, where the head's scale `S` is a power of
-two; without token scales every token has the scale `S`, any float.
+Codes of 8 bits are `X8 + 128` and have no step or zero. A token scale is stored as a byte `e`:
+`scale_t = bits_to_float(float_to_bits(S) - (e << 19))`, where the head's scale `S` is a power of two. Without token
+scales, every token has the scale `S`, which may be any float.
 """
 
 from __future__ import annotations
@@ -41,21 +40,24 @@ FORMAT_NAME = "turboattention-kv"
 FORMAT_VERSION = 2
 
 TOKEN_SCALE_SHIFT = 19
-"""A step of a token scale's byte, in units of a float32's bits: 4 mantissa bits are kept."""
+"""Bits by which a token scale's byte is shifted to subtract it from a float32; this keeps 4 mantissa bits."""
 
 WIDEST = 8
-"""Codes of this width are INT8 itself: no step, no zero."""
+"""Width at which a page stores INT8 values, without steps and zeros."""
 
 K_HALVES = {3: (4, 2), 2: (3, 1)}
-"""Width of a head's K -> widths of its two halves of channels, where `PageLayout.k_halves` has the head."""
+"""Width of a head's K -> widths of its first and second half of channels, for heads in `PageLayout.k_halves`."""
 
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Group:
-    """The heads of one width within a code section. `parts`: (width, channels) of runs of channels; one of all D
-    channels unless K has two widths."""
+    """The heads of equal width in a code section.
+
+    offset: of the first head's codes, bytes; head_bytes: bytes per head. parts: (width, number of channels) of each
+    run of channels; one run unless K has two widths.
+    """
 
     bits: int
     heads: tuple[int, ...]
@@ -66,8 +68,14 @@ class Group:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head; `k_halves`: per KV head whether K's
-    width is the mean of two, which takes a head_dim in 16s (no entries: of none)."""
+    """Byte offsets of a page.
+
+    k_bits, v_bits: one width per KV head. k_halves: for each KV head, whether K has two widths (empty if no head has),
+    which needs a head_dim divisible by 16.
+
+    Raises:
+        ConfigError: head_dim is not a multiple of 8 (16 with k_halves), block_size not of 16, or lengths differ.
+    """
 
     head_dim: int
     block_size: int
@@ -81,7 +89,7 @@ class PageLayout:
             raise ConfigError(
                 f"layout: expected head_dim in 8s and block_size in 16s, got {self.head_dim} and {self.block_size}"
             )
-        # Other widths are never means, so that equal layouts have equal fields.
+        # Only the widths of K_HALVES can be halved. Normalize, so that equal layouts have equal fields.
         halves = tuple(half and bits in K_HALVES for half, bits in zip(self.k_halves, self.k_bits, strict=False))
         object.__setattr__(self, "k_halves", halves if any(halves) else ())
         if self.k_halves and self.head_dim % 16:
@@ -96,12 +104,12 @@ class PageLayout:
 
     @cached_property
     def _hash(self) -> int:
-        """Once: layouts are keys on the way of every step."""
+        """Cached, because layouts are dictionary keys in every decode step."""
         return hash((self.head_dim, self.block_size, self.k_bits, self.v_bits, self.token_scales, self.k_halves))
 
     @classmethod
     def uniform(cls, heads: int, head_dim: int, block_size: int, bits: int, token_scales: bool) -> PageLayout:
-        """The layout with one width everywhere (8 for sink blocks)."""
+        """A layout with one width for all heads (sink pages: 8)."""
         widths = (bits,) * heads
         return cls(head_dim, block_size, widths, widths, token_scales)
 
@@ -119,7 +127,7 @@ class PageLayout:
 
     @cached_property
     def k_coded(self) -> tuple[int, ...]:
-        """Heads of K that have steps and zeros, in stored order."""
+        """Heads whose K has steps and zeros, in stored order."""
         return tuple(h for h in _stored_order(self.k_bits, self.k_halves) if self.k_bits[h] < WIDEST)
 
     @cached_property
@@ -128,7 +136,7 @@ class PageLayout:
 
     @cached_property
     def k_steps(self) -> int:
-        """Offset of K's steps; the zeros follow them."""
+        """Byte offset of K's steps, which K's zeros follow."""
         return self._code_bytes(self.k_bits) + self._code_bytes(self.v_bits)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""One head's keys or values of one page: stage 2 and packing, to the bytes of `kv.layout` and back."""
+"""Encodes and decodes one head's keys or values of a page: stage 2 and packing, in the format of `kv.layout`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKEN_SCALE_SHIFT = tl.constexpr(19)
 
 @triton.jit
 def _common_scale(codes, scale, page, token_scales, head_scale, SIZE: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Write the head's scale and the tokens' bytes; codes int8 [SIZE, WIDTH] under them."""
+    """Write the head's scale and the bytes of token scales; returns codes int8 [SIZE, WIDTH] for these scales."""
     used = tl.where(tl.max((codes != 0).to(tl.int32), 1) > 0, scale, 0.0)
     largest = tl.max(used, 0)
     largest = tl.where(largest > 0, largest, 1.0)
@@ -33,7 +33,7 @@ def _common_scale(codes, scale, page, token_scales, head_scale, SIZE: tl.constex
     tl.store((page + head_scale).to(tl.pointer_type(tl.float32)), largest)
     moved = (used > 0) & (used != kept)
     ratio = tl.div_rn(tl.where(moved, used, 1.0), tl.where(moved, kept, 1.0))
-    # Codes are small: where nothing moves the product and its rounding are exact.
+    # Where a scale does not change, the ratio is 1 and codes are unchanged.
     return nearest_int8(codes.to(tl.float32) * ratio[:, None])
 
 
@@ -42,10 +42,10 @@ def _common_scale(codes, scale, page, token_scales, head_scale, SIZE: tl.constex
 
 @triton.jit
 def _quotient(distance, step):
-    """round_half_even(distance / step), int32, of integers up to 255.
+    """round_half_even(distance / step), int32, for integers up to 255.
 
-    By an inverse in two parts: the product with the upper is exact, so that the sum is a tie where the
-    quotient is one, and nowhere else, since other quotients are at least 1/254 away from ties.
+    Multiplies by the inverse in two parts. The product with the upper part is exact, so the sum is a tie exactly where
+    the quotient is one: other quotients are at least 1/254 away from ties.
     """
     upper = float_of(bits_of(tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)) & -0x1000)
     lower = tl.div_rn(1.0 - step * upper, step)
@@ -65,7 +65,7 @@ def _encode_run(
     BITS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """A run of D channels of one width: codes int8 [SIZE, WIDTH]."""
+    """Encode codes int8 [SIZE, WIDTH] of D channels with one width."""
     if BITS == 8:
         pack(at, to_lines((codes.to(tl.int32) + 128).to(tl.uint8), SIDE, SIZE, WIDTH), D, SIZE, WIDTH, 8, 8)
     else:
@@ -107,7 +107,7 @@ def _decode_run(
     if BITS == 8:
         code -= 128
     else:
-        # Bytes, not signed: as a whole this fits int8, and only its lowest 8 bits are kept.
+        # Loaded as unsigned bytes: the result fits int8, and only its lowest 8 bits are kept.
         step = tl.load(steps + channel, mask=channel < D, other=0).to(tl.int32)
         zero = tl.load(zeros + channel, mask=channel < D, other=0).to(tl.int32)
         code = code * step + zero
@@ -116,7 +116,7 @@ def _decode_run(
 
 @triton.jit
 def _sections(page, place, BITS: tl.constexpr):
-    """Pointers to a head's codes, steps and zeros; without the latter two at 8 bits."""
+    """Pointers to a head's codes, steps and zeros; at 8 bits there are only codes."""
     at = page + tl.multiple_of(tl.load(place + 1), 16)
     steps, zeros = at, at
     if BITS < 8:
@@ -142,19 +142,19 @@ def encode_head(
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """A tile of INT8 rows at `codes` [SIZE, D] and `scales` [SIZE] -> its bytes in `page`.
+    """Encode INT8 rows at `codes` [SIZE, D] with `scales` [SIZE] into `page`.
 
-    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b, as
-    `places` has them."""
+    place: this head's offsets for keys or values (`places`). WIDTHS: bit b is set if some head has width b, numbered as
+    in `places`."""
     HALF: tl.constexpr = D // 2
     OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
     HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
-    # Four neighbouring channels a thread, no more: the search keeps several numbers of each of them.
+    # At most four adjacent channels per thread, since the search keeps several values per channel.
     column = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
     channel, inside = column, column < D
     if HALVES and D < WIDTH:
-        # The second half of the channels begins in the middle of the tile.
+        # The second half of the channels starts in the middle of the tile.
         channel = tl.where(column < WIDTH // 2, column, column - WIDTH // 2 + D // 2)
         inside = column % (WIDTH // 2) < D // 2
     tile = tl.load(codes + token[:, None] * D + channel, mask=inside, other=0)
@@ -162,7 +162,7 @@ def encode_head(
     tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if OWN >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
                 at, steps, zeros = _sections(page, place, BITS)
                 if HALVES:
@@ -189,7 +189,7 @@ def decode_head(
     WIDTHS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
-    """Inverse of `encode_head` up to the error of stage 2."""
+    """Inverse of `encode_head`, up to the error of stage 2."""
     HALF: tl.constexpr = D // 2
     OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
     HALVES: tl.constexpr = has_two_widths(OWN)
@@ -200,7 +200,7 @@ def decode_head(
     tl.store(scales + token, float_of(scale))
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if OWN >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
                 at, steps, zeros = _sections(page, place, BITS)
                 if HALVES:
@@ -215,6 +215,6 @@ def decode_head(
 
 @triton.jit
 def clear_padding(page, used, PAGE_BYTES: tl.constexpr):
-    """Zeros from byte `used` to the page's end, at most 15."""
+    """Zero the bytes from `used` to the end of the page, at most 15."""
     byte = used + tl.arange(0, 16)
     tl.store(page + byte, tl.zeros((16,), tl.uint8), mask=byte < PAGE_BYTES)

@@ -1,7 +1,7 @@
-"""Keys and values at hand as operands for many query rows: stage 1 straight into the blocks that `prefill` reads.
+"""Stage 1 of new keys and values directly into the operand blocks that `prefill` reads.
 
-What `quantize_tokens`, `first_block_mean` and `row_operands` give, to the last bit, without INT8 rows in between and
-without a look at them from the host.
+Bit-identical to `quantize_tokens`, `first_block_mean` and `row_operands` in sequence, but without intermediate INT8
+rows and without waiting for the device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def first_mean(
         codes, scale = stage_rows(
             k_ptr, offsets, row >= 0, None, row, row < 0, None, row, flag_ptr, D, ROWS, WIDE, ROTATE
         )
-        # Codes times scales of 4 mantissa bits sum exactly in float64, in whatever order.
+        # Products of codes and scales with 4 mantissa bits sum exactly in float64, in any order.
         exact = codes.to(tl.float64) * tl.where(row >= SKIPPED, scale, 0.0).to(tl.float64)[:, None]
         total += tl.sum(exact, 0)
     count = tl.full((WIDE,), 64 - SKIPPED, tl.float64)
@@ -48,9 +48,10 @@ def fresh_operands(
     v_stride_b, v_stride_h, v_stride_t,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE_K: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks, `heads` KV heads from first_head on, twice the sequences from first_sequence on: K, then V).
+    """Grid (blocks, `heads` KV heads from first_head on, 2 x sequences from first_sequence on: K and V alternate).
 
-    Operands as `operands` describes them. mean float32 [B, Hkv, D] or None: off the keys behind the first block."""
+    Writes operands as described in `operands`. mean: float32 [B, Hkv, D], subtracted from keys after the first block,
+    or None."""
     block, side = tl.program_id(0), tl.program_id(2) % 2
     b, h = first_sequence + tl.program_id(2) // 2, first_head + tl.program_id(1)
     at = (((tl.program_id(2) // 2) * heads + tl.program_id(1)) * tl.num_programs(0) + block).to(tl.int64)
@@ -75,17 +76,17 @@ def fresh_operands(
             tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + row[None, :], tl.trans(codes))
             tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
     if side == 1:
-        tl.debug_barrier()  # scales of all rows are written
+        tl.debug_barrier()  # all scales are written
         token = tl.arange(0, 64)
         scales = tl.load(v_level_ptr + at * 64 + token)
         largest = largest_of(scales)
-        tl.debug_barrier()  # and read
+        tl.debug_barrier()  # all scales are read
         tl.store(v_level_ptr + at * 64 + token, scales / largest * LEVELS)
         tl.store(v_scale_ptr + at, largest)
 
 
 def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: Tensor) -> Tensor:
-    """k [B, Hkv, L, D] of at least 64 tokens -> the mean of its INT8 keys `skipped` to 63, float32 [B, Hkv, D].
+    """The mean of INT8 keys `skipped` to 63 of k [B, Hkv, L, D], L >= 64: float32 [B, Hkv, D].
 
     flag: as in `quantize.quantize_queries`. Raises DtypeError."""
     k = float_rows(k)
@@ -107,8 +108,10 @@ def make_operands(
     wide: int,
     operands: tuple[Tensor, ...],
 ) -> None:
-    """k, v [B, Hkv, L, D], rotated as `rotates` says of each, of these sequences and heads into `operands`. flag:
-    likewise. Raises DtypeError."""
+    """Quantize k, v [B, Hkv, L, D] of these sequences and KV heads into `operands`.
+
+    rotates: whether to rotate K, and V. mean: float32 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
+    Raises DtypeError."""
     k, v = map(float_rows, new)
     fresh_operands[operands[0].shape[2], len(heads), 2 * len(sequences)](
         k, v, mean, *operands, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,

@@ -1,8 +1,8 @@
-"""Blocks as operands for many query rows: pages unpacked, INT8 rows laid out, once for all queries.
+"""Unpacks pages and INT8 rows to the operands of `prefill`, once for all queries.
 
-A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64], channels past D zero, with float32
-K scales [64], V levels [64] (127 times a token's scale relative to the block's largest) and that scale. Blocks
-stand in order of their positions, wherever they come from. Peak memory beside a cache: `bytes_a_block`.
+A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64] (channels from D on are zero), with float32 K
+scales [64], V levels [64] (127 times the token's scale divided by the block's largest) and the largest V scale. Blocks
+are ordered by position. Temporary memory per block and KV head: `bytes_a_block`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .softmax import LEVELS
 
 
 def bytes_a_block(wide: int) -> int:
-    """Of one KV head."""
+    """Bytes of the operands of one block and KV head."""
     return 64 * (2 * wide + 4 + 4) + 4
 
 
 @triton.jit
 def token_scales(page, place, t, BY_TOKEN: tl.constexpr):
-    """A page's scales of tokens t, float32; `place`: of K or V, as in `places_of`."""
+    """Scales of tokens t of a page, float32; `place`: offsets of K or V from `places_of`."""
     bits = tl.zeros_like(t) + tl.load((page + place[4]).to(tl.pointer_type(tl.int32)))
     if BY_TOKEN:
         bits -= tl.load(page + place[3] + t).to(tl.int32) << 19
@@ -31,7 +31,7 @@ def token_scales(page, place, t, BY_TOKEN: tl.constexpr):
 
 @triton.jit
 def largest_of(scales):
-    """The largest scale of a block: 1 where all are zero."""
+    """The largest scale of a block; 1 if all are zero."""
     largest = tl.max(scales, 0)
     return tl.where(largest > 0.0, largest, 1.0)
 
@@ -72,7 +72,7 @@ def _key_codes(at, t, d, inside, D: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _restored(code, page, place, channel, inside, BITS: tl.constexpr):
-    """INT8 of codes: bytes wrap, but `code step + zero` fits one."""
+    """INT8 values `code * step + zero`, which fit in a byte; intermediate overflow does not matter."""
     if BITS == 8:
         code ^= 128
     else:
@@ -101,8 +101,8 @@ def page_operands(
 ):  # fmt: skip
     """Grid (blocks from first_block on, heads of one pair of widths, sequences from first_sequence on).
 
-    table: int64 [B, table_stride] addresses of pages (0: evicted, left alone); counts int64 [B]; operands
-    of `heads` heads from first_head on and `blocks` blocks.
+    table: int64 [B, table_stride], page addresses (0: evicted, skipped). counts: int64 [B], pages per sequence. The
+    operands have `heads` heads from first_head on and `blocks` blocks.
     """
     block = first_block + tl.program_id(0)
     b = first_sequence + tl.program_id(2)
@@ -132,8 +132,9 @@ def row_operands(
     width, kv_heads, first_head, first_sequence, blocks,
     D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows, KV heads from first_head on, sequences from first_sequence on): k8, v8 int8
-    [B, Hkv, width, D] with scales of any float dtype, row 0 at position start[b]."""
+    """Grid (blocks of rows, KV heads from first_head on, sequences from first_sequence on).
+
+    k8, v8: int8 [B, Hkv, width, D], with scales [B, Hkv, width] of any float dtype; row 0 has position start[b]."""
     b = first_sequence + tl.program_id(2)
     start = tl.load(start_ptr + b).to(tl.int32)
     used = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32) - start, width)

@@ -1,8 +1,8 @@
-"""Integer products of packed pages as they lie, for few query rows.
+"""Integer products of packed pages with few query rows.
 
-All is transposed: tokens (then channels) are the rows of the products, query rows their columns, so that
-packed codes are the first operand. `q . (code step + zero) = (q step) . code + q . zero`, and `q step` is split
-into 128 high + low, which stand in neighbouring columns. V needs no step in the product.
+Products are transposed: tokens (for V channels) are rows and query rows are columns, so packed codes are the first
+operand. `q . (code step + zero) = (q step) . code + q . zero`, where `q step` is split into `128 high + low` in
+adjacent columns. For V, steps are applied after the product.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .unpacking import bytes_of, code, field, interleave, signed, stack, words_a
 
 @triton.constexpr_function
 def first_half(head_dim):
-    """Channels of the octets that the first of two products takes: all of K's wider codes where it has two widths."""
+    """Channels in the first of the two products over keys; with two widths, all of K's wider codes."""
     return (head_dim // 8 + 1) // 2 * 8
 
 
 @triton.jit
 def key_channels(WIDE: tl.constexpr, D: tl.constexpr):
-    """The channel at each place of a product's first operand, int32 [WIDE / 2]: c % 8 < 4 of half the octets, then
-    their others; D or more where there is none. The second product's stand `first_half(D)` behind."""
+    """Channel of each column of a product's first operand, int32 [WIDE / 2]: channels with c % 8 < 4 of half of the
+    octets, then their other channels; D or more for padding. Add `first_half(D)` for the second product."""
     place = tl.arange(0, WIDE // 2)
     channel = place % (WIDE // 4) // 4 * 8 + place // (WIDE // 4) * 4 + place % 4
     if D < WIDE:
@@ -37,8 +37,10 @@ def key_products(
     page, place, held, q_first, q_second, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """INT8 products of 64 packed keys and queries, int32 [64, R]. q_first, q_second int32 [WIDE / 2, 2 R]: channels as
-    in `key_channels`, every query twice; is_high: its second column; held: `metadata.key_metadata`."""
+    """INT8 products of 64 packed keys and R queries, int32 [64, R].
+
+    q_first, q_second: int32 [WIDE / 2, 2 R], channels as in `key_channels`, each query in two columns. is_high: true for
+    the second one. held: from `metadata.key_metadata`."""
     R: tl.constexpr = q_first.shape[1] // 2
     OCTETS: tl.constexpr = first_half(D) // 8
     FIRST: tl.constexpr = wider(BITS)
@@ -67,18 +69,18 @@ def key_products(
 
 @triton.jit
 def _key_codes(words, OCTETS: tl.constexpr, USED: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Codes of 64 tokens, int8 [64, 8 OCTETS] in the order of `key_channels`: octets of lines [tokens][4 channels] from
-    `words` on, anything behind USED of them."""
+    """Codes of 64 tokens, int8 [64, 8 OCTETS], channels as in `key_channels`, from octets of lines [tokens][4 channels]
+    at `words`. Columns of octets from USED on are undefined."""
     octet = tl.arange(0, OCTETS)
     inside = None if USED == OCTETS else (octet < USED)[None, :]
-    # Words of four channels, and threads side by side take tokens.
+    # A word has four channels; adjacent threads load adjacent tokens.
     FIELD_TOKENS: tl.constexpr = 64 if BITS >= 4 else 16 if BITS == 1 else 32
     at = words + (octet * (16 * BITS))[None, :] + tl.arange(0, FIELD_TOKENS)[:, None]
     w = tl.load(at, mask=inside)
     bits = w
     if BITS == 5 or BITS == 3:
         bits = words + (octet * (16 * BITS))[None, :] + 16 * (BITS - 1) + tl.arange(0, 16)[:, None]
-        # Tokens 16 apart share a byte: its bits are shifted so that those of a field stand side by side.
+        # Tokens 16 apart share a byte; shift so that the bits of a field are adjacent.
         bits = tl.load(bits, mask=inside)
         bits = stack(bits, bits >> 1, True)
     if BITS == 8:
@@ -100,16 +102,18 @@ def _key_codes(words, OCTETS: tl.constexpr, USED: tl.constexpr, BITS: tl.constex
 
 @triton.jit
 def _pair(w, F: tl.constexpr, ASM: tl.constexpr):
-    """Two fields of single bits, one under the other."""
+    """Two fields of single bits, stacked along rows."""
     return stack(bytes_of(field(w, F, 1), ASM), bytes_of(field(w, F + 1, 1), ASM), True)
 
 
 @triton.jit
 def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Packed values times weights (`round_levels` [64, R]): float32 [WIDE, R]. held: `metadata.value_metadata`."""
+    """Packed values times weights p [64, R] (`round_levels`): float32 [WIDE, R].
+
+    held: from `metadata.value_metadata`."""
     d = tl.arange(0, WIDE)
     inside = None if D == WIDE else (d < D)[:, None]
-    # Words of four tokens: octets of lines [quads of tokens][8 channels].
+    # A word has four tokens of a channel; lines are [quads of tokens][8 channels].
     QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
     quad = tl.arange(0, QUADS)[None, :]
     words = words_at(page, place[0]) + (d // 8 * (16 * BITS) + d % 8)[:, None]
@@ -125,7 +129,7 @@ def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BI
         else:
             thirds = w
             if BITS == 3:
-                # Half the quads a line: shifted by one for the other half.
+                # A word of highest bits serves two quads, the second after a shift by one.
                 thirds = tl.load(words + 32 + tl.arange(0, 2)[None, :] * 8, mask=inside)
                 thirds = stack(thirds, thirds >> 1, False)
             v = stack(bytes_of(interleave(code(w, thirds, 0, BITS), code(w, thirds, 1, BITS)), ASM),
@@ -140,7 +144,8 @@ def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BI
 
 @triton.jit
 def _by_pairs_of_fields(p):
-    """[64, R], tokens as fields of 16 one behind the other -> the words of two fields in turns, as `interleave` leaves
-    them: fields are then in registers of a thread, and no thread has to give others what it unpacked."""
+    """Reorder the tokens of p [64, R] like codes after `interleave`, which alternates the words of two fields.
+
+    Then all fields stay in the registers of the thread that unpacked them."""
     R: tl.constexpr = p.shape[1]
     return tl.reshape(tl.permute(tl.reshape(p, (2, 2, 4, 4, R)), (0, 2, 1, 3, 4)), (64, R))

@@ -1,7 +1,7 @@
-"""Stage 1 with smoothing and rotation fused, and the rotation undone.
+"""Stage 1 with fused smoothing and rotation, and the inverse rotation.
 
-Each launcher has the arguments, the meaning and the results, to the last bit, of its namesake in
-`kernels.cpu.quantize`. Index tensors may be on the CPU or on the device.
+Launchers have the same arguments and bit-identical results as those of the same name in `kernels.cpu.quantize`. Index
+tensors may be on the CPU or on the device.
 """
 
 from __future__ import annotations
@@ -72,14 +72,12 @@ def quantize_tokens(
 ) -> bool:
     """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-    order: integers [H, D], the channel that each place takes, or None. Token t stands at position
-    `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted. Its row goes to row `target[b] + t` of codes int8
-    [B, H, W, D] and scales float32 [B, H, W], both contiguous. The others of x are never read, the others of the result
-    never written. All of span,
-    first and target are int64 [B].
+    order: integers [H, D], the channel to store at each place, or None. Token t has position `first[b] + t`; from
+    position `mean_from` on, mean [B, H, D] is subtracted. Token t is written to row `target[b] + t` of codes int8
+    [B, H, W, D] and scales float32 [B, H, W], both contiguous. Other tokens of x are not read, other rows of the
+    result not written. span, first and target are int64 [B].
 
-    Returns whether all values read were finite and at most 1e18 in magnitude, which waits for the
-    device. Raises DtypeError.
+    Returns whether all values were finite and at most 1e18 in magnitude, which waits for the device. Raises DtypeError.
     """
     batch, heads, tokens, head_dim = x.shape
     if not x.numel():
@@ -143,7 +141,7 @@ def _queries_kernel(
         mean_row = (head // group).to(tl.int64)
         mu = tl.load(mean + mean_row[:, None] * D + channel, mask=there[:, None] & (channel < D), other=0.0)
         product = tl.sum(x.to(tl.float64) * mu.to(tl.float64), 1)
-        # A float argument of a kernel is float32: the rest of the scale makes it float64.
+        # Float arguments of kernels are float32; the sum of two is the scale in float64.
         wide = tl.full([], scale, tl.float64) + tl.full([], scale_rest, tl.float64)
         tl.store(mean_logits + to, (wide * product).to(tl.float32), mask=there)
 
@@ -158,14 +156,14 @@ def quantize_queries(
     order: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """q [B, Hq, Lq, D] -> codes int8 [B, Hkv, g, Lq, D], unit float32 [B, Hkv, g, Lq] (a row's scale
-    times `scale`), mean_logit likewise (`scale q . mean`; None without mean [B, Hkv, D]), and a flag
-    int32 [1] on the device (`flag`, where given), which becomes 1 where a row read is not finite or
-    beyond 1e18 in magnitude; such a row counts as zeros. Nothing waits for the device.
+    """Quantize q [B, Hq, Lq, D] without waiting for the device.
 
-    order: integers [Hkv, D], the order of the keys' channels, or None.
+    valid: int64 [B]; rows from `valid[b]` on are not read and are zeros. mean: [B, Hkv, D] or None. order: integers
+    [Hkv, D], the order of the keys' channels, or None.
 
-    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros. Raises DtypeError.
+    Returns codes int8 [B, Hkv, g, Lq, D]; unit float32 [B, Hkv, g, Lq], a row's scale times `scale`; mean_logit float32
+    [B, Hkv, g, Lq], `scale q . mean`, or None without a mean; and `flag` (a new one if None), int32 [1] on the device,
+    set to 1 if a row is not finite or exceeds 1e18 in magnitude. Such a row is read as zeros. Raises DtypeError.
     """
     batch, heads, count, head_dim = q.shape
     q = float_rows(q)
@@ -184,7 +182,7 @@ def quantize_queries(
     return codes, unit, logits, flag
 
 
-# -- back -----------------------------------------------------------------------------------------------
+# -- inverse rotation -----------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "tokens"])
@@ -214,8 +212,9 @@ def _restore_kernel(
 
 
 def restore_rows(x: Tensor, dtype: torch.dtype, rotate: bool, out: Tensor | None = None) -> Tensor:
-    """float32 [B, H, T, D], rotated back if `rotate`, as `dtype`; into `out` (any strides but the
-    last, which is 1) if given. Raises DtypeError."""
+    """Convert float32 x [B, H, T, D] to `dtype`, after the inverse rotation if `rotate`.
+
+    Writes to `out`, whose last stride must be 1, if given. Raises DtypeError."""
     x = x.to(torch.float32).contiguous()
     _, heads, tokens, head_dim = x.shape
     if out is None:

@@ -1,4 +1,4 @@
-"""Step and zero of every channel of a tile: min-max, or the search (`flashq.progressive`)."""
+"""Step and zero of each channel of a tile, by min-max or by search (`flashq.progressive`)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def step_and_zero(codes, BITS: tl.constexpr, SEARCH: tl.constexpr):
     LEVELS: tl.constexpr = (1 << BITS) - 1
     values = codes.to(tl.int32)
     low, high = tl.min(values, 0), tl.max(values, 0)
-    # An int8: one bit alone would take larger ones.
+    # Steps are int8; only one bit could have larger ones.
     step = tl.minimum(tl.maximum((high - low + (LEVELS - 1)) // LEVELS, 1), 127 if BITS == 1 else 255 // LEVELS)
-    # Rows that a crop brought back may lie beyond what stage 1 gives: the range then ends at 127.
+    # Rows that a crop decoded from a page may exceed 119; the range then ends at 127.
     zero = tl.where(high > 119, tl.minimum(low, 127 - step * LEVELS), low)
     if SEARCH:
         step, zero = _search(codes.to(tl.float32), step, zero, low + high, BITS)
@@ -23,10 +23,10 @@ def step_and_zero(codes, BITS: tl.constexpr, SEARCH: tl.constexpr):
 
 @triton.jit
 def _search(values, widest, zero, middle, BITS: tl.constexpr):
-    """The range of least squared error among shrunken, centred and shifted ones; ties keep the earlier."""
+    """The range with the least squared error among shrunken, centred and shifted ones; ties keep the earlier one."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     best, least = widest, _squared_error(values, widest, zero, BITS)
-    # Of one bit the best two levels lie much further inside the range.
+    # At one bit, the optimal two levels lie much further inside the range.
     WIDEST: tl.constexpr = 12 if BITS == 1 else 16
     for less in range(9):
         step = tl.maximum((widest * (WIDEST - less) + 15) // 16, 1)
@@ -45,10 +45,10 @@ def _search(values, widest, zero, middle, BITS: tl.constexpr):
 
 @triton.jit
 def _squared_error(values, step, zero, BITS: tl.constexpr):
-    """Squared distance from the nearest of `zero + k step`, 0 <= k < 2^BITS, summed over the tokens.
+    """Squared distance to the nearest of `zero + k step`, 0 <= k < 2^BITS, summed over the tokens.
 
-    Folding at the middle of the levels halves them; after BITS - 1 folds one is left on each side. Halves
-    of small integers, and at most 255^2 * 256 < 2^24: float32 is exact.
+    Each absolute value folds the levels at their middle and halves their number. All values are halves of small
+    integers, and the sum is at most 255^2 * 256 < 2^24, so float32 is exact.
     """
     step = step.to(tl.float32)
     middle = zero.to(tl.float32) + step * (((1 << BITS) - 1) * 0.5)
