@@ -9,19 +9,22 @@ import triton
 import triton.language as tl
 
 from .operands import largest_of
-from .softmax import LEVELS, round_levels, weights
+from .softmax import LEVELS, round_levels, row_codes, weights
 
 
 @triton.jit
 def weigh_stored(
     s, unit, mean, key, v_scale, begin, end, cap, threshold,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """`softmax.weigh` without masks, of keys `begin <= key < end` of each row (read where SEEN or OWN), and as fourth
-    result the scale that values' levels are relative to: OWN: of each row, of what it sees of the block; else one."""
-    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, SEEN, CAP, "", AXIS)
+    result the scale that INT8 weights are relative to: ROW, OWN: each row's, of what it sees of the block; else one."""
+    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, ROW, SEEN, CAP, "", AXIS)
     scale = tl.expand_dims(v_scale, 1 - AXIS)
+    if ROW:  # What a row does not see has the weight zero.
+        codes, largest = row_codes(weight * scale, AXIS)
+        return codes, total, peak, largest
     if OWN:
         keys = tl.expand_dims(key, 1 - AXIS)
         seen = (keys >= tl.expand_dims(begin, AXIS)) & (keys < tl.expand_dims(end, AXIS))
