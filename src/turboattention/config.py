@@ -18,7 +18,7 @@ Bits = int | tuple[int, int] | Literal["mixed"]
 _CHOICES = {
     "softmax": ("auto", "sas", "sas2", "exp"),
     "row_max": ("block", "running"),
-    "p_scale": ("static", "tile"),
+    "p_scale": ("static", "row", "tile"),
     "rescale": ("exact", "sas"),
     "guard": ("adapt", "warn", "off"),
 }
@@ -51,9 +51,10 @@ class TurboConfig:
     row_max: Literal["block", "running"] = "block"
     """Maximum that weights are taken against: of the current block only, or of all blocks so far."""
 
-    p_scale: Literal["static", "tile"] = "static"
-    """INT8 scale of the weights: 1/127, or the tile's largest weight / 119. Static also sums the
-    normalizer from the quantized weights."""
+    p_scale: Literal["static", "row", "tile"] = "static"
+    """INT8 scale of the weights: 1/127, or of each row and block its largest product of a weight and V's token scale
+    / 127, or the tile's largest weight / 119. Static sums the normalizer from the quantized weights, row from weights
+    rounded 256 times as finely, tile from weights as they are."""
 
     rescale: Literal["exact", "sas"] = "exact"
     """Exponential used when partial results are rescaled to a new maximum."""

@@ -74,6 +74,7 @@ struct AttendArgs {
     std::int64_t softmax;  // 0 sas, 1 sas2, 2 exp
     float threshold;
     float softcap;                // 0 for none
+    std::int64_t row_scale;       // INT8 weights with a scale per row and block, not 1 / 127
     std::int64_t causal, window;  // window 0 for none
     // Mask: kind 0 none, 1 bytes (nonzero attends), 2 float32 (added); element strides of b, h, q, k.
     std::int64_t mask_kind;

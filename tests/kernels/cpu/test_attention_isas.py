@@ -19,6 +19,7 @@ from .attending import Pair, unequal
 from .tools import ISAS
 
 OFF = ta.TurboConfig(guard="off")
+ROW = OFF.replace(p_scale="row")
 others = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "serial"])
 
 
@@ -54,6 +55,9 @@ PREFILLS = {
     "sas2": lambda: prefill((1, 4, 2, 40, 150, 16), config=OFF.replace(softmax="sas2"), spread=3.0),
     "exp": lambda: prefill((1, 4, 2, 40, 150, 16), config=OFF.replace(softmax="exp"), spread=20.0),
     "exp, few": lambda: prefill((1, 4, 2, 2, 150, 16), config=OFF.replace(softmax="exp"), spread=20.0),
+    "a scale per row": lambda: prefill((1, 4, 2, 40, 150, 16), is_causal=True, config=ROW, spread=3.0),
+    "a scale per row, few": lambda: prefill((1, 4, 2, 3, 150, 24), config=ROW.replace(softmax="sas2"), spread=3.0),
+    "a scale per row, exp": lambda: prefill((1, 4, 2, 20, 150, 72), config=ROW.replace(softmax="exp"), spread=9.0),
     "threshold": lambda: prefill((1, 4, 2, 40, 150, 16), config=OFF.replace(sas_threshold=-1.0)),
     "by tile": lambda: prefill((1, 4, 2, 70, 150, 16), config=OFF.replace(token_scales=False)),
     "more queries than keys": lambda: prefill((2, 4, 2, 70, 9, 16), is_causal=True),
@@ -79,6 +83,8 @@ DECODES = (
         "long, many rows": lambda: decode([1500], 32, 30),
         "bfloat16": lambda: decode([200, 100], 96, 2, dtype=torch.bfloat16),
         "by tile": lambda: decode([200, 100], 16, 2, config=OFF.replace(token_scales=False)),
+        "a scale per row": lambda: decode([200, 100], 64, 2, config=ROW),
+        "a scale per row, many": lambda: decode([200, 100], 64, 20, config=ROW.replace(stored_prefill=True)),
         "window": lambda: decode([700, 100], 16, 2, window_size=130),
         "ragged": lambda: decode([200, 100], 16, 6, counts=[0, 4]),
         "eight heads a head": lambda: decode([200, 100], 16, 2, heads=16),

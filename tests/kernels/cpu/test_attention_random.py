@@ -26,6 +26,7 @@ def configs(draw: st.DrawFn) -> ta.TurboConfig:
     return ta.TurboConfig(
         guard="off",
         softmax=draw(st.sampled_from(["sas", "sas2", "exp"])),
+        p_scale=draw(st.sampled_from(["static", "row"])),
         sas_threshold=draw(st.sampled_from([-6.0, -6.0, -2.0, -9.0])),
         smooth_k=draw(st.booleans()),
         rotate=draw(st.booleans()),

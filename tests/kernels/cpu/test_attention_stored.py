@@ -21,6 +21,7 @@ CONFIGS = {
     "2 bits": STORED.replace(bits=2, sink_tokens=0),
     "mixed": STORED.replace(bits="mixed", sink_tokens=128),
     "keys in order": STORED.replace(bits=3, reorder_k=True),
+    "a scale per row": STORED.replace(p_scale="row"),
     "serving": ta.TurboConfig.serving(guard="off"),
 }
 

@@ -102,9 +102,10 @@ def test_groups(group):
 
 
 @pytest.mark.parametrize("form", ["sas", "sas2", "exp"])
+@pytest.mark.parametrize("p_scale", ["static", "row"])
 @pytest.mark.parametrize("threshold", [-6.0, -2.5])
-def test_softmax(form, threshold):
-    cache = filled([200], config=OFF.replace(softmax=form, sas_threshold=threshold))
+def test_softmax(form, threshold, p_scale):
+    cache = filled([200], config=OFF.replace(softmax=form, sas_threshold=threshold, p_scale=p_scale))
     both(*tokens_for(cache, 4, 2))
     both(*tokens_for(cache, 4, 2), softcap=5.0)
 

@@ -56,9 +56,10 @@ def test_groups_and_ragged_batches(group):
 
 
 @pytest.mark.parametrize("form", ["sas", "sas2", "exp"])
+@pytest.mark.parametrize("p_scale", ["static", "row"])
 @pytest.mark.parametrize("threshold", [-6.0, -2.5])
-def test_softmax(form, threshold):
-    prompt([100], 2, 1, 32, OFF.replace(softmax=form, sas_threshold=threshold))
+def test_softmax(form, threshold, p_scale):
+    prompt([100], 2, 1, 32, OFF.replace(softmax=form, sas_threshold=threshold, p_scale=p_scale))
 
 
 @pytest.mark.parametrize("group", [1, 2])

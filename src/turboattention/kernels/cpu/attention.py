@@ -126,6 +126,7 @@ def fill_call(
 ) -> None:
     """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, softcap or 0.0
+    a.row_scale = config.p_scale == "row"
     a.causal, a.window, a.stored = causal, window or 0, config.stored_prefill
     a.mask_kind = 0
     if mask is not None:
@@ -174,6 +175,7 @@ class Arguments(ctypes.Structure):
         ("softmax", ctypes.c_int64),
         ("threshold", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("row_scale", ctypes.c_int64),
         ("causal", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("mask_kind", ctypes.c_int64),

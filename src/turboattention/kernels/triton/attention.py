@@ -21,7 +21,7 @@ from .quantize import quantize_queries
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
     """Why these kernels do not compute this, or None."""
-    return inputs.refusal(config, dtype, stored_prefill=False)
+    return inputs.refusal(config, dtype, stored_prefill=(False,))
 
 
 def attend(

@@ -10,21 +10,24 @@ import triton
 import triton.language as tl
 
 from .operands import largest_of
-from .softmax import LEVELS, round_levels, weights
+from .softmax import LEVELS, round_levels, row_codes, weights
 
 
 @triton.jit
 def weigh_stored(
     s, unit, mean, key, v_scale, begin, end, cap, threshold,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """`softmax.weigh` without masks, for keys `begin <= key < end` of each row (used with SEEN or OWN).
 
-    The fourth result is the scale to which value levels are relative: with OWN, for each row the largest that it sees;
-    else the largest of the block."""
-    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, SEEN, CAP, "", AXIS)
+    The fourth result is the scale of the INT8 codes: with ROW or OWN, one per row, from the keys of the block that it
+    sees; else one per block."""
+    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, ROW, SEEN, CAP, "", AXIS)
     scale = tl.expand_dims(v_scale, 1 - AXIS)
+    if ROW:  # What a row does not see has the weight zero.
+        codes, largest = row_codes(weight * scale, AXIS)
+        return codes, total, peak, largest
     if OWN:
         keys = tl.expand_dims(key, 1 - AXIS)
         seen = (keys >= tl.expand_dims(begin, AXIS)) & (keys < tl.expand_dims(end, AXIS))
