@@ -39,8 +39,8 @@ def key_products(
 ):  # fmt: skip
     """INT8 products of 64 packed keys and R queries, int32 [64, R].
 
-    q_first, q_second: int32 [WIDE / 2, 2 R], channels as in `key_channels`, each query in two columns. is_high: true for
-    the second one. held: from `metadata.key_metadata`."""
+    q_first, q_second: int32 [WIDE / 2, 2 R], channels as in `key_channels`, each query in two columns. is_high: true
+    for the second one. held: from `metadata.key_metadata`."""
     R: tl.constexpr = q_first.shape[1] // 2
     OCTETS: tl.constexpr = first_half(D) // 8
     FIRST: tl.constexpr = wider(BITS)
