@@ -1,14 +1,14 @@
-// Widths of codes: their planes (flashq/packing.py), the runs of channels of one width (kv/layout.py), and code that is
-// compiled once for each.
+// Dispatch over the widths of codes, their planes (flashq/packing.py), and the runs of channels of one width
+// (kv/layout.py).
 #pragma once
 
 template <int Bits>
 using Width = std::integral_constant<int, Bits>;
 
-// Bits of a code's lower plane; 5 and 3 bits have a plane of one bit above it.
+// Bits of the lower plane of a code; 5 and 3 bits have a second plane for the highest bit.
 constexpr int lower_plane(int bits) { return bits == 5 || bits == 3 ? bits - 1 : bits; }
 
-// body(Width<bits>), where `bits` is one of those that the call names.
+// Calls body(Width<bits>); `bits` must be one of the template arguments.
 template <int First, int... Rest, class Body>
 inline void with_width(std::int64_t bits, const Body& body) {
     if constexpr (sizeof...(Rest) > 0) {
@@ -17,7 +17,7 @@ inline void with_width(std::int64_t bits, const Body& body) {
     body(Width<First>{});
 }
 
-// body(wide, narrow): the widths of the two halves of a head's K, which are the same or 2 bits apart.
+// Calls body(wide, narrow): the widths of the two halves of a head's K, which are equal or differ by 2 bits.
 template <class Body>
 inline void with_key_widths(const HeadPlace& place, const Body& body) {
     with_width<8, 5, 4, 3, 2>(place.bits[0], [&](auto wide) {
@@ -33,7 +33,7 @@ inline void with_key_widths(const HeadPlace& place, const Body& body) {
     });
 }
 
-// Octets `first` to `last` (exclusive) of a head, all of one width; their codes begin `offset` bytes behind the head's.
+// Octets `first` to `last` (exclusive) of a head, of equal width; their codes start `offset` bytes after the head's.
 struct Run {
     std::int64_t bits;
     int first, last;

@@ -1,5 +1,5 @@
-// Octets of codes to bytes and back (flashq/packing.py), and their order in a page (kv/layout.py).
-// An octet is 8 channels of a whole block: a line of 8 * tokens codes.
+// Packs and unpacks octets of codes (flashq/packing.py) in the order of a page (kv/layout.py). An octet is 8 channels
+// of a block; its line has 8 * tokens codes.
 #pragma once
 
 // Codes [tokens][row] of eight channels -> K's order: quad of channels, token, channel of the quad.
@@ -34,7 +34,7 @@ inline void values_from_line(const std::uint8_t* line, std::int64_t row, int tok
     }
 }
 
-// Bits `shift` to `shift + kWidth` of every code: byte j holds the codes j, j + m, j + 2m, ...
+// Packs bits `shift` to `shift + kWidth` (exclusive) of every code: byte j of m holds codes j, j + m, j + 2m, ...
 template <int kWidth>
 inline std::uint8_t* pack_plane(const std::uint8_t* line, int count, int shift, std::uint8_t* bytes) {
     constexpr int kParts = 8 / kWidth, kMask = (1 << kWidth) - 1;

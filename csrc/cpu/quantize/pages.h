@@ -1,16 +1,16 @@
-// One head's keys or values of a page: INT8 rows with scales to bytes and back (kv/pages.py).
+// Encodes and decodes one head's keys or values of a page (kv/pages.py).
 #pragma once
 
 constexpr int kTokenScaleShift = 19;
 
 struct HeadScales {
     float head;
-    float kept[kMaxBlock];  // each token's, as the page holds it
+    float kept[kMaxBlock];  // the scale of each token, as stored in the page
     std::uint8_t exponents[kMaxBlock];
-    bool changed;  // some row's codes must move to the scale kept
+    bool changed;  // some rows must be requantized to the scale kept
 };
 
-// The head's scale and each token's byte; `used` are the scales of rows, 0 for rows of zeros.
+// The head's scale and the byte of each token's scale. `used`: scales of rows, 0 for rows of zeros.
 inline HeadScales common_scale(const float* used, int tokens, bool by_token) {
     HeadScales s;
     float largest = 0.0f;
@@ -30,7 +30,7 @@ inline HeadScales common_scale(const float* used, int tokens, bool by_token) {
     return s;
 }
 
-// 0 for rows of zeros, whose scale does not matter.
+// The scale of each row, 0 for rows of zeros.
 inline void used_scales(const std::int8_t* codes, const float* scales, int tokens, int head_dim, float* used) {
     for (int t = 0; t < tokens; ++t) {
         std::uint64_t any = 0;
@@ -112,7 +112,7 @@ inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
             (side == 0 ? keys_from_line : values_from_line)(line, head_dim, tokens, values + 8 * octet);
         }
     });
-    // Modulo 256: code * step + zero fits int8 as a whole, though the product alone may not.
+    // Modulo 256: code * step + zero fits in int8, but the product may not.
     for (int t = 0; t < tokens; ++t) {
         std::uint8_t* row = values + static_cast<std::int64_t>(t) * head_dim;
         if (place.bits[0] == 8) {

@@ -1,13 +1,13 @@
-// Stage 2 of one head's tile: INT8 to 5, 4, 3, 2 or 1 bits a channel (flashq/progressive.py, numerics.md
-// section 2). Sixteen channels at a time stand in the lanes of a vector, so that nothing is summed
-// across lanes. Values are small integers held in float32: every sum and product below is exact.
+// Stage 2 of one head's tile: INT8 to 5, 4, 3, 2 or 1 bits (flashq/progressive.py, numerics.md section 2). Each vector
+// lane processes one of sixteen channels, so there are no sums across lanes. Values are small integers in float32, and
+// all sums and products below are exact.
 #pragma once
 
 constexpr int kLanes = 16;
 constexpr int kMaxBlock = 256;
-constexpr std::int32_t kLargestStep = 127;  // of one bit, whose range may be wider
+constexpr std::int32_t kLargestStep = 127;  // limits only steps of one bit; steps are int8
 
-// Sixteen channels of a tile, one token after the other.
+// Sixteen channels of a tile, token by token.
 struct ChannelTile {
     float at[kMaxBlock][kLanes];
     int tokens;
@@ -18,7 +18,7 @@ struct Range {
     std::int32_t step[kLanes], zero[kLanes];
 };
 
-// A copy whose size the compiler knows, but for the last channels of an odd head_dim.
+// The size is a compile-time constant unless the last channels of head_dim do not fill the lanes.
 inline void copy_channels(void* to, const void* from, int channels) {
     if (channels == kLanes) {
         std::memcpy(to, from, kLanes);
@@ -36,9 +36,9 @@ inline void load_channels(const std::int8_t* codes, std::int64_t row, int tokens
     }
 }
 
-// Squared distance of every channel from the nearest of `zero + k step`, 0 <= k < 2^kBits, summed over
-// the tokens, for three ranges of one step. Folding at the middle of the levels halves them: after
-// kBits - 1 folds one level is left on each side. At most 255^2 * 256 < 2^24, so float32 is exact.
+// Squared distance of every channel to the nearest of `zero + k step`, 0 <= k < 2^kBits, summed over the tokens, for
+// three zeros and one step. Each absolute value folds the levels at their middle and halves their number. Sums are at
+// most 255^2 * 256 < 2^24, so float32 is exact.
 template <int kBits>
 inline void squared_errors(const ChannelTile& tile, const std::int32_t* steps, const std::int32_t (*zeros)[kLanes],
                            float (*errors)[kLanes]) {
@@ -81,19 +81,19 @@ inline Range min_max(const ChannelTile& tile, int levels, std::int32_t* middle) 
         const std::int32_t step = (top[c] - range.zero[c] + levels - 1) / levels;
         range.step[c] = step < 1 ? 1 : (step < widest ? step : widest);
         middle[c] = range.zero[c] + top[c];
-        // Rows that a crop brought back may lie beyond what stage 1 gives: the range then ends at 127.
+        // Rows that a crop decoded from a page may exceed 119; the range then ends at 127.
         const std::int32_t highest = 127 - range.step[c] * levels;
         if (top[c] > 119 && range.zero[c] > highest) range.zero[c] = highest;
     }
     return range;
 }
 
-// The range of least squared error among shrunken, centred and shifted ones; ties keep the earlier.
+// The range with the least squared error among shrunken, centred and shifted ones; ties keep the earlier one.
 template <int kBits>
 inline Range search(const ChannelTile& tile, const Range& widest, const std::int32_t* middle) {
     constexpr int kLevels = (1 << kBits) - 1;
     constexpr int kQuarters[3] = {0, -1, 1};
-    // In 16ths of the min-max step: the best two levels lie much further inside the range than the best four.
+    // In 16ths of the min-max step. The optimal two levels lie much further inside the range than the optimal four.
     constexpr int kFirst = kBits == 1 ? 12 : 16;
     Range best = widest;
     std::int32_t zeros[3][kLanes], steps[kLanes];
@@ -126,7 +126,7 @@ inline Range search(const ChannelTile& tile, const Range& widest, const std::int
     return best;
 }
 
-// `clip(round_half_even((value - zero) / step), 0, levels)` as bytes, `channels` of them a token.
+// `clip(round_half_even((value - zero) / step), 0, levels)` as bytes, for `channels` channels of each token.
 inline void encode_channels(const ChannelTile& tile, const Range& range, int levels, int channels, std::uint8_t* codes,
                             std::int64_t row) {
     const F step = f_from_int(i_load(range.step)), zero = f_from_int(i_load(range.zero));
@@ -139,7 +139,7 @@ inline void encode_channels(const ChannelTile& tile, const Range& range, int lev
     }
 }
 
-// Channels of one head: int8 [tokens][row] -> codes likewise, below 2^bits, and step and zero of each channel.
+// Channels of one head: int8 [tokens][row] -> codes below 2^bits, in the same layout, and step and zero per channel.
 inline void progressive_quantize(const std::int8_t* values, int tokens, std::int64_t row, int channels,
                                  std::int64_t bits, bool searching, std::uint8_t* codes, std::uint8_t* step,
                                  std::uint8_t* zero) {
