@@ -189,7 +189,8 @@ def turbo_attention_with_kvcache(
     staged, bits = None, None
     if k_new is not None and v_new is not None:
         staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"))
-        bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new))
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window_size": window_size}
+        bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new), **options)
     out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
         q,
         cache,
