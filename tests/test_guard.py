@@ -123,7 +123,7 @@ def test_bits_go_up_only_as_far_as_needed(monkeypatch):
     assert said == [
         "layer 3: KV heads 1, 2, 3 lose too much in the quantized cache (head 3 has relative error 9.00 at K 2 and V 2 "
         "bits, bound 0.70); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; heads 3 remain beyond their bound; "
-        "8 bits are not enough for them: compare with the model's own cache before relying on the answers"
+        "8 bits are not enough for them: keep the layer in the model's own dtype (exact_layers of a TurboCache)"
     ]
 
 

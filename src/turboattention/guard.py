@@ -3,13 +3,15 @@
 Low-bit storage can make the output of single heads useless without any visible error. When a cache compresses its
 first block, sampled queries attend its tokens twice: at full precision, and as the tokens would be stored. A head
 whose relative error is beyond the bound of its width is promoted to the next wider one, with one `GuardWarning`
-(`guarded_bits`). Where widths cannot change, as in vLLM's pages, there is only the warning (`fixed_widths_message`).
-Bounds and procedure: numerics.md, The guard.
+(`guarded_bits`). Heads that 8 bits do not cure are beyond the cache: whoever still has its tokens at full precision
+learns by `BeyondInt8Error` (`KVCache.exact_past`). Where widths cannot change, as in vLLM's pages, there is only the
+warning (`fixed_widths_message`). Bounds and procedure: numerics.md, The guard.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +29,28 @@ BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
 which is the error of an output of zeros."""
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
-_QUERIES = 32  # query rows sampled per head
+QUERIES = 32
+"""Query rows sampled per head."""
 _TOKENS = 512  # keys that they attend to at most
+
+
+class ExactPast(NamedTuple):
+    """What the guard is told of the tokens that a cache already holds.
+
+    k, v: [B, Hkv, len(cache), D] at full precision. q: [B, Hq, n, D], the last queries before this call, at `positions`
+    (int64 [B, n]), of which those marked in `valid` (bool [B, n]) are real.
+    """
+
+    k: Tensor
+    v: Tensor
+    q: Tensor
+    positions: Tensor
+    valid: Tensor
+
+
+class BeyondInt8Error(Exception):
+    """Heads of a cache with `exact_past` stay beyond their bound at 8 bits; the text names them. The cache is
+    unchanged."""
 
 
 def guarded_bits(
@@ -52,6 +74,9 @@ def guarded_bits(
         q: [B, Hq, Lq, D], at `positions` (int64 [B, Lq]), of which rows marked in `valid` (bool [B, Lq]) are real.
         new: the call's k and v, each [B, Hkv, T, D].
         scale, softcap, window_size: as in `turbo_attention`.
+
+    Raises:
+        BeyondInt8Error: the cache has `exact_past`, widths may change, and 8 bits are not enough.
     """
     flush = cache.pending_flush(staged)
     if cache.config.guard == "off" or not cache.freezes_widths(flush):
@@ -62,6 +87,8 @@ def guarded_bits(
     bits, beyond = planned, _beyond(errors, planned)
     failing = beyond.clone()
     if cache.config.guard == "adapt" and not cache.widths_given:
+        if cache.exact_past is not None:
+            _check_int8(cache.first_head, sample, first, failing)
         while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
             bits = widen(bits, beyond)
             errors = sample.errors(bits)
@@ -105,7 +132,7 @@ def fixed_widths_message(
     cache = KVCache(1, heads, head_dim, config=config.replace(guard="off"), head_bits=head_bits, k_mean=k_mean)
     cache.append(k, v)
     exact, stored = (
-        exact_attention(q[:, :, -_QUERIES:], *kv, is_causal=True, scale=scale, softcap=softcap, window_size=window_size)
+        exact_attention(q[:, :, -QUERIES:], *kv, is_causal=True, scale=scale, softcap=softcap, window_size=window_size)
         for kv in ((k, v), cache.dequantize())
     )
     errors = _relative_errors(stored[0], exact[0], heads)
@@ -154,6 +181,21 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
 
 
+def _check_int8(first_head: int, sample: _Sample, planned: Tensor, failing: Tensor) -> None:
+    """Raises `BeyondInt8Error` where heads are beyond the bound of 8 bits at 8 bits, and more bits are of no help: to
+    heads that are `failing` at the planned widths, or whose error there, `planned`, is mostly INT8's own."""
+    errors = sample.errors(torch.full((2, len(planned)), 8))
+    hopeless = ~(errors <= BOUNDS[8]) & (failing | ~(2 * errors < planned))
+    heads = hopeless.nonzero().flatten().tolist()
+    if not heads:
+        return
+    worst = max(heads, key=lambda head: float(errors[head]))
+    raise BeyondInt8Error(
+        f"INT8 loses too much in KV heads {_numbers(first_head, heads)} (head {first_head + worst} has relative error "
+        f"{float(errors[worst]):.2f} at 8 bits, bound {BOUNDS[8]:.2f})"
+    )
+
+
 def _advice(sample: _Sample, planned: Tensor, failing: Tensor) -> str:
     """What the user can do: the fewest 8-bit sides that bring every failing head within its bound."""
     k, v = (int(bits[failing].min()) for bits in planned)
@@ -162,7 +204,7 @@ def _advice(sample: _Sample, planned: Tensor, failing: Tensor) -> str:
         if not torch.equal(bits, planned) and not bool(_beyond(sample.errors(bits), bits).any()):
             (k,), (v,) = wide
             return f"pass bits=({k}, {v}) (--bits {k},{v}), or calibrate the model"
-    return "8 bits are not enough for them: compare with the model's own cache before relying on the answers"
+    return "8 bits are not enough for them: keep the layer in the model's own dtype (exact_layers of a TurboCache)"
 
 
 def _numbers(first_head: int, heads: list[int]) -> str:
@@ -217,16 +259,21 @@ class _Sample:
         return _relative_errors(self._attend(*self._frame(stored)), self.wanted, self.cache.num_kv_heads)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Up to `_QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
+        """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
+        past: ExactPast | None = self.cache.exact_past
+        if past is not None and past.q.shape[2]:
+            q = torch.cat((past.q.to(q.dtype), q), 2)
+            positions, valid = torch.cat((past.positions, positions), 1), torch.cat((past.valid, valid), 1)
         inside = valid & (positions < self.tokens)
         useful = (inside & (positions >= self.tokens // 2))[self.batch].all(0)
         rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
-        rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(_QUERIES, len(rows))).long()]
+        rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(QUERIES, len(rows))).long()]
         chosen = q.index_select(0, self.batch.to(q.device)).index_select(2, rows.to(q.device))
         return chosen, positions[self.batch][:, rows]
 
     def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, older ones as INT8."""
+        """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, and older ones as INT8
+        unless they are kept."""
         at = self.batch.to(self.q.device)
         before = staged.before[self.batch]
         k_new, v_new = (x[at][:, :, : self.tokens] for x in new)
@@ -235,9 +282,24 @@ class _Sample:
         counts = (self.length - before).clamp(min=0)
         row, token = (torch.arange(k_new.shape[2]) < counts[:, None]).nonzero(as_tuple=True)
         position = before[row] + token
-        k, v = self._frame(staged.tiles.map(lambda x: x[at][:, :, : self.stored.k8.shape[2]]))
+        stored = staged.tiles.map(lambda x: x[at][:, :, : self.stored.k8.shape[2]])
+        k, v = self._with_past(self._frame(stored), before)
         k[row, :, position], v[row, :, position] = (x[row, :, token].to(k.dtype) for x in (k_new, v_new))
         return k, v
+
+    def _with_past(self, frame: tuple[Tensor, Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
+        """The frame with the tokens of earlier calls, `before[b]` of them, at full precision if they are kept."""
+        past: ExactPast | None = self.cache.exact_past
+        if past is None:
+            return frame
+        length = min(frame[0].shape[2], past.k.shape[2])
+        known = torch.arange(length) < before[:, None]
+        mixed = []
+        for stored, floats in zip(frame, (past.k, past.v), strict=True):
+            at, here = self.batch.to(stored.device), known.to(stored.device)[:, None, :, None]
+            first = torch.where(here, floats[at][:, :, :length].to(stored.dtype), stored[:, :, :length])
+            mixed.append(torch.cat((first, stored[:, :, length:]), 2))
+        return mixed[0], mixed[1]
 
     def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] in the model's space: sink pages, then the tiles [b, Hkv, W, D] behind them."""

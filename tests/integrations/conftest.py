@@ -14,6 +14,8 @@ BLOCK = 8
 class ExactCache:
     """As much of `KVCache` as integrations use, holding floats. Evicted tokens turn into NaN."""
 
+    head_bits = ()  # there is nothing to decide
+
     def __init__(self, batch_size, num_kv_heads, head_dim, *, window_size=None, device=None, dtype=None, **_: Any):
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.window_size, self.label, self.max_tokens = window_size, None, None

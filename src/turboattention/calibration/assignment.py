@@ -68,6 +68,13 @@ def keep_bounds(bits: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor
     return kept
 
 
+def beyond_int8(errors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Indices of the layers with a head that is beyond its bound with K and V at 8 bits; `errors` as above."""
+    widest = [torch.full(error.shape[:2], max(WIDTHS), dtype=torch.int64) for error in errors]
+    lost = [chosen_error(bits, error) for bits, error in zip(widest, errors, strict=True)]
+    return tuple(index for index, error in enumerate(lost) if bool((~(error <= BOUNDS[max(WIDTHS)])).any()))
+
+
 def chosen(bits: Tensor, figures: Tensor) -> Tensor:
     """float64 [2, Hkv]: of `figures` [2, Hkv, len(WIDTHS)] those at `bits`, int64 [2, Hkv]."""
     index = torch.tensor([[WIDTHS.index(int(b)) for b in row] for row in bits]).reshape(bits.shape)

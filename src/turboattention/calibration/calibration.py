@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..guard import BOUNDS
-from .assignment import Strategy, assign_bits, chosen, chosen_error, keep_bounds
+from .assignment import Strategy, assign_bits, beyond_int8, chosen, chosen_error, keep_bounds
 from .measure import LayerStatistics
 
 
@@ -42,6 +42,8 @@ class Calibration:
     budget, strategy: the arguments with which `head_bits` were chosen, see `assign_bits`.
     means: whether caches smooth K with the measured means instead of the mean of their own first block.
     bounds: width -> the largest relative error of a head that `head_bits` allow.
+    exact_layers: indices of layers with heads that stay beyond their bound at 8 bits: a `TurboCache` keeps these layers
+        in the model's own dtype.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -51,6 +53,7 @@ class Calibration:
     strategy: Strategy
     means: bool = False
     bounds: Mapping[int, float] = field(default_factory=lambda: dict(BOUNDS))
+    exact_layers: tuple[int, ...] = ()
 
     @classmethod
     def choose(
@@ -69,9 +72,11 @@ class Calibration:
         by_priority = strategy == "priority"
         scores = [layer.priority if by_priority else layer.costs for layer in layers]
         bits = assign_bits(scores, budget, strategy)
+        exact: tuple[int, ...] = ()
         if not by_priority:
-            bits = keep_bounds(bits, [layer.errors for layer in layers])
-        return cls(layers, provenance, tuple(bits), float(budget), strategy, means)
+            errors = [layer.errors for layer in layers]
+            bits, exact = keep_bounds(bits, errors), beyond_int8(errors)
+        return cls(layers, provenance, tuple(bits), float(budget), strategy, means, exact_layers=exact)
 
     def rechosen(self, budget: float, strategy: Strategy = "error", means: bool | None = None) -> Calibration:
         """The same statistics with another budget or strategy."""
@@ -101,8 +106,9 @@ class Calibration:
     @property
     def expected_kl(self) -> float:
         """The sum of the costs: the KL divergence from the model's own cache for small, independent errors, in nats per
-        token."""
-        return sum(float(costs.sum()) for costs in self.chosen_costs)
+        token. Exact layers cost nothing."""
+        costs = enumerate(self.chosen_costs)
+        return sum(float(cost.sum()) for index, cost in costs if index not in self.exact_layers)
 
     def check_shape(self, shape: Mapping[str, str | int | None]) -> None:
         """Raises `ConfigError` that names the first size in which `shape` differs from the calibrated model."""

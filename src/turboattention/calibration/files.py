@@ -35,6 +35,7 @@ def save_calibration(calibration: Calibration, folder: str | os.PathLike[str]) -
         "means": calibration.means,
         "bounds": {str(width): bound for width, bound in calibration.bounds.items()},
         "widths": list(WIDTHS),
+        "exact_layers": list(calibration.exact_layers),
         "layers": [_layer(layer, bits) for layer, bits in zip(calibration.layers, calibration.head_bits, strict=True)],
     }
     target = Path(folder) / FILE
@@ -113,8 +114,15 @@ def _read(content: dict[str, Any]) -> Calibration:
         budget=float(content["budget"]),
         strategy=content["strategy"],
         means=bool(content["means"]),
+        exact_layers=_indices(content.get("exact_layers", []), len(layers)),
         bounds={int(width): float(bound) for width, bound in content["bounds"].items()},
     )
+
+
+def _indices(values: Any, count: int) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(i) is int and 0 <= i < count for i in values):
+        raise ValueError(f"exact_layers: expected indices of layers from 0 to {count - 1}, got {values!r}")
+    return tuple(values)
 
 
 def _numbers(

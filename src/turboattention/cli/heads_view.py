@@ -70,6 +70,7 @@ def as_json(calibration: Calibration) -> dict[str, Any]:
         "average_bits": calibration.average_bits,
         "expected_kl": calibration.expected_kl,
         "means": calibration.means,
+        "exact_layers": list(calibration.exact_layers),
         "widths": list(WIDTHS),
         "heads": [asdict(head) for head in heads(calibration)],
     }
@@ -77,13 +78,17 @@ def as_json(calibration: Calibration) -> dict[str, Any]:
 
 def summary(calibration: Calibration) -> str:
     """The chosen widths, in two sentences."""
-    beyond = [f"{x.layer}.{x.head}" for x in heads(calibration) if not x.error <= x.bound]
+    exact = calibration.exact_layers
+    beyond = [f"{x.layer}.{x.head}" for x in heads(calibration) if not x.error <= x.bound and x.layer not in exact]
     counts = Counter(int(bits) for layer in calibration.head_bits for bits in layer.flatten())
     shares = ", ".join(f"{counts[width]} at {width}" for width in WIDTHS if counts[width])
     text = (
         f"{calibration.average_bits:.2f} bits on average by {calibration.strategy} (K and V of heads: {shares}); "
         f"expected KL {calibration.expected_kl:.4f} nats a token. Measured on {calibration.provenance.tokens:,} tokens."
     )
+    if exact:
+        layers = ", ".join(map(str, exact))
+        text = f"{text} 8 bits are not enough for layers {layers}: a TurboCache keeps them in the model's own dtype."
     if beyond:
         text = f"{text} Beyond their bound (layer.head): {', '.join(beyond)}."
     found = standing_out(calibration)

@@ -100,7 +100,7 @@ class KVCache(Growing):
         return self.clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "kept": None, "exact_past": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of any kind have handles of their own."""

@@ -47,6 +47,8 @@ class Contents:
         """How messages name this cache, such as "layer 3"."""
         self.first_head = 0
         """How messages number its first head, where it holds a part of a layer's."""
+        self.exact_past: Any = None
+        """The stored tokens at full precision, where whoever uses this cache still has them (`guard.ExactPast`)."""
         self._given_bits = parse_head_bits(head_bits, num_kv_heads)
         self._given_mean = check_mean(k_mean, self.config, num_kv_heads, head_dim)
         self._lengths = torch.zeros(batch_size, dtype=torch.int64)

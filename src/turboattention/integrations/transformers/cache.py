@@ -41,6 +41,9 @@ class TurboCache(Cache):
         head_bits: widths per layer, each as `KVCache` takes them ([Hkv] or [2, Hkv]).
         k_mean: calibrated means of K per layer, each float [Hkv, D].
         max_tokens: tokens per sequence to reserve memory for; more may follow.
+        exact_layers: indices of layers that are kept in the model's own dtype and attended as the model does on its
+            own, because INT8 cannot carry them; besides those of a `calibration`. With ``guard="adapt"`` the guard adds
+            such layers at a cache's first compressed block.
         backend: as in `turbo_attention_with_kvcache`.
         check_prompts: whether `generate` refuses a prompt that does not begin with the tokens the cache holds, as far
             as it knows them from earlier calls of `generate` or its file.
@@ -69,6 +72,7 @@ class TurboCache(Cache):
         head_bits: Sequence[Any] | Tensor | None = None,
         k_mean: Sequence[Tensor | None] | Tensor | None = None,
         max_tokens: int | None = None,
+        exact_layers: Sequence[int] = (),
         backend: str = "auto",
         check_prompts: bool = True,
     ):
@@ -78,6 +82,9 @@ class TurboCache(Cache):
         check_config(config)
         dispatch.choose(backend)  # raises now, not in the middle of a first forward
         windows = layer_windows(model_config)
+        exact = _checked_layers(exact_layers, len(windows))
+        if calibration is not None:
+            exact |= set(calibration.exact_layers)
         bits, means = (_per_layer(x, n, len(windows)) for x, n in ((head_bits, "head_bits"), (k_mean, "k_mean")))
         layers = [
             TurboLayer(
@@ -90,6 +97,7 @@ class TurboCache(Cache):
                 model=ModelShape.of(model_config),
                 parallel=TensorParallel.of(model_config),
                 backend=backend,
+                always_exact=index in exact,
             )
             for index, window in enumerate(windows)
         ]
@@ -201,6 +209,11 @@ class TurboCache(Cache):
         return sum(layer.fp16_nbytes for layer in self.layers)
 
     @property
+    def exact_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are kept in the model's own dtype: named, calibrated, or found by the guard."""
+        return tuple(layer.index for layer in self.layers if layer.exact)
+
+    @property
     def bits_per_element(self) -> float:
         """`nbytes * 8` over the elements held; infinite while empty."""
         return self.nbytes * 16 / self.fp16_nbytes if self.fp16_nbytes else float("inf")
@@ -208,8 +221,8 @@ class TurboCache(Cache):
     @property
     def seq_lens(self) -> Tensor:
         """int64 [B]: tokens of each sequence, padding left out."""
-        kv = next((layer.kv for layer in self.layers if layer.kv is not None), None)
-        return torch.zeros(0, dtype=torch.int64) if kv is None else kv.seq_lens
+        layer = next((layer for layer in self.layers if layer.batch_size >= 0), None)
+        return torch.zeros(0, dtype=torch.int64) if layer is None else layer.seq_lens
 
     # -- copies and files -------------------------------------------------------------------------------
 
@@ -320,6 +333,13 @@ def _calibrated(
     calibration.check_shape(asdict(ModelShape.of(model_config)))
     bits = calibration.head_bits if config.bits == "mixed" else None
     return bits, (calibration.k_mean if config.smooth_k else None)
+
+
+def _checked_layers(indices: Any, count: int) -> set[int]:
+    valid = isinstance(indices, (Sequence, set, frozenset)) and not isinstance(indices, str)
+    if not valid or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in indices):
+        raise ConfigError(f"exact_layers: expected indices of layers from 0 to {count - 1}, got {indices!r}")
+    return set(indices)
 
 
 def _per_layer(values: Any, name: str, count: int) -> list[Any]:

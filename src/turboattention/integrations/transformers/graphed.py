@@ -47,6 +47,9 @@ class GraphedDecoding:
     search and sampling are replayed; beam search and assisted decoding change the cache between steps, and run as
     usual. Memory for `max_tokens` of every sequence is taken while the graph is there.
 
+    Where the guard keeps a layer in the model's own dtype, all steps run as usual; a cache that has such layers from
+    the start is refused.
+
     `replayed` and `ordinary` count forwards.
 
     Args:
@@ -183,6 +186,11 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
         raise UnsupportedError(f"model: expected one whose forward takes position_ids, got {type(model).__name__}")
     if shares_keys(text_config(model.config)):
         raise UnsupportedError("model: layers that share the keys of others are not supported in a graph")
+    if cache.exact_layers:
+        raise UnsupportedError(
+            f"cache: expected quantized layers, got layers {list(cache.exact_layers)} in the model's own dtype "
+            "(exact_layers), which a graph does not hold"
+        )
     if any(layer.parallel.size > 1 for layer in cache.layers):
         raise UnsupportedError("model: tensor parallelism is not supported in a graph")
     layer = cache.layers[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ...config import TurboConfig
-from ...errors import ConfigError, InputError, ShapeError, UnsupportedError
+from ...errors import ConfigError, GuardWarning, InputError, ShapeError, UnsupportedError
+from ...guard import BeyondInt8Error
 from ...kv.cache import KVCache
+from ...validation import check_finite
 from ..model_shape import ModelShape
 from .call import Call, aligned
+from .exact import ExactKV, attend_exactly, without_padding
+from .held import HeldTokens
 from .masks import MaskPlan
 from .padding import attend_tokens, valid_after
 from .parallel import HeadShare, TensorParallel
@@ -28,12 +33,16 @@ def layer_of(key: Tensor) -> TurboLayer | None:
     return getattr(key, _HANDLE, None)
 
 
-class TurboLayer(CacheLayerMixin):
+class TurboLayer(HeldTokens, CacheLayerMixin):
     """A quantized `KVCache` behind transformers' cache layer interface.
 
     Lengths towards transformers count every position, padding included, also in sliding layers;
     the `KVCache` holds tokens only. `valid` (bool [B, length] on the CPU, None while there is no
     padding) translates.
+
+    Until the guard has looked at the first compressed block, `floats` holds the same tokens in the model's own dtype,
+    where it may find that INT8 cannot carry them. They then are all that the layer has (`exact`), as in a layer that
+    was made with `always_exact`, and the model attends to them as it does on its own.
 
     `update` stores nothing yet: it returns its own arguments with a handle to the layer on them.
     The attention function finds the handle and calls `attend`, which attends and appends in one go.
@@ -55,22 +64,23 @@ class TurboLayer(CacheLayerMixin):
         model: ModelShape | None = None,
         parallel: TensorParallel | None = None,
         backend: str = "auto",
+        always_exact: bool = False,
     ):
         super().__init__()
         self.index, self.window, self.backend = index, window, backend
         self.config, self.model, self.parallel = config or TurboConfig(), model, parallel or TensorParallel()
-        self.kv: KVCache | None = None
-        self.valid: Tensor | None = None
+        self.always_exact = always_exact
         self.record_past = False
         self.may_stay_empty = False
         """Whether it may read another layer's keys and hold none, in a forward that went well."""
         self._head_bits, self._k_mean, self._max_tokens = head_bits, k_mean, max_tokens
-        self._stored = 0
-        self._pending: tuple[Tensor, Tensor] | None = None
         self._checked: object = None
 
     def __repr__(self) -> str:
-        return f"TurboLayer(index={self.index}, length={self.get_seq_length()}, window={self.window}, kv={self.kv})"
+        held = "exact" if self.exact else f"kv={self.kv}"
+        return (
+            f"{type(self).__name__}(index={self.index}, length={self.get_seq_length()}, window={self.window}, {held})"
+        )
 
     # -- what transformers asks -------------------------------------------------------------------
 
@@ -102,6 +112,10 @@ class TurboLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
         share = self._share(heads)
+        self.is_initialized = True
+        if self.always_exact:
+            self.floats = ExactKV.empty(key_states)
+            return
         self.kv = KVCache(
             batch,
             heads,
@@ -115,7 +129,8 @@ class TurboLayer(CacheLayerMixin):
             k_mean=share.cut(self._k_mean, "k_mean", 0),
         )
         self.kv.label, self.kv.first_head = f"layer {self.index}", share.first
-        self.is_initialized = True
+        if self.config.guard == "adapt" and self._head_bits is None:
+            self.floats = ExactKV.empty(key_states)
 
     def _share(self, heads: int) -> HeadShare:
         """The model's KV heads that `heads` of the keys are.
@@ -134,7 +149,7 @@ class TurboLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.check_settled()
         self._check_new(key_states, value_states)
-        if self.kv is None:
+        if not self.is_initialized:
             self.lazy_initialization(*aligned(key_states, value_states))
         self._pending = aligned(key_states, value_states)  # type: ignore[assignment]
         setattr(key_states, _HANDLE, self)
@@ -158,7 +173,7 @@ class TurboLayer(CacheLayerMixin):
         pending, self._pending = self._pending, None
         new = query.shape[2] if pending is None else pending[0].shape[2]
         past = self._stored - new if pending is None else self._stored
-        if self.kv is None or query.shape[2] != new or past < 0:
+        if not self.is_initialized or query.shape[2] != new or past < 0:
             raise UnsupportedError(
                 f"query: expected the {new} new tokens of layer {self.index}, got {query.shape[2]}; "
                 "cross-attention through the cache is not supported"
@@ -169,12 +184,75 @@ class TurboLayer(CacheLayerMixin):
             query, *_ = aligned(query, *pending)
         known = None if self.valid is None else self.valid[:, :past]
         valid = valid_after(plan, known, past, new, self.batch_size)
-        if self.window is not None:
-            self.kv.window_size = self.window + (new if self.record_past else 0)
-        out = attend_tokens(query, self.kv, pending, plan, valid, is_causal, call)
+        if self.exact:
+            out = self._attend_exactly(module, query, pending, plan, valid, is_causal, call)
+        else:
+            out = self._attend_quantized(module, query, pending, plan, valid, is_causal, call)
         if pending is not None:
             self._stored, self.valid = past + new, valid
         return out
+
+    def _attend_quantized(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        pending: tuple[Tensor, Tensor] | None,
+        plan: MaskPlan | None,
+        valid: Tensor | None,
+        is_causal: bool,
+        call: Call,
+    ) -> Tensor:
+        """Over the `KVCache`; if the guard finds that it cannot carry this layer, exactly."""
+        kv, floats = self.kv, self.floats
+        assert kv is not None
+        kv.window_size = self._kept_window(query.shape[2])
+        if floats is None or pending is None:
+            return attend_tokens(query, kv, pending, plan, valid, is_causal, call)
+        kv.exact_past = floats.past(self.valid)
+        try:
+            out = attend_tokens(query, kv, pending, plan, valid, is_causal, call)
+        except BeyondInt8Error as found:
+            dtype = str(floats.keys.dtype).removeprefix("torch.")
+            message = f"layer {self.index} is kept in the model's own dtype ({dtype}): {found}"
+            warnings.warn(message, GuardWarning, stacklevel=3)
+            out = self._attend_exactly(module, query, pending, plan, valid, is_causal, call)
+            self.kv = None
+            return out
+        finally:
+            kv.exact_past = None
+        own = None if valid is None else valid[:, -query.shape[2] :]
+        decided = kv.head_bits is not None
+        self.floats = None if decided else floats.extended(*(without_padding(x, own) for x in (*pending, query)))
+        return out
+
+    def _attend_exactly(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        pending: tuple[Tensor, Tensor] | None,
+        plan: MaskPlan | None,
+        valid: Tensor | None,
+        is_causal: bool,
+        call: Call,
+    ) -> Tensor:
+        """Over `floats`, which then hold the new tokens."""
+        held = self.floats
+        assert held is not None
+        own = None if valid is None else valid[:, -query.shape[2] :]
+        query = without_padding(query, own)
+        check_finite("q", query)
+        if pending is not None:
+            key, value = (without_padding(x, own) for x in pending)
+            check_finite("k_new", key)
+            check_finite("v_new", value)
+            held = held.extended(key, value)
+        out = attend_exactly(module, query, held, plan, valid, is_causal, call)
+        self.floats = held.behind(self._kept_window(query.shape[2]))
+        return out
+
+    def _kept_window(self, new: int) -> int | None:
+        """The window of what is kept after a forward of so many tokens."""
+        return None if self.window is None else self.window + (new if self.record_past else 0)
 
     def take_step(self) -> None:
         """Count a token of every sequence that attention took without `attend`, ahead of the `KVCache`'s own count."""
@@ -184,87 +262,10 @@ class TurboLayer(CacheLayerMixin):
         if self.valid is not None:
             self.valid = torch.cat([self.valid, self.valid.new_ones(len(self.valid), 1)], 1)
 
-    # -- changing what is stored --------------------------------------------------------------------
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
-        self.check_settled()
-        removed = int(tokens_to_remove)
-        keep = removed if removed > 0 else self._stored + removed
-        if self.kv is None or keep >= self._stored:
-            return
-        keep = max(keep, 0)
-        left = None if self.valid is None else self.valid[:, :keep]
-        self.kv.window_size = self.window
-        self.kv.crop(keep if left is None else left.sum(1))
-        self._stored, self.valid = keep, (None if left is None or bool(left.all()) else left)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.check_settled()
-        if self.kv is not None:
-            index = beam_idx.cpu()
-            self.kv.reorder(index)
-            self.valid = None if self.valid is None else self.valid[index]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.kv is not None:
-            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.kv is not None:
-            self.reorder_cache(torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()])
-
-    def reset(self) -> None:
-        self.kv = self.valid = self._pending = None
-        self._stored, self.is_initialized = 0, False
-
-    def offload(self) -> None:
-        raise UnsupportedError("offload: a TurboCache is not offloaded")
-
-    def prefetch(self) -> None:
-        raise UnsupportedError("prefetch: a TurboCache is not offloaded")
-
-    def clone(self) -> TurboLayer:
-        """An independent layer with the same content; compressed blocks are shared."""
-        self.check_settled()
-        other = object.__new__(type(self))
-        vars(other).update(vars(self), kv=None if self.kv is None else self.kv.clone())
-        return other
-
-    def __copy__(self) -> TurboLayer:
-        return self.clone()
-
-    def restore(self, kv: KVCache, stored: int, valid: Tensor | None) -> None:
-        """Take what a file held."""
-        kv.first_head = self._share(kv.num_kv_heads).first
-        self.kv, self._stored, self.valid = kv, stored, valid
-        self.is_initialized = True
-
-    # -- what it holds ------------------------------------------------------------------------------
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self.kv is None else self.kv.batch_size
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Tokens per sequence that memory is reserved for."""
-        return self._max_tokens if self.kv is None else self.kv.max_tokens
-
-    @property
-    def nbytes(self) -> int:
-        held = 0 if self.kv is None else self.kv.nbytes
-        return held + (0 if self.valid is None else self.valid.nbytes)
-
-    @property
-    def fp16_nbytes(self) -> int:
-        """Bytes of the same tokens at 16 bits; of a sliding layer those inside the window."""
-        if self.kv is None:
-            return 0
-        tokens = self.kv.seq_lens
-        if self.window is not None:
-            tokens = tokens.clamp(max=self.window)
-        return 2 * 2 * int(tokens.sum()) * self.kv.num_kv_heads * self.kv.head_dim
+    def restore(self, kv: KVCache | None, floats: ExactKV | None, stored: int, valid: Tensor | None) -> None:
+        if kv is not None:
+            kv.first_head = self._share(kv.num_kv_heads).first
+        super().restore(kv, floats, stored, valid)
 
     # -- checks ---------------------------------------------------------------------------------------
 
@@ -311,11 +312,8 @@ class TurboLayer(CacheLayerMixin):
                 f"value_states: expected the shape of key_states {tuple(key.shape)}, got {tuple(value.shape)}: "
                 "multi-head latent attention (MLA) is not supported by a TurboCache"
             )
-        kv = self.kv
-        if kv is None:
-            return
-        expected, got = (kv.batch_size, kv.num_kv_heads, kv.head_dim), (key.shape[0], key.shape[1], key.shape[3])
-        if expected != got:
+        expected, got = self._sizes, (key.shape[0], key.shape[1], key.shape[3])
+        if expected is not None and expected != got:
             hint = "; repeat it with batch_repeat_interleave()" if expected[1:] == got[1:] else ""
             raise ShapeError(
                 f"key_states: expected (batch, KV heads, head_dim) = {expected} as in layer {self.index} of the "

@@ -12,17 +12,23 @@ from torch import Tensor
 from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
 from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
+from ...ops import config_of
+from ...validation import check_finite
 from ..model_shape import ModelShape
 from .cache import TurboCache
+from .exact import ExactKV
 from .layer import TurboLayer
 from .parallel import TensorParallel
 from .prompt import checked_ids
 
 VERSION = 1
+EXACT_VERSION = 2
+"""The version of files with layers in the model's own dtype, which earlier releases do not know."""
 _KIND = "turbo_cache"
 _PARALLEL = "tensor_parallel"
 _NOTES = "notes"
 _VALID, _PROMPT = "valid", "prompt_ids"
+_EXACT, _EXACT_TENSORS = "exact", ("exact_keys", "exact_values", "exact_queries")
 
 
 def save_cache(
@@ -36,6 +42,9 @@ def save_cache(
     for layer in cache.layers:
         if layer.kv is not None:
             tensors |= cache_tensors(layer.kv, _prefix(layer.index))
+        if layer.floats is not None:
+            for name, x in zip(_EXACT_TENSORS, layer.floats.tensors, strict=False):
+                tensors[f"{_prefix(layer.index)}{name}"] = x.contiguous()
     valid = next((layer.valid for layer in cache.layers if layer.valid is not None), None)
     if valid is not None:
         tensors[_VALID] = valid.to(torch.uint8).contiguous()
@@ -43,16 +52,21 @@ def save_cache(
         tensors[_PROMPT] = checked_ids(input_ids, cache.batch_size, cache.get_seq_length()).contiguous()
     model, parallel = cache.layers[0].model, cache.layers[0].parallel
     content = {
-        "version": VERSION,
+        "version": VERSION if all(layer.floats is None for layer in cache.layers) else EXACT_VERSION,
         "model": None if model is None else asdict(model),
         _PARALLEL: parallel.metadata(),
         "length": cache.get_seq_length(),
-        "layers": [
-            {"window": layer.window, "kv": None if layer.kv is None else cache_metadata(layer.kv)}
-            for layer in cache.layers
-        ],
+        "layers": [_entry(layer) for layer in cache.layers],
     }
     write_file(parallel.path(os.fspath(path)), tensors, {_KIND: content} | ({} if notes is None else {_NOTES: notes}))
+
+
+def _entry(layer: TurboLayer) -> dict[str, Any]:
+    entry: dict[str, Any] = {"window": layer.window, "kv": None if layer.kv is None else cache_metadata(layer.kv)}
+    if layer.floats is not None:
+        known = {"config": layer.config.text, "max_tokens": layer.max_tokens, "always": layer.always_exact}
+        entry[_EXACT] = {"first": layer.floats.first} | known
+    return entry
 
 
 def read_notes(path: str | os.PathLike[str]) -> Any:
@@ -73,8 +87,11 @@ def load_cache(
     content = metadata.get(_KIND)
     if not isinstance(content, dict):
         raise FormatError(f"path: expected a file written by TurboCache.save, got {sorted(metadata)} in {path}")
-    if content.get("version") != VERSION:
-        raise FormatError(f"path: expected version {VERSION} of a TurboCache, got {content.get('version')} in {path}")
+    if content.get("version") not in (VERSION, EXACT_VERSION):
+        raise FormatError(
+            f"path: expected version {VERSION} or {EXACT_VERSION} of a TurboCache, got {content.get('version')} in "
+            f"{path}"
+        )
     try:
         model = None if content["model"] is None else ModelShape(**content["model"])
         saved = TensorParallel(**content.get(_PARALLEL, {}))
@@ -108,9 +125,23 @@ def _layer(
     device: torch.device | str,
     backend: str,
 ) -> TurboLayer:
+    floats = _floats(index, entry, tensors, length, valid, device)
     if entry["kv"] is None:
-        layer = TurboLayer(index, entry["window"], model=model, parallel=parallel, backend=backend)
-        layer.may_stay_empty = True
+        known = entry[_EXACT] if floats is not None else {"config": "", "max_tokens": None, "always": False}
+        layer = TurboLayer(
+            index,
+            entry["window"],
+            config=config_of(known["config"]),
+            max_tokens=known["max_tokens"],
+            model=model,
+            parallel=parallel,
+            backend=backend,
+            always_exact=bool(known["always"]),
+        )
+        if floats is None:
+            layer.may_stay_empty = True
+        else:
+            layer.restore(None, floats, length, valid)
         return layer
     kv = cache_from_tensors(tensors, entry["kv"], _prefix(index), device)
     expected = torch.full_like(kv.seq_lens, length) if valid is None else valid.sum(-1)
@@ -129,8 +160,38 @@ def _layer(
         parallel=parallel,
         backend=backend,
     )
-    layer.restore(kv, length, valid)
+    layer.restore(kv, floats, length, valid)
     return layer
+
+
+def _floats(
+    index: int,
+    entry: dict[str, Any],
+    tensors: dict[str, Tensor],
+    length: int,
+    valid: Tensor | None,
+    device: torch.device | str,
+) -> ExactKV | None:
+    """The keys and values of a layer in the model's own dtype, checked."""
+    if entry.get(_EXACT) is None:
+        return None
+    names = [f"{_prefix(index)}{name}" for name in _EXACT_TENSORS]
+    keys, values, *queries = (tensors[name].to(device) for name in names if name in tensors)
+    held = ExactKV(keys, values, int(entry[_EXACT]["first"]), *queries)
+    for name, x in zip(names, held.tensors, strict=False):
+        sizes = x.shape == keys.shape if x is not held.queries else x.shape[:1] + x.shape[3:] == keys.shape[::3]
+        if x.dim() != 4 or not sizes or x.dtype != keys.dtype or not x.is_floating_point():
+            raise FormatError(f"{name}: expected floats of the keys' shape, got {x.dtype} {tuple(x.shape)}")
+        check_finite(name, x)
+    expected = length if valid is None else valid.shape[1]
+    if held.first < 0 or held.end != length or expected != length:
+        raise FormatError(f"{names[0]}: expected positions up to {length}, got {held.first} to {held.end}")
+    if valid is not None and len(valid) != len(held.keys):
+        raise FormatError(f"{names[0]}: expected {len(valid)} sequences, got {len(held.keys)}")
+    needed = 0 if entry["window"] is None else max(length - entry["window"] + 1, 0)
+    if held.first > needed:
+        raise FormatError(f"{names[0]}: expected positions from {needed} on, got some from {held.first} on")
+    return held
 
 
 def _prefix(index: int) -> str:
