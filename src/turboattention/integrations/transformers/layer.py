@@ -107,6 +107,25 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """Keep, in sliding layers, what a crop of everything the last forward added would need."""
         self.record_past = True
 
+    @property
+    def keys(self) -> Any:
+        """Not there: models that read them attend to more than new tokens and the past.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        kind = repr(self.model.model_type) if self.model is not None else "of this model"
+        raise UnsupportedError(
+            f"past_key_values: the architecture {kind} is not supported: it reads keys or values of a cache's layer "
+            f"{self.index}, which a TurboCache does not give back"
+        )
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """transformers' own layers begin without."""
+
+    values = keys
+
     # -- new tokens -------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
