@@ -28,6 +28,9 @@ BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
 """Bits -> largest relative error (Frobenius norm) of a head's output. Well above that of normal data, and below 1,
 which is the error of an output of zeros."""
 
+EARLY_BOUND = 3 * BOUNDS[8]
+"""Bound of INT8's own error over tokens in front of the first compressed block: few, so the estimate is noisy."""
+
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 QUERIES = 32
 """Query rows sampled per head."""
@@ -186,13 +189,26 @@ def _check_int8(first_head: int, sample: _Sample, planned: Tensor, failing: Tens
     heads that are `failing` at the planned widths, or whose error there, `planned`, is mostly INT8's own."""
     errors = sample.errors(torch.full((2, len(planned)), 8))
     hopeless = ~(errors <= BOUNDS[8]) & (failing | ~(2 * errors < planned))
-    heads = hopeless.nonzero().flatten().tolist()
-    if not heads:
-        return
-    worst = max(heads, key=lambda head: float(errors[head]))
-    raise BeyondInt8Error(
-        f"INT8 loses too much in KV heads {_numbers(first_head, heads)} (head {first_head + worst} has relative error "
-        f"{float(errors[worst]):.2f} at 8 bits, bound {BOUNDS[8]:.2f})"
+    if bool(hopeless.any()):
+        raise BeyondInt8Error(_int8_message(first_head, errors, hopeless, BOUNDS[8]))
+
+
+def early_int8_message(got: Tensor, exact: Tensor, kv_heads: int, first_head: int) -> str | None:
+    """Names the KV heads whose INT8 attention is beyond `EARLY_BOUND`; None if there is none.
+
+    got, exact: outputs [B, Hq, Lq, D] over the same tokens, before any block is compressed.
+    """
+    errors = _relative_errors(got.double(), exact.double(), kv_heads)
+    beyond = ~(errors <= EARLY_BOUND)
+    return _int8_message(first_head, errors, beyond, EARLY_BOUND) if bool(beyond.any()) else None
+
+
+def _int8_message(first_head: int, errors: Tensor, heads: Tensor, bound: float) -> str:
+    named = heads.nonzero().flatten().tolist()
+    worst = max(named, key=lambda head: float(errors[head]))
+    return (
+        f"INT8 loses too much in KV heads {_numbers(first_head, named)} (head {first_head + worst} has relative error "
+        f"{float(errors[worst]):.2f} at 8 bits, bound {bound:.2f})"
     )
 
 

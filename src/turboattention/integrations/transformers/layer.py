@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...config import TurboConfig
 from ...errors import ConfigError, GuardWarning, InputError, ShapeError, UnsupportedError
-from ...guard import BeyondInt8Error
+from ...guard import BeyondInt8Error, early_int8_message
 from ...kv.cache import KVCache
 from ...validation import check_finite
 from ..model_shape import ModelShape
@@ -26,6 +26,8 @@ ALTERNATIVE = "leave past_key_values out to run without one"
 
 _HANDLE = "_turbo_layer"
 _VALUES = "_turbo_values"
+_FEWEST = 32
+"""New tokens of a call whose INT8 attention is compared with exact attention before any block is compressed."""
 
 
 def layer_of(key: Tensor) -> TurboLayer | None:
@@ -227,21 +229,38 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         kv.window_size = self._kept_window(query.shape[2])
         if floats is None or pending is None:
             return attend_tokens(query, kv, pending, plan, valid, is_causal, call)
-        kv.exact_past = floats.past(self.valid)
+        kv.exact_past, before = floats.past(self.valid), kv.seq_lens
         try:
             out = attend_tokens(query, kv, pending, plan, valid, is_causal, call)
         except BeyondInt8Error as found:
-            dtype = str(floats.keys.dtype).removeprefix("torch.")
-            message = f"layer {self.index} is kept in the model's own dtype ({dtype}): {found}"
-            warnings.warn(message, GuardWarning, stacklevel=3)
-            out = self._attend_exactly(module, query, pending, plan, valid, is_causal, call)
-            self.kv = None
-            return out
+            return self._become_exact(str(found), module, query, pending, plan, valid, is_causal, call)
         finally:
             kv.exact_past = None
+        if kv.head_bits is not None:  # decided
+            self.floats = None
+            return out
         own = None if valid is None else valid[:, -query.shape[2] :]
-        decided = kv.head_bits is not None
-        self.floats = None if decided else floats.extended(*(without_padding(x, own) for x in (*pending, query)))
+        after = floats.extended(*(without_padding(x, own) for x in (*pending, query)))
+        if query.shape[2] >= _FEWEST:
+            exact = attend_exactly(module, without_padding(query, own), after, plan, valid, is_causal, call)
+            found = early_int8_message(out, exact, kv.num_kv_heads, kv.first_head)
+            if found is not None:
+                try:
+                    return self._become_exact(found, module, query, pending, plan, valid, is_causal, call)
+                except BaseException:  # the warning may be an error
+                    kv.crop(before)
+                    raise
+        self.floats = after
+        return out
+
+    def _become_exact(self, found: str, module: nn.Module, query: Tensor, *call: Any) -> Tensor:
+        """Keep the tokens in the model's own dtype from now on, for the reason `found`; attend this call exactly."""
+        assert self.floats is not None
+        dtype = str(self.floats.keys.dtype).removeprefix("torch.")
+        message = f"layer {self.index} is kept in the model's own dtype ({dtype}): {found}"
+        warnings.warn(message, GuardWarning, stacklevel=4)
+        out = self._attend_exactly(module, query, *call)
+        self.kv = None
         return out
 
     def _attend_exactly(
