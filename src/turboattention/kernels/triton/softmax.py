@@ -88,14 +88,17 @@ def weigh(
 
     Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
     them in units of 1/127, the block's maximum, a logit (-inf where a row sees nothing), and per row what an INT8
-    weight counts, in units of 1/127 (ROW; else None).
+    weight counts, in units of 1/127 (ROW; else not to be used).
     """
     weight, total, peak = weights(s, unit, mean, key, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, AXIS)
     value_levels = tl.expand_dims(value_levels, 1 - AXIS)
     if ROW:
         codes, largest = row_codes(weight * value_levels, AXIS)
-        return codes, total, peak, largest / LEVELS
-    return round_levels(weight, value_levels), total, peak, None
+        share = largest / LEVELS
+    else:
+        codes = round_levels(weight, value_levels)
+        share = peak  # of no meaning, but of a type: None cannot be returned from here
+    return codes, total, peak, share
 
 
 @triton.jit
