@@ -75,14 +75,14 @@ def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: 
 
     v_scale: like `weights`, [B, H, n, g, r, T]."""
     # Token scales of V go into the weights, relative to the block's largest.
-    largest = v_scale.amax(-1, keepdim=True)
+    largest, kind = v_scale.amax(-1, keepdim=True), config.p_scale_on(weights.device)
     relative = v_scale / torch.where(largest > 0, largest, 1.0)
-    if config.p_scale == "static":
+    if kind == "static":
         levels = weights * STATIC_LEVELS
         total = levels.round().sum(-1) / STATIC_LEVELS
         codes = (levels * relative).round_()
         unit = largest / STATIC_LEVELS
-    elif config.p_scale == "row":
+    elif kind == "row":
         levels = weights * ROW_LEVELS
         total = levels.round().sum(-1) / ROW_LEVELS
         products = levels * v_scale
