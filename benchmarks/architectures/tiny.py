@@ -17,14 +17,14 @@ _SIZES: dict[int, str] = {
         first_k_dense_replace num_dense_layers mamba_n_groups mamba_ngroups n_groups num_nextn_predict_layers
         num_mtp_layers moe_layer_start_index n_langs num_codebooks""",
     2: """num_key_value_heads num_experts_per_tok moe_k moe_topk top_k_experts swa_num_key_value_heads
-        swa_num_attention_heads num_global_key_value_heads zero_expert_num type_vocab_size 
-        max_window_layers num_kv_shared_layers sliding_window_pattern
+        swa_num_attention_heads num_global_key_value_heads zero_expert_num type_vocab_size max_window_layers num_kv_shared_layers sliding_window_pattern
         linear_num_key_heads index_n_heads altup_num_inputs n_layers_per_attn_res_block""",
     4: """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
         num_decoder_attention_heads num_encoder_attention_heads attention_heads num_experts num_local_experts
         n_routed_experts moe_num_experts linear_num_value_heads linear_num_heads mamba_n_heads n_mamba_heads
         mamba_num_heads laurel_rank prompt_length adapter_rank gated_norm_rank hc_lowrank ngram_size
-        num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers num_encoder_layers index_topk_blocks""",
+        num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers
+        num_encoder_layers index_topk_blocks""",
     8: """qk_rope_head_dim mamba_d_state state_size ssm_state_size hidden_size_per_layer_input rotary_dim rel_extent
         d_rel num_buckets index_local_blocks""",
     16: """head_dim dim_head kv_channels q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim swa_head_dim

@@ -10,9 +10,12 @@ from transformers import (
     BartConfig,
     DeepseekV3Config,
     DynamicCache,
+    EncoderDecoderCache,
     LlamaConfig,
     Qwen3NextConfig,
 )
+from transformers.masking_utils import create_causal_mask
+from transformers.models.mistral import modeling_mistral
 
 from turboattention import TurboConfig
 from turboattention.errors import BackendError, ConfigError, InputError, ShapeError, TurboError, UnsupportedError
@@ -85,12 +88,22 @@ class TestModels:
         with pytest.raises(InputError, match="architecture 'falcon' is not supported: it does not call"):
             model.generate(tokens(1, 8), past_key_values=TurboCache(config), max_new_tokens=2)
 
+    @pytest.mark.parametrize("pieces", [[25], [10, 14, 1], [24, 1]])
+    def test_masks_without_the_window_of_the_cache(self, pieces, tiny, tokens, forward, monkeypatch):
+        """As in Moshi. Up to the window nothing differs."""
+        model, ids = tiny("mistral"), tokens(1, 25)
+        monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", create_causal_mask)
+        cache = TurboCache(model.config, SMALL)
+        with pytest.raises(UnsupportedError, match=r"window of 24 .* 25 tokens: the architecture 'mistral'"):
+            forward(model, "turbo", ids, pieces, cache)
+        assert cache.get_seq_length() == 25 - pieces[-1]
+
     def test_keys_read_from_the_cache(self, tiny, tokens, forward):
         model = tiny("llama")
         cache = TurboCache(model.config)
         forward(model, "turbo", tokens(1, 8), [8], cache)
         for name in ("keys", "values"):
-            with pytest.raises(UnsupportedError, match="'llama' is not supported: it reads keys or values .* layer 1"):
+            with pytest.raises(UnsupportedError, match=r"'llama' is not supported: it reads keys or values .* layer 1"):
                 getattr(cache.layers[1], name)
 
     def test_latent_attention(self):
@@ -142,6 +155,45 @@ class TestModels:
         cache.save(tmp_path / "cache")
         with pytest.raises(InputError, match="backend: expected"):
             TurboCache.load(tmp_path / "cache", backend="cuda")
+
+
+class TestCrossAttention:
+    """Decoders that attend to an encoder, too: their own tokens are in the `TurboCache`, its in another."""
+
+    @pytest.fixture
+    def run(self, tokens):
+        sizes = {"vocab_size": 96, "d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_ffn_dim": 32}
+        config = AutoConfig.for_model("bart", **sizes, decoder_attention_heads=2, encoder_attention_heads=2)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.12)
+        said = torch.randn(2, 20, 32)
+
+        def forwards(attention, make):
+            model.set_attn_implementation(attention)
+            cache, ids, logits = make(model.config), tokens(2, 22), []
+            with torch.no_grad():
+                for piece in ids.split([20, 1, 1], 1):
+                    out = model(piece, encoder_hidden_states=said, past_key_values=cache, use_cache=True)
+                    logits.append(out.logits)
+            return torch.cat(logits, 1)
+
+        return forwards
+
+    def test_with_a_cache_for_each(self, exact_core, run):
+        want = run(
+            "eager", lambda config: EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        )
+        got = run("turbo", lambda config: EncoderDecoderCache(TurboCache(config), DynamicCache(config=config)))
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+
+    @pytest.mark.parametrize(
+        "make", [TurboCache, lambda config: EncoderDecoderCache(DynamicCache(config=config), TurboCache(config))]
+    )
+    def test_a_turbo_cache_does_not_hold_the_encoders(self, make, run):
+        with pytest.raises(TurboError, match=r"layers of equal length|reads keys|cross-attention"):
+            run("turbo", make)
 
 
 class TestACacheOfAnotherModel:

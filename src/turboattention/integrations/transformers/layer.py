@@ -110,23 +110,27 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         self.record_past = True
 
     @property
-    def keys(self) -> Any:
+    def _kind(self) -> str:
+        """The architecture, for messages."""
+        return repr(self.model.model_type) if self.model is not None else "of this model"
+
+    @property
+    def keys(self) -> Any:  # type: ignore
         """Not there: models that read them attend to more than new tokens and the past.
 
         Raises:
             UnsupportedError: always.
         """
-        kind = repr(self.model.model_type) if self.model is not None else "of this model"
         raise UnsupportedError(
-            f"past_key_values: the architecture {kind} is not supported: it reads keys or values of a cache's layer "
-            f"{self.index}, which a TurboCache does not give back"
+            f"past_key_values: the architecture {self._kind} is not supported: it reads keys or values of a cache's "
+            f"layer {self.index}, which a TurboCache does not give back"
         )
 
     @keys.setter
     def keys(self, value: None) -> None:
         """transformers' own layers begin without."""
 
-    values = keys
+    values = keys  # type: ignore
 
     # -- new tokens -------------------------------------------------------------------------------
 
@@ -200,6 +204,8 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
                 "cross-attention through the cache is not supported"
             )
         self._check_model(module)
+        if call.window is None and (is_causal if plan is None else plan.is_causal):
+            self._check_length(past + new)
         if pending is not None:
             self._check_positions(positions)
             query, *_ = aligned(query, *pending)
@@ -314,13 +320,12 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             InputError: attention never took them.
         """
         if self._pending is not None:
-            kind = repr(self.model.model_type) if self.model is not None else "of this model"
             raise InputError(
                 f'attn_implementation: expected "turbo" with a TurboCache, but no "turbo" attention took the '
                 f"{self._pending[0].shape[2]} new tokens of layer {self.index}. Load the model with "
                 'attn_implementation="turbo" (after enable()). If it was, the architecture '
-                f"{kind} is not supported: it does not call transformers' attention interface, or changes keys after "
-                "the cache. reset() empties the cache"
+                f"{self._kind} is not supported: it does not call transformers' attention interface, or changes keys "
+                "after the cache. reset() empties the cache"
             )
 
     def forget_new(self) -> None:
@@ -336,10 +341,9 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         if value is getattr(key, _VALUES):
             return
         self.forget_new()
-        kind = repr(self.model.model_type) if self.model is not None else "of this model"
         raise UnsupportedError(
             f"value: expected the values that the TurboCache stored with the keys of layer {self.index}, got others: "
-            f"the architecture {kind} is not supported: it changes values after the cache"
+            f"the architecture {self._kind} is not supported: it changes values after the cache"
         )
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
@@ -367,6 +371,15 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             raise InputError(
                 f"input_ids: expected new tokens behind the {self._stored} that the TurboCache already holds, got some "
                 f"that end at position {int(positions[:, -1].min())}; its prompts begin with its tokens and are longer"
+            )
+
+    def _check_length(self, length: int) -> None:
+        """Some models have sliding layers in their caches, and masks without a window. What a query then sees depends
+        on how the text was cut into forwards."""
+        if self.window is not None and length > self.window:
+            raise UnsupportedError(
+                f"attention_mask: expected the window of {self.window} that the cache of layer {self.index} has, got "
+                f"none for {length} tokens: the architecture {self._kind} is not supported beyond its window"
             )
 
     def _check_model(self, module: nn.Module) -> None:
