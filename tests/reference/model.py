@@ -82,7 +82,7 @@ def attend(
             continue
         weights = np.array([sas(x - top) for x in logits])
         products = weights * sequence.v_scale[rows]
-        unit = products.max() / 127
+        unit = products.max() / 126.96875
         codes = np.rint(products / unit)
         new = max(peak, top)
         old, this = math.exp(peak - new), math.exp(top - new)

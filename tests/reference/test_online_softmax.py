@@ -73,7 +73,7 @@ def test_row_by_row(config):
                         codes, sums = (relative / unit).round(), weights.sum(-1)
                     elif config is ROW:
                         products = weights * v_scale[b, h, n]
-                        unit = products.amax(-1, keepdim=True) / largest / 127
+                        unit = products.amax(-1, keepdim=True) / largest / 126.96875
                         codes = (products / largest / unit).round()
                         sums = (weights * 127 * 256).round().sum(-1) / (127 * 256)
                     else:

@@ -18,6 +18,9 @@ from ..softmax import exponential
 
 STATIC_LEVELS = 127
 ROW_LEVELS = 127 * 256
+ROW_LARGEST = 126.96875
+"""Of a row's products, which rounds to the code 127: with 127 itself, scales that are half the largest, which are common,
+would be rounding ties."""
 
 
 @dataclass
@@ -87,8 +90,8 @@ def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: 
         total = levels.round().sum(-1) / ROW_LEVELS
         products = levels * v_scale
         largest = products.amax(-1, keepdim=True)
-        codes = (products * (STATIC_LEVELS / torch.where(largest > 0, largest, 1.0))).round_()
-        unit = largest / (STATIC_LEVELS * ROW_LEVELS)
+        codes = (products * (ROW_LARGEST / torch.where(largest > 0, largest, 1.0))).round_()
+        unit = largest / (ROW_LARGEST * ROW_LEVELS)
     else:
         total = weights.sum(-1)
         weights = weights * relative

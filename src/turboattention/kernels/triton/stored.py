@@ -26,7 +26,8 @@ def weigh_stored(
     weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, ROW, SEEN, CAP, "", AXIS)
     scale = tl.expand_dims(v_scale, 1 - AXIS)
     if ROW:  # What a row does not see has the weight zero.
-        codes, largest = row_codes(weight * scale, AXIS)
+        codes, unit = row_codes(weight * scale, AXIS)
+        largest = unit * LEVELS
     elif OWN:
         keys = tl.expand_dims(key, 1 - AXIS)
         seen = (keys >= tl.expand_dims(begin, AXIS)) & (keys < tl.expand_dims(end, AXIS))
