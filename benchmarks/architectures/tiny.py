@@ -17,7 +17,8 @@ _SIZES: dict[int, str] = {
         first_k_dense_replace num_dense_layers mamba_n_groups mamba_ngroups n_groups num_nextn_predict_layers
         num_mtp_layers moe_layer_start_index n_langs num_codebooks""",
     2: """num_key_value_heads num_experts_per_tok moe_k moe_topk top_k_experts swa_num_key_value_heads
-        swa_num_attention_heads num_global_key_value_heads zero_expert_num type_vocab_size max_window_layers num_kv_shared_layers sliding_window_pattern
+        swa_num_attention_heads num_global_key_value_heads zero_expert_num type_vocab_size max_window_layers
+        num_kv_shared_layers sliding_window_pattern
         linear_num_key_heads index_n_heads altup_num_inputs n_layers_per_attn_res_block""",
     4: """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
         num_decoder_attention_heads num_encoder_attention_heads attention_heads num_experts num_local_experts

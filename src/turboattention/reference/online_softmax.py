@@ -19,8 +19,8 @@ from ..softmax import exponential
 STATIC_LEVELS = 127
 ROW_LEVELS = 127 * 256
 ROW_LARGEST = 126.96875
-"""Of a row's products, which rounds to the code 127: with 127 itself, scales that are half the largest, which are common,
-would be rounding ties."""
+"""Of a row's products, which rounds to the code 127. With 127 itself, scales that are half the largest, which are
+common, would be rounding ties."""
 
 
 @dataclass
