@@ -115,7 +115,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         return repr(self.model.model_type) if self.model is not None else "of this model"
 
     @property
-    def keys(self) -> Any:  # type: ignore
+    def keys(self) -> Any:
         """Not there: models that read them attend to more than new tokens and the past.
 
         Raises:
@@ -127,7 +127,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         )
 
     @keys.setter
-    def keys(self, value: None) -> None:
+    def keys(self, value: None) -> None:  # type: ignore
         """transformers' own layers begin without."""
 
     values = keys  # type: ignore
