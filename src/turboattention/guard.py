@@ -29,7 +29,8 @@ BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
 which is the error of an output of zeros."""
 
 EARLY_BOUND = 3 * BOUNDS[8]
-"""Bound of INT8's own error over tokens in front of the first compressed block: few, so the estimate is noisy."""
+"""Bound of INT8's own error in front of the first compressed block, where few tokens make a noisy estimate, and at any
+width: an exact layer takes 16 bits or more, which an error of 0.06 is not worth to who chose 3 bits."""
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 QUERIES = 32
@@ -91,7 +92,7 @@ def guarded_bits(
     failing = beyond.clone()
     if cache.config.guard == "adapt" and not cache.widths_given:
         if cache.exact_past is not None:
-            _check_int8(cache.first_head, sample, first, failing)
+            _check_int8(cache.first_head, sample, failing)
         while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
             bits = widen(bits, beyond)
             errors = sample.errors(bits)
@@ -184,11 +185,11 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
 
 
-def _check_int8(first_head: int, sample: _Sample, planned: Tensor, failing: Tensor) -> None:
-    """Raises `BeyondInt8Error` where heads are beyond the bound of 8 bits at 8 bits, and more bits are of no help: to
-    heads that are `failing` at the planned widths, or whose error there, `planned`, is mostly INT8's own."""
-    errors = sample.errors(torch.full((2, len(planned)), 8))
-    hopeless = ~(errors <= BOUNDS[8]) & (failing | ~(2 * errors < planned))
+def _check_int8(first_head: int, sample: _Sample, failing: Tensor) -> None:
+    """Raises `BeyondInt8Error` where heads are `failing` at the planned widths and 8 bits do not cure them, or where
+    INT8's own error is beyond `EARLY_BOUND`."""
+    errors = sample.errors(torch.full((2, len(failing)), 8))
+    hopeless = ~(errors <= EARLY_BOUND) | (failing & ~(errors <= BOUNDS[8]))
     if bool(hopeless.any()):
         raise BeyondInt8Error(_int8_message(first_head, errors, hopeless, BOUNDS[8]))
 
