@@ -29,8 +29,8 @@ BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
 which is the error of an output of zeros."""
 
 EARLY_BOUND = 3 * BOUNDS[8]
-"""Bound of INT8's own error in front of the first compressed block, where few tokens make a noisy estimate, and at any
-width: an exact layer takes 16 bits or more, which an error of 0.06 is not worth to who chose 3 bits."""
+"""Bound of INT8's own error in front of the first compressed block, where few tokens make a noisy estimate; half of
+the planned width's bound if that is larger: an exact layer takes 16 bits or more, too many for a small error."""
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 QUERIES = 32
@@ -92,7 +92,7 @@ def guarded_bits(
     failing = beyond.clone()
     if cache.config.guard == "adapt" and not cache.widths_given:
         if cache.exact_past is not None:
-            _check_int8(cache.first_head, sample, failing)
+            _check_int8(cache.first_head, sample, failing, planned)
         while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
             bits = widen(bits, beyond)
             errors = sample.errors(bits)
@@ -185,23 +185,26 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
 
 
-def _check_int8(first_head: int, sample: _Sample, failing: Tensor) -> None:
+def _check_int8(first_head: int, sample: _Sample, failing: Tensor, planned: Tensor) -> None:
     """Raises `BeyondInt8Error` where heads are `failing` at the planned widths and 8 bits do not cure them, or where
-    INT8's own error is beyond `EARLY_BOUND`."""
+    INT8's own error is beyond `EARLY_BOUND` and half of the planned width's bound."""
     errors = sample.errors(torch.full((2, len(failing)), 8))
-    hopeless = ~(errors <= EARLY_BOUND) | (failing & ~(errors <= BOUNDS[8]))
+    bound = (bound_of(planned) / 2).clamp(min=EARLY_BOUND)
+    hopeless = ~(errors <= bound) | (failing & ~(errors <= BOUNDS[8]))
     if bool(hopeless.any()):
         raise BeyondInt8Error(_int8_message(first_head, errors, hopeless, BOUNDS[8]))
 
 
-def early_int8_message(got: Tensor, exact: Tensor, kv_heads: int, first_head: int) -> str | None:
-    """Names the KV heads whose INT8 attention is beyond `EARLY_BOUND`; None if there is none.
+def early_int8_message(got: Tensor, exact: Tensor, kv_heads: int, first_head: int, bits: int) -> str | None:
+    """Names the KV heads whose INT8 attention is beyond the bound for planned widths of `bits` (see `EARLY_BOUND`);
+    None if there is none.
 
     got, exact: outputs [B, Hq, Lq, D] over the same tokens, before any block is compressed.
     """
+    bound = max(EARLY_BOUND, BOUNDS[bits] / 2)
     errors = _relative_errors(got.double(), exact.double(), kv_heads)
-    beyond = ~(errors <= EARLY_BOUND)
-    return _int8_message(first_head, errors, beyond, EARLY_BOUND) if bool(beyond.any()) else None
+    beyond = ~(errors <= bound)
+    return _int8_message(first_head, errors, beyond, bound) if bool(beyond.any()) else None
 
 
 def _int8_message(first_head: int, errors: Tensor, heads: Tensor, bound: float) -> str:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from turboattention import Calibration, TurboConfig
 from turboattention.errors import ConfigError, FormatError, GuardWarning, InputError, NonFiniteError
+from turboattention.guard import BOUNDS
 from turboattention.integrations.transformers import TurboCache, calibrate
 
 MODELS = "llama mistral gemma2 gemma3 gpt_oss gpt2 llama4 gemma3n".split()
@@ -284,7 +285,7 @@ def test_a_short_first_call_is_exact_already(bits, ruined, tokens, said, forward
     assert message.startswith(
         "layer 1 is kept in the model's own dtype (float32): INT8 loses too much in KV heads 0, 1"
     )
-    assert message.endswith("bound 0.15)")
+    assert message.endswith(f"bound {max(0.15, BOUNDS[bits] / 2):.2f})")
     named = TurboCache(ruined.config, TurboConfig(bits=bits), exact_layers=[1])
     assert torch.equal(said(ruined, ids, [40, 50], named)[0], result)
     assert distance(result, forward(ruined, "eager", ids)) < 0.1

@@ -249,7 +249,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         after = floats.extended(*(without_padding(x, own) for x in (*pending, query)))
         if query.shape[2] >= _FEWEST:
             exact = attend_exactly(module, without_padding(query, own), after, plan, valid, is_causal, call)
-            found = early_int8_message(out, exact, kv.num_kv_heads, kv.first_head)
+            found = early_int8_message(out, exact, kv.num_kv_heads, kv.first_head, min(self.config.kv_bits))
             if found is not None:
                 try:
                     return self._become_exact(found, module, query, pending, plan, valid, is_causal, call)
