@@ -30,7 +30,7 @@ def layer_windows(config: Any) -> list[int | None]:
         raise UnsupportedError(
             "model_config: encoder-decoder models and cross-attention need a cache of their own kind"
         )
-    if getattr(text, "kv_lora_rank", None):
+    if _somewhere(text, "kv_lora_rank"):
         raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
     if (kind := getattr(text, "model_type", None)) in _DEPEND_ON_ALL:
         raise UnsupportedError(f"model_config: the architecture {kind!r} is not supported: {_DEPEND_ON_ALL[kind]}")
@@ -58,6 +58,14 @@ def layer_windows(config: Any) -> list[int | None]:
             windows.append(getattr(layer, "sliding_window", None))
     # A layer whose keys are read by later layers has to keep keys beyond its own window.
     return [None] * len(windows) if shares_keys(text) else windows
+
+
+def _somewhere(config: Any, name: str) -> bool:
+    """Whether a field is set, of all layers or of some: transformers raises for one that differs between layers."""
+    try:
+        return bool(getattr(config, name, None))
+    except RuntimeError:
+        return any(by_layer(config, name))
 
 
 def shares_keys(text: Any) -> bool:
