@@ -105,12 +105,14 @@ def test_without_a_turbo_cache_models_compile_to_one_graph(name, kind, tiny, for
     torch.testing.assert_close(result, expected)
 
 
-def test_masks_from_outside_a_compiled_graph(tiny, forward, tokens):
+@pytest.mark.parametrize("spare", [0, 11])
+def test_masks_from_outside_a_compiled_graph(spare, tiny, forward, tokens):
     """As `generate` hands them over, where it compiles the steps over a static cache."""
     model, ids = tiny("llama", num_hidden_layers=1), tokens(1, 20)
-    expected = forward(model, "turbo", ids, [18, 1, 1], CACHES["static"](model))
+    expected = forward(model, "turbo", ids, [18, 1, 1], StaticCache(model.config, max_cache_len=20 + spare))
     torch._dynamo.reset()
-    compiled, cache, parts = torch.compile(model, backend="eager", fullgraph=True), CACHES["static"](model), []
+    compiled, parts = torch.compile(model, backend="eager", fullgraph=True), []
+    cache = StaticCache(model.config, max_cache_len=20 + spare)
     with torch.no_grad():
         for a, b in ((0, 18), (18, 19), (19, 20)):
             positions = torch.arange(a, b)[None]
