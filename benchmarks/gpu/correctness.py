@@ -212,7 +212,8 @@ def _graph(plan: Plan, tokens: int) -> float:
 def _moved(plan: Plan, tokens: int) -> float:
     import safetensors  # noqa: F401 (a plain machine may lack it)
 
-    cache = filled_cache(1, plan.kv_heads, plan.head_dim, tokens, OFF.replace(softmax="sas"))  # the same on both
+    same = OFF.replace(softmax="sas", p_scale="static")  # on both devices
+    cache = filled_cache(1, plan.kv_heads, plan.head_dim, tokens, same)
     q, k, v = _new(plan, 1, 0)
     with tempfile.TemporaryDirectory() as folder:
         cache.save(f"{folder}/here")

@@ -9,9 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .operands import SCALES
 from .rotation import rotate_back
 from .sight import row_sight
 from .softmax import as_float, log_sum_exp, rescaled, weigh
+
+
+@triton.jit
+def _by_columns(p):
+    """Weights [M, 64] in the order of `operands.value_column`."""
+    M: tl.constexpr = p.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(p, (M, 4, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, 64))
 
 
 @triton.jit
@@ -26,15 +34,15 @@ def _fold_block(
     key = block * 64 + t
     at = block * tl.full((), 64 * WIDE, tl.int64)
     k = tl.load(k_ptr + at + t[None, :] * WIDE + d[:, None])
-    s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * tl.load(k_scale_ptr + key)[None, :]
+    s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * tl.load(k_scale_ptr + block * SCALES + t)[None, :]
     if MEAN:
         mean = tl.where(block >= mean_from, mean, 0.0)
-    levels = tl.load(v_level_ptr + key)
+    levels = tl.load(v_level_ptr + block * SCALES + t)
     p, block_total, block_peak, share = weigh(
         s, unit, mean, key, levels, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, 1
     )
     v = tl.load(v_ptr + at + d[None, :] * 64 + t[:, None])
-    o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
+    o = as_float(tl.dot(_by_columns(p).to(tl.int8), v, out_dtype=tl.int32), SLOW)
     rose = tl.max((block_peak > peak).to(tl.int32), 0) if SKIP else 1
     peak, keep, each = rescaled(peak, block_peak)
     total = total * keep + block_total * each
@@ -94,7 +102,7 @@ def prefill(
     blocks_before = own.to(tl.int64) * blocks
     k_ptr += blocks_before * (64 * WIDE)
     v_ptr += blocks_before * (64 * WIDE)
-    operands = (k_ptr, v_ptr, k_scale_ptr + blocks_before * 64, v_level_ptr + blocks_before * 64,
+    operands = (k_ptr, v_ptr, k_scale_ptr + blocks_before * SCALES, v_level_ptr + blocks_before * SCALES,
                 v_scale_ptr + blocks_before)  # fmt: skip
     mask_row = tl.minimum(row, queries * group - 1)
     mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
