@@ -16,7 +16,7 @@ from turboattention.kernels.triton.call import Fresh, padded
 from turboattention.kv.layout import PageLayout
 
 BATCH, KV_HEADS, GROUP = 2, 8, 4
-CONFIG = TurboConfig(softmax="exp", p_scale="static")  # what GPUs take
+CONFIG = TurboConfig(softmax="exp")  # what GPUs take
 
 MASKS = {"bool mask": torch.bool, "16-bit mask": torch.bfloat16, "32-bit mask": torch.float32}
 SIGHTS = {

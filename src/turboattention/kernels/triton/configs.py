@@ -24,16 +24,19 @@ EXACT = {"enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch parameters: query rows per program, warps, pipeline stages."""
+    """Launch parameters: query rows per program, warps, pipeline stages, and registers per thread at most (0: as many
+    as the compiler takes; only NVIDIA's has such a limit)."""
 
     rows: int
     warps: int
     stages: int
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of a launch."""
-        return {"num_warps": self.warps, "num_stages": self.stages, **FUSION}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit, **FUSION}
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,7 @@ class Architecture:
     assembly: "ptx" if inline PTX may be used, else "". slow_int_to_float: whether integer conversion has low
     throughput, so that adding a magic number is faster. least_rows: minimum number of columns of a product in decode.
     skips_rescaling: whether prefill skips rescaling if no row max increased. warps: resident decode warps per
-    processor. warpgroups: whether `hopper_prefill` runs: it has Hopper's products of four warps, which later
-    architectures lack.
+    processor.
     """
 
     name: str
@@ -53,7 +55,6 @@ class Architecture:
     least_rows: int
     skips_rescaling: bool
     warps: int
-    warpgroups: bool = False
 
 
 # Warps: NVIDIA's processors have 64 Ki registers, and decode uses 255 per thread; AMD's have four SIMDs with 512
@@ -61,8 +62,7 @@ class Architecture:
 # gained 4 % at INT3 and were slower otherwise: more warps run, but their spills cost as much as the latency they hide.
 ARCHITECTURES = {
     "sm_80": Architecture("sm_80", "ptx", True, 4, False, 8),
-    "sm_90": Architecture("sm_90", "ptx", False, 4, False, 8, warpgroups=True),
-    "sm_100": Architecture("sm_90", "ptx", False, 4, False, 8),
+    "sm_90": Architecture("sm_90", "ptx", False, 4, False, 8),
     "gfx942": Architecture("gfx942", "", False, 16, False, 4),
     "interpreter": Architecture("interpreter", "", False, 4, True, 8),
 }
@@ -105,7 +105,7 @@ def architecture_of(device: torch.device) -> Architecture:
         return ARCHITECTURES["gfx942"]
     major, _ = torch.cuda.get_device_capability(device)
     # Programs can use 227 KiB of shared memory on these, 99 KiB on sm_120.
-    return ARCHITECTURES[{9: "sm_90", 10: "sm_100"}.get(major, "sm_80")]
+    return ARCHITECTURES["sm_90" if major in (9, 10) else "sm_80"]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import float_rows
 from .configs import EXACT
-from .operands import SCALES, largest_of, value_column
+from .operands import largest_of, value_column
 from .rows import stage_rows
 from .softmax import LEVELS
 
@@ -67,21 +67,21 @@ def fresh_operands(
                 k_in, offsets, there, mean_ptr, tile, t >= 64, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE_K
             )
             tl.store(k_ptr + at * (64 * WIDE) + row[:, None] * WIDE + d[None, :], codes)
-            tl.store(k_scale_ptr + at * SCALES + row, tl.where(there, scale, 0.0))
+            tl.store(k_scale_ptr + at * 64 + row, tl.where(there, scale, 0.0))
         else:
             offsets = b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h + t.to(tl.int64) * v_stride_t
             codes, scale = stage_rows(
                 v_in, offsets, there, None, tile, there, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE
             )
             tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + value_column(row)[None, :], tl.trans(codes))
-            tl.store(v_level_ptr + at * SCALES + row, tl.where(there, scale, 0.0))
+            tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
     if side == 1:
         tl.debug_barrier()  # all scales are written
         token = tl.arange(0, 64)
-        scales = tl.load(v_level_ptr + at * SCALES + token)
+        scales = tl.load(v_level_ptr + at * 64 + token)
         largest = largest_of(scales)
         tl.debug_barrier()  # all scales are read
-        tl.store(v_level_ptr + at * SCALES + token, scales / largest * LEVELS)
+        tl.store(v_level_ptr + at * 64 + token, scales / largest * LEVELS)
         tl.store(v_scale_ptr + at, largest)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +22,13 @@ OPERAND_BYTES = 1 << 28
 def attend_many_rows(call: Call) -> None:
     """Blocks are made operands once, for as many heads and sequences at a time as memory allows."""
     launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
-    device, parts, softmax = call.out.device, list(_parts(call)), call.sight_arguments()
+    device, parts = call.out.device, list(_parts(call))
     for sequences, heads in parts:
         shape = len(sequences), len(heads), max(1, call.blocks)
         k, v = (torch.empty(*shape, BLOCK, call.wide, dtype=torch.int8, device=device) for _ in range(2))
-        scales = torch.empty(*shape, 2, BLOCK, dtype=torch.float32, device=device)
-        k_scale, v_level = scales.unbind(-2)
+        k_scale, v_level = (torch.empty(*shape, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
         operands = k, v, k_scale, v_level, torch.empty(shape, dtype=torch.float32, device=device)
         _make_operands(call, sequences, heads, operands)
-        if call.architecture.warpgroups and hopper_runs(call, softmax):
-            _launch_hopper(call, softmax, (k, v, scales, operands[-1]), sequences, heads)
-            continue
         prefill[-(-call.rows // launch.rows), len(heads), len(sequences)](
             **call.row_arguments(),
             **dict(zip(("k_ptr", "v_ptr", "k_scale_ptr", "v_level_ptr", "v_scale_ptr"), operands, strict=True)),
@@ -52,52 +47,13 @@ def attend_many_rows(call: Call) -> None:
             ROTATE=call.config.rotate,
             SLOW=call.architecture.slow_int_to_float,
             SKIP=call.architecture.skips_rescaling,
-            **softmax,
+            **call.sight_arguments(),
             **launch.options,
         )
     if call.fresh is not None and len(parts) > 1:  # a later part may have raised the flag
         bad = call.fresh.flag != 0
         call.out.masked_fill_(bad, torch.nan)
         call.lse.masked_fill_(bad, torch.nan)
-
-
-def hopper_runs(call: Call, sight: dict[str, Any]) -> bool:
-    """Whether `hopper_prefill` computes the call."""
-    plain = sight["FORM"] == "exp" and not sight["ROW"] and sight["MASK"] == "" and not sight["CAP"]
-    return plain and call.wide in (64, 128)
-
-
-def _launch_hopper(
-    call: Call, sight: dict[str, Any], operands: tuple[Tensor, ...], sequences: range, heads: range
-) -> None:
-    from . import hopper_prefill as hopper  # Gluon is not part of every Triton
-
-    k, v, scales, v_scale = operands
-    hopper.hopper_prefill[-(-call.rows // hopper.ROWS), len(heads), len(sequences)](
-        **{name: x for name, x in call.row_arguments().items()},
-        **hopper.descriptors(k, v, scales),
-        v_scale_ptr=v_scale,
-        flag_ptr=call.fresh.flag if call.fresh else None,
-        out_ptr=call.out,
-        lse_ptr=call.lse,
-        first_head=heads.start,
-        first_sequence=sequences.start,
-        blocks=k.shape[2],
-        kv_heads=call.kv_heads,
-        group=call.group,
-        queries=call.queries,
-        window=sight["window"],
-        mean_from=sight["mean_from"],
-        D=call.head_dim,
-        WIDE=call.wide,
-        BLOCK=call.head_dim & -call.head_dim,
-        CAUSAL=sight["CAUSAL"],
-        WINDOW=sight["WINDOW"],
-        ROTATE=call.config.rotate,
-        STAGES=hopper.STAGES,
-        num_warps=4,
-        **configs.FUSION,
-    )
 
 
 def _parts(call: Call) -> Iterator[tuple[range, range]]:
