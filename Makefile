@@ -25,6 +25,7 @@ BUILT := $(IN_PLACE)/ready
 SANITIZED := build/sanitized
 ARM := build/arm
 OLDEST_TRITON := build/triton-3.6.0
+TRITON_REPORT := build/triton-tests.txt
 OLDEST_TRANSFORMERS := 5.16.0
 OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
 VLLM := build/vllm
@@ -107,8 +108,14 @@ $(SMOLLM2_MODEL): | $(READY)
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
 test test-long coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
 
-test: $(BUILT) ## run the tests
-	$(BIN)/python -m pytest -q --durations=10
+# Half of the time is Triton's interpreter, in a process beside that of all other tests. Its report comes last.
+test: $(BUILT) ## run the tests, in two processes
+	@$(BIN)/python -m pytest -q --durations=10 tests/kernels/triton > $(TRITON_REPORT) 2>&1 & triton=$$!; \
+	  trap 'kill $$triton 2>/dev/null' INT TERM; \
+	  $(BIN)/python -m pytest -q --durations=10 --ignore tests/kernels/triton; others=$$?; \
+	  wait $$triton; triton=$$?; \
+	  echo 'tests/kernels/triton:'; cat $(TRITON_REPORT); \
+	  exit $$((others ? others : triton))
 
 test-long: $(BUILT) ## compile the GPU kernels, and run what takes minutes in Triton's interpreter, which `make test` leaves out
 	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long

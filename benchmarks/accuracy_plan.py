@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAIN = "fp16,turbo-8,turbo-4,turbo-4-lag,turbo-3,turbo-mixed,turbo-2,turbo-paper-4,kivi-4,kivi-2,gear-l-4,saw-int4-kv"
+MAIN = (
+    "fp16,turbo-8,turbo-4,turbo-4-lag,turbo-3,turbo-3-reordered,turbo-mixed,turbo-2,turbo-2-reordered,turbo-paper-4,"
+    "kivi-4,kivi-2,gear-l-4,saw-int4-kv"
+)
 """Methods of the longer contexts."""
 ASKED = "fp16,turbo-4,turbo-3,turbo-2,kivi-4,kivi-2,gear-l-4"
 """Methods that questions are asked through first."""
-ASKED_LATER = "turbo-mixed,turbo-paper-4"
+ASKED_LATER = "turbo-paper-4,turbo-3-reordered,turbo-2-reordered,turbo-mixed"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from turboattention import TurboConfig, explain
 from turboattention.benchmarking.statistics import paired_ratio, spread
 from turboattention.cli.bench_facts import bench_facts
-from turboattention.cli.settings import make_setting
+from turboattention.cli.settings import bits_label, parse_bits
 from turboattention.files import write_text
 from turboattention.integrations.transformers import TurboCache, disable, enable
 from turboattention.kv.cache import KVCache
@@ -125,8 +125,8 @@ def build(shape: dict[str, int], dtype: torch.dtype, positions: int) -> LlamaFor
 def measure(model: LlamaForCausalLM, plan: Plan) -> Iterator[dict[str, Any]]:
     for context in plan.contexts:
         for bits in plan.bits:
-            setting = make_setting(bits)
-            yield beside(model, plan, context, setting.label, setting.config)
+            widths = parse_bits(bits)
+            yield beside(model, plan, context, bits_label(widths), TurboConfig(bits=widths))
 
 
 def beside(model: LlamaForCausalLM, plan: Plan, context: int, label: str, config: TurboConfig) -> dict[str, Any]:

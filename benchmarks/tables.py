@@ -30,16 +30,18 @@ OTHER_ISAS = "isa-"
 
 
 class Result(NamedTuple):
-    """One file: `rows` of attention, `models` of whole models."""
+    """One file: `rows` of attention, `models` of whole models of random weights, `real` of trained ones."""
 
     path: Path
     facts: dict[str, Any]
     rows: list[Row]
     models: list[dict[str, Any]]
+    real: list[dict[str, Any]]
 
 
 def result_of(path: Path, document: dict[str, Any]) -> Result:
-    return Result(path, document["facts"], rows_of(document), document.get("end_to_end", []))
+    rows = rows_of(document)
+    return Result(path, document["facts"], rows, document.get("end_to_end", []), document.get("real_models", []))
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -55,6 +57,7 @@ def summary(results: Sequence[Result]) -> str:
             ratios([row for row in rows if row.work == "decode" and row.shape["keys"] == longest], SHORT),
             memory([row for row in rows if row.work == "memory"]),
             models(result.models),
+            real_models(result.real),
         ]
         machine = machine_of(result)
         if any(tables) and machine != said:
@@ -71,7 +74,7 @@ def full(results: Sequence[Result]) -> str:
         rows = result.rows
         parts += [heading(result), ratios([row for row in rows if row.work == "prefill"], tuple(PEERS))]
         parts += [ratios([row for row in rows if row.work == work], tuple(PEERS)) for work in ("chunk", "decode")]
-        parts += [steps(rows), compress(rows), memory(rows), models(result.models)]
+        parts += [steps(rows), compress(rows), memory(rows), models(result.models), real_models(result.real)]
     parts.insert(1, limits(results))
     return "\n\n".join(part for part in parts if part)
 
@@ -202,6 +205,28 @@ def models(entries: Sequence[dict[str, Any]]) -> str:
         faster = f"{ratio['median']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
         below = f"{entry['fp16_bytes'] / entry['turbo_cache_bytes']:.2f}x"
         lines.append(_line([f"{entry['context']:,}", entry["bits"], *speeds, faster, below]))
+    return "\n".join(lines) if entries else ""
+
+
+def real_models(entries: Sequence[dict[str, Any]]) -> str:
+    """Prompt time and tokens per second over each cache, in turns with the own one, and llama.cpp's caches."""
+    columns = ["real model, prompt", "cache", "prompt, s", "× own", "tokens/s", "× own", "in attention", "KV, MiB"]
+    columns += ["peak, MiB", "KL"]
+    lines = [_line(columns), _line(["---"] * len(columns))]
+    for entry in entries:
+        what = f"{entry['model']}, {entry['context']:,}"
+        for cache in entry["caches"]:
+            speeds = (cache[f"{part}_seconds"]["median"] for part in ("prompt", "token"))
+            prompt, token = (cache[f"{part}_ratio"] for part in ("prompt", "token"))
+            ratios = [f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" for r in (prompt, token)]
+            seconds, each = speeds
+            cells = [what, cache["cache"], f"{seconds:.2f}", ratios[0], f"{1 / each:.1f}", ratios[1]]
+            cells += [f"{cache['attention_share']:.0%}"]
+            cells += [f"{cache[name] / 2**20:.1f}" for name in ("cache_bytes", "peak_bytes")]
+            lines.append(_line([*cells, f"{cache['kl']:.4f}"]))
+        for cache in entry.get("llama.cpp", []):
+            cells = [what, f"llama.cpp {cache['cache']}", f"{cache['prompt_seconds']:.2f}", "–"]
+            lines.append(_line([*cells, f"{1 / cache['token_seconds']:.1f}", *["–"] * 5]))
     return "\n".join(lines) if entries else ""
 
 

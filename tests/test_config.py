@@ -20,6 +20,7 @@ DEFAULTS = {
     "rescale": "exact",
     "smooth_k": True,
     "rotate": True,
+    "reorder_k": False,
     "token_scales": True,
     "sink_tokens": 64,
     "search": True,

@@ -52,6 +52,18 @@ def in_steps(cache: ta.KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 # -- what it does ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{"scale": 1e-4}, {"softcap": 1e-3}, {"window_size": 1}], ids=str)
+def test_attention_is_judged_as_it_is_called(options):
+    """The keys of these heads cannot be stored at 4 bits, but such weights hardly depend on them."""
+    q, k, v = hard((1, 3))
+    cache = ta.KVCache(1, 4, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ta.turbo_attention_with_kvcache(q, cache, k, v, **options)
+    assert cache.head_bits.tolist() == [[4] * 4] * 2
+    assert run((q, k, v))[0].head_bits.tolist() == [[4, 8, 4, 8]] * 2
+
+
 @pytest.mark.parametrize("bits", [4, 3])
 @pytest.mark.parametrize("group", [1, 2])
 def test_hard_heads_get_more_bits_and_are_named_once(bits, group):

@@ -85,23 +85,28 @@ def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Ite
             except Exception as problem:
                 rival = replace(rival, refused=said(problem))
         entries.append(rival)
+    shape = _shape(plan, batch, 1, tokens, False)
     for bits in plan.bits:
-        row = functools.partial(_decode_at, plan, batch, tokens, bits, q, rivals, entries, peaks)
-        yield attempted(row, "decode", _shape(plan, batch, 1, tokens, False), str(bits))
+        config = ta.TurboConfig(bits=bits, guard="off")
+        row = functools.partial(_decode_at, plan, shape, str(bits), config, q, rivals, entries, peaks)
+        yield attempted(row, "decode", shape, str(bits))
+        if bits in (3, 2):  # beside it, keys in order
+            name, config = f"{bits}, keys in order", config.replace(reorder_k=True)
+            row = functools.partial(_decode_at, plan, shape, name, config, q, {}, [], peaks)
+            yield attempted(row, "decode", shape, name)
 
 
 def _decode_at(
     plan: Plan,
-    batch: int,
-    tokens: int,
-    bits: int | str,
+    shape: dict,
+    bits: str,
+    config: ta.TurboConfig,
     q: Tensor,
     rivals: dict[str, Work],
     entries: list[Rival],
     peaks: dict[str, float],
 ) -> Row:
-    shape = _shape(plan, batch, 1, tokens, False)
-    config = ta.TurboConfig(bits=bits, guard="off")
+    batch, tokens = shape["batch"], shape["keys"]
     cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, config)
     steps = steps_of(cache)
     assert steps is not None
@@ -110,14 +115,14 @@ def _decode_at(
     if batch * tokens <= 1 << 18:  # memory of floats
         error = relative_error(own()[0][:1], exact(q[:1], *(x[:1] for x in cache.dequantize()), False))
         if not error <= WRONG:
-            return wrong("decode", shape, str(bits), error)
+            return wrong("decode", shape, bits, error)
     timed, failed = in_turns({"own": own} | rivals)
     seconds, _ = timed["own"]
     layers_bytes = sum(pool.nbytes for pool in (cache.store.sinks, cache.store.compressed) if pool)  # type: ignore
     rate = layers_bytes / seconds.median / 1e9
     figures = {"GB/s": rate} | ({"of measured bandwidth": rate / peaks["GB/s"]} if peaks else {})
     return Row(
-        "decode", shape, str(bits), "turboattention triton", str(dtype()),
+        "decode", shape, bits, "turboattention triton", str(dtype()),
         error, seconds, 4 * batch * plan.heads * plan.head_dim * tokens / seconds.median / 1e9,
         [_with_times(rival, timed, failed) for rival in entries], figures,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -51,6 +52,12 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
         "decode": {
             f"decode, {bits} bits": lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
             for bits in ((8, *plan.bits) if real else plan.bits)
+        }
+        | {
+            f"decode, {bits} bits, keys in order": lambda bits=bits: _decode(
+                plan, 8191 if real else 191, OFF.replace(bits=bits, reorder_k=True)
+            )
+            for bits in ((3, 2) if real else (3,))
         },
         "paged": {
             f"pages that a server manages, {bits} bits, head_dim {size}": lambda size=size, bits=bits: paged(
@@ -235,23 +242,27 @@ def _stage_one(plan: Plan) -> None:
     count = 512 if on_gpu() else 70
     x = normals(2, plan.kv_heads, count, plan.head_dim, seed=4)
     none, mean = torch.zeros(2, dtype=torch.int64), normals(2, plan.kv_heads, plan.head_dim, seed=5).float()
-    results = []
-    for provider in (quantize, quantizer.PYTORCH):
-        codes = torch.zeros(x.shape, dtype=torch.int8, device=x.device)
-        scales = torch.zeros(x.shape[:3], device=x.device)
-        provider.quantize_tokens(x, (none, none + count), none, mean, 64, True, codes, scales, none)
-        results.append((codes, scales))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
+    order = normals(plan.kv_heads, plan.head_dim, seed=6).argsort(-1)
+    for rotate, given in ((True, None), (False, order)):
+        results = []
+        for provider in (quantize, quantizer.PYTORCH):
+            codes = torch.zeros(x.shape, dtype=torch.int8, device=x.device)
+            scales = torch.zeros(x.shape[:3], device=x.device)
+            provider.quantize_tokens(x, (none, none + count), none, mean, 64, rotate, given, codes, scales, none)
+            results.append((codes, scales))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
 
 
 def _pages(plan: Plan) -> None:
     widths = (8, 4, 3, 2) * plan.kv_heads
-    layout = PageLayout(plan.head_dim, 64, widths[: plan.kv_heads], widths[1 : plan.kv_heads + 1], token_scales=True)
+    bits = widths[: plan.kv_heads], widths[1 : plan.kv_heads + 1]
+    halves = (False, True, True, True, False, False, False, True) * plan.kv_heads
     x = normals(4, plan.kv_heads, 64, plan.head_dim, seed=6).float() * 30
     k8, v8 = (x.round().clamp(-119, 119).to(torch.int8), (-x).round().clamp(-119, 119).to(torch.int8))
     scale = torch.full(x.shape[:3], 0.25, device=x.device)
-    for search in (False, True):
+    for search, some in itertools.product((False, True), ((), halves[: plan.kv_heads])):
+        layout = PageLayout(plan.head_dim, 64, *bits, token_scales=True, k_halves=some)
         got = pages.encode_pages(layout, k8, v8, scale, scale, search)
         want = quantizer.PYTORCH.encode_pages(layout, k8, v8, scale, scale, search)
         assert torch.equal(got, want), f"{int((got != want).sum())} of {got.numel()} bytes differ"

@@ -26,6 +26,11 @@ SIGHTS = {
     "window, softcap, 32-bit mask": {"window": 100, "softcap": 30.0, "mask": torch.zeros(1, 1, 256, 256)},
 }
 
+EVERY = (True,) * KV_HEADS
+SOME = (True, False) * (KV_HEADS // 2)
+HALVES = {"": (), ", two widths of K": EVERY, ", two widths of some heads": SOME}
+"""Heads with two widths of K: none where nothing is said."""
+
 Work = Callable[[], object]
 
 
@@ -43,8 +48,11 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
         for name, dtype in MASKS.items():
             mask = _mask(dtype, 1, 4097)
             yield f"{purpose}, {name}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, mask=mask)
-    for bits in (4, 3, 2):  # what is measured
-        yield f"decode d128 int{bits}, group {GROUP}", _decode(CONFIG, 128, (bits,) * KV_HEADS, GROUP)
+    for bits, (name, halves) in itertools.product((4, 3, 2), HALVES.items()):  # what is measured
+        if bits == 4 and halves:  # only where widths of heads are given
+            continue
+        work = _decode(CONFIG, 128, (bits,) * KV_HEADS, GROUP, halves)
+        yield f"decode d128 int{bits}, group {GROUP}{name}", work
     yield "stage 1 d128", _stage_one(128)
     yield "append d128", _append(128, (2, 4) * (KV_HEADS // 2))
     yield from paged_kernels.calls(quick=True)
@@ -74,16 +82,23 @@ def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256, **options: A
     flag = torch.zeros(1, dtype=torch.int32)
 
     def work() -> None:
-        fresh.mean_of_first_block(k, 4, padded(head_dim), True, flag)
+        fresh.mean_of_first_block(k, 4, padded(head_dim), config.rotates_k, flag)
         keys = Fresh(k, v, options["mean"], flag)
         attention.attend(config, q, _standing(tokens, 0), None, None, fresh=keys, **options)
 
     return work
 
 
-def _decode(config: TurboConfig, head_dim: int, bits: tuple[int, ...], group: int, **options: Any) -> Work:
+def _decode(
+    config: TurboConfig,
+    head_dim: int,
+    bits: tuple[int, ...],
+    group: int,
+    halves: tuple[bool, ...] = (),
+    **options: Any,
+) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * group, 1, head_dim, dtype=torch.bfloat16)
-    table, options = _table(head_dim, bits), _options(head_dim) | options
+    table, options = _table(head_dim, bits, halves), _options(head_dim) | options
     return lambda: attention.attend(
         config, q, _standing(1, 4096), table, _rows(head_dim, 64, torch.bfloat16), **options
     )
@@ -92,7 +107,7 @@ def _decode(config: TurboConfig, head_dim: int, bits: tuple[int, ...], group: in
 def _chunk(head_dim: int) -> Work:
     """Many query rows over a cache."""
     q = torch.zeros(BATCH, KV_HEADS * GROUP, 256, head_dim, dtype=torch.bfloat16)
-    table = _table(head_dim, (2, 4) * (KV_HEADS // 2))
+    table = _table(head_dim, (2, 4) * (KV_HEADS // 2), SOME)
     return lambda: attention.attend(
         CONFIG, q, _standing(256, 4096), table, _rows(head_dim, 256, torch.float32), **_options(head_dim)
     )
@@ -101,29 +116,32 @@ def _chunk(head_dim: int) -> Work:
 def _stage_one(head_dim: int) -> Work:
     def work() -> None:
         none = torch.zeros(BATCH, dtype=torch.int64)
-        mean = torch.zeros(BATCH, KV_HEADS, head_dim)
+        mean, order = torch.zeros(BATCH, KV_HEADS, head_dim), _order(head_dim)
         for tokens in (1, 4096):
             x = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.bfloat16)
             rows = _rows(head_dim, tokens, torch.float32)
             span = none, none + tokens
-            quantize.quantize_tokens(x, span, none, mean, 64, True, rows.k8, rows.k_scale, none)
-            quantize.quantize_tokens(x, span, none, None, 0, True, rows.k8, rows.k_scale, none)
+            quantize.quantize_tokens(x, span, none, mean, 64, True, None, rows.k8, rows.k_scale, none)
+            quantize.quantize_tokens(x, span, none, mean, 64, False, order, rows.k8, rows.k_scale, none)
+            quantize.quantize_tokens(x, span, none, None, 0, True, None, rows.k8, rows.k_scale, none)
             q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
             quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, True)
+            quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, False, order)
         smoothing.first_block_mean(rows.k8, rows.k_scale, 4, 64, none > 0, mean)
 
     return work
 
 
 def _append(head_dim: int, bits: tuple[int, ...]) -> Work:
-    layout = PageLayout(head_dim, 64, bits, bits, True)
+    layout = PageLayout(head_dim, 64, bits, bits, True, EVERY)
 
     def work() -> None:
         rows, none = _rows(head_dim, 64, torch.bfloat16), torch.zeros(BATCH, dtype=torch.int64)
         x = torch.zeros(BATCH, KV_HEADS, 1, head_dim, dtype=torch.bfloat16)
         codes, scales = (rows.k8, rows.v8), (rows.k_scale, rows.v_scale)
         mean, flag = torch.zeros(BATCH, KV_HEADS, head_dim), torch.zeros(1, dtype=torch.int32)
-        append.store_tokens(CONFIG, (x, x), none, none + 1, none, mean, 64, codes, scales, flag)
+        order = _order(head_dim)
+        append.store_tokens(CONFIG, (x, x), none, none + 1, none, mean, 64, order, codes, scales, flag)
         append.flush_blocks(layout, codes, scales, none, True)
 
     return work
@@ -131,11 +149,12 @@ def _append(head_dim: int, bits: tuple[int, ...]) -> Work:
 
 def _codec(head_dim: int) -> Work:
     def work() -> None:
-        for bits, search in ((8, False), (4, True), (3, True), (2, True), (4, False)):
-            layout = PageLayout.uniform(KV_HEADS, head_dim, 64, bits, True)
+        for bits, halves in itertools.product((8, 4, 3, 2), ((), EVERY)):
+            widths = (bits,) * KV_HEADS
+            layout = PageLayout(head_dim, 64, widths, widths, True, halves)
             k8, v8 = (torch.zeros(4, KV_HEADS, 64, head_dim, dtype=torch.int8) for _ in range(2))
             scale = torch.ones(4, KV_HEADS, 64)
-            pages.encode_pages(layout, k8, v8, scale, scale, search)
+            pages.encode_pages(layout, k8, v8, scale, scale, True)
             pages.decode_pages(layout, torch.zeros(4, layout.page_bytes, dtype=torch.uint8))
 
     return work
@@ -152,11 +171,15 @@ def _rows(head_dim: int, tokens: int, dtype: torch.dtype) -> OpenRows:
     return OpenRows(codes, codes.clone(), scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
 
 
-def _table(head_dim: int, bits: tuple[int, ...]) -> Pages:
-    compressed = PageLayout(head_dim, 64, bits, bits, True)
+def _table(head_dim: int, bits: tuple[int, ...], halves: tuple[bool, ...]) -> Pages:
+    compressed = PageLayout(head_dim, 64, bits, bits, True, halves)
     sinks = PageLayout.uniform(KV_HEADS, head_dim, 64, 8, True)
     counts = torch.full((BATCH,), 64)
     return Pages(torch.zeros(BATCH, 128, dtype=torch.int64), counts, 1, sinks, compressed)
+
+
+def _order(head_dim: int) -> torch.Tensor:
+    return torch.zeros(KV_HEADS, head_dim, dtype=torch.uint8)
 
 
 def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Tensor:

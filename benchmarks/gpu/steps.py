@@ -234,7 +234,7 @@ def _best(results: Results, decode: int | None = None, prefill: str | None = Non
     """The best launches that were swept, where they were; else those of configs.py."""
     import sweeping
 
-    few = sweeping.best(results.rows(f"sweep decode {decode}")) if decode else None
+    few = sweeping.best(results.rows(f"sweep decode {decode}"), bits=str(decode)) if decode else None
     many = sweeping.best(results.rows("sweep prefill"), softmax=prefill) if prefill else None
     with sweeping.launched(few, many):
         yield
@@ -270,7 +270,7 @@ def summary(results: Results) -> None:
         if row.get("passed") is False:
             print(f"WRONG {row['name']}: {row['problem']}")
     for bits in WIDTHS:
-        found = sweeping.best(results.rows(f"sweep decode {bits}"))
+        found = sweeping.best(results.rows(f"sweep decode {bits}"), bits=str(bits))
         if found:
             print(f"decode {bits}: {found}")
     for form in sweeping.FORMS:

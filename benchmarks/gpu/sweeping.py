@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, replace
 from typing import Any
 
@@ -69,25 +69,38 @@ def prefill_candidates() -> tuple[Launch, ...]:
 
 
 def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
-    """Every launch over every shape of the sweep, one width; `have`: keys of rows that are there."""
+    """Every launch over every shape of the sweep, one width; below 4 bits the shipped launch over keys in order, too.
+    `have`: keys of rows that are there."""
     with torch.inference_mode():
         for batch, tokens in plan.sweep_decode:
-            cache, q = None, normals(batch, plan.heads, 1, plan.head_dim, seed=1)
-            for launch in decode_candidates():
-                key = f"decode {bits} {batch}x{tokens} {_text(launch)}"
-                if key in have:
-                    continue
-                if cache is None:
-                    cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, _config(bits))
-                    want = exact(q[:1], *(x[:1] for x in cache.dequantize()), False)
-                attend = functools.partial(_attended, cache, q)
-                with launched(decode=launch):
-                    yield {"key": key, "bits": str(bits), "batch": batch, "keys": tokens, **_of(launch)} | _timed(
-                        attend, lambda attend=attend: attend()[0][:1], want
-                    )
-            del cache
-            if on_gpu():
-                torch.cuda.empty_cache()
+            config = ta.TurboConfig(bits=bits, guard="off")
+            yield from _decode(plan, batch, tokens, str(bits), config, decode_candidates(), have)
+            if bits in (3, 2):
+                group, architecture = plan.heads // plan.kv_heads, configs.architecture_of(device())
+                shipped = configs.decode(architecture, group, plan.head_dim, False)
+                ordered = config.replace(reorder_k=True)
+                yield from _decode(plan, batch, tokens, f"{bits}, keys in order", ordered, (shipped,), have)
+
+
+def _decode(
+    plan: Plan, batch: int, tokens: int, bits: str, config: ta.TurboConfig, launches: Iterable[Launch], have: set[str]
+) -> Iterator[Row]:
+    cache, q = None, normals(batch, plan.heads, 1, plan.head_dim, seed=1)
+    for launch in launches:
+        key = f"decode {bits} {batch}x{tokens} {_text(launch)}"
+        if key in have:
+            continue
+        if cache is None:
+            cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, config)
+            want = exact(q[:1], *(x[:1] for x in cache.dequantize()), False)
+        attend = functools.partial(_attended, cache, q)
+        with launched(decode=launch):
+            yield {"key": key, "bits": bits, "batch": batch, "keys": tokens, **_of(launch)} | _timed(
+                attend, lambda attend=attend: attend()[0][:1], want
+            )
+    del cache
+    if on_gpu():
+        torch.cuda.empty_cache()
 
 
 def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
@@ -136,10 +149,6 @@ def best(rows: list[Row], **wanted: Any) -> Launch | None:
         scores.setdefault(launch, []).append(row["seconds"] / least[row["batch"], row["keys"]])
     complete = {launch: sum(score) for launch, score in scores.items() if len(score) == len(least)}
     return min(complete, key=lambda launch: complete[launch]) if complete else None
-
-
-def _config(bits: int | str) -> ta.TurboConfig:
-    return ta.TurboConfig(bits=bits, guard="off")
 
 
 def _attended(cache: ta.KVCache, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,7 +60,7 @@ bool has_avx512vnni() {
 #endif
 
 #if defined(TURBO_HAVE_AMX) && defined(__linux__)
-// Linux hands tile registers out on request, once a process.
+// Linux requires each process to request permission for tile registers.
 bool has_amx() {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d;

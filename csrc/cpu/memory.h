@@ -1,6 +1,5 @@
-// Memory of one instruction set's kernels. Containers of the standard library are avoided in them:
-// their functions are merged by name across files, and the one kept may use instructions that the
-// processor at hand lacks.
+// Memory of the kernels of one instruction set. They avoid containers of the standard library: the linker merges their
+// functions across files by name, and may keep one with instructions that the processor does not have.
 #pragma once
 
 template <class T>
@@ -12,7 +11,7 @@ class Buffer {
     Buffer& operator=(const Buffer&) = delete;
     ~Buffer() { ::turbo::release(data_); }
 
-    // Room for `count` elements; what was in it is gone where it grows.
+    // Makes room for `count` elements; growing discards the contents.
     void hold(std::size_t count) {
         if (count <= size_) return;
         ::turbo::release(data_);

@@ -14,7 +14,7 @@ constexpr std::int64_t kBlock = 64;
 // Waking threads costs as much as a few hundred rows.
 constexpr std::int64_t kRowsWorthThreads = 256;
 
-// What a step works on; kept by each thread, so that no step asks for memory.
+// Temporary memory of a step, kept per thread to avoid allocations.
 struct Workspace {
     std::vector<std::int64_t> none, ends, after, first, valid, open;
     std::vector<std::int8_t> codes[2];
@@ -40,7 +40,8 @@ std::uint16_t narrowed(float scale) {  // 4 mantissa bits: exact
     return static_cast<std::uint16_t>(bits >> 16);
 }
 
-// The new tokens as rows `target[b] + t` of tiles of `head_rows` rows a head; 0, or which side is not finite.
+// Quantizes the new tokens to rows `target[b] + t` of tiles with `head_rows` rows per head. Returns 0, or 2 or 3 if k
+// or v is not finite.
 int quantize(const Kernels& kernels, const StepArgs& s, Workspace& w, const std::int64_t* target,
              std::int64_t head_rows) {
     const AttendArgs& a = s.attend;
@@ -48,7 +49,8 @@ int quantize(const Kernels& kernels, const StepArgs& s, Workspace& w, const std:
     TokenArgs sides[2] = {};
     for (int side = 0; side < 2; ++side) {
         TokenArgs& t = sides[side];
-        t.batch = a.batch, t.heads = a.heads, t.head_dim = a.head_dim, t.rotate = a.rotate;
+        t.batch = a.batch, t.heads = a.heads, t.head_dim = a.head_dim;
+        t.rotate = side ? a.rotate_values : a.rotate_keys, t.order = side ? nullptr : a.order;
         t.x = side ? s.v : s.k;
         t.begin = w.none.data(), t.end = w.ends.data(), t.first = s.before, t.target = target;
         t.mean = side ? nullptr : a.mean, t.mean_from = s.mean_from;
@@ -65,7 +67,7 @@ int quantize(const Kernels& kernels, const StepArgs& s, Workspace& w, const std:
     return fine[0] ? (fine[1] ? 0 : 3) : 2;
 }
 
-// The new rows behind the buffered ones, and every scale of the buffer as float32.
+// Appends the new rows to the buffer, and converts the scales of the buffer to float32.
 void fill_buffer(const StepArgs& s, Workspace& w, AttendArgs& a) {
     for (int side = 0; side < 2; ++side) {
         float* wide = room(w.open_scales[side], a.batch * a.heads * s.capacity);
@@ -84,7 +86,7 @@ void fill_buffer(const StepArgs& s, Workspace& w, AttendArgs& a) {
     a.open_stride_head = s.capacity, a.open_stride_batch = a.heads * s.capacity;
 }
 
-// The buffer as it was: rows past a sequence's length are zero.
+// Undoes fill_buffer: rows past a sequence's length are zero.
 void clear_new_rows(const StepArgs& s, const Workspace& w) {
     const AttendArgs& a = s.attend;
     for (int side = 0; side < 2; ++side)
@@ -95,7 +97,7 @@ void clear_new_rows(const StepArgs& s, const Workspace& w) {
         }
 }
 
-// Buffered rows in front of the new ones, which stand in tiles of `head_rows` rows already.
+// Copies the buffered rows into the tiles of `head_rows` rows, before the new ones, which are already there.
 void open_tiles(const StepArgs& s, Workspace& w, AttendArgs& a, std::int64_t head_rows) {
     for (int side = 0; side < 2; ++side) {
         for (std::int64_t i = 0; i < a.batch * a.heads; ++i) {
@@ -109,7 +111,7 @@ void open_tiles(const StepArgs& s, Workspace& w, AttendArgs& a, std::int64_t hea
     a.open_stride_head = head_rows, a.open_stride_batch = a.heads * head_rows;
 }
 
-// The first block of every tile that fills one into its page, the rest into the buffer.
+// Compresses the first block of each tile into its page, if it is full, and copies the other rows to the buffer.
 void store_tiles(const Kernels& kernels, const StepArgs& s, Workspace& w, std::int64_t head_rows) {
     const AttendArgs& a = s.attend;
     const std::int64_t tiles = a.batch * a.heads;

@@ -15,18 +15,18 @@ constexpr std::int64_t kRowsWorthThreads = 256;
 
 std::int64_t blocks_before(std::int64_t tokens) { return tokens / kBlock; }
 
-// Row of position p among a sequence's open rows.
+// Row of `position` in a sequence's open rows.
 std::int64_t row_of(const StoreArgs& s, std::int64_t b, std::int64_t position) {
     return s.ring ? position % s.ring : position - blocks_before(s.before[b]) * kBlock;
 }
 
-// The new tokens of every sequence as INT8; 0, or which side is not finite.
+// Quantizes the new tokens of every sequence. Returns 0, or 1 or 2 if k or v is not finite.
 int quantize(const Kernels& kernels, const StoreArgs& s) {
     std::atomic<bool> fine[2] = {true, true};
     const std::int64_t heads = 2 * s.heads, parts = (s.tokens + kBlock - 1) / kBlock + 1;
     const bool alone = s.batch * heads * s.tokens < kRowsWorthThreads;
     parallel_for(s.batch * heads * parts, alone ? 1 : static_cast<int>(s.threads), [&](std::int64_t i) {
-        // A part lies within one block, so that a ring does not wrap in it.
+        // A part lies within one block, where rows of a ring are contiguous.
         const std::int64_t part = i % parts, side = i / parts % 2, h = i / parts / 2 % s.heads, b = i / parts / heads;
         const std::int64_t block = (blocks_before(s.before[b]) + part) * kBlock;
         const std::int64_t from = std::max(block, s.before[b]);
@@ -36,7 +36,7 @@ int quantize(const Kernels& kernels, const StoreArgs& s) {
         TokenArgs t{};
         t.batch = 1, t.heads = s.heads, t.head_dim = s.head_dim, t.rotate = s.rotate;
         t.x = side ? s.v : s.k;
-        t.x.starts += b;  // to the kernel it is the only sequence
+        t.x.starts += b;  // the kernel is called for a batch of one sequence
         t.first = &s.before[b], t.target = &target;
         t.mean = side ? nullptr : s.mean, t.mean_from = 0;
         t.codes = s.codes[side], t.scales = s.scales[side], t.batch_rows = 0, t.head_rows = s.head_rows;
@@ -45,7 +45,7 @@ int quantize(const Kernels& kernels, const StoreArgs& s) {
     return fine[0] ? (fine[1] ? 0 : 2) : 1;
 }
 
-// Every block that is full now into its page.
+// Compresses every block that is now full into its page.
 void fill_pages(const Kernels& kernels, const StoreArgs& s) {
     struct Filled {
         std::int64_t b, block;

@@ -43,7 +43,7 @@ void work_on(void* loop) { static_cast<Loop*>(loop)->work(); }
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// libgomp's entry for a parallel region, where PyTorch has loaded one for everybody.
+// libgomp's entry point for parallel regions, if PyTorch has loaded it globally.
 GompParallel find_openmp() {
 #if defined(_WIN32)
     return nullptr;

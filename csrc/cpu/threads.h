@@ -1,4 +1,4 @@
-// Running a loop on several threads, and memory aligned for vectors.
+// Parallel loops, and memory aligned for vectors.
 #pragma once
 
 #include <cstddef>
@@ -9,19 +9,19 @@ namespace turbo {
 
 using LoopBody = void (*)(void* context, std::int64_t index);
 
-// Calls body(context, i) once for every i in [0, count) on up to `threads` threads. Uses the OpenMP
-// runtime that is already loaded with PyTorch (its threads are warm, and a second pool would fight
-// with it), else threads of its own. The first exception of a body is thrown again when all are done.
+// Calls body(context, i) once for every i in [0, count) on up to `threads` threads. Uses the OpenMP runtime that
+// PyTorch has loaded, since a second thread pool would compete with it, else new threads. After an exception no further
+// iterations start; the first exception is rethrown when all threads are done.
 void parallel_loop(std::int64_t count, int threads, LoopBody body, void* context);
 
-// The most threads that shared a loop since the last call: for tests.
+// The largest number of threads that worked on one loop since the last call, for tests.
 int take_most_workers();
 
 // 64-byte aligned; throws std::bad_alloc.
 void* allocate(std::size_t bytes);
 void release(void* memory);
 
-// What carries the threads: "openmp" or "std::thread".
+// The source of threads: "openmp" or "std::thread".
 const char* thread_provider();
 
 template <class F>

@@ -134,6 +134,7 @@ inline float f_reduce_max(F x) {
 inline I i_fold_halves(I x, I y) { return {_mm256_add_epi32(x.a, x.b), _mm256_add_epi32(y.a, y.b)}; }
 
 inline Bytes b_load(const void* p) { return {load_half(p), load_half(static_cast<const std::uint8_t*>(p) + 32)}; }
+inline Bytes b_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Bytes b_broadcast(const void* p) {
     std::int32_t x;
     __builtin_memcpy(&x, p, 4);
@@ -175,7 +176,7 @@ inline I dot_small(I acc, Bytes codes, Bytes q) {
 inline Prepared prepare(Bytes codes) { return codes; }
 inline I dot_full(I acc, Prepared codes, Bytes q) { return dot_small(acc, codes, q); }
 #else
-// maddubs adds pairs of products in 16 bits and saturates. Codes of 15 at most times +-75 never reach
+// maddubs adds pairs of products in 16 bits and saturates. Codes of 31 at most times +-118 never reach
 // it. INT8 codes do (2 * 247 * 119), so they are taken as sign and magnitude: 2 * 128 * 119 = 30,464
 // and 2 * 128 * 127 = 32,512 stay below 32,767.
 constexpr std::int32_t kOffset = 0;

@@ -106,6 +106,7 @@ inline I i_fold_halves(I a, I b) {
 }
 
 inline Bytes b_load(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes b_zero() { return {_mm512_setzero_si512()}; }
 inline Bytes b_broadcast(const void* p) {
     std::int32_t x;
     __builtin_memcpy(&x, p, 4);
@@ -163,6 +164,14 @@ inline Bytes b_code_table(const std::int8_t* step, const std::int8_t* zero) {
     return {_mm512_xor_si512(_mm512_add_epi8(product, zeros), _mm512_set1_epi8(static_cast<char>(0x80)))};
 }
 
-// table[16 (byte % 4) + code] for every byte; indices are codes and `kTableChannels`.
-constexpr std::int32_t kTableChannels = 0x30201000;
+// table[16 (byte % 4) + code] for every byte; indices are codes and `b_table_channels`.
+inline Bytes b_table_channels() { return {_mm512_set1_epi32(0x30201000)}; }
 inline Bytes b_from_table(Bytes table, Bytes indices) { return {_mm512_permutexvar_epi8(indices.v, table.v)}; }
+
+// Every byte + 128.
+inline Bytes b_offset(Bytes a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(static_cast<char>(0x80)))}; }
+// a, and b added in the bytes whose bit n is set in `plane`.
+inline Bytes b_add_where(Bytes a, Bytes plane, int n, Bytes b) {
+    const __mmask64 set = _mm512_test_epi8_mask(plane.v, _mm512_set1_epi8(static_cast<char>(1 << n)));
+    return {_mm512_mask_add_epi8(a.v, set, a.v, b.v)};
+}

@@ -158,6 +158,7 @@ inline Bytes b_load(const void* p) {
     std::memcpy(r.v, p, sizeof r.v);
     return r;
 }
+inline Bytes b_zero() { return {}; }
 inline Bytes b_broadcast(const void* p) {
     Bytes r;
     for (int i = 0; i < 16; ++i) std::memcpy(r.v + 4 * i, p, 4);

@@ -14,17 +14,19 @@ from .config import TurboConfig
 from .errors import InputError
 from .guard import guarded_bits
 from .kv.cache import KVCache
+from .kv.channel_order import query_energy
 from .modes import in_own_modes
 from .validation import (
     check_causal,
     check_config,
     check_finite,
     check_floats,
+    check_lengths,
     check_mask,
-    check_new,
     check_qkv,
     check_query,
     check_softmax,
+    check_tokens,
     check_window,
     refuse_gradients,
 )
@@ -176,6 +178,9 @@ def turbo_attention_with_kvcache(
     if chosen.name != "reference" and plain and (k_new is not None or cache.window_size is None):
         stepped = _step(chosen.name, q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
         if stepped is not None:
+            if cache.learns_order and k_new is not None:
+                counts, row = new_tokens(q, k_new, lengths)[:, None], torch.arange(q.shape[2])
+                cache.observe(_energy(q, cache, cache.lengths[:, None] - counts + row, row < counts))
             return stepped if return_lse else stepped[0]
     counts = new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
@@ -188,9 +193,19 @@ def turbo_attention_with_kvcache(
     check_pages_kept(cache, positions, valid, window_size)
     staged, bits = None, None
     if k_new is not None and v_new is not None:
-        staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"))
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window_size": window_size}
-        bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new), **options)
+        energy = _energy(q, cache, positions, valid) if cache.learns_order else None
+        staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"), energy)
+        bits = guarded_bits(
+            cache,
+            staged,
+            q,
+            positions,
+            valid,
+            (k_new, v_new),
+            scale=scale,
+            softcap=softcap,
+            window_size=window_size,
+        )
     out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
         q,
         cache,
@@ -209,6 +224,12 @@ def turbo_attention_with_kvcache(
     return (out, lse) if return_lse else out
 
 
+def _energy(q: Tensor, cache: KVCache, positions: Tensor, valid: Tensor) -> Tensor:
+    """`query_energy` of the rows at positions that the order of K's channels is learned from: however a prompt is cut
+    into calls, they are the same."""
+    return query_energy(q, valid & (positions < cache.order_from), cache.num_kv_heads)
+
+
 def _step(
     backend: str,
     q: Tensor,
@@ -223,18 +244,21 @@ def _step(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor] | None:
     """A decode step in one call of the kernels, where it is one; else None."""
-    counts, ends = None, cache.lengths
+    counts = None
     if k is not None and v is not None:
         shape = (cache.batch_size, cache.num_kv_heads, cache.head_dim)
-        counts = check_new(shape, cache.device, k, v, lengths, ("k_new", "v_new"), finite=False)
-        ends = ends + counts
-    mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
+        check_tokens(shape, cache.device, k, v, ("k_new", "v_new"))
+        counts = None if lengths is None else check_lengths(lengths, cache.batch_size, k.shape[2])
+    mask = None
+    if attn_mask is not None:
+        ends = cache.lengths + (counts if counts is not None else 0 if k is None else k.shape[2])
+        mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
     result = importlib.import_module(_MODULES[backend][1]).step(
         q,
         cache,
         k,
         v,
-        counts=None if lengths is None else counts,
+        counts=counts,
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, whoever else reads or writes the same name.
+"""Atomic file writes.
 
-A file is written under a name of its own in the same folder, flushed to the disk, and then takes the place of
-the old one in one step: readers see the old file or the new one, and of several writers the last one wins.
+A file is written to a temporary folder next to the target, flushed to disk, and renamed to the target. Readers see
+either the old or the new file; of several concurrent writers, the last one wins.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ _OLD = 3600.0  # seconds
 
 
 def write_text(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
-    """Write `text` as UTF-8; as `write_whole`."""
+    """Write `text` as UTF-8, as `write_whole`."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), argument)
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any, argument: str = "path", **options: Any) -> None:
-    """matplotlib's `figure` as the kind of file that `path` is named for; as `write_whole`."""
+    """Write a matplotlib figure in the format of `path`'s suffix, as `write_whole`."""
     kind = Path(path).suffix.removeprefix(".").lower()
     write_whole(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=110, **options), argument)
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object], argument: str = "path") -> None:
-    """Have `write` make a file, given where, and put it at `path`. A link's target is written, not the link; access
-    rights are those of the file that was there, and follow the umask where none was. What a process that was killed
-    left behind in the folder goes away.
+    """Call `write` with a temporary path and move the file it writes to `path`.
+
+    Follows symbolic links. The new file has the permissions of the file it replaces, or those of the umask. Temporary
+    files that killed processes left in the folder are removed.
 
     Raises:
-        InputError: it cannot be written, as the disk is full or its folder is not writable; or `path` is no regular
-            file. What was there is then as it was. `argument` is what messages call it.
+        InputError: the file cannot be written, for example because the disk is full or the folder is not writable, or
+            `path` is not a regular file. An existing file is then unchanged. `argument` names it in the message.
     """
     target = Path(os.path.realpath(path))
     name, folder = os.fspath(path), None
@@ -68,9 +69,9 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object], a
 
 @contextmanager
 def standing_file(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A name under which the file now at `path` can be opened, however often, even where another takes its place.
+    """Yield a name under which the current file at `path` can be opened repeatedly, even if it is replaced meanwhile.
 
-    Raises OSError, without waiting, also where `path` is a folder, device or pipe.
+    Raises OSError, without blocking, also if `path` is a folder, device or pipe.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -83,11 +84,11 @@ def standing_file(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _settle(file: Path, folder: Path, target: Path) -> None:
-    """Its bytes on the disk, and the access rights of the file that it replaces, or of any new file here."""
+    """Flush the file to disk and set the permissions of the file that it replaces, or those of a new file."""
     try:
         rights = stat.S_IMODE(os.stat(target).st_mode)
     except FileNotFoundError:
-        # Only making a file tells the umask without changing it, which other threads would see.
+        # Reading the umask means changing it, which other threads would see, so create a file to find it.
         probe = os.open(folder / "probe", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         rights = os.fstat(probe).st_mode & 0o777
         os.close(probe)
@@ -97,7 +98,7 @@ def _settle(file: Path, folder: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """The folder's entries on the disk, where a file system does that."""
+    """Flush the folder's entries to disk, if the file system supports it."""
     if hasattr(os, "O_DIRECTORY"):
         with contextlib.suppress(OSError):
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -108,8 +109,8 @@ def _flush(folder: Path) -> None:
 
 
 def _clean(folder: Path) -> None:
-    """Remove what writers left behind that are no more: their process is gone, here, and they began an hour ago, since
-    on a shared disk it may run elsewhere."""
+    """Remove temporary folders whose process no longer runs on this machine. On a shared disk, it may run on another
+    one, so only those that are over an hour old."""
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
             found = _LEFT_BEHIND.fullmatch(entry.name)
@@ -124,6 +125,6 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's
+    except OSError:  # the process belongs to another user
         return True
     return True

@@ -11,7 +11,7 @@ warning (`fixed_widths_message`). Bounds and procedure: numerics.md, The guard.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from .config import TurboConfig
 from .errors import GuardWarning
 from .kv.cache import KVCache
-from .kv.pages import Tiles, decode_pages
+from .kv.pages import Tiles
 from .kv.staging import Stage
 from .kv.store import Flush
 from .reference.exact import exact_attention
@@ -31,6 +31,7 @@ which is the error of an output of zeros."""
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 QUERIES = 32
 """Query rows sampled per head."""
+
 _TOKENS = 512  # keys that they attend to at most
 
 
@@ -82,8 +83,7 @@ def guarded_bits(
     if cache.config.guard == "off" or not cache.freezes_widths(flush):
         return None
     planned = cache.planned_bits(staged, flush)
-    options = {"scale": scale, "softcap": softcap}
-    sample = _Sample(cache, staged, flush, q, positions, valid, new, options, window_size)
+    sample = _Sample(cache, staged, flush, q, positions, valid, new, scale, softcap, window_size)
     first = errors = sample.errors(planned)
     bits, beyond = planned, _beyond(errors, planned)
     failing = beyond.clone()
@@ -213,7 +213,8 @@ def _numbers(first_head: int, heads: list[int]) -> str:
 
 
 class _Sample:
-    """The sampled queries, and the keys and values they attend to: exact, and as stored at given widths."""
+    """The sampled queries, and the keys and values they attend to: exact, and as stored at given widths. Only the first
+    `_TOKENS` tokens are restored and encoded, however long the call is."""
 
     def __init__(
         self,
@@ -224,34 +225,39 @@ class _Sample:
         positions: Tensor,
         valid: Tensor,
         new: tuple[Tensor, Tensor],
-        options: dict[str, Any],
-        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+        window_size: int | None,
     ):
-        self._options, self._window = options, window
+        self.scale, self.softcap, self.window_size = scale, softcap, window_size
         # Sequences whose first compressed block is in this flush; in a ragged batch, those with the start of the first.
         batch = flush.batch[flush.block == cache.sink_blocks].unique()
-        start = staged.start[batch]
-        self.batch = batch[start == start[0]]
-        self.cache, self.staged, self.flush = cache, staged, flush
-        self.sinks = cache.page_tiles(0, cache.sink_blocks) if int(start[0]) else None
-        self.length = staged.lengths[self.batch].clamp(max=_TOKENS)
+        starts = staged.start[batch]
+        batch, self.start = batch[starts == starts[0]], int(starts[0])
+        self.cache, self.batch, self.order = cache, batch, cache.planned_order(staged, flush)
+        self.length = staged.lengths[batch].clamp(max=_TOKENS)
+        self.tokens = int(self.length.max())
+        size = cache.config.block_size
+        self.blocks = -(-(self.tokens - self.start) // size)
+        at = batch.to(staged.stored.k8.device)
+        self.stored = staged.stored.map(lambda x: x[at][:, :, : self.blocks * size])
+        self.mean = None if staged.k_mean is None else staged.k_mean[at]
+        self.sinks = cache.page_tiles(0, cache.sink_blocks).map(lambda x: x[at]) if self.start else None
+        self.flush = flush.where(torch.isin(flush.batch, batch) & (flush.block * size < self.tokens))
         self.q, self.positions = self._queries(q, positions, valid)
-        self.exact = self._with_past(self._frame(*self._with_new(*self._floats(staged.tiles), *new)))
-        self.wanted = self._attend(self.exact)
+        self.wanted = self._attend(*self._exact(staged, new))
 
     def errors(self, bits: Tensor) -> Tensor:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
-        stored = self.staged.stored.map(torch.clone)
-        size = self.cache.config.block_size
-        for part in self.cache.encode(self.flush, bits):
-            tiles, batch = decode_pages(part.layout, part.pages), part.flush.batch
-            block = part.flush.block - self.staged.start[batch] // size
-            at = batch.to(part.pages.device), slice(None), block.to(part.pages.device)
+        stored, size = self.stored.map(torch.clone), self.cache.config.block_size
+        for part in self.cache.encode(self.flush, bits, self.order):
+            tiles, device = part.decoded(), part.pages.device
+            row = torch.searchsorted(self.batch, part.flush.batch)
+            at = row.to(device), slice(None), (part.flush.block - self.start // size).to(device)
             for name in ("k8", "v8", "k_scale", "v_scale"):
                 target = getattr(stored, name).unflatten(2, (-1, size))
                 target[at] = getattr(tiles, name).to(target.dtype)
-        got = self._attend(self._frame(*self._floats(stored)))
-        return _relative_errors(got, self.wanted, self.cache.num_kv_heads)
+        return _relative_errors(self._attend(*self._frame(stored)), self.wanted, self.cache.num_kv_heads)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
@@ -259,61 +265,51 @@ class _Sample:
         if past is not None and past.q.shape[2]:
             q = torch.cat((past.q.to(q.dtype), q), 2)
             positions, valid = torch.cat((past.positions, positions), 1), torch.cat((past.valid, valid), 1)
-        inside = valid & (positions < int(self.length.max()))
-        useful = (inside & (positions >= int(self.length.max()) // 2))[self.batch].all(0)
+        inside = valid & (positions < self.tokens)
+        useful = (inside & (positions >= self.tokens // 2))[self.batch].all(0)
         rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
         rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(QUERIES, len(rows))).long()]
         chosen = q.index_select(0, self.batch.to(q.device)).index_select(2, rows.to(q.device))
         return chosen, positions[self.batch][:, rows]
 
-    def _floats(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        """Staged tiles [B, H, W, D] as floats in the model's space."""
-        k, v = tiles.floats()
-        return self._restore(k, self.staged.start), self.cache.restore(v)
-
-    def _restore(self, k: Tensor, start: Tensor) -> Tensor:
-        mean = self.staged.k_mean
-        if mean is not None:
-            smoothed = start[:, None] + torch.arange(k.shape[2]) >= self.cache.mean_from
-            k = k + mean.to(k.dtype)[:, :, None] * smoothed.to(k.device)[:, None, :, None]
-        return self.cache.restore(k)
-
-    def _with_new(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v with the call's own tokens at full precision instead of INT8."""
-        counts = self.staged.lengths - self.staged.before
-        batch, token = (torch.arange(k_new.shape[2]) < counts[:, None]).nonzero(as_tuple=True)
-        row = (self.staged.before - self.staged.start)[batch] + token
-        k, v = k.clone(), v.clone()
-        k[batch, :, row], v[batch, :, row] = (x[batch, :, token].to(k.dtype) for x in (k_new, v_new))
+    def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, older ones as INT8 where
+        there is no `exact_past`."""
+        at = self.batch.to(self.q.device)
+        before = staged.before[self.batch]
+        k_new, v_new = (x[at][:, :, : self.tokens] for x in new)
+        if not bool(before.any()) and bool((self.length == self.tokens).all()):
+            return k_new, v_new
+        counts = (self.length - before).clamp(min=0)
+        row, token = (torch.arange(k_new.shape[2]) < counts[:, None]).nonzero(as_tuple=True)
+        position = before[row] + token
+        k, v = self._frame(staged.tiles.map(lambda x: x[at][:, :, : self.stored.k8.shape[2]]))
+        k[row, :, position], v[row, :, position] = (x[row, :, token].to(k.dtype) for x in (k_new, v_new))
+        if (past := self.cache.exact_past) is not None:
+            row, position = (torch.arange(self.tokens) < before[:, None]).nonzero(as_tuple=True)
+            k[row, :, position], v[row, :, position] = (x[at][row, :, position].to(k.dtype) for x in (past.k, past.v))
         return k, v
 
-    def _with_past(self, frame: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The frame with the tokens of earlier calls at full precision, where they still are."""
-        past: ExactPast | None = self.cache.exact_past
-        if past is None:
-            return frame
-        length = min(frame[0].shape[2], past.k.shape[2])
-        known = torch.arange(length) < self.staged.before[self.batch][:, None]
-        mixed = []
-        for stored, floats in zip(frame, (past.k, past.v), strict=True):
-            at, here = self.batch.to(stored.device), known.to(stored.device)[:, None, :, None]
-            first = torch.where(here, floats[at][:, :, :length].to(stored.dtype), stored[:, :, :length])
-            mixed.append(torch.cat((first, stored[:, :, length:]), 2))
-        return mixed[0], mixed[1]
-
-    def _frame(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The sampled sequences with their sink pages in front, cut to the sampled tokens."""
+    def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """k and v [b, Hkv, tokens, D] in the model's space: sink pages, then the tiles [b, Hkv, W, D] behind them."""
+        k, v = self._floats(tiles, self.start)
         if self.sinks is not None:
-            sink_k, sink_v = (x.transpose(1, 2).flatten(2, 3) for x in self.sinks.floats())
-            k = torch.cat((self._restore(sink_k, torch.zeros_like(self.staged.start)), k), 2)
-            v = torch.cat((self.cache.restore(sink_v), v), 2)
-        at = self.batch.to(k.device)
-        return k[at][:, :, : int(self.length.max())], v[at][:, :, : int(self.length.max())]
+            sink_k, sink_v = self._floats(self.sinks.map(lambda x: x.transpose(1, 2).flatten(2, 3)), 0)
+            k, v = torch.cat((sink_k, k), 2), torch.cat((sink_v, v), 2)
+        return k[:, :, : self.tokens], v[:, :, : self.tokens]
 
-    def _attend(self, frame: tuple[Tensor, Tensor]) -> Tensor:
-        k, v = frame
+    def _floats(self, tiles: Tiles, start: int) -> tuple[Tensor, Tensor]:
+        """Tiles whose first token is at position `start` as floats in the model's space."""
+        k, v = tiles.floats()
+        if self.mean is not None:
+            smoothed = (start + torch.arange(k.shape[2]) >= self.cache.mean_from).to(k.device)
+            k = k + self.mean.to(k.dtype)[:, :, None] * smoothed[:, None]
+        return self.cache.restore_keys(k), self.cache.restore(v)
+
+    def _attend(self, k: Tensor, v: Tensor) -> Tensor:
         keys = torch.arange(k.shape[2])
-        mask = (keys <= self.positions[..., None]) & (keys < self.length[:, None, None])
-        if self._window is not None:
-            mask &= keys > self.positions[..., None] - self._window
-        return exact_attention(self.q, k, v, attn_mask=mask[:, None], **self._options)[0]
+        behind = self.positions[..., None] - keys
+        mask = (behind >= 0) & (keys < self.length[:, None, None])
+        if self.window_size is not None:
+            mask &= behind < self.window_size
+        return exact_attention(self.q, k, v, mask[:, None], scale=self.scale, softcap=self.softcap)[0]

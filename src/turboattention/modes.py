@@ -1,9 +1,8 @@
-"""The modes that this package computes in, whatever the caller's are.
+"""Makes this package independent of the caller's inference and autocast modes.
 
-Caches outlive the mode they were filled in: what they keep is made outside of `torch.inference_mode`.
-
-Tensors made inside of it can never be changed in place outside, where `generate`, which runs under `no_grad`,
-goes on with the same cache. Under autocast PyTorch would round what is computed here to 16 bits.
+Tensors created under `torch.inference_mode` cannot be modified in place outside it. A cache may be filled there and
+used later under `no_grad`, for example by `generate`, so its tensors are created outside inference mode. Autocast
+would round intermediate results to 16 bits.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_own_modes(function: F) -> F:
-    """A function that computes, makes or changes what a cache keeps: under `inference_mode` it runs under `no_grad`
-    instead, and never under autocast."""
+    """Decorator: run a function under `no_grad` instead of `inference_mode`, and without autocast."""
 
     @functools.wraps(function)
     def outside(*args: Any, **kwargs: Any) -> Any:

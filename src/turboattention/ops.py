@@ -1,10 +1,10 @@
 """The two calls of api.py as operators of `torch.ops.turboattention`, for `torch.compile(fullgraph=True)`.
 
-While Dynamo traces, api.py goes through these; otherwise it does not. Their bodies are the calls themselves,
-validation included, so that compiled code raises the same errors; gradients alone are refused while tracing.
-Their fakes know shapes and dtypes alone. A cache stands in the graph as its handle (kv/handle.py), so that one
-that grows never compiles anew; `KVCache.append` and `seq_lens` are operators as well, everything else of a cache
-ends the graph. A `TurboConfig` is made outside of compiled code.
+api.py uses them only while Dynamo traces. Their implementations call api.py, including validation, so compiled code
+raises the same errors; only gradients are refused while tracing. Their fake implementations return shapes and dtypes.
+The graph holds the handle of a cache (kv/handle.py), so a growing cache is not recompiled. `KVCache.append` and
+`seq_lens` are operators too; other uses of a cache break the graph. A `TurboConfig` must be created outside compiled
+code.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _attention_with_kvcache(
 
 
 def _fake_attention(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """out like q, lse float32 (float64 for float64) like its rows; both contiguous."""
+    """out like q and lse [..., Lq], float32 (float64 for float64 q); both contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, torch.empty(q.shape[:-1], dtype=lse, device=q.device)
@@ -96,13 +96,13 @@ def _fake_attention_with_kvcache(handle: Tensor, q: Tensor, *args: Any) -> tuple
 
 
 def _owned(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Strides as the fakes promise them."""
+    """Make results contiguous, as the fake implementations declare them."""
     return out.contiguous(), lse.contiguous()
 
 
 @functools.lru_cache(maxsize=64)
 def config_of(text: str) -> TurboConfig | None:
-    """Inverse of `TurboConfig.text`; the empty string is the default."""
+    """Inverse of `TurboConfig.text`; None for the empty string."""
     if not text:
         return None
     fields = json.loads(text)

@@ -1,9 +1,9 @@
-"""Attention over pages that somebody else manages: block tables, open blocks in a pool of slots, ragged batches.
+"""Paged attention for servers, which own the memory: block tables, slots of INT8 rows, ragged batches.
 
-For servers, which own the memory and decide where blocks lie. A page holds a full block of 64 tokens in the packed
-format (`kv/layout.py`) and is final. Blocks that are not full yet are INT8 rows in `OpenBlocks`, one slot a running
-sequence. What is computed is `stored_prefill` (numerics.md section 6): a query in block j reads the blocks before
-j as stored, and block j as INT8, so that a page's bytes do not depend on how tokens were scheduled.
+A page holds a full block of 64 tokens in the packed format (`kv/layout.py`) and is never modified. Incomplete blocks
+are INT8 rows in `OpenBlocks`, one slot per running sequence. Attention is `stored_prefill` (numerics.md section 6): a
+query in block j reads the blocks before j from their pages, and block j as INT8, so that the bytes of a page do not
+depend on how tokens were scheduled.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 BLOCK = 64
-"""Tokens of a page."""
+"""Tokens per page."""
 
 PAGE_UNIT = 64
-"""Pages are reserved in multiples of this many bytes, so that a token's share is a whole number."""
+"""Page sizes are multiples of this many bytes, so that bytes per token are an integer."""
 
 T = TypeVar("T")
 
@@ -53,14 +53,14 @@ _MODULES = {"cpu": "turboattention.execution.cpu_paged", "triton": "turboattenti
 
 @dataclass(frozen=True)
 class PagedFormat:
-    """The pages of all layers.
+    """The page format of all layers.
 
-    head_bits: per layer the widths of this process's KV heads. page_bytes: bytes reserved for each page, the
-    largest of all layers (and of all ranks, where heads are spread over several). means: per layer float32 [H, D]
-    that keys are stored without (in the model's space, on the device of the pages), or None; empty for none at all.
+    head_bits: for each layer, the widths of this process's KV heads. page_bytes: bytes reserved per page, the maximum
+    over all layers (and over all ranks, if heads are distributed). means: for each layer None or float32 [H, D], which
+    is subtracted from keys before they are stored (in the model's space, on the device of the pages); empty for none.
 
     Raises:
-        ConfigError: a configuration that pages cannot serve. ShapeError: means of other heads.
+        ConfigError: the configuration or page_bytes is not supported. ShapeError: means of other shapes.
     """
 
     config: TurboConfig
@@ -82,7 +82,7 @@ class PagedFormat:
         for mean in self.means:
             if mean is not None and mean.shape != (self.kv_heads, self.head_dim):
                 raise ShapeError(f"means: expected [{self.kv_heads}, {self.head_dim}] each, got {list(mean.shape)}")
-        _ = self.stored_means  # now, since a CUDA graph that is being captured could not
+        _ = self.stored_means  # computed here, since it cannot be computed during a CUDA graph capture
 
     @classmethod
     def of(
@@ -92,7 +92,7 @@ class PagedFormat:
         head_bits: Sequence[HeadBits],
         means: tuple[Tensor | None, ...] = (),
     ) -> PagedFormat:
-        """With pages of no more bytes than these widths need."""
+        """A format with the smallest page size for these widths."""
         return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), means)
 
     @property
@@ -106,14 +106,14 @@ class PagedFormat:
 
     @cached_property
     def stored_means(self) -> tuple[Tensor | None, ...]:
-        """The means in the space that keys are stored in, one per layer."""
+        """The means in stored (rotated) space, one per layer."""
         turn = rotate if self.config.rotate else torch.clone
         means = self.means or (None,) * len(self.head_bits)
         return tuple(None if mean is None else turn(mean.float()).contiguous() for mean in means)
 
 
 def reserved_bytes(head_dim: int, head_bits: Iterable[HeadBits]) -> int:
-    """Bytes for a page of any of these widths."""
+    """Bytes per page that suffice for all of these widths."""
     largest = max((_layout(head_dim, bits).page_bytes for bits in head_bits), default=0)
     return -(-largest // PAGE_UNIT) * PAGE_UNIT
 
@@ -123,12 +123,12 @@ def _layout(head_dim: int, bits: HeadBits) -> PageLayout:
 
 
 class OpenBlocks:
-    """INT8 rows of blocks that are not full yet: one slot a running sequence, for all layers.
+    """INT8 rows of incomplete blocks: one slot per running sequence, in all layers.
 
     codes: int8 [layers, slots, H, ring, D] of K and V; scales: float32 [layers, slots, H, ring]. Position p of a
     sequence is row `p % ring` of its slot.
 
-    ring: 64; or 128 where tokens may be taken back (speculative decoding), up to 64 of them.
+    ring: 64, or 128 if up to 64 tokens may be rejected (speculative decoding). Raises InputError for other values.
     """
 
     @in_own_modes
@@ -150,18 +150,18 @@ class OpenBlocks:
         (kc, vc), (ks, vs) = self.codes, self.scales
         self._layers = [((kc[layer], vc[layer]), (ks[layer], vs[layer])) for layer in range(layers)]
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-        """On a GPU: becomes 1 where a step meets what is not finite."""
+        """On a GPU: set to 1 by a step with values that are not finite."""
         self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True) if self.flag.is_cuda else self.flag
 
     def of(self, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """One layer's codes and scales, each of K and V."""
+        """One layer's codes and scales, each a pair for K and V."""
         return self._layers[layer]
 
     @in_own_modes
     def notice(self) -> bool:
-        """Whether steps on a GPU met values that were not finite, as far as is known here.
+        """Whether an earlier step on a GPU had values that were not finite; clears the flag.
 
-        Nothing waits for the device: what it says now arrives later, for the next one who asks.
+        Does not wait for the device: starts an asynchronous copy of the flag, which a later call reads.
         """
         raised = bool(self._seen)
         if raised:
@@ -182,18 +182,18 @@ class OpenBlocks:
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """What one step asks of every layer.
+    """The sequences of one step, for all layers.
 
-    query_start: int64 [R + 1], sequence r has rows `query_start[r]` to `query_start[r + 1]` of the flat tokens;
-    seq_lens: int64 [R], its tokens with those of this step; block_table: int64 [R, P], its pages;
-    slots: int64 [R], its slot in the `OpenBlocks`. All on the device of the tokens, where int32 will do too.
+    query_start: [R + 1], sequence r has rows `query_start[r]` to `query_start[r + 1]` (exclusive) of the flat tokens.
+    seq_lens: [R], tokens of each sequence, including this step's. block_table: [R, P], page numbers. slots: [R], slots
+    in the `OpenBlocks`. All are int32 or int64, on the device of the tokens.
 
-    max_query_len: the most tokens that a sequence has in this step, or more; None where it is not known. On a GPU
-    kernels are chosen by it, and by shapes: steps of one token, or of up to 64 with a ring of 128, need no memory of
-    their own. Sequences of no tokens and tokens behind `query_start[R]` are padding, and left alone.
+    max_query_len: an upper bound of the tokens per sequence in this step, or None. On a GPU, it and the shapes
+    determine which kernels run: steps of one token, or of up to 64 with a ring of 128, need no temporary memory.
+    Sequences without tokens and tokens after `query_start[R]` are padding and are ignored.
 
-    A sequence begins at a multiple of 64, or goes on in the slot that has its open block. Where tokens were taken
-    back, a step begins before the last one's end.
+    A step of a sequence starts at a multiple of 64, or continues the block in its slot. If tokens were rejected, it
+    starts before the end of the previous step.
     """
 
     query_start: Tensor
@@ -204,7 +204,7 @@ class PagedBatch:
     _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Any, derive: Callable[[], T]) -> T:
-        """What is the same for all layers of the step that agree in `key`."""
+        """`derive()`, computed once per step for all layers with the same `key`."""
         if key not in self._derived:
             self._derived[key] = derive()
         return self._derived[key]
@@ -226,22 +226,22 @@ def paged_attention(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> bool:
-    """Store a step's tokens, all sequences' first, then attend causally into `out`.
+    """Store the new tokens of all sequences, then write causal attention to `out`.
 
     Args:
         q, out: [T, Hq, D]; k, v: [T, H, D]. float32, bfloat16 or float16.
-        pages: uint8 [N, page_bytes or more], pages of this layer, channels side by side; written where blocks fill.
-        scale: of the logits, `1 / sqrt(D)` unless given. window: keys `p - window + 1` to p of a query at p. Pages
-            wholly behind every window are not read.
+        pages: uint8 [N, page_bytes or more] with last stride 1, the pages of this layer; blocks that fill are written.
+        scale: of the logits, default `1 / sqrt(D)`. window: a query at position p attends to keys `p - window + 1` to
+            p. Pages before every window are not read.
 
     Returns:
-        Whether all of q, k and v was finite. What was not is stored and attended as zeros, on a GPU with
-        its row, and nothing waits for the answer there: always true, and `OpenBlocks.notice` tells.
+        Whether all values of q, k and v were finite. Others are read as zeros; on a GPU their whole row is. A GPU
+        always returns True, without waiting: `OpenBlocks.notice` reports such values later.
 
     Raises:
-        ShapeError: tensors that do not fit. InputError: a layer or window out of range; on a CPU also lengths, slots or
-            pages out of range (a GPU is not waited for, and trusts them). Nothing is stored then.
-            BackendError, UnsupportedError: as for `turbo_attention`.
+        ShapeError: shapes do not match. InputError: layer or window is out of range; on a CPU also lengths, slots or
+            page numbers (a GPU does not check them). Nothing is stored then. BackendError, UnsupportedError: as in
+            `turbo_attention`.
     """
     _check(fmt, q, k, v, out, pages)
     _check_place(fmt, layer, open_blocks, window)
@@ -256,10 +256,10 @@ def _kernels(config: TurboConfig, q: Tensor, backend: str) -> Callable[..., bool
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
-    """The backend whose kernels compute pages for tensors of this kind.
+    """The backend of `paged_attention` for tensors of this dtype and device.
 
     Raises:
-        InputError: there are none. BackendError, UnsupportedError: as for `turbo_attention`.
+        InputError: the backend does not support pages. BackendError, UnsupportedError: as in `turbo_attention`.
     """
     chosen = choose(backend, Call(_over_caches(config), dtype, device, queries=1)).name
     if chosen not in _MODULES:
@@ -269,8 +269,8 @@ def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, b
 
 @cache
 def _over_caches(config: TurboConfig) -> TurboConfig:
-    """What a backend is asked for: those with kernels for pages compute `stored_prefill` there, whatever they do
-    over caches."""
+    """The configuration to choose a backend for. All backends with kernels for pages support `stored_prefill` there,
+    even if they do not support it over caches."""
     return config.replace(stored_prefill=False)
 
 

@@ -84,6 +84,22 @@ def check_new(
     """New tokens of a cache of (batch, heads, head_dim); returns how many each sequence takes, int64 [B].
 
     `names` is what messages call k and v. Without `finite` values are not looked at."""
+    check_tokens(expected, device, k, v, names)
+    counts = check_lengths(lengths, expected[0], k.shape[2])
+    if finite:
+        for name, x in zip(names, (k, v), strict=True):
+            check_finite(name, x, counts)
+    return counts
+
+
+def check_tokens(
+    expected: tuple[int, int, int],
+    device: torch.device | None,
+    k: Tensor,
+    v: Tensor,
+    names: tuple[str, str] = ("k", "v"),
+) -> None:
+    """Shapes, dtype and device of new tokens of a cache of (batch, heads, head_dim)."""
     batch, heads, head_dim = expected
     sides = dict(zip(names, (k, v), strict=True))
     check_floats(**sides)
@@ -94,11 +110,6 @@ def check_new(
         raise ShapeError(f"{names[1]}: expected the shape of {names[0]}, {tuple(k.shape)}, got {tuple(v.shape)}")
     if device is not None and k.device != device:
         raise DtypeError(f"{names[0]}: expected a tensor on {device}, as the cache is, got {k.device}")
-    counts = check_lengths(lengths, batch, k.shape[2])
-    if finite:
-        for name, x in sides.items():
-            check_finite(name, x, counts)
-    return counts
 
 
 def check_lengths(lengths: Tensor | None, batch: int, tokens: int) -> Tensor:

@@ -71,12 +71,30 @@ MODEL = {
     "fp16_bytes": 36,
     "turbo_cache_bytes": 10,
 }
+REAL = {
+    "model": "small",
+    "context": 1024,
+    "caches": [
+        {
+            "cache": "4 bits",
+            "kl": 0.0123,
+            "cache_bytes": 2**20,
+            "peak_bytes": 3 * 2**20,
+            "attention_share": 0.25,
+            "prompt_seconds": asdict(spread(2.0)),
+            "prompt_ratio": asdict(spread(1.5)),
+            "token_seconds": asdict(spread(0.1)),
+            "token_ratio": asdict(spread(2.5)),
+        }
+    ],
+    "llama.cpp": [{"cache": "q8_0", "prompt_seconds": 3.0, "token_seconds": 0.2}],
+}
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the project with one results file."""
-    document = json.loads(json.dumps(as_document(ROWS, FACTS))) | {"end_to_end": [MODEL]}
+    document = json.loads(json.dumps(as_document(ROWS, FACTS))) | {"end_to_end": [MODEL], "real_models": [REAL]}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "box.json").write_text(json.dumps(document))
     (tmp_path / "docs").mkdir()
@@ -107,6 +125,9 @@ def test_sections(report: ModuleType, tree: Path) -> None:
         assert "| 4 bits, 8,192 | 128 | 1.00 ms | 100 | 12.00 (10.80 to 13.20) |" in text
         assert "| 4 bits | 8,192 | 3.70x | 4.30 |" in text
         assert "| 4,096 | 4 bits | 4.00 | 5.00 | 1.25x (1.12 to 1.38) | 3.60x |" in text
+        speeds = "2.00 | 1.50 (1.35 to 1.65) | 10.0 | 2.50 (2.25 to 2.75)"
+        assert f"| small, 1,024 | 4 bits | {speeds} | 25% | 1.0 | 3.0 | 0.0123 |" in text
+        assert "| small, 1,024 | llama.cpp q8_0 | 3.00 | – | 5.0 | – | – | – | – | – |" in text
     assert "commit 0123456789ab, float32 GFLOPS 150" in (tree / "docs/performance.md").read_text()
     assert "(../benchmarks/results/box.json)" in (tree / "docs/performance.md").read_text()
 

@@ -84,8 +84,9 @@ def test_file_and_stdin_are_the_same_as_a_prompt(run: Run, model: Path, expected
 @pytest.mark.parametrize(
     ("arguments", "config"),
     [
-        (["--bits", "3"], TurboConfig(bits=3)),
+        (["--bits", "3"], TurboConfig(bits=3, reorder_k=True)),
         (["--bits", "4,2"], TurboConfig(bits=(4, 2))),
+        (["--bits", "2", "--preset", "paper"], TurboConfig.paper(bits=2)),
         (["--bits", "mixed", "--preset", "paper"], TurboConfig.paper(bits="mixed")),
         (["--preset", "default", "--guard", "off"], TurboConfig(guard="off")),
     ],

@@ -24,7 +24,7 @@ def encode(values: list[int], step: int, zero: int, bits: int) -> list[int]:
 def min_max(values: list[int], bits: int) -> tuple[int, int]:
     """(step, zero) of one channel; beyond stage 1's 119 the range ends at 127 at the most."""
     low, high, levels = min(values), max(values), 2**bits - 1
-    step = min(max(1, math.ceil((high - low) / levels)), 255 // levels)
+    step = min(max(1, math.ceil((high - low) / levels)), min(127, 255 // levels))
     return step, low if high <= 119 else min(low, 127 - step * levels)
 
 
@@ -34,12 +34,12 @@ def squared_error(values: list[int], step: int, zero: int, bits: int) -> int:
 
 
 def search(values: list[int], bits: int) -> tuple[int, int]:
-    """Min-max, then steps of 16/16 to 8/16 of its step, each centred and shifted by -1/4 and +1/4
-    of a step; the first of least squared error."""
+    """Min-max, then steps of 16/16 to 8/16 (one bit: 12/16 to 4/16) of its step, each centred and shifted by -1/4 and
+    +1/4 of a step; the first of least squared error."""
     levels = 2**bits - 1
     widest, zero = min_max(values, bits)
     best = (squared_error(values, widest, zero, bits), widest, zero)
-    for shrink in range(16, 7, -1):
+    for shrink in range(12, 3, -1) if bits == 1 else range(16, 7, -1):
         step = max(1, math.ceil(widest * shrink / 16))
         for quarter in (0, -1, 1):
             zero = math.floor((2 * (min(values) + max(values)) - 2 * step * levels + quarter * step) / 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from turboattention.errors import ShapeError
 from turboattention.flashq import pack_codes, unpack_codes
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (1, 2, 3, 4, 5, 8)
 
 
 def uint8(values: list[int]) -> torch.Tensor:
@@ -26,6 +26,9 @@ def uint8(values: list[int]) -> torch.Tensor:
         (2, [0, 1, 2, 3, 3, 2, 1, 0], [0b01_11_10_00, 0b00_10_11_01]),
         # Two bytes of the lower two bits as above, then one byte with the highest bit of code j in bit j.
         (3, [0, 1, 2, 3, 4, 5, 6, 7], [0b10_00_10_00, 0b11_01_11_01, 0b11110000]),
+        # The same with four bits below.
+        (5, [1, 2, 3, 4, 5, 22, 7, 31], [0x51, 0x62, 0x73, 0xF4, 0b10100000]),
+        (1, [1, 0, 0, 1, 0, 0, 1, 1], [0b11001001]),
         (8, [0, 255, 7, 9, 1, 2, 3, 128], [0, 255, 7, 9, 1, 2, 3, 128]),
     ],
 )
@@ -38,7 +41,7 @@ def test_bytes_by_hand(bits, codes, packed):
 def test_every_code_stands_in_the_bits_the_format_says(bits):
     """One code at a time: which bits of which byte it sets."""
     count, value = 32, 2**bits - 1
-    planes = {8: [(8, 0)], 4: [(4, 0)], 3: [(2, 0), (1, 2)], 2: [(2, 0)]}[bits]
+    planes = {8: [(8, 0)], 5: [(4, 0), (1, 4)], 4: [(4, 0)], 3: [(2, 0), (1, 2)], 2: [(2, 0)], 1: [(1, 0)]}[bits]
     for index in range(count):
         codes = torch.zeros(count, dtype=torch.uint8)
         codes[index] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import numpy as np
@@ -44,7 +45,8 @@ def value_order(size: int) -> list[tuple[int, int]]:
 
 def packed(codes: list[int], bits: int) -> bytes:
     out = b""
-    for width, shift in {8: [(8, 0)], 4: [(4, 0)], 3: [(2, 0), (1, 2)], 2: [(2, 0)]}[bits]:
+    planes = {8: [(8, 0)], 5: [(4, 0), (1, 4)], 4: [(4, 0)], 3: [(2, 0), (1, 2)], 2: [(2, 0)], 1: [(1, 0)]}
+    for width, shift in planes[bits]:
         line = len(codes) * width // 8
         plane = [code >> shift & 2**width - 1 for code in codes]
         out += bytes(sum(plane[j + i * line] << (i * width) for i in range(8 // width)) for j in range(line))
@@ -55,25 +57,34 @@ def float_bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
+def channel_runs(bits: int, halves: bool, head_dim: int) -> list[tuple[int, slice]]:
+    """(width, channels) of what is coded alike."""
+    if not halves or bits > 3:
+        return [(bits, slice(None))]
+    wide, narrow = {3: (4, 2), 2: (3, 1)}[bits]
+    return [(wide, slice(None, head_dim // 2)), (narrow, slice(head_dim // 2, None))]
+
+
 def page(layout: PageLayout, tile: Tiles, search: bool) -> bytes:
     """The bytes of one block; `tile` without the leading dimension, rows within 2^16 of each other."""
     sections: dict[str, list[bytes]] = {name: [] for name in ("codes", "steps", "exponents", "scales")}
-    for codes, scales, widths, order in (
-        (tile.k8, tile.k_scale, layout.k_bits, key_order(layout.block_size)),
-        (tile.v8, tile.v_scale, layout.v_bits, value_order(layout.block_size)),
+    for codes, scales, widths, halves, order in (
+        (tile.k8, tile.k_scale, layout.k_bits, layout.k_halves or (False,) * 9, key_order(layout.block_size)),
+        (tile.v8, tile.v_scale, layout.v_bits, (False,) * 9, value_order(layout.block_size)),
     ):
         steps, zeros = b"", b""
-        for head in sorted(range(len(widths)), key=lambda h: (-widths[h], h)):
+        for head in sorted(range(len(widths)), key=lambda h: (-widths[h], not halves[h], h)):
             values = codes[head].numpy().astype(int)
-            if widths[head] == 8:
-                code = values + 128
-            else:
-                code, step, zero = formulas.stage2(values, widths[head], search)
-                steps += step.astype(np.int8).tobytes()
-                zeros += zero.astype(np.int8).tobytes()
-            for octet in range(layout.head_dim // 8):
-                line = [int(code[token, 8 * octet + channel]) for token, channel in order]
-                sections["codes"].append(packed(line, widths[head]))
+            for bits, channels in channel_runs(widths[head], halves[head], layout.head_dim):
+                if bits == 8:
+                    code = values + 128
+                else:
+                    code, step, zero = formulas.stage2(values[:, channels], bits, search)
+                    steps += step.astype(np.int8).tobytes()
+                    zeros += zero.astype(np.int8).tobytes()
+                for octet in range(code.shape[1] // 8):
+                    line = [int(code[token, 8 * octet + channel]) for token, channel in order]
+                    sections["codes"].append(packed(line, bits))
         sections["steps"].append(steps + zeros)
         for row in scales.tolist():
             head_scale = max(row)
@@ -101,6 +112,26 @@ def test_bytes_are_as_described(widths, token_scales, search, size):
     assert got.shape == (2, layout.page_bytes)
     for n in range(2):
         assert bytes(got[n].tolist()) == page(layout, one(block, n), search)
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["min-max", "search"])
+@pytest.mark.parametrize("head_dim", [16, 48])
+@pytest.mark.parametrize("halves", [(True,) * 5, (False, True, False, True, False)], ids=["all", "some"])
+def test_bytes_of_keys_of_two_widths_are_as_described(head_dim, search, halves):
+    layout = PageLayout(head_dim, 32, *MIXED, True, halves)
+    block = tiles(2, 5, 32, head_dim)
+    got = encode_pages(layout, block, search)
+    for n in range(2):
+        assert bytes(got[n].tolist()) == page(layout, one(block, n), search)
+    back = decode_pages(layout, got)
+    for n, head in itertools.product(range(2), range(5)):
+        parts = [
+            formulas.restored(block.k8[n, head, :, channels].numpy().astype(int), bits, search)
+            if bits < 8
+            else block.k8[n, head, :, channels].numpy()
+            for bits, channels in channel_runs(layout.k_bits[head], halves[head], head_dim)
+        ]
+        assert np.array_equal(back.k8[n, head].numpy(), np.concatenate(parts, 1))
 
 
 def test_first_bytes_of_an_octet_by_hand():

@@ -20,6 +20,7 @@ from .tools import PLAIN, attend, content, filled, live_pages, tokens
 CASES = {
     "default": dict(lengths=[200, 64, 0, 131]),
     "3 bits": dict(lengths=[200], config=PLAIN.replace(bits=3)),
+    "keys in order": dict(lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True)),
     "mixed": dict(lengths=[150, 130], config=PLAIN.replace(bits="mixed")),
     "pair of widths": dict(lengths=[150], config=PLAIN.replace(bits=(4, 2))),
     "paper": dict(lengths=[150, 20], config=ta.TurboConfig.paper()),
@@ -148,12 +149,35 @@ def test_a_foreign_safetensors_file(metadata, tmp_path):
         ta.KVCache.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("key, value", [("version", "2"), ("version", "0"), ("rotation", "7"), ("format", "else")])
+@pytest.mark.parametrize("key, value", [("version", "3"), ("version", "0"), ("rotation", "7"), ("format", "else")])
 def test_another_version(key, value, tmp_path):
     _, path = saved(tmp_path, lengths=[70])
     tensors, metadata = parts(path)
     save_file(tensors, path, metadata=metadata | {key: value})
     with pytest.raises(FormatError, match=rf"^path: expected a saved cache with {key} .*, got '{value}' in "):
+        ta.KVCache.load(path)
+
+
+def test_a_file_of_version_1_is_read(tmp_path):
+    """Its configuration knows of no reordered keys: they were rotated."""
+    cache, path = saved(tmp_path, lengths=[200])
+    tensors, metadata = parts(path)
+    content = json.loads(metadata["content"])
+    del content["cache"]["config"]["reorder_k"]
+    write_file(path, tensors, content)
+    tensors, metadata = parts(path)
+    save_file(tensors, path, metadata=metadata | {"version": "1"})
+    loaded = ta.KVCache.load(path)
+    assert loaded.config == cache.config
+    assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
+
+
+@pytest.mark.parametrize("order", [torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.int16), torch.arange(16)])
+def test_an_order_that_is_none(order, tmp_path):
+    _, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True))
+    tensors, metadata = parts(path)
+    write_file(path, tensors | {"k_order": order}, json.loads(metadata["content"]))
+    with pytest.raises(FormatError, match=r"^k_order: expected "):
         ta.KVCache.load(path)
 
 

@@ -17,6 +17,7 @@ from ..helpers import normals
 B, H, N, G, R, T, D = 2, 2, 5, 2, 3, 16, 8
 DEFAULT = TurboConfig(block_size=16, sink_tokens=16)
 PAPER = TurboConfig.paper(block_size=16)
+ROW = DEFAULT.replace(p_scale="row")
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,7 +48,7 @@ def exact(scores, v8, v_scale) -> tuple[torch.Tensor, torch.Tensor]:
     return out.flatten(1, 2), flat.logsumexp(-1).flatten(1, 2)
 
 
-@pytest.mark.parametrize("config", [DEFAULT, PAPER], ids=["default", "paper"])
+@pytest.mark.parametrize("config", [DEFAULT, PAPER, ROW], ids=["default", "paper", "row"])
 def test_row_by_row(config):
     """One row at a time in plain Python floats, as the formulas are written."""
     scores, v8, v_scale = inputs()
@@ -70,6 +71,11 @@ def test_row_by_row(config):
                         relative = weights * (v_scale[b, h, n] / largest)
                         unit = relative.max() / 119
                         codes, sums = (relative / unit).round(), weights.sum(-1)
+                    elif config is ROW:
+                        products = weights * v_scale[b, h, n]
+                        unit = products.amax(-1, keepdim=True) / largest / 127
+                        codes = (products / largest / unit).round()
+                        sums = (weights * 127 * 256).round().sum(-1) / (127 * 256)
                     else:
                         unit = 1 / 127
                         codes, sums = (
@@ -91,7 +97,7 @@ def test_row_by_row(config):
 
 
 @pytest.mark.parametrize(
-    "config", [DEFAULT, PAPER, DEFAULT.replace(softmax="sas2"), PAPER.replace(rescale="exact")], ids=str
+    "config", [DEFAULT, PAPER, ROW, DEFAULT.replace(softmax="sas2"), PAPER.replace(rescale="exact")], ids=str
 )
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5), (2, 5), (4, 5)])
 def test_how_many_blocks_at_a_time_does_not_matter(config, cuts):
@@ -108,11 +114,16 @@ def test_with_exact_exponentials_only_the_weights_codes_are_lost():
     got, lse = run(config, scores, v8, v_scale)
     want, want_lse = exact(scores, v8, v_scale)
     # Half a level for the weight and half one for the normalizer, of at most T N tokens; on average far less.
-    assert float((got - want).norm() / want.norm()) < 0.02
+    error = float((got - want).norm() / want.norm())
+    assert error < 0.02
     assert float((lse - want_lse).abs().max()) < 0.02
+    # With a scale per row half a level is at most as much, and the normalizer is as good as exact.
+    got, lse = run(config.replace(p_scale="row"), scores, v8, v_scale)
+    assert float((got - want).norm() / want.norm()) < 0.7 * error
+    assert float((lse - want_lse).abs().max()) < 16 * N * 0.5 / (127 * 256)
 
 
-@pytest.mark.parametrize("config", [DEFAULT, PAPER], ids=["default", "paper"])
+@pytest.mark.parametrize("config", [DEFAULT, PAPER, ROW], ids=["default", "paper", "row"])
 def test_rows_and_blocks_that_see_nothing(config):
     scores, v8, v_scale = inputs()
     scores[0, 0, :, 0, 0] = -torch.inf  # a row without keys

@@ -21,9 +21,10 @@ struct FloatRows {
     const std::int64_t* starts;
 };
 
-// Byte offsets of one head's half (K or V) of a page; step and zero are -1 at 8 bits.
+// One head's half (K or V) of a page: widths of the codes of its first D / 2 channels and of the others, and byte
+// offsets; step and zero are -1 at 8 bits.
 struct HeadPlace {
-    std::int64_t bits, codes, step, zero;
+    std::int64_t bits[2], codes, step, zero;
 };
 
 // A page's layout: places [H][2] (K, V), sections of scales. token_scales is -1 without them.
@@ -35,11 +36,12 @@ struct PagePlan {
 
 struct AttendArgs {
     std::int64_t batch, heads, group, queries, head_dim;
-    // Queries [B, H G, Lq]: rotated (if `rotate`) and quantized where they are used, with the logits'
-    // factor `scale`; mean [B, H, D], or null, is what keys lack. *unfit is set where a valid row holds
-    // NaN, infinity or a magnitude above 1e18.
+    // Queries [B, H G, Lq]: rotated (if `rotate_keys`), put in the order of the keys' channels (order [H, D], or null)
+    // and quantized where they are used, with the logits' factor `scale`; mean [B, H, D], or null, is what keys lack.
+    // *unfit is set where a valid row holds NaN, infinity or a magnitude above 1e18.
     FloatRows q;
-    std::int64_t rotate;
+    std::int64_t rotate_keys, rotate_values;
+    const std::int32_t* order;
     double scale;
     const float* mean;
     std::atomic<std::int32_t>* unfit;
@@ -72,13 +74,14 @@ struct AttendArgs {
     std::int64_t softmax;  // 0 sas, 1 sas2, 2 exp
     float threshold;
     float softcap;                // 0 for none
+    std::int64_t row_scale;       // INT8 weights with a scale per row and block, not 1 / 127
     std::int64_t causal, window;  // window 0 for none
     // Mask: kind 0 none, 1 bytes (nonzero attends), 2 float32 (added); element strides of b, h, q, k.
     std::int64_t mask_kind;
     const void* mask;
     std::int64_t mask_stride[4];
     std::int64_t mask_keys;  // how many keys the mask covers
-    // Results: rows [B, H G, Lq], rotated back (if `rotate`), and float32 [B, H, G, Lq], or null.
+    // Results: rows [B, H G, Lq], rotated back (if `rotate_values`), and float32 [B, H, G, Lq], or null.
     FloatRows out;
     float* lse;
     std::int64_t threads;

@@ -40,7 +40,7 @@ inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, s
     if (seen) {
         const float over = 1.0f / total;
         for (int c = 0; c < head_dim; ++c) x[c] = out[c] * over;
-        if (a.rotate) unrotate_row(x, head_dim, signs);
+        if (a.rotate_values) unrotate_row(x, head_dim, signs);
     }
     store_row(a.out, row_offset(a.out, b, head, i), head_dim, x);
     if (!a.lse) return;
@@ -153,7 +153,7 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
 
 template <Softmax Form>
 inline void attend_as(const AttendArgs& a) {
-    const Exponential exponential(a.threshold);
+    const Exponential exponential(a.threshold, a.row_scale);
     if (exponential.cuts())
         attend_with(a, Levels<Form, true>{exponential});
     else
@@ -164,6 +164,6 @@ inline void attend(const AttendArgs& a) {
     switch (a.softmax) {
         case 0: attend_as<Softmax::sas>(a); break;
         case 1: attend_as<Softmax::sas2>(a); break;
-        default: attend_with(a, Levels<Softmax::exp, false>{Exponential(a.threshold)});
+        default: attend_with(a, Levels<Softmax::exp, false>{Exponential(a.threshold, a.row_scale)});
     }
 }

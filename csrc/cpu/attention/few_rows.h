@@ -48,19 +48,17 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
     void over_page(const PageHead& page, std::int64_t block) {
         Weights& w = scratch.weights;
         const int d = static_cast<int>(job.a.head_dim);
-        switch (page.place(0).bits) {
-            case 8: key_products<R>(q, q_sum, page.codes(0), d / 4, w.scores); break;
-            case 4: packed_key_products<4, R>(q, q_sum, page, d, w.scores); break;
-            case 3: packed_key_products<3, R>(q, q_sum, page, d, w.scores); break;
-            default: packed_key_products<2, R>(q, q_sum, page, d, w.scores);
-        }
+        with_key_widths(page.place(0), [&](auto wide, auto narrow) {
+            constexpr int kWide = decltype(wide)::value, kNarrow = decltype(narrow)::value;
+            if constexpr (kWide == 8)
+                key_products<R>(q, q_sum, page.codes(0), d / 4, w.scores);
+            else
+                packed_key_products<kWide, kNarrow, R>(q, q_sum, page, d, w.scores);
+        });
         weigh(block, true);
-        switch (page.place(1).bits) {
-            case 8: packed_value_products<8, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
-            case 4: packed_value_products<4, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
-            case 3: packed_value_products<3, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit); break;
-            default: packed_value_products<2, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit);
-        }
+        with_width<8, 4, 3, 2>(page.place(1).bits[0], [&](auto bits) {
+            packed_value_products<decltype(bits)::value, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit);
+        });
     }
 };
 

@@ -131,6 +131,26 @@ inline void group_logits(const Job& job, std::int64_t block, const BlockScales& 
     }
 }
 
+// Codes of four tokens.
+inline void store_codes(GroupWork& w, int quad, int n, const I* code) {
+    i_store(reinterpret_cast<std::int32_t*>(w.p[quad][16 * n]),
+            (code[0] | i_shl<8>(code[1])) | (i_shl<16>(code[2]) | i_shl<24>(code[3])));
+}
+
+// Folds the maximum and the sum of weights of 16 lanes over a block into the running ones. `unit`: what one of the
+// block's products counts. Returns whether any result shrinks.
+inline bool fold_lanes(Group& g, GroupWork& w, int n, F peak, F total, F unit) {
+    const F none = f_set(-std::numeric_limits<float>::infinity());
+    const F old = f_load(g.peak + 16 * n), top = f_max(old, peak);
+    const F base = f_keep_gt(top, none, top);
+    const F keep = f_exp(old - base), each = f_exp(peak - base);
+    f_store(g.peak + 16 * n, top);
+    f_store(g.total + 16 * n, f_fma(total, each, f_load(g.total + 16 * n) * keep));
+    f_store(w.keep + 16 * n, keep);
+    f_store(w.factor + 16 * n, unit * each);
+    return f_any_lt(keep, f_set(1.0f));
+}
+
 // Weights of all lanes: INT8 codes into w.p, by how much results shrink into w.keep, and what a
 // product of this block counts into w.factor. `Own`: value scales relative to the largest that a lane sees. Returns
 // whether any result shrinks.
@@ -155,18 +175,39 @@ inline bool group_weights(const Levels& levels, const BlockScales& scales, Group
                 const F value = Own ? f_set(scales.own[t + k]) / divisor : f_set(scales.value[t + k]);
                 code[k] = i_from_float(level * value);
             }
-            i_store(reinterpret_cast<std::int32_t*>(w.p[t / 4][16 * n]),
-                    (code[0] | i_shl<8>(code[1])) | (i_shl<16>(code[2]) | i_shl<24>(code[3])));
+            store_codes(w, t / 4, n, code);
         }
-        const F old = f_load(g.peak + 16 * n), top = f_max(old, peak[n]);
-        const F base = f_keep_gt(top, none, top);
-        const F keep = f_exp(old - base), each = f_exp(peak[n] - base);
-        f_store(g.peak + 16 * n, top);
-        const F sum = f_from_int(total) / f_set(kLevels);
-        f_store(g.total + 16 * n, f_fma(sum, each, f_load(g.total + 16 * n) * keep));
-        f_store(w.keep + 16 * n, keep);
-        f_store(w.factor + 16 * n, (Own ? largest / f_set(kLevels) : f_set(scales.value_unit)) * each);
-        shrinks = shrinks || f_any_lt(keep, f_set(1.0f));
+        const F unit = Own ? largest / f_set(kLevels) : f_set(scales.value_unit);
+        shrinks = fold_lanes(g, w, n, peak[n], f_from_int(total) / f_set(kLevels), unit) || shrinks;
+    }
+    return shrinks;
+}
+
+// The same with a scale per lane: its largest product of a weight and its value's scale is the code 127.
+template <class Levels>
+inline bool group_scaled_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w,
+                                 const F* peak) {
+    const F none = f_set(-std::numeric_limits<float>::infinity());
+    bool shrinks = false;
+    for (int n = 0; n < kQueryVectors; ++n) {
+        const F against = f_keep_gt(peak[n], none, peak[n]);
+        F top = f_set(0.0f);
+        I total = i_set(0);
+        for (int t = 0; t < kBlock; ++t) {
+            const F weight = levels(against - f_load(w.x[t] + 16 * n));
+            total = total + i_from_float(weight);
+            const F product = weight * f_set(scales.own[t]);
+            top = f_max(top, product);
+            f_store(w.x[t] + 16 * n, product);
+        }
+        const F over = f_set(kLevels) / (top + f_keep_ge(f_set(0.0f), top, f_set(1.0f)));
+        for (int t = 0; t < kBlock; t += 4) {
+            I code[4];
+            for (int k = 0; k < 4; ++k) code[k] = i_from_float(f_load(w.x[t + k] + 16 * n) * over);
+            store_codes(w, t / 4, n, code);
+        }
+        const F unit = top / f_set(kLevels * kFineLevels);
+        shrinks = fold_lanes(g, w, n, peak[n], f_from_int(total) / f_set(kFineLevels), unit) || shrinks;
     }
     return shrinks;
 }

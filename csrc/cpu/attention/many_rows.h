@@ -56,7 +56,9 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
         const int next = next_seen(now + 1, other);
         F peak[kQueryVectors];
         group_logits(job, block, s.scales, groups[now], w, !w.all, peak);
-        if (job.a.stored && (!w.all || job.a.mask_kind))
+        if (job.a.row_scale)
+            w.shrinks = group_scaled_weights(level, s.scales, groups[now], w, peak);
+        else if (job.a.stored && (!w.all || job.a.mask_kind))
             w.shrinks = group_weights<true>(level, s.scales, groups[now], w, peak);
         else
             w.shrinks = group_weights<false>(level, s.scales, groups[now], w, peak);

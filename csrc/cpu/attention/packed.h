@@ -6,51 +6,69 @@
 // V: sum_t p (code step + zero) = step sum_t p code + zero sum_t p.
 #pragma once
 
-#ifdef TURBO_TABLES
-
-// Vector `i` of an octet's codes (page.h, `unpack`), each with its channel's place in the table.
-template <int Bits>
-inline Bytes table_indices(const std::uint8_t* octet, int i) {
-    const Bytes channels = {_mm512_set1_epi32(kTableChannels)};
-    if constexpr (Bits == 4) {
-        const Bytes packed = b_load(octet + 64 * (i & 3));
-        return i < 4 ? b_shr_or<0>(packed, 15, channels) : b_shr_or<4>(packed, 15, channels);
-    } else {
-        const Bytes packed = b_load(octet + 64 * (i & 1));
-        Bytes low;
-        switch (i >> 1) {
-            case 0: low = b_shr_or<0>(packed, 3, channels); break;
-            case 1: low = b_shr_or<2>(packed, 3, channels); break;
-            case 2: low = b_shr_or<4>(packed, 3, channels); break;
-            default: low = b_shr_or<6>(packed, 3, channels);
-        }
-        if constexpr (Bits == 2) return low;
-        return with_third_bit(octet, i, low);
-    }
+// How many octets of K are coded in Wide bits; the others are coded in Narrow ones.
+template <int Wide, int Narrow>
+inline int wide_octets(int head_dim) {
+    return Wide == Narrow ? head_dim / 8 : head_dim / 16;
 }
 
-// out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact. sums[r] = sum_c q[r][c].
+#ifdef TURBO_TABLES
+
+// The keys of four channels as they are looked up: values by code, of 5 bits by the lower four, and what the highest
+// bit adds (of 5 bits and of 1).
+struct KeyTable {
+    Bytes values, top;
+};
+
+template <int Bits>
+inline KeyTable key_table(const std::int8_t* step, const std::int8_t* zero) {
+    const Bytes top = b_shl<Bits - 1>(b_broadcast(step), 256 - (1 << (Bits - 1)));
+    return {Bits == 1 ? b_offset(b_broadcast(zero)) : b_code_table(step, zero), top};
+}
+
+// X8 + 128 of vector `i` of an octet (page.h, `unpack`). One bit of all vectors takes as many bytes as a vector, and is
+// a mask for each: adding under it is the quickest.
+template <int Bits>
+TURBO_ALWAYS_INLINE Bytes table_keys(const KeyTable& table, const std::uint8_t* octet, int i) {
+    constexpr int kIndexed = Bits == 5 ? 4 : Bits;
+    Bytes keys = table.values;
+    if constexpr (Bits > 1) keys = b_from_table(keys, unpack<kIndexed>(octet, i, b_table_channels()));
+    if constexpr (Bits == 5 || Bits == 1) keys = b_add_where(keys, b_load(octet + 64 * (Bits - 1)), i, table.top);
+    return keys;
+}
+
+// acc[r][n] += the products of q[r] with vector n of the keys of octets `first` to `last`, coded from `octet` on.
 template <int Bits, int R>
-inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
-                                int head_dim, std::int32_t (*out)[kBlock]) {
-    I acc[R][4];
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < 4; ++n) acc[r][n] = i_set(-128 * sums[r]);
-    const std::uint8_t* octet = source.codes(0);
-    for (int o = 0; o < head_dim / 8; ++o, octet += octet_bytes(Bits)) {
+TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R][4], const std::int8_t* const* q, const PageHead& source,
+                                    const std::uint8_t* octet, int first, int last) {
+    for (int o = first; o < last; ++o, octet += octet_bytes(Bits)) {
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; ++quad) {
             const int channel = 8 * o + 4 * quad;
-            const Bytes table = b_code_table(source.steps(0) + channel, source.zeros(0) + channel);
+            const KeyTable table = key_table<Bits>(source.steps(0) + channel, source.zeros(0) + channel);
             Bytes key[4];
 #pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) key[n] = b_from_table(table, table_indices<Bits>(octet, 4 * quad + n));
+            for (int n = 0; n < 4; ++n) key[n] = table_keys<Bits>(table, octet, 4 * quad + n);
             for (int r = 0; r < R; ++r) {
                 const Bytes word = b_broadcast(q[r] + channel);
                 for (int n = 0; n < 4; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);
             }
         }
     }
+}
+
+// out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact. sums[r] = sum_c q[r][c].
+template <int Wide, int Narrow, int R>
+inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
+                                int head_dim, std::int32_t (*out)[kBlock]) {
+    I acc[R][4];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < 4; ++n) acc[r][n] = i_set(-128 * sums[r]);
+    const std::uint8_t* codes = source.codes(0);
+    const int wide = wide_octets<Wide, Narrow>(head_dim);
+    add_octets<Wide>(acc, q, source, codes, 0, wide);
+    if constexpr (Wide != Narrow)
+        add_octets<Narrow>(acc, q, source, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < 4; ++n) i_store(out[r] + 16 * n, acc[r][n]);
 }
@@ -72,7 +90,7 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
         const std::int8_t* row = q[r];
         std::int32_t sum = 0;
         for (int c = 0; c < head_dim; ++c) {
-            // |q step| <= 119 * 80 = 9,520: high within +-75, low within -64 .. 63.
+            // |q step| <= 119 * 127 = 15,113: high within +-118, low within -64 .. 63.
             const std::int16_t product = static_cast<std::int16_t>(row[c] * step[c]);
             const std::int16_t high = static_cast<std::int16_t>((product + 64) >> 7);
             out.high[r][c] = static_cast<std::int8_t>(high);
@@ -83,36 +101,39 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
     }
 }
 
-// out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact.
+// low[r] + 128 high[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, which
+// stand from `octet` on.
 template <int Bits, int R>
+TURBO_ALWAYS_INLINE void add_octets(I (&low)[R], I (&high)[R], const ScaledQueries<R>& q, int n,
+                                    const std::uint8_t* octet, int first, int last) {
+    for (int o = first; o < last; ++o, octet += octet_bytes(Bits)) {
+#pragma GCC unroll 2
+        for (int quad = 0; quad < 2; ++quad) {
+            const Bytes code = unpack<Bits>(octet, 4 * quad + n);
+            for (int r = 0; r < R; ++r) {
+                low[r] = dot_small(low[r], code, b_broadcast(q.low[r] + 8 * o + 4 * quad));
+                high[r] = dot_small(high[r], code, b_broadcast(q.high[r] + 8 * o + 4 * quad));
+            }
+        }
+    }
+}
+
+// out[r][t] = sum_c q[r][c] (code[t][c] step[c] + zero[c]), exact.
+template <int Wide, int Narrow, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*, const PageHead& source, int head_dim,
                                 std::int32_t (*out)[kBlock]) {
     ScaledQueries<R> scaled;
     scale_queries<R>(scaled, q, source, head_dim);
-    constexpr int kAtOnce = 1;  // token vectors, beside two sums each
+    const std::uint8_t* codes = source.codes(0);
+    const int wide = wide_octets<Wide, Narrow>(head_dim);
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n += kAtOnce) {
-        I low[R][kAtOnce], high[R][kAtOnce];
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < kAtOnce; ++m) low[r][m] = i_set(scaled.offset[r]), high[r][m] = i_set(0);
-        const std::uint8_t* octet = source.codes(0);
-        for (int o = 0; o < head_dim / 8; ++o, octet += octet_bytes(Bits)) {
-#pragma GCC unroll 2
-            for (int quad = 0; quad < 2; ++quad) {
-                Bytes code[kAtOnce];
-                for (int m = 0; m < kAtOnce; ++m) code[m] = unpack<Bits>(octet, 4 * quad + n + m);
-                for (int r = 0; r < R; ++r) {
-                    const Bytes a = b_broadcast(scaled.low[r] + 8 * o + 4 * quad);
-                    const Bytes b = b_broadcast(scaled.high[r] + 8 * o + 4 * quad);
-                    for (int m = 0; m < kAtOnce; ++m) {
-                        low[r][m] = dot_small(low[r][m], code[m], a);
-                        high[r][m] = dot_small(high[r][m], code[m], b);
-                    }
-                }
-            }
-        }
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < kAtOnce; ++m) i_store(out[r] + 16 * (n + m), low[r][m] + i_shl<7>(high[r][m]));
+    for (int n = 0; n < 4; ++n) {
+        I low[R], high[R];
+        for (int r = 0; r < R; ++r) low[r] = i_set(scaled.offset[r]), high[r] = i_set(0);
+        add_octets<Wide>(low, high, scaled, n, codes, 0, wide);
+        if constexpr (Wide != Narrow)
+            add_octets<Narrow>(low, high, scaled, n, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
+        for (int r = 0; r < R; ++r) i_store(out[r] + 16 * n, low[r] + i_shl<7>(high[r]));
     }
 }
 

@@ -1,41 +1,45 @@
-// Reading a page (kv/layout.py): codes of 8, 4, 3 and 2 bits, steps and zeros, scales.
+// Reading a page (kv/layout.py): codes of every width, steps and zeros, scales.
 #pragma once
 
-// The plane of third bits onto vector `i` of the lower two.
-inline Bytes with_third_bit(const std::uint8_t* octet, int i, Bytes low) {
-    const Bytes plane = b_load(octet + 128);
-    switch (i) {
-        case 0: return b_shl_or<2>(plane, 4, low);
-        case 1: return b_shl_or<1>(plane, 4, low);
-        case 2: return b_shr_or<0>(plane, 4, low);
-        case 3: return b_shr_or<1>(plane, 4, low);
-        case 4: return b_shr_or<2>(plane, 4, low);
-        case 5: return b_shr_or<3>(plane, 4, low);
-        case 6: return b_shr_or<4>(plane, 4, low);
-        default: return b_shr_or<5>(plane, 4, low);
+#if defined(__GNUC__)
+#define TURBO_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define TURBO_ALWAYS_INLINE inline
+#endif
+
+// `low`, and of every byte of `plane` the bits that stand `n` places above `mask` (below it, where n is negative).
+// Inlined, since unrolled loops know n.
+TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
+    switch (n) {
+        case -4: return b_shl_or<4>(plane, mask, low);
+        case -3: return b_shl_or<3>(plane, mask, low);
+        case -2: return b_shl_or<2>(plane, mask, low);
+        case -1: return b_shl_or<1>(plane, mask, low);
+        case 0: return b_shr_or<0>(plane, mask, low);
+        case 1: return b_shr_or<1>(plane, mask, low);
+        case 2: return b_shr_or<2>(plane, mask, low);
+        case 3: return b_shr_or<3>(plane, mask, low);
+        case 4: return b_shr_or<4>(plane, mask, low);
+        case 5: return b_shr_or<5>(plane, mask, low);
+        case 6: return b_shr_or<6>(plane, mask, low);
+        default: return b_shr_or<7>(plane, mask, low);
     }
 }
 
-// Vector `i` (0 .. 7) of an octet's eight, 64 codes each: the octet is 512 codes in planes of bits.
+// Vector `i` (0 .. 7) of an octet's eight, 64 codes each, and the bits of `base`. The octet is 512 codes in planes of
+// bits: a plane of w bits is w vectors of bytes.
 template <int Bits>
-inline Bytes unpack(const std::uint8_t* octet, int i) {
-    if constexpr (Bits == 8) {
-        return b_load(octet + 64 * i);
-    } else if constexpr (Bits == 4) {
-        const Bytes packed = b_load(octet + 64 * (i & 3));
-        return i < 4 ? b_shr<0>(packed, 15) : b_shr<4>(packed, 15);
-    } else {
-        const Bytes packed = b_load(octet + 64 * (i & 1));
-        Bytes low;
-        switch (i >> 1) {
-            case 0: low = b_shr<0>(packed, 3); break;
-            case 1: low = b_shr<2>(packed, 3); break;
-            case 2: low = b_shr<4>(packed, 3); break;
-            default: low = b_shr<6>(packed, 3);
-        }
-        if constexpr (Bits == 2) return low;
-        return with_third_bit(octet, i, low);
-    }
+TURBO_ALWAYS_INLINE Bytes unpack(const std::uint8_t* octet, int i, Bytes base) {
+    constexpr int kLower = lower_plane(Bits);
+    const Bytes low = with_bits(base, b_load(octet + 64 * (i % kLower)), i / kLower * kLower, (1 << kLower) - 1);
+    if constexpr (Bits == kLower) return low;
+    return with_bits(low, b_load(octet + 64 * kLower), i - kLower, 1 << kLower);
+}
+
+template <int Bits>
+TURBO_ALWAYS_INLINE Bytes unpack(const std::uint8_t* octet, int i) {
+    if constexpr (Bits == 8) return b_load(octet + 64 * i);
+    return unpack<Bits>(octet, i, b_zero());
 }
 
 inline int octet_bytes(std::int64_t bits) { return static_cast<int>(kBlock * bits); }
@@ -105,16 +109,17 @@ inline void restore(std::uint8_t* out, const std::uint8_t* octet, int i, const C
 }
 
 template <int Bits>
-inline void lane_keys(Operand& out, const PageHead& source, int head_dim) {
+inline void lane_keys(Operand& out, const PageHead& source, int head_dim, const Run& run) {
     alignas(64) std::uint8_t code[64];
     CodeRanges ranges;
-    for (int octet = 0; octet < head_dim / 8; ++octet)
+    const std::uint8_t* at = source.codes(0) + run.offset;
+    for (int octet = run.first; octet < run.last; ++octet, at += octet_bytes(Bits))
         for (int i = 0; i < 8; ++i) {
             const int channel = 8 * octet + 4 * (i / 4);
             if (Bits < 8 && i % 4 == 0) ranges.of_keys(source, channel);
-            restore<Bits>(code, source.codes(0) + octet * octet_bytes(Bits), i, ranges, kFlip);
-            std::uint8_t* at = out.keys + 16 * (i % 4) * head_dim + channel;
-            for (int t = 0; t < 16; ++t) std::memcpy(at + t * head_dim, code + 4 * t, 4);
+            restore<Bits>(code, at, i, ranges, kFlip);
+            std::uint8_t* keys = out.keys + 16 * (i % 4) * head_dim + channel;
+            for (int t = 0; t < 16; ++t) std::memcpy(keys + t * head_dim, code + 4 * t, 4);
         }
 }
 
@@ -135,16 +140,10 @@ inline void lane_values(Operand& out, const PageHead& source, int head_dim) {
 
 // The page's INT8 values, for many rows of queries.
 inline void lane_operand(Operand& out, const PageHead& source, int head_dim) {
-    switch (source.place(0).bits) {
-        case 8: lane_keys<8>(out, source, head_dim); break;
-        case 4: lane_keys<4>(out, source, head_dim); break;
-        case 3: lane_keys<3>(out, source, head_dim); break;
-        default: lane_keys<2>(out, source, head_dim);
-    }
-    switch (source.place(1).bits) {
-        case 8: lane_values<8>(out, source, head_dim); break;
-        case 4: lane_values<4>(out, source, head_dim); break;
-        case 3: lane_values<3>(out, source, head_dim); break;
-        default: lane_values<2>(out, source, head_dim);
-    }
+    over_runs(source.place(0), head_dim / 8, kBlock, [&](const Run& run) {
+        with_width<8, 5, 4, 3, 2, 1>(run.bits,
+                                     [&](auto bits) { lane_keys<decltype(bits)::value>(out, source, head_dim, run); });
+    });
+    with_width<8, 4, 3, 2>(source.place(1).bits[0],
+                           [&](auto bits) { lane_values<decltype(bits)::value>(out, source, head_dim); });
 }

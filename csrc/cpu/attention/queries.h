@@ -22,7 +22,8 @@ inline QueryRow take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, 
             a.unfit->store(1, std::memory_order_relaxed);
             fill(x, head_dim, 0.0f);
         }
-        if (a.rotate) rotate_row(x, head_dim, signs);
+        if (a.rotate_keys) rotate_row(x, head_dim, signs);
+        if (a.order) reorder_row(x, head_dim, a.order + h * head_dim);
         const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
         quantize_row(x, head_dim, scale, codes);
         row.unit = scale * static_cast<float>(a.scale);

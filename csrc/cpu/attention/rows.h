@@ -23,12 +23,33 @@ struct Weights {  // of R rows
     alignas(64) float keep[16], unit[16];
 };
 
-// What a row saw in a block: its maximum, the sum of its levels, and what one unit of its products is.
+// What a row saw in a block: its maximum, the sum of its weights, and what one unit of its products is.
 struct Seen {
-    float peak;
-    std::int32_t total;
-    float value_unit;
+    float peak, total, value_unit;
 };
+
+// Weights of one row from their distances to its maximum: the largest product of a weight and its value's scale is
+// the code 127.
+template <class Level>
+inline Seen scaled_weights(const Level& level, const F* distance, const BlockScales& scales, float peak,
+                           std::uint8_t* p, std::int32_t& p_sum) {
+    F product[4];
+    I total = i_set(0), sum = i_set(0);
+    for (int n = 0; n < 4; ++n) {
+        const F weight = level(distance[n]);
+        total = total + i_from_float(weight);
+        product[n] = weight * f_load(scales.own + 16 * n);
+    }
+    const float top = f_reduce_max(f_max(f_max(product[0], product[1]), f_max(product[2], product[3])));
+    const F over = f_set(kLevels / (top > 0 ? top : 1.0f));
+    for (int n = 0; n < 4; ++n) {
+        const I code = i_from_float(product[n] * over);
+        sum = sum + code;
+        i_store_u8(p + 16 * n, code);
+    }
+    p_sum = i_sum(sum);
+    return {peak, static_cast<float>(i_sum(total)) / kFineLevels, top / (kLevels * kFineLevels)};
+}
 
 // Weights of one row: fills p and p_sum.
 template <class Level>
@@ -52,26 +73,29 @@ inline Seen row_weights(const Job& job, const Level& level, const Row& row, std:
         for (int n = 0; n < 4; ++n) x[n] = f_within(16 * n, sight.low, sight.high, x[n], lowest);
     const float peak = f_reduce_max(f_max(f_max(x[0], x[1]), f_max(x[2], x[3])));
     const F against = f_set(peak == -std::numeric_limits<float>::infinity() ? 0.0f : peak);
+    const F unseen = against - lowest;
+    for (int n = 0; n < 4; ++n) x[n] = against - x[n];
+    if (a.row_scale) return scaled_weights(level, x, scales, peak, p, p_sum);
     I total = i_set(0), sum = i_set(0);
     F value[4];
     for (int n = 0; n < 4; ++n) value[n] = f_load(scales.value + 16 * n);
     float value_unit = scales.value_unit;
     if (a.stored && (!sight.all() || a.mask_kind)) {
         F largest = f_set(0.0f);
-        for (int n = 0; n < 4; ++n) largest = f_max(largest, f_keep_gt(x[n], lowest, f_load(scales.own + 16 * n)));
+        for (int n = 0; n < 4; ++n) largest = f_max(largest, f_keep_gt(unseen, x[n], f_load(scales.own + 16 * n)));
         const float top = f_reduce_max(largest);
         for (int n = 0; n < 4; ++n) value[n] = f_load(scales.own + 16 * n) / f_set(top > 0 ? top : 1.0f);
         value_unit = top / kLevels;
     }
     for (int n = 0; n < 4; ++n) {
-        const F levels = level(against - x[n]);
+        const F levels = level(x[n]);
         const I code = i_from_float(levels * value[n]);
         total = total + i_from_float(levels);
         sum = sum + code;
         i_store_u8(p + 16 * n, code);
     }
     p_sum = i_sum(sum);
-    return {peak, i_sum(total), value_unit};
+    return {peak, static_cast<float>(i_sum(total)) / kLevels, value_unit};
 }
 
 // Folds what `rows` rows saw in a block into their running maximum and total; leaves in `w` by how much
@@ -91,7 +115,7 @@ inline void fold(Weights& w, Running& state, int rows, const int* index, const S
     f_store(each, f_exp(f_load(block_peak) - f_load(new_peak)));
     for (int r = 0; r < rows; ++r) {
         float& total = state.total[index[r]];
-        total = total * w.keep[r] + static_cast<float>(seen[r].total) / kLevels * each[r];
+        total = total * w.keep[r] + seen[r].total * each[r];
         w.unit[r] = seen[r].value_unit * each[r];
     }
 }

@@ -36,25 +36,27 @@ inline F f_tanh(F x) {
 
 enum class Softmax { sas, sas2, exp };
 
-// The levels' factor is folded in: weights come out as 127 w.
-constexpr float kLevels = 127.0f;
+// The largest INT8 weight. Weights come out in units of 1 / 127, or finer where they take a scale per row: they are
+// summed as integers in that unit.
+constexpr float kLevels = 127.0f, kFineLevels = 127.0f * 256.0f;
 
 struct Exponential {
-    float table[16];  // 127 e^-n
+    float full;       // the weight 1
+    float table[16];  // full e^-n
     float limit;      // weights beyond are zero
 
-    explicit Exponential(float threshold) : limit(-threshold) {
-        double power = 127.0;
+    Exponential(float threshold, bool fine) : full(fine ? kFineLevels : kLevels), limit(-threshold) {
+        double power = full;
         for (float& entry : table) {
             entry = static_cast<float>(power);
             power *= 0.36787944117144233;
         }
     }
-    // From here on 127 e^-y rounds to zero anyway, within the approximations' errors.
-    bool cuts() const { return limit < 5.7f; }
+    // Else 127 e^-y rounds to zero beyond the limit, within the approximations' errors.
+    bool cuts() const { return full > kLevels || limit < 5.7f; }
 };
 
-// 127 e^-y for y >= 0 (infinity gives 0).
+// full e^-y for y >= 0 (infinity gives 0, or what rounds to it).
 template <Softmax Form, bool Cut>
 struct Levels {
     const Exponential& e;
@@ -62,7 +64,7 @@ struct Levels {
     F operator()(F y) const {
         F level;
         if constexpr (Form == Softmax::exp) {
-            return f_set(kLevels) * f_exp(f_set(0.0f) - y);
+            return f_set(e.full) * f_exp(f_set(0.0f) - y);
         } else if constexpr (Form == Softmax::sas) {
             const F near = f_min(y, f_set(15.0f));
             const F f = f_fraction(near);
@@ -76,7 +78,7 @@ struct Levels {
             F p = f_fma(f_set(-0.0391340f), f, f_set(0.2305558f));
             p = f_fma(p, f, f_set(-0.6914218f));
             p = f_fma(p, f, f_set(1.0f));
-            level = f_set(kLevels) * p * f_from_bits(i_shl<23>(i_set(127) - i_truncate(near)));
+            level = f_set(e.full) * p * f_from_bits(i_shl<23>(i_set(127) - i_truncate(near)));
         }
         if constexpr (Cut) level = f_keep_ge(f_set(e.limit), y, level);
         return level;

@@ -1,5 +1,5 @@
-// Rows of float32, bfloat16 and float16 to float and back, rounding to nearest even. Bits are moved by
-// integer operations alone, so that every compiler gives the same and vectorizes them.
+// Converts rows of float32, bfloat16 and float16 to float and back, rounding to nearest even. The conversions use
+// integer operations, which give the same results with all compilers and are vectorized.
 #pragma once
 
 inline std::uint32_t bits_of(float x) {
@@ -27,7 +27,7 @@ inline float float_from_half(std::uint16_t half) {
 inline std::uint16_t half_from_float(float x) {
     const std::uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
     const std::uint32_t normal = (magnitude + 0xFFFu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
-    // Half a denormal's unit is a unit of 0.5, so the addition rounds.
+    // The last bit of 0.5 is the unit of half's denormals, so the addition rounds to it.
     const std::uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
     const std::uint32_t finite = magnitude < 0x38800000u ? small : normal;
     const std::uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
@@ -44,7 +44,7 @@ inline std::int64_t row_offset(const FloatRows& rows, std::int64_t b, std::int64
     return sequence + h * rows.head_stride + t * rows.token_stride;
 }
 
-// Elements may lie at any address that their type allows.
+// Rows are aligned to their element type only.
 inline void load_row(const FloatRows& rows, std::int64_t offset, int count, float* to) {
     if (rows.kind == kFloat32) {
         std::memcpy(to, static_cast<const float*>(rows.data) + offset, sizeof(float) * count);

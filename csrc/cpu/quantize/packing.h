@@ -1,5 +1,5 @@
-// Octets of codes to bytes and back (flashq/packing.py), and their order in a page (kv/layout.py).
-// An octet is 8 channels of a whole block: a line of 8 * tokens codes.
+// Packs and unpacks octets of codes (flashq/packing.py) in the order of a page (kv/layout.py). An octet is 8 channels
+// of a block; its line has 8 * tokens codes.
 #pragma once
 
 // Codes [tokens][row] of eight channels -> K's order: quad of channels, token, channel of the quad.
@@ -34,7 +34,7 @@ inline void values_from_line(const std::uint8_t* line, std::int64_t row, int tok
     }
 }
 
-// Bits `shift` to `shift + kWidth` of every code: byte j holds the codes j, j + m, j + 2m, ...
+// Packs bits `shift` to `shift + kWidth` (exclusive) of every code: byte j of m holds codes j, j + m, j + 2m, ...
 template <int kWidth>
 inline std::uint8_t* pack_plane(const std::uint8_t* line, int count, int shift, std::uint8_t* bytes) {
     constexpr int kParts = 8 / kWidth, kMask = (1 << kWidth) - 1;
@@ -60,20 +60,18 @@ inline const std::uint8_t* unpack_plane(const std::uint8_t* bytes, int count, in
     return bytes + size;
 }
 
-inline void pack_line(const std::uint8_t* line, int count, int bits, std::uint8_t* bytes) {
-    switch (bits) {
-        case 8: std::memcpy(bytes, line, count); break;
-        case 4: pack_plane<4>(line, count, 0, bytes); break;
-        case 3: pack_plane<1>(line, count, 2, pack_plane<2>(line, count, 0, bytes)); break;
-        default: pack_plane<2>(line, count, 0, bytes); break;
-    }
+inline void pack_line(const std::uint8_t* line, int count, std::int64_t bits, std::uint8_t* bytes) {
+    with_width<8, 5, 4, 3, 2, 1>(bits, [&](auto width) {
+        constexpr int kBits = decltype(width)::value, kLower = lower_plane(kBits);
+        std::uint8_t* rest = pack_plane<kLower>(line, count, 0, bytes);
+        if constexpr (kBits > kLower) pack_plane<1>(line, count, kLower, rest);
+    });
 }
 
-inline void unpack_line(const std::uint8_t* bytes, int count, int bits, std::uint8_t* line) {
-    switch (bits) {
-        case 8: std::memcpy(line, bytes, count); break;
-        case 4: unpack_plane<4>(bytes, count, 0, line); break;
-        case 3: unpack_plane<1>(unpack_plane<2>(bytes, count, 0, line), count, 2, line); break;
-        default: unpack_plane<2>(bytes, count, 0, line); break;
-    }
+inline void unpack_line(const std::uint8_t* bytes, int count, std::int64_t bits, std::uint8_t* line) {
+    with_width<8, 5, 4, 3, 2, 1>(bits, [&](auto width) {
+        constexpr int kBits = decltype(width)::value, kLower = lower_plane(kBits);
+        const std::uint8_t* rest = unpack_plane<kLower>(bytes, count, 0, line);
+        if constexpr (kBits > kLower) unpack_plane<1>(rest, count, kLower, line);
+    });
 }

@@ -1,16 +1,16 @@
-// One head's keys or values of a page: INT8 rows with scales to bytes and back (kv/pages.py).
+// Encodes and decodes one head's keys or values of a page (kv/pages.py).
 #pragma once
 
 constexpr int kTokenScaleShift = 19;
 
 struct HeadScales {
     float head;
-    float kept[kMaxBlock];  // each token's, as the page holds it
+    float kept[kMaxBlock];  // the scale of each token, as stored in the page
     std::uint8_t exponents[kMaxBlock];
-    bool changed;  // some row's codes must move to the scale kept
+    bool changed;  // some rows must be requantized to the scale kept
 };
 
-// The head's scale and each token's byte; `used` are the scales of rows, 0 for rows of zeros.
+// The head's scale and the byte of each token's scale. `used`: scales of rows, 0 for rows of zeros.
 inline HeadScales common_scale(const float* used, int tokens, bool by_token) {
     HeadScales s;
     float largest = 0.0f;
@@ -30,7 +30,7 @@ inline HeadScales common_scale(const float* used, int tokens, bool by_token) {
     return s;
 }
 
-// 0 for rows of zeros, whose scale does not matter.
+// The scale of each row, 0 for rows of zeros.
 inline void used_scales(const std::int8_t* codes, const float* scales, int tokens, int head_dim, float* used) {
     for (int t = 0; t < tokens; ++t) {
         std::uint64_t any = 0;
@@ -71,19 +71,23 @@ inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
     }
 
     const HeadPlace& place = a.plan.places[2 * head + side];
-    const int bits = static_cast<int>(place.bits), count = tokens * head_dim;
+    const int count = tokens * head_dim;
     Buffer<std::uint8_t> codes(count);
-    if (bits == 8) {
-        for (int i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(values[i] + 128);
-    } else {
-        progressive_quantize(values, tokens, head_dim, bits, a.search != 0, &codes[0], bytes + place.step,
-                             bytes + place.zero);
-    }
-    std::uint8_t line[8 * kMaxBlock];
-    for (int octet = 0; octet < head_dim / 8; ++octet) {
-        (side == 0 ? key_line : value_line)(&codes[8 * octet], head_dim, tokens, line);
-        pack_line(line, 8 * tokens, bits, bytes + place.codes + static_cast<std::int64_t>(octet) * tokens * bits);
-    }
+    over_runs(place, head_dim / 8, tokens, [&](const Run& run) {
+        const int channel = 8 * run.first, channels = 8 * (run.last - run.first);
+        if (run.bits == 8) {
+            for (int i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(values[i] + 128);
+        } else {
+            progressive_quantize(values + channel, tokens, head_dim, channels, run.bits, a.search != 0, &codes[channel],
+                                 bytes + place.step + channel, bytes + place.zero + channel);
+        }
+        std::uint8_t line[8 * kMaxBlock];
+        std::uint8_t* at = bytes + place.codes + run.offset;
+        for (int octet = run.first; octet < run.last; ++octet, at += tokens * run.bits) {
+            (side == 0 ? key_line : value_line)(&codes[8 * octet], head_dim, tokens, line);
+            pack_line(line, 8 * tokens, run.bits, at);
+        }
+    });
 }
 
 inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head, std::int64_t side) {
@@ -100,16 +104,18 @@ inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
     }
 
     const HeadPlace& place = a.plan.places[2 * head + side];
-    const int bits = static_cast<int>(place.bits);
-    std::uint8_t line[8 * kMaxBlock];
-    for (int octet = 0; octet < head_dim / 8; ++octet) {
-        unpack_line(bytes + place.codes + static_cast<std::int64_t>(octet) * tokens * bits, 8 * tokens, bits, line);
-        (side == 0 ? keys_from_line : values_from_line)(line, head_dim, tokens, values + 8 * octet);
-    }
-    // Modulo 256: code * step + zero fits int8 as a whole, though the product alone may not.
+    over_runs(place, head_dim / 8, tokens, [&](const Run& run) {
+        std::uint8_t line[8 * kMaxBlock];
+        const std::uint8_t* at = bytes + place.codes + run.offset;
+        for (int octet = run.first; octet < run.last; ++octet, at += tokens * run.bits) {
+            unpack_line(at, 8 * tokens, run.bits, line);
+            (side == 0 ? keys_from_line : values_from_line)(line, head_dim, tokens, values + 8 * octet);
+        }
+    });
+    // Modulo 256: code * step + zero fits in int8, but the product may not.
     for (int t = 0; t < tokens; ++t) {
         std::uint8_t* row = values + static_cast<std::int64_t>(t) * head_dim;
-        if (bits == 8) {
+        if (place.bits[0] == 8) {
             for (int c = 0; c < head_dim; ++c) row[c] = static_cast<std::uint8_t>(row[c] - 128);
         } else {
             const std::uint8_t *step = bytes + place.step, *zero = bytes + place.zero;

@@ -1,12 +1,13 @@
-// Stage 2 of one head's tile: INT8 to 4, 3 or 2 bits a channel (flashq/progressive.py, numerics.md
-// section 2). Sixteen channels at a time stand in the lanes of a vector, so that nothing is summed
-// across lanes. Values are small integers held in float32: every sum and product below is exact.
+// Stage 2 of one head's tile: INT8 to 5, 4, 3, 2 or 1 bits (flashq/progressive.py, numerics.md section 2). Each vector
+// lane processes one of sixteen channels, so there are no sums across lanes. Values are small integers in float32, and
+// all sums and products below are exact.
 #pragma once
 
 constexpr int kLanes = 16;
 constexpr int kMaxBlock = 256;
+constexpr std::int32_t kLargestStep = 127;  // limits only steps of one bit; steps are int8
 
-// Sixteen channels of a tile, one token after the other.
+// Sixteen channels of a tile, token by token.
 struct ChannelTile {
     float at[kMaxBlock][kLanes];
     int tokens;
@@ -17,7 +18,7 @@ struct Range {
     std::int32_t step[kLanes], zero[kLanes];
 };
 
-// A copy whose size the compiler knows, but for the last channels of an odd head_dim.
+// The size is a compile-time constant unless the last channels of head_dim do not fill the lanes.
 inline void copy_channels(void* to, const void* from, int channels) {
     if (channels == kLanes) {
         std::memcpy(to, from, kLanes);
@@ -35,9 +36,9 @@ inline void load_channels(const std::int8_t* codes, std::int64_t row, int tokens
     }
 }
 
-// Squared distance of every channel from the nearest of `zero + k step`, 0 <= k < 2^kBits, summed over
-// the tokens, for three ranges of one step. Folding at the middle of the levels halves them: after
-// kBits - 1 folds one level is left on each side. At most 255^2 * 256 < 2^24, so float32 is exact.
+// Squared distance of every channel to the nearest of `zero + k step`, 0 <= k < 2^kBits, summed over the tokens, for
+// three zeros and one step. Each absolute value folds the levels at their middle and halves their number. Sums are at
+// most 255^2 * 256 < 2^24, so float32 is exact.
 template <int kBits>
 inline void squared_errors(const ChannelTile& tile, const std::int32_t* steps, const std::int32_t (*zeros)[kLanes],
                            float (*errors)[kLanes]) {
@@ -49,7 +50,8 @@ inline void squared_errors(const ChannelTile& tile, const std::int32_t* steps, c
     const auto fold = [&](F x) {
         x = f_abs(x);
         if (kBits == 3) x = f_abs(x - twice);
-        return f_abs(x - step) - half;
+        if (kBits > 1) x = f_abs(x - step);
+        return x - half;
     };
     for (int t = 0; t < tile.tokens; ++t) {
         const F value = f_load(tile.at[t]);
@@ -71,32 +73,35 @@ inline Range min_max(const ChannelTile& tile, int levels, std::int32_t* middle) 
         high = f_max(high, value);
     }
     Range range;
+    const std::int32_t widest = std::min(kLargestStep, 255 / levels);
     std::int32_t top[kLanes];
     i_store(range.zero, i_from_float(low));
     i_store(top, i_from_float(high));
     for (int c = 0; c < kLanes; ++c) {
-        const std::int32_t step = (top[c] - range.zero[c] + levels - 1) / levels, widest = 255 / levels;
+        const std::int32_t step = (top[c] - range.zero[c] + levels - 1) / levels;
         range.step[c] = step < 1 ? 1 : (step < widest ? step : widest);
         middle[c] = range.zero[c] + top[c];
-        // Rows that a crop brought back may lie beyond what stage 1 gives: the range then ends at 127.
+        // Rows that a crop decoded from a page may exceed 119; the range then ends at 127.
         const std::int32_t highest = 127 - range.step[c] * levels;
         if (top[c] > 119 && range.zero[c] > highest) range.zero[c] = highest;
     }
     return range;
 }
 
-// The range of least squared error among shrunken, centred and shifted ones; ties keep the earlier.
+// The range with the least squared error among shrunken, centred and shifted ones; ties keep the earlier one.
 template <int kBits>
 inline Range search(const ChannelTile& tile, const Range& widest, const std::int32_t* middle) {
     constexpr int kLevels = (1 << kBits) - 1;
     constexpr int kQuarters[3] = {0, -1, 1};
+    // In 16ths of the min-max step. The optimal two levels lie much further inside the range than the optimal four.
+    constexpr int kFirst = kBits == 1 ? 12 : 16;
     Range best = widest;
     std::int32_t zeros[3][kLanes], steps[kLanes];
     float errors[3][kLanes], least[kLanes];
     for (auto& row : zeros) std::memcpy(row, widest.zero, sizeof row);
     squared_errors<kBits>(tile, widest.step, zeros, errors);
     std::memcpy(least, errors[0], sizeof least);
-    for (int shrink = 16; shrink >= 8; --shrink) {
+    for (int shrink = kFirst; shrink >= kFirst - 8; --shrink) {
         for (int c = 0; c < kLanes; ++c) {
             const std::int32_t step = (widest.step[c] * shrink + 15) / 16;
             const std::int32_t top = 127 - step * kLevels;
@@ -121,7 +126,7 @@ inline Range search(const ChannelTile& tile, const Range& widest, const std::int
     return best;
 }
 
-// `clip(round_half_even((value - zero) / step), 0, levels)` as bytes, `channels` of them a token.
+// `clip(round_half_even((value - zero) / step), 0, levels)` as bytes, for `channels` channels of each token.
 inline void encode_channels(const ChannelTile& tile, const Range& range, int levels, int channels, std::uint8_t* codes,
                             std::int64_t row) {
     const F step = f_from_int(i_load(range.step)), zero = f_from_int(i_load(range.zero));
@@ -134,20 +139,21 @@ inline void encode_channels(const ChannelTile& tile, const Range& range, int lev
     }
 }
 
-// One head: int8 [tokens][head_dim] -> codes likewise, below 2^bits, and step and zero of each channel.
-inline void progressive_quantize(const std::int8_t* values, int tokens, int head_dim, int bits, bool searching,
-                                 std::uint8_t* codes, std::uint8_t* step, std::uint8_t* zero) {
+// Channels of one head: int8 [tokens][row] -> codes below 2^bits, in the same layout, and step and zero per channel.
+inline void progressive_quantize(const std::int8_t* values, int tokens, std::int64_t row, int channels,
+                                 std::int64_t bits, bool searching, std::uint8_t* codes, std::uint8_t* step,
+                                 std::uint8_t* zero) {
     ChannelTile tile;
     const int levels = (1 << bits) - 1;
-    for (int at = 0; at < head_dim; at += kLanes) {
-        const int channels = head_dim - at < kLanes ? head_dim - at : kLanes;
+    for (int at = 0; at < channels; at += kLanes) {
+        const int lanes = std::min(channels - at, kLanes);
         std::int32_t middle[kLanes];
-        load_channels(values + at, head_dim, tokens, channels, tile);
+        load_channels(values + at, row, tokens, lanes, tile);
         Range range = min_max(tile, levels, middle);
-        if (searching && bits == 3) range = search<3>(tile, range, middle);
-        if (searching && bits == 2) range = search<2>(tile, range, middle);
-        encode_channels(tile, range, levels, channels, codes + at, head_dim);
-        for (int c = 0; c < channels; ++c) {
+        if (searching && bits < 4)
+            with_width<3, 2, 1>(bits, [&](auto width) { range = search<decltype(width)::value>(tile, range, middle); });
+        encode_channels(tile, range, levels, lanes, codes + at, row);
+        for (int c = 0; c < lanes; ++c) {
             step[at + c] = static_cast<std::uint8_t>(range.step[c]);
             zero[at + c] = static_cast<std::uint8_t>(range.zero[c]);
         }

@@ -1,5 +1,5 @@
-// Stage 1 of rows and the page codec: the kernels of quantize/interface.h. Plain loops that the
-// compiler vectorizes, but for stage 2, which is written over sixteen lanes.
+// Stage 1 and the page codec: the kernels of quantize/interface.h. Stage 2 uses vectors of sixteen lanes; the others
+// are loops that the compiler vectorizes.
 #pragma once
 
 #include "convert.h"

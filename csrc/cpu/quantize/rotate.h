@@ -1,10 +1,10 @@
-// The signed block Hadamard rotation of flashq/rotation.py as a fast transform, in double: sums of
-// float32 values are exact there, so the result does not depend on their order.
+// The signed block Hadamard rotation of flashq/rotation.py as a fast transform in double. Sums of float32 values are
+// exact in double, so the result does not depend on their order.
 #pragma once
 
 constexpr std::uint64_t kSignBits = 0x9E3779B97F4A7C15u;
 
-// A sign for every channel.
+// The sign of each channel.
 struct Signs {
     double of[kMaxHeadDim];
     Signs() {
@@ -14,8 +14,8 @@ struct Signs {
 
 inline int block_of(int head_dim) { return head_dim & -head_dim; }
 
-// Unnormalized transform of N doubles. Every pass sums and subtracts neighbours and writes the results
-// to the two halves: the index's bits move round by one, and after log2 N passes stand as before.
+// Unnormalized transform of N doubles. Every pass writes sums of neighbours to the first half and differences to the
+// second. This rotates the bits of the index by one, so after log2 N passes the order is restored.
 template <int N>
 inline void hadamard(double* x) {
     double other[N];
@@ -46,7 +46,7 @@ inline void hadamard_blocks(double* x, int head_dim) {
     }
 }
 
-// What the transform is multiplied with to be orthogonal, as Python computes `block ** -0.5`.
+// Normalization of the transform, `block ** -0.5` as computed by Python.
 inline double norm_of(int head_dim) {
     switch (block_of(head_dim)) {
         case 8: return 0.35355339059327379;

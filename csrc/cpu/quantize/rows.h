@@ -1,11 +1,11 @@
-// Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
+// Stage 1 of rows: rotate or reorder, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
 #pragma once
 
 constexpr float kCodeMax = 119.0f;
-constexpr float kLargest = 1e18f;  // values beyond it are refused (validation.py)
+constexpr float kLargest = 1e18f;  // the largest magnitude that is accepted (validation.py)
 constexpr float kSmallestScale = 0x1p-100f;
 
-// The largest magnitude as bits, which order like the magnitudes and put NaN and infinity on top.
+// The bits of the largest magnitude. As integers they have the order of the magnitudes, with infinity and NaN largest.
 inline std::uint32_t peak_bits(const float* x, int count) {
     std::uint32_t peak = 0;
     for (int c = 0; c < count; ++c) {
@@ -26,7 +26,14 @@ inline float up_to_grid(float scale) {
     return float_of((bits_of(scale) + (kStep - 1)) & ~(kStep - 1));
 }
 
-// round_half_even(x / scale): adding 1.5 * 2^23 leaves the integer, rounded, in the lowest bits.
+// Moves channel order[c] to place c.
+inline void reorder_row(float* x, int head_dim, const std::int32_t* order) {
+    float old[kMaxHeadDim];
+    std::memcpy(old, x, sizeof(float) * head_dim);
+    for (int c = 0; c < head_dim; ++c) x[c] = old[order[c]];
+}
+
+// round_half_even(x / scale): the lowest bits of the sum with 1.5 * 2^23 are the rounded integer.
 inline void quantize_row(const float* x, int count, float scale, std::int8_t* codes) {
     constexpr float kRound = 12582912.0f;
     for (int c = 0; c < count; ++c) codes[c] = static_cast<std::int8_t>(bits_of(x[c] / scale + kRound));
@@ -36,6 +43,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
     static const Signs signs;
     const int head_dim = static_cast<int>(a.head_dim);
     const float* mean = a.mean ? a.mean + (b * a.heads + h) * head_dim : nullptr;
+    const std::int32_t* order = a.order ? a.order + h * head_dim : nullptr;
     const std::int64_t first_row = b * a.batch_rows + h * a.head_rows + a.target[b];
     float x[kMaxHeadDim];
     bool fine = true;
@@ -43,6 +51,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
         load_row(a.x, row_offset(a.x, b, h, t), head_dim, x);
         fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
         if (a.rotate) rotate_row(x, head_dim, signs);
+        if (order) reorder_row(x, head_dim, order);
         if (mean && a.first[b] + t >= a.mean_from) {
             for (int c = 0; c < head_dim; ++c) x[c] -= mean[c];
         }
@@ -53,7 +62,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
     return fine;
 }
 
-// In double, by eight partial sums and a fixed tree.
+// Dot product in double: eight partial sums, added in a fixed order.
 inline double dot_row(const float* x, const float* y, int count) {
     double sums[8] = {};
     for (int c = 0; c < count; c += 8) {
@@ -67,6 +76,7 @@ inline bool quantize_queries(const QueryArgs& a, std::int64_t b, std::int64_t qu
     static const Signs signs;
     const int head_dim = static_cast<int>(a.head_dim);
     const float* mean = a.mean ? a.mean + (b * a.heads + query_head / a.group) * head_dim : nullptr;
+    const std::int32_t* order = a.order ? a.order + query_head / a.group * head_dim : nullptr;
     const std::int64_t first_row = (b * a.heads * a.group + query_head) * a.rows;
     const float unit = static_cast<float>(a.scale);
     float x[kMaxHeadDim];
@@ -79,6 +89,7 @@ inline bool quantize_queries(const QueryArgs& a, std::int64_t b, std::int64_t qu
         }
         fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
         if (a.rotate) rotate_row(x, head_dim, signs);
+        if (order) reorder_row(x, head_dim, order);
         const std::int64_t row = first_row + t;
         const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
         quantize_row(x, head_dim, scale, a.codes + row * head_dim);
@@ -99,7 +110,7 @@ inline void restore_rows(const RestoreArgs& a, std::int64_t b, std::int64_t h, s
     }
 }
 
-// Codes times scales of 4 mantissa bits sum exactly in double, in whatever order tokens came.
+// Products of codes and scales with 4 mantissa bits sum exactly in double, in any order.
 inline void first_block_mean(const MeanArgs& a, std::int64_t b, std::int64_t h) {
     if (!a.wanted[b]) return;
     const int head_dim = static_cast<int>(a.head_dim);

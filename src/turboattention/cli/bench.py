@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from ..config import TurboConfig
 from ..errors import InputError
 from .bench_files import check_plot, write_json, write_plot
 from .bench_view import facts_line, show
@@ -18,7 +19,7 @@ from .device import use_threads
 from .options import MACHINE, MEASURED, Threads, numbers
 from .output import note, notices, print_json, results
 from .progress import Bars
-from .settings import make_setting
+from .settings import bits_label, parse_bits
 from .targets import check_target
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def bench(
     Example: turboattention bench decode --lengths 4096,16384 --bits 4 --bits 3
     """
     tokens, dims = numbers("--lengths", lengths), numbers("--head-dim", head_dim)
-    settings = [make_setting(text) for text in bits or ["4", "3", "mixed", "2"]]
+    configs = [TurboConfig(bits=parse_bits(text)) for text in bits or ["4", "3", "mixed", "2"]]
     if heads % kv_heads:
         raise InputError(f"--heads: expected a multiple of --kv-heads ({kv_heads}), got {heads}")
     check_target("--out", out)
@@ -134,7 +135,7 @@ def bench(
     plan = plans.Plan(
         works=works,
         backend=chosen,
-        settings=[(setting.label, setting.config) for setting in settings],
+        settings=[(bits_label(config.bits), config) for config in configs],
         heads=heads,
         kv_heads=kv_heads,
         lengths=dict.fromkeys(works, tokens) if tokens else dict(plans.QUICK_LENGTHS) if small else {},

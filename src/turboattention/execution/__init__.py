@@ -1,1 +1,1 @@
-"""From checked calls to kernels: one module a backend, with `prefill` and `attend_cache` as the reference has them."""
+"""From checked calls to kernels: one module per backend, with `prefill` and `attend_cache` as in `reference`."""

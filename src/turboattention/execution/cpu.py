@@ -1,4 +1,4 @@
-"""Backend "cpu": stage 1, then the C++ extension's attention, then the rotation undone."""
+"""Backend "cpu": stage 1, then attention in the C++ extension."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def prefill(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32; what they
-    mean is in reference/prefill.py."""
+    """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
+    [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     standing, staged = prefill_of(config, q, k, v)
     return _attend(
         config,
@@ -63,16 +63,16 @@ def attend_cache(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked inputs -> out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq] (see reference/decode.py).
+    """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
 
-    `positions` and `valid` as for `standing_of`. `head_bits` are the widths that committing `staged` would freeze
-    (read under `stored_prefill` alone).
+    Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `standing_of`. `head_bits`
+    int64 [2, Hkv] are the widths that committing `staged` would freeze; used only with `stored_prefill`.
     """
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
     pages = pages_of(cache)
     if config.stored_prefill and staged is not None:
-        pages = with_filled(pages, cache, staged, head_bits)
+        pages, state = with_filled(pages, cache, staged, head_bits)
     return _attend(
         config,
         q,
@@ -123,9 +123,10 @@ def _attend(
         window=window,
         softcap=softcap,
         mask=mask,
+        order=state.k_order,
         quantized=quantized,
     )
-    if result is None:  # the kernels look at queries as they read them; what is wrong with one is said here
+    if result is None:  # a kernel found a query that is not finite; this raises the error
         check_finite("q", q, standing.valid)
     assert result is not None
     return result

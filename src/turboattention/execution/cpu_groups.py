@@ -1,4 +1,4 @@
-"""Sequences of a step that share a call of the CPU kernels, worked out once for all layers."""
+"""Groups the sequences of a step into calls of the CPU kernels, once for all layers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ..paged import BLOCK, OpenBlocks, PagedBatch
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences that take equally many tokens, all of them in their slots, or all in memory of the step's own.
+    """Sequences with equally many new tokens, which are all stored in their slots, or all in temporary memory.
 
-    offsets: int64 [B, P], their pages' places in bytes; first: int64 [B], their slots' first rows; used: the least and
-    greatest number among their own pages, and among their slots.
+    rows: their rows of q, k and v. slots: int64 [B]. offsets: int64 [B, P], byte offsets of their pages. first: int64
+    [B], the first row of each slot. in_place: whether new tokens fit in the slots. used: smallest and largest page
+    and slot number that the kernels access.
     """
 
     rows: FlatRows
@@ -30,13 +31,14 @@ class Group:
     used: dict[str, tuple[int, int]]
 
     def check(self, pages: int, slots: int) -> None:
-        """Kernels write where these say."""
+        """Raise InputError if a page or slot number is out of range: kernels write to these."""
         for (name, (least, greatest)), count in zip(self.used.items(), (pages, slots), strict=True):
             if least < 0 or greatest >= count:
                 raise InputError(f"{name}: expected numbers from 0 to {count - 1}, got {least} to {greatest}")
 
     def open_rows(self, pool: OpenBlocks, layer: int) -> OpenRows:
-        """Where the open blocks are from the first one that the step touches on, older rows in place."""
+        """The INT8 rows from the first block that the step extends: the slots, or temporary memory with copies of their
+        rows in that block."""
         codes, scales = pool.of(layer)
         if self.in_place:
             return OpenRows(codes, scales, self.first, pool.ring, pool.ring)
@@ -53,8 +55,10 @@ class Group:
         return OpenRows(opened, opened_scales, torch.arange(len(before)) * (heads * width), width, 0)
 
     def keep_last(self, pool: OpenBlocks, layer: int, opened: OpenRows) -> None:
-        """The blocks left open into the slots; with a ring of two blocks also the full one before, into which tokens
-        may be taken back."""
+        """Copy the incomplete block of each sequence from temporary memory to its slot.
+
+        With a ring of two blocks, the full block before it is copied too, since rejected tokens may reopen it.
+        """
         if self.in_place:
             return
         codes, scales = pool.of(layer)
@@ -68,13 +72,15 @@ class Group:
 
 
 def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> list[Group]:
-    """The groups of a step; slot_rows: rows of a slot, page_stride: bytes from page to page.
+    """The groups of a step.
 
-    Sequences of equal counts share a call, so that who else is in a batch does not change what a sequence gets. Worked
-    out by NumPy, which takes less time for a few numbers than PyTorch does.
+    slot_rows: rows of a slot over all heads; ring: rows of a slot per head; page_stride: bytes between pages.
+
+    Sequences with the same number of new tokens share a call, so a sequence's result does not depend on the others in
+    the batch. Uses NumPy, which has less overhead than PyTorch for small arrays.
 
     Raises:
-        InputError: lengths below the step's tokens, or beyond the table.
+        InputError: a length is below the number of the step's tokens, or exceeds the block table.
     """
     start, lengths = _int64(batch.query_start), _int64(batch.seq_lens)
     counts = np.diff(start)
@@ -88,7 +94,7 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
         raise InputError(
             f"block_table: expected a column for each block of up to {lengths.max()} tokens, got {columns}"
         )
-    # A ring of one block holds what stays in its block; a ring of two, what a step of up to a block adds.
+    # A ring of one block holds tokens that stay in one block; a ring of two, up to one block of new tokens.
     fits = counts <= BLOCK if ring > BLOCK else before % BLOCK + counts <= BLOCK
     members: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for row, key in enumerate(zip(counts.tolist(), fits.tolist(), strict=True)):
@@ -99,7 +105,7 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
             rows = FlatRows(count, *map(torch.from_numpy, (start[at], before[at])))
             last = -(-int(lengths[at].max()) // BLOCK)
             blocks = table[at, :last].astype(np.int64)
-            # Columns behind a sequence's own pages are not looked at.
+            # Columns past a sequence's pages are not checked.
             own = blocks[np.arange(last) * BLOCK < lengths[at, None]]
             used = {"block_table": _range(own), "slots": _range(slots[at])}
             groups.append(

@@ -25,10 +25,10 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> bool:
-    """`turboattention.paged.paged_attention`, arguments checked."""
+    """`turboattention.paged.paged_attention` with checked arguments; False if values were not finite."""
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
     base, stride = pages.data_ptr(), pages.stride(0)
-    # Layers whose pools and pages are alike have them in common.
+    # Layers with equal shapes of slots and pages share the groups.
     alike = layout.num_kv_heads * open_blocks.ring, open_blocks.ring, stride
     groups = batch.once(alike, lambda: grouped(batch, *alike))
     for group in groups:
@@ -54,5 +54,5 @@ def paged_attention(
 
 
 def _cleaned(x: Tensor) -> Tensor:
-    """What is not finite, or beyond 1e18, as zeros."""
+    """Replace values that are not finite, or above 1e18 in magnitude, by zeros."""
     return torch.where(x.float().abs() <= 1e18, x, 0)

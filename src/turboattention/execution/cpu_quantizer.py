@@ -1,4 +1,4 @@
-"""What caches on the CPU quantize and append with (`kv.quantizer.Quantizer`): the C++ extension."""
+"""`kv.quantizer.Quantizer` for the CPU, implemented by the C++ extension."""
 
 from ..kernels.cpu.quantize import decode_pages, encode_pages, first_block_mean, quantize_tokens
 from .cpu_steps import append

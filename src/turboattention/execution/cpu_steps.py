@@ -1,4 +1,4 @@
-"""Backend "cpu", step by step: attention and storing in one call of the C++ extension."""
+"""Decode steps of backend "cpu": attention and storing in one call of the C++ extension."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def step(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor] | str | None:
-    """A step in which no sequence fills more than one block: attends and appends (k and v may be None) in
-    one call, for tensors whose shapes were checked. None where it is not such a step; the name of a tensor
-    that holds what is not finite ("q", "k_new" or "v_new"), nothing having changed."""
+    """Attend and append in one call, if no sequence fills more than one block. Shapes are checked.
+
+    q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lq, D] or None. Returns out and lse, or None if the call needs the general path,
+    or the name of a tensor that is not finite ("q", "k_new" or "v_new"). In the last two cases the cache is unchanged.
+    """
     tokens = k.shape[2] if k is not None else 0
     if counts is not None or attn_mask is not None or (k is not None and q.shape[2] != tokens):
         return None
@@ -69,7 +71,7 @@ def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -
 
 
 class _Steps:
-    """What steps of a cache share while nothing changes it but they."""
+    """State of successive steps over a cache; invalid after any other change of the cache."""
 
     def __init__(self, cache: Growing):
         self._room, self._capacity = cache.room, cache.config.block_size - 1 + cache.config.flush_lag
@@ -78,37 +80,39 @@ class _Steps:
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
         self._open = (cache.lengths - self._start).tolist()
         self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
-        mean = cache.state(torch.device("cpu")).k_mean
-        self._mean = None if mean is None else mean.contiguous()
+        state = cache.state(torch.device("cpu"))
+        self._mean, self._order = None if state.k_mean is None else state.k_mean.contiguous(), state.k_order
         self._rows = 0
         self.fit(cache, 0, [])
 
     def fit(self, cache: Growing, tokens: int, filled: list[int]) -> None:
-        """The buffer as large as it has to be once every sequence has `tokens` more, of which `filled` fill a block."""
+        """Resize the buffer for `tokens` more tokens per sequence; sequences in `filled` fill a block with them."""
         held = max(self._open)
         if not filled and tokens and held + tokens <= self._rows:
             return
         left = [rows + tokens for rows in self._open]
         for sequence in filled:
             left[sequence] -= self._size
-        rows = cache.buffer_rows(max(held, *left))  # what fills a block is still read there
+        rows = cache.buffer_rows(max(held, *left))  # rows of a block that fills are read from the buffer
         if rows != self._rows:
             self._rows = rows
             codes, scales = cache.buffer_memory(rows)
-            self.step = Step(cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from)
+            self.step = Step(
+                cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from, self._order
+            )
 
     def filled_by(self, tokens: int) -> list[int] | None:
-        """Which sequences fill a block with so many tokens; None where that takes more than a step."""
+        """Sequences that fill a block with `tokens` more tokens; None if that needs the general path."""
         if tokens <= self._room:
             return []
         if not self._may_fill or tokens > LARGEST:
             return None
         if self._stored and max(self._open) + tokens > self._size:
-            return None  # rows behind a block that fills read its page, which a step writes last
+            return None  # later rows must read the filled block from its page, which a step writes last
         return [b for b, open_rows in enumerate(self._open) if open_rows + tokens >= self._size]
 
     def fresh(self, cache: Growing, filled: list[int]) -> tuple[list[int], Tensor | None]:
-        """Pages for the blocks that `filled` fill, and their addresses int64 [B]."""
+        """Pages for the blocks that the sequences in `filled` fill, and their addresses int64 [B] (0 for others)."""
         if not filled:
             return [], None
         store = cache.store
@@ -125,7 +129,7 @@ class _Steps:
             cache.store.discard(pages)
 
     def count(self, cache: Growing, tokens: int, filled: list[int], pages: list[int]) -> None:
-        """The step was taken."""
+        """Update lengths and counts after a step."""
         cache.extend(tokens, filled, pages)
         self._room -= tokens
         self._open = [rows + tokens for rows in self._open]
@@ -140,8 +144,7 @@ class _Steps:
 
 
 def _steps_of(cache: Growing) -> _Steps | None:
-    """Those kept, or new ones where something else has changed the cache; None for caches that
-    do not take steps."""
+    """The cache's `_Steps`, made anew if something else changed the cache; None for caches without such steps."""
     if cache.store is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
     kept = cache.kept

@@ -1,4 +1,4 @@
-"""From caches and stages to what attention kernels read (`kernels.inputs`), on every backend."""
+"""Converts caches and stages to the inputs of attention kernels (`kernels.inputs`), for all backends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..reference.queries import quantize_queries
 
 
 def prefill_of(config: TurboConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[Standing, Stage]:
-    """q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] without a cache: where the queries stand (on the host), and the keys."""
+    """Query positions (on the CPU) and staged keys of q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] without a cache."""
     batch, queries = q.shape[0], q.shape[2]
     kv_heads, keys, head_dim = k.shape[1:]
     empty = fresh_state(config, batch, kv_heads, head_dim, k.device)
@@ -23,26 +23,28 @@ def prefill_of(config: TurboConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[St
 
 
 def standing_of(positions: Tensor, valid: Tensor, state: Stage | SequenceState) -> Standing:
-    """Where rows at `positions` (int64 [B, Lq]) stand, of which those `valid` (bool) count, on the host. Both are runs:
-    every row stands one behind the last, and rows of padding stand at the end."""
+    """Query positions (on the CPU) from `positions` int64 [B, Lq] and `valid` bool [B, Lq].
+
+    The positions of a sequence must be consecutive, and its padding rows must come last.
+    """
     first = positions[:, 0].contiguous() if positions.shape[1] else torch.zeros(len(positions), dtype=torch.int64)
     return Standing(first, valid.sum(1), state.lengths.contiguous())
 
 
 def pages_of(cache: Growing) -> Pages | None:
-    """The cache's page tables, on the host; None where it has no page."""
+    """The cache's page tables, on the CPU; None if it has no pages."""
     store = cache.store
     return None if store is None or not bool(store.counts.any()) else tables_of(store)
 
 
 def tables_of(store: PageStore) -> Pages:
-    """The same of a store that may have no page yet."""
+    """The page tables of a store, which may have no pages yet."""
     compressed = store.compressed.layout if store.compressed is not None else None
     return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)
 
 
 def open_rows_of(state: Stage | SequenceState, device: torch.device) -> OpenRows | None:
-    """The rows behind the pages; None where none are."""
+    """The INT8 rows after the pages; None without a buffer."""
     tiles = state.tiles if isinstance(state, Stage) else state.open_tiles
     if tiles is None:
         return None
@@ -53,9 +55,10 @@ def open_rows_of(state: Stage | SequenceState, device: torch.device) -> OpenRows
 def queries_by_tile(
     config: TurboConfig, q: Tensor, valid: Tensor, kv_heads: int, scale: float, k_mean: Tensor | None
 ) -> Int8Queries:
-    """Without token scales, tiles of rows share one: only to compare with, so it may take its time.
+    """Quantize queries with one scale per tile of rows, as in the paper. Not optimized: used for comparisons only.
 
-    q [B, Hq, Lq, D], of which the first `valid[b]` rows (int64 [B], CPU) count; k_mean [B, Hkv, D] (rotated space).
+    q: [B, Hq, Lq, D], of which rows from `valid[b]` (int64 [B], CPU) on are padding; k_mean: [B, Hkv, D] in stored
+    space.
     """
     padding = (torch.arange(q.shape[2]) >= valid[:, None]).to(q.device)
     clean = q.float().masked_fill(padding[:, None, :, None], 0)

@@ -1,4 +1,4 @@
-"""Backend "triton": stage 1, then attention on the GPU; the same tensors and pages as on the CPU."""
+"""Backend "triton": stage 1, then attention on the GPU, over the same tensors and pages as on the CPU."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def prefill(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32; what they
-    mean is in reference/prefill.py."""
+    """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
+    [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     kv_heads = k.shape[1]
     sight: dict[str, Any] = dict(causal=is_causal, window=window_size, softcap=softcap, mask=attn_mask)
     if config.token_scales and k.shape[2] and takes_many_rows(q.shape[1] // kv_heads, q.shape[2]):
@@ -53,15 +53,15 @@ def prefill(
 def _prefill_at_once(
     config: TurboConfig, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sight: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Launches alone: the host does not wait for a GPU. What is not finite makes the results NaN there, and is refused
-    at once where kernels are interpreted."""
+    """Prefill without waiting for the GPU. Values that are not finite make the results NaN; where kernels are
+    interpreted, they raise NonFiniteError."""
     (batch, _, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     factor, flag = logit_scale(scale, head_dim), torch.zeros(1, dtype=torch.int32, device=q.device)
     mean = None
     if config.smooth_k and keys >= BLOCK:
-        mean = mean_of_first_block(k, MEAN_SKIPS, padded(head_dim), config.rotate, flag)
+        mean = mean_of_first_block(k, MEAN_SKIPS, padded(head_dim), config.rotates_k, flag)
     first, valid, lengths = (torch.full((batch,), n, device=q.device) for n in (keys - queries, queries, keys))
-    codes, unit, logit, _ = quantize_queries(q, kv_heads, valid, mean, factor, config.rotate, flag)
+    codes, unit, logit, _ = quantize_queries(q, kv_heads, valid, mean, factor, config.rotates_k, flag=flag)
     result = attend(
         config, q, Standing(first, valid, lengths), None, None, kv_heads=kv_heads, scale=factor, mean=mean, mean_from=1,
         quantized=Int8Queries(codes, unit, logit), fresh=Fresh(k, v, mean, flag), **sight,
@@ -87,9 +87,10 @@ def attend_cache(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked inputs -> out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq] (see reference/decode.py).
+    """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
 
-    `positions` and `valid` as for `standing_of`. `head_bits` is read under `stored_prefill` alone, which is refused.
+    Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `standing_of`. `head_bits`
+    is unused: it matters only with `stored_prefill`, which this backend refuses.
     """
     cache.look()
     state = staged if staged is not None else cache.state(q.device)
@@ -128,7 +129,9 @@ def _attend(
     mean = None if state.k_mean is None else state.k_mean.contiguous()
     first, rows, lengths = (x.to(q.device) for x in (standing.first, standing.valid, standing.lengths))
     if config.token_scales:
-        codes, unit, mean_logit, flag = quantize_queries(q, kv_heads, rows, mean, factor, config.rotate)
+        codes, unit, mean_logit, flag = quantize_queries(
+            q, kv_heads, rows, mean, factor, config.rotates_k, state.k_order
+        )
         quantized = Int8Queries(codes, unit, mean_logit)
     else:
         quantized, flag = queries_by_tile(config, q, standing.valid, kv_heads, factor, mean), None
@@ -148,6 +151,6 @@ def _attend(
         mask=mask,
         quantized=quantized,
     )
-    if flag is not None and bool(flag):  # waits for the device: many rows, or a call that a mask slows anyway
+    if flag is not None and bool(flag):  # waits for the device, which is acceptable outside decode steps
         check_finite("q", q, standing.valid)
     return result

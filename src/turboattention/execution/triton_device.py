@@ -1,4 +1,4 @@
-"""Where kernels run: Triton launches on the current device, which need not be that of the tensors."""
+"""Device guards: Triton launches kernels on the current device, which may differ from the tensors' device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ R = TypeVar("R")
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a GPU the current one."""
+    """Context manager that makes a GPU the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def on_own_device(call: Callable[P, R]) -> Callable[P, R]:
-    """`call` with the device of its first tensor current."""
+    """Decorator: run `call` with the device of its first tensor argument as the current device."""
 
     @functools.wraps(call)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -32,5 +32,5 @@ def on_own_device(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """x in memory of its own on the device, without waiting for it: only from pinned memory does a copy not wait."""
+    """Copy x to the device without waiting, through pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device, copy=True)

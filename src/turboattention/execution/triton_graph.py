@@ -1,4 +1,4 @@
-"""A decode step as a CUDA graph: everything it needs stands at fixed places, and the host only counts."""
+"""Decode steps as a CUDA graph: all inputs have fixed addresses, and the host only counts tokens."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class DecodeGraph:
         graph = DecodeGraph(cache, num_heads=32)
         out, lse = graph.step(q, k, v)
 
-    Within a capture of the caller's own (a whole model's step) call `attend`, and `advance` before every replay;
-    or `ready` before and `count` behind it, where the host counts while the device works. In between, `cache` may be
-    read and saved; after anything else that changes it, make a new graph. Of several graphs over a cache the latest
-    alone may step.
+    To capture a larger graph, such as a whole model's step, call `attend` during the capture and `advance` before every
+    replay; or `ready` before and `count` after it, so that the host counts while the device computes. Between steps,
+    `cache` may be read and saved; after any other change of the cache, make a new graph. If a cache has several graphs,
+    only the latest may step.
 
     Args:
-        cache: on a CUDA device, past its first block and its sinks, with `max_tokens`: pages for so many
-            tokens of every sequence are taken here and given back by `close`.
-        num_heads: of the queries.
+        cache: on a CUDA device, past its first block and its sinks, with `max_tokens`. Pages for that many tokens per
+            sequence are allocated here and released by `close`.
+        num_heads: query heads.
         scale, window_size, softcap: as in `turbo_attention_with_kvcache`.
-        capture: without, `step` runs the same work eagerly on the same memory.
+        capture: if False, `step` runs the same kernels eagerly on the same memory.
 
     Raises:
-        InputError: a cache that is not as above. UnsupportedError: one whose configuration takes no steps.
-        ShapeError, ConfigError: other arguments out of range.
+        InputError: the cache does not meet the requirements above. UnsupportedError: steps are not supported for its
+        configuration. ShapeError, ConfigError: other arguments are out of range.
     """
 
     @in_own_modes
@@ -67,8 +67,8 @@ class DecodeGraph:
         if cache.window_size is not None and (window is None or window > cache.window_size):
             raise InputError(f"window_size: expected at most the cache's own {cache.window_size}, got {window}")
         if steps_of(cache) is None or cache.dtype is None or cache.device is None:
-            raise UnsupportedError("cache: expected a configuration whose steps are one call, got another")
-        # Of its own: an older graph goes on to hold what it captured, and is refused when it steps.
+            raise UnsupportedError("cache: expected a configuration with decode steps on a GPU, got another")
+        # A new object: an older graph keeps the memory it captured, and its next step raises an error.
         cache.kept = self._steps = new_steps(cache)
         self._cache = cache
         self._steps.tables.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
@@ -84,8 +84,8 @@ class DecodeGraph:
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, Hq, 1, D], k, v [B, Hkv, 1, D] -> out like q and lse float32 [B, Hq, 1], valid until the next step.
 
-        Raises InputError where the cache is full or was changed by something else; NonFiniteError for values of
-        an earlier step; ShapeError, DtypeError, UnsupportedError (gradients). Nothing was counted then.
+        Raises InputError if the cache is full or was changed by something else; NonFiniteError for values of an earlier
+        step; ShapeError, DtypeError, UnsupportedError (gradients). The step is then not counted.
         """
         self._check(q, k, v)
         self.advance()
@@ -101,42 +101,42 @@ class DecodeGraph:
 
     @in_own_modes
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The device's work of a step, and none of the host's. Raises as `step` does for q, k and v."""
+        """The device work of a step, without counting on the host. Raises as `step` does for q, k and v."""
         self._check(q, k, v)
         return self._steps.run(q, k, v, self._call, fills=_FILLS)
 
     @in_own_modes
     def try_out(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What `attend` gives, on copies of all that a step changes: compiles its kernels ahead of a capture."""
+        """Run `attend` on copies of all that a step changes, to compile its kernels before a capture."""
         self._check(q, k, v)
         return self._steps.copied().run(q, k, v, self._call, fills=_FILLS)
 
     @in_own_modes
     def advance(self) -> None:
-        """Count a step on the host, ahead of the device. Raises as `step` does."""
+        """Count a step on the host before its device work is submitted. Raises as `step` does."""
         self.ready()
         self.count()
-        notice_of(self._cache).send()  # of the step before: this one's work is not on its way yet
+        notice_of(self._cache).send()  # reports the previous step; this one is not submitted yet
 
     @property
     def current(self) -> bool:
-        """Whether the cache is as the graph left it."""
+        """Whether the cache was changed only by this graph."""
         return self._cache.kept is self._steps
 
     @property
     def full(self) -> bool:
-        """Whether a sequence has all of the cache's `max_tokens`."""
+        """Whether a sequence has reached the cache's `max_tokens`."""
         assert self._cache.max_tokens is not None
         return int(self._cache.lengths.max()) >= self._cache.max_tokens
 
     @property
     def flag(self) -> Tensor:
-        """int32 [1] on the device, not 0 once a step had values that were not finite."""
+        """int32 [1] on the device, nonzero once a step had values that were not finite."""
         return self._steps.flag
 
     @in_own_modes
     def ready(self) -> None:
-        """Raises as `step` does where there can be no step; changes nothing."""
+        """Raise as `step` does if no step is possible; changes nothing."""
         self._cache.look()
         if not self.current:
             raise InputError("cache: expected it as the graph left it, got one changed by another call")
@@ -145,19 +145,19 @@ class DecodeGraph:
 
     @in_own_modes
     def count(self) -> None:
-        """Count a step on the host, behind `ready`. Nothing here is part of the device's work of the step."""
+        """Count a step on the host, after `ready`. Not part of the step's device work."""
         plan = self._steps.tally.plan([1] * self._cache.batch_size)
         assert plan is not None
         self._steps.count(self._cache, plan, self._steps.tables.take(plan))
 
     @in_own_modes
     def send(self) -> None:
-        """The notice of steps on its way to the host, for whoever calls the cache next."""
+        """Start copying the flag for values that are not finite to the host, where the next call checks it."""
         notice_of(self._cache).send()
 
     @in_own_modes
     def close(self) -> None:
-        """Give back pages that were not filled. The graph is then of no use."""
+        """Release the pages that were not filled. The graph cannot be used afterwards."""
         self._steps.tables.release()
         if self._cache.kept is self._steps:
             self._cache.kept = None
@@ -175,14 +175,14 @@ class DecodeGraph:
         device, graph = self._cache.device, torch.cuda.CUDAGraph()
         assert device is not None
         with guard(device):
-            # Kernels are compiled before the capture, by a step on copies.
+            # Compile the kernels before the capture, with a step on copies.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 q, k, v = self._inputs
                 self.try_out(q, k, v)
             torch.cuda.current_stream().wait_stream(stream)
-            # PyTorch's own stream for captures stays on the device of the first one.
+            # PyTorch's default capture stream belongs to the device of the first capture.
             with torch.cuda.graph(graph, stream=stream):
                 self._outputs = self.attend(q, k, v)
         return graph

@@ -1,4 +1,4 @@
-"""What was not finite in a step: a flag on the device that the host hears of later."""
+"""Deferred detection of values that are not finite: a flag on the device that the host reads later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..modes import in_own_modes
 
 
 class Notice:
-    """`Growing.notice`: int32 [1] that kernels raise, and the host's copy, which arrives when it arrives."""
+    """`Growing.notice`: a flag int32 [1] that kernels set, and an asynchronous copy of it on the host."""
 
     @in_own_modes
     def __init__(self, device: torch.device):
@@ -21,7 +21,7 @@ class Notice:
 
     @in_own_modes
     def copied(self) -> Notice:
-        """For a copy of the cache, which is to hear of it as well."""
+        """A notice for a copy of the cache, which reports the error independently."""
         other = Notice(self.on_device.device)
         other.on_device.copy_(self.on_device)
         other.send()
@@ -34,7 +34,7 @@ class Notice:
 
     @in_own_modes
     def look(self, label: str | None) -> None:
-        """Raise NonFiniteError where it was raised, as far as is known here; lowers it."""
+        """Raise NonFiniteError if the host's copy of the flag is set, and clear the flag."""
         if not int(self._here):
             return
         self.on_device.zero_()
@@ -46,7 +46,7 @@ class Notice:
 
 
 def notice_of(cache: Growing) -> Notice:
-    """The cache's notice, which its steps raise."""
+    """The cache's notice, created if there is none."""
     if cache.notice is None:
         assert cache.store is not None
         cache.notice = Notice(cache.store.device)

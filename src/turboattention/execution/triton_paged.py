@@ -1,4 +1,4 @@
-"""Backend "triton" over pages that a server manages (`turboattention.paged`): nothing waits for the device."""
+"""Backend "triton" over pages that a server manages (`turboattention.paged`), without waiting for the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> bool:
-    """`turboattention.paged.paged_attention`, arguments checked. Always true: `OpenBlocks.notice` tells."""
+    """`turboattention.paged.paged_attention` with checked arguments.
+
+    Always returns True: `OpenBlocks.notice` reports values that are not finite.
+    """
     ragged = _ragged(batch, q)
     _check(pages, out)
     if not ragged.tokens or not ragged.sequences:
@@ -51,7 +54,7 @@ def _ragged(batch: PagedBatch, q: Tensor) -> Ragged:
     for name, x in parts.items():
         if x.dtype not in _INTEGERS or x.device != q.device or x.stride(-1) != 1:
             raise ShapeError(
-                f"{name}: expected int32 or int64 side by side on {q.device}, got {x.dtype} on {x.device}, "
+                f"{name}: expected int32 or int64 on {q.device} with last stride 1, got {x.dtype} on {x.device}, "
                 f"strides {x.stride()}"
             )
     tokens, sequences = q.shape[0], batch.seq_lens.shape[0]

@@ -1,4 +1,4 @@
-"""What caches on a GPU quantize and append with (`kv.quantizer.Quantizer`): the Triton kernels."""
+"""`kv.quantizer.Quantizer` for GPUs, implemented by the Triton kernels."""
 
 from ..kernels.triton import pages, quantize, smoothing
 from .triton_device import on_own_device

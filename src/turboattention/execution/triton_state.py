@@ -1,4 +1,4 @@
-"""A cache's sequences on the device, and what a step does with them there: nothing of it is read back."""
+"""A cache's state on the device and the kernels of a step. The host reads nothing back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
 from ..kernels.triton.append import flush_blocks, store_tokens
+from ..kernels.triton.arguments import orders
 from ..kernels.triton.attention import attend
 from ..kernels.triton.lengths import advance, stand
 from ..kernels.triton.quantize import quantize_queries
@@ -25,7 +26,7 @@ from .triton_tally import Fills, Plan, Tally
 
 @dataclass(frozen=True)
 class Call:
-    """What stays the same from step to step of a layer."""
+    """Attention arguments that are constant over the steps of a layer."""
 
     scale: float
     causal: bool = True
@@ -34,26 +35,30 @@ class Call:
 
 
 class Steps:
-    """What steps of a cache share while nothing changes it but they: its state on the device, changed in
-    place, its page tables there, and what the host counts beside it."""
+    """State of successive steps over a cache; invalid after any other change of the cache.
+
+    Consists of tensors and page tables on the device, which are updated in place, and the host's counts.
+    """
 
     @in_own_modes
     def __init__(self, cache: Growing):
         assert cache.store is not None
         device = cache.store.device
         self._config, self._mean_from = cache.config, cache.mean_from
-        # Whole blocks: the token that fills one has room in front of its compression, and what waits before it.
+        # Whole blocks: room for the token that fills a block, until it is compressed, and for flush_lag tokens.
         rows = BLOCK * (1 + -(-cache.config.flush_lag // BLOCK))
         self.tally, self.tables = Tally(cache, rows), PageTables(cache)
         self._codes, self._scales = cache.buffer_memory(rows)
         mean = cache.state(device).k_mean
         self._mean = None if mean is None else mean.contiguous()
+        # A step that would compress the first page is refused while the order is not fixed.
+        self._order = orders(cache.k_order, self._codes[0])
         self._lengths, self._start = (upload(x, device) for x in (cache.lengths, cache.page_counts * BLOCK))
         self.flag = notice_of(cache).on_device
 
     @in_own_modes
     def copied(self) -> Steps:
-        """The same sequences in memory of their own, to try a step on."""
+        """A copy for a trial step."""
         other = copy.copy(self)
         other._lengths, other._start, other.flag = (x.clone() for x in (self._lengths, self._start, self.flag))
         other._codes, other._scales = (tuple(x.clone() for x in pair) for pair in (self._codes, self._scales))
@@ -62,7 +67,7 @@ class Steps:
 
     @in_own_modes
     def count(self, cache: Growing, plan: Plan, pages: list[int]) -> None:
-        """The step was taken."""
+        """Update lengths, page tables and counts on the host after a step."""
         alike = len(set(plan.counts)) == 1
         tokens = plan.counts[0] if alike else torch.tensor(plan.counts)
         cache.extend(tokens, plan.filled, pages, self._mean if plan.learned else None)
@@ -84,10 +89,10 @@ class Steps:
     ) -> tuple[Tensor, Tensor]:
         """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D] -> out in q's dtype, lse float32 [B, Hq, Lq].
 
-        fills: what the host knows of blocks that fill, or may. counts: int64 [B] (CPU), the tokens that each
-        sequence takes, and its rows of q; without, all. mask: as in `attend`; what it may not hold counts as 0.
+        fills: what is stored if blocks fill. counts: int64 [B] (CPU), new tokens and rows of q of each sequence;
+        default all. mask: as in `attend`; NaN and +inf are replaced by 0.
 
-        Without counts there is only device work, the same for every step: a CUDA graph may hold it.
+        Without counts, a step is device work only, and the same for all steps, so a CUDA graph can capture it.
         """
         tokens = 0 if k is None else k.shape[2]
         taken = stand(self._lengths, tokens, q.shape[2], self._uploaded(counts))
@@ -101,7 +106,7 @@ class Steps:
     @in_own_modes
     @on_own_device
     def store(self, k: Tensor, v: Tensor, *, fills: Fills, counts: Tensor | None = None) -> None:
-        """The new tokens alone."""
+        """Store new tokens k, v [B, H, T, D] without attention."""
         taken = stand(self._lengths, k.shape[2], 0, self._uploaded(counts)).tokens
         self._write(k, v, taken)
         self._advance(taken, fills)
@@ -110,7 +115,7 @@ class Steps:
         return None if counts is None else upload(counts, self._lengths.device)
 
     def _cleaned(self, mask: Tensor | None) -> Tensor | None:
-        """The mask without NaN and +inf, of which the notice tells."""
+        """Replace NaN and +inf in a mask by 0 and set the flag if there are any."""
         if mask is None or not mask.is_floating_point():
             return mask
         bad = ~(mask < torch.inf)
@@ -118,9 +123,9 @@ class Steps:
         return mask.masked_fill(bad, 0)
 
     def _attend(self, q: Tensor, standing: Standing, call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        kv_heads, rotated = self._codes[0].shape[1], self._config.rotate
+        kv_heads, rotated = self._codes[0].shape[1], self._config.rotates_k
         codes, unit, logit, _ = quantize_queries(
-            q, kv_heads, standing.valid, self._mean, call.scale, rotated, self.flag
+            q, kv_heads, standing.valid, self._mean, call.scale, rotated, self._order, self.flag
         )
         return attend(
             self._config,
@@ -148,6 +153,7 @@ class Steps:
             self._start,
             self._mean,
             self._mean_from,
+            self._order,
             self._codes,
             self._scales,
             self.flag,

@@ -1,7 +1,7 @@
-"""Backend "triton", step by step: what a decode step needs stands on the device, and nothing waits for it.
+"""Decode steps of backend "triton", without waiting for the device.
 
-The host counts along. It knows how many tokens a step adds, and so which blocks fill and the pages they take;
-lengths and page tables are never read back.
+The host counts tokens, so it knows which blocks fill and allocates their pages. Lengths and page tables on the device
+are never read back.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def step(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """A step that the buffer has room for: attends and appends (k and v may be None) for tensors whose shapes
-    were checked; of each sequence `counts[b]` tokens (int64 [B], CPU), where given. None where it is not such a
-    step.
+    """Attend and append, if the buffer has room for the new tokens. Shapes are checked.
 
-    Nothing waits for the device: values that are not finite become zeros, and a later call raises NonFiniteError.
+    q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lq, D] or None; counts: int64 [B] (CPU), new tokens and rows of q of each
+    sequence, default all. Returns out and lse, or None, with the cache unchanged, if the call needs the general path.
+
+    Does not wait for the device: values that are not finite are read as zeros, and a later call raises NonFiniteError.
     """
     tokens = k.shape[2] if k is not None else 0
     if k is not None and q.shape[2] != tokens:
@@ -76,16 +77,18 @@ def _planned(cache: Growing, tokens: int, counts: Tensor | None, attends: bool) 
     plan = steps.tally.plan([tokens] * cache.batch_size if counts is None else counts.tolist())
     if plan is None or not plan.freezes:
         return None if plan is None else (steps, plan)
-    # Widths that depend on tokens, and the guard, which compares the first compressed blocks with exact
-    # attention: the host decides.
+    # The general path decides widths and channel orders that depend on tokens, and runs the guard, which compares the
+    # first compressed blocks with exact attention.
     decides = cache.known_bits is None or (attends and cache.config.guard != "off")
     return None if decides else (steps, plan)
 
 
 @contextlib.contextmanager
 def _taken(steps: Steps, cache: Growing, plan: Plan) -> Iterator[None]:
-    """Pages for the blocks that fill, and the step counted; all pages given back after one that failed: how far
-    it came is unknown, so that the next call starts from what the host knows."""
+    """Take pages for the blocks that fill, and count the step afterwards.
+
+    If the step fails, all its pages are released, and the device's state is discarded, since it may be incomplete.
+    """
     if plan.freezes:
         steps.tables.freeze(cache)
     pages = steps.tables.take(plan)
@@ -101,8 +104,7 @@ def _taken(steps: Steps, cache: Growing, plan: Plan) -> Iterator[None]:
 
 
 def steps_of(cache: Growing) -> Steps | None:
-    """Those kept, or new ones where something else has changed the cache; None for caches that
-    do not take steps."""
+    """The cache's `Steps`, made anew if something else changed the cache; None for caches without such steps."""
     if cache.store is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
     if refusal(cache.config, cache.dtype):
@@ -114,7 +116,7 @@ def steps_of(cache: Growing) -> Steps | None:
 
 
 def new_steps(cache: Growing) -> Steps:
-    """In place of those kept, which give back the pages they reserved."""
+    """New `Steps` for a cache; the existing ones release the pages they reserved."""
     if isinstance(cache.kept, Steps):
         cache.kept.tables.release()
     return Steps(cache)

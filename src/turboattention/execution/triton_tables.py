@@ -1,4 +1,4 @@
-"""Page tables on the device, and the pages that the host hands out for blocks about to fill."""
+"""Page tables on the device, and the allocation of pages for blocks that fill."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import inputs
 from .triton_device import upload
 from .triton_tally import Plan
 
-_SPARE_COLUMNS = 64  # of a table, when it is full
+_SPARE_COLUMNS = 64  # added to a table that is full
 
 
 def pages_of(cache: Growing) -> Pages | None:
-    """The cache's page tables, copied to the device; None where it has no page."""
+    """The cache's page tables, copied to the device; None if it has no pages."""
     pages = inputs.pages_of(cache)
     if pages is None:
         return None
@@ -32,7 +32,7 @@ def _uploaded(pages: Pages, device: torch.device) -> Pages:
 
 
 class PageTables:
-    """`on_device`: the tables, changed in place; `host`: the store's own, of the same pages."""
+    """on_device: the tables, updated in place. host: the addresses of the same pages in the store."""
 
     @in_own_modes
     def __init__(self, cache: Growing):
@@ -44,14 +44,14 @@ class PageTables:
 
     @in_own_modes
     def copied(self) -> PageTables:
-        """With counts of its own, to try a step on."""
+        """A copy with separate counts, for a trial step."""
         other = copy.copy(self)
         other.on_device = replace(self.on_device, counts=self.on_device.counts.clone())
         return other
 
     @in_own_modes
     def freeze(self, cache: Growing) -> None:
-        """Fix the widths of pages, which do not depend on tokens here."""
+        """Freeze widths that do not depend on the tokens."""
         assert cache.known_bits is not None
         cache.freeze_widths(cache.known_bits)
         assert self._store.compressed is not None
@@ -59,13 +59,13 @@ class PageTables:
 
     @in_own_modes
     def reserve(self, blocks: list[int]) -> None:
-        """Compressed pages for `blocks[b]` more blocks of each sequence, which the device then finds by itself."""
+        """Allocate compressed pages for `blocks[b]` more blocks of each sequence and enter them in the table."""
         missing = [max(0, want - len(have)) for want, have in zip(blocks, self._reserved, strict=True)]
         pages = self._store.fresh_pages(sum(missing))
         for reserved, count in zip(self._reserved, missing, strict=True):
             reserved.extend(pages[:count])
             del pages[:count]
-        # The table grows before it is captured by anything.
+        # The table must not be reallocated after a graph captured it.
         counts = self._store.counts.tolist()
         width = max(count + len(reserved) for count, reserved in zip(counts, self._reserved, strict=True))
         host = self._store.addresses()
@@ -78,7 +78,7 @@ class PageTables:
 
     @in_own_modes
     def take(self, plan: Plan) -> list[int]:
-        """Pages for the blocks that `plan.filled` fill, their addresses in the device's table."""
+        """Pages for the blocks that the sequences in `plan.filled` fill, entered in the device's table."""
         missing = [b for b in plan.filled if not self._reserved[b]]
         new: dict[int, int] = {}
         try:
@@ -95,7 +95,7 @@ class PageTables:
         return [new[b] if b in new else self._reserved[b].pop(0) for b in plan.filled]
 
     def _enter(self, addresses: dict[int, int]) -> None:
-        """A page of each of some sequences into the device's table, behind those that are there."""
+        """Append a page address to the device's table for each sequence in `addresses`."""
         p = self.on_device
         if max(map(len, self._store.tables)) >= p.addresses.shape[1]:
             self.on_device = p = replace(p, addresses=pad(p.addresses, (0, _SPARE_COLUMNS)))
@@ -107,13 +107,13 @@ class PageTables:
         table.scatter_(1, column, torch.where(fresh != 0, fresh, table.gather(1, column)))
 
     def give_back(self, plan: Plan, pages: list[int]) -> None:
-        """Pages of a step that was not taken, and those that were reserved."""
+        """Release the pages of a step that failed, and all reserved pages."""
         for b, page in zip(plan.filled, pages, strict=True):
             self._store.discard([page], b in plan.sinks)
         self.release()
 
     def release(self) -> None:
-        """Give back pages that were reserved and not filled."""
+        """Release reserved pages that were not filled."""
         for reserved in self._reserved:
             if reserved:
                 self._store.discard(reserved)
@@ -121,8 +121,7 @@ class PageTables:
 
     @in_own_modes
     def follow(self) -> None:
-        """After a step the store may have evicted pages: what is theirs no more is read by nobody, and not left
-        where it could be."""
+        """Clear the addresses of pages that the store evicted in a step; they may be reused."""
         if self._store.addresses() is self.host:
             return
         self.host, table = self._store.addresses(), self.on_device.addresses

@@ -1,4 +1,4 @@
-"""What the host counts, step by step: which blocks a step fills, without asking the device."""
+"""Token counts on the host, from which it knows the blocks that a step fills without reading the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from ..kv.growth import Growing
 
 @dataclass(frozen=True)
 class Fills:
-    """What the device does at the end of a step beside counting: fill pages, INT8 ones among them or others,
-    and take the mean of keys from first blocks."""
+    """What the device does at the end of a step besides counting.
+
+    pages, sinks: compress blocks into pages after the sinks, or into sink pages. means: compute the mean of K from
+    first blocks.
+    """
 
     pages: bool = False
     sinks: bool = False
@@ -20,9 +23,12 @@ class Fills:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step changes. counts: new tokens of each sequence; filled: sequences whose first open block becomes
-    a page, `sinks` those of them where it stays INT8, `learned` those that a mean is taken from; freezes:
-    whether a page is the first that needs widths."""
+    """What a step changes.
+
+    counts: new tokens of each sequence. filled: sequences whose first buffered block becomes a page; sinks: those of
+    them where it becomes a sink page. learned: sequences whose mean of K is computed. freezes: whether a page is the
+    first that needs widths.
+    """
 
     counts: list[int]
     filled: list[int]
@@ -36,7 +42,7 @@ class Plan:
 
 
 class Tally:
-    """Lengths and open rows of a cache's sequences, as lists; a buffer has `rows` rows."""
+    """Lengths and numbers of buffered rows of a cache's sequences; the buffer has `rows` rows per sequence."""
 
     def __init__(self, cache: Growing, rows: int):
         self._rows, self._lag, self._sinks = rows, cache.config.flush_lag, cache.sink_blocks
@@ -46,12 +52,15 @@ class Tally:
 
     @property
     def paged(self) -> bool:
-        """Whether a sequence has a page."""
+        """Whether any sequence has a page."""
         return self._lengths != self._open
 
     def plan(self, counts: list[int]) -> Plan | None:
-        """What so many new tokens of each sequence change; None where that takes more than a step: tokens that
-        the buffer has no row for, or behind a first block that the mean is still to be taken from."""
+        """The effect of `counts[b]` new tokens per sequence.
+
+        None if that needs the general path: the tokens do not fit in the buffer, or some of them follow a first block
+        whose mean is not known yet.
+        """
         after = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         rows = [held + count for held, count in zip(self._open, counts, strict=True)]
         if max(rows) > self._rows:
@@ -62,13 +71,13 @@ class Tally:
             if any(after[b] > BLOCK for b in reaching):
                 return None
             learned = reaching
-        # No more than one block each: a buffer has less than two blocks' rows beside those that wait.
+        # At most one block each: without the flush_lag rows, the buffer has fewer than two blocks of rows.
         filled = [b for b, held in enumerate(rows) if held - self._lag >= BLOCK]
         sinks = [b for b in filled if self._lengths[b] - self._open[b] < self._sinks * BLOCK]
         return Plan(counts, filled, sinks, learned, len(filled) > len(sinks) and not self._frozen)
 
     def count(self, plan: Plan) -> None:
-        """The step was taken."""
+        """Count a step."""
         for b, count in enumerate(plan.counts):
             self._lengths[b] += count
             self._open[b] += count

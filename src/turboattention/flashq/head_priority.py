@@ -1,4 +1,4 @@
-"""Which heads may take 2 bits: priority = gap x std (paper section 3.2, numerics.md section 3)."""
+"""Head priority, gap x std, which selects the heads stored at 2 bits (paper section 3.2, numerics.md section 3)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from ..errors import ConfigError, ShapeError
 
 
 def head_priority(k: Tensor) -> Tensor:
-    """The paper's importance of each KV head, from keys before smoothing and rotation.
+    """The paper's priority of each KV head, from keys or values before smoothing and rotation.
 
     Args:
         k: [B, Hkv, L, D] float, L >= 1.
 
     Returns:
-        float [Hkv], the mean over the batch of `gap * std`: `gap` is max - min over the whole head,
-        `std` the population standard deviation over channels of each channel's own max - min.
+        float [Hkv], the mean over the batch of `gap * std`: `gap` is max - min over the whole head, `std` the
+        population standard deviation over channels of each channel's max - min.
+
+    Raises:
+        ShapeError.
     """
     if k.dim() != 4 or 0 in k.shape:
         raise ShapeError(f"k: expected a non-empty [batch, kv_heads, tokens, head_dim], got shape {tuple(k.shape)}")
@@ -30,9 +33,9 @@ def head_priority(k: Tensor) -> Tensor:
 
 
 def assign_head_bits(priority: Tensor, low_bit_fraction: float = 0.5) -> Tensor:
-    """int64 [Hkv]: 2 for the `floor(fraction * Hkv)` heads of lowest priority, 4 for the others.
+    """int64 [Hkv]: 2 for the `floor(low_bit_fraction * Hkv)` heads of lowest priority, 4 for the others.
 
-    Ties go by index, the lower index first to 2 bits.
+    Of heads with equal priority, those with the lower index get 2 bits first. Raises ShapeError, ConfigError.
     """
     if priority.dim() != 1:
         raise ShapeError(f"priority: expected [kv_heads], got shape {tuple(priority.shape)}")

@@ -1,9 +1,8 @@
-"""Codes to bytes and back: planes of 4, 2 and 1 bits (8 bits are one byte each).
+"""Packs codes into planes of 8, 4, 2 and 1 bits.
 
-A run of `n` codes and a plane of `w` bits give `m = n w / 8` bytes; byte `j` holds the codes
-`j, j + m, j + 2m, ...`, the first in the lowest bits. So the codes that one byte line holds are
-lines themselves: a vector unit unpacks with a shift and a mask, never a shuffle. Three bits are
-a plane of the two lower bits, then a plane of the highest.
+A plane of `w` bits of `n` codes has `m = n w / 8` bytes; byte `j` holds codes `j, j + m, j + 2m, ...`, the first in the
+lowest bits. A vector load of consecutive bytes thus unpacks to vectors of consecutive codes, with a shift and a mask
+and without a shuffle. 5 and 3 bits are a plane of the lower 4 or 2 bits followed by a plane of the highest bit.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
-PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+PLANES = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 """Width of a code -> widths of its planes, lowest bits first."""
 
 
 def pack_codes(code: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., n] below 2^bits -> bytes uint8 [..., n * bits / 8]. `n` is a multiple of 8."""
+    """uint8 codes [..., n] below 2^bits -> bytes uint8 [..., n * bits / 8]. Raises ShapeError unless 8 divides n."""
     if code.shape[-1] % 8:
         raise ShapeError(f"code: expected a multiple of 8 codes in the last dimension, got {code.shape[-1]}")
     planes, shift = [], 0

@@ -1,10 +1,10 @@
-"""Stage 2: INT8 codes to 8, 4, 3 or 2 bits per channel, in integers (numerics.md section 2).
+"""Stage 2: INT8 to 5, 4, 3, 2 or 1 bits with a step and zero per channel, in integers (numerics.md section 2).
 
-`step = max(1, ceil((hi - lo) / (2^bits - 1)))`, `zero = lo`,
+`step = max(1, ceil((hi - lo) / (2^bits - 1)))` (at most 127), `zero = lo`,
 `code = clip(round_half_even((X8 - zero) / step), 0, 2^bits - 1)`, `X8' = code step + zero`.
 
-X8' fits int8 whatever X8 is: codes of stage 1 end at 119 and leave room for the rounding. Rows that a crop
-brought back from a page may lie beyond; then the range is moved, and if need be narrowed, to end at 127.
+X8' always fits in int8: INT8 values of stage 1 are at most 119, which leaves room for rounding. Rows that a crop
+decoded from a page may exceed 119; the range is then moved, and narrowed if necessary, to end at 127.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import WIDTHS
 from ..errors import ConfigError, DtypeError, ShapeError
+from .packing import PLANES
 from .symmetric import CODE_MAX
 
-# Steps tried by the search, in 16ths of the min-max step. Few: each costs passes over the block.
-_SHRINKS = (16, 15, 14, 13, 12, 11, 10, 9, 8)
+_LARGEST_STEP = 127
+"""Steps are int8. Larger ones could only occur at one bit, where the search hardly ever chooses them."""
+
+
+def _shrinks(bits: int) -> range:
+    """Steps tried by the search, in 16ths of the min-max step; few, since each costs passes over the block.
+
+    The optimal two levels lie much further inside the range than the optimal four.
+    """
+    return range(12, 3, -1) if bits == 1 else range(16, 7, -1)
 
 
 def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,18 +33,18 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
 
     Args:
         codes: int8 [..., T, D]; all T rows are one tile.
-        bits: 8, 4, 3 or 2. At 8 bits nothing is lost.
-        search: below 4 bits, keep the step and zero of least squared error over shrunken ranges
-            and shifts instead of min-max. The format does not change.
+        bits: 8 (lossless), 5, 4, 3, 2 or 1.
+        search: below 4 bits, choose the step and zero with the least squared error among min-max and smaller, shifted
+            ranges. The format does not change.
 
     Returns:
-        code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 85) and zero, int8 [..., 1, D].
+        code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 127) and zero, int8 [..., 1, D].
 
     Raises:
         ConfigError, DtypeError, ShapeError.
     """
-    if bits not in WIDTHS:
-        raise ConfigError(f"bits: expected one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
+    if bits not in PLANES:
+        raise ConfigError(f"bits: expected one of {', '.join(map(str, PLANES))}, got {bits!r}")
     if codes.dtype != torch.int8:
         raise DtypeError(f"codes: expected int8, got {codes.dtype}")
     if codes.dim() < 2 or codes.shape[-2] == 0:
@@ -44,10 +52,10 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
     values = codes.to(torch.int16)
     levels = (1 << bits) - 1
     low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
-    step = ((high - low + (levels - 1)) // levels).clamp_(1, 255 // levels)
+    step = ((high - low + (levels - 1)) // levels).clamp_(1, min(_LARGEST_STEP, 255 // levels))
     zero = torch.where(high > CODE_MAX, torch.minimum(low, 127 - step * levels), low)
     if search and bits < 4:
-        step, zero = _search(values, (step, zero), low + high, levels)
+        step, zero = _search(values, (step, zero), low + high, bits)
     return _encode(values, step, zero, levels).to(torch.uint8), step.to(torch.int8), zero.to(torch.int8)
 
 
@@ -59,24 +67,23 @@ def progressive_dequantize(code: Tensor, step: Tensor, zero: Tensor) -> Tensor:
 def _encode(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
     """`clip(round_half_even((values - zero) / step), 0, levels)` as int16.
 
-    Float32 division of integers this small rounds to a tie only where the quotient is one, so the
-    rounding is exact.
+    A float32 quotient of integers this small is a tie only if the exact quotient is, so the rounding is exact.
     """
     quotient = (values - zero).to(torch.float32) / step.to(torch.float32)
     return quotient.round_().clamp_(0, levels).to(torch.int16)
 
 
-def _search(values: Tensor, widest: tuple[Tensor, Tensor], middle: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The (step, zero) of least squared error among shrunken, centred and shifted ranges; `middle` is twice
-    the data's.
+def _search(values: Tensor, widest: tuple[Tensor, Tensor], middle: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The (step, zero) with the least squared error; `middle` is min + max of the data.
 
-    Candidates: steps of 16/16 down to 8/16 of the min-max step (rounded up), each with its range
-    centred on the data and shifted by a quarter of a step either way. Both ends of a range stay
-    inside int8. Ties keep the earlier candidate, min-max first.
+    Candidates: min-max (`widest`), then steps of 16/16 down to 8/16 (one bit: 12/16 to 4/16) of its step, rounded up,
+    each with a range centred on the data, and shifted by a quarter of a step down and up. Both ends of a range fit in
+    int8. Ties keep the earlier candidate.
     """
+    levels = (1 << bits) - 1
     best_step, best_zero = widest
     best_error = _squared_error(values, best_step, best_zero, levels)
-    for shrink in _SHRINKS:
+    for shrink in _shrinks(bits):
         step = ((widest[0] * shrink + 15) // 16).clamp_(min=1)
         for quarter in (0, -1, 1):
             zero = torch.div(2 * middle - 2 * step * levels + quarter * step, 4, rounding_mode="floor")

@@ -1,8 +1,8 @@
-"""The rotation of Q, K and V before quantizing: signs, then block Hadamard (numerics.md, presets).
+"""The rotation of Q, K and V before quantization: signs, then block Hadamard (numerics.md, presets).
 
-Orthogonal, so `rotate(q) . rotate(k) = q . k`; it spreads outlier channels over their block. Blocks
-are the largest power of two that divides head_dim. The signs are fixed: bit `c` of the identity
-number below, read as a 64-bit pattern repeated over the channels.
+It is orthogonal, so `rotate(q) . rotate(k) = q . k`, and spreads outlier channels over their block. The block size is
+the largest power of two that divides head_dim. The signs are fixed: channel `c` is negated if bit `c mod 64` of
+`_SIGN_BITS` is set.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ROTATION_ID = 1
-"""Written into every saved cache. A change of signs or blocks is another number."""
+"""Identifies the rotation in saved caches; must change with the signs or blocks."""
 
 _SIGN_BITS = 0x9E3779B97F4A7C15  # the golden ratio's first 64 bits
 
@@ -24,10 +24,10 @@ def rotation_matrix(head_dim: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def rotate(x: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate the last dimension of `x` (float32 or float64), or undo it.
+    """Rotate the last dimension of `x` (float32 or float64), or undo the rotation.
 
-    Summed in float64, where sums of float32 values are exact unless these are 2^20 apart: the order
-    of summation depends on how many rows a matrix product has, and a row's result must not.
+    Sums in float64, where sums of float32 values are exact unless these differ by a factor above 2^20: the order of
+    summation in a matrix product depends on the number of rows, and a row's result must not.
     """
     head_dim = x.shape[-1]
     matrix = _signed_hadamard(head_dim, x.device)
@@ -36,7 +36,7 @@ def rotate(x: Tensor, inverse: bool = False) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _signed_hadamard(head_dim: int, device: torch.device) -> Tensor:
-    """Signs times blocks of the Hadamard matrix, entries -1, 0 and 1, float64."""
+    """Signs times blocks of the Hadamard matrix: float64 [D, D] of -1, 0 and 1."""
     block = head_dim & -head_dim
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < block:

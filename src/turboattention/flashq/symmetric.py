@@ -1,11 +1,9 @@
-"""Stage 1: floats to INT8, symmetric, by tile or by token (numerics.md section 1).
+"""Stage 1: symmetric quantization of floats to INT8, per tile or per token (numerics.md section 1).
 
-Codes stay within +-119, not 127: stage 2 rounds to a step, and what it gives back then still fits
-INT8.
+Codes are within +-119 instead of +-127, so that values rounded to a step by stage 2 still fit in INT8.
 
-A token's scale lives on a grid of 4 mantissa bits, rounded up, so that its ratio to a power of two
-above it is exactly 8 bits (`kv.layout`): nothing is rounded a second time when a block is
-compressed.
+A token's scale is rounded up to 4 mantissa bits, so that its ratio to a power of two above it fits exactly in 8 bits
+(`kv.layout`) and compressing a block does not round it again.
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ from ..errors import DtypeError, ShapeError
 
 CODE_MAX = 119
 
-# Scales below this are treated as this: codes of denormal-sized rows come out as zero instead of
-# overflowing the division.
+# Smaller scales are raised to this, so that rows of tiny values quantize to zero and the division does not overflow.
 SMALLEST_SCALE = 2.0**-100
 
 _MANTISSA_STEP = 1 << 19  # float32 has 23 mantissa bits; 4 are kept
@@ -30,7 +27,7 @@ def quantize_int8(x: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 
     Args:
         x: [B, H, L, D] float (16-bit floats are taken as float32).
-        block_size: rows a tile; the last tile may be shorter and is scaled by its own rows.
+        block_size: rows per tile; the last tile may be shorter.
 
     Returns:
         codes int8 [B, H, L, D] within +-119, and scales [B, H, ceil(L / block_size)], float32
@@ -59,10 +56,10 @@ def dequantize_int8(codes: Tensor, scales: Tensor, block_size: int = 64) -> Tens
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row of [..., D] with a scale of its own.
+    """Quantize each row of x [..., D] with one scale.
 
-    Returns codes int8 [..., D] within +-119 and scales [...]: `max|row| / 119` rounded up to 4
-    mantissa bits, so representable in bfloat16. An all-zero row has scale 1.
+    Returns codes int8 [..., D] within +-119 and scales [...], float32 (float64 for float64 input): `max|row| / 119`
+    rounded up to 4 mantissa bits, hence exact in bfloat16. An all-zero row has scale 1. Raises DtypeError.
     """
     x = compute_dtype(x)
     scales = _safe(round_up_to_grid(x.abs().amax(-1) / CODE_MAX))
@@ -70,9 +67,9 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_up_to_grid(scales: Tensor) -> Tensor:
-    """The smallest float with 4 mantissa bits that is not below each (non-negative) scale."""
+    """Round non-negative scales up to 4 mantissa bits."""
     single = scales.to(torch.float32)
-    # Conversion from float64 may have rounded down; one step up then keeps codes within range.
+    # Conversion from float64 may round down; take the next float32 then, so that codes stay within range.
     single = torch.where(
         single.to(scales.dtype) < scales, torch.nextafter(single, single.new_tensor(torch.inf)), single
     )
@@ -82,7 +79,7 @@ def round_up_to_grid(scales: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> Tensor:
-    """float64 stays, other floats become float32."""
+    """Convert floats other than float64 to float32. Raises DtypeError for other dtypes."""
     if not x.is_floating_point():
         raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     return x if x.dtype == torch.float64 else x.to(torch.float32)

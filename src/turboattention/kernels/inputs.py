@@ -60,15 +60,15 @@ class Standing:
     lengths: Tensor
 
 
-def refusal(config: TurboConfig, dtype: torch.dtype, **wanted: object) -> str | None:
-    """Why kernels do not compute this, or None. `wanted`: further values of the configuration, where a backend's
-    kernels compute one alone."""
+def refusal(config: TurboConfig, dtype: torch.dtype, **wanted: tuple[object, ...]) -> str | None:
+    """Why kernels do not compute this, or None. `wanted`: what further fields of the configuration may be, where a
+    backend's kernels do not compute all."""
     if dtype == torch.float64:
         return "float64 is computed by the reference alone"
     if config.block_size != BLOCK:
         return f"block_size is {config.block_size}, its kernels are written for {BLOCK}"
-    wanted = {"row_max": "block", "p_scale": "static", "rescale": "exact", **wanted}
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            return f"{name} is {getattr(config, name)!r}, its kernels compute {value!r}"
+    wanted = {"row_max": ("block",), "p_scale": ("static", "row"), "rescale": ("exact",), **wanted}
+    for name, values in wanted.items():
+        if getattr(config, name) not in values:
+            return f"{name} is {getattr(config, name)!r}, its kernels compute {' and '.join(map(repr, values))}"
     return None

@@ -1,4 +1,4 @@
-"""The INT8 decode buffer: the tokens of each sequence that no full block holds yet."""
+"""The INT8 buffer: the tokens of each sequence that are not compressed into pages yet."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SPARE = 256
 
 
 class Int8Buffer:
-    """Up to `capacity` INT8 tokens a sequence, left-aligned, with a scale per token.
+    """Up to `capacity` INT8 tokens per sequence, left-aligned, with a scale per token.
 
-    codes int8 [B, H, rows, D], scales [B, H, rows]: bfloat16 where scales are on the 4-mantissa-bit grid of token
-    scales (exact), else float32. There are as many rows as `rows_for` says; those past a sequence's length are zero.
+    Codes are int8 [B, H, rows, D], scales [B, H, rows]: bfloat16 with token scales, which have 4 mantissa bits and
+    are exact in it, else float32. `rows_for` chooses the number of rows; those past a sequence's tokens are zero.
     """
 
     def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, token_scales: bool, device: torch.device):
@@ -39,18 +39,24 @@ class Int8Buffer:
 
     @property
     def rows(self) -> int:
-        """Tokens of a sequence that there is memory for."""
+        """Allocated rows per sequence."""
         return self.k8.shape[2]
 
     def rows_for(self, tokens: int, held: int) -> int:
-        """Rows of a buffer whose longest sequence has `tokens` here, of `held` ones it can see: in 16s, and in larger
-        steps where that is little beside what is held, since every step moves the buffer."""
+        """Rows to allocate for at most `tokens` buffered tokens per sequence.
+
+        A multiple of 16. Since each change of the number moves the buffer, the multiple grows with `held`, the tokens
+        that the longest sequence can attend to, as long as it is small in comparison.
+        """
         step = max(_STEP, held // _SPARE // _STEP * _STEP)
         return min(max(1, -(-tokens // step)) * step, self.capacity)
 
     def memory(self, rows: int) -> tuple[Tensor, ...]:
-        """The tensors with `rows` rows a head, contiguous, of which the first `capacity` are the buffer: some kernels
-        want room for the token that fills a block. Moved only where there are more or fewer; new rows are zero."""
+        """The tensors of `TENSORS`, contiguous, with `rows` rows per head; the first `capacity` are the buffer.
+
+        `rows` may exceed `capacity`, since some kernels need a row for the token that fills a block. Tensors are moved
+        only if the number of rows changes; new rows are zero.
+        """
         whole = []
         for name in self.TENSORS:
             held = getattr(self, name)
@@ -66,11 +72,11 @@ class Int8Buffer:
         return tuple(whole)
 
     def tiles(self) -> Tiles:
-        """What is buffered, scales as float32."""
+        """The buffered rows, with scales as float32."""
         return Tiles(self.k8, self.v8, self.k_scale.float(), self.v_scale.float())
 
     def take(self, tiles: Tiles, first: Tensor, lengths: Tensor, held: int) -> None:
-        """Hold rows `first .. first + lengths` (int64 [B] each) of every sequence of `tiles`; `held` as in
+        """Replace the contents by rows `first` to `first + lengths` (int64 [B], end exclusive) of `tiles`; `held` as in
         `rows_for`."""
         count = self.rows_for(int(lengths.max()) if len(lengths) else 0, held)
         rows = first[:, None] + torch.arange(count, device=first.device)
@@ -86,7 +92,7 @@ class Int8Buffer:
 
     @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies made under `inference_mode` can be changed outside of it, too."""
+        """Tensors copied under `inference_mode` are cloned, so that they can be modified outside it."""
         self.__dict__.update(state)
         for name in self.TENSORS:
             if (held := getattr(self, name)).is_inference():

@@ -13,6 +13,7 @@ from ..flashq import rotate
 from ..modes import in_own_modes
 from ..validation import check_config, check_mean, check_sizes
 from .buffer import Int8Buffer
+from .channel_order import restore_order
 from .handle import leave_graph, new_handle
 from .pages import Tiles
 from .staging import SequenceState, fresh_state
@@ -56,6 +57,7 @@ class Contents:
         self._store: PageStore | None = None
         self._buffer: Int8Buffer | None = None
         self._k_mean: Tensor | None = None
+        self._query_energy: Tensor | None = None
         self._universal: Tensor | None = None
         self.kept: Any = None
         """What a backend keeps from step to step; forgotten when pages, buffer or sequences change."""
@@ -165,6 +167,7 @@ class Contents:
             k_mean=self._k_mean,
             k_mean_fixed=self._given_mean is not None,
             universal=self._universal,
+            k_order=self.k_order,
         )
 
     @property
@@ -192,8 +195,20 @@ class Contents:
         )
 
     def restore(self, x: Tensor) -> Tensor:
-        """From the stored (rotated) space back to the model's."""
+        """Values [B, H, L, D] from the stored (rotated) space back to the model's."""
         return rotate(x, inverse=True) if self.config.rotate else x
+
+    def restore_keys(self, x: Tensor) -> Tensor:
+        """Keys [B, H, L, D] from the stored (rotated or reordered) space back to the model's."""
+        if self.k_order is not None:
+            return restore_order(x, self.k_order, 1)
+        return rotate(x, inverse=True) if self.config.rotates_k else x
+
+    @property
+    def k_order(self) -> Tensor | None:
+        """int64 [Hkv, D]: the channel at each place of stored keys and means; None: as in the model, or rotated."""
+        order = None if self._store is None else self._store.order
+        return None if order is None else order.places
 
     def _seen(self, lengths: Tensor) -> int:
         """Tokens that the next query of the longest of sequences so long can see."""
@@ -216,4 +231,4 @@ class Contents:
         """The calibrated mean, in the stored space, for every sequence."""
         assert self._given_mean is not None
         mean = self._given_mean.to(device, torch.float32)
-        return (rotate(mean) if self.config.rotate else mean).expand(self.batch_size, -1, -1).contiguous()
+        return (rotate(mean) if self.config.rotates_k else mean).expand(self.batch_size, -1, -1).contiguous()

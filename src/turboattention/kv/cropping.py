@@ -1,4 +1,4 @@
-"""What a crop puts back into the buffer, and when it is too late for one."""
+"""Crops: the rows that return to the buffer, and the check against evicted blocks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .store import CROPPED, PageStore
 
 
 def rows_behind(store: PageStore, buffer: Int8Buffer, target: Tensor, kept: Tensor) -> Tiles:
-    """INT8 rows [B, H, capacity, D] from the end of each sequence's first `kept` pages on (int64 [B]).
+    """The INT8 rows after the first `kept` pages (int64 [B]) of each sequence, [B, H, rows, D].
 
-    Where the new length `target` cuts into a page these are the page's own values, else what was
-    buffered.
+    They are decoded from the next page if the new length `target` (int64 [B]) cuts into it, else they are the buffered
+    rows.
     """
     rows, counts = buffer.tiles(), store.counts
     reopened = (kept < counts) & (target > kept * store.config.block_size)
@@ -37,7 +37,7 @@ def rows_behind(store: PageStore, buffer: Int8Buffer, target: Tensor, kept: Tens
 
 
 def check_crop(store: PageStore, lengths: Tensor, target: Tensor, kept: Tensor, window: int | None) -> None:
-    """Refuse a crop to `target` whose later queries would see blocks that a sliding window released."""
+    """Raise InputError if queries after a crop to `target` would see blocks that a sliding window evicted."""
     if window is None:
         return
     size = store.config.block_size
@@ -54,7 +54,7 @@ def check_crop(store: PageStore, lengths: Tensor, target: Tensor, kept: Tensor, 
 
 
 def _pad_tokens(x: Tensor, length: int) -> Tensor:
-    """[B, H, n, ...] cut or filled up with zero rows to `length` tokens."""
+    """Truncate x [B, H, n, ...], or pad it with zeros, to `length` tokens."""
     out = x.new_zeros(*x.shape[:2], length, *x.shape[3:])
     rows = min(length, x.shape[2])
     out[:, :, :rows] = x[:, :, :rows]

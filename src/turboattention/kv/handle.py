@@ -1,9 +1,9 @@
-"""Caches in compiled graphs: a graph passes tensors alone, so a tensor that holds a number stands for a cache.
+"""Handles: tensors that represent caches in compiled graphs, which can only pass tensors.
 
-Every cache has a handle, int64 [1] on the CPU, under whose number `cache_of` finds it while it lives. The
-operators of `LIBRARY` that read or change a cache take its handle and declare that they change it. None does;
-but so `torch.compile` keeps their order, and neither drops nor merges them. Copies of the tensor, which
-functionalization makes, stand for the same cache.
+A handle is int64 [1] on the CPU and holds a number; `cache_of` returns the cache with that number while it is alive.
+The operators of `LIBRARY` that read or modify a cache take its handle and declare it as mutated. They do not write to
+the handle; the declaration makes `torch.compile` preserve their order, and prevents it from removing or merging them.
+Copies of the tensor, such as those made by functionalization, refer to the same cache.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from .contents import Contents
 
 LIBRARY = torch.library.Library("turboattention", "DEF")
-"""The operators `torch.ops.turboattention`. Nothing calls them outside of compiled graphs."""
+"""The operators `torch.ops.turboattention`. They are only called from compiled graphs."""
 
 _caches: weakref.WeakValueDictionary[int, Contents] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def new_handle(cache: Contents) -> Tensor:
-    """int64 [1] that stands for `cache`, and keeps it from nothing."""
+    """A new handle of `cache`, int64 [1]. It does not keep the cache alive."""
     number = next(_numbers)
     _caches[number] = cache
     return torch.tensor([number])
 
 
 def cache_of(handle: Tensor) -> KVCache:
-    """The cache that a handle, or a copy of it, stands for. Raises InputError if there is none (any more)."""
+    """The cache that a handle, or a copy of it, refers to. Raises InputError if that cache no longer exists."""
     cache = _caches.get(int(handle))
     if cache is None:
         raise InputError(f"handle: expected that of a living KVCache, got {handle.tolist()}")
@@ -44,11 +44,12 @@ def cache_of(handle: Tensor) -> KVCache:
 
 
 def leave_graph() -> None:
-    """While Dynamo traces: end the graph here, because what a cache holds then is old when the graph runs.
+    """Break the graph here while Dynamo traces: the graph would reuse cache contents as of tracing.
 
-    Under `fullgraph=True` that is an error with this message."""
+    Under `fullgraph=True` this is an error with the message below.
+    """
     if torch.compiler.is_dynamo_compiling():
-        torch._dynamo.graph_break("of a KVCache, compiled code can use seq_lens, append and attention alone")
+        torch._dynamo.graph_break("of a KVCache, compiled code can use seq_lens, append and attention only")
 
 
 def _append(handle: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:

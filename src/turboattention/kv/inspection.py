@@ -1,4 +1,4 @@
-"""A cache turned back into floats, to look at and to test: never on the way of attention."""
+"""Dequantizes a whole cache, for inspection and tests. Attention never does this."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
-    """k, v [B, Hkv, len(cache), D] in `cache.dtype`: rotation undone, mean added back; zeros past
-    each sequence's length and where blocks were evicted."""
+    """k, v [B, Hkv, len(cache), D] in `cache.dtype`, with the rotation undone and the mean added back.
+
+    Positions past a sequence's length and in evicted blocks are zero.
+    """
     device = cache.device or torch.device("cpu")
     state, size = cache.state(device), cache.config.block_size
     blocks = -(-len(cache) // size)
@@ -41,5 +43,6 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
         k = k + state.k_mean[:, :, None] * smoothed.to(device)[:, None]
     mask = known.to(device)[:, None, :, None]
     dtype = cache.dtype or torch.float32
-    k, v = (torch.where(mask, cache.restore(x), 0.0)[:, :, : len(cache)].to(dtype) for x in (k, v))
+    restored = cache.restore_keys(k), cache.restore(v)
+    k, v = (torch.where(mask, x, 0.0)[:, :, : len(cache)].to(dtype) for x in restored)
     return k, v

@@ -1,30 +1,35 @@
-"""The packed format: where every byte of a page stands. Shared by every backend.
+"""The packed format: the meaning of every byte of a page, for all backends.
 
 A page is one block (`block_size` tokens) of one sequence: the keys and values of all its KV heads.
-Sections, in this order; within a section heads stand by falling width, then by index:
+Its sections are listed in order below. Within a section, heads are sorted by decreasing width, at equal
+width those with two widths first, then by index:
 
     K codes       per head `D / 8` octets of `block_size * bits` bytes
-    V codes       likewise
+    V codes       the same
     K steps, K zeros, V steps, V zeros      int8 [heads below 8 bits, D] each
     K token scales, V token scales          uint8 [H, block_size] each, only with token scales
     K scales, V scales                      float32 [H] each, little-endian
     padding to a multiple of 16 bytes
 
-An octet is 8 channels of the whole block: `8 * block_size` codes in an order that integer dot
-products read as it stands, packed by `flashq.packing`:
+An octet is 8 channels of the whole block: `8 * block_size` codes, packed by `flashq.packing`, in an order that
+integer dot products read without a shuffle:
 
     K: [2 quads of channels][block_size tokens][4 channels]   a 32-bit lane is one token
     V: [block_size / 4 quads of tokens][8 channels][4 tokens] a 32-bit lane is one channel
 
-so four neighbouring codes are summed over by one 32-bit lane (VNNI, DP4A, MMA fragments).
+so the four neighbouring codes of a 32-bit lane are summed by one instruction (VNNI, DP4A, MMA fragments).
 
-Codes of 8 bits are `X8 + 128`, and have no step or zero. A token's scale is the byte `e`:
-`scale_t = bits_to_float(float_to_bits(S) - (e << 19))`, where the head's scale `S` is a power of
-two; without token scales every token has the scale `S`, any float.
+K of a head in `k_halves` has two widths (`K_HALVES`): octets of the first D / 2 channels use the wider one, the others
+the narrower one; their mean is the head's width. Caches sort a head's channels by importance (`kv.channel_order`).
+
+Codes of 8 bits are `X8 + 128` and have no step or zero. A token scale is stored as a byte `e`:
+`scale_t = bits_to_float(float_to_bits(S) - (e << 19))`, where the head's scale `S` is a power of two. Without token
+scales, every token has the scale `S`, which may be any float.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,42 +37,65 @@ from functools import cached_property
 from ..errors import ConfigError
 
 FORMAT_NAME = "turboattention-kv"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 TOKEN_SCALE_SHIFT = 19
-"""A step of a token scale's byte, in units of a float32's bits: 4 mantissa bits are kept."""
+"""Bits by which a token scale's byte is shifted to subtract it from a float32; this keeps 4 mantissa bits."""
 
 WIDEST = 8
-"""Codes of this width are INT8 itself: no step, no zero."""
+"""Width at which a page stores INT8 values, without steps and zeros."""
+
+K_HALVES = {3: (4, 2), 2: (3, 1)}
+"""Width of a head's K -> widths of its first and second half of channels, for heads in `PageLayout.k_halves`."""
 
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Group:
-    """The heads of one width within a code section."""
+    """The heads of equal width in a code section.
+
+    offset: of the first head's codes, bytes; head_bytes: bytes per head. parts: (width, number of channels) of each
+    run of channels; one run unless K has two widths.
+    """
 
     bits: int
     heads: tuple[int, ...]
     offset: int
     head_bytes: int
+    parts: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Byte offsets of a page. `k_bits` and `v_bits` are one width per KV head."""
+    """Byte offsets of a page.
+
+    k_bits, v_bits: one width per KV head. k_halves: for each KV head, whether K has two widths (empty if no head has),
+    which needs a head_dim divisible by 16.
+
+    Raises:
+        ConfigError: head_dim is not a multiple of 8 (16 with k_halves), block_size not of 16, or lengths differ.
+    """
 
     head_dim: int
     block_size: int
     k_bits: tuple[int, ...]
     v_bits: tuple[int, ...]
     token_scales: bool
+    k_halves: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if self.head_dim % 8 or self.block_size % 16:
             raise ConfigError(
                 f"layout: expected head_dim in 8s and block_size in 16s, got {self.head_dim} and {self.block_size}"
             )
+        # Only the widths of K_HALVES can be halved. Normalize, so that equal layouts have equal fields.
+        halves = tuple(half and bits in K_HALVES for half, bits in zip(self.k_halves, self.k_bits, strict=False))
+        object.__setattr__(self, "k_halves", halves if any(halves) else ())
+        if self.k_halves and self.head_dim % 16:
+            raise ConfigError(f"layout: expected head_dim in 16s for two widths of K, got {self.head_dim}")
+        if self.k_halves and len(self.k_halves) != len(self.k_bits):
+            raise ConfigError(f"k_halves: expected {len(self.k_bits)} entries, got {len(self.k_halves)}")
         if len(self.k_bits) != len(self.v_bits):
             raise ConfigError(f"v_bits: expected {len(self.k_bits)} widths, as K has, got {len(self.v_bits)}")
 
@@ -76,12 +104,12 @@ class PageLayout:
 
     @cached_property
     def _hash(self) -> int:
-        """Once: layouts are keys on the way of every step."""
-        return hash((self.head_dim, self.block_size, self.k_bits, self.v_bits, self.token_scales))
+        """Cached, because layouts are dictionary keys in every decode step."""
+        return hash((self.head_dim, self.block_size, self.k_bits, self.v_bits, self.token_scales, self.k_halves))
 
     @classmethod
     def uniform(cls, heads: int, head_dim: int, block_size: int, bits: int, token_scales: bool) -> PageLayout:
-        """The layout with one width everywhere (8 for sink blocks)."""
+        """A layout with one width for all heads (sink pages: 8)."""
         widths = (bits,) * heads
         return cls(head_dim, block_size, widths, widths, token_scales)
 
@@ -91,24 +119,24 @@ class PageLayout:
 
     @cached_property
     def k_groups(self) -> tuple[Group, ...]:
-        return self._groups(self.k_bits, 0)
+        return self._groups(self.k_bits, 0, self.k_halves)
 
     @cached_property
     def v_groups(self) -> tuple[Group, ...]:
-        return self._groups(self.v_bits, self._code_bytes(self.k_bits))
+        return self._groups(self.v_bits, self._code_bytes(self.k_bits), ())
 
     @cached_property
     def k_coded(self) -> tuple[int, ...]:
-        """Heads of K that have steps and zeros, in stored order."""
-        return tuple(h for h in _stored_order(self.k_bits) if self.k_bits[h] < WIDEST)
+        """Heads whose K has steps and zeros, in stored order."""
+        return tuple(h for h in _stored_order(self.k_bits, self.k_halves) if self.k_bits[h] < WIDEST)
 
     @cached_property
     def v_coded(self) -> tuple[int, ...]:
-        return tuple(h for h in _stored_order(self.v_bits) if self.v_bits[h] < WIDEST)
+        return tuple(h for h in _stored_order(self.v_bits, ()) if self.v_bits[h] < WIDEST)
 
     @cached_property
     def k_steps(self) -> int:
-        """Offset of K's steps; the zeros follow them."""
+        """Byte offset of K's steps, which K's zeros follow."""
         return self._code_bytes(self.k_bits) + self._code_bytes(self.v_bits)
 
     @cached_property
@@ -146,14 +174,26 @@ class PageLayout:
     def _code_bytes(self, widths: Sequence[int]) -> int:
         return sum(self._head_bytes(bits) for bits in widths)
 
-    def _groups(self, widths: Sequence[int], offset: int) -> tuple[Group, ...]:
+    def _groups(self, widths: Sequence[int], offset: int, halves: Sequence[bool]) -> tuple[Group, ...]:
         groups = []
-        for bits in sorted(set(widths), reverse=True):
-            heads = tuple(h for h, width in enumerate(widths) if width == bits)
-            groups.append(Group(bits, heads, offset, self._head_bytes(bits)))
+        for (bits, halved), members in itertools.groupby(
+            _stored_order(widths, halves), lambda head: (widths[head], _is_halved(halves, head))
+        ):
+            heads = tuple(members)
+            groups.append(Group(bits, heads, offset, self._head_bytes(bits), self._parts(bits, halved)))
             offset += len(heads) * self._head_bytes(bits)
         return tuple(groups)
 
+    def _parts(self, bits: int, halved: bool) -> tuple[tuple[int, int], ...]:
+        if not halved:
+            return ((bits, self.head_dim),)
+        wide, narrow = K_HALVES[bits]
+        return ((wide, self.head_dim // 2), (narrow, self.head_dim // 2))
 
-def _stored_order(widths: Sequence[int]) -> list[int]:
-    return sorted(range(len(widths)), key=lambda head: (-widths[head], head))
+
+def _is_halved(halves: Sequence[bool], head: int) -> bool:
+    return bool(halves) and halves[head]
+
+
+def _stored_order(widths: Sequence[int], halves: Sequence[bool]) -> list[int]:
+    return sorted(range(len(widths)), key=lambda head: (-widths[head], not _is_halved(halves, head), head))

@@ -1,4 +1,4 @@
-"""INT8 tiles to the bytes of pages and back, in plain PyTorch (the format is in `layout`)."""
+"""Encodes INT8 tiles as pages and decodes them, in plain PyTorch (format: `layout`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .layout import TOKEN_SCALE_SHIFT, WIDEST, Group, PageLayout
 
 @dataclass(frozen=True)
 class Tiles:
-    """INT8 keys and values of whole blocks, with the scale of every token.
+    """INT8 keys and values with a scale per token.
 
-    k8, v8: int8 [..., B, D]; k_scale, v_scale: float32 [..., B] (B tokens a block).
+    k8, v8: int8 [..., B, D]; k_scale, v_scale: float32 [..., B] (B tokens per block).
     """
 
     k8: Tensor
@@ -25,17 +25,17 @@ class Tiles:
     v_scale: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tiles:
-        """The same change made to all four tensors."""
+        """Apply `change` to all four tensors."""
         return Tiles(change(self.k8), change(self.v8), change(self.k_scale), change(self.v_scale))
 
     def floats(self) -> tuple[Tensor, Tensor]:
-        """What the codes stand for: k, v [..., B, D] in the scales' dtype."""
+        """The dequantized k, v [..., B, D] in the dtype of the scales."""
         k, v = self.k8.to(self.k_scale.dtype), self.v8.to(self.v_scale.dtype)
         return k * self.k_scale[..., None], v * self.v_scale[..., None]
 
     @staticmethod
     def cat(parts: Sequence[Tiles], dim: int) -> Tiles:
-        """Tiles side by side along a leading dimension."""
+        """Concatenate along a leading dimension."""
         names = ("k8", "v8", "k_scale", "v_scale")
         return Tiles(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))
 
@@ -62,12 +62,11 @@ def encode_pages(layout: PageLayout, tiles: Tiles, search: bool) -> Tensor:
         for group in groups:
             part = codes[:, list(group.heads)]
             if group.bits == WIDEST:
-                code = (part.to(torch.int16) + 128).to(torch.uint8)
+                packed = lines((part.to(torch.int16) + 128).to(torch.uint8)).flatten(1)
             else:
-                code, step, zero = progressive_quantize(part, group.bits, search)
+                packed, step, zero = _encode_group(group, part, lines, search)
                 step_parts.append(step.flatten(1))
                 zero_parts.append(zero.flatten(1))
-            packed = pack_codes(lines(code), group.bits).flatten(1)
             pages[:, group.offset : group.offset + packed.shape[1]] = packed
         if step_parts:
             both = torch.cat(step_parts + zero_parts, 1).view(torch.uint8)
@@ -78,8 +77,22 @@ def encode_pages(layout: PageLayout, tiles: Tiles, search: bool) -> Tensor:
     return pages
 
 
+def _encode_group(
+    group: Group, codes: Tensor, lines: Callable[[Tensor], Tensor], search: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """INT8 codes [N, heads, B, D] -> packed bytes [N, bytes of these heads], steps and zeros [N, heads, 1, D]."""
+    channels = codes.split([count for _, count in group.parts], -1)
+    packed, steps, zeros = [], [], []
+    for (bits, _), part in zip(group.parts, channels, strict=True):
+        code, step, zero = progressive_quantize(part, bits, search)
+        packed.append(pack_codes(lines(code), bits).flatten(2))
+        steps.append(step)
+        zeros.append(zero)
+    return torch.cat(packed, -1).flatten(1), torch.cat(steps, -1), torch.cat(zeros, -1)
+
+
 def decode_pages(layout: PageLayout, pages: Tensor) -> Tiles:
-    """The INT8 tiles of pages: uint8 [N, page_bytes] -> [N, H, B, D]. Integers all the way."""
+    """Decode pages: uint8 [N, page_bytes] -> INT8 tiles [N, H, B, D], in integer arithmetic."""
     k8 = _decode_codes(layout, pages, layout.k_groups, layout.k_coded, layout.k_steps, _keys_from_lines)
     v8 = _decode_codes(layout, pages, layout.v_groups, layout.v_coded, layout.v_steps, _values_from_lines)
     return Tiles(
@@ -91,11 +104,11 @@ def decode_pages(layout: PageLayout, pages: Tensor) -> Tiles:
 
 
 def _common_scale(codes: Tensor, scales: Tensor, by_token: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, the head's scale float32 [N, H] and each token's byte uint8 [N, H, B].
+    """Codes, the head's scale float32 [N, H] and the byte of each token's scale uint8 [N, H, B].
 
-    With token scales the head's scale is the power of two at or above the largest, and tokens
-    more than 2^16 below it are requantized. Without, rows that differ in scale (a crop brought
-    them together) are requantized to the largest.
+    With token scales, the head's scale is the smallest power of two that is not below any token's scale, and tokens
+    whose scale is too small to be represented relative to it are requantized. Without, rows with different scales
+    (which a crop can cause) are requantized to the largest scale.
     """
     used = torch.where(codes.any(-1), scales, 0.0)
     largest = used.amax(-1)
@@ -111,7 +124,7 @@ def _common_scale(codes: Tensor, scales: Tensor, by_token: bool) -> tuple[Tensor
 
 
 def _requantize(codes: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Codes under `new` scales where they are not the old ones (rare)."""
+    """Requantize rows whose scale changes from `old` to `new` (rare)."""
     changed = (old != new) & (old > 0)
     if not bool(changed.any()):
         return codes
@@ -145,13 +158,12 @@ def _decode_codes(
     for group in groups:
         heads = len(group.heads)
         packed = pages[:, group.offset : group.offset + heads * group.head_bytes]
-        lines = packed.unflatten(1, (heads, layout.head_dim // 8, -1))
-        code = restore(unpack_codes(lines, group.bits))
+        code = _decode_group(group, packed.unflatten(1, (heads, -1)), restore, layout.block_size)
         if group.bits == WIDEST:
             parts.append((code.to(torch.int16) - 128).to(torch.int8))
         else:
-            # int8 arithmetic wraps, but code * step + zero fits int8 as a whole, and wrapping
-            # sums and products are exact modulo 2^8.
+            # code * step + zero fits in int8, and int8 arithmetic is exact modulo 2^8, so overflow of the
+            # product does not matter.
             step, zero = table[:, :, taken : taken + heads].unbind(1)
             parts.append(code.view(torch.int8) * step + zero)
             taken += heads
@@ -161,8 +173,18 @@ def _decode_codes(
     return torch.cat(parts, 1)[:, torch.tensor(order, device=pages.device).argsort()]
 
 
+def _decode_group(group: Group, packed: Tensor, restore: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Packed bytes [N, heads, bytes of a head] -> codes uint8 [N, heads, B, D]."""
+    sections = packed.split([count * size * bits // 8 for bits, count in group.parts], -1)
+    codes = [
+        restore(unpack_codes(section.unflatten(-1, (count // 8, -1)), bits))
+        for (bits, count), section in zip(group.parts, sections, strict=True)
+    ]
+    return torch.cat(codes, -1)
+
+
 def _key_lines(code: Tensor) -> Tensor:
-    """[..., B, D] -> octets [..., D / 8, 8 B] in K's order: quad, token, channel of the quad."""
+    """[..., B, D] -> octets [..., D / 8, 8 B] in K's order: quad of channels, token, channel of the quad."""
     return code.unflatten(-1, (-1, 2, 4)).movedim(-4, -2).flatten(-3)
 
 

@@ -1,8 +1,9 @@
-"""Pages of one layout: handed out by number, shared by counting, and freed when nobody uses them.
+"""A pool of reference-counted pages with one layout.
 
-A page is written once and never changed nor moved, so sequences that share a past share its pages (beams, clones),
-and who reads them needs no lock. What a sequence gets at once is one slab of memory (a few, where it is long), and a
-slab is freed with the last of its pages: so those who let go of a part of one copy what they keep (`crowded`).
+A page is written once and never modified or moved, so sequences with a common prefix (beams, clones) share pages, and
+readers need no lock. The pages of one allocation run come from one slab (or several, of at most `LARGEST` pages). A
+slab is freed with the last of its pages, so a sequence that releases part of a slab may copy the pages it keeps
+(`crowded`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from ..modes import in_own_modes
 from .layout import PageLayout
 
 LARGEST = 64
-"""Pages of a slab at most: what a crop into one has to copy."""
+"""Maximum pages per slab. It bounds what a crop has to copy."""
 
 _WASTE = 16
-"""A sequence's pages over those it may leave unused in its slabs."""
+"""After a crop, at most 1 / _WASTE as many pages as a sequence keeps may be unused in its slabs."""
 
 
 @dataclass(eq=False)
 class _Slab:
-    """uint8 [pages, page_bytes]; `used` of them are in use. What is free of a reserved one is used again."""
+    """uint8 [pages, page_bytes], of which `used` are in use. Freed pages of a reserved slab are reused."""
 
     memory: Tensor
     used: int = 0
@@ -44,10 +45,10 @@ class PagePool:
         self._pages: dict[int, tuple[_Slab, int]] = {}
         self._counts: dict[int, int] = {}
         self._idle: list[tuple[_Slab, int]] = []
-        """Rows of reserved slabs that no page stands in."""
+        """Unused rows of reserved slabs."""
         self._held = self.reserved = self._next_page = 0
         self._lock = threading.RLock()
-        """Several threads may have clones; and a clone may be collected in the middle of a call."""
+        """Clones may be used by several threads, and may be garbage-collected during a call."""
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +65,7 @@ class PagePool:
 
     @in_own_modes
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies made under `inference_mode` can be written to outside of it, too."""
+        """Slabs copied under `inference_mode` are cloned, so that they can be written to outside it."""
         self.__dict__.update(state)
         self._lock = threading.RLock()
         for slab in {id(slab): slab for slab, _ in (*self._pages.values(), *self._idle)}.values():
@@ -72,7 +73,7 @@ class PagePool:
                 slab.memory = slab.memory.clone()
 
     def reserve(self, pages: int, apart: bool = False) -> None:
-        """From now on hold memory for at least `pages` pages, used ones included; each `apart` from others."""
+        """Keep memory for at least `pages` pages, including those in use; with `apart`, one slab per page."""
         with self._lock:
             before, missing = self._held, max(0, pages - self._held)
             new = self._new([1] * missing if apart else [missing], reserved=True)
@@ -82,9 +83,9 @@ class PagePool:
             self.reserved = pages
 
     def allocate(self, runs: Sequence[int]) -> list[int]:
-        """Numbers of pages, each counted once; a number never stands for another page later.
+        """Allocate `sum(runs)` pages with a reference count of 1 and return their numbers, which are never reused.
 
-        Those of one run are likely to be released together, such as the pages of one sequence.
+        A run is a number of pages that are likely to be released together, such as those of one sequence.
         """
         with self._lock:
             count = sum(runs)
@@ -107,7 +108,7 @@ class PagePool:
                     self._counts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Give pages back; what nobody uses any more is freed, unless it is reserved memory."""
+        """Decrement reference counts and free unreferenced pages; reserved memory is kept."""
         with self._lock:
             for page in pages:
                 if page < 0:
@@ -118,8 +119,10 @@ class PagePool:
                     self._free(*self._pages.pop(page))
 
     def crowded(self, kept: Sequence[int], leaving: Sequence[int]) -> list[int]:
-        """Of the pages that a sequence keeps, those to copy because they alone would hold the slabs of those that
-        are `leaving` it: none while that is little beside what it keeps."""
+        """The pages in `kept` to copy, so that slabs which they share with pages that are `leaving` can be freed.
+
+        Empty if the memory to be freed is small compared with `kept` (`_WASTE`).
+        """
         cut = {id(slab): len(slab.memory) for slab, _ in self._places(leaving) if not slab.reserved}
         crowded = (
             [page for page, (slab, _) in zip(kept, self._places(kept), strict=True) if id(slab) in cut] if cut else []
@@ -129,21 +132,21 @@ class PagePool:
         return crowded if wasted * _WASTE > len(kept) else []
 
     def address(self, page: int) -> int:
-        """Where a page's bytes stand in memory; 0 for a negative number (an evicted page)."""
+        """Memory address of a page; 0 for a negative number (an evicted page)."""
         if page < 0:
             return 0
         slab, row = self._pages[page]
         return slab.memory.data_ptr() + row * self.layout.page_bytes
 
     def extent(self, pages: Iterable[int]) -> int:
-        """Bytes of the slabs that pages stand in; of reserved ones the pages alone."""
+        """Bytes of the slabs that contain `pages`; in reserved slabs only the pages themselves count."""
         rows = self._places({*pages})
         own = sum(slab.reserved for slab, _ in rows)
         slabs = {id(slab): len(slab.memory) for slab, _ in rows if not slab.reserved}
         return (own + sum(slabs.values())) * self.layout.page_bytes
 
     def write(self, pages: Sequence[int], content: Tensor) -> None:
-        """Fill pages with rows of uint8 [N, page_bytes]."""
+        """Write the rows of `content` uint8 [N, page_bytes] to N pages."""
         if len(pages) != len(content):
             raise ValueError(f"content: expected a row for each of {len(pages)} pages, got {len(content)}")
         targets, sources, first = [], [], 0
@@ -151,17 +154,17 @@ class PagePool:
             targets.append(part)
             sources.append(content[first : first + len(part)])
             first += len(part)
-        if targets:  # on a GPU one launch for many
+        if targets:  # one launch for many copies on a GPU
             torch._foreach_copy_(targets, sources)  # pyright: ignore
 
     def gather(self, pages: Sequence[int]) -> Tensor:
-        """uint8 [N, page_bytes]; a negative number (an evicted page) gives zeros."""
+        """Contents of pages, uint8 [N, page_bytes]; zeros for a negative number (an evicted page)."""
         parts = self._runs(pages)
         empty = torch.empty(0, self.layout.page_bytes, dtype=torch.uint8, device=self.device)
         return torch.cat(parts) if parts else empty
 
     def _runs(self, pages: Sequence[int]) -> list[Tensor]:
-        """Pages in this order, uint8 [n, page_bytes] where n stand side by side."""
+        """Views uint8 [n, page_bytes] of the pages in order; n pages that are adjacent in a slab share one view."""
         parts = []
         places: list[Any] = [(*self._pages[page], i) if page >= 0 else (None, 0, i) for i, page in enumerate(pages)]
         for _, side_by_side in groupby(places, lambda place: (id(place[0]), place[1] - place[2])):
@@ -197,7 +200,7 @@ class PagePool:
 
 
 def _rest(runs: Sequence[int], taken: int) -> list[int]:
-    """What is left of runs without the first `taken` of their pages."""
+    """The runs without their first `taken` pages in total."""
     rest = []
     for run in runs:
         rest.append(max(0, run - taken))

@@ -1,7 +1,6 @@
-"""Who quantizes: the operations that staging and the page store need, and who carries them out.
+"""The quantization operations that staging and the page store use, and a registry of implementations.
 
-PyTorch by default. Layers above may install a provider of faster ones (`install`), which give the
-same results to the last bit; this package knows none of them.
+The default is PyTorch. Backends `install` providers of faster implementations with bit-identical results.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .. import flashq
 from ..flashq.symmetric import compute_dtype
+from .channel_order import reorder
 from .layout import PageLayout
 from .pages import Tiles
 from .pages import decode_pages as decode_tiles
@@ -34,46 +34,53 @@ class Quantizer(Protocol):
         mean: Tensor | None,
         mean_from: int,
         rotate: bool,
+        order: Tensor | None,
         codes: Tensor,
         scales: Tensor,
         target: Tensor,
     ) -> bool:
-        """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+        """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-        Token t stands at position `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted.
-        Its row goes to row `target[b] + t` of codes int8 [B, H, W, D] and scales [B, H, W]. What
-        else x holds is never read. All of span, first and target are int64 [B] (CPU).
+        order: int64 [H, D], the channel to store at each place, or None. Token t has position `first[b] + t`; from
+        position `mean_from` on, mean [B, H, D] (in stored order) is subtracted. Token t is written to row
+        `target[b] + t` of codes int8 [B, H, W, D] and scales [B, H, W]. Other tokens of x are not read. span, first
+        and target are int64 [B] (CPU).
 
-        Returns whether all values read were finite and in range, where it looks; else True.
+        Returns False if the implementation checks values and one was not finite or out of range.
         """
         ...
 
     def first_block_mean(
         self, codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor
     ) -> Tensor:
-        """[B, H, D]: `mean`, but for the sequences `wanted` (bool [B], CPU) the mean of their rows `begin`
-        to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W], rounded once to float32."""
+        """For sequences in `wanted` (bool [B], CPU), the mean of rows `begin` to `end` (exclusive); else `mean`.
+
+        codes: int8 [B, H, W, D], scales [B, H, W]; returns [B, H, D], rounded once to float32.
+        """
         ...
 
     def encode_pages(
         self, layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool
     ) -> Tensor:
-        """Full blocks, as in `pages.Tiles` [N, H, B, D] -> uint8 [N, page_bytes]."""
+        """Encode full blocks: k8, v8 int8 [N, H, B, D], scales [N, H, B] -> uint8 [N, page_bytes]."""
         ...
 
     def decode_pages(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """uint8 [N, page_bytes] -> k8, v8, k_scale, v_scale."""
+        """Decode uint8 [N, page_bytes] -> k8, v8 int8 [N, H, B, D], k_scale, v_scale [N, H, B]."""
         ...
 
     def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
-        """Append k, v [B, H, T, D], whose shapes were checked, at once; of each sequence the first
-        `counts[b]` tokens (int64 [B], CPU), where given. False, and nothing done, where it does not do
-        that: values that are not finite, blocks that need a decision, many tokens."""
+        """Append k, v [B, H, T, D] (shapes already checked) in one call: the first `counts[b]` tokens (int64 [B], CPU)
+        of each sequence, or all.
+
+        Returns False, without any change, if the call needs the general path: values that are not finite, blocks whose
+        widths or means are not decided, or many tokens.
+        """
         ...
 
 
 class _PyTorch:
-    """Any device, also float64."""
+    """Works on any device and in float64."""
 
     def quantize_tokens(
         self,
@@ -83,6 +90,7 @@ class _PyTorch:
         mean: Tensor | None,
         mean_from: int,
         rotate: bool,
+        order: Tensor | None,
         codes: Tensor,
         scales: Tensor,
         target: Tensor,
@@ -97,6 +105,8 @@ class _PyTorch:
         x = torch.where(chosen.to(x.device)[:, None, :, None], compute_dtype(x[:, :, low:high]), 0.0)
         if rotate:
             x = flashq.rotate(x)
+        if order is not None:
+            x = reorder(x, order, 1)
         if mean is not None:
             smoothed = (first[:, None] + tokens >= mean_from).to(x.device)[:, None, :, None]
             x = torch.where(smoothed, x - mean[:, :, None].to(x.dtype), x)
@@ -110,7 +120,7 @@ class _PyTorch:
     def first_block_mean(
         self, codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor
     ) -> Tensor:
-        # Codes times scales of 4 mantissa bits sum exactly in float64: the order does not matter.
+        # Products of codes and scales with 4 mantissa bits sum exactly in float64, in any order.
         rows = codes[:, :, begin:end].double() * scales[:, :, begin:end, None].double()
         learned = (rows.sum(2) / (end - begin)).float().to(mean.dtype)
         return torch.where(wanted.to(mean.device)[:, None, None], learned, mean)
@@ -135,14 +145,16 @@ _providers: list[Provider] = []
 
 
 def install(provider: Provider) -> Callable[[], None]:
-    """Ask `provider` for a quantizer before PyTorch is taken, the latest first; None from it means
-    that it has none for that device. Returns a function that undoes this."""
+    """Register a provider: a function of a device that returns a quantizer, or None if it has none for it.
+
+    Providers are asked in reverse order of registration, before the default. Returns a function that unregisters it.
+    """
     _providers.append(provider)
     return lambda: _providers.remove(provider)
 
 
 def quantizer_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Quantizer:
-    """The fastest quantizer for tensors of a device and dtype. float64 is always PyTorch's."""
+    """The quantizer for tensors of a device and dtype; float64 always uses PyTorch."""
     if dtype != torch.float64:
         for provider in reversed(_providers):
             found = provider(device)

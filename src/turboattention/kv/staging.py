@@ -1,7 +1,7 @@
-"""Stage 1 of new tokens: rotate, smooth, quantize, and lay them behind what is buffered.
+"""Stage 1 for new tokens: rotate, smooth, quantize, and place them after the buffered rows.
 
-The result is a `Stage`: INT8 tiles aligned to block boundaries, from each sequence's first open
-block on. Attention reads it, compression cuts full blocks from it; nothing here changes a cache.
+The result is a `Stage`: INT8 tiles that start at each sequence's first block that is not a page. Attention reads it,
+and compression takes full blocks from it. Nothing here changes a cache.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from ..flashq.symmetric import CODE_MAX, SMALLEST_SCALE, compute_dtype
 from .pages import Tiles
 from .quantizer import Quantizer, quantizer_for
 
-# The first tokens of a sequence are odd in real models (attention sinks); the mean leaves them out.
+# The mean excludes the first tokens of a sequence, which are attention sinks in real models.
 MEAN_SKIPS = 4
 
 
 @dataclass(frozen=True)
 class SequenceState:
-    """What stage 1 needs to know of the sequences that it extends.
+    """The state of the sequences that stage 1 extends.
 
-    lengths: int64 [B] tokens so far; start: int64 [B] position of the first open block;
-    open_tiles: the buffered tokens from there on, or None where nothing is;
-    k_mean: float32 [B, H, D] (rotated space), zero while unknown; k_mean_fixed: it came from
-    calibration and holds from the first token on; universal: float32 [2, B, H], the paper's buffer
-    scales of K and V, zero before the first append; or None with token scales.
+    lengths: int64 [B] (CPU), tokens so far.
+    start: int64 [B] (CPU), position of the first block that is not a page.
+    open_tiles: the buffered rows from there on, [B, H, rows, D]; None without a buffer.
+    k_mean: float32 [B, H, D] in stored space, zero until it is known; None without smoothing.
+    k_mean_fixed: whether k_mean is calibrated and applies from the first token on.
+    universal: float32 [2, B, H], the paper's buffer scales of K and V, zero before the first append; None with token
+        scales.
+    k_order: int64 [H, D], the order of K's channels in open_tiles and k_mean, or None.
     """
 
     lengths: Tensor
@@ -38,15 +41,19 @@ class SequenceState:
     k_mean: Tensor | None
     k_mean_fixed: bool
     universal: Tensor | None
+    k_order: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
     """INT8 tiles [B, H, W, D] from position `start[b]` on; W is a multiple of the block size.
 
-    `lengths` int64 [B] counts all tokens, the new ones included; rows past them are zero.
-    `tiles` is what attention reads. `stored` is what the cache keeps: the same, but for the
-    paper's universal buffer scale.
+    before, lengths: int64 [B] (CPU), tokens without and with the new ones; rows past `lengths` are zero.
+    tiles: what attention reads. stored: what the cache keeps, which differs only with the paper's universal buffer
+        scale.
+    k_mean, universal: as in `SequenceState`, after the new tokens.
+    k_order: the order of K's channels in all of these, or None.
+    query_energy: float64 [H, D] of all queries so far (`channel_order`), until the order is fixed.
     """
 
     before: Tensor
@@ -56,12 +63,14 @@ class Stage:
     stored: Tiles
     k_mean: Tensor | None
     universal: Tensor | None
+    k_order: Tensor | None = None
+    query_energy: Tensor | None = None
 
 
 def fresh_state(
     config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> SequenceState:
-    """Empty sequences; `dtype` float32 or float64 is what stage 1 computes in."""
+    """The state of empty sequences; `dtype` (float32 or float64) is the precision of stage 1."""
     lengths = torch.zeros(batch, dtype=torch.int64)
     mean = torch.zeros(batch, heads, head_dim, dtype=dtype, device=device) if config.smooth_k else None
     universal = None if config.token_scales else torch.zeros(2, batch, heads, dtype=dtype, device=device)
@@ -69,9 +78,9 @@ def fresh_state(
 
 
 def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, counts: Tensor) -> Stage:
-    """Quantize `counts[b]` left-aligned tokens of k, v [B, H, T, D] behind `state`.
+    """Quantize the first `counts[b]` tokens of k, v [B, H, T, D], which follow `state`.
 
-    Computed in float32, or in float64 where k and v are.
+    Computes in float64 if k and v are float64, else in float32.
     """
     size = config.block_size
     after = state.lengths + counts
@@ -80,35 +89,39 @@ def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, count
     if not config.token_scales:
         return _stage_by_tile(config, state, k, v, counts, after, place)
     quantizer, tiles = quantizer_for(k.device, k.dtype), place.opened(k)
-    values = _Side(quantizer, state, v, config.rotate, tiles.v8, tiles.v_scale)
+    values = _Side(quantizer, state, v, config.rotate, None, tiles.v8, tiles.v_scale)
     values.quantize(torch.zeros_like(counts), counts, None, 0)
-    keys = _Side(quantizer, state, k, config.rotate, tiles.k8, tiles.k_scale)
+    keys = _Side(quantizer, state, k, config.rotates_k, state.k_order, tiles.k8, tiles.k_scale)
     mean = _quantize_keys(config, keys, counts, after)
-    return Stage(state.lengths, after, state.start, tiles, tiles, mean, None)
+    return Stage(state.lengths, after, state.start, tiles, tiles, mean, None, state.k_order)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """New keys or values x [B, H, T, D], and the stage's rows that they are quantized into."""
+    """New keys or values x [B, H, T, D], and the rows of the stage that receive them."""
 
     quantizer: Quantizer
     state: SequenceState
     x: Tensor
     rotate: bool
+    order: Tensor | None
     codes: Tensor
     scales: Tensor
 
     def quantize(self, begin: Tensor, end: Tensor, mean: Tensor | None, mean_from: int) -> None:
-        """Tokens `begin[b] .. end[b]`, less their mean from position `mean_from` on."""
+        """Quantize tokens `begin[b]` to `end[b]` (exclusive); subtract `mean` from position `mean_from` on."""
         first, row = self.state.lengths, self.state.lengths - self.state.start
         self.quantizer.quantize_tokens(
-            self.x, (begin, end), first, mean, mean_from, self.rotate, self.codes, self.scales, row
+            self.x, (begin, end), first, mean, mean_from, self.rotate, self.order, self.codes, self.scales, row
         )
 
 
 def _quantize_keys(config: TurboConfig, keys: _Side, counts: Tensor, after: Tensor) -> Tensor | None:
-    """Quantize the keys, those past the first block without their mean, which is learned where that
-    block fills now; returns the mean."""
+    """Quantize the keys and return their mean.
+
+    A calibrated mean is subtracted from all keys. Otherwise it is subtracted after the first block only, and computed
+    from that block when it fills.
+    """
     state, size = keys.state, config.block_size
     mean, none = state.k_mean, torch.zeros_like(counts)
     if not config.smooth_k:
@@ -122,7 +135,7 @@ def _quantize_keys(config: TurboConfig, keys: _Side, counts: Tensor, after: Tens
     if not bool(filled.any()):
         keys.quantize(none, counts, mean, size)
         return mean
-    # From the first block's INT8 values as stored: the same however its tokens arrived.
+    # The mean of the stored INT8 values does not depend on how the tokens were split into calls.
     split = torch.minimum((size - state.lengths).clamp(min=0), counts)
     keys.quantize(none, split, None, 0)
     mean = keys.quantizer.first_block_mean(keys.codes, keys.scales, MEAN_SKIPS, size, filled, mean)
@@ -139,16 +152,16 @@ def _stage_by_tile(
     after: Tensor,
     place: _Placement,
 ) -> Stage:
-    """The paper's stage 1: a scale per tile, and one universal scale for what stays in the buffer."""
+    """The paper's stage 1: a scale per tile, and one universal scale per sequence and head for buffered rows."""
     valid = (torch.arange(k.shape[2]) < counts[:, None]).to(k.device)[:, None, :, None]
     k, v = (torch.where(valid, compute_dtype(x), 0.0) for x in (k, v))
-    if config.rotate:
+    if config.rotate:  # K is never reordered with a scale per tile
         k, v = rotate(k), rotate(v)
     mean, size = state.k_mean, config.block_size
     if config.smooth_k:
-        # Quantized by token only to learn the mean.
+        # Quantized per token only to compute the mean.
         rows = place.opened(k)
-        keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, rows.k8, rows.k_scale)
+        keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, None, rows.k8, rows.k_scale)
         mean = _quantize_keys(config, keys, counts, after)
         assert mean is not None
         positions = state.lengths[:, None] + torch.arange(k.shape[2])
@@ -160,8 +173,8 @@ def _stage_by_tile(
     peaks = torch.stack([x.abs().amax((-2, -1)) / CODE_MAX if x.shape[2] else universal[0] * 0 for x in (k, v)])
     universal = torch.where(first, torch.where(peaks > 0, peaks.clamp(min=SMALLEST_SCALE), 1.0), universal)
 
-    # Rows of blocks that begin among the new tokens are tiles of their own; older blocks, and for
-    # the cache also blocks that stay incomplete, hold universally scaled rows.
+    # Blocks that begin among the new tokens have a tile scale. Older blocks have the universal scale, and in the
+    # cache so have blocks that are incomplete.
     starts_here = state.lengths[:, None] <= place.block_starts(size)
     complete = place.block_starts(size) + size <= after[:, None]
     own_attended = starts_here & (complete | (state.lengths == 0)[:, None])
@@ -184,7 +197,7 @@ def _choose(blocks: Tensor, yes: tuple[Tensor, Tensor], no: tuple[Tensor, Tensor
 
 
 class _Placement:
-    """Where new tokens go: row `lengths[b] - start[b] + t` of the stage, for `t < counts[b]`."""
+    """Places new token `t < counts[b]` in row `lengths[b] - start[b] + t` of the stage."""
 
     def __init__(self, state: SequenceState, counts: Tensor, width: int, device: torch.device):
         self.state, self.width = state, width
@@ -198,12 +211,12 @@ class _Placement:
         return self.state.start[:, None] + torch.arange(0, self.width, size)
 
     def open(self, codes: str, scales: str) -> tuple[Tensor, Tensor] | None:
-        """The buffered rows of one side."""
+        """The buffered codes and scales with these names, or None."""
         tiles = self.state.open_tiles
         return None if tiles is None else (getattr(tiles, codes), getattr(tiles, scales))
 
     def fill(self, open_rows: tuple[Tensor, Tensor] | None, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffered rows, then new ones: codes [B, H, W, D] and scales [B, H, W]."""
+        """Buffered rows followed by new ones: codes [B, H, W, D] and scales [B, H, W]."""
         batch, heads, _, head_dim = codes.shape
         out_codes = codes.new_zeros(batch, heads, self.width, head_dim)
         out_scales = scales.new_zeros(batch, heads, self.width)
@@ -220,7 +233,7 @@ class _Placement:
         return targets
 
     def opened(self, like: Tensor) -> Tiles:
-        """Buffered rows, then zeros, for tokens like `like` [B, H, T, D]."""
+        """Buffered rows followed by zeros; `like` [B, H, T, D] gives shape, dtype and device."""
         batch, heads, _, head_dim = like.shape
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         k8, v8 = (torch.zeros(batch, heads, self.width, head_dim, dtype=torch.int8, device=like.device) for _ in "kv")

@@ -1,7 +1,7 @@
-"""Caches as safetensors files: `KVCache.save` and `load`, and the same for several in one file.
+"""Saves and loads caches as safetensors files, one or several per file.
 
-Metadata carries the format's name and version, the rotation's number and everything else that is
-needed to read the bytes. Anything that does not fit is a `FormatError`; nothing is guessed.
+The metadata holds the format's name and version, the rotation's number and all else that is needed to read the bytes.
+Any inconsistency raises `FormatError`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .buffer import Int8Buffer
 from .cache import KVCache
+from .channel_order import ChannelOrder
 from .layout import FORMAT_NAME, FORMAT_VERSION
 from .pages import _decode_scales
 from .pool import PagePool
@@ -33,12 +34,12 @@ _MOST_HEADS = 2**16
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
-    """One cache to one file. The file appears whole or not at all."""
+    """Save one cache to one file, atomically. Raises `InputError` if it cannot be written."""
     write_file(path, cache_tensors(cache, ""), {"cache": cache_metadata(cache)})
 
 
 def load_cache(path: str | os.PathLike[str], device: torch.device | str | None = None) -> KVCache:
-    """What `save_cache` wrote, on `device` (CPU by default). Raises `FormatError`."""
+    """Load a file of `save_cache` to `device` (default CPU). Raises `FormatError`, or FileNotFoundError."""
     tensors, metadata = read_file(path)
     if not isinstance(metadata.get("cache"), dict):
         raise FormatError(f"path: expected a file with one cache, got {sorted(metadata)} in {os.fspath(path)}")
@@ -46,7 +47,7 @@ def load_cache(path: str | os.PathLike[str], device: torch.device | str | None =
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Tensors and JSON metadata under this format's header. Raises `InputError` where it cannot be written."""
+    """Write tensors and JSON metadata with this format's header. Raises `InputError` if the file cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -57,21 +58,21 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
     def write(temporary: Path) -> None:
         try:
             save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:  # hides the system's own, such as a full disk
+        except SafetensorError as error:  # wraps OS errors such as a full disk
             raise OSError(str(error)) from error
 
     write_whole(path, write)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inverse of `write_file`. Raises FileNotFoundError, or `FormatError` for any other file."""
+    """Inverse of `write_file`. Raises FileNotFoundError, or `FormatError` if the file is not valid."""
     from safetensors import SafetensorError, safe_open
 
     name = os.fspath(path)
     if not os.path.exists(name):
         raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist")
     try:
-        # safetensors opens a file twice, for its header and for its bytes.
+        # safetensors opens a file twice, for its header and its data; both must see the same file.
         with standing_file(name) as opened, safe_open(opened, framework="pt") as file:
             header = file.metadata() or {}
             _check_header(header, name)
@@ -87,7 +88,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
 
 def cache_metadata(cache: KVCache) -> dict[str, Any]:
-    """What is needed besides tensors; JSON."""
+    """The JSON-serializable metadata of a cache."""
     return {
         "config": dataclasses.asdict(cache.config),
         "num_kv_heads": cache.num_kv_heads,
@@ -101,13 +102,16 @@ def cache_metadata(cache: KVCache) -> dict[str, Any]:
 
 
 def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
-    """The cache's tensors by name, each name behind `prefix`; pages that sequences share stand once."""
+    """The cache's tensors by name, with `prefix` before each name; shared pages are included once."""
     tensors = {"lengths": cache.seq_lens}
     optional = {"head_bits": cache.head_bits, "given_mean": cache._given_mean}
     store, buffer = cache._store, cache._buffer
     if store is not None and buffer is not None:
         tensors |= {f"buffer.{name}": getattr(buffer, name) for name in Int8Buffer.TENSORS}
         optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
+        optional["query_energy"] = cache._query_energy
+        if store.order is not None:
+            optional |= {"k_order": store.order.places.to(torch.int16), "k_halved": store.order.halved}
         columns = max((len(table) for table in store.tables), default=0)
         table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, store.tables, strict=True):
@@ -130,7 +134,7 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
 def cache_from_tensors(
     tensors: dict[str, Tensor], metadata: dict[str, Any], prefix: str, device: torch.device | str | None = None
 ) -> KVCache:
-    """Inverse of `cache_tensors` and `cache_metadata`. Raises `FormatError` where they do not fit."""
+    """Inverse of `cache_tensors` and `cache_metadata`. Raises `FormatError` if they do not match."""
     own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     try:
         return _build(own, metadata, torch.device(device or "cpu"))
@@ -144,7 +148,8 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     fields = dict(metadata["config"])
     if isinstance(fields["bits"], list):
         fields["bits"] = tuple(fields["bits"])
-    lengths, config = own["lengths"], TurboConfig(**fields)
+    # Files of version 1 have no reordered keys.
+    lengths, config = own["lengths"], TurboConfig(**{"reorder_k": False, **fields})
     _check_buffer(own, metadata, config)
     cache = KVCache(
         len(lengths),
@@ -177,6 +182,11 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
             raise FormatError(f"lengths: expected them to fit the pages, got {lengths.tolist()}")
         longest = int(open_tokens.max()) if len(lengths) else 0
         cache._buffer.memory(cache._buffer.rows_for(longest, cache._seen(lengths)))
+        if "query_energy" in own and cache.learns_order:
+            like = torch.empty(cache.num_kv_heads, cache.head_dim, dtype=torch.float64)
+            _check("query_energy", own["query_energy"], like)
+            _check_finite("query_energy", own["query_energy"])
+            cache._query_energy = own["query_energy"].to(device)
     elif bool(lengths.any()):
         raise FormatError(f"lengths: expected zeros without pages, got {lengths.tolist()}")
     cache._lengths = lengths
@@ -184,7 +194,7 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
 
 
 def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:
-    """Sizes that the metadata speaks of are those of tensors in the file, before memory is taken for them."""
+    """Check the sizes in the metadata against the tensors in the file, before memory is allocated for them."""
     if metadata["num_kv_heads"] > _MOST_HEADS:
         raise FormatError(f"num_kv_heads: expected at most {_MOST_HEADS}, got {metadata['num_kv_heads']}")
     if "table" in own:
@@ -198,7 +208,8 @@ def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: Turb
 
 def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
     if "frozen_bits" in own:
-        store.freeze(own["frozen_bits"])
+        heads, head_dim = store.sinks.layout.num_kv_heads, store.sinks.layout.head_dim
+        store.freeze(own["frozen_bits"], _order(own, heads, head_dim) if store.config.reorders_k else None)
     table, split = own["table"], store.sink_blocks
     numbers = []
     for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
@@ -211,17 +222,33 @@ def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
         numbers.append([[new[page] if page >= 0 else page for page in row] for row in part.tolist()])
         if pool is not None:
             pool.retain(page for row in numbers[-1] for page in row)
-            pool.release(new)  # the count that allocating gave
+            pool.release(new)  # the reference held since `allocate`
     for sinks, pages, target in zip(*numbers, store.tables, strict=True):
         target.extend(page for page in sinks + pages if page >= EVICTED)
 
 
 def _owners(part: Tensor, count: int) -> Tensor:
-    """int64 [count]: a sequence of each page of a part of the tables, in which all of them are."""
+    """int64 [count]: for each page, a sequence that uses it. `part` int64 [B, P] refers to all pages."""
     owners = torch.zeros(count, dtype=torch.int64)
     rows = torch.arange(len(part))[:, None].expand_as(part)
     owners[part[part >= 0].long()] = rows[part >= 0]
     return owners
+
+
+def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder:
+    """The order of K's channels. Raises `FormatError` unless each head has a permutation."""
+    like = {
+        "k_order": torch.empty(heads, head_dim, dtype=torch.int16),
+        "k_halved": torch.empty(heads, dtype=torch.bool),
+    }
+    for name, tensor in like.items():
+        if name not in own:
+            raise FormatError(f"{name}: expected a tensor of that name, got none")
+        _check(name, own[name], tensor)
+    order = own["k_order"].long()
+    if not torch.equal(order.sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
+        raise FormatError(f"k_order: expected a permutation of {head_dim} channels for each head, got another tensor")
+    return ChannelOrder(order, own["k_halved"].clone())
 
 
 def _restore_pool(pool: PagePool, name: str, content: Tensor, runs: list[int]) -> list[int]:
@@ -252,13 +279,13 @@ def _check(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def _check_finite(name: str, x: Tensor) -> None:
-    """Also no scale so large that what it scales overflows float32."""
+    """Refuse values that are not finite, and scales so large that their products overflow float32."""
     if x.is_floating_point() and not bool((x.abs() < _LARGEST).all()):
         raise FormatError(f"{name}: expected numbers below {_LARGEST:g}, got {float(x.abs().max())}")
 
 
 def _digest(content: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of everything in the file: a damaged page would otherwise be read as other keys."""
+    """SHA-256 of metadata and tensors. Damage to a page cannot be detected otherwise."""
     digest = hashlib.sha256(content.encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous()
@@ -268,7 +295,9 @@ def _digest(content: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _check_header(header: dict[str, str], name: str) -> None:
-    expected = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
-    for key, value in expected.items():
-        if header.get(key) != value:
-            raise FormatError(f"path: expected a saved cache with {key} {value}, got {header.get(key)!r} in {name}")
+    versions = [str(version) for version in range(1, FORMAT_VERSION + 1)]
+    readable = {"format": [FORMAT_NAME], "version": versions, "rotation": [str(ROTATION_ID)]}
+    for key, values in readable.items():
+        if header.get(key) not in values:
+            expected = " or ".join(values)
+            raise FormatError(f"path: expected a saved cache with {key} {expected}, got {header.get(key)!r} in {name}")

@@ -1,34 +1,35 @@
-"""The compressed past of a batch of sequences: their page tables over shared pools."""
+"""Page tables of a batch of sequences over shared page pools."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from .channel_order import ChannelOrder, reorder, restore_order
 from .layout import WIDEST, PageLayout
-from .pages import Tiles
+from .pages import Tiles, decode_pages
 from .pool import PagePool
 from .quantizer import quantizer_for
 
 EVICTED = -1
 CROPPED = 16
-"""Tokens that a crop may take from a sequence behind its window: blocks that its queries would see stay."""
+"""Tokens that a sequence with a sliding window can always be cropped by; eviction keeps the blocks this needs."""
 
 _SPARE_COLUMNS = 64
 
 
 @dataclass(frozen=True)
 class Flush:
-    """Full blocks about to become pages.
+    """Full blocks to be compressed into pages.
 
-    batch, block: int64 [N] (CPU), which sequence and which of its blocks each row of `tiles`
-    [N, H, B, D] is, ordered by sequence, then block.
+    batch, block: int64 [N] (CPU), sequence and block index of each row of `tiles` [N, H, B, D], ordered by sequence,
+    then block.
     """
 
     batch: Tensor
@@ -36,22 +37,31 @@ class Flush:
     tiles: Tiles
 
     def where(self, chosen: Tensor) -> Flush:
-        """The rows that a bool [N] picks."""
+        """The rows selected by a bool [N]."""
         rows = chosen.to(self.tiles.k8.device)
         return Flush(self.batch[chosen], self.block[chosen], self.tiles.map(lambda x: x[rows]))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Blocks as bytes: `pages` uint8 [N, page_bytes] in `layout`, for the N rows of `flush`."""
+    """Encoded blocks: `pages` uint8 [N, page_bytes] in `layout`, one for each of the N rows of `flush`.
+
+    order: int64 [Hkv, D], the order of K's channels in `pages`; None if `flush` already has it.
+    """
 
     layout: PageLayout
     flush: Flush
     pages: Tensor
+    order: Tensor | None = None
+
+    def decoded(self) -> Tiles:
+        """Decode the pages: int8 [N, H, B, D] and scales, with channels in the order of `flush`."""
+        tiles = decode_pages(self.layout, self.pages)
+        return tiles if self.order is None else replace(tiles, k8=restore_order(tiles.k8, self.order, 1))
 
 
 class PageStore:
-    """Per sequence a list of page numbers, block by block: sink pages first, then compressed ones."""
+    """For each sequence, the page number of every block: sink pages first, then compressed pages."""
 
     def __init__(
         self, config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device, windowed: bool = False
@@ -64,32 +74,52 @@ class PageStore:
         self.sinks = PagePool(sink_layout, device)
         self.compressed: PagePool | None = None
         self.head_bits: Tensor | None = None
+        self.order: ChannelOrder | None = None
         self._addresses: Tensor | None = None
         self._fresh = {True: 0, False: 0}
-        """Pages (sinks, others) handed out by `fresh_pages` that no table has yet."""
+        """Number of pages from `fresh_pages` that were not adopted or discarded yet, by `sinks`."""
 
-    def freeze(self, head_bits: Tensor) -> None:
-        """Fix the widths int64 [2, Hkv] of every page behind the sinks."""
+    def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
+        """Fix the widths int64 [2, Hkv] of all pages after the sinks, and the order of K's channels in all pages.
+
+        Existing sink pages are rewritten in that order.
+        """
+        if order is not None:
+            self._reorder_sinks(order.places)
+            self.order = order
         self.head_bits = head_bits.clone()
-        self.compressed = PagePool(self.layout_for(head_bits), self.device)
+        self.compressed = PagePool(self.layout_for(head_bits, order), self.device)
 
-    def layout_for(self, head_bits: Tensor) -> PageLayout:
+    def layout_for(self, head_bits: Tensor, order: ChannelOrder | None) -> PageLayout:
         sink, (k_bits, v_bits) = self.sinks.layout, head_bits.tolist()
-        return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales)
+        halves = () if order is None or sink.head_dim % 16 else tuple(order.halved.tolist())
+        return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales, halves)
+
+    def _reorder_sinks(self, order: Tensor) -> None:
+        """Replace sink pages by reordered copies; other caches may share the originals."""
+        pages = list(dict.fromkeys(page for table in self.tables for page in table if page != EVICTED))
+        if pages:
+            layout, quantizer = self.sinks.layout, quantizer_for(self.device)
+            k8, v8, k_scale, v_scale = quantizer.decode_pages(layout, self.sinks.gather(pages))
+            sides = reorder(k8, order, 1), v8, k_scale, v_scale
+            content = quantizer.encode_pages(layout, *sides, self.config.search)
+            fresh = self.sinks.allocate([1] * len(pages))
+            self.sinks.write(fresh, content)
+            self._exchange(True, self.sinks, self.sinks, dict(zip(pages, fresh, strict=True)))
 
     def reserve(self, tokens: int, window: int | None) -> None:
-        """Memory for `tokens` of every sequence, of which a window keeps its own, once widths are frozen."""
+        """Reserve memory for `tokens` tokens, or a `window`, of each sequence; only sinks until widths are frozen."""
         sinks, others = self._needed(tokens, window)
         self.sinks.reserve(sinks, self.windowed)
         if self.compressed is not None:
             self.compressed.reserve(others, self.windowed)
 
     def _needed(self, tokens: int, window: int | None) -> tuple[int, int]:
-        """Pages, of sinks and others, that so many tokens of every sequence take."""
+        """Sink pages and compressed pages for `tokens` tokens per sequence."""
         blocks = tokens // self.config.block_size
         sinks = min(blocks, self.sink_blocks)
         others = blocks - sinks
-        # Of a window: what the next query and crops may see, and a block that fills before another is evicted.
+        # With a window: blocks that the next query may see, also after a crop, and one that fills before an eviction.
         seen = None if window is None else -(-(window - 1 + CROPPED) // self.config.block_size)
         if seen is not None and blocks > seen + 1:
             sinks, others = 0, seen + 1
@@ -97,44 +127,54 @@ class PageStore:
 
     @property
     def reserved(self) -> bool:
-        """Whether memory was reserved behind the sinks."""
+        """Whether memory was reserved for compressed pages."""
         return self.compressed is not None and self.compressed.reserved > 0
 
     @property
     def nbytes(self) -> int:
-        """The pages of these sequences, what both pools have reserved, and the widths."""
+        """Bytes of the pages of these sequences, unused reserved memory of both pools, widths and channel order."""
         split, total = self.sink_blocks, 0
         for pool, sinks in ((self.sinks, True), (self.compressed, False)):
             if pool is not None:
                 parts = (table[:split] if sinks else table[split:] for table in self.tables)
                 held = pool.extent(page for part in parts for page in part)
                 total += held + self._fresh[sinks] * pool.layout.page_bytes + pool.idle_nbytes
-        return total + (self.head_bits.nbytes if self.head_bits is not None else 0)
+        return total + sum(x.nbytes for x in (self.head_bits, *(self.order or ())) if x is not None)
 
     @property
     def counts(self) -> Tensor:
-        """int64 [B]: blocks of each sequence that are pages, evicted ones included."""
+        """int64 [B]: blocks of each sequence that are pages, including evicted ones."""
         return torch.tensor([len(table) for table in self.tables], dtype=torch.int64)
 
     # -- writing ------------------------------------------------------------------------------
 
-    def encode(self, flush: Flush, head_bits: Tensor | None) -> list[Encoded]:
-        """The bytes of full blocks, sinks and others apart; `head_bits` where there are others."""
+    def encode(self, flush: Flush, head_bits: Tensor | None, order: ChannelOrder | None = None) -> list[Encoded]:
+        """Encode full blocks; sink blocks and others become separate parts.
+
+        head_bits: int64 [2, Hkv], required for blocks after the sinks. order: the order into which K's channels are
+        permuted before encoding.
+        """
+        if order is not None:
+            flush = replace(flush, tiles=replace(flush.tiles, k8=reorder(flush.tiles.k8, order.places, 1)))
+        places = None if order is None else order.places
         parts, sink = [], flush.block < self.sink_blocks
         for is_sink, chosen in ((True, flush.where(sink)), (False, flush.where(~sink))):
             if len(chosen.batch):
                 layout = self.sinks.layout
                 if not is_sink:
                     assert head_bits is not None
-                    layout = self.layout_for(head_bits)
+                    layout = self.layout_for(head_bits, order or self.order)
                 tiles, quantizer = chosen.tiles, quantizer_for(self.device)
                 sides = tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
-                parts.append(Encoded(layout, chosen, quantizer.encode_pages(layout, *sides, self.config.search)))
+                pages = quantizer.encode_pages(layout, *sides, self.config.search)
+                parts.append(Encoded(layout, chosen, pages, places))
         return parts
 
     def append(self, parts: list[Encoded], before: Sequence[int] = (), skipped: Sequence[int] = ()) -> None:
-        """Store what `encode` gave, behind each sequence's pages, and `evict` the blocks in front of `before`. Those
-        that were never written are named by `skipped`: a sequence as often as it has such blocks."""
+        """Append encoded blocks to the page tables and `evict` the blocks before `before[b]`.
+
+        skipped: sequences whose next block was evicted before it was written, once per block.
+        """
         written: list[list[int]] = []
         try:
             for part in parts:
@@ -159,27 +199,27 @@ class PageStore:
         return pages
 
     def runs(self, batch: Tensor) -> list[int]:
-        """How pages of sequences int64 [N] stand together in memory: what is released together, a sequence's, or
-        every page alone where a window releases them one by one."""
+        """Allocation runs for pages of sequences `batch` int64 [N]: one run per sequence, or one per page if a window
+        releases pages one at a time."""
         return [1] * len(batch) if self.windowed else batch.unique_consecutive(return_counts=True)[1].tolist()
 
     def fresh_pages(self, count: int, sinks: bool = False) -> list[int]:
-        """Numbers of compressed pages (or of sinks) to write into, which `adopt` or `discard` must be told of."""
+        """Allocate `count` compressed pages (or sink pages); the caller passes each to `adopt` or `discard`."""
         pages = self._pool(sinks).allocate([1] * count)
         self._fresh[sinks] += count
         return pages
 
     def discard(self, pages: list[int], sinks: bool = False) -> None:
-        """Give back pages that were not adopted."""
+        """Release pages that were not adopted."""
         self._pool(sinks).release(pages)
         self._fresh[sinks] -= len(pages)
 
     def page_address(self, page: int, sinks: bool = False) -> int:
-        """Where the bytes of a page from `fresh_pages` stand."""
+        """Memory address of a page from `fresh_pages`."""
         return self._pool(sinks).address(page)
 
     def adopt(self, sequences: Sequence[int], pages: Sequence[int]) -> None:
-        """Put pages that were written behind those of `sequences`, one each."""
+        """Append one written page to the table of each of `sequences`."""
         addresses = self._addresses
         for sequence, page in zip(sequences, pages, strict=True):
             table = self.tables[sequence]
@@ -194,7 +234,7 @@ class PageStore:
     # -- reading ------------------------------------------------------------------------------
 
     def tiles(self, first: int, last: int) -> Tiles:
-        """INT8 tiles [B, n, H, block, D] of blocks `first` to `last` (exclusive); scale 0 where no page is."""
+        """INT8 tiles [B, n, H, block, D] of blocks `first` to `last` (exclusive); scale 0 where there is no page."""
         split = min(max(self.sink_blocks, first), last)
         parts = []
         for pool, begin, end in ((self.sinks, first, split), (self.compressed or self.sinks, split, last)):
@@ -205,10 +245,9 @@ class PageStore:
         return parts[0] if len(parts) == 1 else Tiles.cat(parts, 1)
 
     def addresses(self) -> Tensor:
-        """int64 [B, P]: where the bytes of every page stand in memory, for kernels; 0 where no page is,
-        also past a sequence's last one."""
+        """int64 [B, P]: memory addresses of all pages, for kernels; 0 for evicted pages and past the last page."""
         if self._addresses is None:
-            # Room behind them, so that most blocks that follow need no new table.
+            # Spare columns, so that most later blocks need no new table.
             widest = max(map(len, self.tables), default=0) + _SPARE_COLUMNS
             rows = [[self._pool_of(j).address(page) for j, page in enumerate(table)] for table in self.tables]
             padded = [row + [0] * (widest - len(row)) for row in rows]
@@ -216,7 +255,7 @@ class PageStore:
         return self._addresses
 
     def evicted(self) -> list[int]:
-        """Blocks at the front of each sequence that `evict` has released."""
+        """Number of evicted blocks at the start of each sequence."""
         return [bisect_left(table, True, key=lambda page: page != EVICTED) for table in self.tables]
 
     def _pool_of(self, block: int) -> PagePool:
@@ -228,14 +267,14 @@ class PageStore:
         return pool
 
     def present(self, blocks: int) -> Tensor:
-        """bool [B, blocks]: which blocks are pages that can be read."""
+        """bool [B, blocks]: which blocks are pages that were not evicted."""
         rows = [[page != EVICTED for page in _entries(table, 0, blocks)] for table in self.tables]
         return torch.tensor(rows, dtype=torch.bool).view(len(self.tables), blocks)
 
     # -- changing -----------------------------------------------------------------------------
 
     def truncate(self, counts: list[int]) -> None:
-        """Keep the first `counts[b]` blocks of each sequence; what they need is all that is then held."""
+        """Keep the first `counts[b]` blocks of each sequence and free the memory of the others."""
         for sinks in (True, False):
             self._uncrowd(sinks, counts)
         self._addresses = None
@@ -244,17 +283,17 @@ class PageStore:
             del table[count:]
 
     def evict(self, before: Sequence[int]) -> None:
-        """Release the blocks in front of block `before[b]`; their places in the tables stay."""
+        """Release the blocks before block `before[b]`; their table entries become `EVICTED`."""
         for table, end in zip(self.tables, before, strict=False):
             end = min(end, len(table))
-            # Blocks are released from the front, so the last one tells whether any is left to do.
+            # Blocks are released from the front, so if the last one is evicted, all are.
             if end > 0 and table[end - 1] != EVICTED:
                 self._addresses = None
                 self._release(table, 0, end)
                 table[:end] = [EVICTED] * end
 
     def _uncrowd(self, sinks: bool, counts: list[int]) -> None:
-        """Copy pages in front of `counts[b]` whose slabs would be all but empty without those behind."""
+        """Copy pages before block `counts[b]` whose slabs would be mostly unused without the later pages."""
         pool = self.sinks if sinks else self.compressed
         if pool is None:
             return
@@ -267,7 +306,7 @@ class PageStore:
             self._exchange(sinks, pool, pool, self._copied(pool, [*crowded], pool, [len(crowded)]))
 
     def apart(self, tokens: int, window: int | None) -> None:
-        """Copy all pages into pools of its own, which `reserve` memory for these sequences alone."""
+        """Copy all pages into new pools, which reserve memory only for these sequences (as `reserve`)."""
         old = {sinks: self._pool(sinks) for sinks in (True, False)}
         new = {sinks: PagePool(pool.layout, self.device) for sinks, pool in old.items()}
         for pool, pages in zip(new.values(), self._needed(tokens, window), strict=True):
@@ -285,26 +324,26 @@ class PageStore:
         self.sinks, self.compressed = new[True], new[False]
 
     def _copied(self, old: PagePool, pages: list[int], new: PagePool, runs: Sequence[int]) -> dict[int, int]:
-        """Pages of `new`, counted once each, with what `pages` of `old` hold."""
+        """Copy `pages` of `old` to new pages of `new` with a reference count of 1; returns old -> new numbers."""
         fresh = new.allocate([1] * len(pages) if self.windowed else runs)
         new.write(fresh, old.gather(pages))
         return dict(zip(pages, fresh, strict=True))
 
     def _exchange(self, sinks: bool, old: PagePool, new: PagePool, copies: dict[int, int]) -> None:
-        """Copies in place of pages, in every table."""
+        """Replace pages by their copies in all tables."""
         self._addresses = None
         for table in self.tables:
             gone = [page for page in table[self._part(sinks)] if page in copies]
             table[self._part(sinks)] = [copies.get(page, page) for page in table[self._part(sinks)]]
             new.retain(copies[page] for page in gone)
             old.release(gone)
-        new.release(copies.values())  # the count that allocating gave
+        new.release(copies.values())  # the reference held since `allocate`
 
     def _part(self, sinks: bool) -> slice:
         return slice(None, self.sink_blocks) if sinks else slice(self.sink_blocks, None)
 
     def select(self, index: list[int]) -> PageStore:
-        """Sequences `index[0], index[1], ...` over the same pools; no page is copied."""
+        """A store of the sequences `index[0], index[1], ...` over the same pools; no page is copied."""
         chosen = object.__new__(PageStore)
         tables = [list(self.tables[i]) for i in index]
         own = {"tables": tables, "_addresses": None, "_fresh": {True: 0, False: 0}}
@@ -316,7 +355,7 @@ class PageStore:
         return chosen
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: pages stand elsewhere, and nobody fills those that were handed out."""
+        """In a copy, pages have other addresses, and pages from `fresh_pages` are not pending."""
         return {**self.__dict__, "_addresses": None, "_fresh": {True: 0, False: 0}}
 
     def __del__(self) -> None:
@@ -331,6 +370,6 @@ class PageStore:
 
 
 def _entries(table: list[int], begin: int, end: int) -> list[int]:
-    """`table[begin:end]`, filled up with `EVICTED` where the table is shorter."""
+    """`table[begin:end]`, padded with `EVICTED` where the table is shorter."""
     entries = table[begin:end]
     return entries + [EVICTED] * (end - begin - len(entries))

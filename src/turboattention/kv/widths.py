@@ -1,4 +1,4 @@
-"""Bits per KV head: given by the user, or decided once when the first block is compressed."""
+"""Widths per KV head: given by the user, or chosen when the first block is compressed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HeadBits = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def parse_head_bits(head_bits: HeadBits | None, heads: int) -> Tensor | None:
-    """int64 [2, Hkv] (row 0 K, row 1 V) from [Hkv] widths for both, or [2, Hkv]."""
+    """int64 [2, Hkv] (K, V) from widths [Hkv], for both, or [2, Hkv]. Raises ConfigError."""
     if head_bits is None:
         return None
     try:
@@ -35,7 +35,7 @@ def parse_head_bits(head_bits: HeadBits | None, heads: int) -> Tensor | None:
 
 
 def uniform_head_bits(config: TurboConfig, heads: int) -> Tensor | None:
-    """int64 [2, Hkv] where `config.bits` says it all; None for ``"mixed"``, which looks at the tokens."""
+    """int64 [2, Hkv] from `config.bits`; None for ``"mixed"``, which depends on the tokens."""
     if config.bits == "mixed":
         return None
     k_bits, v_bits = config.kv_bits
@@ -43,8 +43,10 @@ def uniform_head_bits(config: TurboConfig, heads: int) -> Tensor | None:
 
 
 def decide_head_bits(config: TurboConfig, k: Tensor, v: Tensor) -> Tensor:
-    """int64 [2, Hkv] under `config.bits`, from the first blocks [N, Hkv, B, D] before smoothing and
-    rotation. Only ``"mixed"`` looks at them: K and V are scored apart."""
+    """int64 [2, Hkv] for `config.bits`; for ``"mixed"`` from the priorities of K's and of V's heads.
+
+    k, v: the first compressed blocks [N, Hkv, B, D], without smoothing and rotation.
+    """
     uniform = uniform_head_bits(config, k.shape[1])
     if uniform is not None:
         return uniform

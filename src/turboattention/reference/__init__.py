@@ -1,1 +1,1 @@
-"""The specification in plain PyTorch: runs anywhere, reads like the paper, and is what kernels are held to."""
+"""The specification in plain PyTorch, against which all kernels are tested."""

@@ -11,19 +11,18 @@ from .queries import Queries, quantize_queries
 from .sources import Source
 from .visibility import Visibility
 
-# Scores held at a time; a bound on memory, and about what stays in a cache.
+# Scores computed at once: bounds memory, and is about what fits in a processor's cache.
 _SCORES_AT_ONCE = 1 << 21
 
 
 def attend(
     config: TurboConfig, q: Tensor, source: Source, seen: Visibility, scale: float, softcap: float | None, kv_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """Queries q [B, Hq, Lq, D] (finite) over a source of INT8 tiles: out [B, Hq, Lq, D], lse [B, Hq, Lq].
+    """Attention of q [B, Hq, Lq, D] (finite) over INT8 tiles: out [B, Hq, Lq, D], lse [B, Hq, Lq] (natural log).
 
-    Integer products are computed in floating point, where they are exact: at most
-    256 * 119 * 127 < 2^24.
+    Integer products are computed in floating point, where they are exact: sums are at most 256 * 119 * 127 < 2^24.
     """
-    queries = quantize_queries(config, q, kv_heads, scale, source.k_mean)
+    queries = quantize_queries(config, q, kv_heads, scale, source.k_mean, source.k_order)
     state = Accumulator.empty(queries.codes)
     size, group = config.block_size, queries.codes.shape[2]
     at_once = max(1, _SCORES_AT_ONCE // max(1, size * q.shape[0] * q.shape[1] * q.shape[2]))
@@ -52,8 +51,7 @@ def _logits(queries: Queries, k8: Tensor, k_scale: Tensor, rows: slice) -> Tenso
 
 
 def _add_mean(logits: Tensor, queries: Queries, rows: slice, first: int, size: int, mean_from: int) -> None:
-    """Add `scale q . mu` for the blocks whose keys are stored without their mean: true logits are
-    what softcap, lse and keys stored with it need."""
+    """Add `scale q . mu` in blocks whose keys are stored without their mean, since softcap and lse need true logits."""
     if queries.mean_logit is not None:
         start = max(0, -(-mean_from // size) - first)
         logits[:, :, start:] += queries.mean_logit[:, :, None, :, rows, None]

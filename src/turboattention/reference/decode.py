@@ -1,4 +1,4 @@
-"""Attention over a cache: its pages in stored form, then the buffer and new tokens as INT8."""
+"""Attention over a cache: pages in stored form, buffered and new tokens as INT8."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ def attend_cache(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked inputs -> out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
+    """Attention over a cache and new tokens; inputs are checked.
 
-    `staged` holds tokens about to be appended, attended as INT8. positions, valid: int64 and bool
-    [B, Lq]; rows that are not valid give 0 and -inf, whatever q holds there. `head_bits` are the
-    widths that committing `staged` would freeze (read under `stored_prefill` alone).
+    q: [B, Hq, Lq, D]. staged: the new tokens, read as INT8, or None. positions, valid: int64 and bool [B, Lq]; rows
+    that are not valid give 0 and -inf, whatever q contains there. head_bits: int64 [2, Hkv], the widths that
+    committing `staged` would freeze; used only with `stored_prefill`.
+
+    Returns out [B, Hq, Lq, D] in q's dtype, and lse [B, Hq, Lq] (natural log), float32 (float64 for float64 q).
     """
     config, size = cache.config, cache.config.block_size
     state = staged if staged is not None else cache.state(q.device)
     source = Source(state, cache if int(cache.page_counts.sum()) else None, size, cache.mean_from)
     if config.stored_prefill and staged is not None:
         source.read_back(cache, staged, head_bits)
-    # Before all keys, under a causal mask: such a row sees nothing.
     seen = Visibility(positions, state.lengths, is_causal, window_size, attn_mask, q.shape[1])
     rows = valid.to(q.device)[:, None, :, None]
     clean = torch.where(rows, compute_dtype(q), 0.0)

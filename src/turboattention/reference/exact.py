@@ -1,4 +1,4 @@
-"""Exact attention in float64: what every error is measured against."""
+"""Exact attention in float64, against which errors are measured."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ def exact_attention(
     Args:
         q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lk, D], any floating dtype. Hkv divides Hq.
         attn_mask, is_causal, window_size, softcap: as in `turboattention.turbo_attention`.
-        lengths: int64 [B], how many keys of each sequence count (bottom-right alignment ends there).
+        lengths: int64 [B], keys of each sequence, default all; the last query is aligned to the last key.
 
     Returns:
-        float64 out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log). Rows with nothing to attend
-        give 0 and -inf.
+        float64 out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log). Rows without visible keys give 0 and -inf.
     """
     q, k, v = (x.to(torch.float64) for x in (q, k, v))
     batch, heads, queries, head_dim = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
     ends = torch.full((batch,), keys) if lengths is None else lengths.cpu()
-    scores = (
-        q.unflatten(1, (-1, group)) @ k[:, :, None].transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
-    )
+    # The queries of a GQA group are rows of one product, so that keys and values are not copied for each head.
+    scores = q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)
+    scores = scores.unflatten(2, (group, queries)) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     attn_mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -46,10 +45,11 @@ def exact_attention(
     peak = scores.amax(-1, keepdim=True) if keys else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
     weights = torch.exp(scores - torch.where(peak == -torch.inf, 0.0, peak))
     total = weights.sum(-1, keepdim=True)
-    out = weights @ torch.where(_used(ends, keys, k), v, 0.0)[:, :, None] / torch.where(total == 0, 1.0, total)
+    out = (weights.flatten(2, 3) @ torch.where(_used(ends, keys, k), v, 0.0)).unflatten(2, (group, queries))
+    out = out / torch.where(total == 0, 1.0, total)
     return out.flatten(1, 2), (peak + total.log()).squeeze(-1).flatten(1, 2)
 
 
 def _used(ends: Tensor, keys: int, k: Tensor) -> Tensor:
-    """Padding may hold anything, NaN too: 0 * NaN must not reach a sum."""
+    """Masks padding, which may contain NaN: 0 * NaN must not reach a sum."""
     return (torch.arange(keys) < ends[:, None]).to(k.device)[:, None, :, None]

@@ -17,6 +17,7 @@ from ..flashq.symmetric import CODE_MAX
 from ..softmax import exponential
 
 STATIC_LEVELS = 127
+ROW_LEVELS = 127 * 256
 
 
 @dataclass
@@ -81,6 +82,13 @@ def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: 
         total = levels.round().sum(-1) / STATIC_LEVELS
         codes = (levels * relative).round_()
         unit = largest / STATIC_LEVELS
+    elif config.p_scale == "row":
+        levels = weights * ROW_LEVELS
+        total = levels.round().sum(-1) / ROW_LEVELS
+        products = levels * v_scale
+        largest = products.amax(-1, keepdim=True)
+        codes = (products * (STATIC_LEVELS / torch.where(largest > 0, largest, 1.0))).round_()
+        unit = largest / (STATIC_LEVELS * ROW_LEVELS)
     else:
         total = weights.sum(-1)
         weights = weights * relative

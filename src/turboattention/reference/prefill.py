@@ -1,4 +1,4 @@
-"""Attention without a cache: stage 1 only, over the INT8 tiles of the call's own keys."""
+"""Attention without a cache: stage 1 only, over INT8 keys and values."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def prefill(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked inputs q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out in q's dtype, lse float32.
+    """q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype and lse [B, Hq, Lq] (natural log),
+    float32 (float64 for float64 q). Inputs are checked.
 
-    Never applies stage 2. Causal is bottom-right aligned.
+    Never applies stage 2. A causal mask is aligned bottom-right: the last query sees all keys.
     """
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]

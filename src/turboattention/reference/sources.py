@@ -1,4 +1,4 @@
-"""Where attention reads INT8 tiles from: freshly staged tokens, and the pages of a cache."""
+"""The INT8 tiles that attention reads: pages of a cache and staged tokens."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from ..kv.cache import KVCache
-from ..kv.pages import Tiles, decode_pages
+from ..kv.pages import Tiles
 from ..kv.staging import SequenceState, Stage
 
 
 class Source:
-    """Blocks of one batch: pages where a cache has them, then open INT8 blocks.
+    """The blocks of a batch: pages, followed by INT8 blocks that are not compressed.
 
-    lengths: int64 [B]; k_mean: [B, H, D] or None; mean_from: the first position whose key is
-    stored without the mean.
+    lengths: int64 [B]; k_mean: [B, H, D] or None; mean_from: the first position whose key is stored without the mean;
+    k_order: int64 [H, D], the order of K's channels, or None.
     """
 
     def __init__(self, stage: Stage | SequenceState, cache: KVCache | None, size: int, mean_from: int):
         tiles = stage.tiles if isinstance(stage, Stage) else stage.open_tiles
-        self.lengths, self.k_mean = stage.lengths, stage.k_mean
+        self.lengths, self.k_mean, self.k_order = stage.lengths, stage.k_mean, stage.k_order
         self.mean_from = mean_from
         self._cache, self._size = cache, size
         self._first_open = stage.start // size
@@ -35,8 +35,10 @@ class Source:
         return -(-int(self.lengths.max()) // self._size) if len(self.lengths) else 0
 
     def runs(self, at_once: int) -> Iterator[tuple[int, int]]:
-        """All blocks, in runs of up to `at_once` that are pages for every sequence, or for some, or
-        for none: reading is cheapest where nothing has to be mixed."""
+        """All blocks, in runs of up to `at_once`.
+
+        Runs are split where the shortest and the longest page table end, because mixing pages and INT8 blocks is slow.
+        """
         if not self.blocks:
             return
         bounds = sorted({0, int(self._first_open.min()), int(self._first_open.max()), self.blocks})
@@ -45,13 +47,13 @@ class Source:
                 yield first, min(first + at_once, end)
 
     def read_back(self, cache: KVCache, stage: Stage, head_bits: Tensor | None) -> None:
-        """Keep complete open blocks in stored form too, for queries that stand behind them."""
+        """Also hold the blocks that committing `stage` compresses in stored form, for queries in later blocks."""
         assert self._open is not None
         stored, flush = self._open.map(torch.clone), cache.pending_flush(stage)
         if head_bits is None and cache.freezes_widths(flush):
             head_bits = cache.planned_bits(stage, flush)
-        for part in cache.encode(flush, head_bits):
-            tiles, batch = decode_pages(part.layout, part.pages), part.flush.batch
+        for part in cache.encode(flush, head_bits, cache.planned_order(stage, flush)):
+            tiles, batch = part.decoded(), part.flush.batch
             at = batch.to(part.pages.device), (part.flush.block - self._first_open[batch]).to(part.pages.device)
             for name in ("k8", "v8", "k_scale", "v_scale"):
                 target = getattr(stored, name)
@@ -59,8 +61,10 @@ class Source:
         self._stored = stored
 
     def views(self, first: int, last: int) -> Iterator[tuple[Tiles, bool | None]]:
-        """Tiles [B, n, H, T, D] of blocks `first` to `last`, and which queries read them: all
-        (None), those in the block (True), those behind it (False)."""
+        """Tiles [B, n, H, T, D] of blocks `first` to `last` (exclusive), and the queries that read them.
+
+        These are all queries (None), those in the same or an earlier block (True), or those in later blocks (False).
+        """
         if self._stored is None:
             yield self._tiles(first, last, self._open), None
         else:
@@ -89,7 +93,7 @@ class Source:
 
 
 def _in_blocks(tiles: Tiles, size: int) -> Tiles:
-    """[B, H, W, ...] -> [B, W / T, H, T, ...]; a width that is no multiple is filled up with zeros."""
+    """[B, H, W, ...] -> [B, ceil(W / T), H, T, ...], padded with zeros."""
 
     def cut(x: Tensor) -> Tensor:
         missing = -x.shape[2] % size

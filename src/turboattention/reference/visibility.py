@@ -1,4 +1,4 @@
-"""Which query sees which key: lengths, causality, window and masks, block by block."""
+"""Visibility of keys: lengths, causal mask, window and attn_mask, block by block."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Visibility:
-    """Who may attend what.
+    """Which keys each query sees.
 
-    positions: int64 [B, Lq] (CPU), where each query stands among its sequence's keys; a negative
-    position sees nothing under `causal`. lengths: int64 [B] (CPU), keys of each sequence.
-    window: a query sees `window` keys, itself included. mask: bool or additive [1 or B, 1 or Hq,
-    1 or Lq, 1 or Lk], or None.
+    positions: int64 [B, Lq] (CPU), key position of each query; if `causal`, a negative one sees nothing.
+    lengths: int64 [B] (CPU), keys of each sequence.
+    window: a query at p sees keys from p - window + 1 on and, unless `causal`, up to p + window - 1.
+    mask: bool or additive [1 or B, 1 or Hq, 1 or Lq, 1 or Lk], or None.
+
+    One sequence with 5 keys and queries at positions 2 to 4, causal, window 3 (x: visible):
+
+        key       0 1 2 3 4
+        query 2   x x x
+        query 3     x x x
+        query 4       x x x
     """
 
     positions: Tensor
@@ -26,8 +33,10 @@ class Visibility:
     heads: int
 
     def rows(self, first_key: int, last_key: int, align: int) -> slice:
-        """The query rows that may see any of the keys `first_key` to `last_key` (exclusive),
-        widened to start at a multiple of `align`."""
+        """A range of query rows that contains all that see a key from `first_key` to `last_key` (exclusive).
+
+        It starts at a multiple of `align`.
+        """
         count = self.positions.shape[1]
         useful = torch.ones(count, dtype=torch.bool)
         if self.causal:
@@ -40,9 +49,11 @@ class Visibility:
         return slice(int(hits[0]) // align * align, int(hits[-1]) + 1)
 
     def apply(self, scores: Tensor, first_key: int, rows: slice, group: int, own: bool | None = None) -> Tensor:
-        """Scores [B, Hkv, n, group, r, size] of n blocks from `first_key` on, for the rows of a
-        slice, with -inf where a query does not see a key. `own` keeps only the queries that stand
-        in the key's block or before it (True), or behind it (False)."""
+        """Mask scores [B, Hkv, n, group, r, size] of n blocks from `first_key` on, for the query rows `rows`.
+
+        Returns the scores plus an additive mask, with -inf where a query does not see a key. `own` restricts this to
+        queries in the key's block or an earlier one (True), or in a later one (False).
+        """
         blocks, size = scores.shape[2], scores.shape[-1]
         keys = first_key + torch.arange(blocks * size)
         positions = self.positions[:, rows]
@@ -70,7 +81,7 @@ class Visibility:
         if mask.shape[2] > 1:
             mask = mask[:, :, rows]
         if mask.shape[3] > 1:
-            # Keys past the mask are past every length too: what stands there does not matter.
+            # Keys past the end of the mask are past all lengths too, so any value will do.
             mask = mask[..., keys.clamp(max=mask.shape[3] - 1).to(mask.device)].unflatten(-1, scores.shape[2::3])
         else:
             mask = mask[..., None]

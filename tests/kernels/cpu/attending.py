@@ -22,6 +22,17 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2e-4, torch.bfloat16: 1e-3}
 Pair = tuple[Tensor, Tensor]
 
 
+def unequal(k: Tensor) -> Tensor:
+    """Keys [..., D] whose channels differ as much as it takes for two widths (`kv.channel_order`)."""
+    head_dim = k.shape[-1]
+    return (
+        k
+        * torch.linspace(1.2, -1.2, head_dim).exp2()[
+            torch.randperm(head_dim, generator=torch.Generator().manual_seed(0))
+        ]
+    )
+
+
 def assert_close(got: Pair, want: Pair, flips: int = 0) -> None:
     """out and lse of a call; rows that see nothing are 0 and -inf in both. One row in a hundred may be off by
     a level, and `flips` more."""

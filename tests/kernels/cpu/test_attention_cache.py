@@ -10,9 +10,10 @@ from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
 from . import tools  # noqa: F401
-from .attending import cache_both
+from .attending import cache_both, unequal
 
 OFF = ta.TurboConfig(guard="off")
+reordered = pytest.mark.parametrize("reorder_k", [True, False], ids=["reordered", "rotated"])
 WIDTHS = (8, 4, 3, 2, "mixed", (8, 2), (2, 4), (3, 8))
 SIGHTS = ({}, {"window_size": 90}, {"is_causal": False}, {"window_size": 90, "is_causal": False}, {"softcap": 2.0})
 
@@ -21,6 +22,7 @@ def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF,
     cache = KVCache(len(lengths), heads, head_dim, config=config, **options)
     if lengths and max(lengths):
         k, v = normals(2, len(lengths), heads, max(lengths), head_dim, seed=9)
+        k = unequal(k)
         k[..., 1] += 4.0
         v[..., ::5, :] *= 6.0
         cache.append(k, v, torch.tensor(lengths))
@@ -34,13 +36,24 @@ def poisoned(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return x
 
 
+@reordered
 @pytest.mark.parametrize("bits", WIDTHS, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 96, 128, 256])
-def test_widths_and_head_dims(bits, head_dim):
-    """Decode, few rows, and more rows than are read from packed pages."""
-    cache = filled([200], head_dim, OFF.replace(bits=bits))
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 80, 96, 128, 256])
+def test_widths_and_head_dims(bits, head_dim, reorder_k):
+    """Decode, few rows, and more rows than are read from packed pages. Head_dims of 8, 24 and 40 have no halves."""
+    cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=reorder_k))
+    two_widths = reorder_k and bits in (3, 2, (2, 4), (3, 8)) and head_dim % 16 == 0
+    assert cache.store.compressed.layout.k_halves == ((True, True) if two_widths else ())
     for tokens in (1, 3, 40):
         cache_both(*with_new(cache, 4, tokens))
+
+
+@pytest.mark.parametrize("bits", WIDTHS, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+def test_reordered_keys_of_every_group(bits, group):
+    cache = filled([200, 130], 32, OFF.replace(bits=bits, reorder_k=True))
+    for tokens in (1, 3, 20):
+        cache_both(*with_new(cache, 2 * group, tokens))
 
 
 def with_new(cache: KVCache, heads: int, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 1):
@@ -76,16 +89,20 @@ def test_padding_is_never_read(counts, options):
         assert bool((lse[b, :, count:] == -torch.inf).all())
 
 
+@reordered
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [4, 2])
-def test_a_prompt_in_chunks_then_tokens(bits, dtype):
-    cache = KVCache(2, 2, 24, config=OFF.replace(bits=bits))
-    q, k, v = qkv(2, 4, 2, 330, 330, 24, dtype=dtype)
+def test_a_prompt_in_chunks_then_tokens(bits, dtype, reorder_k):
+    """The order of the keys' channels is fixed by the seventh call, behind a page that stays INT8."""
+    cache = KVCache(2, 2, 48, config=OFF.replace(bits=bits, reorder_k=reorder_k))
+    q, k, v = qkv(2, 4, 2, 330, 330, 48, dtype=dtype)
+    q = q * torch.logspace(0, -1, 48).to(dtype)  # the queries' energy decides
     start = 0
-    for end in (1, 60, 64, 65, 200, 320, 321, 322, 330):
+    for end in (1, 60, 64, 65, 100, 127, 200, 320, 321, 322, 330):
         out, _ = cache_both(*(x[:, :, start:end] for x in (q,)), cache, *(x[:, :, start:end] for x in (k, v)))
         assert out.dtype == dtype
         start = end
+        assert (cache.k_order is not None) == (reorder_k and bits in (2, 3) and end >= 128)
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 64, 128])
@@ -108,8 +125,9 @@ def test_given_head_bits(given, head_dim):
 
 @pytest.mark.parametrize("fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"search": False}])
 @pytest.mark.parametrize("bits", [8, 3])
-def test_stage_1_without_its_parts(fields, bits):
-    cache = filled([60, 300], config=OFF.replace(bits=bits, **fields))
+@reordered
+def test_stage_1_without_its_parts(fields, bits, reorder_k):
+    cache = filled([60, 300], config=OFF.replace(bits=bits, reorder_k=reorder_k, **fields))
     for tokens in (1, 5, 40):
         cache_both(*with_new(cache, 4, tokens))
         cache_both(*with_new(cache, 4, tokens), window_size=100, scale=0.7)
@@ -163,10 +181,11 @@ def test_queries_alone():
     assert (out.shape, lse.shape) == ((4, 4, 0, 16), (4, 4, 0))
 
 
+@reordered
 @pytest.mark.parametrize("queries", [1, 8, 60])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_long_caches(bits, queries):
-    cache = filled([5000, 1100], 32, OFF.replace(bits=bits), heads=1)
+def test_long_caches(bits, queries, reorder_k):
+    cache = filled([5000, 1100], 32, OFF.replace(bits=bits, reorder_k=reorder_k), heads=1)
     cache_both(*with_new(cache, 2, queries))
     cache_both(*with_new(cache, 2, queries), window_size=2500)
 

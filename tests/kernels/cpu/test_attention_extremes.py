@@ -18,23 +18,42 @@ rows = pytest.mark.parametrize("queries", [1, 3, 40])
 forms = pytest.mark.parametrize("softmax", ["sas", "sas2", "exp"])
 
 
-def through_caches(q, k, v, **options):
+def through_caches(q, k, v, config=OFF, **options):
     """The same keys as pages of every width, and as INT8."""
-    prefill_both(q, k, v, config=OFF, **options)
+    prefill_both(q, k, v, config=config, **options)
     for bits in (8, 4, 3, 2):
-        cache = KVCache(len(k), k.shape[1], k.shape[3], config=OFF.replace(bits=bits))
-        cache.append(k, v)
-        cache_both(q, cache, **options)
+        for reorder_k in (True, False):
+            cache = KVCache(len(k), k.shape[1], k.shape[3], config=config.replace(bits=bits, reorder_k=reorder_k))
+            cache.append(k, v)
+            cache_both(q, cache, **options)
 
 
 @rows
 @pytest.mark.parametrize("ratio", [2.0**10, 2.0**17])
-def test_value_scales_far_apart_within_a_block(queries, ratio):
+@pytest.mark.parametrize("p_scale", ["static", "row"])
+def test_value_scales_far_apart_within_a_block(queries, ratio, p_scale):
     q, k, v = qkv(2, 2, 1, queries, 200, 16)
     v[:, :, 5::17] *= ratio
-    through_caches(q, k, v)
+    config = OFF.replace(p_scale=p_scale)
+    through_caches(q, k, v, config)
     v[:, :, 64:] /= 2.0**40  # and from block to block
-    through_caches(q, k, v)
+    through_caches(q, k, v, config)
+
+
+@rows
+@forms
+def test_heavy_weights_of_small_values(queries, softmax):
+    """What a static scale rounds away: a key that takes nearly all weight, with a value a thousandth of the others'."""
+    q, k, v = qkv(1, 2, 1, queries, 100, 16)
+    q[..., 0] = 4.0
+    k[:, :, ::50, 0] += 12.0
+    v[:, :, ::50] /= 1000.0
+    config = OFF.replace(softmax=softmax, sas_threshold=-40.0)
+    want = exact_attention(q, k, v)[0]
+    out, _ = prefill_both(q, k, v, config=config.replace(p_scale="row"), flips=queries)
+    coarse = ta.turbo_attention(q, k, v, config=config, backend="cpu")
+    assert relative_error(out, want) < 0.05
+    assert relative_error(coarse, want) > 0.2
 
 
 @rows
@@ -101,9 +120,28 @@ def test_the_largest_codes(queries):
         assert relative_error(out, v[:, :, :1].expand(out.shape)) < 5e-3
         assert float((lse - sign * 1.28 - torch.tensor(192.0).log()).abs().max()) < 5e-3
         for bits in (8, 4, 3, 2):
-            cache = KVCache(1, 1, 256, config=config.replace(bits=bits))
+            for reorder_k in (True, False):
+                cache = KVCache(1, 1, 256, config=config.replace(bits=bits, reorder_k=reorder_k))
+                cache.append(k, v)
+                cache_both(q, cache, scale=1e-3)
+
+
+@rows
+def test_the_largest_steps(queries):
+    """Keys between both ends of INT8, in channels that 1 and 3 bits hold too, under queries at their ends."""
+    q, k, v = qkv(1, 1, 1, queries, 192, 256)
+    q, k = q.sign() * 5.0, k.sign() * (119 / 128)  # codes of 119
+    k[..., 128:] *= 0.55  # the half that gets 1 bit
+    for bits in (4, 3, 2):
+        for reorder_k in (True, False):
+            config = OFF.replace(rotate=False, smooth_k=False, search=False, bits=bits, reorder_k=reorder_k)
+            cache = KVCache(1, 1, 256, config=config)
             cache.append(k, v)
-            cache_both(q, cache, scale=1e-3)
+            cache_both(q, cache, scale=1e-2)
+            if bits == 2 and reorder_k:
+                layout = cache.store.compressed.layout
+                steps = cache.store.compressed.gather([0])[0, layout.k_steps : layout.k_steps + 256]
+                assert set(steps[128:].tolist()) == {127}
 
 
 @rows

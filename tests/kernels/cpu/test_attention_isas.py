@@ -15,10 +15,11 @@ import turboattention as ta
 from turboattention.kv.cache import KVCache
 
 from ...helpers import bits_of, normals, qkv
-from .attending import Pair
+from .attending import Pair, unequal
 from .tools import ISAS
 
 OFF = ta.TurboConfig(guard="off")
+ROW = OFF.replace(p_scale="row")
 others = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "serial"])
 
 
@@ -30,7 +31,8 @@ def prefill(shape, *args, config=OFF, dtype=torch.float32, spread=1.0, **options
 
 def decode(lengths, head_dim, tokens, bits=4, heads=4, dtype=torch.float32, config=OFF, counts=None, **options) -> Pair:
     cache = KVCache(len(lengths), 2, head_dim, config=config.replace(bits=bits))
-    cache.append(*normals(2, len(lengths), 2, max(lengths), head_dim, seed=9, dtype=dtype), torch.tensor(lengths))
+    k, v = normals(2, len(lengths), 2, max(lengths), head_dim, seed=9)
+    cache.append(unequal(k).to(dtype), v.to(dtype), torch.tensor(lengths))
     q, k, v = qkv(len(lengths), heads, 2, tokens, tokens, head_dim, dtype=dtype)
     if counts:
         options["lengths"] = torch.tensor(counts)
@@ -53,25 +55,41 @@ PREFILLS = {
     "sas2": lambda: prefill((1, 4, 2, 40, 150, 16), config=OFF.replace(softmax="sas2"), spread=3.0),
     "exp": lambda: prefill((1, 4, 2, 40, 150, 16), config=OFF.replace(softmax="exp"), spread=20.0),
     "exp, few": lambda: prefill((1, 4, 2, 2, 150, 16), config=OFF.replace(softmax="exp"), spread=20.0),
+    "a scale per row": lambda: prefill((1, 4, 2, 40, 150, 16), is_causal=True, config=ROW, spread=3.0),
+    "a scale per row, few": lambda: prefill((1, 4, 2, 3, 150, 24), config=ROW.replace(softmax="sas2"), spread=3.0),
+    "a scale per row, exp": lambda: prefill((1, 4, 2, 20, 150, 72), config=ROW.replace(softmax="exp"), spread=9.0),
     "threshold": lambda: prefill((1, 4, 2, 40, 150, 16), config=OFF.replace(sas_threshold=-1.0)),
     "by tile": lambda: prefill((1, 4, 2, 70, 150, 16), config=OFF.replace(token_scales=False)),
     "more queries than keys": lambda: prefill((2, 4, 2, 70, 9, 16), is_causal=True),
 }
-DECODES = {
-    f"{bits} bits, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode([5, 64, 300], d, t, b)
-    for bits in (8, 4, 3, 2, (8, 2), (3, 4))
-    for head_dim in (8, 24, 64, 128)
-    for tokens in (1, 5, 20)
-} | {
-    "mixed": lambda: decode([400, 1], 64, 3, "mixed"),
-    "long": lambda: decode([2500, 70], 32, 1),
-    "long, many rows": lambda: decode([1500], 32, 30),
-    "bfloat16": lambda: decode([200, 100], 96, 2, dtype=torch.bfloat16),
-    "by tile": lambda: decode([200, 100], 16, 2, config=OFF.replace(token_scales=False)),
-    "window": lambda: decode([700, 100], 16, 2, window_size=130),
-    "ragged": lambda: decode([200, 100], 16, 6, counts=[0, 4]),
-    "eight heads a head": lambda: decode([200, 100], 16, 2, heads=16),
-}
+DECODES = (
+    {
+        f"{bits} bits, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode([5, 64, 300], d, t, b)
+        for bits in (8, 4, 3, 2, (8, 2), (3, 4))
+        for head_dim in (8, 24, 64, 80, 128)
+        for tokens in (1, 5, 20)
+    }
+    | {
+        f"{bits} bits in order, {head_dim}, {tokens} tokens": lambda b=bits, d=head_dim, t=tokens: decode(
+            [5, 64, 300], d, t, b, config=OFF.replace(reorder_k=True)
+        )
+        for bits in (3, 2)
+        for head_dim in (24, 96, 256)
+        for tokens in (1, 20)
+    }
+    | {
+        "mixed": lambda: decode([400, 1], 64, 3, "mixed"),
+        "long": lambda: decode([2500, 70], 32, 1),
+        "long, many rows": lambda: decode([1500], 32, 30),
+        "bfloat16": lambda: decode([200, 100], 96, 2, dtype=torch.bfloat16),
+        "by tile": lambda: decode([200, 100], 16, 2, config=OFF.replace(token_scales=False)),
+        "a scale per row": lambda: decode([200, 100], 64, 2, config=ROW),
+        "a scale per row, many": lambda: decode([200, 100], 64, 20, config=ROW.replace(stored_prefill=True)),
+        "window": lambda: decode([700, 100], 16, 2, window_size=130),
+        "ragged": lambda: decode([200, 100], 16, 6, counts=[0, 4]),
+        "eight heads a head": lambda: decode([200, 100], 16, 2, heads=16),
+    }
+)
 CASES = PREFILLS | DECODES
 
 

@@ -13,7 +13,7 @@ from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
 from . import tools  # noqa: F401
-from .attending import cache_both, prefill_both
+from .attending import cache_both, prefill_both, unequal
 
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])
 HEADS = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 5, 8]))
@@ -26,9 +26,11 @@ def configs(draw: st.DrawFn) -> ta.TurboConfig:
     return ta.TurboConfig(
         guard="off",
         softmax=draw(st.sampled_from(["sas", "sas2", "exp"])),
+        p_scale=draw(st.sampled_from(["static", "row"])),
         sas_threshold=draw(st.sampled_from([-6.0, -6.0, -2.0, -9.0])),
         smooth_k=draw(st.booleans()),
         rotate=draw(st.booleans()),
+        reorder_k=draw(st.booleans()),
         token_scales=draw(st.sampled_from([True, True, True, False])),
         sink_tokens=draw(st.sampled_from([0, 64, 128])),
         search=draw(st.booleans()),
@@ -80,6 +82,7 @@ def test_several_calls_over_a_cache(data, config, batch, heads, head_dim, dtype)
         counts = torch.tensor([data.draw(st.integers(0, tokens)) for _ in range(batch)])
         ragged = data.draw(st.booleans())
         q, k, v = qkv(batch, kv_heads * group, kv_heads, tokens, tokens, head_dim, seed=step, dtype=dtype)
+        k = unequal(k).to(dtype)
         how = data.draw(options())
         if own_window is not None:
             how["window_size"] = min(how["window_size"] or own_window, own_window)

@@ -18,18 +18,36 @@ from .test_attention_cache import filled, with_new
 STORED = ta.TurboConfig(guard="off", stored_prefill=True)
 CONFIGS = {
     "default": STORED,
-    "serving": STORED.replace(sink_tokens=0, smooth_k=False),
     "2 bits": STORED.replace(bits=2, sink_tokens=0),
     "mixed": STORED.replace(bits="mixed", sink_tokens=128),
+    "keys in order": STORED.replace(bits=3, reorder_k=True),
+    "a scale per row": STORED.replace(p_scale="row"),
+    "serving": ta.TurboConfig.serving(guard="off"),
 }
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("options", [{}, {"window_size": 90}, {"is_causal": False}, {"softcap": 2.0}], ids=str)
 def test_calls_that_fill_blocks(config, options):
-    lengths = [0, 1, 60, 64, 100, 127, 300]
-    for tokens in (1, 4, 30, 70, 200):
-        cache_both(*with_new(filled(lengths, config=config), 4, tokens), **options)
+    for lengths in ([0, 1, 60, 64, 100, 127, 300], [0, 1, 60, 64, 100, 127]):
+        for tokens in (1, 4, 30, 70, 200):
+            cache_both(*with_new(filled(lengths, config=config), 4, tokens), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": 90}], ids=str)
+@pytest.mark.parametrize("sink_tokens", [0, 64, 128])
+def test_a_call_that_fixes_the_order_of_channels(sink_tokens, options):
+    """Pages in the new order, sinks and open rows in the old one, in one call; then all of them in the new one."""
+    config = STORED.replace(sink_tokens=sink_tokens, bits=3, reorder_k=True)
+    for lengths in ([70, 0, 127, 64], [3, 60, 1, 2]):
+        cache = filled(lengths, 32, config, **options)
+        before = cache.k_order
+        q, cache, k, v = with_new(cache, 4, 190)
+        q = q * torch.logspace(0, -1, 32)
+        cache_both(q, cache, k, v, **options)
+        assert cache.k_order is not None
+        assert sink_tokens == 0 or before is None
+        cache_both(*with_new(cache, 4, 3), **options)
 
 
 def test_masks():
@@ -47,7 +65,9 @@ def test_without_a_cache():
 @settings(max_examples=10)
 @given(cuts=st.lists(st.integers(1, 299), max_size=6))
 def test_chunks_do_not_matter(config, cuts):
-    """Neither the result, but for the order of sums, nor what is then stored."""
+    """Neither the result, but for the order of sums, nor what is then stored. (All queries of the call that compresses
+    the first block have a say in the order of K's channels.)"""
+    config = config.replace(reorder_k=False)
     q, k, v = qkv(2, 4, 2, 300, 300, 16)
 
     def run(ends):

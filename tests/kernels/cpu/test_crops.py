@@ -9,26 +9,28 @@ import turboattention as ta
 from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
-from .attending import cache_both
+from .attending import cache_both, unequal
 from .tools import every_isa
 
 OFF = ta.TurboConfig(guard="off")
 
 
-def cropped(bits: int, seed: int, search: bool) -> KVCache:
+def cropped(bits: int, seed: int, search: bool, reorder_k: bool = True) -> KVCache:
     """Crops into a page and fills it again, three times, each time at another token."""
-    cache = KVCache(1, 2, 64, config=OFF.replace(bits=bits, search=search))
+    cache = KVCache(1, 2, 64, config=OFF.replace(bits=bits, search=search, reorder_k=reorder_k))
     for turn, length in enumerate((200, 150, 190, 170)):
         cache.crop(length - 30)
-        cache.append(*normals(2, 1, 2, 70 if turn else 200, 64, seed=10 * seed + turn))
+        k, v = normals(2, 1, 2, 70 if turn else 200, 64, seed=10 * seed + turn)
+        cache.append(unequal(k), v)
     return cache
 
 
+@pytest.mark.parametrize("reorder_k", [True, False], ids=["reordered", "rotated"])
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_decode_and_prefill_read_them_alike(bits, search):
+def test_decode_and_prefill_read_them_alike(bits, search, reorder_k):
     for seed in range(6):
-        cache = cropped(bits, seed, search)
+        cache = cropped(bits, seed, search, reorder_k)
         for tokens in (1, 20):
             cache_both(*_with_new(cache, tokens))
 

@@ -57,24 +57,50 @@ def test_one_width(isa, bits):
 
 
 @every_isa
-@pytest.mark.parametrize("token_scales", [True, False])
-def test_rows_far_apart_are_requantized_alike(isa, token_scales):
-    layout = PageLayout(24, 32, *MIXED, token_scales)
-    assert_same(layout, sides(layout, spread=9.0), True, isa)
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("head_dim, size", [(16, 16), (64, 64), (80, 64), (96, 256), (128, 64), (240, 48), (256, 112)])
+def test_keys_of_two_widths(isa, search, head_dim, size):
+    layout = PageLayout(head_dim, size, *MIXED, True, (True,) * len(MIXED[0]))
+    assert_same(layout, sides(layout), search, isa)
 
 
 @every_isa
+@pytest.mark.parametrize("token_scales", [True, False])
+def test_rows_far_apart_are_requantized_alike(isa, token_scales):
+    for head_dim, halves in ((24, ()), (48, (True,) * len(MIXED[0]))):
+        layout = PageLayout(head_dim, 32, *MIXED, token_scales, halves)
+        assert_same(layout, sides(layout, spread=9.0), True, isa)
+
+
+@every_isa
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("halves", [(), (True,)], ids=["one", "two"])
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_all_of_int8_and_constant_channels(isa, bits):
+def test_all_of_int8_and_constant_channels(isa, bits, halves, search):
     """Decoded codes may reach beyond 119, and a crop compresses them once more."""
-    layout = PageLayout.uniform(1, 16, 256, bits, True)
+    layout = PageLayout(32, 256, (bits,), (bits,), True, halves)
     codes = torch.arange(-128, 128).to(torch.int8)[:, None].expand(256, 16).clone()
     codes[:, 1], codes[:, 2], codes[:, 3] = 127, -128, 0
     codes[:, 4] = torch.where(torch.arange(256) == 7, 127, -128).to(torch.int8)
     codes[:, 5:] = torch.randint(-128, 128, (256, 11), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    tile = codes[None, None]
+    tile = torch.cat((codes, codes), 1)[None, None]
     scale = torch.full((1, 1, 256), 0.25)
-    assert_same(layout, (tile, tile.flip(2), scale, scale), True, isa)
+    assert_same(layout, (tile, tile.flip(2), scale, scale), search, isa)
+
+
+@every_isa
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_every_pair_of_ends(isa, bits):
+    """Steps, shrunken ranges and ties of each range that a channel may have, in both halves."""
+    ends = torch.combinations(torch.arange(-128, 128, 3), 2)[:, :, None]
+    steps = torch.linspace(0, 1, 16)
+    channels = (ends[:, 0] + (ends[:, 1] - ends[:, 0]) * steps).round().to(torch.int8)  # [pairs, 16 tokens]
+    channels = channels[: len(channels) // 128 * 128].view(-1, 128, 16).transpose(1, 2)
+    tile = torch.cat((channels, channels.flip(2)), 2)[:, None].contiguous()  # each in the wide and the narrow half
+    scale = torch.full((len(tile), 1, 16), 0.25)
+    layout = PageLayout(256, 16, (bits,), (bits,), True, (True,))
+    for search in (True, False):
+        assert_same(layout, (tile, tile, scale, scale), search, isa)
 
 
 @every_isa
@@ -98,13 +124,14 @@ WIDTHS = st.sampled_from([8, 4, 3, 2])
 @settings(max_examples=40)
 @given(data=st.data())
 def test_any_layout_on_every_instruction_set(data):
-    heads = data.draw(st.integers(1, 4))
+    heads, head_dim = data.draw(st.integers(1, 4)), 8 * data.draw(st.integers(1, 32))
     layout = PageLayout(
-        8 * data.draw(st.integers(1, 32)),
+        head_dim,
         16 * data.draw(st.integers(1, 6)),
         tuple(data.draw(st.lists(WIDTHS, min_size=heads, max_size=heads))),
         tuple(data.draw(st.lists(WIDTHS, min_size=heads, max_size=heads))),
         data.draw(st.booleans()),
+        () if head_dim % 16 else tuple(data.draw(st.lists(st.booleans(), min_size=heads, max_size=heads))),
     )
     spread = data.draw(st.sampled_from([0.0, 1.0, 8.0]))
     tiles = sides(layout, 1, data.draw(st.integers(0, 99)), spread)

@@ -22,6 +22,7 @@ from turboattention.kv.cache import KVCache
 from ...helpers import normals, qkv
 from ...kv.tools import content, filled, live_pages
 from .attending import cache_both
+from .test_attention_cache import filled as of_unequal_keys
 from .tools import every_isa
 
 OFF = ta.TurboConfig(guard="off")
@@ -39,11 +40,12 @@ def by_stages(monkeypatch):
 
 
 @every_isa
+@pytest.mark.parametrize("reorder_k", [True, False], ids=["reordered", "rotated"])
 @pytest.mark.parametrize("bits", WIDTHS, ids=str)
-def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, by_stages, monkeypatch):
+def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, reorder_k, by_stages, monkeypatch):
     """Ragged sequences, whose blocks fill at different calls, also two calls in a row."""
     monkeypatch.setenv("TURBOATTENTION_ISA", isa)
-    cache, *_ = filled([130, 257, 191, 128], config=OFF.replace(bits=bits))
+    cache = of_unequal_keys([130, 257, 191, 128], config=OFF.replace(bits=bits, reorder_k=reorder_k))
     want = cache.clone()
     for turn, count in enumerate((1, 1, 62, 64, 5, 63, 1, 64, 64, 2)):
         k, v = normals(2, 4, 2, count, 16, seed=turn)
@@ -53,16 +55,34 @@ def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, by_stages, monkey
         assert content(cache) == content(want)
 
 
+@pytest.mark.parametrize("reorder_k", [True, False], ids=["reordered", "rotated"])
 @pytest.mark.parametrize("bits", WIDTHS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_steps_that_fill_blocks_attend_like_the_reference(bits, tokens):
-    cache, *_ = filled([128 + 63, 128 + 60, 128], config=OFF.replace(bits=bits))
+def test_steps_that_fill_blocks_attend_like_the_reference(bits, tokens, reorder_k):
+    cache = of_unequal_keys([128 + 63, 128 + 60, 128], config=OFF.replace(bits=bits, reorder_k=reorder_k))
     for turn in range(4):
         before = cache.clone()
         q, k, v = qkv(3, 4, 2, tokens, tokens, 16, seed=turn)
         cache_both(q, cache, k, v)
         before.append(k, v)
         assert content(cache) == content(before)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("sink_tokens", [0, 64])
+def test_steps_before_and_after_the_order_of_channels_is_fixed(tokens, sink_tokens):
+    """What steps keep of a cache is of the old order until the step that fixes it, and of the new one from then on."""
+    cache, *_ = filled(
+        [sink_tokens + 40, sink_tokens + 3], config=OFF.replace(sink_tokens=sink_tokens, bits=3, reorder_k=True)
+    )
+    fixed = []
+    for turn in range(90 // tokens):
+        q, k, v = qkv(2, 4, 2, tokens, tokens, 16, seed=turn)
+        k[..., 2] *= 3.0
+        cache_both(q, cache, k, v)
+        fixed.append(cache.k_order is not None)
+    assert fixed == sorted(fixed)
+    assert 0 < sum(fixed) < len(fixed)
 
 
 def test_only_caches_whose_blocks_need_no_decision_take_such_calls():

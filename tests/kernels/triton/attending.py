@@ -24,11 +24,13 @@ OFF = ta.TurboConfig(guard="off")
 
 
 def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF, heads: int = 2, **options) -> KVCache:
-    """A cache whose keys have an outlier channel, and whose values differ in size."""
+    """A cache whose keys have an outlier channel, and whose values differ in size; keys of every other head have
+    channels that differ enough for two widths."""
     cache = KVCache(len(lengths), heads, head_dim, config=config, **options)
     if lengths and max(lengths):
         k, v = normals(2, len(lengths), heads, max(lengths), head_dim, seed=9)
         k[..., 1] += 4.0
+        k[:, ::2, :, ::3] *= 4.0
         v[..., ::5, :] *= 6.0
         cache.append(k, v, torch.tensor(lengths))
     return cache
@@ -65,8 +67,9 @@ def kernels_and_reference(
     factor = q.shape[3] ** -0.5 if scale is None else scale
     rows = torch.arange(queries) < valid[:, None]
     clean = q.float().masked_fill(~rows[:, None, :, None], 0)
-    mean = (state if staged is None else staged).k_mean
-    codes = quantize_queries(config, clean, cache.num_kv_heads, factor, mean)
+    stands = state if staged is None else staged
+    mean = stands.k_mean
+    codes = quantize_queries(config, clean, cache.num_kv_heads, factor, mean, stands.k_order)
     options = {"window": window, "softcap": softcap, "mask": mask}
     got = attend(
         config,

@@ -43,15 +43,34 @@ def test_widths(bits):
     both(*tokens_for(cache, 4, 1))
 
 
-@pytest.mark.parametrize("bits", [4, 3, 8], ids=str)
 @pytest.mark.parametrize("head_dim", [8, 24, 96, 128, 256])
-def test_head_dims(bits, head_dim):
-    both(*tokens_for(filled([130], head_dim, OFF.replace(bits=bits), heads=1), 2, 1))
+def test_head_dims(head_dim):
+    both(*tokens_for(filled([130], head_dim, OFF.replace(bits=8), heads=1), 2, 1))
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("head_dim", [24, 64, 80, 96, 128, 256])
+def test_keys_in_their_order(head_dim, bits):
+    """A head of two widths, where octets halve, and one of one; behind a sink block, whose channels are in that order
+    too."""
+    cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=True))
+    assert cache.store.counts.tolist() == [3]
+    assert cache.store.compressed.layout.k_halves == (() if head_dim % 16 else (True, False))
+    assert not torch.equal(cache.k_order, torch.arange(head_dim).expand(2, -1))
+    both(*tokens_for(cache, 4, 1))
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [(4, 24), (3, 64), (2, 96), (4, 128)])
+def test_rotated_keys(bits, head_dim):
+    cache = filled([200], head_dim, OFF.replace(bits=bits))
+    assert cache.k_order is None
+    both(*tokens_for(cache, 4, 1))
 
 
 @pytest.mark.parametrize("given", [[8, 4, 3, 2], [[2, 8, 4, 3], [4, 2, 8, 3]]], ids=str)
 def test_widths_of_heads(given):
-    both(*tokens_for(filled([150], 24, heads=4, head_bits=given), 8, 1))
+    for head_dim in (24, 48):
+        both(*tokens_for(filled([150], head_dim, heads=4, head_bits=given), 8, 1))
 
 
 @pytest.mark.parametrize("options", SIGHTS, ids=str)
@@ -83,15 +102,23 @@ def test_groups(group):
 
 
 @pytest.mark.parametrize("form", ["sas", "sas2", "exp"])
+@pytest.mark.parametrize("p_scale", ["static", "row"])
 @pytest.mark.parametrize("threshold", [-6.0, -2.5])
-def test_softmax(form, threshold):
-    cache = filled([200], config=OFF.replace(softmax=form, sas_threshold=threshold))
+def test_softmax(form, threshold, p_scale):
+    cache = filled([200], config=OFF.replace(softmax=form, sas_threshold=threshold, p_scale=p_scale))
     both(*tokens_for(cache, 4, 2))
     both(*tokens_for(cache, 4, 2), softcap=5.0)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"sink_tokens": 0}]
+    "fields",
+    [
+        {"smooth_k": False},
+        {"rotate": False},
+        {"token_scales": False},
+        {"sink_tokens": 0},
+        {"reorder_k": True},
+    ],
 )
 @pytest.mark.parametrize("bits", [8, 3])
 @pytest.mark.usefixtures("split")

@@ -38,9 +38,9 @@ def test_widths(bits):
     served(MIXED if bits == MIXED else UNIFORM[bits], {0: tokens(1, 67)}, SHORT[1])
 
 
-@pytest.mark.parametrize("softmax", ["sas2", "exp"])
-def test_forms_of_the_softmax(softmax):
-    served(UNIFORM[4], {0: tokens(1, 67)}, SHORT[1], CONFIG.replace(softmax=softmax))
+@pytest.mark.parametrize("fields", [{"softmax": "sas2"}, {"softmax": "exp"}, {"p_scale": "row"}], ids=str)
+def test_forms_of_the_softmax(fields):
+    served(UNIFORM[4], {0: tokens(1, 67)}, SHORT[1], CONFIG.replace(**fields))
 
 
 def test_full_rows_of_a_half_precision():

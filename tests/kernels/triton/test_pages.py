@@ -52,6 +52,20 @@ def test_one_width(bits, head_dim):
     assert_same(layout, sides(layout, seed=bits), head_dim == 128)
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_keys_of_two_widths(bits, head_dim):
+    layout = PageLayout(head_dim, 64, (bits,), (4,), True, (True,))
+    assert_same(layout, sides(layout, seed=bits), head_dim != 128)
+
+
+@pytest.mark.parametrize("head_dim, size, token_scales", [(16, 16, True), (48, 64, False), (80, 32, True)])
+@pytest.mark.parametrize("halves", [(True, False, True, True), (False, True, False, False)], ids=str)
+def test_heads_of_two_widths_and_of_one(head_dim, size, token_scales, halves):
+    layout = PageLayout(head_dim, size, *MIXED, token_scales, halves)
+    assert_same(layout, sides(layout, blocks=2, spread=9.0), True)
+
+
 @pytest.mark.parametrize("token_scales", [True, False])
 def test_rows_far_apart_are_requantized_alike(token_scales):
     layout = PageLayout(24, 32, *MIXED, token_scales)
@@ -65,27 +79,31 @@ def test_rows_of_zeros():
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_all_of_int8_and_constant_channels(bits):
-    """Decoded codes may reach beyond 119, and a crop compresses them once more."""
-    layout = PageLayout.uniform(1, 16, 256, bits, True)
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("search", [False, True])
+def test_all_of_int8_and_constant_channels(bits, halves, search):
+    """Decoded codes may reach beyond 119, and a crop compresses them once more. Steps are 127 at most."""
+    layout = PageLayout(16, 256, (bits,), (bits,), True, (halves,))
     codes = torch.arange(-128, 128).to(torch.int8)[:, None].expand(256, 16).clone()
     codes[:, 1], codes[:, 2], codes[:, 3] = 127, -128, 0
     codes[:, 4] = torch.where(torch.arange(256) == 7, 127, -128).to(torch.int8)
     codes[:, 5:] = torch.randint(-128, 128, (256, 11), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    tile = codes[None, None]
     scale = torch.full((1, 1, 256), 0.25)
-    assert_same(layout, (tile, tile.flip(2), scale, scale), True)
+    for tile in (codes[None, None], codes.flip(1)[None, None]):
+        assert_same(layout, (tile, tile.flip(2), scale, scale), search)
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_every_quotient(bits):
+@pytest.mark.parametrize("halves", [False, True])
+def test_every_quotient(bits, halves):
     """Every distance over every step that min-max gives: ties go to the even code."""
-    layout = PageLayout.uniform(1, 256, 256, bits, True)
+    layout = PageLayout(256, 256, (bits,), (bits,), True, (halves,))
     base = torch.arange(256)[:, None] - 128
-    width = torch.arange(256)[None, :]  # the channel's range
-    codes = torch.where(base + 128 <= width, base, -128).to(torch.int8)[None, None].contiguous()
-    scale = torch.ones(1, 1, 256)
-    assert_same(layout, (codes, codes.flip(2), scale, scale), False)
+    for channels in (torch.arange(256), torch.arange(255, -1, -1)):
+        width = channels[None, :]  # the channel's range
+        codes = torch.where(base + 128 <= width, base, -128).to(torch.int8)[None, None].contiguous()
+        scale = torch.ones(1, 1, 256)
+        assert_same(layout, (codes, codes.flip(2), scale, scale), False)
 
 
 def test_pages_anywhere_in_memory_and_none_at_all():

@@ -56,9 +56,10 @@ def test_groups_and_ragged_batches(group):
 
 
 @pytest.mark.parametrize("form", ["sas", "sas2", "exp"])
+@pytest.mark.parametrize("p_scale", ["static", "row"])
 @pytest.mark.parametrize("threshold", [-6.0, -2.5])
-def test_softmax(form, threshold):
-    prompt([100], 2, 1, 32, OFF.replace(softmax=form, sas_threshold=threshold))
+def test_softmax(form, threshold, p_scale):
+    prompt([100], 2, 1, 32, OFF.replace(softmax=form, sas_threshold=threshold, p_scale=p_scale))
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -73,7 +74,9 @@ def test_rescaling_is_skipped_only_where_no_maximum_rises(group, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"smooth_k": False}, {"rotate": False}, {"token_scales": False}, {"bits": 3, "reorder_k": True}], ids=str
+)
 def test_without_its_parts(fields):
     prompt([150], 2, 1, 24, OFF.replace(**fields))
 
@@ -95,9 +98,24 @@ def test_chunks_over_a_cache(bits, head_dim):
     both(*tokens_for(cache, 4, 40))
 
 
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_keys_in_their_order(bits, head_dim):
+    """A head of two widths, and one of one, behind a sink block."""
+    cache = filled([140], head_dim, OFF.replace(bits=bits, reorder_k=True))
+    assert cache.store.compressed.layout.k_halves == (True, False)
+    both(*tokens_for(cache, 4, 10))
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [(4, 24), (3, 64), (2, 96)])
+def test_rotated_keys(bits, head_dim):
+    both(*tokens_for(filled([140], head_dim, OFF.replace(bits=bits)), 4, 10))
+
+
 @pytest.mark.parametrize("given", [[[2, 8, 4, 3], [4, 2, 8, 3]]], ids=str)
 def test_widths_of_heads(given):
-    both(*tokens_for(filled([150], 16, heads=4, head_bits=given), 8, 30))
+    for head_dim in (16, 24):
+        both(*tokens_for(filled([150], head_dim, heads=4, head_bits=given), 8, 30))
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 128])
@@ -162,7 +180,9 @@ def test_what_is_not_finite_makes_all_results_nan(side, parts, monkeypatch):
 
 
 @pytest.mark.parametrize("head_dim, keys", [(16, 70), (24, 64), (40, 40), (256, 130)])
-@pytest.mark.parametrize("fields", [{}, {"smooth_k": False}, {"rotate": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"smooth_k": False}, {"rotate": False}, {"bits": 3, "reorder_k": True}], ids=str
+)
 def test_a_prompt_without_a_cache_is_as_by_way_of_staged_rows(head_dim, keys, fields, monkeypatch):
     q, k, v = qkv(2, 4, 2, 40, keys, head_dim, seed=5)
     k[..., 1] += 4.0

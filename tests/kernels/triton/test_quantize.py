@@ -36,21 +36,29 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
     return x.to(dtype)
 
 
-def staged(quantizer, x, span, first, mean, mean_from, rotate, target, width):
+def staged(quantizer, x, span, first, mean, mean_from, rotate, order, target, width):
     codes = torch.zeros(*x.shape[:2], width, x.shape[3], dtype=torch.int8)
     scales = torch.zeros(*x.shape[:2], width)
-    assert quantizer.quantize_tokens(x, span, first, mean, mean_from, rotate, codes, scales, target) is True
+    assert quantizer.quantize_tokens(x, span, first, mean, mean_from, rotate, order, codes, scales, target) is True
     return codes, scales
 
 
-def assert_same(x: torch.Tensor, rotate: bool = True, smooth: bool = True, ragged: bool = False) -> None:
+def an_order(heads: int, head_dim: int) -> torch.Tensor:
+    """Another for each head."""
+    return normals(heads, head_dim, seed=8).argsort(-1)
+
+
+def assert_same(
+    x: torch.Tensor, rotate: bool = True, smooth: bool = True, ragged: bool = False, reorder: bool = False
+) -> None:
     batch, heads, length, head_dim = x.shape
     begin, end = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
     first, target = torch.arange(batch) * 40 + 62, torch.arange(batch) * 3
     if ragged:
         begin[0], end[-1] = min(2, length), length // 2
     mean = normals(batch, heads, head_dim, seed=5) if smooth else None
-    given = (x, (begin, end), first, mean, 64, rotate, target, length + 3 * batch)
+    order = an_order(heads, head_dim) if reorder else None
+    given = (x, (begin, end), first, mean, 64, rotate, order, target, length + 3 * batch)
     for a, b in zip(staged(kernels, *given), staged(PYTORCH, *given), strict=True):
         assert torch.equal(a, b)
 
@@ -68,6 +76,7 @@ def test_tokens_of_every_dtype(dtype, head_dim):
     x = rows(2, 3, 7, head_dim, dtype=dtype)
     assert_same(x)
     assert_same(x, rotate=False)
+    assert_same(x, rotate=False, reorder=True)
     assert_same(x, smooth=False)
 
 
@@ -76,16 +85,19 @@ def test_tokens_of_every_dtype(dtype, head_dim):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_tokens_of_every_width(dtype, head_dim):
     assert_same(rows(2, 2, 5, head_dim, dtype=dtype))
+    assert_same(rows(2, 2, 5, head_dim, dtype=dtype), rotate=False, reorder=True)
 
 
 @pytest.mark.parametrize("length", [1, 3, 63, 65])
 def test_tokens_of_every_length_and_ragged(length):
     assert_same(rows(3, 2, length, 16, seed=length), ragged=True)
+    assert_same(rows(3, 2, length, 16, seed=length), rotate=False, ragged=True, reorder=True)
 
 
 def test_strided_and_misaligned_tokens():
     x = rows(2, 9, 3, 24).transpose(1, 2)
     assert_same(x)
+    assert_same(x, rotate=False, reorder=True)
     assert_same(x[:, ::2, 1::3])
     odd = torch.zeros(x.numel() + 1)[1:]
     odd.copy_(x.reshape(-1))
@@ -109,7 +121,7 @@ def test_padding_is_never_read_and_other_rows_never_written():
     codes, scales = torch.full((2, 2, 20, 16), 77, dtype=torch.int8), torch.full((2, 2, 20), 5.0)
     span = torch.tensor([0, 4]), torch.tensor([7, 10])
     zeros = torch.zeros(2, dtype=torch.int64)
-    assert kernels.quantize_tokens(x, span, zeros, None, 0, True, codes, scales, torch.tensor([3, 5]))
+    assert kernels.quantize_tokens(x, span, zeros, None, 0, True, None, codes, scales, torch.tensor([3, 5]))
     want_codes, want_scales = flashq.quantize_tokens(flashq.rotate(x))
     for row, (begin, end, at) in enumerate(((0, 7, 3), (4, 10, 9))):
         size = end - begin
@@ -127,22 +139,22 @@ def test_what_is_not_finite_or_too_large_becomes_zeros_and_is_told(bad, dtype):
     x = rows(1, 2, 30, 24).to(dtype)
     mean = normals(1, 2, 24)
     span = (zeros, end)
-    want, want_scales = staged(kernels, x, span, zeros, mean, 0, True, zeros, 30)
+    want, want_scales = staged(kernels, x, span, zeros, mean, 0, True, None, zeros, 30)
     x[0, 1, 19, 5] = bad
     codes, scales = torch.ones(1, 2, 30, 24, dtype=torch.int8), torch.zeros(1, 2, 30)
-    assert kernels.quantize_tokens(x, span, zeros, mean, 0, True, codes, scales, zeros) is False
+    assert kernels.quantize_tokens(x, span, zeros, mean, 0, True, None, codes, scales, zeros) is False
     assert not codes[0, 1, 19].any()
     assert scales[0, 1, 19] == 1
     assert torch.equal(codes[0, :, :19], want[0, :, :19])
     assert torch.equal(scales[0, :, :19], want_scales[0, :, :19])
-    assert kernels.quantize_tokens(x, (zeros, end - 1), zeros, mean, 0, True, codes, scales, zeros) is True
+    assert kernels.quantize_tokens(x, (zeros, end - 1), zeros, mean, 0, True, None, codes, scales, zeros) is True
     codes, unit, _, flag = kernels.quantize_queries(x, 1, end, None, 2.0, True)
     assert flag.tolist() == [1]
     assert not codes[0, 0, 1, 19].any()
     assert unit[0, 0, 1, 19] == 2
     assert kernels.quantize_queries(x, 1, end - 1, None, 2.0, True)[3].tolist() == [0]
     kept = torch.ones(1, dtype=torch.int32)  # raised by an earlier call: stays
-    assert kernels.quantize_queries(x, 1, end - 1, None, 2.0, True, kept)[3] is kept
+    assert kernels.quantize_queries(x, 1, end - 1, None, 2.0, True, None, kept)[3] is kept
     assert kept.tolist() == [1]
 
 
@@ -155,9 +167,13 @@ def test_queries(dtype, head_dim):
     clean = q.clone()
     clean[1, :, 2:], q[1, :, 2:] = 0.0, torch.nan
     mean = normals(2, 2, head_dim, seed=4)
-    for config in (ta.TurboConfig(), ta.TurboConfig(rotate=False)):
-        want = quantize_queries(config, clean, 2, 0.3, mean)
-        codes, unit, logit, flag = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotate)
+    rotated = ta.TurboConfig()
+    for config, order in (
+        (rotated, None), (rotated.replace(rotate=False), None),
+        (ta.TurboConfig(bits=3, reorder_k=True), an_order(2, head_dim)),
+    ):  # fmt: skip
+        want = quantize_queries(config, clean, 2, 0.3, mean, order)
+        codes, unit, logit, flag = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotates_k, order)
         assert flag.tolist() == [0]
         assert torch.equal(codes.float(), want.codes)
         assert torch.equal(unit, want.scale)
@@ -223,9 +239,9 @@ def test_refusals():
     x, zeros = torch.zeros(1, 1, 2, 8), torch.zeros(1, dtype=torch.int64)
     codes, scales = torch.zeros(1, 1, 2, 8, dtype=torch.int8), torch.zeros(1, 1, 2)
     with pytest.raises(DtypeError, match=r"^x: expected float32, bfloat16 or float16, got torch.float64"):
-        kernels.quantize_tokens(x.double(), (zeros, zeros), zeros, None, 0, True, codes, scales, zeros)
+        kernels.quantize_tokens(x.double(), (zeros, zeros), zeros, None, 0, True, None, codes, scales, zeros)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected int8 and .* got torch.uint8 and torch.float32"):
-        kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, codes.byte(), scales, zeros)
+        kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, None, codes.byte(), scales, zeros)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected contiguous tensors"):
         first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8))
     with pytest.raises(DtypeError, match=r"^out: expected channels side by side"):

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import turboattention as ta
-from turboattention.errors import NonFiniteError
+from turboattention.errors import InputError, NonFiniteError
 from turboattention.execution import triton_steps
 from turboattention.execution.triton_graph import DecodeGraph
 from turboattention.execution.triton_state import Call, Steps
@@ -25,6 +25,7 @@ from .tools import assert_close, cache_both
 
 OFF = ta.TurboConfig(guard="off")
 NO_SINKS = OFF.replace(sink_tokens=0)
+ORDERED = NO_SINKS.replace(bits=3, reorder_k=True)
 
 
 @pytest.fixture
@@ -168,9 +169,11 @@ def test_first_blocks_fill_without_staging(config, options, attends, stepping):
     assert cache.head_bits is not None
 
 
-@pytest.mark.parametrize("fields", [{"bits": "mixed"}, {"guard": "adapt"}, {"guard": "warn"}], ids=str)
-def test_widths_that_tokens_decide_are_staged(fields):
-    """The guard looks at calls that attend; both once a cache."""
+@pytest.mark.parametrize(
+    "fields", [{"bits": "mixed"}, {"guard": "adapt"}, {"guard": "warn"}, {"bits": 3, "reorder_k": True}], ids=str
+)
+def test_what_tokens_decide_is_staged(fields):
+    """Widths, and the order of K's channels. The guard looks at calls that attend; all once a cache."""
     cache, *_ = filled([62, 50], config=NO_SINKS.replace(**fields))
     want = cache.clone()
     steps = []
@@ -181,6 +184,78 @@ def test_widths_that_tokens_decide_are_staged(fields):
         ta.turbo_attention_with_kvcache(q, want, k, v, backend="reference")
         assert content(cache) == content(want)
     assert steps == [True, False, True]
+
+
+def test_queries_of_steps_count_for_the_order_of_channels():
+    """Of those alone that are their tokens', however they come: in ragged steps, with padding that may hold anything;
+    behind a prompt; not those that come without tokens. A head of two widths, and one of one."""
+    q, k, v = qkv(3, 4, 2, 70, 70, 16, seed=6)
+    q, k = q * torch.linspace(0.8, 1.4, 16), k.clone()
+    k[:, 1, :, ::2] *= 4.0
+    cache, want = (ta.KVCache(3, 2, 16, config=ORDERED) for _ in range(2))
+    at = torch.zeros(3, dtype=torch.int64)
+    for turn, some in enumerate(([40, 50, 9], [2, 0, 1], [1, 3, 4], [0, 1, 0], [20, 9, 12], [2, 2, 2])):
+        counts, most = torch.tensor(some), max(some)
+        rows = at[:, None] + torch.arange(most)
+        mine = [x.gather(2, rows.clamp(max=69)[:, None, :, None].expand(-1, x.shape[1], -1, 16)) for x in (q, k, v)]
+        padding = (torch.arange(most) >= counts[:, None])[:, None, :, None]
+        mine = [x.masked_fill(padding, torch.nan) for x in mine]
+        got = ta.turbo_attention_with_kvcache(
+            mine[0], cache, *mine[1:], lengths=counts, return_lse=True, backend="triton"
+        )
+        other = ta.turbo_attention_with_kvcache(
+            mine[0], want, *mine[1:], lengths=counts, return_lse=True, backend="reference"
+        )
+        assert_close(got, other)
+        ta.turbo_attention_with_kvcache(normals(3, 4, 1, 16, seed=turn), cache, backend="triton")
+        at += counts
+        assert content(cache) == content(want)
+        if want.k_order is None:
+            assert torch.equal(cache._query_energy, want._query_energy)
+        else:
+            assert cache.store.compressed.layout.k_halves == (False, True)
+    assert isinstance(cache.kept, Steps)
+    assert torch.equal(cache.k_order, want.k_order)
+
+
+def test_queries_that_are_not_finite_leave_the_order_alone():
+    cache, *_ = filled([50], config=ORDERED)
+    for bad in (torch.nan, torch.inf, 1e30):
+        q, k, v = new(1, 1, 0)
+        q[0, 1, 0, 3] = bad
+        ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
+        q[0, 1] = 0.0
+        assert torch.equal(cache._query_energy, q[0].double().square().unflatten(0, (2, 2)).sum((1, 2)))
+        cache._query_energy = None
+        with pytest.raises(NonFiniteError):
+            cache.look()
+
+
+def test_steps_behind_the_order_are_steps(stepping):
+    cache, *_ = filled([130, 100], config=ORDERED)
+    want = cache.clone()
+    assert cache.k_order is not None
+    stepping(cache)
+    for turn, tokens in enumerate((20, 8)):  # the last fills a block
+        q, k, v = new(2, tokens, turn)
+        cache_both(q[:, :, :1], cache, k[:, :, :1], v[:, :, :1])
+        assert triton_steps.append(cache, k[:, :, 1:], v[:, :, 1:])
+        want.commit(want.stage(k, v))
+        assert content(cache) == content(want)
+
+
+def test_a_graph_is_made_where_the_order_is_fixed():
+    cache, *_ = filled([63, 63], config=ORDERED, max_tokens=128)
+    with pytest.raises(InputError, match=r"^cache: expected max_tokens beyond its lengths and every sequence past its"):
+        DecodeGraph(cache, 4, capture=False)
+    q, k, v = new(2, 1, 0)
+    ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
+    assert not cache.learns_order
+    want, graph = cache.clone(), DecodeGraph(cache, 4, capture=False)
+    q, k, v = new(2, 1, 1)
+    other = ta.turbo_attention_with_kvcache(q, want, k, v, return_lse=True, backend="reference")
+    assert_close(graph.step(q, k, v), other)
+    assert content(cache) == content(want)
 
 
 def test_tokens_behind_a_first_block_that_fills_are_staged():
@@ -261,7 +336,7 @@ def test_pages_behind_a_window_are_not_read(rows):
     want = steps.copied().run(q, None, None, call, fills=Fills())
     store, size = cache.store, cache.config.block_size
     for table, length in zip(store.tables, cache.seq_lens.tolist(), strict=True):
-        for page in table[: (length - rows - 70 + 1) // size]:
-            store.compressed.write([page], torch.full((1, store.compressed.layout.page_bytes), 255, dtype=torch.uint8))
+        behind = table[: (length - rows - 70 + 1) // size]
+        store.compressed.write(behind, torch.full((len(behind), store.compressed.layout.page_bytes), 255).byte())
     got = steps.run(q, None, None, call, fills=Fills())
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

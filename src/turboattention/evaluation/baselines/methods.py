@@ -137,6 +137,7 @@ def _turbo() -> list[CacheMethod]:
     paper = "as published: tile scales, running maximum, min-max stage 2"
     default = "smoothing, rotation, token scales, 64 sink tokens at INT8, range search, adaptive guard"
     lag = f"{default}; the last 64 to 127 tokens at INT8"
+    reordered = f"{default}, but K not rotated: its channels by attention energy, in halves of two widths"
     return [
         *(
             TurboMethod(f"turbo-paper-{bits}", f"TurboAttention {bits}, paper", paper, TurboConfig.paper(bits=bits))
@@ -150,6 +151,15 @@ def _turbo() -> list[CacheMethod]:
         *(
             TurboMethod(f"turbo-{bits}-lag", f"TurboAttention {bits}, lag", lag, TurboConfig(bits=bits, flush_lag=64))
             for bits in (4, 3, 2)
+        ),
+        *(
+            TurboMethod(
+                f"turbo-{bits}-reordered",
+                f"TurboAttention {bits}, reordered",
+                reordered,
+                TurboConfig(bits=bits, reorder_k=True),
+            )
+            for bits in (3, 2)
         ),
     ]
 

@@ -10,9 +10,15 @@ inactive and imports no module of vLLM. Further settings: `settings.Settings`; u
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 
+from ...errors import BackendError
 from .settings import VARIABLE, parse_variable
+
+RELEASE = "0.32"
+"""The release of vLLM that this plugin is tested with. The plugin uses interfaces that change between releases."""
 
 BACKEND = f"{__name__}.backend.TurboBackend"
 """The backend class in vLLM's registry."""
@@ -27,13 +33,30 @@ def register() -> None:
     vLLM's CPU platform. The backends for multi-head latent attention are replaced by one that refuses.
 
     Raises:
-        ConfigError: the variable has another value than those above.
+        ConfigError: the variable has another value than those above. BackendError: vLLM is another release than
+            `RELEASE`, and lacks an interface that the plugin uses.
     """
     if parse_variable(os.environ.get(VARIABLE)) is None:
         return
+    _check_release()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     for name in ("CPU_ATTN", "CUSTOM"):
         register_backend(AttentionBackendEnum[name], BACKEND)
     for name in ("CPU_MLA", "AMX_MLA"):
         register_backend(AttentionBackendEnum[name], f"{__name__}.backend.RefusedMLA")
+
+
+def _check_release() -> None:
+    """Warns of a release that was not tested. Its missing interfaces are found here, not in the first request."""
+    found = str(importlib.import_module("vllm").__version__)
+    if found.split("+")[0].split(".")[:2] == RELEASE.split("."):
+        return
+    try:
+        for module in ("vllm.v1.attention.backends.registry", BACKEND.rpartition(".")[0]):
+            importlib.import_module(module)
+    except (ImportError, AttributeError) as error:
+        raise BackendError(f"vllm: expected release {RELEASE}, got {found} ({error})") from error
+    logging.getLogger("vllm.turboattention").warning(
+        "turboattention is tested with vLLM %s, this is %s: check its answers before relying on them", RELEASE, found
+    )

@@ -39,14 +39,15 @@ def attend(
     window: int | None,
     softcap: float | None,
     mask: Tensor | None,
+    order: Tensor | None = None,
     quantized: Int8Queries | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """q [B, Hq, Lq, D] over pages, then rows -> out like q and lse float32 [B, Hq, Lq]; None where a
     valid row of q is not finite or beyond 1e18.
 
-    mean: float32 [B, Hkv, D] (rotated space) that keys from block `mean_from` on are stored without,
-    or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place
-    of q's values.
+    mean: float32 [B, Hkv, D] (in the space that keys are stored in) that keys from block `mean_from` on are stored
+    without, or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: int64 [Hkv, D], the order of
+    the keys' channels, or None; `quantized` takes the place of q's values.
 
     Raises UnsupportedError for what `refusal` names.
     """
@@ -57,7 +58,8 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32)
     a = Arguments(batch=batch, heads=kv_heads, group=heads // kv_heads, queries=count, head_dim=head_dim)
-    kept = fill_queries(a, q, out, config.rotate, scale, mean)
+    channels = channel_table(order)
+    kept = fill_queries(a, config, q, out, channels, scale, mean)
     if quantized is not None:
         a.q.data = None
         a.q_codes, a.q_unit = quantized.codes.data_ptr(), quantized.unit.data_ptr()
@@ -78,17 +80,38 @@ def attend(
     fill_call(a, config, causal=causal, window=window, softcap=softcap, mask=mask)
     a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
     finite = _cpu.attend(ctypes.addressof(a))
-    del kept
+    del kept, channels
     return (out, lse) if finite else None
 
 
-def fill_queries(a: Arguments, q: Tensor, out: Tensor, rotate: bool, scale: float, mean: Tensor | None) -> Tensor:
-    """Where queries are and results go. Returns what must outlive the call beside q and out."""
+def fill_queries(
+    a: Arguments,
+    config: TurboConfig,
+    q: Tensor,
+    out: Tensor,
+    order: Tensor | None,
+    scale: float,
+    mean: Tensor | None,
+) -> Tensor:
+    """Where queries are and results go; `order` from `channel_table`. Returns what must outlive the call beside the
+    tensors given."""
     a.q, kept = float_rows(q)
     a.out, _ = float_rows(out)
-    a.rotate, a.scale = rotate, scale
+    fill_space(a, config, order)
+    a.scale = scale
     a.mean = None if mean is None else mean.data_ptr()
     return kept
+
+
+def fill_space(a: Arguments, config: TurboConfig, order: Tensor | None) -> None:
+    """The space that keys and values are stored in; `order` from `channel_table`."""
+    a.rotate_keys, a.rotate_values = config.rotates_k, config.rotate
+    a.order = None if order is None else order.data_ptr()
+
+
+def channel_table(order: Tensor | None) -> Tensor | None:
+    """An order of channels [H, D] as kernels read it."""
+    return None if order is None else order.to(torch.int32).contiguous()
 
 
 def fill_pages(a: Arguments, pages: Pages) -> None:
@@ -103,6 +126,7 @@ def fill_call(
 ) -> None:
     """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, softcap or 0.0
+    a.row_scale = config.p_scale == "row"
     a.causal, a.window, a.stored = causal, window or 0, config.stored_prefill
     a.mask_kind = 0
     if mask is not None:
@@ -128,7 +152,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "head_dim")),
         ("q", FloatRows),
-        ("rotate", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("rotate_keys", "rotate_values")),
+        ("order", ctypes.c_void_p),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("mean", "unfit", "q_codes", "q_unit", "q_mean_logit")),
         *((name, ctypes.c_void_p) for name in ("first_position", "valid_rows", "lengths")),
@@ -150,6 +175,7 @@ class Arguments(ctypes.Structure):
         ("softmax", ctypes.c_int64),
         ("threshold", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("row_scale", ctypes.c_int64),
         ("causal", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("mask_kind", ctypes.c_int64),
@@ -180,14 +206,16 @@ def page_plan(layout: PageLayout) -> Plan:
 
 
 def _places(layout: PageLayout) -> np.ndarray:
-    """int64 [H, 2, 4]: width and offsets of codes, steps and zeros of each head's K and V."""
-    table = np.full((layout.num_kv_heads, 2, 4), -1, np.int64)
+    """int64 [H, 2, 5]: widths of both halves of the channels and offsets of codes, steps and zeros of each head's K
+    and V."""
+    table = np.full((layout.num_kv_heads, 2, 5), -1, np.int64)
     sides = ((layout.k_groups, layout.k_coded, layout.k_steps), (layout.v_groups, layout.v_coded, layout.v_steps))
     for side, (groups, coded, steps) in enumerate(sides):
         for group in groups:
             for index, head in enumerate(group.heads):
-                table[head, side, :2] = group.bits, group.offset + index * group.head_bytes
+                table[head, side, :2] = group.parts[0][0], group.parts[-1][0]
+                table[head, side, 2] = group.offset + index * group.head_bytes
                 if group.bits < WIDEST:
                     place = coded.index(head)
-                    table[head, side, 2:] = [steps + n * layout.head_dim for n in (place, len(coded) + place)]
+                    table[head, side, 3:] = [steps + n * layout.head_dim for n in (place, len(coded) + place)]
     return table

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import DtypeError
 from ...kv.layout import PageLayout
-from .attention import Plan, page_plan
+from .attention import Plan, channel_table, page_plan
 from .rows import FloatRows, float_rows
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
@@ -29,14 +29,16 @@ def quantize_tokens(
     mean: Tensor | None,
     mean_from: int,
     rotate: bool,
+    order: Tensor | None,
     codes: Tensor,
     scales: Tensor,
     target: Tensor,
     isa: str = "",
 ) -> bool:
-    """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+    """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-    Token t stands at position `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted. Its
+    order: int64 [H, D], the channel that each place takes, or None. Token t stands at position `first[b] + t`; from
+    `mean_from` on, mean [B, H, D] is subtracted (in the order of places). Its
     row goes to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W]. The
     others of x are never read, the others of the result never written. All of span, first and
     target are int64 [B].
@@ -47,24 +49,33 @@ def quantize_tokens(
     rows, kept = float_rows(x)
     begin, end, first, target = (_indices(i) for i in (*span, first, target))
     means = None if mean is None else mean.to(torch.float32).contiguous()
+    channels = channel_table(order)
     a = _Tokens(batch=batch, heads=heads, head_dim=head_dim, rotate=rotate, x=rows, mean_from=mean_from)
+    a.order = None if channels is None else channels.data_ptr()
     a.begin, a.end, a.first, a.target = (i.data_ptr() for i in (begin, end, first, target))
     a.mean = None if means is None else means.data_ptr()
     a.codes, a.scales, a.batch_rows, a.head_rows = _tile(codes, scales)
     a.threads = torch.get_num_threads()
     fine = _cpu.quantize_tokens(ctypes.addressof(a), isa)
-    del kept
+    del kept, channels
     return fine
 
 
 def quantize_queries(
-    q: Tensor, kv_heads: int, valid: Tensor, mean: Tensor | None, scale: float, rotate: bool, isa: str = ""
+    q: Tensor,
+    kv_heads: int,
+    valid: Tensor,
+    mean: Tensor | None,
+    scale: float,
+    rotate: bool,
+    order: Tensor | None = None,
+    isa: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """q [B, Hq, Lq, D] -> codes int8 [B, Hkv, g, Lq, D], unit float32 [B, Hkv, g, Lq] (a row's scale
     times `scale`), mean_logit likewise (`scale q . mean`; None without mean [B, Hkv, D]), and
     whether all values read were finite and at most 1e18 in magnitude.
 
-    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros.
+    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros. order: as for `quantize_tokens`.
     """
     batch, heads, count, head_dim = q.shape
     group = heads // kv_heads
@@ -75,12 +86,14 @@ def quantize_queries(
     means = None if mean is None else mean.to(torch.float32).contiguous()
     logits = None if means is None else torch.empty_like(unit)
     a = _Queries(batch=batch, heads=kv_heads, group=group, rows=count, head_dim=head_dim, rotate=rotate, x=rows)
+    channels = channel_table(order)
+    a.order = None if channels is None else channels.data_ptr()
     a.valid, a.scale, a.codes, a.units = valid.data_ptr(), scale, codes.data_ptr(), unit.data_ptr()
     a.mean = None if means is None else means.data_ptr()
     a.mean_logits = None if logits is None else logits.data_ptr()
     a.threads = torch.get_num_threads()
     fine = _cpu.quantize_queries(ctypes.addressof(a), isa)
-    del kept
+    del kept, channels
     return codes, unit, logits, fine
 
 
@@ -159,6 +172,7 @@ def _pointers(names: str) -> list[tuple[str, type]]:
 class _Tokens(ctypes.Structure):
     _fields_ = [
         *_words("batch heads head_dim rotate"),
+        *_pointers("order"),
         ("x", FloatRows),
         *_pointers("begin end first target mean"),
         *_words("mean_from"),
@@ -170,6 +184,7 @@ class _Tokens(ctypes.Structure):
 class _Queries(ctypes.Structure):
     _fields_ = [
         *_words("batch heads group rows head_dim rotate"),
+        *_pointers("order"),
         ("x", FloatRows),
         *_pointers("valid mean"),
         ("scale", ctypes.c_double),

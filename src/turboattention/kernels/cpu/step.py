@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ..inputs import BLOCK, Pages
-from .attention import Arguments, fill_call, fill_pages, fill_queries
+from .attention import Arguments, channel_table, fill_call, fill_pages, fill_queries, fill_space
 from .rows import FloatRows, float_rows
 
 _cpu = importlib.import_module("turboattention._cpu")
@@ -25,7 +25,8 @@ class Step:
 
     pages: as for attention. start: int64 [B], position of the buffer's row 0. codes: int8 keys and
     values [B, H, capacity, D], scales: bfloat16 [B, H, capacity], both written into. mean: float32
-    [B, H, D] or None, off the keys from position `mean_from` on. The caller may change the page
+    [B, H, D] or None, off the keys from position `mean_from` on. order: int64 [H, D], the order of the keys' channels
+    in all of them, or None. The caller may change the page
     addresses, page counts and starts in place between steps.
     """
 
@@ -38,8 +39,9 @@ class Step:
         scales: tuple[Tensor, Tensor],
         mean: Tensor | None,
         mean_from: int,
+        order: Tensor | None = None,
     ):
-        self.config = config
+        self.config, self._order = config, channel_table(order)
         self._none = torch.zeros_like(start)
         self._kept = (pages, start, codes, scales, mean)  # what the addresses below point into
         s = self._arguments = _Arguments()
@@ -59,7 +61,8 @@ class Step:
         """Stores k, v as `run` does, without queries; False where one is not finite."""
         s = self._copy()
         a = s.attend
-        a.queries, a.rotate, a.threads = 0, self.config.rotate, torch.get_num_threads()
+        a.queries, a.threads = 0, torch.get_num_threads()
+        fill_space(a, self.config, self._order)
         a.mean = None if self._mean is None else self._mean.data_ptr()
         kept = _fill_new(s, k, v, before, fresh)
         bad = _cpu.step(ctypes.addressof(s))
@@ -93,7 +96,7 @@ class Step:
         a = s.attend
         a.group, a.queries = heads // a.heads, count
         fill_call(a, self.config, causal=causal, window=window, softcap=softcap, mask=None)
-        kept = [fill_queries(a, q, out, self.config.rotate, scale, self._mean)]
+        kept = [fill_queries(a, self.config, q, out, self._order, scale, self._mean)]
         kept += _fill_new(s, k, v, before, fresh)
         a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
         bad = _cpu.step(ctypes.addressof(s))

@@ -1,7 +1,7 @@
-"""Decode-time storing: new tokens into the INT8 buffer, and blocks that are full into their pages.
+"""Stores new tokens in the INT8 buffer during decode, and compresses full blocks into pages.
 
-Lengths, positions and page addresses stand on the device and are read there: nothing waits for it, and the
-same launches serve every step (CUDA graphs).
+The kernels read lengths, positions and page addresses from device memory, so the host does not wait, and a CUDA graph
+can replay the same launches in every step.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
-from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape
+from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, orders, row_shape
 from .codec import clear_padding, encode_head
 from .pages import layout_facts, refusal
 from .places import OF_KEYS, OF_VALUES, PLACES, all_places
 from .rows import stage_rows, store_codes
 
 Pair = tuple[Tensor, Tensor]
-"""Of keys and of values."""
+"""A tensor for keys and one for values."""
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "tokens", "width", "mean_from"])
@@ -31,6 +31,7 @@ def _store_kernel(
     counts,
     start,
     mean,
+    order,
     k_codes,
     v_codes,
     k_scales,
@@ -50,6 +51,7 @@ def _store_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROTATE_K: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -63,12 +65,14 @@ def _store_kernel(
     to = tile.to(tl.int64) * width + open_row
     if tl.program_id(1) == 0:
         offsets = b * k_stride_b + h * k_stride_h + t * k_stride_t
-        values, scale = stage_rows(k, offsets, wanted, mean, tile, position >= mean_from, flag, D, ROWS, WIDTH, ROTATE)
+        values, scale = stage_rows(
+            k, offsets, wanted, mean, tile, position >= mean_from, order, h, flag, D, ROWS, WIDTH, ROTATE_K
+        )
         store_codes(k_codes, to, wanted, values, D, WIDTH)
         tl.store(k_scales + to, scale.to(k_scales.dtype.element_ty), mask=wanted)
     else:
         offsets = b * v_stride_b + h * v_stride_h + t * v_stride_t
-        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, flag, D, ROWS, WIDTH, ROTATE)
+        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, None, h, flag, D, ROWS, WIDTH, ROTATE)
         store_codes(v_codes, to, wanted, values, D, WIDTH)
         tl.store(v_scales + to, scale.to(v_scales.dtype.element_ty), mask=wanted)
 
@@ -81,18 +85,21 @@ def store_tokens(
     start: Tensor,
     mean: Tensor | None,
     mean_from: int,
+    order: Tensor | None,
     codes: Pair,
     scales: Pair,
     flag: Tensor,
 ) -> None:
     """Quantize new tokens t < counts[b] of k, v [B, H, T, D] (any strides) into rows
-    `lengths[b] - start[b] + t` of the buffer. The others of k and v are never read.
+    `lengths[b] - start[b] + t` of the buffer. Other tokens are not read.
 
-    lengths, counts, start: int64 [B], tokens stored before, new ones, and the position of the buffer's row 0.
-    mean: float32 [B, H, D] or None, off the keys from position `mean_from` on. codes: int8 [B, H, W, D],
-    scales: float32 or bfloat16 [B, H, W], both contiguous and written into; what would stand beyond row W
-    is dropped. A row that is not finite, or beyond 1e18 in magnitude, is stored as zeros with scale 1, and
-    `flag` (int32 [1]) becomes 1. Raises DtypeError.
+    lengths, counts, start: int64 [B], tokens stored before, new tokens, position of the buffer's row 0.
+    mean: float32 [B, H, D], subtracted from keys from position `mean_from` on, or None.
+    order: integers [H, D], the order of the channels of keys and mean, or None.
+    codes: int8 [B, H, W, D]; scales: float32 or bfloat16 [B, H, W]; contiguous outputs. Rows from W on are dropped.
+    flag: int32 [1], set to 1 if a row is not finite or exceeds 1e18 in magnitude; it is stored as zeros with scale 1.
+
+    Raises DtypeError.
     """
     batch, heads, tokens, head_dim = new[0].shape
     k, v = map(float_rows, new)
@@ -102,13 +109,13 @@ def store_tokens(
     if rows:
         shape = row_shape(rows, head_dim)
         _store_kernel[(triton.cdiv(rows, shape["ROWS"]), 2)](
-            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), *codes, *scales, flag, rows, heads,
-            tokens, codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3],
-            D=head_dim, ROTATE=config.rotate, **shape,
+            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), orders(order, k), *codes,
+            *scales, flag, rows, heads, tokens, codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3],
+            D=head_dim, ROTATE_K=config.rotates_k, ROTATE=config.rotate, **shape,
         )  # fmt: skip
 
 
-# -- blocks that are full -------------------------------------------------------------------------------
+# -- full blocks -------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -128,12 +135,12 @@ def _flush_side(
 ):
     encode_head(codes, scales, page, place, SIDE, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
     token = tl.arange(0, SIZE)
-    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]  # as in `encode_head`: one layout serves both
+    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]  # the register layout of `encode_head`
     for at in range(0, width, SIZE):
         behind = at + SIZE + token
         moved = tl.load(codes + behind[:, None] * D + channel, mask=(behind < width)[:, None] & (channel < D), other=0)
         scale = tl.load(scales + behind, mask=behind < width, other=0.0)
-        tl.debug_barrier()  # all of it is read before any of it is written over
+        tl.debug_barrier()  # all loads finish before rows are overwritten
         here = at + token
         tl.store(codes + here[:, None] * D + channel, moved, mask=(here < width)[:, None] & (channel < D))
         tl.store(scales + here, scale, mask=here < width)
@@ -180,11 +187,11 @@ def _flush_kernel(
 
 
 def flush_blocks(layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, search: bool) -> None:
-    """Compress the buffer's first block of every sequence whose `fresh` is not 0 into the page there.
+    """Compress the first block of the buffer into page `fresh[b]`, for every sequence where that is not 0.
 
-    fresh: int64 [B], addresses (multiples of 16) of pages laid out as `layout`. codes int8 [B, H, W, D],
-    scales float32 or bfloat16 [B, H, W], contiguous, at least a block long: rows behind the block move to
-    the front, zeros follow them. Other sequences stay as they are. Raises DtypeError, UnsupportedError.
+    fresh: int64 [B], addresses (multiples of 16) of pages with this layout. codes: int8 [B, H, W, D], scales: float32
+    or bfloat16 [B, H, W], contiguous, W at least a block; rows after the block move to the front, followed by zeros.
+    Other sequences do not change. Raises DtypeError, UnsupportedError.
     """
     refused = refusal(layout)
     if refused:

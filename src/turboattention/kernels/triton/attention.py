@@ -21,7 +21,7 @@ from .quantize import quantize_queries
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
     """Why these kernels do not compute this, or None."""
-    return inputs.refusal(config, dtype, stored_prefill=False)
+    return inputs.refusal(config, dtype, stored_prefill=(False,))
 
 
 def attend(
@@ -35,6 +35,7 @@ def attend(
     scale: float,
     mean: Tensor | None,
     mean_from: int,
+    order: Tensor | None = None,
     causal: bool,
     window: int | None,
     softcap: float | None,
@@ -46,9 +47,10 @@ def attend(
 
     `fresh`: keys and values in place of pages and rows, for calls that `takes_many_rows` names.
 
-    mean: float32 [B, Hkv, D] (rotated space) that keys from block `mean_from` on are stored without,
-    or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place
-    of q's values. All tensors on one device. Whether q is finite is told by `quantize_queries` alone.
+    mean: float32 [B, Hkv, D] (in the stored space) that keys from block `mean_from` on are stored without, or None;
+    order: integers [Hkv, D], the channels in the places of stored keys, or None; mask: bool or float,
+    [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place of q's values. All tensors on one device. Whether q
+    is finite is told by `quantize_queries` alone.
 
     Raises UnsupportedError for what `refusal` and `configs.refusal` name.
     """
@@ -60,7 +62,7 @@ def attend(
     if not lse.numel():
         return out, lse
     if quantized is None:
-        codes, unit, mean_logit, _ = quantize_queries(q, kv_heads, standing.valid, mean, scale, config.rotate)
+        codes, unit, mean_logit, _ = quantize_queries(q, kv_heads, standing.valid, mean, scale, config.rotates_k, order)
         quantized = Int8Queries(codes, unit, mean_logit)
     blocks = (pages.addresses.shape[1] if pages else 0) + (-(-rows.k8.shape[2] // BLOCK) if rows else 0)
     if fresh is not None:

@@ -48,8 +48,9 @@ def softmax_arguments(
         "cap": softcap or 0.0,
         "threshold": config.sas_threshold * (1.0 if form == "sas" else LOG2_E.value),
         "FORM": form,
-        # From here on 127 e^-y rounds to zero anyway, within the approximations' errors.
-        "CUT": form != "exp" and config.sas_threshold > -5.7,
+        # Else 127 e^-y rounds to zero beyond the threshold, within the approximations' errors.
+        "CUT": form != "exp" and (config.p_scale == "row" or config.sas_threshold > -5.7),
+        "ROW": config.p_scale == "row",
         "WINDOW": window is not None,
         "CAP": softcap is not None,
     }

@@ -1,11 +1,11 @@
-"""One head's keys or values of one page: stage 2 and packing, to the bytes of `kv.layout` and back."""
+"""Encodes and decodes one head's keys or values of a page: stage 2 and packing, in the format of `kv.layout`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .planes import from_lines, pack, to_lines, unpack
+from .planes import from_lines, has_two_widths, narrower, own_widths, pack, to_lines, unpack, wider
 from .rounding import bits_of, float_of, nearest, nearest_int8
 from .search import step_and_zero
 
@@ -17,7 +17,7 @@ _TOKEN_SCALE_SHIFT = tl.constexpr(19)
 
 @triton.jit
 def _common_scale(codes, scale, page, token_scales, head_scale, SIZE: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Write the head's scale and the tokens' bytes; codes int8 [SIZE, WIDTH] under them."""
+    """Write the head's scale and the bytes of token scales; returns codes int8 [SIZE, WIDTH] for these scales."""
     used = tl.where(tl.max((codes != 0).to(tl.int32), 1) > 0, scale, 0.0)
     largest = tl.max(used, 0)
     largest = tl.where(largest > 0, largest, 1.0)
@@ -33,7 +33,7 @@ def _common_scale(codes, scale, page, token_scales, head_scale, SIZE: tl.constex
     tl.store((page + head_scale).to(tl.pointer_type(tl.float32)), largest)
     moved = (used > 0) & (used != kept)
     ratio = tl.div_rn(tl.where(moved, used, 1.0), tl.where(moved, kept, 1.0))
-    # Codes are small: where nothing moves the product and its rounding are exact.
+    # Where a scale does not change, the ratio is 1 and codes are unchanged.
     return nearest_int8(codes.to(tl.float32) * ratio[:, None])
 
 
@@ -42,10 +42,10 @@ def _common_scale(codes, scale, page, token_scales, head_scale, SIZE: tl.constex
 
 @triton.jit
 def _quotient(distance, step):
-    """round_half_even(distance / step), int32, of integers up to 255.
+    """round_half_even(distance / step), int32, for integers up to 255.
 
-    By an inverse in two parts: the product with the upper is exact, so that the sum is a tie where the
-    quotient is one, and nowhere else, since other quotients are at least 1/170 away from ties.
+    Multiplies by the inverse in two parts. The product with the upper part is exact, so the sum is a tie exactly where
+    the quotient is one: other quotients are at least 1/254 away from ties.
     """
     upper = float_of(bits_of(tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)) & -0x1000)
     lower = tl.div_rn(1.0 - step * upper, step)
@@ -53,10 +53,11 @@ def _quotient(distance, step):
 
 
 @triton.jit
-def _encode_width(
+def _encode_run(
     codes,
-    page,
-    place,
+    at,
+    steps,
+    zeros,
     SIDE: tl.constexpr,
     D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -64,38 +65,41 @@ def _encode_width(
     BITS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    at = page + tl.multiple_of(tl.load(place + 1), 16)
+    """Encode codes int8 [SIZE, WIDTH] of D channels with one width."""
     if BITS == 8:
         pack(at, to_lines((codes.to(tl.int32) + 128).to(tl.uint8), SIDE, SIZE, WIDTH), D, SIZE, WIDTH, 8, 8)
     else:
-        step, zero = step_and_zero(codes, BITS, SEARCH)
+        step, zero = step_and_zero(codes, BITS, SEARCH and BITS < 4)
         channel = tl.arange(0, WIDTH)
-        tl.store(page + tl.multiple_of(tl.load(place + 2), 8) + channel, step.to(tl.uint8), mask=channel < D)
-        tl.store(page + tl.multiple_of(tl.load(place + 3), 8) + channel, zero.to(tl.uint8), mask=channel < D)
+        tl.store(steps + channel, step.to(tl.uint8), mask=channel < D)
+        tl.store(zeros + channel, zero.to(tl.uint8), mask=channel < D)
         code = _quotient((codes.to(tl.int32) - zero[None, :]).to(tl.float32), step.to(tl.float32))
         code = tl.minimum(tl.maximum(code, 0), (1 << BITS) - 1).to(tl.uint8)
         lines = to_lines(code, SIDE, SIZE, WIDTH)
-        if BITS == 3:
-            pack(at, lines, D, SIZE, WIDTH, 3, 2)
-            pack(at + 2 * SIZE, lines >> 2, D, SIZE, WIDTH, 3, 1)
+        if BITS == 5 or BITS == 3:
+            pack(at, lines, D, SIZE, WIDTH, BITS, BITS - 1)
+            pack(at + (BITS - 1) * SIZE, lines >> (BITS - 1), D, SIZE, WIDTH, BITS, 1)
         else:
             pack(at, lines, D, SIZE, WIDTH, BITS, BITS)
 
 
 @triton.jit
-def _decode_width(
+def _decode_run(
     codes,
-    page,
-    place,
+    at,
+    steps,
+    zeros,
     SIDE: tl.constexpr,
     D: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    at = page + tl.multiple_of(tl.load(place + 1), 16)
-    if BITS == 3:
-        lines = unpack(at, D, SIZE, WIDTH, 3, 2) | (unpack(at + 2 * SIZE, D, SIZE, WIDTH, 3, 1) << 2)
+    """Inverse of `_encode_run`, into rows of STRIDE channels at `codes`."""
+    if BITS == 5 or BITS == 3:
+        high = unpack(at + (BITS - 1) * SIZE, D, SIZE, WIDTH, BITS, 1)
+        lines = unpack(at, D, SIZE, WIDTH, BITS, BITS - 1) | (high << (BITS - 1))
     else:
         lines = unpack(at, D, SIZE, WIDTH, BITS, BITS)
     code = from_lines(lines, SIDE, SIZE, WIDTH).to(tl.int32)
@@ -103,11 +107,22 @@ def _decode_width(
     if BITS == 8:
         code -= 128
     else:
-        # Bytes, not signed: as a whole this fits int8, and only its lowest 8 bits are kept.
-        step = tl.load(page + tl.multiple_of(tl.load(place + 2), 8) + channel, mask=channel < D, other=0).to(tl.int32)
-        zero = tl.load(page + tl.multiple_of(tl.load(place + 3), 8) + channel, mask=channel < D, other=0).to(tl.int32)
+        # Loaded as unsigned bytes: the result fits int8, and only its lowest 8 bits are kept.
+        step = tl.load(steps + channel, mask=channel < D, other=0).to(tl.int32)
+        zero = tl.load(zeros + channel, mask=channel < D, other=0).to(tl.int32)
         code = code * step + zero
-    tl.store(codes + tl.arange(0, SIZE)[:, None] * D + channel, code.to(tl.int8), mask=channel < D)
+    tl.store(codes + tl.arange(0, SIZE)[:, None] * STRIDE + channel, code.to(tl.int8), mask=channel < D)
+
+
+@triton.jit
+def _sections(page, place, BITS: tl.constexpr):
+    """Pointers to a head's codes, steps and zeros; at 8 bits there are only codes."""
+    at = page + tl.multiple_of(tl.load(place + 1), 16)
+    steps, zeros = at, at
+    if BITS < 8:
+        steps = page + tl.multiple_of(tl.load(place + 2), 8)
+        zeros = page + tl.multiple_of(tl.load(place + 3), 8)
+    return at, steps, zeros
 
 
 # -- one head -------------------------------------------------------------------------------------------
@@ -127,20 +142,38 @@ def encode_head(
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """A tile of INT8 rows at `codes` [SIZE, D] and `scales` [SIZE] -> its bytes in `page`.
+    """Encode INT8 rows at `codes` [SIZE, D] with `scales` [SIZE] into `page`.
 
-    place: this head's numbers of `places`, of keys or of values. WIDTHS: bit b is set where some head has width b."""
+    place: this head's offsets for keys or values (`places`). WIDTHS: bit b is set if some head has width b, numbered as
+    in `places`."""
+    HALF: tl.constexpr = D // 2
+    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
-    # Four neighbouring channels a thread, no more: the search keeps several numbers of each of them.
-    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
-    tile = tl.load(codes + token[:, None] * D + channel, mask=channel < D, other=0)
+    # At most four adjacent channels per thread, since the search keeps several values per channel.
+    column = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]
+    channel, inside = column, column < D
+    if HALVES and D < WIDTH:
+        # The second half of the channels starts in the middle of the tile.
+        channel = tl.where(column < WIDTH // 2, column, column - WIDTH // 2 + D // 2)
+        inside = column % (WIDTH // 2) < D // 2
+    tile = tl.load(codes + token[:, None] * D + channel, mask=inside, other=0)
     scale = tl.load(scales + token).to(tl.float32)
     tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
-                _encode_width(tile, page, place, SIDE, D, SIZE, WIDTH, BITS, SEARCH and BITS < 4)
+                at, steps, zeros = _sections(page, place, BITS)
+                if HALVES:
+                    first, second = tl.split(tl.permute(tl.reshape(tile, (SIZE, 2, WIDTH // 2)), (0, 2, 1)))
+                    _encode_run(first, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), SEARCH)
+                    at += HALF * SIZE * wider(BITS) // 8
+                    steps += HALF
+                    zeros += HALF
+                    _encode_run(second, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, narrower(BITS), SEARCH)
+                else:
+                    _encode_run(tile, at, steps, zeros, SIDE, D, SIZE, WIDTH, BITS, SEARCH)
 
 
 @triton.jit
@@ -156,7 +189,10 @@ def decode_head(
     WIDTHS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
-    """Inverse of `encode_head` up to the error of stage 2."""
+    """Inverse of `encode_head`, up to the error of stage 2."""
+    HALF: tl.constexpr = D // 2
+    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
     scale = tl.load((page + tl.load(place + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
     if BY_TOKEN:
@@ -164,13 +200,21 @@ def decode_head(
     tl.store(scales + token, float_of(scale))
     bits = tl.load(place)
     for BITS in tl.static_range(2, 9):
-        if WIDTHS >> BITS & 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
-                _decode_width(codes, page, place, SIDE, D, SIZE, WIDTH, BITS)
+                at, steps, zeros = _sections(page, place, BITS)
+                if HALVES:
+                    _decode_run(codes, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), D)
+                    at += HALF * SIZE * wider(BITS) // 8
+                    steps += HALF
+                    zeros += HALF
+                    _decode_run(codes + HALF, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, narrower(BITS), D)
+                else:
+                    _decode_run(codes, at, steps, zeros, SIDE, D, SIZE, WIDTH, BITS, D)
 
 
 @triton.jit
 def clear_padding(page, used, PAGE_BYTES: tl.constexpr):
-    """Zeros from byte `used` to the page's end, at most 15."""
+    """Zero the bytes from `used` to the end of the page, at most 15."""
     byte = used + tl.arange(0, 16)
     tl.store(page + byte, tl.zeros((16,), tl.uint8), mask=byte < PAGE_BYTES)

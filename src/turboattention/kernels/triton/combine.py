@@ -1,4 +1,4 @@
-"""The splits of a decode brought together: one row of one query head a program."""
+"""Combines the splits of split-KV decode: one program per row of a query head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .softmax import LOG2_E, log_sum_exp
 
 @triton.jit
 def merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr):
-    """A row's result [1, WIDE] of its splits, which stand R apart from `at` on, its peak and its total."""
+    """A row's output [1, WIDE], row max and row sum from its splits, which are R apart, starting at `at`."""
     s = tl.arange(0, SPLITS)
     peaks = tl.load(peak_ptr + at + s * R, mask=s < splits, other=float("-inf"))
     totals = tl.load(total_ptr + at + s * R, mask=s < splits, other=0.0)
@@ -25,7 +25,7 @@ def merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE: tl.constexpr, R: tl.c
         some = begin + tl.arange(0, TOGETHER)
         share = tl.load(peak_ptr + at + some * R, mask=some < splits, other=float("-inf"))
         share = tl.exp2((share - safe) * LOG2_E)
-        # Where a split saw nothing its memory holds anything.
+        # The memory of a split without visible keys is uninitialized.
         part = tl.load(acc_ptr + (at + some * R)[:, None] * WIDE + d[None, :], mask=(share > 0.0)[:, None], other=0.0)
         out = tl.fma(part, share[:, None], out)
     result = tl.sum(out, 0)[None, :] * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-30), 0.0)
@@ -37,8 +37,8 @@ def combine(
     acc_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, splits, tiles, group, queries,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, KV heads, sequences); acc, peak and total as `decode` leaves them, out [B, Hkv g, Lq, D]
-    contiguous, lse float32. SPLITS: a power of two, at least `splits`."""
+    """Grid (rows, KV heads, sequences). acc, peak, total: as written by `decode`. out: [B, Hkv g, Lq, D], contiguous;
+    lse: float32 [B, Hkv g, Lq], natural log. SPLITS: a power of two, at least `splits`."""
     row = tl.program_id(0)
     base = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     at = (base * tiles + row // R) * splits * R + row % R

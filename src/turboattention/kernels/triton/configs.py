@@ -1,11 +1,11 @@
-"""Launch configurations as data: few, by architecture, chosen once for a device.
+"""Launch configurations: a table by architecture, head_dim and rows.
 
-Those of sm_90 at head_dim 128, for decode up to four rows and for prefill, were within 4 % of the fastest of a sweep on
-an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl); the others were found by
-reading the assembly. Of what benchmarks/gpu/kernels.py lists as quick none spills more than 64 bytes of a thread to
-memory, and prefill without masks none (tests/kernels/triton/test_assembly.py): decode in two warps, which spill less,
-took 1.6 times as long.
-An architecture stands for those after it that have as much shared memory (`architecture_of`).
+The entries of sm_90 at head_dim 128, for decode with up to four rows and for prefill, were within 4 % of the fastest
+of a sweep on an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl). The others
+were chosen by reading the assembly. The configurations that benchmarks/gpu/kernels.py lists as quick spill at most 64
+bytes per thread, and prefill without masks none (tests/kernels/triton/test_assembly.py). Decode with two warps spills
+less but took 1.6 times as long. An architecture also represents later ones with as much shared memory
+(`architecture_of`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 
 FUSION = {"enable_fp_fusion": True}
-"""Of kernels whose results need not be equal to the bit; named in every launch, as Triton will change its default."""
+"""For kernels whose results need not be bit-identical across backends. Explicit, since Triton's default will change."""
 
 EXACT = {"enable_fp_fusion": False}
-"""Of the others: products must not be fused with sums, or results would no longer be those of the other backends."""
+"""For the others: fused multiply-adds would make results differ from those of other backends."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: `rows` of queries a program takes, warps, pipeline stages."""
+    """Launch parameters: query rows per program, warps, pipeline stages."""
 
     rows: int
     warps: int
@@ -38,12 +38,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What kernels ask about a device beside its launches.
+    """Properties of a device.
 
-    assembly: "ptx" where inline assembly of NVIDIA's may be used, else "".
-    slow_int_to_float: whether converting integers has a slow unit of its own, so that adding a magic
-    number is faster. least_rows: fewest columns of a product in decode. skips_rescaling: whether prefill leaves its
-    running results alone where no row's maximum rose. warps: of decode that a processor holds at once.
+    assembly: "ptx" if inline PTX may be used, else "". slow_int_to_float: whether integer conversion has low
+    throughput, so that adding a magic number is faster. least_rows: minimum number of columns of a product in decode.
+    skips_rescaling: whether prefill skips rescaling if no row max increased. warps: resident decode warps per
+    processor.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Architecture:
     warps: int
 
 
-# Warps: NVIDIA's processors have 64 Ki registers, of which decode takes 255 a thread; AMD's have four SIMDs of 512
-# registers a lane, of which gfx942's decode takes more than half. On an H100 limits of 168 and 128 registers gained 4 %
-# at INT3 and lost elsewhere: more warps then run, and what they spill costs as much as they hide.
+# Warps: NVIDIA's processors have 64 Ki registers, and decode uses 255 per thread; AMD's have four SIMDs with 512
+# registers per lane, and decode on gfx942 uses more than half of them. On an H100, limits of 168 and 128 registers
+# gained 4 % at INT3 and were slower otherwise: more warps run, but their spills cost as much as the latency they hide.
 ARCHITECTURES = {
     "sm_80": Architecture("sm_80", "ptx", True, 4, False, 8),
     "sm_90": Architecture("sm_90", "ptx", False, 4, False, 8),
@@ -64,7 +64,7 @@ ARCHITECTURES = {
     "interpreter": Architecture("interpreter", "", False, 4, True, 8),
 }
 
-# By head_dim, up to and including the one named.
+# By head_dim, up to and including the key.
 _PREFILL = {
     "sm_80": {64: Launch(128, 8, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 1)},
     "sm_90": {64: Launch(128, 8, 2), 128: Launch(64, 4, 3), 256: Launch(64, 8, 3)},
@@ -72,10 +72,10 @@ _PREFILL = {
     "interpreter": {256: Launch(64, 4, 1)},
 }
 
-# Where a mask's addresses and values take registers too; elsewhere as without.
+# With a mask, whose addresses and values need registers; other entries are as without.
 _MASKED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "sm_90": {128: Launch(64, 8, 2)}}
 
-# By head_dim, likewise, and columns of the product: query rows of a KV head's group, a power of two.
+# By head_dim, and by columns of the product: query rows per KV head, a power of two.
 _DECODE = {
     "sm_80": {
         128: {4: Launch(4, 1, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 3)},
@@ -89,19 +89,19 @@ _DECODE = {
     "interpreter": {256: {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)}},
 }
 
-# Likewise, where logits are masked or capped before they are weighed; elsewhere as above.
+# With a mask or softcap; other entries are as above.
 _ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)}}}
 
 
 @functools.cache
 def architecture_of(device: torch.device) -> Architecture:
-    """The entry that stands for a device; the interpreter's for the CPU."""
+    """The entry for a device; for a CPU, the interpreter's."""
     if device.type == "cpu":
         return ARCHITECTURES["interpreter"]
     if torch.version.hip:
         return ARCHITECTURES["gfx942"]
     major, _ = torch.cuda.get_device_capability(device)
-    # Programs have 227 KiB of shared memory on these, 99 on sm_120.
+    # Programs can use 227 KiB of shared memory on these, 99 KiB on sm_120.
     return ARCHITECTURES["sm_90" if major in (9, 10) else "sm_80"]
 
 
@@ -116,7 +116,7 @@ def refusal(device: torch.device) -> str | None:
 
 @functools.cache
 def prefill(architecture: Architecture, head_dim: int, masked: bool) -> Launch:
-    """Many query rows over INT8 rows; `masked`: under an `attn_mask`."""
+    """Configuration of prefill; `masked`: with an `attn_mask`."""
     table = _PREFILL[architecture.name]
     size = min(size for size in table if size >= head_dim)
     return _MASKED_PREFILL.get(architecture.name, {}).get(size, table[size]) if masked else table[size]
@@ -124,8 +124,8 @@ def prefill(architecture: Architecture, head_dim: int, masked: bool) -> Launch:
 
 @functools.cache
 def decode(architecture: Architecture, rows: int, head_dim: int, adjusted: bool) -> Launch:
-    """Few query rows over pages: `rows` of a KV head's group, cut into programs of at most `Launch.rows`;
-    `adjusted`: under an `attn_mask` or a softcap."""
+    """Configuration of decode. rows: query rows per KV head, split into programs of at most `Launch.rows`.
+    adjusted: with an `attn_mask` or a softcap."""
     widths = _DECODE[architecture.name]
     size = min(size for size in widths if size >= head_dim)
     fitting = [columns for columns in widths[size] if columns >= rows]
@@ -135,22 +135,24 @@ def decode(architecture: Architecture, rows: int, head_dim: int, adjusted: bool)
 
 
 LARGEST_GRID = 65535
-"""Programs along a grid's second and third axes."""
+"""Maximum size of a grid's second and third axes."""
 
 LARGEST_DECODE_ROWS = 16
-"""Query rows of a KV head's group up to which decode's kernel is taken."""
+"""Maximum number of query rows per KV head for which the decode kernel is used."""
 
 
 LARGEST_SPLITS = 256
 
 _SPLIT_BLOCKS = 2
-"""What a split costs beside its blocks (queries read, results written and combined), in blocks."""
+"""Overhead of a split (reading queries, writing and combining results), in blocks."""
 
 
 @functools.lru_cache(maxsize=4096)
 def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> int:
-    """Parts that the blocks of a sequence are cut into, so that `programs` times as many take the least time: rounds
-    of as many programs as a device holds at once."""
+    """The number of splits of a sequence of `blocks` blocks that minimizes the estimated time.
+
+    There are `programs` programs per split, which run in rounds of as many programs as are resident on the device.
+    """
     held = max(1, architecture_of(device).warps // launch.warps) * _processors(device)
     most = max(1, min(-(-held // max(1, programs)) + 1, -(-blocks // 2), LARGEST_SPLITS))
 

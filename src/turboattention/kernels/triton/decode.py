@@ -11,7 +11,7 @@ import triton.language as tl
 from .metadata import key_metadata, scales_of, value_metadata
 from .operands import largest_of
 from .places import OF_KEYS, OF_VALUES, PLACES, places_of
-from .products import key_products, value_products
+from .products import first_half, key_channels, key_products, value_products
 from .sight import row_sight
 from .softmax import LEVELS, rescaled, weigh
 
@@ -27,11 +27,11 @@ def _page(address, blank_ptr):
 def _over_pages(
     acc, total, peak, table_ptr, begin, end, blank_ptr, place, queries, sight, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
-    FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` of one layout in."""
-    q_low, q_high, is_high, unit, mean, mean_from = queries
+    q_first, q_second, is_high, unit, mean, mean_from = queries
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
@@ -46,17 +46,19 @@ def _over_pages(
         following = _page(ahead, blank_ptr)
         next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
         next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_place, of_keys, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
-        s *= scales_of(of_keys[4], of_keys[5])[:, None]
+        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
+        s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         largest = largest_of(v_scale)
-        p, block_total, block_peak = weigh(
+        p, block_total, block_peak, share = weigh(
             s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
-            sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
+            sight, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
         o = value_products(page, v_place, of_values, p, WIDE, D, V_BITS, ASM)
         peak, keep, each = rescaled(peak, tl.where(evicted, float("-inf"), block_peak))
         total = total * keep + block_total * each
+        if ROW:
+            each *= share
         acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
         of_keys = next_of_keys
         of_values = next_of_values
@@ -66,7 +68,7 @@ def _over_pages(
 @triton.jit
 def _over_rows(
     acc, total, peak, rows, begin, end, q, unit, mean, mean_from, sight, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr,
+    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
     """Folds blocks `begin` to `end` of open rows in. rows: (k8, v8, their scales, offset of position 0 in rows,
@@ -84,14 +86,16 @@ def _over_rows(
         s *= tl.load(ks_ptr + at, mask=there, other=0.0).to(tl.float32)[:, None]
         v_scale = tl.load(vs_ptr + at, mask=there, other=0.0).to(tl.float32)
         largest = largest_of(v_scale)
-        p, block_total, block_peak = weigh(
+        p, block_total, block_peak, share = weigh(
             s, unit, tl.where(block >= mean_from, mean, 0.0), key, v_scale / largest * LEVELS,
-            sight, cap, threshold, FORM, CUT, True, CAP, MASK, 0,
+            sight, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
         v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
         o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
         peak, keep, each = rescaled(peak, block_peak)
         total = total * keep + block_total * each
+        if ROW:
+            each *= share
         acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
     return acc, total, peak
 
@@ -105,8 +109,8 @@ def decode(
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     kv_heads, group, queries, tiles, window, mean_from, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, OPEN: tl.constexpr,
-    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr, ASM: tl.constexpr,
+    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, KV heads x tiles of R rows, sequences).
 
@@ -138,21 +142,20 @@ def decode(
         tl.store(peak_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
         tl.store(total_ptr + partial, tl.zeros((R,), tl.float32))
     else:
-        half = tl.arange(0, WIDE // 2)
-        channel = (half // 4 * 8 + half % 4)[:, None]
+        channel = key_channels(WIDE, D)[:, None]
         column = tl.arange(0, 2 * R)
         q_row = tile * R + column // 2
         q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
-        q_there = (q_row < rows)[None, :] & (channel < D)
-        q_low = tl.load(q_at, mask=q_there, other=0).to(tl.int32)
-        q_high = tl.load(q_at + 4, mask=q_there, other=0).to(tl.int32)
+        q_there = (q_row < rows)[None, :]
+        q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
+        q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
         is_high = (column % 2 == 1)[None, :]
         at = (base * group + row % group) * queries + row // group
         unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
         mean = tl.zeros_like(unit)
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
-        rows_seen = (q_low, q_high, is_high, unit, mean, mean_from)
+        rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
         mask_row = tl.minimum(row, rows - 1)
         mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
         sight = (begin, end, mask)
@@ -172,13 +175,13 @@ def decode(
                         last = tl.where(own, count, 0)
                     acc, total, peak = _over_pages(
                         acc, total, peak, table_ptr, tl.maximum(low, sink_blocks), last, blank_ptr, place,
-                        rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, CAP, MASK,
+                        rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, CAP, MASK,
                         ASM, None,
                     )  # fmt: skip
         if SINKS:
             acc, total, peak = _over_pages(
                 acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
-                rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, CAP, MASK, ASM, 1,
+                rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
             )  # fmt: skip
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)
@@ -188,7 +191,7 @@ def decode(
             acc, total, peak = _over_rows(
                 acc, total, peak, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
                 sight, cap, threshold,
-                WIDE, D, FORM, CUT, CAP, MASK,
+                WIDE, D, FORM, CUT, ROW, CAP, MASK,
             )  # fmt: skip
         tl.store(acc_ptr + partial[None, :] * WIDE + tl.arange(0, WIDE)[:, None], acc)
         tl.store(peak_ptr + partial, peak)

@@ -1,4 +1,4 @@
-"""The launcher of `decode`: few query rows over pages as they lie."""
+"""Launches `decode`: few query rows over packed pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .places import all_places, pairs_mask
 
 
 def attend_few_rows(call: Call) -> None:
-    """Splits of the sequences over pages as they lie, then `combine`."""
+    """Split-KV attention over packed pages, then `combine`."""
     for part in call.parts(configs.LARGEST_GRID):
         _attend(part)
 
@@ -78,8 +78,8 @@ def _attend(call: Call) -> None:
     )  # fmt: skip
 
 
-@functools.cache  # for ever, as `head_places`
+@functools.cache  # kept forever, like `head_places`
 @in_own_modes
 def _blank(size: int, device: torch.device) -> Tensor:
-    """What is read, and not used, where a page was evicted."""
+    """A page of zeros, read in place of evicted pages; its values are not used."""
     return torch.zeros(size, dtype=torch.uint8, device=device)

@@ -1,7 +1,7 @@
-"""Keys and values at hand as operands for many query rows: stage 1 straight into the blocks that `prefill` reads.
+"""Stage 1 of new keys and values directly into the operand blocks that `prefill` reads.
 
-What `quantize_tokens`, `first_block_mean` and `row_operands` give, to the last bit, without INT8 rows in between and
-without a look at them from the host.
+Bit-identical to `quantize_tokens`, `first_block_mean` and `row_operands` in sequence, but without intermediate INT8
+rows and without waiting for the device.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def first_mean(
     for part in tl.static_range(64 // ROWS):
         row = part * ROWS + tl.arange(0, ROWS)
         offsets = base + row.to(tl.int64) * stride_t
-        codes, scale = stage_rows(k_ptr, offsets, row >= 0, None, row, row < 0, flag_ptr, D, ROWS, WIDE, ROTATE)
-        # Codes times scales of 4 mantissa bits sum exactly in float64, in whatever order.
+        codes, scale = stage_rows(
+            k_ptr, offsets, row >= 0, None, row, row < 0, None, row, flag_ptr, D, ROWS, WIDE, ROTATE
+        )
+        # Products of codes and scales with 4 mantissa bits sum exactly in float64, in any order.
         exact = codes.to(tl.float64) * tl.where(row >= SKIPPED, scale, 0.0).to(tl.float64)[:, None]
         total += tl.sum(exact, 0)
     count = tl.full((WIDE,), 64 - SKIPPED, tl.float64)
@@ -44,11 +46,12 @@ def fresh_operands(
     k_in, v_in, mean_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr,
     tokens, kv_heads, first_head, heads, first_sequence, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
-    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE_K: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks, `heads` KV heads from first_head on, twice the sequences from first_sequence on: K, then V).
+    """Grid (blocks, `heads` KV heads from first_head on, 2 x sequences from first_sequence on: K and V alternate).
 
-    Operands as `operands` describes them. mean float32 [B, Hkv, D] or None: off the keys behind the first block."""
+    Writes operands as described in `operands`. mean: float32 [B, Hkv, D], subtracted from keys after the first block,
+    or None."""
     block, side = tl.program_id(0), tl.program_id(2) % 2
     b, h = first_sequence + tl.program_id(2) // 2, first_head + tl.program_id(1)
     at = (((tl.program_id(2) // 2) * heads + tl.program_id(1)) * tl.num_programs(0) + block).to(tl.int64)
@@ -61,27 +64,29 @@ def fresh_operands(
         if side == 0:
             offsets = b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h + t.to(tl.int64) * k_stride_t
             codes, scale = stage_rows(
-                k_in, offsets, there, mean_ptr, tile, t >= 64, flag_ptr, D, ROWS, WIDE, ROTATE
-            )  # fmt: skip
+                k_in, offsets, there, mean_ptr, tile, t >= 64, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE_K
+            )
             tl.store(k_ptr + at * (64 * WIDE) + row[:, None] * WIDE + d[None, :], codes)
             tl.store(k_scale_ptr + at * 64 + row, tl.where(there, scale, 0.0))
         else:
             offsets = b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h + t.to(tl.int64) * v_stride_t
-            codes, scale = stage_rows(v_in, offsets, there, None, tile, there, flag_ptr, D, ROWS, WIDE, ROTATE)
+            codes, scale = stage_rows(
+                v_in, offsets, there, None, tile, there, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE
+            )
             tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + row[None, :], tl.trans(codes))
             tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
     if side == 1:
-        tl.debug_barrier()  # scales of all rows are written
+        tl.debug_barrier()  # all scales are written
         token = tl.arange(0, 64)
         scales = tl.load(v_level_ptr + at * 64 + token)
         largest = largest_of(scales)
-        tl.debug_barrier()  # and read
+        tl.debug_barrier()  # all scales are read
         tl.store(v_level_ptr + at * 64 + token, scales / largest * LEVELS)
         tl.store(v_scale_ptr + at, largest)
 
 
 def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: Tensor) -> Tensor:
-    """k [B, Hkv, L, D] of at least 64 tokens -> the mean of its INT8 keys `skipped` to 63, float32 [B, Hkv, D].
+    """The mean of INT8 keys `skipped` to 63 of k [B, Hkv, L, D], L >= 64: float32 [B, Hkv, D].
 
     flag: as in `quantize.quantize_queries`. Raises DtypeError."""
     k = float_rows(k)
@@ -96,18 +101,21 @@ def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: 
 def make_operands(
     new: tuple[Tensor, Tensor],
     mean: Tensor | None,
-    rotate: bool,
+    rotates: tuple[bool, bool],
     flag: Tensor,
     sequences: range,
     heads: range,
     wide: int,
     operands: tuple[Tensor, ...],
 ) -> None:
-    """k, v [B, Hkv, L, D] of these sequences and heads into `operands`. flag: likewise. Raises DtypeError."""
+    """Quantize k, v [B, Hkv, L, D] of these sequences and KV heads into `operands`.
+
+    rotates: whether to rotate K, and V. mean: float32 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
+    Raises DtypeError."""
     k, v = map(float_rows, new)
     fresh_operands[operands[0].shape[2], len(heads), 2 * len(sequences)](
         k, v, mean, *operands, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,
-        *k.stride()[:3], *v.stride()[:3], ROTATE=rotate, **_shape(k.shape[3], wide),
+        *k.stride()[:3], *v.stride()[:3], ROTATE_K=rotates[0], ROTATE=rotates[1], **_shape(k.shape[3], wide),
     )  # fmt: skip
 
 

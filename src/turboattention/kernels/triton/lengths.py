@@ -1,6 +1,6 @@
-"""Lengths of sequences before and after a step, on the device: where its queries stand, and which blocks are full.
+"""Lengths, query positions and full blocks of a step, computed on the device.
 
-A launch each, where PyTorch would take one for every sum and comparison.
+One launch each, where PyTorch would need one per operation.
 """
 
 from __future__ import annotations
@@ -55,15 +55,17 @@ def _advance(
 
 @dataclass(frozen=True)
 class Taken:
-    """Of a step: the tokens that each sequence takes (int64 [B]), and where its queries stand with them."""
+    """New tokens of each sequence in a step (int64 [B]), and the positions of its queries."""
 
     tokens: Tensor
     standing: Standing
 
 
 def stand(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> Taken:
-    """lengths: int64 [B] before the step. Without counts (int64 [B]) every sequence takes `tokens`, and `queries` rows
-    of it count; with them its own number of both."""
+    """New tokens and query positions of a step.
+
+    lengths: int64 [B] before the step. counts: int64 [B], new tokens and valid query rows of each sequence; if None,
+    each has `tokens` new tokens and `queries` query rows."""
     batch = len(lengths)
     taken, first, valid, after = torch.empty(4, batch, dtype=torch.int64, device=lengths.device)
     if batch:
@@ -72,11 +74,13 @@ def stand(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> 
 
 
 def advance(lengths: Tensor, taken: Tensor, start: Tensor, pages: Pages | None, lag: int) -> tuple[Tensor, Tensor]:
-    """Add `taken` to `lengths`; and where `pages` are given, note the first open block of each sequence that is full
-    and does not wait (`lag` tokens) as a page: counts and `start` go on by a block. All int64 [B], changed in place.
+    """Add `taken` to `lengths` and, with `pages`, count full blocks as pages. All int64 [B], updated in place.
 
-    Returns the addresses of pages that blocks are to be compressed into, of INT8 ones and of others, int64 [B] each, 0
-    where none is; zeros without `pages`."""
+    The first buffered block of a sequence becomes a page if it is full and at least `lag` tokens follow it: the page
+    count grows by 1 and `start` by a block.
+
+    Returns the addresses of the pages for these blocks, sink pages and compressed pages, int64 [B] each; 0 if there is
+    none."""
     batch = len(lengths)
     fresh_sinks, fresh_pages = torch.zeros(2, batch, dtype=torch.int64, device=lengths.device)
     if batch:

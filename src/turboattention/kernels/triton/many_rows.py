@@ -70,7 +70,8 @@ def _make_operands(call: Call, sequences: range, heads: range, operands: tuple[T
     pages, opened, device = call.pages, call.open, call.out.device
     if call.fresh is not None:
         x = call.fresh
-        make_operands((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, call.wide, operands)
+        rotates = call.config.rotates_k, call.config.rotate
+        make_operands((x.k, x.v), x.mean, rotates, x.flag, sequences, heads, call.wide, operands)
         return
     sizes = {"first_head": heads.start, "first_sequence": sequences.start, "blocks": max(1, call.blocks)}
     shape = {"D": call.head_dim, "WIDE": call.wide}

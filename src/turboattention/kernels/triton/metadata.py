@@ -1,7 +1,7 @@
-"""What a page has of a head beside codes: steps, zeros and scales, loaded a block ahead of their products.
+"""Loads the steps, zeros and scales of a head one page ahead of their use in decode.
 
-A step of decode would otherwise wait for memory five times a page, each time behind a barrier that loads do not pass.
-Values stay as they lie until they are used: whatever converted them at once would wait for them.
+Otherwise the kernel would wait for memory five times per page, each time behind a barrier that loads cannot cross.
+Values are converted where they are used, since converting them here would wait for the loads.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .products import first_half, key_channels
+
 
 @triton.jit
 def key_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Steps and zeros uint8 [WIDE / 2] of channels c % 8 < 4, then those of the others, of packed keys; and the scales
-    as `scales_of` takes them."""
-    half = tl.arange(0, WIDE // 2)
-    channel = half // 4 * 8 + half % 4
+    """Steps and zeros of packed keys, uint8 [WIDE / 2] for the channels of each of the two products
+    (`products.key_channels`), and the arguments of `scales_of`."""
+    channel = key_channels(WIDE, D)
+    SECOND: tl.constexpr = first_half(D)
     steps = page + place[1] + channel
     zeros = page + place[2] + channel
     exponents, scale = _scales(page, place, BY_TOKEN)
@@ -23,16 +25,17 @@ def key_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.cons
         held = (exponents, exponents, exponents, exponents, exponents, scale)
     else:
         inside = None if D == WIDE else channel < D
+        behind = None if D == WIDE else channel + SECOND < D
         held = (
             tl.load(steps, mask=inside), tl.load(zeros, mask=inside),
-            tl.load(steps + 4, mask=inside), tl.load(zeros + 4, mask=inside), exponents, scale,
+            tl.load(steps + SECOND, mask=behind), tl.load(zeros + SECOND, mask=behind), exponents, scale,
         )  # fmt: skip
     return held
 
 
 @triton.jit
 def value_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Steps and zeros uint8 [WIDE] of packed values, and the scales as `scales_of` takes them."""
+    """Steps and zeros of packed values, uint8 [WIDE], and the arguments of `scales_of`."""
     d = tl.arange(0, WIDE)
     exponents, scale = _scales(page, place, BY_TOKEN)
     if BITS == 8:
@@ -55,5 +58,5 @@ def _scales(page, place, BY_TOKEN: tl.constexpr):
 
 @triton.jit
 def scales_of(exponents, scale):
-    """Scales of the page's tokens, float32 [64]; as `operands.token_scales`."""
+    """Token scales of the page, float32 [64]; the same as `operands.token_scales`."""
     return (scale - (exponents.to(tl.int32) << 19)).to(tl.float32, bitcast=True)

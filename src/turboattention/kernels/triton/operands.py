@@ -1,8 +1,8 @@
-"""Blocks as operands for many query rows: pages unpacked, INT8 rows laid out, once for all queries.
+"""Unpacks pages and INT8 rows to the operands of `prefill`, once for all queries.
 
-A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64], channels past D zero, with float32
-K scales [64], V levels [64] (127 times a token's scale relative to the block's largest) and that scale. Blocks
-stand in order of their positions, wherever they come from. Peak memory beside a cache: `bytes_a_block`.
+A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64] (channels from D on are zero), with float32 K
+scales [64], V levels [64] (127 times the token's scale divided by the block's largest) and the largest V scale. Blocks
+are ordered by position. Temporary memory per block and KV head: `bytes_a_block`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import triton
 import triton.language as tl
 
 from .places import PLACES, places_of
+from .planes import narrower, wider
 from .softmax import LEVELS
 
 
 def bytes_a_block(wide: int) -> int:
-    """Of one KV head."""
+    """Bytes of the operands of one block and KV head."""
     return 64 * (2 * wide + 4 + 4) + 4
 
 
 @triton.jit
 def token_scales(page, place, t, BY_TOKEN: tl.constexpr):
-    """A page's scales of tokens t, float32; `place`: of K or V, as in `places_of`."""
+    """Scales of tokens t of a page, float32; `place`: offsets of K or V from `places_of`."""
     bits = tl.zeros_like(t) + tl.load((page + place[4]).to(tl.pointer_type(tl.int32)))
     if BY_TOKEN:
         bits -= tl.load(page + place[3] + t).to(tl.int32) << 19
@@ -30,7 +31,7 @@ def token_scales(page, place, t, BY_TOKEN: tl.constexpr):
 
 @triton.jit
 def largest_of(scales):
-    """The largest scale of a block: 1 where all are zero."""
+    """The largest scale of a block; 1 if all are zero."""
     largest = tl.max(scales, 0)
     return tl.where(largest > 0.0, largest, 1.0)
 
@@ -40,19 +41,38 @@ def _codes(octets, index, inside, BITS: tl.constexpr):
     """Codes `index` (of 512) of octets, uint8."""
     if BITS == 8:
         code = tl.load(octets + index, mask=inside, other=128)
-    elif BITS == 4:
-        code = (tl.load(octets + index % 256, mask=inside, other=0) >> (index // 256 * 4).to(tl.uint8)) & 15
     else:
-        code = (tl.load(octets + index % 128, mask=inside, other=0) >> (index // 128 * 2).to(tl.uint8)) & 3
-        if BITS == 3:
-            high = tl.load(octets + 128 + index % 64, mask=inside, other=0) >> (index // 64).to(tl.uint8)
-            code |= (high & 1) << 2
+        LOWER: tl.constexpr = BITS - 1 if BITS == 5 or BITS == 3 else BITS
+        code = _plane(octets, index, inside, LOWER)
+        if LOWER < BITS:
+            code |= _plane(octets + 64 * LOWER, index, inside, 1) << LOWER
+    return code
+
+
+@triton.jit
+def _plane(at, index, inside, BITS: tl.constexpr):
+    code = tl.load(at + index % (64 * BITS), mask=inside, other=0) >> (index // (64 * BITS) * BITS).to(tl.uint8)
+    return code & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _key_codes(at, t, d, inside, D: tl.constexpr, BITS: tl.constexpr):
+    """Codes of channels d of keys t, uint8."""
+    index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
+    if wider(BITS) != narrower(BITS):
+        first = (d < D // 2)[None, :]
+        octet = (d // 8)[None, :] * (64 * wider(BITS))
+        code = _codes(at + octet, index, first, wider(BITS))
+        octet = (D // 2 * 8) * wider(BITS) + ((d - D // 2) // 8)[None, :] * (64 * narrower(BITS))
+        code |= _codes(at + octet, index, inside[None, :] & ~first, narrower(BITS))
+    else:
+        code = _codes(at + (d // 8 * (64 * BITS))[None, :], index, inside[None, :], BITS)
     return code
 
 
 @triton.jit
 def _restored(code, page, place, channel, inside, BITS: tl.constexpr):
-    """INT8 of codes: bytes wrap, but `code step + zero` fits one."""
+    """INT8 values `code * step + zero`, which fit in a byte; intermediate overflow does not matter."""
     if BITS == 8:
         code ^= 128
     else:
@@ -81,8 +101,8 @@ def page_operands(
 ):  # fmt: skip
     """Grid (blocks from first_block on, heads of one pair of widths, sequences from first_sequence on).
 
-    table: int64 [B, table_stride] addresses of pages (0: evicted, left alone); counts int64 [B]; operands
-    of `heads` heads from first_head on and `blocks` blocks.
+    table: int64 [B, table_stride], page addresses (0: evicted, skipped). counts: int64 [B], pages per sequence. The
+    operands have `heads` heads from first_head on and `blocks` blocks.
     """
     block = first_block + tl.program_id(0)
     b = first_sequence + tl.program_id(2)
@@ -94,9 +114,7 @@ def page_operands(
         t = tl.arange(0, 64)
         d = tl.arange(0, WIDE)
         inside = d < D
-        octet = (d // 8 * (64 * K_BITS))[None, :]
-        index = (d % 8 // 4 * 256 + d % 4)[None, :] + (t * 4)[:, None]
-        k = _codes(page + k_place[0] + octet, index, inside[None, :], K_BITS)
+        k = _key_codes(page + k_place[0], t, d, inside, D, K_BITS)
         k = _restored(k, page, k_place, d[None, :], inside[None, :], K_BITS)
         octet = (d // 8 * (64 * V_BITS))[:, None]
         index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]
@@ -114,8 +132,9 @@ def row_operands(
     width, kv_heads, first_head, first_sequence, blocks,
     D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows, KV heads from first_head on, sequences from first_sequence on): k8, v8 int8
-    [B, Hkv, width, D] with scales of any float dtype, row 0 at position start[b]."""
+    """Grid (blocks of rows, KV heads from first_head on, sequences from first_sequence on).
+
+    k8, v8: int8 [B, Hkv, width, D], with scales [B, Hkv, width] of any float dtype; row 0 has position start[b]."""
     b = first_sequence + tl.program_id(2)
     start = tl.load(start_ptr + b).to(tl.int32)
     used = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32) - start, width)

@@ -134,7 +134,9 @@ def attend(
     heads, valid = layout.num_kv_heads, batch.starts[-1:]
     # Without a softcap the mean's part is the same for all keys of a row.
     seen = mean[None] if mean is not None and softcap is not None else None
-    codes, unit, logit, _ = quantize_queries(q.transpose(0, 1)[None], heads, valid, seen, scale, config.rotate, flag)
+    codes, unit, logit, _ = quantize_queries(
+        q.transpose(0, 1)[None], heads, valid, seen, scale, config.rotate, flag=flag
+    )
     x = with_positive_unit(Int8Queries(codes, unit, logit), scale)
     group = q.shape[1] // heads
     few = max(configs.LARGEST_DECODE_ROWS, group)

@@ -12,7 +12,7 @@ import triton.language as tl
 from .combine import merged
 from .metadata import key_metadata, scales_of, value_metadata
 from .places import OF_KEYS, OF_VALUES, PLACES, places_of
-from .products import key_products, value_products
+from .products import first_half, key_channels, key_products, value_products
 from .ragged import open_rows_of, standing
 from .rotation import rotate_back
 from .softmax import rescaled
@@ -23,10 +23,11 @@ from .stored import weigh_stored
 def _over_pages(
     acc, total, peak, table, pages, page_stride, begin, end, place, queries, sees, sees_end, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
-    FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` in. Only a window lets a row see a part of a page."""
-    q_low, q_high, is_high, unit, mean = queries
+    q_first, q_second, is_high, unit, mean = queries
     k_place, v_place = places_of(place, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
@@ -40,11 +41,11 @@ def _over_pages(
         following = tl.multiple_of(pages + ahead * page_stride, 16)
         next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
         next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_place, of_keys, q_low, q_high, is_high, WIDE, D, K_BITS, ASM).to(tl.float32)
-        s *= scales_of(of_keys[4], of_keys[5])[:, None]
+        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
+        s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         p, block_total, block_peak, largest = weigh_stored(
-            s, unit, mean, block * 64 + t, v_scale, sees, sees_end, cap, threshold, FORM, CUT, True, WINDOW, CAP, 0
+            s, unit, mean, block * 64 + t, v_scale, sees, sees_end, cap, threshold, FORM, CUT, ROW, True, WINDOW, CAP, 0
         )
         o = value_products(page, v_place, of_values, p, WIDE, D, V_BITS, ASM)
         peak, keep, each = rescaled(peak, block_peak)
@@ -58,7 +59,7 @@ def _over_pages(
 @triton.jit
 def _over_rows(
     acc, total, peak, rows, block, length, q, unit, mean, sees, sees_end, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr,
+    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Folds one open block in. rows: (k8, v8, their scales, the row of its token 0); q int8 [WIDE, R]."""
     k8, v8, k_scales, v_scales, origin = rows
@@ -73,7 +74,7 @@ def _over_rows(
     s *= tl.load(k_scales + at, mask=there, other=0.0)[:, None]
     v_scale = tl.load(v_scales + at, mask=there, other=0.0)
     p, block_total, block_peak, largest = weigh_stored(
-        s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, True, True, CAP, 0
+        s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, ROW, True, True, CAP, 0
     )
     v = tl.load(v8 + at[:, None] * D + d[None, :], mask=inside, other=0)
     o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
@@ -88,8 +89,8 @@ def paged_decode(
     k8, v8, k_scales, v_scales, ring, room, acc_ptr, peak_ptr, total_ptr,
     kv_heads, group, tokens, most, tiles, window, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
-    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    MEAN: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
+    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, MEAN: tl.constexpr, RING: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, KV heads x tiles of R rows, sequences). PAIRS: as in `decode`.
 
@@ -142,16 +143,16 @@ def paged_decode(
             origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
             acc, total, peak = _over_rows(
                 acc, total, peak, (k8, v8, k_scales, v_scales, origin), block, length, q, unit, mean,
-                tl.maximum(sees, own), tl.where(there, position + 1, 0), cap, threshold, WIDE, D, FORM, CUT, CAP,
+                tl.maximum(sees, own), tl.where(there, position + 1, 0), cap, threshold, WIDE, D, FORM, CUT, ROW, CAP,
             )  # fmt: skip
-        half = tl.arange(0, WIDE // 2)
-        channel = (half // 4 * 8 + half % 4)[:, None]
+        channel = key_channels(WIDE, D)[:, None]
         column = tl.arange(0, 2 * R)
         q_row = tile * R + column // 2
         q_at = ((h * group + q_row % group).to(tl.int64) * tokens + start + q_row // group)[None, :] * D + channel
-        q_there = (q_row < rows)[None, :] & (channel < D)
-        q_low = tl.load(q_ptr + q_at, mask=q_there, other=0).to(tl.int32)
-        q_high = tl.load(q_ptr + q_at + 4, mask=q_there, other=0).to(tl.int32)
+        q_there = (q_row < rows)[None, :]
+        q_first = tl.load(q_ptr + q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
+        q_at += first_half(D)
+        q_second = tl.load(q_ptr + q_at, mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
         is_high = (column % 2 == 1)[None, :]
         for K_BITS in tl.static_range(2, 9):
             for V_BITS in tl.static_range(2, 9):
@@ -162,9 +163,9 @@ def paged_decode(
                         last = tl.where(own_pair, last, 0)
                     acc, total, peak = _over_pages(
                         acc, total, peak, table + b.to(tl.int64) * table_stride, pages, page_stride,
-                        begin, last, place, (q_low, q_high, is_high, unit, mean),
+                        begin, last, place, (q_first, q_second, is_high, unit, mean),
                         sees, tl.where(there, own, 0), cap, threshold,
-                        WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, WINDOW, CAP, ASM,
+                        WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, ASM,
                     )  # fmt: skip
         tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
         tl.store(peak_ptr + lane, peak)

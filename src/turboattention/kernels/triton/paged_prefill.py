@@ -21,13 +21,13 @@ from .stored import weigh_stored
 @triton.jit
 def _weights(
     k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr,
 ):  # fmt: skip
     """What `weigh_stored` says of INT8 keys [WIDE, 64]."""
     q, unit, mean = queries
     s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * k_scale[None, :]
-    return weigh_stored(s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, SEEN, OWN, CAP, 1)
+    return weigh_stored(s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, ROW, SEEN, OWN, CAP, 1)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _folded(state, weighed, v, SLOW: tl.constexpr):
 def _fold_page(
     state, page, place, block, queries, sees, sees_end, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     k_place, v_place = places_of(place, D)
@@ -54,8 +54,9 @@ def _fold_page(
     v_scale = token_scales(page, v_place, t, BY_TOKEN)
     k = tl.trans(page_keys(page, k_place, WIDE, D, K_BITS, ASM))
     weighed = _weights(
-        k, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold, FORM, CUT, SEEN, OWN, CAP, SLOW
-    )
+        k, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold, FORM, CUT, ROW, SEEN, OWN, CAP,
+        SLOW,
+    )  # fmt: skip
     # Restored behind the weights: beside them they would take too many registers.
     return _folded(state, weighed, tl.trans(page_values(page, v_place, WIDE, D, V_BITS, ASM)), SLOW)
 
@@ -63,7 +64,7 @@ def _fold_page(
 @triton.jit
 def _fold_rows(
     state, rows, block, length, queries, sees, sees_end, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, CAP: tl.constexpr,
+    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr,
 ):  # fmt: skip
     """rows: (k8, v8, their scales, the row of the block's token 0)."""
@@ -78,7 +79,7 @@ def _fold_rows(
     k_scale = tl.load(k_scales + origin + t, mask=there, other=0.0)
     v_scale = tl.load(v_scales + origin + t, mask=there, other=0.0)
     weighed = _weights(
-        k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold, FORM, CUT, True, True, CAP, SLOW
+        k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold, FORM, CUT, ROW, True, True, CAP, SLOW
     )
     v = tl.load(v8 + at + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
     return _folded(state, weighed, v, SLOW)
@@ -90,8 +91,8 @@ def paged_prefill(
     k8, v8, k_scales, v_scales, ring, room, out_ptr, out_stride_t, out_stride_h,
     sequences, steps, kv_heads, group, tokens, most, window, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    MEAN: tl.constexpr, RING: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr,
+    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, MEAN: tl.constexpr, RING: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads of one pair of widths): tile i is the one of sequence b, the last with
@@ -132,20 +133,20 @@ def paged_prefill(
             page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
                 state, page, place, block, queries, sees, own, cap, threshold,
-                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, False, False, CAP, SLOW, ASM,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, False, False, CAP, SLOW, ASM,
             )  # fmt: skip
         for j in tl.range(0, clear - low + newest - oldest, num_stages=1):
             block = tl.where(j < clear - low, low + j, oldest + j - (clear - low))
             page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
                 state, page, place, block, queries, sees, own, cap, threshold,
-                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, True, WINDOW, CAP, SLOW, ASM,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM,
             )  # fmt: skip
         for block in tl.range(oldest, newest + 1, num_stages=1):
             origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
             state = _fold_rows(
                 state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
-                tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, CAP, SLOW,
+                tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,
             )  # fmt: skip
         acc, total, _ = state
         out = acc * (1.0 / tl.maximum(total, 1.0))[:, None]

@@ -1,4 +1,4 @@
-"""The page codec: kernels and launchers. A program is one head's keys or values of one page (`codec`)."""
+"""Kernels and launchers of the page codec. One program encodes or decodes a head's keys or values (`codec`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
 from .codec import clear_padding, decode_head, encode_head
 from .configs import EXACT
-from .places import OF_KEYS, OF_VALUES, PLACES, all_places
+from .places import OF_KEYS, OF_VALUES, PLACES, all_places, key_widths
 
 
 @triton.jit
@@ -76,15 +76,15 @@ def _decode_kernel(
 
 
 def refusal(layout: PageLayout) -> str | None:
-    """Why these kernels cannot take pages of a layout, or None."""
+    """Why these kernels do not support a page layout, or None."""
     size = layout.block_size
     return None if size & (size - 1) == 0 else f"block_size: the GPU kernels take powers of two, got {size}"
 
 
 def encode_pages(layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool) -> Tensor:
-    """Tiles k8, v8 int8 [N, H, B, D] with scales float32 [N, H, B] -> uint8 [N, page_bytes].
+    """Encode tiles k8, v8 int8 [N, H, B, D] with scales [N, H, B] as uint8 [N, page_bytes].
 
-    Raises UnsupportedError for block sizes that are no power of two."""
+    Raises UnsupportedError unless the block size is a power of two."""
     codes = [x.contiguous() for x in (k8, v8)]
     scales = [x.to(torch.float32).contiguous() for x in (k_scale, v_scale)]
     pages = torch.empty(len(k8), layout.page_bytes, dtype=torch.uint8, device=k8.device)
@@ -93,11 +93,11 @@ def encode_pages(layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_
 
 
 def decode_pages(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse of `encode_pages` up to the error of stage 2: k8, v8, k_scale, v_scale.
+    """Inverse of `encode_pages`, up to the error of stage 2: k8, v8 int8 [N, H, B, D], scales float32 [N, H, B].
 
-    Raises UnsupportedError for block sizes that are no power of two."""
+    Raises UnsupportedError unless the block size is a power of two."""
     pages = pages.contiguous()
-    if pages.data_ptr() % 16:  # scales are read as whole words
+    if pages.data_ptr() % 16:  # scales are loaded as aligned words
         pages = pages.clone()
     shape = (len(pages), layout.num_kv_heads, layout.block_size)
     codes = [torch.empty(*shape, layout.head_dim, dtype=torch.int8, device=pages.device) for _ in range(2)]
@@ -116,7 +116,7 @@ def _launch(kernel, layout: PageLayout, pages: Tensor, codes: list[Tensor], scal
 
 
 def layout_facts(layout: PageLayout) -> dict:
-    """What kernels that write or read pages of a layout are compiled for."""
+    """Constexpr arguments and launch options of kernels that read or write pages of a layout."""
     width = triton.next_power_of_2(layout.head_dim)
     return {
         "HEADS": layout.num_kv_heads,
@@ -125,7 +125,7 @@ def layout_facts(layout: PageLayout) -> dict:
         "D": layout.head_dim,
         "SIZE": layout.block_size,
         "WIDTH": width,
-        "WIDTHS": sum(1 << bits for bits in {*layout.k_bits, *layout.v_bits}),
+        "WIDTHS": sum(1 << bits for bits in {*key_widths(layout), *layout.v_bits}),
         "BY_TOKEN": layout.token_scales,
         "num_warps": min(max(layout.block_size * width // 1024, 1), 8),
         **EXACT,

@@ -1,4 +1,4 @@
-"""Where a head's bytes stand within a page, as a table that kernels read, and which heads have which widths."""
+"""Tables of the byte offsets and widths of each head in a page, which kernels read."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
 from ...modes import in_own_modes
+from .planes import TWO_WIDTHS
 
-# Numbers of a head's row, and where those of its keys and values begin in it.
+# Entries in a head's row, and the first entry of its keys and of its values.
 PLACES = tl.constexpr(16)
 OF_KEYS = tl.constexpr(1)
 OF_VALUES = tl.constexpr(7)
 
 
-@functools.cache  # for ever: captured graphs hold addresses alone
+@functools.cache  # kept forever: captured graphs hold its address
 @in_own_modes
 def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [heads, PLACES]: the head; then for K and for V its width and the bytes' offsets of its codes, steps,
-    zeros, tokens' scales and scale; 0 for what it has not.
+    """int32 [heads, PLACES]: the head; then for K and for V its width (`key_widths`) and the byte offsets of its codes,
+    steps, zeros, token scales and scale; 0 for sections it does not have.
 
-    Raises UnsupportedError where a stream is being captured: the copy would be made at its replay."""
+    Raises UnsupportedError during a stream capture: the copy to the device would only run when it is replayed."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
             "layout: expected pages of widths that a call before the capture had, got new ones: take a step first"
@@ -44,7 +45,8 @@ def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device
             if group.bits < WIDEST:
                 step = steps + coded.index(head) * layout.head_dim
                 zero = step + len(coded) * layout.head_dim
-            row += [group.bits, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
+            width = group.bits + (TWO_WIDTHS if len(group.parts) > 1 else 0)
+            row += [width, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
         rows.append(row + [0] * (PLACES.value - len(row)))
     return torch.tensor(rows, dtype=torch.int32).view(len(rows), PLACES.value).to(device)
 
@@ -56,29 +58,36 @@ def all_places(layout: PageLayout, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
+def key_widths(layout: PageLayout) -> tuple[int, ...]:
+    """K's width of each head as numbered in kernels: for K of two widths, their mean plus `TWO_WIDTHS`."""
+    halves = layout.k_halves or (False,) * len(layout.k_bits)
+    return tuple(bits + TWO_WIDTHS * halved for bits, halved in zip(layout.k_bits, halves, strict=True))
+
+
+@functools.lru_cache(maxsize=1024)
 def pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
-    """The heads of each pair of widths (K, V)."""
+    """Heads grouped by their widths (K as in `key_widths`, V)."""
     pairs: dict[tuple[int, int], list[int]] = {}
-    for head, pair in enumerate(zip(layout.k_bits, layout.v_bits, strict=True)):
+    for head, pair in enumerate(zip(key_widths(layout), layout.v_bits, strict=True)):
         pairs.setdefault(pair, []).append(head)
     return tuple((pair, tuple(heads)) for pair, heads in pairs.items())
 
 
 @functools.lru_cache(maxsize=1024)
 def pairs_mask(layout: PageLayout) -> int:
-    """Which pairs of widths there are among the heads, a bit each: `7 (K - 2) + V - 2`."""
+    """Bit mask of the pairs of widths that occur: bit `7 (K - 2) + V - 2`."""
     return sum(1 << 7 * (k_bits - 2) + v_bits - 2 for (k_bits, v_bits), _ in pairs_of_widths(layout))
 
 
 @triton.jit
 def places_of(place, D: tl.constexpr):
-    """A head's row, with what the compiler cannot know: by how much these offsets divide."""
+    """A head's offsets of K and of V, with divisibility hints for the compiler."""
     return _side(place + OF_KEYS, D), _side(place + OF_VALUES, D)
 
 
 @triton.jit
 def _side(place, D: tl.constexpr):
-    """codes, steps, zeros, tokens' scales, scale."""
+    """Offsets of codes, steps, zeros, token scales, scale."""
     EIGHTS: tl.constexpr = 16 if D % 16 == 0 else 8
     codes = tl.multiple_of(tl.load(place + 1), 16)
     step = tl.multiple_of(tl.load(place + 2), EIGHTS)

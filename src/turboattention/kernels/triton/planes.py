@@ -1,12 +1,39 @@
-"""Codes and their packed bytes: an octet's line of codes, and the planes of bits that it is stored in.
+"""Packs the codes of octets into bit planes, and unpacks them (`flashq.packing`).
 
-A tile stands in registers; a line is a reshape of it, and a plane's bytes are a reduction over codes that share one.
+A tile is in registers. The lines of its octets are a reshape, and the bytes of a plane are a reduction over the codes
+that share a byte.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+TWO_WIDTHS = 3
+"""Kernels number K of two widths by their mean, 3 or 2, plus this: 6 or 5."""
+
+
+@triton.constexpr_function
+def wider(bits):
+    """The width of the first half of a head's channels (`kv.layout.K_HALVES`)."""
+    return bits - 2 if bits in (5, 6, 7) else bits
+
+
+@triton.constexpr_function
+def narrower(bits):
+    """The width of the second half."""
+    return bits - 4 if bits in (5, 6, 7) else bits
+
+
+@triton.constexpr_function
+def own_widths(widths, side):
+    """The widths (a bit mask) that a side can have: only K (side 0) has two widths."""
+    return widths if side == 0 else widths & ~0b11100000
+
+
+@triton.constexpr_function
+def has_two_widths(widths):
+    return widths & 0b11100000 != 0
 
 
 @triton.jit
@@ -30,19 +57,19 @@ def from_lines(lines, SIDE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _plane_offsets(D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
-    """Offsets of a plane's bytes [WIDTH / 8, SIZE * PLANE], and which there are."""
+    """Offsets of a plane's bytes [WIDTH / 8, SIZE * PLANE], and a mask of those that exist."""
     octet = tl.arange(0, WIDTH // 8)[:, None]
     return octet * (SIZE * BITS) + tl.arange(0, SIZE * PLANE)[None, :], octet < D // 8
 
 
 @triton.jit
 def pack(at, lines, D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
-    """Write the PLANE lowest bits of codes uint8 [WIDTH / 8, 8 SIZE] as bytes."""
+    """Write the PLANE lowest bits of codes uint8 [WIDTH / 8, 8 SIZE]."""
     offsets, there = _plane_offsets(D, SIZE, WIDTH, BITS, PLANE)
     if PLANE < 8:
         parts = tl.reshape(lines & ((1 << PLANE) - 1), (WIDTH // 8, 8 // PLANE, SIZE * PLANE))
         shift = (tl.arange(0, 8 // PLANE) * PLANE).to(tl.uint8)[None, :, None]
-        lines = tl.sum(parts << shift, 1).to(tl.uint8)  # their bits are apart
+        lines = tl.sum(parts << shift, 1).to(tl.uint8)  # the bits do not overlap
     tl.store(at + offsets, lines, mask=there)
 
 

@@ -17,7 +17,7 @@ from .softmax import as_float, log_sum_exp, rescaled, weigh
 @triton.jit
 def _fold_block(
     acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
-    WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
+    WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr = operands
@@ -30,13 +30,17 @@ def _fold_block(
     if MEAN:
         mean = tl.where(block >= mean_from, mean, 0.0)
     levels = tl.load(v_level_ptr + key)
-    p, block_total, block_peak = weigh(s, unit, mean, key, levels, sight, cap, threshold, FORM, CUT, SEEN, CAP, MASK, 1)
+    p, block_total, block_peak, share = weigh(
+        s, unit, mean, key, levels, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, 1
+    )
     v = tl.load(v_ptr + at + d[None, :] * 64 + t[:, None])
     o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
     rose = tl.max((block_peak > peak).to(tl.int32), 0) if SKIP else 1
     peak, keep, each = rescaled(peak, block_peak)
     total = total * keep + block_total * each
     each = each * tl.load(v_scale_ptr + block)
+    if ROW:
+        each *= share
     if rose > 0:  # else all of `keep` is 1
         acc = acc * keep[:, None]
     return tl.fma(o, each[:, None], acc), total, peak
@@ -48,7 +52,7 @@ def prefill(
     k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr, out_ptr, lse_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     first_head, first_sequence, kv_heads, group, queries, blocks, window, mean_from, cap, threshold,
-    D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
     ROTATE: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +106,14 @@ def prefill(
         for block in tl.range(clear, clear_end):
             acc, total, peak = _fold_block(
                 acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
-                WIDE, FORM, CUT, False, CAP, MASK, MEAN, SLOW, SKIP,
+                WIDE, FORM, CUT, ROW, False, CAP, MASK, MEAN, SLOW, SKIP,
             )  # fmt: skip
     before = tl.maximum(tl.minimum(clear, high) - low, 0)
     for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
         block = tl.where(i < before, low + i, clear_end + i - before)
         acc, total, peak = _fold_block(
             acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
-            WIDE, FORM, CUT, True, CAP, MASK, MEAN, SLOW, SKIP,
+            WIDE, FORM, CUT, ROW, True, CAP, MASK, MEAN, SLOW, SKIP,
         )  # fmt: skip
     total = tl.where(some, total, 0.0)
     out = acc * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1.0), 0.0)[:, None]

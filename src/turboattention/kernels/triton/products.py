@@ -1,8 +1,8 @@
-"""Integer products of packed pages as they lie, for few query rows.
+"""Integer products of packed pages with few query rows.
 
-All is transposed: tokens (then channels) are the rows of the products, query rows their columns, so that
-packed codes are the first operand. `q . (code step + zero) = (q step) . code + q . zero`, and `q step` is split
-into 128 high + low, which stand in neighbouring columns. V needs no step in the product.
+Products are transposed: tokens (for V channels) are rows and query rows are columns, so packed codes are the first
+operand. `q . (code step + zero) = (q step) . code + q . zero`, where `q step` is split into `128 high + low` in
+adjacent columns. For V, steps are applied after the product.
 """
 
 from __future__ import annotations
@@ -10,66 +10,110 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .planes import narrower, wider
 from .softmax import sum_of_levels
 from .unpacking import bytes_of, code, field, interleave, signed, stack, words_at
 
 
+@triton.constexpr_function
+def first_half(head_dim):
+    """Channels in the first of the two products over keys; with two widths, all of K's wider codes."""
+    return (head_dim // 8 + 1) // 2 * 8
+
+
+@triton.jit
+def key_channels(WIDE: tl.constexpr, D: tl.constexpr):
+    """Channel of each column of a product's first operand, int32 [WIDE / 2]: channels with c % 8 < 4 of half of the
+    octets, then their other channels; D or more for padding. Add `first_half(D)` for the second product."""
+    place = tl.arange(0, WIDE // 2)
+    channel = place % (WIDE // 4) // 4 * 8 + place // (WIDE // 4) * 4 + place % 4
+    if D < WIDE:
+        channel = tl.where(channel < first_half(D), channel, D)
+    return channel
+
+
 @triton.jit
 def key_products(
-    page, place, held, q_low, q_high, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    page, place, held, q_first, q_second, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """INT8 products of 64 packed keys and queries, int32 [64, R]. q_low, q_high int32 [WIDE / 2, 2 R]: channels
-    c % 8 < 4 and the others, every query twice; is_high: its second column; held: `metadata.key_metadata`."""
-    HALF: tl.constexpr = WIDE // 2
-    R: tl.constexpr = q_low.shape[1] // 2
-    # Words of four channels: octets of lines [tokens][4 channels], and threads side by side take tokens.
-    FIELD_TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
-    octet = tl.arange(0, HALF // 4)
-    inside = None if D == WIDE else (octet < D // 8)[None, :]
-    words = words_at(page, place[0]) + (octet * (16 * BITS))[None, :]
-    at = words + tl.arange(0, FIELD_TOKENS)[:, None]
-    w = tl.load(at, mask=inside)
+    """INT8 products of 64 packed keys and R queries, int32 [64, R].
+
+    q_first, q_second: int32 [WIDE / 2, 2 R], channels as in `key_channels`, each query in two columns. is_high: true
+    for the second one. held: from `metadata.key_metadata`."""
+    R: tl.constexpr = q_first.shape[1] // 2
+    OCTETS: tl.constexpr = first_half(D) // 8
+    FIRST: tl.constexpr = wider(BITS)
+    SECOND: tl.constexpr = narrower(BITS)
+    words = words_at(page, place[0])
+    first = _key_codes(words, WIDE // 16, OCTETS, FIRST, ASM)
+    second = _key_codes(words + OCTETS * (16 * FIRST), WIDE // 16, D // 8 - OCTETS, SECOND, ASM)
     if BITS == 8:
-        low = bytes_of(signed(w), ASM)
-        high = bytes_of(signed(tl.load(at + 64, mask=inside)), ASM)
-        w_low = tl.where(is_high, 0, q_low).to(tl.int8)
-        w_high = tl.where(is_high, 0, q_high).to(tl.int8)
-        s = tl.dot(low, w_low, out_dtype=tl.int32)
-        s = tl.dot(high, w_high, acc=s, out_dtype=tl.int32)
+        s = tl.dot(first, tl.where(is_high, 0, q_first).to(tl.int8), out_dtype=tl.int32)
+        s = tl.dot(second, tl.where(is_high, 0, q_second).to(tl.int8), acc=s, out_dtype=tl.int32)
     else:
-        if BITS == 4:
-            low = bytes_of(field(w, 0, BITS), ASM)
-            high = bytes_of(field(w, 1, BITS), ASM)
-        else:
-            thirds = w
-            if BITS == 3:
-                # Tokens 16 apart share a byte: its bits are shifted so that those of a field stand side by side.
-                thirds = tl.load(words + 32 + tl.arange(0, 16)[:, None], mask=inside)
-                thirds = stack(thirds, thirds >> 1, True)
-            low = stack(bytes_of(code(w, thirds, 0, BITS), ASM), bytes_of(code(w, thirds, 1, BITS), ASM), True)
-            high = stack(bytes_of(code(w, thirds, 2, BITS), ASM), bytes_of(code(w, thirds, 3, BITS), ASM), True)
-        zero_low = held[1].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
-        zero_high = held[3].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
-        w_low = q_low * held[0].to(tl.int32)[:, None]
-        w_high = q_high * held[2].to(tl.int32)[:, None]
-        top_low = (w_low + 64) >> 7
-        top_high = (w_high + 64) >> 7
-        w_low = tl.where(is_high, top_low, w_low - top_low * 128).to(tl.int8)
-        w_high = tl.where(is_high, top_high, w_high - top_high * 128).to(tl.int8)
-        offset = tl.sum(tl.where(is_high, 0, q_low * zero_low + q_high * zero_high), 0)
-        s = tl.dot(low, w_low, out_dtype=tl.int32)
-        s = tl.dot(high, w_high, acc=s, out_dtype=tl.int32)
+        zero_first = held[1].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
+        zero_second = held[3].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
+        w_first = q_first * held[0].to(tl.int32)[:, None]
+        w_second = q_second * held[2].to(tl.int32)[:, None]
+        top_first = (w_first + 64) >> 7
+        top_second = (w_second + 64) >> 7
+        w_first = tl.where(is_high, top_first, w_first - top_first * 128).to(tl.int8)
+        w_second = tl.where(is_high, top_second, w_second - top_second * 128).to(tl.int8)
+        offset = tl.sum(tl.where(is_high, 0, q_first * zero_first + q_second * zero_second), 0)
+        s = tl.dot(first, w_first, out_dtype=tl.int32)
+        s = tl.dot(second, w_second, acc=s, out_dtype=tl.int32)
         s = s * tl.where(is_high, 128, 1) + offset[None, :]
     return tl.sum(tl.reshape(s, (64, R, 2)), 2)
 
 
 @triton.jit
+def _key_codes(words, OCTETS: tl.constexpr, USED: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Codes of 64 tokens, int8 [64, 8 OCTETS], channels as in `key_channels`, from octets of lines [tokens][4 channels]
+    at `words`. Columns of octets from USED on are undefined."""
+    octet = tl.arange(0, OCTETS)
+    inside = None if USED == OCTETS else (octet < USED)[None, :]
+    # A word has four channels; adjacent threads load adjacent tokens.
+    FIELD_TOKENS: tl.constexpr = 64 if BITS >= 4 else 16 if BITS == 1 else 32
+    at = words + (octet * (16 * BITS))[None, :] + tl.arange(0, FIELD_TOKENS)[:, None]
+    w = tl.load(at, mask=inside)
+    bits = w
+    if BITS == 5 or BITS == 3:
+        bits = words + (octet * (16 * BITS))[None, :] + 16 * (BITS - 1) + tl.arange(0, 16)[:, None]
+        # Tokens 16 apart share a byte; shift so that the bits of a field are adjacent.
+        bits = tl.load(bits, mask=inside)
+        bits = stack(bits, bits >> 1, True)
+    if BITS == 8:
+        low = bytes_of(signed(w), ASM)
+        high = bytes_of(signed(tl.load(at + 64, mask=inside)), ASM)
+    elif BITS >= 4:
+        if BITS == 5:
+            bits = stack(bits, bits >> 2, True)
+        low = bytes_of(code(w, bits, 0, BITS), ASM)
+        high = bytes_of(code(w, bits, 1, BITS), ASM)
+    elif BITS >= 2:
+        low = stack(bytes_of(code(w, bits, 0, BITS), ASM), bytes_of(code(w, bits, 1, BITS), ASM), True)
+        high = stack(bytes_of(code(w, bits, 2, BITS), ASM), bytes_of(code(w, bits, 3, BITS), ASM), True)
+    else:
+        low = stack(_pair(w, 0, ASM), _pair(w, 2, ASM), True)
+        high = stack(_pair(w, 4, ASM), _pair(w, 6, ASM), True)
+    return stack(low, high, False)
+
+
+@triton.jit
+def _pair(w, F: tl.constexpr, ASM: tl.constexpr):
+    """Two fields of single bits, stacked along rows."""
+    return stack(bytes_of(field(w, F, 1), ASM), bytes_of(field(w, F + 1, 1), ASM), True)
+
+
+@triton.jit
 def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Packed values times weights (`round_levels` [64, R]): float32 [WIDE, R]. held: `metadata.value_metadata`."""
+    """Packed values times weights p [64, R] (`round_levels`): float32 [WIDE, R].
+
+    held: from `metadata.value_metadata`."""
     d = tl.arange(0, WIDE)
     inside = None if D == WIDE else (d < D)[:, None]
-    # Words of four tokens: octets of lines [quads of tokens][8 channels].
+    # A word has four tokens of a channel; lines are [quads of tokens][8 channels].
     QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
     quad = tl.arange(0, QUADS)[None, :]
     words = words_at(page, place[0]) + (d // 8 * (16 * BITS) + d % 8)[:, None]
@@ -85,7 +129,7 @@ def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BI
         else:
             thirds = w
             if BITS == 3:
-                # Half the quads a line: shifted by one for the other half.
+                # A word of highest bits serves two quads, the second after a shift by one.
                 thirds = tl.load(words + 32 + tl.arange(0, 2)[None, :] * 8, mask=inside)
                 thirds = stack(thirds, thirds >> 1, False)
             v = stack(bytes_of(interleave(code(w, thirds, 0, BITS), code(w, thirds, 1, BITS)), ASM),
@@ -100,7 +144,8 @@ def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BI
 
 @triton.jit
 def _by_pairs_of_fields(p):
-    """[64, R], tokens as fields of 16 one behind the other -> the words of two fields in turns, as `interleave` leaves
-    them: fields are then in registers of a thread, and no thread has to give others what it unpacked."""
+    """Reorder the tokens of p [64, R] like codes after `interleave`, which alternates the words of two fields.
+
+    Then all fields stay in the registers of the thread that unpacked them."""
     R: tl.constexpr = p.shape[1]
     return tl.reshape(tl.permute(tl.reshape(p, (2, 2, 4, 4, R)), (0, 2, 1, 3, 4)), (64, R))

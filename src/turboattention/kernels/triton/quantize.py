@@ -1,7 +1,7 @@
-"""Stage 1 with smoothing and rotation fused, and the rotation undone.
+"""Stage 1 with fused smoothing and rotation, and the inverse rotation.
 
-Each launcher has the arguments, the meaning and the results, to the last bit, of its namesake in
-`kernels.cpu.quantize`. Index tensors may be on the CPU or on the device.
+Launchers have the same arguments and bit-identical results as those of the same name in `kernels.cpu.quantize`. Index
+tensors may be on the CPU or on the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import DtypeError
-from .arguments import check_tiles, float_rows, indices, means, row_shape
+from .arguments import check_tiles, float_rows, indices, means, orders, row_shape
 from .rotation import rotate, rotate_back
 from .rows import load_rows, stage_rows, store_codes, tell, token_codes
 
@@ -28,6 +28,7 @@ def _tokens_kernel(
     first,
     target,
     mean,
+    order,
     codes,
     scales,
     flag,
@@ -51,7 +52,7 @@ def _tokens_kernel(
     wanted = there & (t >= tl.load(begin + b, mask=there, other=0)) & (t < tl.load(end + b, mask=there, other=0))
     offsets = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
     smoothed = tl.load(first + b, mask=there, other=0) + t >= mean_from
-    values, scale = stage_rows(x, offsets, wanted, mean, tile, smoothed, flag, D, ROWS, WIDTH, ROTATE)
+    values, scale = stage_rows(x, offsets, wanted, mean, tile, smoothed, order, h, flag, D, ROWS, WIDTH, ROTATE)
     to = tile.to(tl.int64) * width + tl.load(target + b, mask=there, other=0) + t
     store_codes(codes, to, wanted, values, D, WIDTH)
     tl.store(scales + to, scale, mask=wanted)
@@ -64,19 +65,19 @@ def quantize_tokens(
     mean: Tensor | None,
     mean_from: int,
     rotate: bool,
+    order: Tensor | None,
     codes: Tensor,
     scales: Tensor,
     target: Tensor,
 ) -> bool:
-    """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+    """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-    Token t stands at position `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted. Its
-    row goes to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W], both
-    contiguous. The others of x are never read, the others of the result never written. All of span,
-    first and target are int64 [B].
+    order: integers [H, D], the channel to store at each place, or None. Token t has position `first[b] + t`; from
+    position `mean_from` on, mean [B, H, D] is subtracted. Token t is written to row `target[b] + t` of codes int8
+    [B, H, W, D] and scales float32 [B, H, W], both contiguous. Other tokens of x are not read, other rows of the
+    result not written. span, first and target are int64 [B].
 
-    Returns whether all values read were finite and at most 1e18 in magnitude, which waits for the
-    device. Raises DtypeError.
+    Returns whether all values were finite and at most 1e18 in magnitude, which waits for the device. Raises DtypeError.
     """
     batch, heads, tokens, head_dim = x.shape
     if not x.numel():
@@ -88,8 +89,8 @@ def quantize_tokens(
     rows = batch * heads * tokens
     shape = row_shape(rows, head_dim)
     _tokens_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        x, begin, end, first, target, means(mean), codes, scales, flag, rows, heads, tokens, codes.shape[2],
-        mean_from, *x.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
+        x, begin, end, first, target, means(mean), orders(order, x), codes, scales, flag, rows, heads, tokens,
+        codes.shape[2], mean_from, *x.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
     )  # fmt: skip
     return not bool(flag)
 
@@ -102,6 +103,7 @@ def _queries_kernel(
     q,
     valid,
     mean,
+    order,
     codes,
     units,
     mean_logits,
@@ -126,7 +128,7 @@ def _queries_kernel(
     b, h = head // heads, head % heads
     wanted = there & (t < tl.load(valid + b, mask=there, other=0))
     offsets = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
-    x, fine = load_rows(q, offsets, wanted, D, WIDTH)
+    x, fine = load_rows(q, offsets, wanted, order, h // group, D, WIDTH)
     tell(flag, fine)
     if ROTATE:
         x = rotate(x, ROWS, WIDTH, D & -D)
@@ -139,7 +141,7 @@ def _queries_kernel(
         mean_row = (head // group).to(tl.int64)
         mu = tl.load(mean + mean_row[:, None] * D + channel, mask=there[:, None] & (channel < D), other=0.0)
         product = tl.sum(x.to(tl.float64) * mu.to(tl.float64), 1)
-        # A float argument of a kernel is float32: the rest of the scale makes it float64.
+        # Float arguments of kernels are float32; the sum of two is the scale in float64.
         wide = tl.full([], scale, tl.float64) + tl.full([], scale_rest, tl.float64)
         tl.store(mean_logits + to, (wide * product).to(tl.float32), mask=there)
 
@@ -151,14 +153,17 @@ def quantize_queries(
     mean: Tensor | None,
     scale: float,
     rotate: bool,
+    order: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """q [B, Hq, Lq, D] -> codes int8 [B, Hkv, g, Lq, D], unit float32 [B, Hkv, g, Lq] (a row's scale
-    times `scale`), mean_logit likewise (`scale q . mean`; None without mean [B, Hkv, D]), and a flag
-    int32 [1] on the device (`flag`, where given), which becomes 1 where a row read is not finite or
-    beyond 1e18 in magnitude; such a row counts as zeros. Nothing waits for the device.
+    """Quantize q [B, Hq, Lq, D] without waiting for the device.
 
-    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros. Raises DtypeError.
+    valid: int64 [B]; rows from `valid[b]` on are not read and are zeros. mean: [B, Hkv, D] or None. order: integers
+    [Hkv, D], the order of the keys' channels, or None.
+
+    Returns codes int8 [B, Hkv, g, Lq, D]; unit float32 [B, Hkv, g, Lq], a row's scale times `scale`; mean_logit float32
+    [B, Hkv, g, Lq], `scale q . mean`, or None without a mean; and `flag` (a new one if None), int32 [1] on the device,
+    set to 1 if a row is not finite or exceeds 1e18 in magnitude. Such a row is read as zeros. Raises DtypeError.
     """
     batch, heads, count, head_dim = q.shape
     q = float_rows(q)
@@ -171,13 +176,13 @@ def quantize_queries(
     if rows:
         shape, single = row_shape(rows, head_dim), float(np.float32(scale))
         _queries_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-            q, indices(valid, q), means(mean), codes, unit, logits, flag, rows, heads, heads // kv_heads, count,
-            single, scale - single, *q.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
+            q, indices(valid, q), means(mean), orders(order, q), codes, unit, logits, flag, rows, heads,
+            heads // kv_heads, count, single, scale - single, *q.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
         )  # fmt: skip
     return codes, unit, logits, flag
 
 
-# -- back -----------------------------------------------------------------------------------------------
+# -- inverse rotation -----------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "tokens"])
@@ -207,8 +212,9 @@ def _restore_kernel(
 
 
 def restore_rows(x: Tensor, dtype: torch.dtype, rotate: bool, out: Tensor | None = None) -> Tensor:
-    """float32 [B, H, T, D], rotated back if `rotate`, as `dtype`; into `out` (any strides but the
-    last, which is 1) if given. Raises DtypeError."""
+    """Convert float32 x [B, H, T, D] to `dtype`, after the inverse rotation if `rotate`.
+
+    Writes to `out`, whose last stride must be 1, if given. Raises DtypeError."""
     x = x.to(torch.float32).contiguous()
     _, heads, tokens, head_dim = x.shape
     if out is None:

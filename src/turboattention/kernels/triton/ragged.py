@@ -1,7 +1,6 @@
-"""Ragged batches on the device: sequences of different counts, one behind the other in flat tensors.
+"""Ragged batches: sequences with different numbers of rows, concatenated in flat tensors.
 
-Where a sequence's rows begin, how many tokens it has and where its open block lies is read by the kernels; grids
-follow from shapes alone.
+Kernels read each sequence's first row, length and slot from device memory; grids depend only on shapes.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ import triton.language as tl
 
 @triton.jit
 def sequence_at(starts, sequences, steps, i, times, over, APART: tl.constexpr):
-    """The last sequence b with `starts[b] times // over + APART b <= i`, int32 like i (a number or many).
+    """The last sequence b with `starts[b] times // over + APART b <= i`, int32, for a scalar or tensor i.
 
-    steps: the bit length of `sequences`. Cut into pieces of `over` of its `times` a token, sequence b has its first
-    piece there where APART is 1: pieces of different sequences are then apart, and some are empty.
+    Binary search; steps: the bit length of `sequences`. If each token has `times` rows and programs take `over` rows,
+    this expression with APART = 1 is the first program of sequence b: programs do not span sequences, and some are
+    empty.
     """
     low = i * 0
     high = low + sequences
@@ -29,17 +29,17 @@ def sequence_at(starts, sequences, steps, i, times, over, APART: tl.constexpr):
 
 @triton.jit
 def standing(starts, lengths, b):
-    """Of sequence b, int32: its first row, the number of its rows, and its tokens with them."""
+    """First row, number of rows, and length including them, of sequence b; int32."""
     first = tl.load(starts + b).to(tl.int32)
     return first, tl.load(starts + b + 1).to(tl.int32) - first, tl.load(lengths + b).to(tl.int32)
 
 
 @triton.jit
 def open_rows_of(slots, b, h, heads, first, block, start, ring, room, RING: tl.constexpr):
-    """The row, int64, that token 0 of an open block has in codes and scales.
+    """Row (int64) of the first token of an INT8 block in codes and scales.
 
-    RING: in the sequence's slot [slots, heads, ring], position p in row p % ring. Else in rows of the step's own
-    [heads, room]: sequence b has those from `first + 64 b` on, its block `start` first.
+    With RING, position p is row p % ring of the sequence's slot [slots, heads, ring]. Otherwise rows are temporary,
+    [heads, room]: those of sequence b start at `first + 64 b`, with its block `start`.
     """
     if RING:
         row = (tl.load(slots + b).to(tl.int64) * heads + h) * ring + block * 64 % ring

@@ -1,8 +1,7 @@
-"""Packed pages back to INT8 in registers, as operands of products with many query rows.
+"""Dequantizes packed pages to INT8 in registers, as operands of products with many query rows.
 
-Octets of channels are read as they lie, and put in order by views of the tile. Keys come with their channels in
-another order, in which queries are to come too (`halves`): channels c % 8 < 4 first, then the others, as fields of
-a byte hold them.
+Octets of channels are loaded in storage order and rearranged by reshapes. The channels of keys remain in another order
+(`halves`), which queries must have too: those with c % 8 < 4 first, then the others.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpacking import by_channels, by_rows, bytes_of, field, signed, stack, third, words_at
+from .unpacking import by_channels, by_rows, bytes_of, field, highest, signed, stack, words_at
 
 
 @triton.jit
 def halves(WIDE: tl.constexpr):
-    """The channel at each place of keys and queries, int32 [WIDE]."""
+    """The channel at each place of keys and queries, int32 [WIDE]: first those with c % 8 < 4."""
     place = tl.arange(0, WIDE)
     half = place % (WIDE // 2)
     return half // 4 * 8 + half % 4 + place // (WIDE // 2) * 4
@@ -26,7 +25,7 @@ def halves(WIDE: tl.constexpr):
 
 @triton.jit
 def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's keys, int8 [64, WIDE], anything past D; `place`: of K, as in `places.places_of`."""
+    """A page's keys, int8 [64, WIDE], undefined in octets past D; `place`: offsets of K from `places.places_of`."""
     TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
     octet = tl.arange(0, WIDE // 8)[:, None]
     t = tl.arange(0, TOKENS)[None, :]
@@ -39,7 +38,7 @@ def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constex
     else:
         thirds = w
         if BITS == 3:
-            # Tokens 16 apart share a byte: its bits are shifted so that those of a tile stand side by side.
+            # Tokens 16 apart share a byte; shift so that the bits of a tile are adjacent.
             thirds = tl.load(words + 32 + t % 16, mask=inside) >> (t // 16)
         step = words_at(page, place[1]) + octet * 2
         zero = words_at(page, place[2]) + octet * 2
@@ -58,8 +57,8 @@ def _half_of_keys(w, thirds, step, zero, inside, HIGH: tl.constexpr, BITS: tl.co
         first = field(w, 2 * HIGH, BITS)
         second = field(w, 2 * HIGH + 1, BITS)
         if BITS == 3:
-            first |= third(thirds, 4 * HIGH)
-            second |= third(thirds, 4 * HIGH + 2)
+            first |= highest(thirds, 4 * HIGH, BITS)
+            second |= highest(thirds, 4 * HIGH + 2, BITS)
         keys = stack(_rows(by_channels(first, step, zero), ASM), _rows(by_channels(second, step, zero), ASM), True)
     return keys
 
@@ -75,7 +74,7 @@ def _rows(words, ASM: tl.constexpr):
 
 @triton.jit
 def page_values(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's values, int8 [WIDE, 64], anything past D; `place`: of V, likewise."""
+    """A page's values, int8 [WIDE, 64], undefined in octets past D; `place`: offsets of V from `places.places_of`."""
     QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
     octet = tl.arange(0, WIDE // 8)[:, None, None]
     quad = tl.arange(0, QUADS)[None, :, None]
@@ -108,7 +107,7 @@ def _part_of_values(
 ):  # fmt: skip
     code = field(w, F, BITS)
     if BITS == 3:
-        code |= third(thirds, 2 * F)
+        code |= highest(thirds, 2 * F, BITS)
     return _columns(by_rows(code, step, zero), QUADS, WIDE, ASM)
 
 

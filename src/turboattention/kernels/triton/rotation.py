@@ -1,8 +1,8 @@
 """The signed block Hadamard rotation of rows in registers (`flashq.rotation`).
 
-Summed in float64, as the specification is: sums of float32 values are exact there, so that the order of
-summation does not matter and results agree to the last bit. Data centre GPUs add float64 at half the rate
-of float32 or better; integers or pairs of float32 of the same range take more instructions than that.
+Sums in float64, like the specification: sums of float32 values are exact there, so the order of summation does not
+matter and results are bit-identical. Data centre GPUs add float64 at half the rate of float32 or better; integers or
+pairs of float32 with the same range would need more instructions.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Bit c % 64 of flashq.rotation's identity number is set where channel c changes its sign. Two halves,
-# as int32: constants above 2^31 differ in type between versions of Triton.
+# The halves of flashq.rotation's sign bits: channel c is negated if bit c % 64 is set. As int32, because the type of
+# constants above 2^31 differs between versions of Triton.
 _LOW = tl.constexpr(0x7F4A7C15)
 _HIGH = tl.constexpr(0x9E3779B9 - (1 << 32))
 
 
 @triton.jit
 def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """float32 [ROWS, WIDTH] -> rotated in blocks of BLOCK channels; zeros of the padding stay zeros."""
+    """Rotate float32 [ROWS, WIDTH] in blocks of BLOCK channels; zero padding remains zero."""
     wide = (x * _signs(WIDTH)[None, :]).to(tl.float64)
     return (_hadamard(wide, ROWS, WIDTH, BLOCK) * tl.full([], BLOCK**-0.5, tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def rotate_back(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
-    """The inverse of `rotate`; where not EXACT summed in float32, in which results of attention are."""
+    """The inverse of `rotate`. Without EXACT it sums in float32, the precision of attention results."""
     if EXACT:
         wide = _hadamard(x.to(tl.float64), ROWS, WIDTH, BLOCK) * tl.full([], BLOCK**-0.5, tl.float64)
         x = wide.to(tl.float32) * _signs(WIDTH)[None, :]
@@ -51,7 +51,7 @@ def _hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _butterfly(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, APART: tl.constexpr):
-    """Sum and difference of channels that stand `APART` from each other, in their places."""
+    """Replace channels that are `APART` from each other by their sum and difference."""
     pairs = tl.permute(tl.reshape(x, (ROWS, WIDTH // (2 * APART), 2, APART)), (0, 1, 3, 2))
     a, b = tl.split(pairs)
     return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, WIDTH))

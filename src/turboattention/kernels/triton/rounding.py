@@ -1,12 +1,11 @@
-"""Rounding to integers by one addition, and floats as their bits."""
+"""Rounding to integers by one addition, and bit casts."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# 1.5 * 2^23: added to a float of magnitude below 2^22, it leaves the nearest integer, ties to even, in
-# the lowest bits, on top of its own (ROUND_BITS).
+# 1.5 * 2^23: the bits of x + ROUND, |x| < 2^22, are ROUND_BITS plus the nearest integer of x (ties to even).
 ROUND = tl.constexpr(12582912.0)
 ROUND_BITS = tl.constexpr(0x4B400000)
 
@@ -27,13 +26,13 @@ def float_of(bits):
 def nearest(x):
     """round_half_even of float32 below 2^22 in magnitude, as int32.
 
-    Exact only where the compiler does not fuse the addition with a product in `x`: launch with
-    `enable_fp_fusion=False`, or divide last.
+    Exact only if the compiler does not fuse the addition with a product in `x`: launch with `enable_fp_fusion=False`,
+    or let a division be the last operation of `x`.
     """
     return bits_of(x + ROUND) - ROUND_BITS
 
 
 @triton.jit
 def nearest_int8(x):
-    """round_half_even of float32 within int8's range."""
+    """round_half_even of float32 within the range of int8."""
     return bits_of(x + ROUND).to(tl.int8)

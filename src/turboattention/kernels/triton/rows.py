@@ -1,4 +1,4 @@
-"""Rows of floats as kernels read them, and as INT8 with a scale each: stage 1 in registers."""
+"""Stage 1 in registers: loads rows of floats and quantizes them to INT8 with a scale per row."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ import triton.language as tl
 from .rotation import rotate
 from .rounding import bits_of, float_of, nearest_int8
 
-_LARGEST = tl.constexpr(0x5D5E0B6B)  # the bits of 1e18: values beyond it are refused
+_LARGEST = tl.constexpr(0x5D5E0B6B)  # the bits of 1e18, the largest magnitude that is accepted
 _SMALLEST_SCALE = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def load_rows(x, offsets, wanted, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of D channels at `offsets` (int64 [ROWS]) as float32 [ROWS, WIDTH], and which of them are
-    finite and in range. The others, and those not wanted, are zeros; the latter are not read."""
-    channel = tl.arange(0, WIDTH)[None, :]
-    rows = tl.load(x + offsets[:, None] + channel, mask=wanted[:, None] & (channel < D), other=0.0).to(tl.float32)
-    # Magnitudes' bits order like the magnitudes and put NaN and infinity on top.
+def load_rows(x, offsets, wanted, order, order_row, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Load rows of D channels at `offsets` (int64 [ROWS]) as float32 [ROWS, WIDTH], and check them.
+
+    Returns the rows and whether each is finite and in range; rows that are not, or not `wanted`, are zeros. Rows that
+    are not wanted are not read. order: uint8 [., D], of which row `order_row` (int32 [ROWS]) is the order of channels,
+    or None."""
+    place = tl.arange(0, WIDTH)[None, :]
+    there = wanted[:, None] & (place < D)
+    if order is None:
+        at = offsets[:, None] + place
+    else:
+        at = offsets[:, None] + tl.load(order + order_row[:, None] * D + place, mask=there, other=0)
+    rows = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    # Compared as integers, the bits of magnitudes have the same order, with infinity and NaN largest.
     fine = tl.max(bits_of(rows) & 0x7FFFFFFF, 1) <= _LARGEST
     return tl.where(fine[:, None], rows, 0.0), fine
 
 
 @triton.jit
 def tell(flag, fine):
-    """Raise the flag unless every row is fine."""
+    """Set the flag unless every row is fine."""
     bad = tl.max((~fine).to(tl.int32), 0)
     tl.store(flag, 1, mask=bad > 0)
 
 
 @triton.jit
 def token_codes(x, GRID: tl.constexpr):
-    """float32 [ROWS, WIDTH] -> int8 codes and a scale for every row: on the grid of 4 mantissa bits or exact."""
+    """Quantize float32 [ROWS, WIDTH] to int8 with a scale per row, rounded up to 4 mantissa bits if GRID."""
     scale = tl.div_rn(float_of(tl.max(bits_of(x) & 0x7FFFFFFF, 1)), 119.0)
     if GRID:
         scale = float_of((bits_of(scale) + 0x7FFFF) & -0x80000)
@@ -48,16 +56,19 @@ def stage_rows(
     mean,
     mean_row,
     smoothed,
+    order,
+    order_row,
     flag,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Rows at `offsets`, rotated, those `smoothed` less row `mean_row` of `mean` -> codes and scales.
+    """Load the rows at `offsets`, reorder or rotate them, smooth and quantize them: codes and scales.
 
-    A row that is not finite gives zeros and raises the flag."""
-    rows, fine = load_rows(x, offsets, wanted, D, WIDTH)
+    Row `mean_row` of `mean` is subtracted from rows that are `smoothed`. order: as in `load_rows`, for keys that are
+    not rotated. A row that is not finite gives zeros and sets the flag."""
+    rows, fine = load_rows(x, offsets, wanted, order, order_row, D, WIDTH)
     tell(flag, fine)
     if ROTATE:
         rows = rotate(rows, ROWS, WIDTH, D & -D)
@@ -70,6 +81,6 @@ def stage_rows(
 
 @triton.jit
 def store_codes(codes, row, wanted, values, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of `codes` (contiguous, D channels) at `row` (int64 [ROWS])."""
+    """Store `values` to rows `row` (int64 [ROWS]) of `codes` (contiguous, D channels)."""
     channel = tl.arange(0, WIDTH)[None, :]
     tl.store(codes + row[:, None] * D + channel, values, mask=wanted[:, None] & (channel < D))

@@ -1,4 +1,4 @@
-"""Step and zero of every channel of a tile: min-max, or the search (`flashq.progressive`)."""
+"""Step and zero of each channel of a tile, by min-max or by search (`flashq.progressive`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ def step_and_zero(codes, BITS: tl.constexpr, SEARCH: tl.constexpr):
     LEVELS: tl.constexpr = (1 << BITS) - 1
     values = codes.to(tl.int32)
     low, high = tl.min(values, 0), tl.max(values, 0)
-    step = tl.minimum(tl.maximum((high - low + (LEVELS - 1)) // LEVELS, 1), 255 // LEVELS)
-    # Rows that a crop brought back may lie beyond what stage 1 gives: the range then ends at 127.
+    # Steps are int8; only one bit could have larger ones.
+    step = tl.minimum(tl.maximum((high - low + (LEVELS - 1)) // LEVELS, 1), 127 if BITS == 1 else 255 // LEVELS)
+    # Rows that a crop decoded from a page may exceed 119; the range then ends at 127.
     zero = tl.where(high > 119, tl.minimum(low, 127 - step * LEVELS), low)
     if SEARCH:
         step, zero = _search(codes.to(tl.float32), step, zero, low + high, BITS)
@@ -22,11 +23,13 @@ def step_and_zero(codes, BITS: tl.constexpr, SEARCH: tl.constexpr):
 
 @triton.jit
 def _search(values, widest, zero, middle, BITS: tl.constexpr):
-    """The range of least squared error among shrunken, centred and shifted ones; ties keep the earlier."""
+    """The range with the least squared error among shrunken, centred and shifted ones; ties keep the earlier one."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     best, least = widest, _squared_error(values, widest, zero, BITS)
+    # At one bit, the optimal two levels lie much further inside the range.
+    WIDEST: tl.constexpr = 12 if BITS == 1 else 16
     for less in range(9):
-        step = (widest * (16 - less) + 15) // 16
+        step = tl.maximum((widest * (WIDEST - less) + 15) // 16, 1)
         for shift in range(3):
             quarter = tl.where(shift == 0, 0, 2 * shift - 3)  # 0, -1, 1
             # An arithmetic shift divides by 4 and rounds down.
@@ -42,15 +45,17 @@ def _search(values, widest, zero, middle, BITS: tl.constexpr):
 
 @triton.jit
 def _squared_error(values, step, zero, BITS: tl.constexpr):
-    """Squared distance from the nearest of `zero + k step`, 0 <= k < 2^BITS, summed over the tokens.
+    """Squared distance to the nearest of `zero + k step`, 0 <= k < 2^BITS, summed over the tokens.
 
-    Folding at the middle of the levels halves them; after BITS - 1 folds one is left on each side. Halves
-    of small integers, and at most 255^2 * 256 < 2^24: float32 is exact.
+    Each absolute value folds the levels at their middle and halves their number. All values are halves of small
+    integers, and the sum is at most 255^2 * 256 < 2^24, so float32 is exact.
     """
     step = step.to(tl.float32)
     middle = zero.to(tl.float32) + step * (((1 << BITS) - 1) * 0.5)
     distance = tl.abs(values - middle[None, :])
     if BITS == 3:
         distance = tl.abs(distance - (step * 2.0)[None, :])
-    distance = tl.abs(distance - step[None, :]) - (step * 0.5)[None, :]
+    if BITS >= 2:
+        distance = tl.abs(distance - step[None, :])
+    distance = distance - (step * 0.5)[None, :]
     return tl.sum(distance * distance, 0)

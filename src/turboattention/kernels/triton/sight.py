@@ -1,7 +1,6 @@
-"""Which keys a query row sees: lengths, causality, window; and masks.
+"""Visibility of keys: lengths, causal mask, window and attn_mask.
 
-Rows of a KV head are counted query by query, the `group` query heads of a query side by side:
-row r is query `r // group` of query head `r % group`.
+Row r of a KV head is query `r // group` of query head `r % group` in its GQA group.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def row_sight(row, group, first, valid, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys `begin <= key < end` that each row sees (none: end 0). Rows from `valid` queries on see none."""
+    """Each row sees keys `begin <= key < end`; end is 0 if it sees none, as do queries from `valid` on."""
     position = first + row // group
     end = tl.zeros_like(row) + length
     begin = tl.zeros_like(row)
@@ -27,15 +26,14 @@ def row_sight(row, group, first, valid, length, window, CAUSAL: tl.constexpr, WI
 
 @triton.jit
 def masked(x, mask, keys, AXIS: tl.constexpr, KIND: tl.constexpr):
-    """Scores x, keys along AXIS, with a mask applied: KIND "bool" (bytes, zero hides) or "add".
+    """Apply a mask to scores x, which have keys along AXIS. KIND: "bool" (bytes, 0 hides a key) or "add".
 
-    mask: (pointer of the sequence's, row, head, group, strides of heads, queries and keys, keys), `head` the
-    first query head of the group; keys: positions that broadcast to x. Those past the mask are past every
-    length too.
+    mask: (pointer to the sequence's mask, rows, first query head of the group, group size, strides of heads, queries
+    and keys, number of keys). keys: positions that broadcast to x; those past the mask are past all lengths too.
     """
     pointer, row, head, group, stride_h, stride_q, stride_k, last = mask
     at = (head + row % group).to(tl.int64) * stride_h + (row // group).to(tl.int64) * stride_q
-    # Keys side by side stay so in the addresses: fewer registers than a minimum takes.
+    # A load mask keeps addresses contiguous and needs fewer registers than clamping them.
     value = tl.load(tl.expand_dims(pointer + at, AXIS) + keys.to(tl.int64) * stride_k, mask=keys < last, other=0)
     if KIND == "bool":
         x = tl.where(value != 0, x, float("-inf"))

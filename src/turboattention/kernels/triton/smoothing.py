@@ -1,7 +1,7 @@
-"""The mean of a sequence's first block, which smoothing takes off its keys.
+"""The mean of K over a sequence's first block, which smoothing subtracts from later keys.
 
-The launcher has the arguments, the meaning and the results, to the last bit, of its namesake in
-`kernels.cpu.quantize`. Index tensors may be on the CPU or on the device.
+The launcher has the same arguments and bit-identical results as that of the same name in `kernels.cpu.quantize`. Index
+tensors may be on the CPU or on the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _mean_kernel(
     tile = tl.program_id(0).to(tl.int64)
     if tl.load(wanted + tile // heads) != 0:
         channel = tl.arange(0, WIDTH)
-        # Codes times scales of 4 mantissa bits sum exactly in float64, in whatever order.
+        # Products of codes and scales with 4 mantissa bits sum exactly in float64, in any order.
         total = tl.zeros((WIDTH,), tl.float64)
         for at in range(begin, end, ROWS):
             row = at + tl.arange(0, ROWS)
@@ -31,14 +31,15 @@ def _mean_kernel(
             scale = tl.load(scales + row, mask=there, other=0.0).to(tl.float64)
             code = tl.load(codes + row[:, None] * D + channel, mask=there[:, None] & (channel < D)[None, :], other=0)
             total += tl.sum(code.to(tl.float64) * scale[:, None], 0)
-        # Its inverse would not do: this is rounded once.
+        # Divide, since multiplying by the inverse would round twice.
         count = (end - begin).to(tl.float64) + tl.zeros((WIDTH,), tl.float64)
         tl.store(mean + tile * D + channel, (total / count).to(tl.float32), mask=channel < D)
 
 
 def first_block_mean(codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor) -> Tensor:
-    """float32 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows `begin`
-    to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W], float32 or bfloat16. Raises DtypeError."""
+    """For sequences in `wanted` (bool [B]), the mean of rows `begin` to `end` (exclusive); else `mean`.
+
+    codes: int8 [B, H, W, D]; scales: float32 or bfloat16 [B, H, W]. Returns float32 [B, H, D]. Raises DtypeError."""
     mean = mean.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     batch, heads, width, head_dim = codes.shape
     check_tiles(codes, scales, TOKEN_SCALES)

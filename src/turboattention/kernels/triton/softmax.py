@@ -13,6 +13,7 @@ from .rounding import ROUND, ROUND_BITS, bits_of
 from .sight import masked
 
 LEVELS = tl.constexpr(127.0)
+FINE = tl.constexpr(256.0)  # by how much finer the sum of weights is where they have a scale per row
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -74,27 +75,42 @@ def softcapped(x, cap):
 @triton.jit
 def weigh(
     s, unit, mean, key, value_levels, sight, cap, threshold,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """Weights of 64 keys, which stand along AXIS of s.
 
     s: float32 products times key scales; unit > 0, mean: per row, what one of s counts and what is added;
-    value_levels: per key, 127 times V's scale relative to the block's largest; sight: (begin, end, mask),
+    value_levels: per key, 127 times V's scale relative to the block's largest; ROW: INT8 weights with a scale per row,
+    of which the largest is 127 (CUT must be set where FORM is not "exp"); sight: (begin, end, mask),
     the keys that each row sees (read where SEEN), and what `sight.masked` needs. CAP, MASK: softcap, and the
     kind of mask ("" without).
 
     Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
-    them in units of 1/127, and the block's maximum, a logit (-inf where a row sees nothing).
+    them in units of 1/127, the block's maximum, a logit (-inf where a row sees nothing), and per row what an INT8
+    weight counts, in units of 1/127 (ROW; else None).
     """
-    weight, total, peak = weights(s, unit, mean, key, sight, cap, threshold, FORM, CUT, SEEN, CAP, MASK, AXIS)
-    return round_levels(weight, tl.expand_dims(value_levels, 1 - AXIS)), total, peak
+    weight, total, peak = weights(s, unit, mean, key, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, AXIS)
+    value_levels = tl.expand_dims(value_levels, 1 - AXIS)
+    if ROW:
+        codes, largest = row_codes(weight * value_levels, AXIS)
+        return codes, total, peak, largest / LEVELS
+    return round_levels(weight, value_levels), total, peak, None
+
+
+@triton.jit
+def row_codes(products, AXIS: tl.constexpr):
+    """Products of weights and values' scales as INT8 (in the low bits of int32), of which each row's largest is 127,
+    and that largest, 1 where all are zero."""
+    largest = tl.max(products, AXIS)
+    largest = tl.where(largest > 0.0, largest, 1.0)
+    return round_levels(products, tl.expand_dims(1.0 / largest * LEVELS, AXIS)), largest
 
 
 @triton.jit
 def weights(
     s, unit, mean, key, sight, cap, threshold,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """As `weigh`, with the weights as they are, 1 at the maximum, in place of INT8 ones."""
@@ -123,7 +139,10 @@ def weights(
     else:
         x = tl.minimum(x, 0.0) * base
     weight = exponential(x, FORM, CUT, threshold)
-    total = sum_of_levels(round_levels(weight, LEVELS), AXIS)
+    if ROW:
+        total = sum_of_levels(round_levels(weight, LEVELS * FINE), AXIS) / FINE
+    else:
+        total = sum_of_levels(round_levels(weight, LEVELS), AXIS)
     return weight, total, peak
 
 

@@ -1,6 +1,7 @@
-"""Weights under `stored_prefill`: a block is seen as its page by queries behind it, as INT8 by its own.
+"""Softmax weights with `stored_prefill`: queries read their own block as INT8 and earlier blocks from pages.
 
-Values' scales are relative to the largest that a row sees, so that what a row gets does not depend on later tokens.
+In its own block, a row's value scales are relative to the largest that it sees, so that its result does not depend on
+later tokens.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ import triton
 import triton.language as tl
 
 from .operands import largest_of
-from .softmax import LEVELS, round_levels, weights
+from .softmax import LEVELS, round_levels, row_codes, weights
 
 
 @triton.jit
 def weigh_stored(
     s, unit, mean, key, v_scale, begin, end, cap, threshold,
-    FORM: tl.constexpr, CUT: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
+    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
-    """`softmax.weigh` without masks, of keys `begin <= key < end` of each row (read where SEEN or OWN), and as fourth
-    result the scale that values' levels are relative to: OWN: of each row, of what it sees of the block; else one."""
-    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, SEEN, CAP, "", AXIS)
+    """`softmax.weigh` without masks, for keys `begin <= key < end` of each row (used with SEEN or OWN).
+
+    The fourth result is the scale of the INT8 codes: with ROW or OWN, one per row, from the keys of the block that it
+    sees; else one per block."""
+    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, ROW, SEEN, CAP, "", AXIS)
     scale = tl.expand_dims(v_scale, 1 - AXIS)
+    if ROW:  # What a row does not see has the weight zero.
+        codes, largest = row_codes(weight * scale, AXIS)
+        return codes, total, peak, largest
     if OWN:
         keys = tl.expand_dims(key, 1 - AXIS)
         seen = (keys >= tl.expand_dims(begin, AXIS)) & (keys < tl.expand_dims(end, AXIS))
-        # Zeros elsewhere: a weight that is small, not zero, must not meet a scale of any size.
+        # Zero the scales of unseen keys: weights may be tiny instead of zero, and scales arbitrarily large.
         scale = tl.where(seen, scale, 0.0)
         largest = tl.max(scale, AXIS)
         largest = tl.where(largest > 0.0, largest, 1.0)

@@ -1,8 +1,8 @@
-"""Fields of packed bytes, four to a 32-bit word, and how they are put side by side in registers.
+"""Extracts the fields of packed bytes, four bytes per 32-bit word, and arranges them in registers.
 
-Codes are loaded as words, and a shift and a mask take a field of all four bytes apart (flashq.packing). Which bytes
-share a register is then in the code, not the compiler's choice. Words are signed: constants above 2^31 differ in type
-between versions of Triton, and what an arithmetic shift brings in is masked away.
+Codes are loaded as words; a shift and a mask extract a field of all four bytes (flashq.packing). This determines which
+bytes share a register, instead of leaving it to the compiler. Words are signed, because the type of constants above
+2^31 differs between versions of Triton; masks remove the sign bits of arithmetic shifts.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ _ONES = tl.constexpr(0x01010101)
 
 @triton.jit
 def words_at(page, offset):
-    """A pointer to int32 words at a byte offset that is a multiple of 4."""
+    """A pointer to int32 words at a byte offset, a multiple of 4."""
     return (page + offset).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
 def field(w, F: tl.constexpr, BITS: tl.constexpr):
-    """The F-th codes of a plane's bytes; of three bits, the lower two."""
-    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
-    return (w >> (WIDTH * F)) & ((15 if BITS == 4 else 3) * _ONES)
+    """Field F of a plane's bytes; for 5 and 3 bits, of the lower plane."""
+    WIDTH: tl.constexpr = 4 if BITS >= 4 else 2 if BITS >= 2 else 1
+    return (w >> (WIDTH * F)) & (((1 << WIDTH) - 1) * _ONES)
 
 
 @triton.jit
-def third(w, F: tl.constexpr):
-    """The F-th bits of the plane of highest ones, as what they add to three-bit codes: 4 or 0."""
-    w = w >> (F - 2) if F > 2 else w << (2 - F)
-    return w & (4 * _ONES)
+def highest(w, F: tl.constexpr, BITS: tl.constexpr):
+    """Bit F of the plane of highest bits, shifted to its place in codes of 3 or 5 bits."""
+    w = w >> (F - BITS + 1) if F > BITS - 1 else w << (BITS - 1 - F)
+    return w & ((1 << BITS - 1) * _ONES)
 
 
 @triton.jit
-def code(w, thirds, F: tl.constexpr, BITS: tl.constexpr):
-    """The F-th codes of two bits, or of three whose highest ones are every other bit of `thirds`."""
+def code(w, bits, F: tl.constexpr, BITS: tl.constexpr):
+    """Codes of field F; at 5 and 3 bits including the highest bit, bit 4 F (5 bits) or 2 F (3 bits) of `bits`."""
     x = field(w, F, BITS)
-    if BITS == 3:
-        x |= third(thirds, 2 * F)
+    if BITS == 5 or BITS == 3:
+        x |= highest(bits, (4 if BITS == 5 else 2) * F, BITS)
     return x
 
 
 @triton.jit
 def signed(w):
-    """INT8 of the bytes that 8-bit pages hold, X8 + 128."""
+    """INT8 values from the bytes of 8-bit pages, X8 + 128."""
     return w ^ _SIGNS
 
 
 @triton.jit
 def bytes_of(w, ASM: tl.constexpr):
-    """int32 [m, n] -> int8 [m, 4 n]: a word's bytes side by side, the lowest first; free in registers."""
+    """int32 [m, n] -> int8 [m, 4 n]: the bytes of each word, lowest first; no instructions."""
     m: tl.constexpr = w.shape[0]
     n: tl.constexpr = w.shape[1]
     if ASM == "ptx":
-        # A move that the compiler cannot see through: else it takes bytes out of what w was made of, one by one.
+        # An opaque move: otherwise the compiler extracts the bytes one by one from the operands of w.
         w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=tl.int32, is_pure=True, pack=1)
     even = tl.join(w.to(tl.int8), (w >> 16).to(tl.int8))
     odd = tl.join((w >> 8).to(tl.int8), (w >> 24).to(tl.int8))
@@ -65,7 +65,7 @@ def bytes_of(w, ASM: tl.constexpr):
 
 @triton.jit
 def by_channels(code, step, zero):
-    """`code * step + zero` in each byte, which wraps: a word's bytes are channels with steps of their own."""
+    """`code * step + zero` modulo 2^8 in each byte, where bytes are channels with different steps and zeros."""
     low = ((code & 255) * (step & 255) + (zero & 255)) & 255
     low |= ((((code >> 8) & 255) * ((step >> 8) & 255) + ((zero >> 8) & 255)) & 255) << 8
     high = (((code >> 16) & 255) * ((step >> 16) & 255) + ((zero >> 16) & 255)) & 255
@@ -75,8 +75,9 @@ def by_channels(code, step, zero):
 
 @triton.jit
 def by_rows(code, step, zero):
-    """The same where a word's bytes share a channel, whose step and zero are bytes: no product carries into the next
-    byte, and no sum may."""
+    """The same where all bytes of a word belong to one channel, so that `step` and `zero` are one byte each.
+
+    Products do not carry into the next byte, and the sum is computed without carries between bytes."""
     x = code * step
     z = zero * _ONES
     return ((x & _OTHERS) + (z & _OTHERS)) ^ ((x ^ z) & _SIGNS)
@@ -84,7 +85,7 @@ def by_rows(code, step, zero):
 
 @triton.jit
 def stack(a, b, ROWS: tl.constexpr):
-    """[m, k] and [m, k] -> [2 m, k] (ROWS) or [m, 2 k]; free in registers."""
+    """[m, k] and [m, k] -> [2 m, k] (ROWS) or [m, 2 k]; no instructions."""
     m: tl.constexpr = a.shape[0]
     k: tl.constexpr = a.shape[1]
     if ROWS:
@@ -96,7 +97,7 @@ def stack(a, b, ROWS: tl.constexpr):
 
 @triton.jit
 def interleave(a, b):
-    """[m, k] and [m, k] -> [m, 2 k], columns in turns; free in registers."""
+    """[m, k] and [m, k] -> [m, 2 k], with alternating columns; no instructions."""
     m: tl.constexpr = a.shape[0]
     k: tl.constexpr = a.shape[1]
     return tl.reshape(tl.join(a, b), (m, 2 * k))
