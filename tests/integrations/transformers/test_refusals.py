@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BartConfig, BloomConfig, DeepseekV3Config, LlamaConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, BartConfig, BloomConfig, DeepseekV3Config, LlamaConfig
 
 from turboattention import TurboConfig
 from turboattention.errors import BackendError, ConfigError, InputError, ShapeError, TurboError, UnsupportedError
@@ -72,10 +72,6 @@ class TestModels:
         config.add_cross_attention = True
         with pytest.raises(UnsupportedError, match="cross-attention"):
             TurboCache(config)
-
-    def test_linear_attention(self):
-        with pytest.raises(UnsupportedError, match="layer 0 needs a LinearAttentionLayer"):
-            TurboCache(Qwen3NextConfig(num_hidden_layers=4))
 
     def test_keys_and_values_of_different_width(self, tiny):
         cache = TurboCache(tiny("llama").config)
