@@ -9,6 +9,7 @@ WIKITEXT2 ?=
 BOOK ?=
 DATA ?=
 ACCURACY ?=
+ARCHITECTURES ?=
 MODEL ?= src/turboattention/bundled/model
 GGML := build/ggml
 
@@ -68,7 +69,7 @@ endef
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
   lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-day \
-  accuracy clean
+  accuracy architectures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -233,6 +234,9 @@ accuracy: $(BUILT) ## the tables of accuracy: make accuracy MODELS='qwen=FOLDER 
 	@test -n "$(MODELS)" || { echo "MODELS: expected folders, as in make accuracy MODELS='qwen=models/qwen'"; exit 2; }
 	$(BIN)/python benchmarks/accuracy.py --models $(MODELS) $(if $(WIKITEXT2),--wikitext2 '$(WIKITEXT2)') \
 	  $(if $(BOOK),--book '$(BOOK)') $(if $(DATA),--data '$(DATA)') $(ACCURACY)
+
+architectures: $(BUILT) ## compare every causal language model of transformers with eager attention, tiny and random (minutes; ARCHITECTURES='--only llama')
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.architectures $(ARCHITECTURES)
 
 # A Python that has vLLM and finds the package; what `make vllm` makes. The page's pictures want .venv.
 VLLM_PYTHON ?= $(VLLM)/bin/python

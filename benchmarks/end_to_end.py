@@ -179,7 +179,7 @@ def filled(model: LlamaForCausalLM, plan: Plan, context: int, config: TurboConfi
         for at in range(0, context, CHUNK):
             kv.append(k[:, :, at : at + CHUNK], v[:, :, at : at + CHUNK])
         own.update(*(x.to(plan.dtype) for x in kv.dequantize()), index)
-        layer.restore(kv, context, None)
+        layer.restore(kv, None, context, None)
     return own, turbo
 
 

@@ -89,7 +89,7 @@ def seeds(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     for layer in whole.layers:
         kv = ta.KVCache(2, 1, 16)
         kv.append(*torch.randn(2, 2, 1, 100, 16), torch.tensor([100, 90]))
-        layer.restore(kv, 100, torch.arange(100) >= torch.tensor([[0], [10]]))
+        layer.restore(kv, None, 100, torch.arange(100) >= torch.tensor([[0], [10]]))
     whole.save(folder / "turbo", torch.zeros(2, 100, dtype=torch.int64))
     made["turbo"] = folder / "turbo", lambda path: TurboCache.load(path, config)
     return made

@@ -41,8 +41,8 @@ def main() -> int:
 
 
 def load(folder: Path) -> list[Result]:
-    """Results by file name. Those of GPUs, accuracy and serving have pages and scripts of their own."""
-    others = ("gpu-", "accuracy-", "serving-")
+    """Results by file name. Those of GPUs, accuracy, serving and architectures have pages and scripts of their own."""
+    others = ("gpu-", "accuracy-", "serving-", "architectures")
     paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others))
     return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 

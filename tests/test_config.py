@@ -14,9 +14,9 @@ DEFAULTS = {
     "bits": 4,
     "block_size": 64,
     "softmax": "auto",
-    "sas_threshold": -6.0,
+    "sas_threshold": -9.0,
     "row_max": "block",
-    "p_scale": "static",
+    "p_scale": "auto",
     "rescale": "exact",
     "smooth_k": True,
     "rotate": True,
@@ -31,6 +31,7 @@ DEFAULTS = {
 }
 PAPER = {
     "softmax": "sas",
+    "sas_threshold": -6.0,
     "row_max": "running",
     "p_scale": "tile",
     "rescale": "sas",

@@ -130,8 +130,8 @@ def test_public_name():
 @pytest.mark.parametrize("name, form", [("sas", sas), ("sas2", sas2)])
 def test_the_configuration_names_form_and_threshold(name, form):
     x = line(-20, 0, torch.float32)
-    assert torch.equal(exponential(TurboConfig(softmax=name, sas_threshold=-9.0), HOST)(x), form(x, -9.0))
-    assert torch.equal(exponential(TurboConfig(softmax=name), HOST)(x), form(x, -6.0))
+    assert torch.equal(exponential(TurboConfig(softmax=name, sas_threshold=-6.0), HOST)(x), form(x, -6.0))
+    assert torch.equal(exponential(TurboConfig(softmax=name), HOST)(x), form(x, -9.0))
 
 
 def test_exact_exponential_has_no_threshold():

@@ -62,10 +62,10 @@ def throughput(document: dict[str, Any], name: str) -> str:
             f"## Throughput under a fixed cache, {document['model']}",
             machine(document["facts"]),
             f"{plan['requests']} requests, {lengths}, bfloat16, medians over {document['rounds']} rounds, in which the "
-            f"contenders take turns, each an engine of its own. A cache is all the memory for keys and values: "
-            f"TurboAttention's side pool, for up to {plan['sequences']} sequences, comes out of it. *At once*: tokens "
-            "that a step makes, on average. *Times*: the first line's time over this one's, for all requests; where "
-            "requests come by and by, the load bounds it.",
+            "contenders take turns, each in a separate engine. The cache size is the total memory for keys and values "
+            f"with TurboAttention's side pool for up to {plan['sequences']} sequences. *At once*: tokens per step, "
+            "on average. *Times*: the speedup over the first line for all requests; with staggered arrivals "
+            "the arrival rate is the limit.",
             markdown(columns, rows),
             _latency(document),
             f"![throughput and latency, all at once]({name}.png)",
@@ -74,7 +74,7 @@ def throughput(document: dict[str, Any], name: str) -> str:
 
 
 def _latency(document: dict[str, Any]) -> str:
-    """What a token takes where requests come by and by, and where all are there at once, in words."""
+    """The time per token with staggered arrivals, and with all requests at once, in words."""
     slower: dict[bool, list[float]] = {True: [], False: []}
     for (_, rate), found in scenarios(document).items():
         base, *others = found.values()
@@ -85,13 +85,13 @@ def _latency(document: dict[str, Any]) -> str:
     told = []
     if by_and_by:
         told.append(
-            f"Where the load leaves room, a token takes {by_and_by[0]} to {by_and_by[-1]} times as long as with vLLM's "
-            "own attention: this model's layers are small, and what a step costs besides is not."
+            f"At low load, a token takes {by_and_by[0]} to {by_and_by[-1]} times as long as with vLLM's own attention: "
+            "this model's layers are small, so the fixed cost of a step dominates."
         )
     if at_once:
         told.append(
-            f"With all requests at once it takes {at_once[0]} to {at_once[-1]} times as long, since more of them run "
-            "together and wait less for the first one; `--max-num-seqs` bounds that."
+            f"With all requests at once it takes {at_once[0]} to {at_once[-1]} times as long, because more requests "
+            "run concurrently and wait less for their first token; `--max-num-seqs` limits this."
         )
     return " ".join(told)
 
@@ -100,20 +100,21 @@ def soak(document: dict[str, Any], name: str) -> str:
     drafts = document.get("drafts")
     told = (
         f"The bundled model in float32, greedy{f', up to {drafts} n-gram drafts a step' if drafts else ''}: requests "
-        "of random length through an engine whose cache is too small for them, each answer beside the one it gets "
-        f"alone (one sequence at a time, no prefix cache{', no drafts' if drafts else ''}), those taken back as far as "
-        "they came. oneDNN keeps at most 64 kernels here (`ONEDNN_PRIMITIVE_CACHE_CAPACITY=64`): by itself it keeps "
-        "1,024, one for each number of rows it met, and memory grows until all are there, whoever attends."
+        "of random length run through an engine whose cache is too small for all of them. Each answer is compared with "
+        "that of a run of one sequence at a time, without a prefix cache"
+        f"{' and without drafts' if drafts else ''}; aborted requests are compared up to the abort. oneDNN's kernel "
+        "cache is limited to 64 (`ONEDNN_PRIMITIVE_CACHE_CAPACITY=64`); by default it grows to 1,024 kernels, one for "
+        "each number of rows, and resident memory grows with it under any attention backend."
     )
     if document.get("server"):
-        told += " Then the API server is killed (SIGKILL) in the middle of requests, started again, and asked again."
+        told += " Then the API server is killed (SIGKILL) during requests, restarted, and sent the same requests."
     return "\n\n".join(
         [
             f"## Correctness under load{', with drafts' if drafts else ''}",
             machine(document["facts"]),
             told,
             markdown(["", ""], _soaked(document) + _restarted(document.get("server"))),
-            "\n".join(f"- {problem}" for problem in document["problems"]) or "Nothing was wrong.",
+            "\n".join(f"- {problem}" for problem in document["problems"]) or "No problems were found.",
         ]
     )
 
@@ -126,15 +127,15 @@ def _soaked(document: dict[str, Any]) -> list[list[str]]:
         drafts = [["drafts accepted, rejected", f"{accepted:,}, {rejected:,}"]]
     return [
         ["requests", f"{document['requests']:,}, {document['shared_prefixes']:,} of them behind a shared prefix"],
-        ["taken back before their end", f"{document['taken_back']:,}"],
+        ["aborted", f"{document['taken_back']:,}"],
         ["cache", f"{document['blocks']:,} blocks of {document['block_size']} tokens, {document['bits']} bits"],
         ["preemptions", f"{document['num_preemptions']:,}"],
         *drafts,
-        ["prompt tokens from blocks of others", f"{document['prefix_cache_hits']:,}"],
+        ["prompt tokens from shared blocks", f"{document['prefix_cache_hits']:,}"],
         ["tokens generated", f"{document['generated']:,}"],
-        ["answers as alone", f"{answers['equal']:,}"],
+        ["answers equal to a single run's", f"{answers['equal']:,}"],
         [
-            f"that part where the two best logits are closer than {document['bound']:g}",
+            f"answers that differ where the two best logits are closer than {document['bound']:g}",
             f"{answers['close']:,}" + (f" (at most {answers['widest']:.4f})" if answers["close"] else ""),
         ],
         ["wrong answers", f"{len(answers['wrong']):,}"],
@@ -150,9 +151,9 @@ def _restarted(server: dict[str, Any] | None) -> list[list[str]]:
         return []
     both = ", ".join(f"{server[which]['equal'] + server[which]['close']}" for which in ("first", "second"))
     return [
-        ["API server: requests at once", f"{server['requests']}"],
-        ["answers as alone, before the kill and after the new start", both],
-        ["requests that the kill cut off", f"{server['lost']}"],
+        ["API server: concurrent requests", f"{server['requests']}"],
+        ["answers equal to a single run's, before the kill and after the restart", both],
+        ["requests interrupted by the kill", f"{server['lost']}"],
     ]
 
 

@@ -152,15 +152,15 @@ def _problems(document: dict[str, Any]) -> list[str]:
 def _tell(document: dict[str, Any]) -> None:
     answers, memory = document["answers"], document["memory"]
     print(
-        f"{document['requests']:,} requests, {document['taken_back']} taken back, {document['num_preemptions']:,} "
+        f"{document['requests']:,} requests, {document['taken_back']} aborted, {document['num_preemptions']:,} "
         f"preemptions, {document['prefix_cache_hits']:,} prompt tokens from shared blocks, {document['generated']:,} "
         f"tokens, {document['accepted_tokens']:,} of {document['draft_tokens']:,} drafts accepted\n"
-        f"{answers['equal']:,} answers as alone, {answers['close']} part where the two best logits are closer "
-        f"than {document['bound']:g} (at most {answers['widest']:.4f}), {len(answers['wrong'])} wrong\n"
+        f"{answers['equal']:,} answers equal to a single run's, {answers['close']} differ where the two best logits "
+        f"are closer than {document['bound']:g} (at most {answers['widest']:.4f}), {len(answers['wrong'])} wrong\n"
         f"memory {memory['early'] / 2**20:.1f} MiB after the warm-up, {memory['late'] / 2**20:.1f} MiB at the end "
         f"({memory['growth']:+.2%})"
     )
-    print("\n".join(document["problems"]) or "nothing wrong")
+    print("\n".join(document["problems"]) or "no problems")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Bits = int | tuple[int, int] | Literal["mixed"]
 _CHOICES = {
     "softmax": ("auto", "sas", "sas2", "exp"),
     "row_max": ("block", "running"),
-    "p_scale": ("static", "row", "tile"),
+    "p_scale": ("auto", "static", "row", "tile"),
     "rescale": ("exact", "sas"),
     "guard": ("adapt", "warn", "off"),
 }
@@ -45,16 +45,17 @@ class TurboConfig:
     (exponent bits and cubic), or exact. ``"auto"``: what is fastest where the tensors are, which is ``"exp"`` on GPUs,
     with their unit for exponentials, and ``"sas"`` elsewhere."""
 
-    sas_threshold: float = -6.0
-    """Weights whose logit lies further than this below the maximum are zero. Negative."""
+    sas_threshold: float = -9.0
+    """Weights whose logit lies further than this below the maximum are zero, with SAS. Negative; the paper's is -6."""
 
     row_max: Literal["block", "running"] = "block"
     """Maximum that weights are taken against: of the current block only, or of all blocks so far."""
 
-    p_scale: Literal["static", "row", "tile"] = "static"
-    """INT8 scale of the weights: 1/127, or of each row and block its largest product of a weight and V's token scale
-    / 127, or the tile's largest weight / 119. Static sums the normalizer from the quantized weights, row from weights
-    rounded 256 times as finely, tile from weights as they are."""
+    p_scale: Literal["auto", "static", "row", "tile"] = "auto"
+    """INT8 scale of the weights: ``"static"`` 1/127; ``"row"``, for each row and block, its largest product of a weight
+    and V's token scale / 127; ``"tile"`` the tile's largest weight / 119. Static sums the normalizer from the quantized
+    weights, row from weights rounded 256 times as finely, tile from weights as they are. ``"auto"`` is ``"row"`` on
+    CPUs, and ``"static"`` on GPUs, where the cost of a scale per row has not been measured."""
 
     rescale: Literal["exact", "sas"] = "exact"
     """Exponential used when partial results are rescaled to a new maximum."""
@@ -135,6 +136,7 @@ class TurboConfig:
         published: dict[str, Any] = {
             "softmax": "sas",
             "row_max": "running",
+            "sas_threshold": -6.0,
             "p_scale": "tile",
             "rescale": "sas",
             "smooth_k": False,
@@ -171,6 +173,12 @@ class TurboConfig:
         if self.softmax != "auto":
             return self.softmax
         return "exp" if device.type == "cuda" else "sas"
+
+    def p_scale_on(self, device: torch.device) -> str:
+        """The scale that `p_scale` names for tensors on a device: "static", "row" or "tile"."""
+        if self.p_scale != "auto":
+            return self.p_scale
+        return "static" if device.type == "cuda" else "row"
 
     @property
     def text(self) -> str:

@@ -28,6 +28,10 @@ BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
 """Bits -> largest relative error (Frobenius norm) of a head's output. Well above that of normal data, and below 1,
 which is the error of an output of zeros."""
 
+EARLY_BOUND = 3 * BOUNDS[8]
+"""Bound of INT8's own error in front of the first compressed block, where few tokens make a noisy estimate; half of
+the planned width's bound if that is larger: an exact layer takes 16 bits or more, too many for a small error."""
+
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 QUERIES = 32
 """Query rows sampled per head."""
@@ -89,7 +93,7 @@ def guarded_bits(
     failing = beyond.clone()
     if cache.config.guard == "adapt" and not cache.widths_given:
         if cache.exact_past is not None:
-            _check_int8(cache.first_head, sample, first, failing)
+            _check_int8(cache.first_head, sample, failing, planned)
         while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
             bits = widen(bits, beyond)
             errors = sample.errors(bits)
@@ -182,18 +186,34 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
 
 
-def _check_int8(first_head: int, sample: _Sample, planned: Tensor, failing: Tensor) -> None:
-    """Raises `BeyondInt8Error` where heads are beyond the bound of 8 bits at 8 bits, and more bits are of no help: to
-    heads that are `failing` at the planned widths, or whose error there, `planned`, is mostly INT8's own."""
-    errors = sample.errors(torch.full((2, len(planned)), 8))
-    hopeless = ~(errors <= BOUNDS[8]) & (failing | ~(2 * errors < planned))
-    heads = hopeless.nonzero().flatten().tolist()
-    if not heads:
-        return
-    worst = max(heads, key=lambda head: float(errors[head]))
-    raise BeyondInt8Error(
-        f"INT8 loses too much in KV heads {_numbers(first_head, heads)} (head {first_head + worst} has relative error "
-        f"{float(errors[worst]):.2f} at 8 bits, bound {BOUNDS[8]:.2f})"
+def _check_int8(first_head: int, sample: _Sample, failing: Tensor, planned: Tensor) -> None:
+    """Raises `BeyondInt8Error` where heads are `failing` at the planned widths and 8 bits do not cure them, or where
+    INT8's own error is beyond `EARLY_BOUND` and half of the planned width's bound."""
+    errors = sample.errors(torch.full((2, len(failing)), 8))
+    bound = (bound_of(planned) / 2).clamp(min=EARLY_BOUND)
+    hopeless = ~(errors <= bound) | (failing & ~(errors <= BOUNDS[8]))
+    if bool(hopeless.any()):
+        raise BeyondInt8Error(_int8_message(first_head, errors, hopeless, BOUNDS[8]))
+
+
+def early_int8_message(got: Tensor, exact: Tensor, kv_heads: int, first_head: int, bits: int) -> str | None:
+    """Names the KV heads whose INT8 attention is beyond the bound for planned widths of `bits` (see `EARLY_BOUND`);
+    None if there is none.
+
+    got, exact: outputs [B, Hq, Lq, D] over the same tokens, before any block is compressed.
+    """
+    bound = max(EARLY_BOUND, BOUNDS[bits] / 2)
+    errors = _relative_errors(got.double(), exact.double(), kv_heads)
+    beyond = ~(errors <= bound)
+    return _int8_message(first_head, errors, beyond, bound) if bool(beyond.any()) else None
+
+
+def _int8_message(first_head: int, errors: Tensor, heads: Tensor, bound: float) -> str:
+    named = heads.nonzero().flatten().tolist()
+    worst = max(named, key=lambda head: float(errors[head]))
+    return (
+        f"INT8 loses too much in KV heads {_numbers(first_head, named)} (head {first_head + worst} has relative error "
+        f"{float(errors[worst]):.2f} at 8 bits, bound {bound:.2f})"
     )
 
 
@@ -273,8 +293,13 @@ class _Sample:
         return chosen, positions[self.batch][:, rows]
 
     def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+<<<<<<< HEAD
         """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, older ones as INT8 where
         there is no `exact_past`."""
+=======
+        """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, and older ones as INT8
+        unless they are kept."""
+>>>>>>> main
         at = self.batch.to(self.q.device)
         before = staged.before[self.batch]
         k_new, v_new = (x[at][:, :, : self.tokens] for x in new)
@@ -283,13 +308,31 @@ class _Sample:
         counts = (self.length - before).clamp(min=0)
         row, token = (torch.arange(k_new.shape[2]) < counts[:, None]).nonzero(as_tuple=True)
         position = before[row] + token
-        k, v = self._frame(staged.tiles.map(lambda x: x[at][:, :, : self.stored.k8.shape[2]]))
+        stored = staged.tiles.map(lambda x: x[at][:, :, : self.stored.k8.shape[2]])
+        k, v = self._with_past(self._frame(stored), before)
         k[row, :, position], v[row, :, position] = (x[row, :, token].to(k.dtype) for x in (k_new, v_new))
         if (past := self.cache.exact_past) is not None:
             row, position = (torch.arange(self.tokens) < before[:, None]).nonzero(as_tuple=True)
             k[row, :, position], v[row, :, position] = (x[at][row, :, position].to(k.dtype) for x in (past.k, past.v))
         return k, v
 
+<<<<<<< HEAD
+=======
+    def _with_past(self, frame: tuple[Tensor, Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
+        """The frame with the tokens of earlier calls, `before[b]` of them, at full precision if they are kept."""
+        past: ExactPast | None = self.cache.exact_past
+        if past is None:
+            return frame
+        length = min(frame[0].shape[2], past.k.shape[2])
+        known = torch.arange(length) < before[:, None]
+        mixed = []
+        for stored, floats in zip(frame, (past.k, past.v), strict=True):
+            at, here = self.batch.to(stored.device), known.to(stored.device)[:, None, :, None]
+            first = torch.where(here, floats[at][:, :, :length].to(stored.dtype), stored[:, :, :length])
+            mixed.append(torch.cat((first, stored[:, :, length:]), 2))
+        return mixed[0], mixed[1]
+
+>>>>>>> main
     def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] in the model's space: sink pages, then the tiles [b, Hkv, W, D] behind them."""
         k, v = self._floats(tiles, self.start)

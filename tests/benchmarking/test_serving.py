@@ -149,7 +149,7 @@ def test_soak_section(script: Any) -> None:
     assert "greedy, up to 12 n-gram drafts a step:" in drafting
     half = {"equal": 20, "close": 0}
     served = soak(soaked(server={"requests": 20, "first": half, "second": half, "lost": 19}), "")
-    assert "| answers as alone, before the kill and after the new start | 20, 20 |" in served
+    assert "| answers equal to a single run's, before the kill and after the restart | 20, 20 |" in served
     assert "Then the API server is killed" in served
 
 

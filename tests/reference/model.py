@@ -1,8 +1,8 @@
 """The default preset's attention in float64 NumPy, one head and one query at a time.
 
 Written from the description (numerics: sections 1 to 6 and the presets) and sharing no code with the
-package: token scales, rotation, smoothing, sink block, block-local maximum, weights in 127 levels,
-exact rescaling.
+package: token scales, rotation, smoothing, sink block, block-local maximum, weights with a scale per row and
+block, exact rescaling.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 64
 
 
 def sas(x: float) -> float:
-    if x < -6:
+    if x < -9:
         return 0.0
     n = math.floor(-x)
     f = -x - n
@@ -80,13 +80,14 @@ def attend(
         top = logits.max()
         if top == -math.inf:
             continue
-        levels = np.array([127 * sas(x - top) for x in logits])
-        largest = sequence.v_scale[rows].max()
-        weights = np.rint(levels * (sequence.v_scale[rows] / largest))
+        weights = np.array([sas(x - top) for x in logits])
+        products = weights * sequence.v_scale[rows]
+        unit = products.max() / 126.96875
+        codes = np.rint(products / unit)
         new = max(peak, top)
         old, this = math.exp(peak - new), math.exp(top - new)
-        total = total * old + np.rint(levels).sum() / 127 * this
-        out = out * old + (weights @ sequence.v8[rows]) * largest / 127 * this
+        total = total * old + np.rint(weights * 127 * 256).sum() / (127 * 256) * this
+        out = out * old + (codes @ sequence.v8[rows]) * unit * this
         peak = new
     if total == 0:
         return out, -math.inf

@@ -107,7 +107,7 @@ def test_options_of_the_configuration_change_results():
     base = ta.turbo_attention(q, k, v, is_causal=True)
     for change in (
         {"softmax": "sas2"}, {"softmax": "exp"}, {"sas_threshold": -2.0}, {"row_max": "running"}, {"p_scale": "tile"},
-        {"p_scale": "row"}, {"rescale": "sas"}, {"smooth_k": False}, {"rotate": False}, {"token_scales": False},
+        {"p_scale": "static"}, {"rescale": "sas"}, {"smooth_k": False}, {"rotate": False}, {"token_scales": False},
         {"block_size": 32},
     ):  # fmt: skip
         got = ta.turbo_attention(q, k, v, is_causal=True, config=ta.TurboConfig(**change))

@@ -200,13 +200,13 @@ inline bool group_scaled_weights(const Levels& levels, const BlockScales& scales
             top = f_max(top, product);
             f_store(w.x[t] + 16 * n, product);
         }
-        const F over = f_set(kLevels) / (top + f_keep_ge(f_set(0.0f), top, f_set(1.0f)));
+        const F over = f_set(kRowLargest) / (top + f_keep_ge(f_set(0.0f), top, f_set(1.0f)));
         for (int t = 0; t < kBlock; t += 4) {
             I code[4];
             for (int k = 0; k < 4; ++k) code[k] = i_from_float(f_load(w.x[t + k] + 16 * n) * over);
             store_codes(w, t / 4, n, code);
         }
-        const F unit = top / f_set(kLevels * kFineLevels);
+        const F unit = top / f_set(kRowLargest * kFineLevels);
         shrinks = fold_lanes(g, w, n, peak[n], f_from_int(total) / f_set(kFineLevels), unit) || shrinks;
     }
     return shrinks;

@@ -41,14 +41,14 @@ inline Seen scaled_weights(const Level& level, const F* distance, const BlockSca
         product[n] = weight * f_load(scales.own + 16 * n);
     }
     const float top = f_reduce_max(f_max(f_max(product[0], product[1]), f_max(product[2], product[3])));
-    const F over = f_set(kLevels / (top > 0 ? top : 1.0f));
+    const F over = f_set(kRowLargest / (top > 0 ? top : 1.0f));
     for (int n = 0; n < 4; ++n) {
         const I code = i_from_float(product[n] * over);
         sum = sum + code;
         i_store_u8(p + 16 * n, code);
     }
     p_sum = i_sum(sum);
-    return {peak, static_cast<float>(i_sum(total)) / kFineLevels, top / (kLevels * kFineLevels)};
+    return {peak, static_cast<float>(i_sum(total)) / kFineLevels, top / (kRowLargest * kFineLevels)};
 }
 
 // Weights of one row: fills p and p_sum.

@@ -39,6 +39,9 @@ enum class Softmax { sas, sas2, exp };
 // The largest INT8 weight. Weights come out in units of 1 / 127, or finer where they take a scale per row: they are
 // summed as integers in that unit.
 constexpr float kLevels = 127.0f, kFineLevels = 127.0f * 256.0f;
+// Of a row's products, which rounds to the code 127: with 127 itself, scales that are half the largest, which are
+// common, would be rounding ties.
+constexpr float kRowLargest = 126.96875f;
 
 struct Exponential {
     float full;       // the weight 1

@@ -18,6 +18,9 @@ from ..softmax import exponential
 
 STATIC_LEVELS = 127
 ROW_LEVELS = 127 * 256
+ROW_LARGEST = 126.96875
+"""Of a row's products, which rounds to the code 127. With 127 itself, scales that are half the largest, which are
+common, would be rounding ties."""
 
 
 @dataclass
@@ -75,20 +78,20 @@ def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: 
 
     v_scale: like `weights`, [B, H, n, g, r, T]."""
     # Token scales of V go into the weights, relative to the block's largest.
-    largest = v_scale.amax(-1, keepdim=True)
+    largest, kind = v_scale.amax(-1, keepdim=True), config.p_scale_on(weights.device)
     relative = v_scale / torch.where(largest > 0, largest, 1.0)
-    if config.p_scale == "static":
+    if kind == "static":
         levels = weights * STATIC_LEVELS
         total = levels.round().sum(-1) / STATIC_LEVELS
         codes = (levels * relative).round_()
         unit = largest / STATIC_LEVELS
-    elif config.p_scale == "row":
+    elif kind == "row":
         levels = weights * ROW_LEVELS
         total = levels.round().sum(-1) / ROW_LEVELS
         products = levels * v_scale
         largest = products.amax(-1, keepdim=True)
-        codes = (products * (STATIC_LEVELS / torch.where(largest > 0, largest, 1.0))).round_()
-        unit = largest / (STATIC_LEVELS * ROW_LEVELS)
+        codes = (products * (ROW_LARGEST / torch.where(largest > 0, largest, 1.0))).round_()
+        unit = largest / (ROW_LARGEST * ROW_LEVELS)
     else:
         total = weights.sum(-1)
         weights = weights * relative

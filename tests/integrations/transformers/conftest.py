@@ -56,6 +56,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2Config", {"num_key_value_heads": 4}),
     "gpt_neox": ("GPTNeoXConfig", {"num_key_value_heads": 4}),
+    "olmo3": ("Olmo3Config", {"sliding_window": WINDOW, "layer_types": MIXED}),
     "opt": ("OPTConfig", {"num_key_value_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "llama4": (
         "Llama4TextConfig",

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from turboattention import Calibration, TurboConfig
 from turboattention.errors import ConfigError, FormatError, GuardWarning, InputError, NonFiniteError
+from turboattention.guard import BOUNDS
 from turboattention.integrations.transformers import TurboCache, calibrate
 
 MODELS = "llama mistral gemma2 gemma3 gpt_oss gpt2 llama4 gemma3n".split()
@@ -273,6 +274,23 @@ def test_the_guard_keeps_a_layer_that_int8_cannot_carry(bits, pieces, ruined, to
     assert distance(held.keys[:, :, :10], wanted.keys[:, :, :10]) < 1e-6
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_short_first_call_is_exact_already(bits, ruined, tokens, said, forward, distance):
+    """No block is compressed before token 128, but INT8 would be attended from the first token on."""
+    ids = tokens(1, LENGTH)
+    cache = TurboCache(ruined.config, TurboConfig(bits=bits))
+    result, messages = said(ruined, ids, [40, 50], cache)
+    assert cache.exact_layers == (1,)
+    (message,) = messages
+    assert message.startswith(
+        "layer 1 is kept in the model's own dtype (float32): INT8 loses too much in KV heads 0, 1"
+    )
+    assert message.endswith(f"bound {max(0.15, BOUNDS[bits] / 2):.2f})")
+    named = TurboCache(ruined.config, TurboConfig(bits=bits), exact_layers=[1])
+    assert torch.equal(said(ruined, ids, [40, 50], named)[0], result)
+    assert distance(result, forward(ruined, "eager", ids)) < 0.1
+
+
 def test_what_follows_is_as_good_as_with_the_layer_named(ruined, tokens, said, forward, distance):
     ids = tokens(1, LENGTH)
     expected = forward(ruined, "eager", ids)[:, 60:]
@@ -310,8 +328,9 @@ def test_only_warns_where_it_may_not_change_anything(ruined, tokens, said):
         assert cache.layers[1].floats is None
 
 
-def test_a_warning_that_is_an_error_changes_nothing(ruined, tokens, forward):
-    cache = TurboCache(ruined.config, CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, TurboConfig()], ids=["at a block", "before"])
+def test_a_warning_that_is_an_error_changes_nothing(config, ruined, tokens, forward):
+    cache = TurboCache(ruined.config, config)
     forward(ruined, "turbo", tokens(1, 90), [20], cache)
     kv, before = cache.layers[1].kv, cache.layers[1].nbytes
     with warnings.catch_warnings():
@@ -319,6 +338,7 @@ def test_a_warning_that_is_an_error_changes_nothing(ruined, tokens, forward):
         with pytest.raises(GuardWarning, match="layer 1 is kept"):
             forward(ruined, "turbo", tokens(1, 90), [70], cache)
     assert cache.layers[1].kv is kv
+    assert kv.seq_lens.tolist() == [20]
     assert cache.layers[1].nbytes == before
     assert cache.layers[1].get_seq_length() == 20
 

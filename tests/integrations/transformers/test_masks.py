@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -18,7 +21,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from turboattention.errors import InputError, ShapeError
+from turboattention.errors import InputError, ShapeError, UnsupportedError
 from turboattention.integrations.transformers.attention import turbo_attention_forward
 from turboattention.integrations.transformers.masks import read_mask, turbo_mask
 
@@ -88,7 +91,7 @@ def test_other_patterns_become_matrices(name, padded):
     options = {"batch_size": 2, "q_length": 10, "kv_length": 10, "mask_function": FUNCTIONS[name]}
     result = turbo_mask(**options, attention_mask=tokens)
     expected = sdpa_mask(**options, attention_mask=tokens, allow_is_causal_skip=False)
-    assert torch.equal(result, expected)
+    assert torch.equal(read_mask(result).mask, expected)
     assert not read_mask(result).is_causal
 
 
@@ -170,3 +173,42 @@ class TestWhereAWindowComesFrom:
         everything = turbo_mask(1, 9, 9, mask_function=bidirectional_mask_function)
         assert torch.equal(attend(None, window=4, causal=False), attend(everything))
         assert not torch.equal(attend(None), attend(everything))
+
+
+class TestGuard:
+    """Masks are for attention functions: what else would compute with them is told so."""
+
+    SIZES: ClassVar = {"batch_size": 2, "q_length": 5, "kv_length": 5}
+
+    @pytest.fixture(params=[causal_mask_function, bidirectional_mask_function], ids=["tokens", "matrix"])
+    def mask(self, request):
+        return turbo_mask(**self.SIZES, mask_function=request.param, config=LlamaConfig())
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda mask: torch.zeros(5, 5) + mask,
+            lambda mask: mask + torch.zeros(5, 5),
+            lambda mask: torch.zeros(5, 5).masked_fill(mask, -1.0),
+            lambda mask: torch.where(mask, 0.0, -1.0),
+            lambda mask: ~mask,
+            lambda mask: mask == 0,
+            lambda mask: torch.cat([mask, mask], -1),
+            lambda mask: mask.to(torch.float32),
+            lambda mask: torch.baddbmm(mask, torch.ones(2, 5, 3), torch.ones(2, 3, 5)),
+        ],
+    )
+    def test_computing_with_it_is_refused(self, mask, use):
+        with pytest.raises(UnsupportedError, match="the architecture 'llama' is not supported"):
+            use(mask)
+
+    def test_a_part_of_a_matrix_is_a_mask_still(self):
+        mask = turbo_mask(**self.SIZES, mask_function=causal_mask_function, allow_is_causal_skip=False)
+        part = mask[:, :, -2:, :].clone()
+        assert torch.equal(read_mask(part).mask, torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()[:, :, -2:])
+        with pytest.raises(UnsupportedError, match="not supported"):
+            torch.zeros(2, 1, 2, 5) + part
+
+    def test_rows_of_a_mask_of_tokens_are_not_cut(self):
+        with pytest.raises(UnsupportedError, match="not supported"):
+            turbo_mask(**self.SIZES)[:, :, :, :3]

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import pytest
 import torch
+<<<<<<< HEAD
 from transformers import AutoModelForCausalLM, BartConfig, BloomConfig, DeepseekV3Config, LlamaConfig
+=======
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    DeepseekV3Config,
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    Qwen3NextConfig,
+)
+from transformers.masking_utils import create_causal_mask
+from transformers.models.mistral import modeling_mistral
+>>>>>>> main
 
 from turboattention import TurboConfig
 from turboattention.errors import BackendError, ConfigError, InputError, ShapeError, TurboError, UnsupportedError
 from turboattention.integrations.transformers import TurboCache
 from turboattention.integrations.transformers.attention import turbo_attention_forward
+
+OWN_ATTENTION = {
+    "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2},
+    "codegen": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+    "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2},
+    "xglm": {"d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32},
+}
 
 SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
 
@@ -50,13 +72,43 @@ class TestOtherAttention:
 
 
 class TestModels:
-    def test_attention_of_its_own(self, tokens):
-        """The model takes "turbo" without a word, and computes what it always does."""
-        model = AutoModelForCausalLM.from_config(
-            BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=2), attn_implementation="turbo"
-        ).eval()
-        with pytest.raises(InputError, match="architecture 'bloom' is not supported: it does not call"):
-            model.generate(tokens(1, 8), past_key_values=TurboCache(model.config), max_new_tokens=2)
+    @pytest.mark.parametrize("cached", [True, False])
+    @pytest.mark.parametrize("rows", [1, 2])
+    @pytest.mark.parametrize(("kind", "sizes"), OWN_ATTENTION.items())
+    def test_attention_of_its_own(self, kind, sizes, rows, cached, tokens):
+        """These take "turbo" without a word, and would take its masks for theirs: wrong logits, or a foreign error."""
+        config = AutoConfig.for_model(kind, vocab_size=96, **sizes)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="turbo").eval()
+        cache = TurboCache(config) if cached else None
+        with torch.no_grad(), pytest.raises(UnsupportedError, match=f"architecture '{kind}' is not supported with"):
+            model(tokens(rows, 8), past_key_values=cache)
+
+    def test_attention_of_its_own_with_masks_of_its_own(self, tokens):
+        config = AutoConfig.for_model(
+            "falcon", vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.set_attn_implementation("turbo")
+        with pytest.raises(InputError, match="architecture 'falcon' is not supported: it does not call"):
+            model.generate(tokens(1, 8), past_key_values=TurboCache(config), max_new_tokens=2)
+
+    @pytest.mark.parametrize("pieces", [[25], [10, 14, 1], [24, 1]])
+    def test_masks_without_the_window_of_the_cache(self, pieces, tiny, tokens, forward, monkeypatch):
+        """As in Moshi. Up to the window nothing differs."""
+        model, ids = tiny("mistral"), tokens(1, 25)
+        monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", create_causal_mask)
+        cache = TurboCache(model.config, SMALL)
+        with pytest.raises(UnsupportedError, match=r"window of 24 .* 25 tokens: the architecture 'mistral'"):
+            forward(model, "turbo", ids, pieces, cache)
+        assert cache.get_seq_length() == 25 - pieces[-1]
+
+    def test_keys_read_from_the_cache(self, tiny, tokens, forward):
+        model = tiny("llama")
+        cache = TurboCache(model.config)
+        forward(model, "turbo", tokens(1, 8), [8], cache)
+        for name in ("keys", "values"):
+            with pytest.raises(UnsupportedError, match=r"'llama' is not supported: it reads keys or values .* layer 1"):
+                getattr(cache.layers[1], name)
 
     def test_latent_attention(self):
         config = DeepseekV3Config(num_hidden_layers=2)
@@ -67,9 +119,10 @@ class TestModels:
         with pytest.raises(UnsupportedError, match="encoder-decoder"):
             TurboCache(BartConfig())
 
-    def test_cross_attention(self):
+    @pytest.mark.parametrize(("name", "value"), [("add_cross_attention", True), ("cross_attention_layers", [1])])
+    def test_cross_attention(self, name, value):
         config = LlamaConfig(num_hidden_layers=2)
-        config.add_cross_attention = True
+        setattr(config, name, value)
         with pytest.raises(UnsupportedError, match="cross-attention"):
             TurboCache(config)
 
@@ -102,6 +155,45 @@ class TestModels:
         cache.save(tmp_path / "cache")
         with pytest.raises(InputError, match="backend: expected"):
             TurboCache.load(tmp_path / "cache", backend="cuda")
+
+
+class TestCrossAttention:
+    """Decoders that attend to an encoder, too: their own tokens are in the `TurboCache`, its in another."""
+
+    @pytest.fixture
+    def run(self, tokens):
+        sizes = {"vocab_size": 96, "d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_ffn_dim": 32}
+        config = AutoConfig.for_model("bart", **sizes, decoder_attention_heads=2, encoder_attention_heads=2)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.12)
+        said = torch.randn(2, 20, 32)
+
+        def forwards(attention, make):
+            model.set_attn_implementation(attention)
+            cache, ids, logits = make(model.config), tokens(2, 22), []
+            with torch.no_grad():
+                for piece in ids.split([20, 1, 1], 1):
+                    out = model(piece, encoder_hidden_states=said, past_key_values=cache, use_cache=True)
+                    logits.append(out.logits)
+            return torch.cat(logits, 1)
+
+        return forwards
+
+    def test_with_a_cache_for_each(self, exact_core, run):
+        want = run(
+            "eager", lambda config: EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        )
+        got = run("turbo", lambda config: EncoderDecoderCache(TurboCache(config), DynamicCache(config=config)))
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+
+    @pytest.mark.parametrize(
+        "make", [TurboCache, lambda config: EncoderDecoderCache(DynamicCache(config=config), TurboCache(config))]
+    )
+    def test_a_turbo_cache_does_not_hold_the_encoders(self, make, run):
+        with pytest.raises(TurboError, match=r"layers of equal length|reads keys|cross-attention"):
+            run("turbo", make)
 
 
 class TestACacheOfAnotherModel:
@@ -248,14 +340,16 @@ class TestWithoutKeeping:
             model.generate(tokens(1, 8), past_key_values=cache, max_new_tokens=2, use_cache=False)
         assert cache.get_seq_length() == 0
 
-    def test_a_forward(self, tiny, tokens):
-        """And the cache is as it was."""
-        model = tiny("llama")
-        model.set_attn_implementation("turbo")
-        cache = TurboCache(model.config)
-        for _ in range(2):
-            with torch.no_grad(), pytest.raises(InputError, match=r"^use_cache: expected True with a TurboCache"):
-                model(tokens(1, 8), past_key_values=cache, use_cache=False)
-            assert cache.get_seq_length() in (0, 8)
+    @pytest.mark.parametrize("name", ["llama", "olmo3"])
+    def test_a_forward_keeps_its_tokens_all_the_same(self, exact_core, name, tiny, tokens):
+        """As transformers' own caches do. Layers of OLMo 3 say False to attention whatever the model was told."""
+        model, ids = tiny(name), tokens(1, 12)
+        runs = []
+        for attention, cache in (("eager", DynamicCache(config=model.config)), ("turbo", TurboCache(model.config))):
+            model.set_attn_implementation(attention)
             with torch.no_grad():
-                model(tokens(1, 8), past_key_values=cache, position_ids=torch.arange(8)[None] + cache.get_seq_length())
+                runs.append(
+                    [model(x, past_key_values=cache, use_cache=y).logits for x, y in ((ids, False), (ids, True))]
+                )
+            assert cache.get_seq_length() == 24
+        torch.testing.assert_close(runs[1], runs[0], rtol=2e-4, atol=2e-4)

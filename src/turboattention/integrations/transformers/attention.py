@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ...config import TurboConfig
-from ...errors import InputError, UnsupportedError
+from ...errors import UnsupportedError
 from .call import Call, aligned
 from .compiled import attend_in_graph
 from .dense import attend_dense
 from .dense_guard import check_first_prompt
-from .layer import ALTERNATIVE, layer_of
+from .layer import layer_of
 from .masks import MaskPlan, read_mask
 
 
@@ -46,9 +46,6 @@ def turbo_attention_forward(
     _refuse_gradients(query, key, value)
     if (layer := layer_of(key)) is not None:
         layer.check_values(key, value)
-        if kwargs.get("use_cache") is False:
-            layer.forget_new()
-            raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
     if key.shape[3] != value.shape[3]:
         raise UnsupportedError(
             f"value: expected the keys' head_dim ({key.shape[3]}), got {value.shape[3]}: "

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...config import TurboConfig
 from ...errors import ConfigError, GuardWarning, InputError, ShapeError, UnsupportedError
-from ...guard import BeyondInt8Error
+from ...guard import BeyondInt8Error, early_int8_message
 from ...kv.cache import KVCache
 from ...validation import check_finite
 from ..model_shape import ModelShape
@@ -26,6 +26,8 @@ ALTERNATIVE = "leave past_key_values out to run without one"
 
 _HANDLE = "_turbo_layer"
 _VALUES = "_turbo_values"
+_FEWEST = 32
+"""New tokens of a call whose INT8 attention is compared with exact attention before any block is compressed."""
 
 
 def layer_of(key: Tensor) -> TurboLayer | None:
@@ -109,6 +111,29 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """Keep, in sliding layers, what a crop of everything the last forward added would need."""
         self.record_past = True
 
+    @property
+    def _kind(self) -> str:
+        """The architecture, for messages."""
+        return repr(self.model.model_type) if self.model is not None else "of this model"
+
+    @property
+    def keys(self) -> Any:
+        """Not there: models that read them attend to more than new tokens and the past.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"past_key_values: the architecture {self._kind} is not supported: it reads keys or values of a cache's "
+            f"layer {self.index}, which a TurboCache does not give back"
+        )
+
+    @keys.setter
+    def keys(self, value: None) -> None:  # type: ignore
+        """transformers' own layers begin without."""
+
+    values = keys  # type: ignore
+
     # -- new tokens -------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -181,6 +206,8 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
                 "cross-attention through the cache is not supported"
             )
         self._check_model(module)
+        if call.window is None and (is_causal if plan is None else plan.is_causal):
+            self._check_length(past + new)
         if pending is not None:
             self._check_positions(positions)
             query, *_ = aligned(query, *pending)
@@ -210,21 +237,38 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         kv.window_size = self._kept_window(query.shape[2])
         if floats is None or pending is None:
             return attend_tokens(query, kv, pending, plan, valid, is_causal, call)
-        kv.exact_past = floats.past(self.valid)
+        kv.exact_past, before = floats.past(self.valid), kv.seq_lens
         try:
             out = attend_tokens(query, kv, pending, plan, valid, is_causal, call)
         except BeyondInt8Error as found:
-            dtype = str(floats.keys.dtype).removeprefix("torch.")
-            message = f"layer {self.index} is kept in the model's own dtype ({dtype}): {found}"
-            warnings.warn(message, GuardWarning, stacklevel=3)
-            out = self._attend_exactly(module, query, pending, plan, valid, is_causal, call)
-            self.kv = None
-            return out
+            return self._become_exact(str(found), module, query, pending, plan, valid, is_causal, call)
         finally:
             kv.exact_past = None
+        if kv.head_bits is not None:  # decided
+            self.floats = None
+            return out
         own = None if valid is None else valid[:, -query.shape[2] :]
-        decided = kv.head_bits is not None
-        self.floats = None if decided else floats.extended(*(without_padding(x, own) for x in (*pending, query)))
+        after = floats.extended(*(without_padding(x, own) for x in (*pending, query)))
+        if query.shape[2] >= _FEWEST:
+            exact = attend_exactly(module, without_padding(query, own), after, plan, valid, is_causal, call)
+            found = early_int8_message(out, exact, kv.num_kv_heads, kv.first_head, min(self.config.kv_bits))
+            if found is not None:
+                try:
+                    return self._become_exact(found, module, query, pending, plan, valid, is_causal, call)
+                except BaseException:  # the warning may be an error
+                    kv.crop(before)
+                    raise
+        self.floats = after
+        return out
+
+    def _become_exact(self, found: str, module: nn.Module, query: Tensor, *call: Any) -> Tensor:
+        """Keep the tokens in the model's own dtype from now on, for the reason `found`; attend this call exactly."""
+        assert self.floats is not None
+        dtype = str(self.floats.keys.dtype).removeprefix("torch.")
+        message = f"layer {self.index} is kept in the model's own dtype ({dtype}): {found}"
+        warnings.warn(message, GuardWarning, stacklevel=4)
+        out = self._attend_exactly(module, query, *call)
+        self.kv = None
         return out
 
     def _attend_exactly(
@@ -278,13 +322,12 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             InputError: attention never took them.
         """
         if self._pending is not None:
-            kind = repr(self.model.model_type) if self.model is not None else "of this model"
             raise InputError(
                 f'attn_implementation: expected "turbo" with a TurboCache, but no "turbo" attention took the '
                 f"{self._pending[0].shape[2]} new tokens of layer {self.index}. Load the model with "
                 'attn_implementation="turbo" (after enable()). If it was, the architecture '
-                f"{kind} is not supported: it does not call transformers' attention interface, or changes keys after "
-                "the cache. reset() empties the cache"
+                f"{self._kind} is not supported: it does not call transformers' attention interface, or changes keys "
+                "after the cache. reset() empties the cache"
             )
 
     def forget_new(self) -> None:
@@ -300,10 +343,9 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         if value is getattr(key, _VALUES):
             return
         self.forget_new()
-        kind = repr(self.model.model_type) if self.model is not None else "of this model"
         raise UnsupportedError(
             f"value: expected the values that the TurboCache stored with the keys of layer {self.index}, got others: "
-            f"the architecture {kind} is not supported: it changes values after the cache"
+            f"the architecture {self._kind} is not supported: it changes values after the cache"
         )
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
@@ -331,6 +373,15 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             raise InputError(
                 f"input_ids: expected new tokens behind the {self._stored} that the TurboCache already holds, got some "
                 f"that end at position {int(positions[:, -1].min())}; its prompts begin with its tokens and are longer"
+            )
+
+    def _check_length(self, length: int) -> None:
+        """Some models have sliding layers in their caches, and masks without a window. What a query then sees depends
+        on how the text was cut into forwards."""
+        if self.window is not None and length > self.window:
+            raise UnsupportedError(
+                f"attention_mask: expected the window of {self.window} that the cache of layer {self.index} has, got "
+                f"none for {length} tokens: the architecture {self._kind} is not supported beyond its window"
             )
 
     def _check_model(self, module: nn.Module) -> None:

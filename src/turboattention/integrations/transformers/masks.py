@@ -24,6 +24,7 @@ from transformers.masking_utils import (
 )
 
 from ...errors import InputError, ShapeError
+from .guarded_mask import GuardedMask
 
 _PLAN = "_turbo_plan"
 
@@ -80,6 +81,8 @@ def read_mask(mask: Tensor | None) -> MaskPlan | None:
     plan = getattr(mask, _PLAN, None)
     if plan is not None:
         return plan
+    if isinstance(mask, GuardedMask):  # a part of one
+        mask = mask.as_subclass(Tensor)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ShapeError(f"attention_mask: expected a tensor [B, Lk] or [B, 1, Lq, Lk], got {got}")
@@ -106,15 +109,18 @@ def turbo_mask(
     With `allow_is_causal_skip=False` the full matrix is returned.
     """
     causal, window = _causal_window(mask_function)
+    config = kwargs.get("config")
+    if isinstance(attention_mask, GuardedMask):  # made by `generate`, for a model that makes masks of it again
+        attention_mask = attention_mask.as_subclass(Tensor)
     # The length of a static cache is not known while tracing.
     known = not (torch.compiler.is_dynamo_compiling() and isinstance(q_offset, Tensor))
     ends_together = known and kv_offset + kv_length == int(q_offset) + q_length
-    if causal and ends_together and allow_is_causal_skip and not _cut_by_model(kwargs.get("config")):
+    if causal and ends_together and allow_is_causal_skip and not _cut_by_model(config):
         tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
-        return _with_plan(tokens, window)
+        return _with_plan(tokens, window, config)
     if mask_function is bidirectional_mask_function:
         tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
-        return _with_plan(tokens[:, None, None, :].expand(-1, 1, q_length, -1), None)
+        return _with_plan(tokens[:, None, None, :].expand(-1, 1, q_length, -1), None, config)
     matrix = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -128,17 +134,20 @@ def turbo_mask(
         **kwargs,
     )
     assert matrix is not None
-    return _with_plan(matrix, None)
+    return _with_plan(matrix, None, config)
 
 
 def _cut_by_model(config: Any) -> bool:
     """Gemma 4 with shared keys selects rows of its masks, which therefore need a row dimension."""
-    kind = str(getattr(config, "model_type", ""))
+    kind = str(getattr(config, "model_type", "unknown"))
     return kind.startswith("gemma4") and bool(getattr(config, "num_kv_shared_layers", None))
 
 
-def _with_plan(mask: Tensor, window: int | None) -> Tensor:
-    setattr(mask, _PLAN, MaskPlan(mask, window, from_function=True))
+def _with_plan(mask: Tensor, window: int | None, config: Any) -> Tensor:
+    plan = MaskPlan(mask, window, from_function=True)
+    if not torch.compiler.is_dynamo_compiling():  # Dynamo makes no subclasses
+        mask = GuardedMask.of(mask, str(getattr(config, "model_type", "unknown")))
+    setattr(mask, _PLAN, plan)
     return mask
 
 

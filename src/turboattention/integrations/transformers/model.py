@@ -54,7 +54,8 @@ def layer_kinds(config: Any) -> list[LayerKind]:
         UnsupportedError: layers that need another kind of cache.
     """
     text = text_config(config)
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "add_cross_attention", False):
+    crossed = getattr(text, "add_cross_attention", False) or getattr(text, "cross_attention_layers", None)
+    if getattr(config, "is_encoder_decoder", False) or crossed:
         raise UnsupportedError(
             "model_config: encoder-decoder models and cross-attention need a cache of their own kind"
         )

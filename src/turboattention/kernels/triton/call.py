@@ -42,15 +42,15 @@ def softmax_arguments(
     config: TurboConfig, device: torch.device, window: int | None, softcap: float | None
 ) -> dict[str, Any]:
     """Of the window, the softcap and the exponentials: values, and what is compiled in."""
-    form = config.softmax_on(device)
+    form, by_row = config.softmax_on(device), config.p_scale_on(device) == "row"
     return {
         "window": min(window or 0, _LARGEST_WINDOW),
         "cap": softcap or 0.0,
         "threshold": config.sas_threshold * (1.0 if form == "sas" else LOG2_E.value),
         "FORM": form,
         # Else 127 e^-y rounds to zero beyond the threshold, within the approximations' errors.
-        "CUT": form != "exp" and (config.p_scale == "row" or config.sas_threshold > -5.7),
-        "ROW": config.p_scale == "row",
+        "CUT": form != "exp" and (by_row or config.sas_threshold > -5.7),
+        "ROW": by_row,
         "WINDOW": window is not None,
         "CAP": softcap is not None,
     }

@@ -13,6 +13,7 @@ from .rounding import ROUND, ROUND_BITS, bits_of
 from .sight import masked
 
 LEVELS = tl.constexpr(127.0)
+ROW_LARGEST = tl.constexpr(126.96875)
 FINE = tl.constexpr(256.0)  # by how much finer the sum of weights is where they have a scale per row
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -88,23 +89,25 @@ def weigh(
 
     Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
     them in units of 1/127, the block's maximum, a logit (-inf where a row sees nothing), and per row what an INT8
-    weight counts, in units of 1/127 (ROW; else None).
+    weight counts, in units of 1/127 (ROW; else not to be used).
     """
     weight, total, peak = weights(s, unit, mean, key, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, AXIS)
     value_levels = tl.expand_dims(value_levels, 1 - AXIS)
     if ROW:
-        codes, largest = row_codes(weight * value_levels, AXIS)
-        return codes, total, peak, largest / LEVELS
-    return round_levels(weight, value_levels), total, peak, None
+        codes, share = row_codes(weight * value_levels, AXIS)
+    else:
+        codes = round_levels(weight, value_levels)
+        share = peak  # of no meaning, but of a type: None cannot be returned from here
+    return codes, total, peak, share
 
 
 @triton.jit
 def row_codes(products, AXIS: tl.constexpr):
     """Products of weights and values' scales as INT8 (in the low bits of int32), of which each row's largest is 127,
-    and that largest, 1 where all are zero."""
+    and what one code counts. 126.96875: 127 would put scales of one half, which are common, on rounding ties."""
     largest = tl.max(products, AXIS)
     largest = tl.where(largest > 0.0, largest, 1.0)
-    return round_levels(products, tl.expand_dims(1.0 / largest * LEVELS, AXIS)), largest
+    return round_levels(products, tl.expand_dims(1.0 / largest * ROW_LARGEST, AXIS)), largest / ROW_LARGEST
 
 
 @triton.jit

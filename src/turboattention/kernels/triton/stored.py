@@ -26,17 +26,17 @@ def weigh_stored(
     weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, ROW, SEEN, CAP, "", AXIS)
     scale = tl.expand_dims(v_scale, 1 - AXIS)
     if ROW:  # What a row does not see has the weight zero.
-        codes, largest = row_codes(weight * scale, AXIS)
-        return codes, total, peak, largest
-    if OWN:
+        codes, unit = row_codes(weight * scale, AXIS)
+        largest = unit * LEVELS
+    elif OWN:
         keys = tl.expand_dims(key, 1 - AXIS)
         seen = (keys >= tl.expand_dims(begin, AXIS)) & (keys < tl.expand_dims(end, AXIS))
         # Zero the scales of unseen keys: weights may be tiny instead of zero, and scales arbitrarily large.
         scale = tl.where(seen, scale, 0.0)
         largest = tl.max(scale, AXIS)
         largest = tl.where(largest > 0.0, largest, 1.0)
-        levels = scale * tl.expand_dims(1.0 / largest * LEVELS, AXIS)
+        codes = round_levels(weight, scale * tl.expand_dims(1.0 / largest * LEVELS, AXIS))
     else:
         largest = largest_of(v_scale)
-        levels = scale / largest * LEVELS
-    return round_levels(weight, levels), total, peak, largest
+        codes = round_levels(weight, scale / largest * LEVELS)
+    return codes, total, peak, largest

@@ -1,0 +1,56 @@
+"""A mask that only attention functions can read, and that says so to models which compute attention by themselves.
+
+Such models take "turbo" without a word and get its masks, which mean something else in their formulas: True, for
+"visible", is added to scores as 1.0 or taken for "hidden", and a mask [B, Lk] broadcasts over whatever has Lk columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedError
+
+_HARMLESS = frozenset(
+    "__get__ __set__ __len__ __repr__ __format__ __hash__ __deepcopy__ __reduce_ex__ dim numel stride element_size "
+    "is_floating_point is_contiguous get_device data_ptr untyped_storage to cpu cuda clone detach contiguous "
+    "requires_grad_ record_stream".split()
+)
+"""Functions that leave the meaning of a mask as it is."""
+
+_PARTS = frozenset("__getitem__ size expand index_select select narrow repeat_interleave unsqueeze squeeze".split())
+"""Functions that take parts of a matrix [B, 1, Lq, Lk]; a mask [B, Lk] has none of the dimensions they expect."""
+
+
+class GuardedMask(Tensor):
+    """A boolean mask [B, Lk] or [B, 1, Lq, Lk]; what is computed from it is refused, parts of it are masks again."""
+
+    kind: str
+    """The architecture, for messages."""
+
+    @staticmethod
+    def of(mask: Tensor, kind: str) -> GuardedMask:
+        guarded = mask.as_subclass(GuardedMask)
+        guarded.kind = kind
+        return guarded
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            mask = args[0] if args and isinstance(args[0], GuardedMask) else None
+            if mask is not None and (func.__name__ in _HARMLESS or (func.__name__ in _PARTS and mask.dim() == 4)):
+                result = func(*args, **(kwargs or {}))
+                if not isinstance(result, Tensor):
+                    return result
+                if result.dtype == torch.bool:
+                    return result if isinstance(result, GuardedMask) else GuardedMask.of(result, mask.kind)
+        operands = [
+            x for arg in (*args, *(kwargs or {}).values()) for x in (arg if isinstance(arg, list | tuple) else [arg])
+        ]
+        kind = next((x.kind for x in operands if isinstance(x, GuardedMask)), "unknown")
+        raise UnsupportedError(
+            f'attn_implementation: the architecture {kind!r} is not supported with "turbo": it uses the attention mask '
+            'in computations of its own; load it with attn_implementation="eager"'
+        )
