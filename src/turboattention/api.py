@@ -195,22 +195,8 @@ def turbo_attention_with_kvcache(
     if k_new is not None and v_new is not None:
         energy = _energy(q, cache, positions, valid) if cache.learns_order else None
         staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"), energy)
-<<<<<<< HEAD
-        bits = guarded_bits(
-            cache,
-            staged,
-            q,
-            positions,
-            valid,
-            (k_new, v_new),
-            scale=scale,
-            softcap=softcap,
-            window_size=window_size,
-        )
-=======
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window_size": window_size}
         bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new), **options)
->>>>>>> main
     out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
         q,
         cache,

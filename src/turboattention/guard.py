@@ -35,7 +35,6 @@ the planned width's bound if that is larger: an exact layer takes 16 bits or mor
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 QUERIES = 32
 """Query rows sampled per head."""
-
 _TOKENS = 512  # keys that they attend to at most
 
 
@@ -293,13 +292,8 @@ class _Sample:
         return chosen, positions[self.batch][:, rows]
 
     def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-<<<<<<< HEAD
-        """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, older ones as INT8 where
-        there is no `exact_past`."""
-=======
         """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, and older ones as INT8
         unless they are kept."""
->>>>>>> main
         at = self.batch.to(self.q.device)
         before = staged.before[self.batch]
         k_new, v_new = (x[at][:, :, : self.tokens] for x in new)
@@ -311,13 +305,8 @@ class _Sample:
         stored = staged.tiles.map(lambda x: x[at][:, :, : self.stored.k8.shape[2]])
         k, v = self._with_past(self._frame(stored), before)
         k[row, :, position], v[row, :, position] = (x[row, :, token].to(k.dtype) for x in (k_new, v_new))
-        if (past := self.cache.exact_past) is not None:
-            row, position = (torch.arange(self.tokens) < before[:, None]).nonzero(as_tuple=True)
-            k[row, :, position], v[row, :, position] = (x[at][row, :, position].to(k.dtype) for x in (past.k, past.v))
         return k, v
 
-<<<<<<< HEAD
-=======
     def _with_past(self, frame: tuple[Tensor, Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
         """The frame with the tokens of earlier calls, `before[b]` of them, at full precision if they are kept."""
         past: ExactPast | None = self.cache.exact_past
@@ -332,7 +321,6 @@ class _Sample:
             mixed.append(torch.cat((first, stored[:, :, length:]), 2))
         return mixed[0], mixed[1]
 
->>>>>>> main
     def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] in the model's space: sink pages, then the tiles [b, Hkv, W, D] behind them."""
         k, v = self._floats(tiles, self.start)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-<<<<<<< HEAD
-from transformers import AutoModelForCausalLM, BartConfig, BloomConfig, DeepseekV3Config, LlamaConfig
-=======
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,11 +12,9 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     LlamaConfig,
-    Qwen3NextConfig,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.models.mistral import modeling_mistral
->>>>>>> main
 
 from turboattention import TurboConfig
 from turboattention.errors import BackendError, ConfigError, InputError, ShapeError, TurboError, UnsupportedError
