@@ -321,3 +321,13 @@ def test_what_is_not_supported(hybrid, tokens):
     for kind, said in (("mamba", "without"), ("minimax", "class of its own"), ("recurrent_gemma", "in its modules")):
         with pytest.raises(UnsupportedError, match=said):
             TurboCache(AutoConfig.for_model(kind))
+
+
+def test_a_crop_that_a_sliding_layer_refuses_changes_no_other(tiny, forward, tokens):
+    model = tiny("gemma3", layer_types=("full_attention", "sliding_attention", "full_attention"))
+    ids, cache = tokens(1, 100), TurboCache(model.config, QUANTIZED)
+    forward(model, "turbo", ids, [60, 30], cache)
+    with pytest.raises(InputError, match="behind a window"):
+        cache.crop(-60)
+    assert [layer.get_seq_length() for layer in cache.layers] == [90] * 3
+    assert cache.layers[0].kv.seq_lens.tolist() == [90]
