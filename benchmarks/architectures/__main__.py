@@ -13,6 +13,7 @@ import multiprocessing
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -77,9 +78,16 @@ def say(verdict: Verdict, seconds: float, details: bool) -> None:
 
 def write(verdicts: list[Verdict], seconds: float) -> None:
     """One line for each architecture, so that a change shows in a diff."""
-    lines = ",\n".join(f"  {json.dumps(asdict(verdict))}" for verdict in verdicts)
+    lines = ",\n".join(f"  {json.dumps(_brief(asdict(verdict)))}" for verdict in verdicts)
     head = f'"transformers": "{transformers.__version__}", "seconds": {seconds:.0f}'
     write_text(RESULTS, f'{{{head}, "architectures": [\n{lines}\n]}}\n')
+
+
+def _brief(value: Any) -> Any:
+    """Without what is empty, which the defaults say."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _brief(x) for name, x in value.items() if x is not None and x != ""}
 
 
 def write_page() -> None:

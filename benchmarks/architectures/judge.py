@@ -51,7 +51,7 @@ class Finding:
 @dataclass
 class Verdict:
     """What became of one architecture: how it was built, and by cache the worse finding of two ways to run; "INT8" is a
-    `TurboCache` of 8 bits in its own arithmetic."""
+    `TurboCache` of 8 bits in its own arithmetic, "default sizes" whether one is made for the config as it is."""
 
     name: str
     built: Finding
@@ -80,7 +80,19 @@ def judge(name: str) -> Verdict:
             found = [_compare((model, turbo), kind, way, wanted[way.__name__]) for way in (pieces, padded)]
             verdict.found[kind] = max(found, key=lambda x: (WORSE.index(x.verdict), x.error or 0))
     verdict.found["INT8"] = _compare((model, turbo), "TurboCache", pieces, wanted["pieces"], bound=math.inf)
+    verdict.found["default sizes"] = _at_default_sizes(name)
     return verdict
+
+
+def _at_default_sizes(name: str) -> Finding:
+    """Whether a `TurboCache` is made for the config as it is; tiny sizes hide wide heads."""
+    try:
+        integration.TurboCache(tiny.default(name))
+    except TurboError as refusal:
+        return Finding("refused", _line(refusal))
+    except Exception as fault:
+        return Finding("foreign", _line(fault))
+    return Finding("right")
 
 
 @contextmanager
@@ -127,9 +139,9 @@ def pieces(model: Any, cache: Any) -> Tensor:
     ids, start, logits = _ids(2, LENGTH), 0, []
     for size in PIECES:
         out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        cache = getattr(out, "past_key_values", None)
         if cache is None:
-            raise UnusableError("it has no past_key_values")
+            raise UnusableError("it has no past_key_values, the cache of attention layers")
         logits.append(out.logits)
         start += size
     return torch.cat(logits, 1)

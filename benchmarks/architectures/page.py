@@ -52,6 +52,10 @@ def page(verdicts: list[Verdict], version: str, seconds: float) -> str:
     ):
         if by[verdict]:
             parts.append(f"## {title}\n\n" + _reasons({x.name: of(x) for x in by[verdict]}))
+    wide = {x.name: x.found["default sizes"] for x in by["right"] if x.found["default sizes"].verdict != "right"}
+    if wide:
+        start = "## Work at tiny sizes, and are refused at those of their default config\n\n"
+        parts.insert(2, start + _reasons(wide))
     for kind in ("DynamicCache", "StaticCache"):
         others = {x.name: x.found[kind] for x in verdicts if x.found and x.found[kind].verdict != "right"}
         if others:

@@ -95,13 +95,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**_MAMBA, "layer_types": _HYBRID},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _HYBRID},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "mimo_v2_flash": {"head_dim": 24, "swa_head_dim": 24},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
@@ -124,6 +125,14 @@ def config(name: str) -> Any:
     """The config of an architecture or a variant."""
     kind, extra = VARIANTS.get(name, (name, {}))
     return AutoConfig.for_model(kind, **_small(CONFIG_MAPPING[kind], {**CHANGES.get(kind, {}), **extra}))
+
+
+def default(name: str) -> Any:
+    """The config with the sizes that transformers gives it, as that of a decoder alone, which causal models make it."""
+    kind, extra = VARIANTS.get(name, (name, {}))
+    whole = AutoConfig.for_model(kind, **extra)
+    whole.is_encoder_decoder = False
+    return whole
 
 
 def _small(kind: Any, changes: dict[str, Any]) -> dict[str, Any]:

@@ -309,6 +309,21 @@ def test_states_that_ran_ahead_are_noticed(hybrid, forward, tokens):
     forward(model, "turbo", tokens(1, LENGTH), [30, 5], cache)
 
 
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_crop_after_a_failed_forward_is_refused_where_states_are_ahead(failing, hybrid, forward, tokens):
+    """Convolutions in front of the layer that failed have moved, those behind it have not."""
+    model, ids = copy.deepcopy(hybrid("lfm2_moe")), tokens(1, LENGTH)
+    cache = TurboCache(model.config, QUANTIZED)
+    forward(model, "turbo", ids, [30], cache)
+    cache.activate_past_recording()
+    forward(model, "turbo", ids, [4], cache)
+    model.model.layers[failing].self_attn.k_proj.weight.data[0] = torch.nan
+    with pytest.raises(NonFiniteError):
+        forward(model, "turbo", ids, [5], cache)
+    with pytest.raises(InputError, match=r"an earlier forward failed halfway. reset\(\) empties"):
+        cache.crop(32)
+
+
 def test_what_is_not_supported(hybrid, tokens):
     model = hybrid("qwen3_next")
     with pytest.raises(UnsupportedError, match="whose layer 0 has a LinearAttentionLayer"):
@@ -323,11 +338,12 @@ def test_what_is_not_supported(hybrid, tokens):
             TurboCache(AutoConfig.for_model(kind))
 
 
-def test_a_crop_that_a_sliding_layer_refuses_changes_no_other(tiny, forward, tokens):
-    model = tiny("gemma3", layer_types=("full_attention", "sliding_attention", "full_attention"))
+def test_a_crop_that_a_sliding_layer_refuses_changes_no_other(forward, tokens):
+    mixed = {"num_hidden_layers": 2, "sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo3", **COMMON, **mixed)).eval()
     ids, cache = tokens(1, 100), TurboCache(model.config, QUANTIZED)
     forward(model, "turbo", ids, [60, 30], cache)
     with pytest.raises(InputError, match="behind a window"):
         cache.crop(-60)
-    assert [layer.get_seq_length() for layer in cache.layers] == [90] * 3
+    assert [layer.get_seq_length() for layer in cache.layers] == [90] * 2
     assert cache.layers[0].kv.seq_lens.tolist() == [90]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_causal_mask
 
 from turboattention import TurboConfig
 from turboattention.integrations.transformers import TurboCache
@@ -102,3 +103,27 @@ def test_without_a_turbo_cache_models_compile_to_one_graph(name, kind, tiny, for
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     result = forward(compiled, "turbo", ids, sizes, caches[1], mask)
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("spare", [0, 11])
+def test_masks_from_outside_a_compiled_graph(spare, tiny, forward, tokens):
+    """As `generate` hands them over, where it compiles the steps over a static cache."""
+    model, ids = tiny("llama", num_hidden_layers=1), tokens(1, 20)
+    expected = forward(model, "turbo", ids, [18, 1, 1], StaticCache(model.config, max_cache_len=20 + spare))
+    torch._dynamo.reset()
+    compiled, parts = torch.compile(model, backend="eager", fullgraph=True), []
+    cache = StaticCache(model.config, max_cache_len=20 + spare)
+    with torch.no_grad():
+        for a, b in ((0, 18), (18, 19), (19, 20)):
+            positions = torch.arange(a, b)[None]
+            new = model.get_input_embeddings()(ids[:, a:b])
+            mask = create_causal_mask(
+                config=model.config,
+                inputs_embeds=new,
+                attention_mask=None,
+                past_key_values=cache,
+                position_ids=positions,
+            )
+            out = compiled(inputs_embeds=new, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected)

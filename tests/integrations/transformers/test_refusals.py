@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BartConfig,
-    DeepseekV3Config,
     DynamicCache,
     EncoderDecoderCache,
     LlamaConfig,
+    StaticCache,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.models.mistral import modeling_mistral
@@ -20,6 +22,7 @@ from turboattention import TurboConfig
 from turboattention.errors import BackendError, ConfigError, InputError, ShapeError, TurboError, UnsupportedError
 from turboattention.integrations.transformers import TurboCache
 from turboattention.integrations.transformers.attention import turbo_attention_forward
+from turboattention.integrations.transformers.guarded_mask import check_declared
 
 OWN_ATTENTION = {
     "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2},
@@ -67,16 +70,27 @@ class TestOtherAttention:
 
 
 class TestModels:
-    @pytest.mark.parametrize("cached", [True, False])
+    @pytest.mark.parametrize("make", [TurboCache, DynamicCache, StaticCache], ids=lambda x: x.__name__)
     @pytest.mark.parametrize("rows", [1, 2])
     @pytest.mark.parametrize(("kind", "sizes"), OWN_ATTENTION.items())
-    def test_attention_of_its_own(self, kind, sizes, rows, cached, tokens):
+    def test_attention_of_its_own(self, kind, sizes, rows, make, tokens):
         """These take "turbo" without a word, and would take its masks for theirs: wrong logits, or a foreign error."""
         config = AutoConfig.for_model(kind, vocab_size=96, **sizes)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="turbo").eval()
-        cache = TurboCache(config) if cached else None
+        options = {"max_cache_len": 20} if make is StaticCache else {}
+        cache = TurboCache(config) if make is TurboCache else make(config=config, **options)
         with torch.no_grad(), pytest.raises(UnsupportedError, match=f"architecture '{kind}' is not supported with"):
             model(tokens(rows, 8), past_key_values=cache)
+
+    @pytest.mark.parametrize("kind", ["paligemma", "llama", "bart"])
+    def test_what_transformers_declares(self, kind):
+        """PaliGemma makes masks for layers of another module; Bart has the interface and does not declare it."""
+        import_module(f"transformers.models.{kind}.modeling_{kind}")
+        check_declared(AutoConfig.for_model(kind))
+
+    def test_pictures_by_the_interface_and_text_without(self):
+        with pytest.raises(UnsupportedError, match="architecture 'git' is not supported"):
+            check_declared(AutoConfig.for_model("git"))
 
     def test_attention_of_its_own_with_masks_of_its_own(self, tokens):
         config = AutoConfig.for_model(
@@ -105,8 +119,10 @@ class TestModels:
             with pytest.raises(UnsupportedError, match=r"'llama' is not supported: it reads keys or values .* layer 1"):
                 getattr(cache.layers[1], name)
 
-    def test_latent_attention(self):
-        config = DeepseekV3Config(num_hidden_layers=2)
+    @pytest.mark.parametrize("kind", ["deepseek_v3", "dots3_note_text"])
+    def test_latent_attention(self, kind):
+        """Ranks of Dots 3 differ between its layers."""
+        config = AutoConfig.for_model(kind)
         with pytest.raises(UnsupportedError, match="MLA"):
             TurboCache(config)
 

@@ -21,7 +21,7 @@ from .layer import TurboLayer
 from .model import LayerKind, layer_kinds, shares_keys
 from .parallel import TensorParallel
 from .prompt import check_goes_on
-from .states import HybridLayer, check_crop, copied, crop_states, recurrent, reset_states, select_states, state_nbytes
+from .states import HybridLayer, check_crop, copied, crop_states, reset_states, select_states, state_nbytes
 
 
 class TurboCache(Cache):
@@ -181,11 +181,18 @@ class TurboCache(Cache):
         """
         key, length = (name, layer_idx, state_idx), self.get_seq_length()
         if self._updated_at.get(key) == length:
-            raise InputError(
-                f"past_key_values: expected states of {length} tokens in layer {layer_idx}, got some that are ahead: "
-                "an earlier forward failed halfway. reset() empties the cache"
-            )
+            raise _ahead(layer_idx, length)
         self._updated_at[key] = length
+
+    def _check_states_level(self) -> None:
+        """No layer's states are ahead of another layer's tokens, as a forward that failed halfway leaves them."""
+        if not self.state_layers:
+            return
+        self.check_level()
+        first, length = self.attention_layers[0].index, self.get_seq_length()
+        for (_, index, _), updated_at in self._updated_at.items():
+            if index < first and updated_at == length:
+                raise _ahead(index, length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `i` what row `beam_idx[i]` was; compressed blocks are shared."""
@@ -213,14 +220,16 @@ class TurboCache(Cache):
         """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep.
 
         Raises:
-            InputError: a sliding window has released what would be needed. UnsupportedError: a recurrent state would
-                have to go back. Nothing has changed then.
+            InputError: a sliding window has released what would be needed, or a forward that failed halfway left states
+                ahead. UnsupportedError: a recurrent state would have to go back. Nothing has changed then.
         """
         removed, lengths = int(tokens_to_remove), [layer.get_seq_length() for layer in self.attention_layers]
         kept = [max(removed if removed > 0 else length + removed, 0) for length in lengths]
         for layer, length in zip(self.attention_layers, kept, strict=True):
             layer.check_crop(length)
         gone = max(lengths) - min(max(kept), max(lengths))
+        if gone and max(kept):
+            self._check_states_level()
         for index, layer in self.state_layers:
             check_crop(index, layer, gone, max(lengths) - gone)
         for layer in self.layers:
@@ -270,7 +279,7 @@ class TurboCache(Cache):
                 "empties the cache"
             )
         if len(lengths) > 1:
-            back = min(lengths) if not any(map(recurrent, (layer for _, layer in self.state_layers))) else 0
+            back = 0 if self.state_layers else min(lengths)
             raise InputError(
                 f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
                 f"halfway. {f'crop({back}) goes back to before it, ' if back else ''}"
@@ -436,6 +445,13 @@ def _copied(layer: Any) -> Any:
     if isinstance(layer, TurboLayer):
         return layer.clone()
     return copied(layer) if isinstance(layer, LinearAttentionLayer) else layer  # others hold nothing
+
+
+def _ahead(layer_idx: int, length: int) -> InputError:
+    return InputError(
+        f"past_key_values: expected states of {length} tokens in layer {layer_idx}, got some that are ahead: an "
+        "earlier forward failed halfway. reset() empties the cache"
+    )
 
 
 def _checked_layers(indices: Any, kinds: list[LayerKind]) -> set[int]:

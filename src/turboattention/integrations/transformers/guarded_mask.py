@@ -6,10 +6,13 @@ Such models take "turbo" without a word and get its masks, which mean something 
 
 from __future__ import annotations
 
+import sys
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...errors import UnsupportedError
 
@@ -22,6 +25,10 @@ _HARMLESS = frozenset(
 
 _PARTS = frozenset("__getitem__ size expand index_select select narrow repeat_interleave unsqueeze squeeze".split())
 """Functions that take parts of a matrix [B, 1, Lq, Lk]; a mask [B, Lk] has none of the dimensions they expect."""
+
+
+_BESIDE = {"git"}
+"""Architectures whose decoders compute attention by themselves, in modules that know the interface for other parts."""
 
 
 class GuardedMask(Tensor):
@@ -49,8 +56,34 @@ class GuardedMask(Tensor):
         operands = [
             x for arg in (*args, *(kwargs or {}).values()) for x in (arg if isinstance(arg, list | tuple) else [arg])
         ]
-        kind = next((x.kind for x in operands if isinstance(x, GuardedMask)), "unknown")
-        raise UnsupportedError(
-            f'attn_implementation: the architecture {kind!r} is not supported with "turbo": it uses the attention mask '
-            'in computations of its own; load it with attn_implementation="eager"'
-        )
+        raise _refusal(next((x.kind for x in operands if isinstance(x, GuardedMask)), "unknown"))
+
+
+def check_declared(config: Any) -> None:
+    """The model of a config, as far as transformers has it, calls its attention interface. Needed where masks go into
+    compiled graphs, which take plain tensors only.
+
+    Raises:
+        UnsupportedError: neither its module knows the interface, nor does one of its models declare to follow it.
+    """
+    kind = str(getattr(config, "model_type", "unknown"))
+    if config is None or torch.compiler.is_dynamo_compiling():
+        return
+    if kind in _BESIDE or _computes_by_itself(type(config)):
+        raise _refusal(kind)
+
+
+@cache
+def _computes_by_itself(config: type) -> bool:
+    module = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
+    if module is None or module.__name__ == config.__module__ or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    models = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
+    return bool(models) and not any(x._supports_attention_backend for x in models)
+
+
+def _refusal(kind: str) -> UnsupportedError:
+    return UnsupportedError(
+        f'attn_implementation: the architecture {kind!r} is not supported with "turbo": it uses the attention mask in '
+        'computations of its own; load it with attn_implementation="eager"'
+    )

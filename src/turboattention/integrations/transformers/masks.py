@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 )
 
 from ...errors import InputError, ShapeError
-from .guarded_mask import GuardedMask
+from .guarded_mask import GuardedMask, check_declared
 
 _PLAN = "_turbo_plan"
 
@@ -110,17 +110,20 @@ def turbo_mask(
     """
     causal, window = _causal_window(mask_function)
     config = kwargs.get("config")
+    check_declared(config)
     if isinstance(attention_mask, GuardedMask):  # made by `generate`, for a model that makes masks of it again
         attention_mask = attention_mask.as_subclass(Tensor)
     # The length of a static cache is not known while tracing.
     known = not (torch.compiler.is_dynamo_compiling() and isinstance(q_offset, Tensor))
     ends_together = known and kv_offset + kv_length == int(q_offset) + q_length
+    # Graphs take plain tensors only, and `generate` compiles the steps over static caches (spare keys, or a tensor).
+    guarded = ends_together and not torch.compiler.is_dynamo_compiling() and not isinstance(q_offset, Tensor)
     if causal and ends_together and allow_is_causal_skip and not _cut_by_model(config):
         tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
-        return _with_plan(tokens, window, config)
+        return _with_plan(tokens, window, config, guarded)
     if mask_function is bidirectional_mask_function:
         tokens = _tokens(attention_mask, batch_size, kv_length, kv_offset, device)
-        return _with_plan(tokens[:, None, None, :].expand(-1, 1, q_length, -1), None, config)
+        return _with_plan(tokens[:, None, None, :].expand(-1, 1, q_length, -1), None, config, guarded)
     matrix = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -134,18 +137,18 @@ def turbo_mask(
         **kwargs,
     )
     assert matrix is not None
-    return _with_plan(matrix, None, config)
+    return _with_plan(matrix, None, config, guarded)
 
 
 def _cut_by_model(config: Any) -> bool:
     """Gemma 4 with shared keys selects rows of its masks, which therefore need a row dimension."""
-    kind = str(getattr(config, "model_type", "unknown"))
+    kind = str(getattr(config, "model_type", ""))
     return kind.startswith("gemma4") and bool(getattr(config, "num_kv_shared_layers", None))
 
 
-def _with_plan(mask: Tensor, window: int | None, config: Any) -> Tensor:
+def _with_plan(mask: Tensor, window: int | None, config: Any, guarded: bool) -> Tensor:
     plan = MaskPlan(mask, window, from_function=True)
-    if not torch.compiler.is_dynamo_compiling():  # Dynamo makes no subclasses
+    if guarded:
         mask = GuardedMask.of(mask, str(getattr(config, "model_type", "unknown")))
     setattr(mask, _PLAN, plan)
     return mask

@@ -59,7 +59,7 @@ def layer_kinds(config: Any) -> list[LayerKind]:
         raise UnsupportedError(
             "model_config: encoder-decoder models and cross-attention need a cache of their own kind"
         )
-    if getattr(text, "kv_lora_rank", None):
+    if _somewhere(text, "kv_lora_rank"):
         raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
     if (kind := getattr(text, "model_type", None)) in _DEPEND_ON_ALL:
         raise UnsupportedError(f"model_config: the architecture {kind!r} is not supported: {_DEPEND_ON_ALL[kind]}")
@@ -98,6 +98,14 @@ def _kind(index: int, layer: Any, shared: bool) -> LayerKind:
         f"model_config: layer {index} needs a {name}; a TurboCache holds full and sliding-window attention layers, and "
         "linear attention beside them"
     )
+
+
+def _somewhere(config: Any, name: str) -> bool:
+    """Whether a field is set, of all layers or of some: transformers raises for one that differs between layers."""
+    try:
+        return bool(getattr(config, name, None))
+    except RuntimeError:
+        return any(by_layer(config, name))
 
 
 def shares_keys(text: Any) -> bool:
