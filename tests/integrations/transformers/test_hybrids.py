@@ -125,7 +125,8 @@ def test_equals_eager_with_the_models_own_cache(exact_core, model, forward, toke
     for mine, theirs in zip(cache.layers, own.layers, strict=True):
         for name in ("conv_states", "recurrent_states"):
             for number, x in getattr(theirs, name, {}).items():
-                torch.testing.assert_close(getattr(mine, name)[number], x, rtol=1e-3, atol=1e-3)
+                if x is not None:
+                    torch.testing.assert_close(getattr(mine, name)[number], x, rtol=1e-3, atol=1e-3)
 
 
 def test_padding(exact_core, model, forward, tokens, padded):
@@ -269,7 +270,7 @@ def test_a_crop_of_recurrent_states_is_refused_and_changes_nothing(name, hybrid,
             cache.crop(cut)
     cache.crop(0)
     cache.crop(30)
-    assert not cache.is_croppable
+    assert not getattr(cache, "is_croppable", False)  # what newer releases ask before assisted decoding
     assert {layer.get_seq_length() for layer in cache.attention_layers} == {30}
     expected = forward(model, "turbo", ids, [20], other)
     assert torch.equal(forward(model, "turbo", ids, [20], cache), expected)

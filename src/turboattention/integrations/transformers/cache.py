@@ -21,7 +21,7 @@ from .layer import TurboLayer
 from .model import LayerKind, layer_kinds, shares_keys
 from .parallel import TensorParallel
 from .prompt import check_goes_on
-from .states import HybridLayer, check_crop, copied, crop_states, reset_states, select_states, state_nbytes
+from .states import EmptyLayer, HybridLayer, check_crop, copied, crop_states, reset_states, select_states, state_nbytes
 
 
 class TurboCache(Cache):
@@ -260,6 +260,10 @@ class TurboCache(Cache):
     @property
     def is_linear(self) -> list[bool]:
         return [isinstance(x, LinearAttentionLayer) and not isinstance(x, HybridLayer) for x in self.layers]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [isinstance(x, EmptyLayer) for x in self.layers]
 
     @property
     def is_compileable(self) -> bool:

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import UnsupportedError
 from ..model_shape import by_layer, text_config
+from .states import EmptyLayer
 
 LARGEST_HEAD = 256
 
@@ -75,7 +76,11 @@ def layer_kinds(config: Any) -> list[LayerKind]:
         return [LayerKind(True)] * int(text.num_hidden_layers)
     # A layer whose keys are read by later layers has to keep keys beyond its own window.
     shared = shares_keys(text)
-    kinds = [_kind(index, layer, shared) for index, layer in enumerate(layers)]
+    empty = [kind in ("moe", "mlp") for kind in getattr(text, "layer_types", None) or [""] * len(layers)]
+    kinds = [
+        LayerKind(False, other=EmptyLayer()) if empty[index] else _kind(index, layer, shared)
+        for index, layer in enumerate(layers)
+    ]
     if not any(kind.attends for kind in kinds):
         raise UnsupportedError("model_config: expected a model with attention layers, got one without")
     return kinds
@@ -87,8 +92,8 @@ def _kind(index: int, layer: Any, shared: bool) -> LayerKind:
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return LayerKind(True, window)
     name = type(layer).__name__
-    if name == "DummyLayer":  # a layer that reads the keys of another, or one without attention
-        return LayerKind(True) if shared else LayerKind(False, other=layer)
+    if name == "DummyLayer" and shared:  # it reads the keys of another
+        return LayerKind(True)
     if type(layer).__module__ == DynamicCache.__module__ and isinstance(getattr(layer, "conv_states", None), dict):
         if name == "LinearAttentionLayer":
             return LayerKind(False, other=layer)

@@ -18,6 +18,14 @@ from .layer import TurboLayer
 CONV, RECURRENT = "conv_states", "recurrent_states"
 
 
+class EmptyLayer:
+    """A layer with neither keys nor states, such as an MLP: transformers' `DummyLayer`, which came after 5.16."""
+
+    supports_early_init = False
+    is_initialized = is_compileable = is_croppable = True
+    keys = values = None
+
+
 class HybridLayer(TurboLayer, LinearAttentionLayer):
     """A layer that attends and has states besides, as transformers' `LinearAttentionAndFullAttentionLayer`."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionLayer
 
 from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
@@ -22,7 +22,7 @@ from .exact import ExactKV
 from .layer import TurboLayer
 from .parallel import TensorParallel
 from .prompt import checked_ids
-from .states import HybridLayer, load_states, state_entry
+from .states import EmptyLayer, HybridLayer, load_states, state_entry
 
 VERSION = 1
 MIXED_VERSION = 2
@@ -189,7 +189,7 @@ def _layer(
 
 
 def _without_attention(entry: dict[str, Any]) -> Any:
-    return LinearAttentionLayer(len(entry[_STATES]["kernels"])) if _STATES in entry else DummyLayer()
+    return LinearAttentionLayer(len(entry[_STATES]["kernels"])) if _STATES in entry else EmptyLayer()
 
 
 def _floats(
