@@ -45,6 +45,9 @@ class ExactCache:
                 gone = max(0, (length - self.window_size + 1) // BLOCK - 1) * BLOCK
                 self.rows[b] = tuple(torch.cat([x[:, :gone] * torch.nan, x[:, gone:]], 1) for x in self.rows[b])
 
+    def check_crop(self, length: int | Tensor) -> None:
+        pass
+
     def crop(self, length: int | Tensor) -> None:
         kept = torch.as_tensor(length).expand(self.batch_size).tolist()
         self.rows = [(k[:, :n], v[:, :n]) for (k, v), n in zip(self.rows, kept, strict=True)]

@@ -133,7 +133,7 @@ def continue_text(
 
 def config_of(cache: TurboCache) -> TurboConfig:
     """The configuration of its first layer, or of the file."""
-    layer = cache.layers[0]
+    layer = cache.attention_layers[0]
     return layer.config if layer.kv is None else layer.kv.config
 
 

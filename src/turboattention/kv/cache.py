@@ -58,6 +58,24 @@ class KVCache(Growing):
             InputError: negative, or where a sliding window has released what would be needed.
         """
         leave_graph()
+        target, kept = self._crop_target(length)
+        if self._store is None or self._buffer is None or torch.equal(target, self._lengths):
+            return
+        self.check_crop(length)
+        self.kept = None
+        rows = rows_behind(self._store, self._buffer, target, kept)
+        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size, self._seen(target))
+        self._store.truncate(kept.tolist())
+        self._lengths = target.clone()
+
+    def check_crop(self, length: int | Tensor) -> None:
+        """Raises what `crop` would raise, and changes nothing."""
+        target, kept = self._crop_target(length)
+        if self._store is not None and not torch.equal(target, self._lengths):
+            check_crop(self._store, self._lengths, target, kept, self.window_size)
+
+    def _crop_target(self, length: int | Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [B] twice: the new lengths, and the pages that are left of each sequence."""
         target = torch.as_tensor(length).cpu()
         if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (self.batch_size,)):
             raise InputError(f"length: expected an integer or int64 [{self.batch_size}], got {length!r}")
@@ -65,15 +83,7 @@ class KVCache(Growing):
         if bool((target < 0).any()):
             raise InputError(f"length: expected at least 0, got {int(target.min())}")
         target = torch.minimum(target, self._lengths)
-        if self._store is None or self._buffer is None or torch.equal(target, self._lengths):
-            return
-        kept = torch.minimum(target // self.config.block_size, self.page_counts)
-        check_crop(self._store, self._lengths, target, kept, self.window_size)
-        self.kept = None
-        rows = rows_behind(self._store, self._buffer, target, kept)
-        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size, self._seen(target))
-        self._store.truncate(kept.tolist())
-        self._lengths = target.clone()
+        return target, torch.minimum(target // self.config.block_size, self.page_counts)
 
     @in_own_modes
     def reorder(self, index: Tensor) -> None:

@@ -13,7 +13,6 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     LlamaConfig,
-    Qwen3NextConfig,
     StaticCache,
 )
 from transformers.masking_utils import create_causal_mask
@@ -137,10 +136,6 @@ class TestModels:
         setattr(config, name, value)
         with pytest.raises(UnsupportedError, match="cross-attention"):
             TurboCache(config)
-
-    def test_linear_attention(self):
-        with pytest.raises(UnsupportedError, match="layer 0 needs a LinearAttentionLayer"):
-            TurboCache(Qwen3NextConfig(num_hidden_layers=4))
 
     def test_keys_and_values_of_different_width(self, tiny):
         cache = TurboCache(tiny("llama").config)

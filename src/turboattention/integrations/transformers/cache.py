@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from ... import dispatch
 from ...calibration import Calibration
 from ...config import TurboConfig
-from ...errors import ConfigError, InputError
+from ...errors import ConfigError, InputError, UnsupportedError
 from ...validation import check_config
 from ..model_shape import ModelShape, text_config
 from .layer import TurboLayer
-from .model import layer_windows, shares_keys
+from .model import LayerKind, layer_kinds, shares_keys
 from .parallel import TensorParallel
 from .prompt import check_goes_on
+from .states import EmptyLayer, HybridLayer, check_crop, copied, crop_states, reset_states, select_states, state_nbytes
 
 
 class TurboCache(Cache):
@@ -29,6 +30,9 @@ class TurboCache(Cache):
     Works wherever transformers takes a `Cache`: greedy and sampled decoding, beams,
     `num_return_sequences`, left-padded batches, assisted and prompt-lookup decoding, chunked
     prefill. Attention reads the packed cache; padding is not stored.
+
+    In hybrid models, layers without attention are transformers' own (`LinearAttentionLayer` and others), as in a
+    `DynamicCache`. Their states cannot go back to an earlier token if they are recurrent: `crop` then refuses.
 
     Under transformers' tensor parallelism each process makes one with the same arguments, and it holds the heads that
     are computed there: `head_bits`, `k_mean` and a `calibration` are of all heads, and cut; sizes are this process's.
@@ -52,7 +56,7 @@ class TurboCache(Cache):
     was loaded from, as long as they are in the cache.
 
     Raises:
-        UnsupportedError: MLA, encoder-decoder models, linear attention.
+        UnsupportedError: MLA, encoder-decoder models, models without attention.
         ConfigError, InputError: arguments out of range. BackendError: a backend that cannot run here.
 
     Example:
@@ -61,7 +65,8 @@ class TurboCache(Cache):
         >>> model.generate(**inputs, past_key_values=TurboCache(model.config))
     """
 
-    layers: list[TurboLayer]
+    layers: list[Any]
+    attention_layers: list[TurboLayer]
 
     def __init__(
         self,
@@ -81,15 +86,15 @@ class TurboCache(Cache):
             head_bits, k_mean = _calibrated(calibration, model_config, config, head_bits, k_mean)
         check_config(config)
         dispatch.choose(backend)  # raises now, not in the middle of a first forward
-        windows = layer_windows(model_config)
-        exact = _checked_layers(exact_layers, len(windows))
+        kinds = layer_kinds(model_config)
+        exact = _checked_layers(exact_layers, kinds)
         if calibration is not None:
             exact |= set(calibration.exact_layers)
-        bits, means = (_per_layer(x, n, len(windows)) for x, n in ((head_bits, "head_bits"), (k_mean, "k_mean")))
+        bits, means = (_per_layer(x, n, len(kinds)) for x, n in ((head_bits, "head_bits"), (k_mean, "k_mean")))
         layers = [
-            TurboLayer(
+            _new_layer(
                 index,
-                window,
+                kind,
                 config=config,
                 head_bits=bits[index],
                 k_mean=means[index],
@@ -99,22 +104,34 @@ class TurboCache(Cache):
                 backend=backend,
                 always_exact=index in exact,
             )
-            for index, window in enumerate(windows)
+            for index, kind in enumerate(kinds)
         ]
-        for layer in layers:
+        self._hold(layers)
+        for layer in self.attention_layers:
             layer.may_stay_empty = shares_keys(text_config(model_config))
-        super().__init__(layers=layers)  # type: ignore[arg-type]
         self.prompt_ids: Tensor | None = None
         self.check_prompts = check_prompts
         self._fed: Tensor | None = None
 
     @classmethod
-    def from_layers(cls, layers: list[TurboLayer], prompt_ids: Tensor | None = None) -> TurboCache:
+    def from_layers(cls, layers: list[Any], prompt_ids: Tensor | None = None) -> TurboCache:
         """A cache of existing layers."""
         cache = object.__new__(cls)
-        Cache.__init__(cache, layers=layers)  # type: ignore[arg-type]
+        cache._hold(layers)
         cache.prompt_ids, cache.check_prompts, cache._fed = prompt_ids, True, None
         return cache
+
+    def _hold(self, layers: list[Any]) -> None:
+        Cache.__init__(self, layers=layers)
+        self.attention_layers = [layer for layer in layers if isinstance(layer, TurboLayer)]
+        for place, layer in enumerate(self.attention_layers):
+            layer.leads = place == 0
+        self._updated_at: dict[tuple[str, int, int], int] = {}
+
+    @property
+    def state_layers(self) -> list[tuple[int, LinearAttentionLayer]]:
+        """Layers with states of linear attention, and their indices."""
+        return [(index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, LinearAttentionLayer)]
 
     def __repr__(self) -> str:
         return (
@@ -134,48 +151,119 @@ class TurboCache(Cache):
                 f"past_key_values: expected a TurboCache made for this model, which has a layer {layer_idx}; "
                 f"got one made for {len(self.layers)} layers"
             )
-        if layer_idx:
-            self.layers[layer_idx - 1].check_settled()
-        else:
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, TurboLayer):
+            raise InputError(
+                f"past_key_values: expected no keys in layer {layer_idx}, which does not attend by the model's config"
+            )
+        if layer.leads:
             self.check_level()
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        else:
+            self.attention_layers[self.attention_layers.index(layer) - 1].check_settled()
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        self._check_once("conv", layer_idx, state_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx=state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        self._check_once("recurrent", layer_idx, state_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx=state_idx, **kwargs)
+
+    def _check_once(self, name: str, layer_idx: int, state_idx: int) -> None:
+        """A state goes on once a forward: a second time at the same length, the forward before this never came to an
+        attention layer's end, and the states are ahead.
+
+        Raises:
+            InputError: they are.
+        """
+        key, length = (name, layer_idx, state_idx), self.get_seq_length()
+        if self._updated_at.get(key) == length:
+            raise _ahead(layer_idx, length)
+        self._updated_at[key] = length
+
+    def _check_states_level(self) -> None:
+        """No layer's states are ahead of another layer's tokens, as a forward that failed halfway leaves them."""
+        if not self.state_layers:
+            return
+        self.check_level()
+        first, length = self.attention_layers[0].index, self.get_seq_length()
+        for (_, index, _), updated_at in self._updated_at.items():
+            if index < first and updated_at == length:
+                raise _ahead(index, length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `i` what row `beam_idx[i]` was; compressed blocks are shared."""
         index = beam_idx.cpu()  # once, not in every layer
+        for layer in self.attention_layers:
+            layer.check_settled()
         for layer in self.layers:
-            layer.reorder_cache(index)
+            if isinstance(layer, TurboLayer):
+                layer.reorder_cache(index)
+            elif isinstance(layer, LinearAttentionLayer):
+                select_states(layer, index)
         self._fed = None if self._fed is None else self._fed[index.to(self._fed.device)]
         if self.prompt_ids is not None:
             self.prompt_ids = self.prompt_ids[index]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._fed = None if self._fed is None else self._fed.repeat_interleave(repeats, 0)
-        if self.prompt_ids is not None:
-            self.prompt_ids = self.prompt_ids.repeat_interleave(repeats, 0)
+        if self.batch_size > 0:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._fed = None if self._fed is None else self._fed[torch.as_tensor(indices).to(self._fed.device)]
-        if self.prompt_ids is not None:
-            self.prompt_ids = self.prompt_ids[torch.as_tensor(indices).cpu()]
+        if self.batch_size > 0:
+            self.reorder_cache(torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
-        super().crop(tokens_to_remove)
+        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep.
+
+        Raises:
+            InputError: a sliding window has released what would be needed, or a forward that failed halfway left states
+                ahead. UnsupportedError: a recurrent state would have to go back. Nothing has changed then.
+        """
+        removed, lengths = int(tokens_to_remove), [layer.get_seq_length() for layer in self.attention_layers]
+        kept = [max(removed if removed > 0 else length + removed, 0) for length in lengths]
+        for layer, length in zip(self.attention_layers, kept, strict=True):
+            layer.check_crop(length)
+        gone = max(lengths) - min(max(kept), max(lengths))
+        if gone and max(kept):
+            self._check_states_level()
+        for index, layer in self.state_layers:
+            check_crop(index, layer, gone, max(lengths) - gone)
+        for layer in self.layers:
+            if isinstance(layer, TurboLayer):
+                layer.crop(tokens_to_remove)
+            elif isinstance(layer, LinearAttentionLayer):
+                crop_states(layer, gone, max(lengths) - gone)
+        if gone:
+            self._updated_at.clear()
         self._fed = None if self._fed is None else self._fed[:, : self.get_seq_length()]
         if self.prompt_ids is not None:
             self.prompt_ids = self.prompt_ids[:, : self.get_seq_length()]
 
     def reset(self) -> None:
-        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, TurboLayer):
+                layer.reset()
+            elif isinstance(layer, LinearAttentionLayer):
+                reset_states(layer)
+        self._updated_at.clear()
         self.prompt_ids = self._fed = None
 
     @property
     def batch_size(self) -> int:
         """-1 before the first forward."""
-        return max((layer.batch_size for layer in self.layers), default=-1)
+        return max((layer.batch_size for layer in self.attention_layers), default=-1)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [isinstance(x, LinearAttentionLayer) and not isinstance(x, HybridLayer) for x in self.layers]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [isinstance(x, EmptyLayer) for x in self.layers]
 
     @property
     def is_compileable(self) -> bool:
@@ -183,13 +271,22 @@ class TurboCache(Cache):
 
     def check_level(self) -> None:
         """All layers stand at the same length: no forward was broken off."""
-        lengths = {layer.get_seq_length() for layer in self.layers if layer.is_initialized or not layer.may_stay_empty}
-        for layer in self.layers:
+        layers = self.attention_layers
+        lengths = {layer.get_seq_length() for layer in layers if layer.is_initialized or not layer.may_stay_empty}
+        for layer in layers:
             layer.check_settled()
+        outside = [index for index, layer in self.state_layers if max(lengths) and not state_nbytes(layer)]
+        if outside:
+            raise UnsupportedError(
+                f"past_key_values: expected states in the TurboCache, got none in layer {outside[0]}: an earlier "
+                "forward failed halfway, or the architecture keeps them elsewhere and is not supported. reset() "
+                "empties the cache"
+            )
         if len(lengths) > 1:
+            back = 0 if self.state_layers else min(lengths)
             raise InputError(
                 f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
-                f"halfway. {f'crop({min(lengths)}) goes back to before it, ' if min(lengths) else ''}"
+                f"halfway. {f'crop({back}) goes back to before it, ' if back else ''}"
                 "reset() empties the cache"
             )
 
@@ -197,8 +294,13 @@ class TurboCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Every byte allocated, of all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Every byte allocated for keys and values, of all layers that attend. States are in `state_nbytes`."""
+        return sum(layer.nbytes for layer in self.attention_layers)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the states of linear attention, convolutions and the like, which are not quantized."""
+        return sum(state_nbytes(layer) for _, layer in self.state_layers)
 
     @property
     def fp16_nbytes(self) -> int:
@@ -206,12 +308,12 @@ class TurboCache(Cache):
 
         Sliding layers count the tokens inside their window, as transformers' own cache keeps them.
         """
-        return sum(layer.fp16_nbytes for layer in self.layers)
+        return sum(layer.fp16_nbytes for layer in self.attention_layers)
 
     @property
     def exact_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are kept in the model's own dtype: named, calibrated, or found by the guard."""
-        return tuple(layer.index for layer in self.layers if layer.exact)
+        return tuple(layer.index for layer in self.attention_layers if layer.exact)
 
     @property
     def bits_per_element(self) -> float:
@@ -221,7 +323,7 @@ class TurboCache(Cache):
     @property
     def seq_lens(self) -> Tensor:
         """int64 [B]: tokens of each sequence, padding left out."""
-        layer = next((layer for layer in self.layers if layer.batch_size >= 0), None)
+        layer = next((layer for layer in self.attention_layers if layer.batch_size >= 0), None)
         return torch.zeros(0, dtype=torch.int64) if layer is None else layer.seq_lens
 
     # -- copies and files -------------------------------------------------------------------------------
@@ -229,9 +331,9 @@ class TurboCache(Cache):
     def clone(self) -> TurboCache:
         """An independent cache with the same content; compressed blocks are shared. `copy.copy` and `copy.deepcopy` do
         this."""
-        copy = type(self).from_layers([layer.clone() for layer in self.layers], self.prompt_ids)
-        copy.check_prompts, copy._fed = self.check_prompts, self._fed
-        return copy
+        other = type(self).from_layers([_copied(layer) for layer in self.layers], self.prompt_ids)
+        other.check_prompts, other._fed, other._updated_at = self.check_prompts, self._fed, dict(self._updated_at)
+        return other
 
     def __copy__(self) -> TurboCache:
         return self.clone()
@@ -335,10 +437,33 @@ def _calibrated(
     return bits, (calibration.k_mean if config.smooth_k else None)
 
 
-def _checked_layers(indices: Any, count: int) -> set[int]:
+def _new_layer(index: int, kind: LayerKind, **options: Any) -> Any:
+    if not kind.attends:
+        return kind.other
+    if kind.other is not None:
+        return HybridLayer(index, kind.window, number_of_states=kind.other.number_of_states, **options)
+    return TurboLayer(index, kind.window, **options)
+
+
+def _copied(layer: Any) -> Any:
+    if isinstance(layer, TurboLayer):
+        return layer.clone()
+    return copied(layer) if isinstance(layer, LinearAttentionLayer) else layer  # others hold nothing
+
+
+def _ahead(layer_idx: int, length: int) -> InputError:
+    return InputError(
+        f"past_key_values: expected states of {length} tokens in layer {layer_idx}, got some that are ahead: an "
+        "earlier forward failed halfway. reset() empties the cache"
+    )
+
+
+def _checked_layers(indices: Any, kinds: list[LayerKind]) -> set[int]:
     valid = isinstance(indices, (Sequence, set, frozenset)) and not isinstance(indices, str)
-    if not valid or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in indices):
-        raise ConfigError(f"exact_layers: expected indices of layers from 0 to {count - 1}, got {indices!r}")
+    known = [index for index, kind in enumerate(kinds) if kind.attends]
+    if not valid or not all(type(i) is int and i in known for i in indices):
+        which = f"from 0 to {len(kinds) - 1}" if len(known) == len(kinds) else f"that attend, {known}"
+        raise ConfigError(f"exact_layers: expected indices of layers {which}, got {indices!r}")
     return set(indices)
 
 

@@ -173,7 +173,7 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
         raise InputError(f"model: expected a transformers model, got {type(model).__name__}")
     if not isinstance(cache, TurboCache):
         raise InputError(f"cache: expected a TurboCache, got {type(cache).__name__}")
-    if any(layer.max_tokens is None for layer in cache.layers):
+    if any(layer.max_tokens is None for layer in cache.attention_layers):
         raise InputError("cache: expected a TurboCache with max_tokens, got one without: a graph has fixed room")
     if model.config._attn_implementation != NAME:
         raise InputError(f'model: expected attn_implementation="{NAME}", got {model.config._attn_implementation!r}')
@@ -186,6 +186,8 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
         raise UnsupportedError(f"model: expected one whose forward takes position_ids, got {type(model).__name__}")
     if shares_keys(text_config(model.config)):
         raise UnsupportedError("model: layers that share the keys of others are not supported in a graph")
+    if len(cache.attention_layers) < len(cache.layers) or cache.state_layers:
+        raise UnsupportedError("model: layers other than attention are not supported in a graph")
     if cache.exact_layers:
         raise UnsupportedError(
             f"cache: expected quantized layers, got layers {list(cache.exact_layers)} in the model's own dtype "

@@ -35,6 +35,17 @@ class HeldTokens:
 
     # -- changing what is stored --------------------------------------------------------------------
 
+    def check_crop(self, length: int) -> None:
+        """Raises `InputError` where a crop to `length` positions wants what a sliding window has released."""
+        self.check_settled()
+        if not self.is_initialized or length >= self._stored:
+            return
+        if self.floats is not None:
+            self.floats.check_crop(length, self.window)
+        if self.kv is not None:
+            self.kv.window_size = self.window
+            self.kv.check_crop(length if self.valid is None else self.valid[:, :length].sum(1))
+
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
         self.check_settled()

@@ -73,6 +73,8 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         self.config, self.model, self.parallel = config or TurboConfig(), model, parallel or TensorParallel()
         self.always_exact = always_exact
         self.record_past = False
+        self.leads = index == 0
+        """Whether it is the first layer of its cache that attends."""
         self.may_stay_empty = False
         """Whether it may read another layer's keys and hold none, in a forward that went well."""
         self._head_bits, self._k_mean, self._max_tokens = head_bits, k_mean, max_tokens
@@ -365,7 +367,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
     def _check_positions(self, positions: Tensor | None) -> None:
         """New tokens stand behind the stored ones. From a prompt that is no longer than the cache, `generate` cuts
         some that do not, and would go on from them without a word. With padding, positions say less."""
-        if self.index or not self._stored or self.valid is not None:
+        if not self.leads or not self._stored or self.valid is not None:
             return
         if isinstance(positions, Tensor) and positions.dim() == 2 and int(positions[:, -1].min()) < self._stored:
             raise InputError(

@@ -1,7 +1,8 @@
-"""What a `TurboCache` needs to know of a transformers config: the attention window of each layer."""
+"""What a `TurboCache` needs to know of a transformers config: what each layer holds, and its attention window."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import DynamicCache
@@ -9,17 +10,46 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import UnsupportedError
 from ..model_shape import by_layer, text_config
+from .states import EmptyLayer
 
 LARGEST_HEAD = 256
 
 _DEPEND_ON_ALL = {
     "doge": "its masks follow from the values of all past tokens, which a TurboCache does not give back",
     "diffllama": "it changes values after the cache",
+    "minimax": "it needs a cache class of its own",
+    "recurrent_gemma": "it keeps states in its modules, beside the cache",
 }
 
 
+@dataclass(frozen=True)
+class LayerKind:
+    """attends: whether the layer has keys and values, which are then ours. window: tokens visible to a query,
+    including its own; None for all. other: transformers' layer that holds everything else; None if there is nothing."""
+
+    attends: bool
+    window: int | None = None
+    other: Any = None
+
+
 def layer_windows(config: Any) -> list[int | None]:
-    """Per cache layer the number of tokens visible to a query, including its own; None for all.
+    """`LayerKind.window` of models in which every layer attends.
+
+    Raises:
+        UnsupportedError: other models.
+    """
+    kinds = layer_kinds(config)
+    for index, kind in enumerate(kinds):
+        if kind.other is not None:
+            raise UnsupportedError(
+                f"model: expected one in which every layer attends and does nothing else, got one whose layer {index} "
+                f"has a {type(kind.other).__name__}"
+            )
+    return [kind.window for kind in kinds]
+
+
+def layer_kinds(config: Any) -> list[LayerKind]:
+    """What each layer of a model's cache holds.
 
     Raises:
         UnsupportedError: layers that need another kind of cache.
@@ -43,21 +73,36 @@ def layer_windows(config: Any) -> list[int | None]:
     # In every release, transformers' own cache has the kind of state of each layer.
     layers = DynamicCache(config=text).layers
     if not layers:
-        return [None] * int(text.num_hidden_layers)
-    windows = []
-    for index, layer in enumerate(layers):
-        if type(layer).__name__ == "DummyLayer":
-            windows.append(None)
-        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise UnsupportedError(
-                f"model_config: layer {index} needs a {type(layer).__name__}; a TurboCache holds full and "
-                "sliding-window attention layers only"
-            )
-        else:
-            # For chunked attention this is the size of a chunk, which bounds how far back a query sees.
-            windows.append(getattr(layer, "sliding_window", None))
+        return [LayerKind(True)] * int(text.num_hidden_layers)
     # A layer whose keys are read by later layers has to keep keys beyond its own window.
-    return [None] * len(windows) if shares_keys(text) else windows
+    shared = shares_keys(text)
+    empty = [kind in ("moe", "mlp") for kind in getattr(text, "layer_types", None) or [""] * len(layers)]
+    kinds = [
+        LayerKind(False, other=EmptyLayer()) if empty[index] else _kind(index, layer, shared)
+        for index, layer in enumerate(layers)
+    ]
+    if not any(kind.attends for kind in kinds):
+        raise UnsupportedError("model_config: expected a model with attention layers, got one without")
+    return kinds
+
+
+def _kind(index: int, layer: Any, shared: bool) -> LayerKind:
+    # For chunked attention this is the size of a chunk, which bounds how far back a query sees.
+    window = None if shared else getattr(layer, "sliding_window", None)
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return LayerKind(True, window)
+    name = type(layer).__name__
+    if name == "DummyLayer" and shared:  # it reads the keys of another
+        return LayerKind(True)
+    if type(layer).__module__ == DynamicCache.__module__ and isinstance(getattr(layer, "conv_states", None), dict):
+        if name == "LinearAttentionLayer":
+            return LayerKind(False, other=layer)
+        if name in ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"):
+            return LayerKind(True, window, layer)
+    raise UnsupportedError(
+        f"model_config: layer {index} needs a {name}; a TurboCache holds full and sliding-window attention layers, and "
+        "linear attention beside them"
+    )
 
 
 def _somewhere(config: Any, name: str) -> bool:

@@ -21,7 +21,7 @@ class StaticStep:
         self._forward, self._cache, self._layers = forward, cache, cache.layers
         self._static = StaticCache.of(cache)
         batch, device = cache.batch_size, model.device
-        room = max(layer.kv.max_tokens - int(layer.kv.lengths.min()) for layer in cache.layers)  # type: ignore[union-attr, operator]
+        room = max(layer.kv.max_tokens - int(layer.kv.lengths.min()) for layer in cache.layers)
         stored = cache.get_seq_length()
         with torch.inference_mode(False):  # they outlive whatever mode this step runs in
             self._tokens, self._positions = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
@@ -20,14 +22,16 @@ from .exact import ExactKV
 from .layer import TurboLayer
 from .parallel import TensorParallel
 from .prompt import checked_ids
+from .states import EmptyLayer, HybridLayer, load_states, state_entry
 
 VERSION = 1
-EXACT_VERSION = 2
-"""The version of files with layers in the model's own dtype, which earlier releases do not know."""
+MIXED_VERSION = 2
+"""The version of files with layers in the model's own dtype or states, which earlier releases do not know."""
 _KIND = "turbo_cache"
 _PARALLEL = "tensor_parallel"
 _NOTES = "notes"
 _VALID, _PROMPT = "valid", "prompt_ids"
+_STATES, _ATTENDS = "states", "attends"
 _EXACT, _EXACT_TENSORS = "exact", ("exact_keys", "exact_values", "exact_queries")
 
 
@@ -39,29 +43,38 @@ def save_cache(
     if cache.get_seq_length() == 0:
         raise InputError("past_key_values: expected a TurboCache that holds tokens, got an empty one")
     tensors: dict[str, Tensor] = {}
-    for layer in cache.layers:
+    for layer in cache.attention_layers:
         if layer.kv is not None:
             tensors |= cache_tensors(layer.kv, _prefix(layer.index))
         if layer.floats is not None:
             for name, x in zip(_EXACT_TENSORS, layer.floats.tensors, strict=False):
                 tensors[f"{_prefix(layer.index)}{name}"] = x.contiguous()
-    valid = next((layer.valid for layer in cache.layers if layer.valid is not None), None)
+    states = {index: state_entry(layer, _prefix(index)) for index, layer in cache.state_layers}
+    for _, held in states.values():
+        tensors |= held
+    valid = next((layer.valid for layer in cache.attention_layers if layer.valid is not None), None)
     if valid is not None:
         tensors[_VALID] = valid.to(torch.uint8).contiguous()
     if input_ids is not None:
         tensors[_PROMPT] = checked_ids(input_ids, cache.batch_size, cache.get_seq_length()).contiguous()
-    model, parallel = cache.layers[0].model, cache.layers[0].parallel
+    model, parallel = cache.attention_layers[0].model, cache.attention_layers[0].parallel
+    plain = all(isinstance(layer, TurboLayer) and layer.floats is None for layer in cache.layers) and not states
     content = {
-        "version": VERSION if all(layer.floats is None for layer in cache.layers) else EXACT_VERSION,
+        "version": VERSION if plain else MIXED_VERSION,
         "model": None if model is None else asdict(model),
         _PARALLEL: parallel.metadata(),
         "length": cache.get_seq_length(),
-        "layers": [_entry(layer) for layer in cache.layers],
+        "layers": [
+            _entry(layer) | ({_STATES: states[index][0]} if index in states else {})
+            for index, layer in enumerate(cache.layers)
+        ],
     }
     write_file(parallel.path(os.fspath(path)), tensors, {_KIND: content} | ({} if notes is None else {_NOTES: notes}))
 
 
-def _entry(layer: TurboLayer) -> dict[str, Any]:
+def _entry(layer: Any) -> dict[str, Any]:
+    if not isinstance(layer, TurboLayer):
+        return {"window": None, "kv": None, _ATTENDS: False}
     entry: dict[str, Any] = {"window": layer.window, "kv": None if layer.kv is None else cache_metadata(layer.kv)}
     if layer.floats is not None:
         known = {"config": layer.config.text, "max_tokens": layer.max_tokens, "always": layer.always_exact}
@@ -87,9 +100,9 @@ def load_cache(
     content = metadata.get(_KIND)
     if not isinstance(content, dict):
         raise FormatError(f"path: expected a file written by TurboCache.save, got {sorted(metadata)} in {path}")
-    if content.get("version") not in (VERSION, EXACT_VERSION):
+    if content.get("version") not in (VERSION, MIXED_VERSION):
         raise FormatError(
-            f"path: expected version {VERSION} or {EXACT_VERSION} of a TurboCache, got {content.get('version')} in "
+            f"path: expected version {VERSION} or {MIXED_VERSION} of a TurboCache, got {content.get('version')} in "
             f"{path}"
         )
     try:
@@ -101,6 +114,10 @@ def load_cache(
             _layer(index, entry, tensors, content["length"], valid, model, parallel, device, backend)
             for index, entry in enumerate(content["layers"])
         ]
+        batch = max(layer.batch_size for layer in layers if isinstance(layer, TurboLayer))
+        for index, (layer, entry) in enumerate(zip(layers, content["layers"], strict=True)):
+            if _STATES in entry:
+                load_states(layer, entry[_STATES], tensors, _prefix(index), batch, device)
     except TurboError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -124,11 +141,18 @@ def _layer(
     parallel: TensorParallel,
     device: torch.device | str,
     backend: str,
-) -> TurboLayer:
+) -> Any:
     floats = _floats(index, entry, tensors, length, valid, device)
+    if not entry.get(_ATTENDS, True):
+        return _without_attention(entry)
+    kind = (
+        functools.partial(HybridLayer, number_of_states=len(entry[_STATES]["kernels"]))
+        if _STATES in entry
+        else TurboLayer
+    )
     if entry["kv"] is None:
         known = entry[_EXACT] if floats is not None else {"config": "", "max_tokens": None, "always": False}
-        layer = TurboLayer(
+        layer = kind(
             index,
             entry["window"],
             config=config_of(known["config"]),
@@ -149,7 +173,7 @@ def _layer(
         raise FormatError(
             f"{_prefix(index)}lengths: expected them to agree with the padding, got {kv.seq_lens.tolist()}"
         )
-    layer = TurboLayer(
+    layer = kind(
         index,
         entry["window"],
         config=kv.config,
@@ -162,6 +186,10 @@ def _layer(
     )
     layer.restore(kv, floats, length, valid)
     return layer
+
+
+def _without_attention(entry: dict[str, Any]) -> Any:
+    return LinearAttentionLayer(len(entry[_STATES]["kernels"])) if _STATES in entry else EmptyLayer()
 
 
 def _floats(

@@ -1,0 +1,178 @@
+"""States of layers that do not attend (linear attention, convolutions, state-space models): transformers' own layer has
+them, and a `TurboCache` copies, selects, crops and saves them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
+
+from ...errors import FormatError, UnsupportedError
+from ...validation import check_finite
+from .layer import TurboLayer
+
+CONV, RECURRENT = "conv_states", "recurrent_states"
+
+
+class EmptyLayer:
+    """A layer with neither keys nor states, such as an MLP: transformers' `DummyLayer`, which came after 5.16."""
+
+    supports_early_init = False
+    is_initialized = is_compileable = is_croppable = True
+    keys = values = None
+
+
+class HybridLayer(TurboLayer, LinearAttentionLayer):
+    """A layer that attends and has states besides, as transformers' `LinearAttentionAndFullAttentionLayer`."""
+
+    def __init__(self, index: int, window: int | None = None, *, number_of_states: int = 1, **options: Any):
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        TurboLayer.__init__(self, index, window, **options)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Keys and values come as two arguments, states by name."""
+        (TurboLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    @property
+    def is_croppable(self) -> bool:
+        return not recurrent(self) and self.record_past
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        before = self.get_seq_length()
+        super().crop(tokens_to_remove)
+        crop_states(self, before - self.get_seq_length(), self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        select_states(self, beam_idx)
+
+    def reset(self) -> None:
+        super().reset()
+        reset_states(self)
+
+    def clone(self) -> Any:
+        return _own_states(super().clone())
+
+
+def recurrent(layer: LinearAttentionLayer) -> bool:
+    """Whether it has a state that does not go back to an earlier token."""
+    return any(layer.is_recurrent_states_initialized.values())
+
+
+def state_nbytes(layer: LinearAttentionLayer) -> int:
+    return sum(x.nbytes for _, _, x in _tensors(layer))
+
+
+def select_states(layer: LinearAttentionLayer, index: Tensor) -> None:
+    """Sequences `index`, int64 [B']."""
+    for name, number, x in list(_tensors(layer)):
+        getattr(layer, name)[number] = x.index_select(0, index.to(x.device))
+
+
+def copied(layer: LinearAttentionLayer) -> LinearAttentionLayer:
+    """A copy with memory of its own: states are written in place."""
+    return _own_states(copy.copy(layer))
+
+
+def reset_states(layer: LinearAttentionLayer) -> None:
+    """As before the first token, for any number of sequences."""
+    fresh = vars(LinearAttentionLayer(number_of_states=layer.number_of_states))
+    vars(layer).update({name: value for name, value in fresh.items() if isinstance(value, dict)})
+
+
+def check_crop(index: int, layer: LinearAttentionLayer, removed: int, kept: int) -> None:
+    """Raises `UnsupportedError` where the states of `kept` positions are not there any more."""
+    if not removed or not kept:
+        return
+    if recurrent(layer):
+        raise UnsupportedError(
+            f"crop: layer {index} has a recurrent state, which does not go back to earlier tokens; keep a clone() of "
+            "the cache from there, or reset() it"
+        )
+    for number, x in layer.conv_states.items():
+        if x is None:
+            continue
+        kernel = _kernel(layer, number)
+        if not layer.record_past or x.shape[-1] < removed + min(kernel, kept):
+            raise UnsupportedError(
+                f"crop: layer {index} keeps the last {kernel} inputs of a convolution, and more only from "
+                "activate_past_recording() to the next crop"
+            )
+
+
+def crop_states(layer: LinearAttentionLayer, removed: int, kept: int) -> None:
+    """Forget the last `removed` positions, and what was recorded for this; checked by `check_crop`."""
+    if removed and not kept:
+        reset_states(layer)
+        return
+    if layer.record_past:
+        for number, x in layer.conv_states.items():
+            if x is not None:
+                end = x.shape[-1] - removed
+                layer.conv_states[number] = x[..., max(end - _kernel(layer, number), 0) : end]
+
+
+def _kernel(layer: LinearAttentionLayer, number: int) -> int:
+    """Inputs that a convolution's next step needs."""
+    kernel = layer.conv_kernel_size[number]
+    assert kernel is not None
+    return kernel
+
+
+def state_entry(layer: LinearAttentionLayer, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """JSON and tensors of a file."""
+    tensors = {f"{prefix}{name}{number}": _saved(layer, name, number, x) for name, number, x in _tensors(layer)}
+    counts = [layer.conv_kernel_size[number] for number in range(layer.number_of_states)]
+    previous = [bool(layer.has_previous_state[number]) for number in range(layer.number_of_states)]
+    held = [[name, number] for name, number, _ in _tensors(layer)]
+    return {"kernels": counts, "previous": previous, "held": held}, tensors
+
+
+def load_states(
+    layer: LinearAttentionLayer, entry: dict[str, Any], tensors: dict[str, Tensor], prefix: str, batch: int, device: Any
+) -> None:
+    """Give a new `layer` what `state_entry` wrote for `batch` sequences.
+
+    Raises:
+        FormatError, NonFiniteError: damaged tensors.
+    """
+    for number, (kernel, previous) in enumerate(zip(entry["kernels"], entry["previous"], strict=True)):
+        layer.conv_kernel_size[number], layer.has_previous_state[number] = kernel, bool(previous)
+    for name, number in entry["held"]:
+        key = f"{prefix}{name}{number}"
+        x = tensors[key].to(device)
+        kernel = layer.conv_kernel_size[number] if name == CONV else x.shape[-1]
+        if not x.is_floating_point() or x.shape[-1] != kernel or len(x) != batch:
+            raise FormatError(f"{key}: expected floats of {batch} sequences, got {x.dtype} {tuple(x.shape)}")
+        check_finite(key, x)
+        {CONV: layer.conv_states, RECURRENT: layer.recurrent_states}[name][number] = x
+        getattr(layer, f"is_{name}_initialized")[number] = True
+        if name == CONV:
+            layer.dtype, layer.device = x.dtype, x.device
+
+
+def _tensors(layer: LinearAttentionLayer) -> Iterator[tuple[str, int, Tensor]]:
+    for name in (CONV, RECURRENT):
+        for number, x in getattr(layer, name).items():
+            if x is not None:
+                yield name, number, x
+
+
+def _saved(layer: LinearAttentionLayer, name: str, number: int, x: Tensor) -> Tensor:
+    """Without what was recorded for a crop."""
+    if name == CONV and layer.record_past:
+        kernel = _kernel(layer, number)
+        x = torch.nn.functional.pad(x, (max(kernel - x.shape[-1], 0), 0))[..., -kernel:]
+    return x.contiguous()
+
+
+def _own_states(layer: Any) -> Any:
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            own = {number: x.clone() if isinstance(x, Tensor) else x for number, x in value.items()}
+            setattr(layer, name, own)
+    return layer
