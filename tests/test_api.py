@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import turboattention as ta
-from turboattention import api, dispatch
-from turboattention.dispatch import Backend
+from turboattention import dispatch
+from turboattention.dispatch import Availability
 from turboattention.errors import BackendError, ConfigError, DtypeError, InputError, ShapeError, UnsupportedError
 from turboattention.reference.exact import exact_attention
 
@@ -139,7 +139,7 @@ def test_a_named_backend_that_cannot_run_raises(name, monkeypatch):
     monkeypatch.setattr(
         dispatch,
         "backends",
-        lambda: {name: Backend(name, False, "not here"), "reference": Backend("reference", True, "always")},
+        lambda: {name: Availability(name, False, "not here"), "reference": Availability("reference", True, "always")},
     )
     q, k, v = qkv(1, 2, 2, 5, 5, 16)
     cache = ta.KVCache(1, 2, 16)
@@ -152,7 +152,7 @@ def test_a_named_backend_that_cannot_run_raises(name, monkeypatch):
 
 
 def test_every_usable_backend_has_a_module():
-    assert {name for name, backend in ta.backends().items() if backend.usable} <= set(api._MODULES)
+    assert {name for name, backend in ta.backends().items() if backend.usable} <= set(dispatch.TABLE)
 
 
 def test_explain():

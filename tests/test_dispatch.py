@@ -8,7 +8,7 @@ import pytest
 
 import turboattention as ta
 from turboattention import dispatch
-from turboattention.dispatch import Backend
+from turboattention.dispatch import Availability
 from turboattention.errors import BackendError, InputError
 
 
@@ -30,7 +30,7 @@ def test_the_list_cannot_be_changed_from_outside():
 
 
 def set_backends(monkeypatch, **usable: bool) -> None:
-    found = {name: Backend(name, ok, f"reason of {name}") for name, ok in usable.items()}
+    found = {name: Availability(name, ok, f"reason of {name}") for name, ok in usable.items()}
     monkeypatch.setattr(dispatch, "backends", lambda: found)
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import turboattention as ta
 from turboattention.benchmarking.records import Rival, Row
-from turboattention.execution.triton_state import Call
-from turboattention.execution.triton_steps import steps_of
-from turboattention.execution.triton_tally import Fills
+from turboattention.impl.triton.state import Call
+from turboattention.impl.triton.steps import steps_of
+from turboattention.impl.triton.tally import Fills
 
 _ROWS = 64  # last query rows that errors are taken over
 

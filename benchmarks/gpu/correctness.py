@@ -20,7 +20,7 @@ from torch import Tensor
 
 import turboattention as ta
 from turboattention.errors import NonFiniteError
-from turboattention.execution.triton_graph import DecodeGraph
+from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.kernels.triton import pages, quantize
 from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout

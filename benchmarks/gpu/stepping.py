@@ -13,10 +13,10 @@ from timing import WRONG, attempted, each_call, graphed, on_gpu, once, relative_
 import turboattention as ta
 from turboattention.benchmarking.records import Row
 from turboattention.benchmarking.statistics import spread
-from turboattention.execution.triton_graph import DecodeGraph
-from turboattention.execution.triton_state import Call
-from turboattention.execution.triton_steps import steps_of
-from turboattention.execution.triton_tally import Fills
+from turboattention.impl.triton.graph import DecodeGraph
+from turboattention.impl.triton.state import Call
+from turboattention.impl.triton.steps import steps_of
+from turboattention.impl.triton.tally import Fills
 
 _STEPS = 192
 

@@ -18,9 +18,9 @@ from problem import device, exact, filled_cache, normals
 from timing import WRONG, graphed, on_gpu, once, relative_error, said
 
 import turboattention as ta
-from turboattention.execution.triton_state import Call
-from turboattention.execution.triton_steps import steps_of
-from turboattention.execution.triton_tally import Fills
+from turboattention.impl.triton.state import Call
+from turboattention.impl.triton.steps import steps_of
+from turboattention.impl.triton.tally import Fills
 from turboattention.kernels.triton import configs
 from turboattention.kernels.triton.configs import Launch
 

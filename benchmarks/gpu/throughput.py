@@ -20,7 +20,7 @@ from torch.nn import functional
 import turboattention as ta
 from turboattention.benchmarking.records import Row
 from turboattention.benchmarking.statistics import spread
-from turboattention.execution.triton_graph import DecodeGraph
+from turboattention.impl.triton.graph import DecodeGraph
 
 _STEPS = 64  # every sequence fills a block once
 _ROOM = 128  # tokens of every sequence beyond its context

@@ -20,7 +20,7 @@ _LAZY = {
     "TurboConfig": "config",
     "KVCache": "api",  # not kv.cache: importing dispatch registers the fast quantizers
     "Calibration": "calibration",
-    "DecodeGraph": "execution.triton_graph",
+    "DecodeGraph": "impl.triton.graph",
     "paged": "paged",
     "sas": "softmax",
     "flashq": "flashq",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .api import backends, explain, turbo_attention, turbo_attention_with_kvcache
     from .calibration import Calibration
     from .config import TurboConfig
-    from .execution.triton_graph import DecodeGraph
+    from .impl.triton.graph import DecodeGraph
     from .kv.cache import KVCache
     from .softmax import sas
 

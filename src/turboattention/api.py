@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from .cached_call import check_pages_kept, check_window_kept, new_tokens
 from .config import TurboConfig
 from .errors import InputError
 from .guard import guarded_bits
+from .impl.contract import AttentionParams, Availability, Backend
 from .kv.cache import KVCache
 from .kv.channel_order import query_energy
 from .modes import in_own_modes
+from .softmax import logit_scale
 from .validation import (
     check_causal,
     check_config,
@@ -30,13 +32,6 @@ from .validation import (
     check_window,
     refuse_gradients,
 )
-
-# Backend -> module with `prefill` and `attend_cache`, imported when first used.
-_MODULES = {
-    "cpu": ("turboattention.execution.cpu", "turboattention.execution.cpu"),
-    "reference": ("turboattention.reference.prefill", "turboattention.reference.decode"),
-    "triton": ("turboattention.execution.triton", "turboattention.execution.triton"),
-}
 
 
 @in_own_modes
@@ -75,7 +70,7 @@ def turbo_attention(
         softcap: logits become `softcap * tanh(logits / softcap)`, before masks.
         return_lse: also return the log-sum-exp of the logits.
         config: `TurboConfig()` by default; its `bits` do not matter here.
-        backend: "auto", or one of `turboattention.backends()`, which then runs or raises.
+        backend: "auto", or one of `turboattention.impl()`, which then runs or raises.
 
     Returns:
         [B, Hq, Lq, D] in the inputs' dtype; with `return_lse` also float32 [B, Hq, Lq] (natural
@@ -97,21 +92,11 @@ def turbo_attention(
     window_size = check_window(window_size)
     mask = check_mask(attn_mask, q, k.shape[2])
     chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))
-    looks = {"reference": (), "cpu": ("q",), "triton": ("q", "k", "v")}[chosen.name]  # kernels, at what they read
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if name not in looks:
+        if name not in chosen.checks_finite:
             check_finite(name, x)
-    out, lse = importlib.import_module(_MODULES[chosen.name][0]).prefill(
-        q,
-        k,
-        v,
-        config=config,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-    )
+    params = AttentionParams(is_causal, logit_scale(scale, q.shape[3]), window_size, softcap, mask)
+    out, lse = chosen.prefill(q, k, v, config, params)
     return (out, lse) if return_lse else out
 
 
@@ -173,10 +158,11 @@ def turbo_attention_with_kvcache(
     window_size = check_window(cache.window_size if window_size is None else window_size)
     check_window_kept(cache, window_size)
     chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2]))
+    params = AttentionParams(is_causal, logit_scale(scale, q.shape[3]), window_size, softcap)
     # Queries alone may reach back behind what a window has kept: that is looked at below.
     plain = lengths is None or (k_new is not None and k_new.dim() == 4 and q.shape[2] == k_new.shape[2])
     if chosen.name != "reference" and plain and (k_new is not None or cache.window_size is None):
-        stepped = _step(chosen.name, q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
+        stepped = _step(chosen, q, cache, k_new, v_new, lengths, attn_mask, params)
         if stepped is not None:
             if cache.learns_order and k_new is not None:
                 counts, row = new_tokens(q, k_new, lengths)[:, None], torch.arange(q.shape[2])
@@ -197,19 +183,8 @@ def turbo_attention_with_kvcache(
         staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"), energy)
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window_size": window_size}
         bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new), **options)
-    out, lse = importlib.import_module(_MODULES[chosen.name][1]).attend_cache(
-        q,
-        cache,
-        staged,
-        head_bits=bits,
-        positions=positions,
-        valid=valid,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-    )
+    params = replace(params, attn_mask=mask)
+    out, lse = chosen.attend_cache(q, cache, staged, params, head_bits=bits, positions=positions, valid=valid)
     if staged is not None:
         cache.commit(staged, bits)
     return (out, lse) if return_lse else out
@@ -222,17 +197,14 @@ def _energy(q: Tensor, cache: KVCache, positions: Tensor, valid: Tensor) -> Tens
 
 
 def _step(
-    backend: str,
+    backend: Backend,
     q: Tensor,
     cache: KVCache,
     k: Tensor | None,
     v: Tensor | None,
     lengths: Tensor | None,
     attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
+    params: AttentionParams,
 ) -> tuple[Tensor, Tensor] | None:
     """A decode step in one call of the kernels, where it is one; else None."""
     counts = None
@@ -244,27 +216,10 @@ def _step(
     if attn_mask is not None:
         ends = cache.lengths + (counts if counts is not None else 0 if k is None else k.shape[2])
         mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
-    result = importlib.import_module(_MODULES[backend][1]).step(
-        q,
-        cache,
-        k,
-        v,
-        counts=counts,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-    )
-    if isinstance(result, str):
-        bad = {"q": q, "k_new": k, "v_new": v}[result]
-        assert bad is not None
-        check_finite(result, bad)  # raises
-        return None
-    return result
+    return backend.step(q, cache, k, v, replace(params, attn_mask=mask), counts)
 
 
-def backends() -> dict[str, dispatch.Backend]:
+def backends() -> dict[str, Availability]:
     """What is usable on this machine, and why the others are not, by name."""
     return dispatch.backends()
 

@@ -1,31 +1,29 @@
-"""Which backend runs a call, and why: data with a query, imported when first used."""
+"""Which backend runs a call, and why."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 from dataclasses import dataclass
 
 import torch
 
-from .config import TurboConfig
 from .errors import BackendError, InputError, UnsupportedError
+from .impl.contract import Availability, Backend, Call
+from .impl.cpu import CpuBackend
+from .impl.pytorch import ReferenceBackend
+from .impl.triton import TritonBackend
 from .kv import quantizer
 
+__all__ = ["TABLE", "Availability", "Call", "Explanation", "backends", "choose", "explain_choice"]
 
-@dataclass(frozen=True)
-class Backend:
-    """One backend as found on this machine; `reason` says why it is usable or not."""
+_ALL: tuple[Backend, ...] = (TritonBackend(), CpuBackend(), ReferenceBackend())
 
-    name: str
-    usable: bool
-    reason: str
+TABLE = {backend.name: backend for backend in _ALL}
+"""All backends by name, fastest first."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend a call takes, why, and what spoke against the others."""
+    """The backend that a call takes, why, and why not the others."""
 
     backend: str
     reason: str
@@ -36,28 +34,9 @@ class Explanation:
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.others.items()])
 
 
-@dataclass(frozen=True)
-class Call:
-    """What of a call decides who can run it."""
-
-    config: TurboConfig
-    dtype: torch.dtype
-    device: torch.device
-    queries: int = 1
-
-
-SERIAL_QUERIES = 16
-"""Query rows up to which the serial C++ path is faster than PyTorch."""
-
-
-def backends() -> dict[str, Backend]:
+def backends() -> dict[str, Availability]:
     """Every backend by name, fastest first: whether it is usable here, and why."""
-    found = (
-        _triton(),
-        _cpu(),
-        Backend("reference", True, "plain PyTorch, runs on any device"),
-    )
-    return {backend.name: backend for backend in found}
+    return {name: backend.availability() for name, backend in TABLE.items()}
 
 
 def choose(name: str, call: Call | None = None) -> Backend:
@@ -69,118 +48,38 @@ def choose(name: str, call: Call | None = None) -> Backend:
     """
     found = backends()
     if name == "auto":
-        fit = (backend for backend in found.values() if backend.usable)
-        return next(backend for backend in fit if not _refusal(backend.name, call) and not _slower(backend, call))
+        usable = (TABLE[each] for each, state in found.items() if state.usable)
+        return next(backend for backend in usable if not _refusal(backend, call) and not backend.slower(call))
     if name not in found:
         raise InputError(f'backend: expected "auto" or one of {", ".join(sorted(found))}, got {name!r}')
     if not found[name].usable:
         raise BackendError(f"backend: expected one that can run here, got {name!r} ({found[name].reason})")
-    refusal = _refusal(name, call)
+    refusal = _refusal(TABLE[name], call)
     if refusal:
         raise UnsupportedError(f"backend: expected one that computes this call, got {name!r} ({refusal})")
-    return found[name]
+    return TABLE[name]
 
 
 def explain_choice(name: str, call: Call | None = None) -> Explanation:
     """What `choose` decides, in words."""
-    chosen = choose(name, call)
+    chosen, found = choose(name, call).name, backends()
     others = {}
-    for backend in backends().values():
-        against = backend.reason
-        if backend.usable:
-            against = _refusal(backend.name, call) or (_slower(backend, call) if name == "auto" else None)
+    for other, state in found.items():
+        against = state.reason
+        if state.usable:
+            against = _refusal(TABLE[other], call) or (TABLE[other].slower(call) if name == "auto" else None)
         if against:
-            others[backend.name] = against
-    return Explanation(chosen.name, chosen.reason, others)
+            others[other] = against
+    return Explanation(chosen, found[chosen].reason, others)
 
 
-def _refusal(name: str, call: Call | None) -> str | None:
-    """Why a usable backend does not compute a call, or None."""
-    if name == "reference" or call is None:
-        return None
-    if name == "cpu" and call.device.type != "cpu":
-        return f"the tensors are on {call.device}"
-    if name == "triton" and call.device.type != "cuda" and not _interpreted():
-        return f"the tensors are on {call.device}, its kernels run on GPUs"
-    refusal = _device_refusal(call.device) if name == "triton" else None
-    kernels = f"turboattention.kernels.{name}.attention"
-    return refusal or importlib.import_module(kernels).refusal(call.config, call.dtype)
-
-
-def _device_refusal(device: torch.device) -> str | None:
-    """Why the GPU kernels do not run on a device, or None."""
-    return importlib.import_module("turboattention.kernels.triton.configs").refusal(device)
-
-
-def _slower(backend: Backend, call: Call | None) -> str | None:
-    """Why "auto" leaves a call to the next backend although this one computes it, or None."""
-    if backend.name == "triton" and (call.device.type != "cuda" if call else _interpreted()):
-        return "Triton's interpreter is for tests"
-    if backend.name != "cpu" or call is None or call.queries <= SERIAL_QUERIES:
-        return None
-    if importlib.import_module("turboattention.kernels.cpu").in_use() != "serial":
-        return None
-    return f"its serial path is slower than PyTorch for more than {SERIAL_QUERIES} query rows"
-
-
-def _triton() -> Backend:
-    return _triton_with(_interpreted())
-
-
-@functools.cache
-def _triton_with(interpreted: bool) -> Backend:
-    if not interpreted and not torch.cuda.is_available():  # without importing Triton
-        return Backend("triton", False, "no CUDA or ROCm device is there")
-    reason = importlib.import_module("turboattention.kernels.triton").available()
-    if reason:
-        return Backend("triton", False, reason)
-    return Backend("triton", True, "Triton's interpreter, for tests" if interpreted else "Triton kernels on the GPU")
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU (it looks when kernels are defined)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _cpu() -> Backend:
-    try:
-        return _cpu_with(os.environ.get("TURBOATTENTION_ISA"))
-    except ValueError as error:  # an instruction set that is not here
-        return Backend("cpu", False, str(error))
-
-
-@functools.cache
-def _cpu_with(isa: str | None) -> Backend:
-    try:
-        kernels = importlib.import_module("turboattention.kernels.cpu")
-    except ImportError as error:
-        missing = "turboattention._cpu" in str(error)
-        reason = "its C++ extension was not built (there was no compiler)" if missing else str(error)
-        return Backend("cpu", False, reason)
-    return Backend("cpu", True, f"C++ kernels for {kernels.in_use()}")
+def _refusal(backend: Backend, call: Call | None) -> str | None:
+    return None if call is None else backend.refusal(call)
 
 
 def _quantizer(device: torch.device) -> quantizer.Quantizer | None:
-    """Stage 1 and the page codec of caches on a device, where kernels have them."""
-    if device.type == "cpu":
-        return _cpu_quantizer()
-    found = _triton_quantizer() if device.type == "cuda" else None
-    return None if found is None or _device_refusal(device) else found
-
-
-@functools.cache
-def _triton_quantizer() -> quantizer.Quantizer | None:
-    if not _triton().usable or _interpreted():
-        return None
-    return importlib.import_module("turboattention.execution.triton_quantizer")  # type: ignore[return-value]
-
-
-@functools.cache
-def _cpu_quantizer() -> quantizer.Quantizer | None:
-    try:
-        return importlib.import_module("turboattention.execution.cpu_quantizer")  # type: ignore[return-value]
-    except ImportError:
-        return None  # not built
+    """Stage 1 and the page codec of caches on a device, if kernels have them."""
+    return next(filter(None, (backend.quantizer(device) for backend in TABLE.values())), None)
 
 
 quantizer.install(_quantizer)

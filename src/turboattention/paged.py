@@ -8,22 +8,17 @@ depend on how tokens were scheduled.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .config import TurboConfig
-from .dispatch import Call, choose
-from .errors import ConfigError, InputError, ShapeError
-from .flashq import rotate
-from .kv.layout import PageLayout
-from .modes import in_own_modes
-from .reference.queries import logit_scale
+from .dispatch import TABLE, Call, choose
+from .errors import InputError, ShapeError
+from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, OpenBlocks, PagedBatch, PagedFormat, reserved_bytes
+from .softmax import logit_scale
 
 __all__ = [
     "BLOCK",
@@ -37,177 +32,7 @@ __all__ = [
     "reserved_bytes",
 ]
 
-BLOCK = 64
-"""Tokens per page."""
-
-PAGE_UNIT = 64
-"""Page sizes are multiples of this many bytes, so that bytes per token are an integer."""
-
-T = TypeVar("T")
-
-HeadBits = tuple[tuple[int, ...], tuple[int, ...]]
-"""Widths of K and V, one per KV head."""
-
-_MODULES = {"cpu": "turboattention.execution.cpu_paged", "triton": "turboattention.execution.triton_paged"}
-
-
-@dataclass(frozen=True)
-class PagedFormat:
-    """The page format of all layers.
-
-    head_bits: for each layer, the widths of this process's KV heads. page_bytes: bytes reserved per page, the maximum
-    over all layers (and over all ranks, if heads are distributed). means: for each layer None or float32 [H, D], which
-    is subtracted from keys before they are stored (in the model's space, on the device of the pages); empty for none.
-
-    Raises:
-        ConfigError: the configuration or page_bytes is not supported. ShapeError: means of other shapes.
-    """
-
-    config: TurboConfig
-    head_dim: int
-    head_bits: tuple[HeadBits, ...]
-    page_bytes: int
-    means: tuple[Tensor | None, ...] = field(default=(), compare=False)
-
-    def __post_init__(self) -> None:
-        wanted = {"block_size": BLOCK, "stored_prefill": True, "sink_tokens": 0, "token_scales": True}
-        for name, value in wanted.items():
-            if getattr(self.config, name) != value:
-                raise ConfigError(f"config: expected {name}={value!r} for pages, got {getattr(self.config, name)!r}")
-        needed = reserved_bytes(self.head_dim, self.head_bits)
-        if self.page_bytes % PAGE_UNIT or self.page_bytes < needed:
-            raise ConfigError(
-                f"page_bytes: expected a multiple of {PAGE_UNIT} of at least {needed}, got {self.page_bytes}"
-            )
-        for mean in self.means:
-            if mean is not None and mean.shape != (self.kv_heads, self.head_dim):
-                raise ShapeError(f"means: expected [{self.kv_heads}, {self.head_dim}] each, got {list(mean.shape)}")
-        _ = self.stored_means  # computed here, since it cannot be computed during a CUDA graph capture
-
-    @classmethod
-    def of(
-        cls,
-        config: TurboConfig,
-        head_dim: int,
-        head_bits: Sequence[HeadBits],
-        means: tuple[Tensor | None, ...] = (),
-    ) -> PagedFormat:
-        """A format with the smallest page size for these widths."""
-        return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), means)
-
-    @property
-    def kv_heads(self) -> int:
-        return len(self.head_bits[0][0])
-
-    @cached_property
-    def layouts(self) -> tuple[PageLayout, ...]:
-        """One per layer."""
-        return tuple(_layout(self.head_dim, bits) for bits in self.head_bits)
-
-    @cached_property
-    def stored_means(self) -> tuple[Tensor | None, ...]:
-        """The means in stored (rotated) space, one per layer."""
-        turn = rotate if self.config.rotate else torch.clone
-        means = self.means or (None,) * len(self.head_bits)
-        return tuple(None if mean is None else turn(mean.float()).contiguous() for mean in means)
-
-
-def reserved_bytes(head_dim: int, head_bits: Iterable[HeadBits]) -> int:
-    """Bytes per page that suffice for all of these widths."""
-    largest = max((_layout(head_dim, bits).page_bytes for bits in head_bits), default=0)
-    return -(-largest // PAGE_UNIT) * PAGE_UNIT
-
-
-def _layout(head_dim: int, bits: HeadBits) -> PageLayout:
-    return PageLayout(head_dim, BLOCK, *bits, token_scales=True)
-
-
-class OpenBlocks:
-    """INT8 rows of incomplete blocks: one slot per running sequence, in all layers.
-
-    codes: int8 [layers, slots, H, ring, D] of K and V; scales: float32 [layers, slots, H, ring]. Position p of a
-    sequence is row `p % ring` of its slot.
-
-    ring: 64, or 128 if up to 64 tokens may be rejected (speculative decoding). Raises InputError for other values.
-    """
-
-    @in_own_modes
-    def __init__(
-        self,
-        layers: int,
-        slots: int,
-        kv_heads: int,
-        head_dim: int,
-        device: torch.device | str = "cpu",
-        ring: int = BLOCK,
-    ):
-        if ring not in (BLOCK, 2 * BLOCK):
-            raise InputError(f"ring: expected {BLOCK} or {2 * BLOCK}, got {ring}")
-        self.ring = ring
-        shape = layers, slots, kv_heads, ring
-        self.codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device) for _ in "kv"]
-        self.scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in "kv"]
-        (kc, vc), (ks, vs) = self.codes, self.scales
-        self._layers = [((kc[layer], vc[layer]), (ks[layer], vs[layer])) for layer in range(layers)]
-        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-        """On a GPU: set to 1 by a step with values that are not finite."""
-        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True) if self.flag.is_cuda else self.flag
-
-    def of(self, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """One layer's codes and scales, each a pair for K and V."""
-        return self._layers[layer]
-
-    @in_own_modes
-    def notice(self) -> bool:
-        """Whether an earlier step on a GPU had values that were not finite; clears the flag.
-
-        Does not wait for the device: starts an asynchronous copy of the flag, which a later call reads.
-        """
-        raised = bool(self._seen)
-        if raised:
-            self.flag.zero_()
-            self._seen.zero_()
-        elif self._seen is not self.flag:
-            self._seen.copy_(self.flag, non_blocking=True)
-        return raised
-
-    @property
-    def slots(self) -> int:
-        return self.codes[0].shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.codes, *self.scales))
-
-
-@dataclass(frozen=True)
-class PagedBatch:
-    """The sequences of one step, for all layers.
-
-    query_start: [R + 1], sequence r has rows `query_start[r]` to `query_start[r + 1]` (exclusive) of the flat tokens.
-    seq_lens: [R], tokens of each sequence, including this step's. block_table: [R, P], page numbers. slots: [R], slots
-    in the `OpenBlocks`. All are int32 or int64, on the device of the tokens.
-
-    max_query_len: an upper bound of the tokens per sequence in this step, or None. On a GPU, it and the shapes
-    determine which kernels run: steps of one token, or of up to 64 with a ring of 128, need no temporary memory.
-    Sequences without tokens and tokens after `query_start[R]` are padding and are ignored.
-
-    A step of a sequence starts at a multiple of 64, or continues the block in its slot. If tokens were rejected, it
-    starts before the end of the previous step.
-    """
-
-    query_start: Tensor
-    seq_lens: Tensor
-    block_table: Tensor
-    slots: Tensor
-    max_query_len: int | None = None
-    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def once(self, key: Any, derive: Callable[[], T]) -> T:
-        """`derive()`, computed once per step for all layers with the same `key`."""
-        if key not in self._derived:
-            self._derived[key] = derive()
-        return self._derived[key]
+_WITH_PAGES = ("cpu", "triton")
 
 
 def paged_attention(
@@ -251,8 +76,7 @@ def paged_attention(
 
 
 def _kernels(config: TurboConfig, q: Tensor, backend: str) -> Callable[..., bool]:
-    module = _MODULES[backend_for(config, q.dtype, q.device, backend)]
-    return importlib.import_module(module).paged_attention
+    return TABLE[backend_for(config, q.dtype, q.device, backend)].paged_attention
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
@@ -262,8 +86,8 @@ def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, b
         InputError: the backend does not support pages. BackendError, UnsupportedError: as in `turbo_attention`.
     """
     chosen = choose(backend, Call(_over_caches(config), dtype, device, queries=1)).name
-    if chosen not in _MODULES:
-        raise InputError(f"backend: expected one of {', '.join(_MODULES)} for pages, got {chosen!r}")
+    if chosen not in _WITH_PAGES:
+        raise InputError(f"backend: expected one of {', '.join(_WITH_PAGES)} for pages, got {chosen!r}")
     return chosen
 
 

@@ -33,6 +33,11 @@ def _table(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.exp(-torch.arange(entries, dtype=torch.float64)).to(device, dtype)
 
 
+def logit_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of logits: `1 / sqrt(head_dim)` unless given."""
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
 def sas(x: Tensor, threshold: float = -6.0) -> Tensor:
     """Approximate e^x for x <= 0 (any shape, float32 or float64); 0 where x < threshold.
 

@@ -70,7 +70,7 @@ def test_a_failure_in_a_backend_leaves_the_cache_as_it_was(monkeypatch, backend)
     def broken(*_, **__):
         raise RuntimeError("kernel failed")
 
-    module = {"reference": "turboattention.reference.decode", "cpu": "turboattention.execution.cpu"}[backend]
+    module = {"reference": "turboattention.reference.decode", "cpu": "turboattention.impl.cpu.attention"}[backend]
     monkeypatch.setattr(f"{module}.attend", broken)
     with pytest.raises(RuntimeError, match="kernel failed"):
         ta.turbo_attention_with_kvcache(torch.zeros(2, 4, 9, 16), cache, *tokens(2, 2, 9, 16))

@@ -7,7 +7,7 @@ import torch
 
 from turboattention.config import TurboConfig
 from turboattention.flashq import quantize_int8, rotate
-from turboattention.reference.queries import quantize_queries
+from turboattention.kv.queries import quantize_queries
 
 from ..helpers import bits_of, normals
 

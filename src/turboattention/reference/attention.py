@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from ..kv.queries import Queries, quantize_queries
 from .online_softmax import Accumulator, online_softmax_update
-from .queries import Queries, quantize_queries
 from .sources import Source
 from .visibility import Visibility
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..flashq.symmetric import compute_dtype
 from ..kv.cache import KVCache
 from ..kv.staging import Stage
+from ..softmax import logit_scale
 from .attention import attend
-from .queries import logit_scale
 from .sources import Source
 from .visibility import Visibility
 

@@ -9,8 +9,8 @@ from ..config import TurboConfig
 from ..flashq import rotate
 from ..flashq.symmetric import compute_dtype
 from ..kv.staging import fresh_state, stage
+from ..softmax import logit_scale
 from .attention import attend
-from .queries import logit_scale
 from .sources import Source
 from .visibility import Visibility
 

@@ -8,7 +8,7 @@ import torch
 import turboattention as ta
 from turboattention import flashq
 from turboattention.kv.quantizer import PYTORCH
-from turboattention.reference.queries import quantize_queries
+from turboattention.kv.queries import quantize_queries
 
 from ...helpers import normals
 from .tools import ISAS, every_isa

@@ -15,7 +15,7 @@ import torch
 
 import turboattention as ta
 from turboattention import _cpu
-from turboattention.execution import cpu_steps
+from turboattention.impl.cpu import steps as cpu_steps
 from turboattention.kv import quantizer
 from turboattention.kv.cache import KVCache
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import turboattention as ta
-from turboattention.execution.inputs import pages_of
+from turboattention.impl.inputs import pages_of
 from turboattention.kernels.inputs import Int8Queries, OpenRows, Standing
 from turboattention.kv.cache import KVCache
+from turboattention.kv.queries import quantize_queries
 from turboattention.kv.staging import stage
 from turboattention.reference.decode import attend_cache
-from turboattention.reference.queries import quantize_queries
 
 from ...helpers import normals
 from .tools import Pair, assert_close

@@ -17,9 +17,12 @@ import turboattention as ta
 from turboattention import dispatch
 from turboattention.config import TurboConfig
 from turboattention.errors import DtypeError, UnsupportedError
-from turboattention.execution import triton_quantizer, triton_steps
-from turboattention.execution.triton_state import Call
-from turboattention.execution.triton_tally import Fills
+from turboattention.impl import triton as backend
+from turboattention.impl.triton import TritonBackend
+from turboattention.impl.triton import quantizer as triton_quantizer
+from turboattention.impl.triton import steps as triton_steps
+from turboattention.impl.triton.state import Call
+from turboattention.impl.triton.tally import Fills
 from turboattention.kv import quantizer
 
 from ...helpers import normals, qkv
@@ -93,8 +96,9 @@ def test_gpus_without_the_instructions_are_refused(capability, monkeypatch):
     reason = "cuda:0 has compute capability 7.5, its kernels need 8.0"
     assert configs.refusal(GPU) == reason
     assert configs.refusal(torch.device("cpu")) is None
-    assert dispatch._refusal("triton", dispatch.Call(TurboConfig(), torch.float32, GPU)) == reason
-    monkeypatch.setattr(dispatch, "_triton_quantizer", lambda: triton_quantizer)
+    assert TritonBackend().refusal(dispatch.Call(TurboConfig(), torch.float32, GPU)) == reason
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_availability", lambda interpreted: dispatch.Availability("triton", True, ""))
     assert dispatch._quantizer(GPU) is None
     capability(8, 0)
     assert dispatch._quantizer(GPU) is triton_quantizer

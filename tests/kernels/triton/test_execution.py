@@ -17,10 +17,14 @@ from triton.runtime.interpreter import GridExecutor
 
 import turboattention as ta
 from turboattention.errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
-from turboattention.execution import triton_device, triton_quantizer, triton_state, triton_steps, triton_tables
-from turboattention.execution.triton_graph import DecodeGraph
-from turboattention.execution.triton_notice import Notice
-from turboattention.execution.triton_state import Call, Steps
+from turboattention.impl.triton import device as triton_device
+from turboattention.impl.triton import quantizer as triton_quantizer
+from turboattention.impl.triton import state as triton_state
+from turboattention.impl.triton import steps as triton_steps
+from turboattention.impl.triton import tables as triton_tables
+from turboattention.impl.triton.graph import DecodeGraph
+from turboattention.impl.triton.notice import Notice
+from turboattention.impl.triton.state import Call, Steps
 from turboattention.kernels.triton import few_rows
 from turboattention.kernels.triton.places import all_places, head_places
 from turboattention.kv import quantizer

@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import turboattention as ta
 from turboattention.errors import NonFiniteError
-from turboattention.execution import triton_steps
-from turboattention.execution.triton_graph import DecodeGraph
+from turboattention.impl.triton import steps as triton_steps
+from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.kernels.triton import few_rows, places
 from turboattention.kv.layout import PageLayout
 from turboattention.paged import OpenBlocks

@@ -13,7 +13,7 @@ from turboattention.errors import DtypeError
 from turboattention.kernels.triton import quantize as kernels
 from turboattention.kernels.triton.smoothing import first_block_mean
 from turboattention.kv.quantizer import PYTORCH
-from turboattention.reference.queries import quantize_queries
+from turboattention.kv.queries import quantize_queries
 
 from ...helpers import normals
 

@@ -13,10 +13,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import turboattention as ta
 from turboattention.errors import InputError, NonFiniteError
-from turboattention.execution import triton_steps
-from turboattention.execution.triton_graph import DecodeGraph
-from turboattention.execution.triton_state import Call, Steps
-from turboattention.execution.triton_tally import Fills
+from turboattention.impl.triton import steps as triton_steps
+from turboattention.impl.triton.graph import DecodeGraph
+from turboattention.impl.triton.state import Call, Steps
+from turboattention.impl.triton.tally import Fills
 
 from ...helpers import normals, qkv
 from ...kv.tools import content, filled

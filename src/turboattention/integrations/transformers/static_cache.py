@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from ...execution.triton_graph import DecodeGraph
+from ...impl.triton.graph import DecodeGraph
 from .cache import TurboCache
 from .call import Call
 from .layer import TurboLayer

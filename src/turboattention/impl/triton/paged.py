@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, UnsupportedError
-from ..kernels.triton.configs import LARGEST_GRID
-from ..kernels.triton.paged import Ragged, Slots, attend, store
-from ..paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat
-from .triton_device import on_own_device
+from ...errors import ShapeError, UnsupportedError
+from ...kernels.triton.configs import LARGEST_GRID
+from ...kernels.triton.paged import Ragged, Slots, attend, store
+from ...kv.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat
+from .device import on_own_device
 
 _INTEGERS = (torch.int32, torch.int64)
 

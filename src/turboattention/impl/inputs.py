@@ -8,9 +8,9 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..kernels.inputs import Int8Queries, OpenRows, Pages, Standing
 from ..kv.growth import Growing
+from ..kv.queries import quantize_queries
 from ..kv.staging import SequenceState, Stage, fresh_state, stage
 from ..kv.store import PageStore
-from ..reference.queries import quantize_queries
 
 
 def prefill_of(config: TurboConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[Standing, Stage]:

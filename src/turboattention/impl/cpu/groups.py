@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..kernels.cpu.paged import FlatRows, OpenRows
-from ..paged import BLOCK, OpenBlocks, PagedBatch
+from ...errors import InputError
+from ...kernels.cpu.paged import FlatRows, OpenRows
+from ...kv.paged import BLOCK, OpenBlocks, PagedBatch
 
 
 @dataclass(frozen=True)

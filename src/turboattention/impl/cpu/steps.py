@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.attention import refusal
-from ..kernels.cpu.step import LARGEST, Step
-from ..kv.cache import KVCache
-from ..kv.growth import Growing
-from ..reference.queries import logit_scale
-from .inputs import pages_of
+from ...kernels.cpu.attention import refusal
+from ...kernels.cpu.step import LARGEST, Step
+from ...kv.cache import KVCache
+from ...kv.growth import Growing
+from ...validation import check_finite
+from ..contract import AttentionParams
+from ..inputs import pages_of
 
 
 def step(
@@ -18,21 +19,16 @@ def step(
     cache: KVCache,
     k: Tensor | None,
     v: Tensor | None,
-    *,
-    counts: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor] | str | None:
+    params: AttentionParams,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
     """Attend and append in one call, if no sequence fills more than one block. Shapes are checked.
 
-    q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lq, D] or None. Returns out and lse, or None if the call needs the general path,
-    or the name of a tensor that is not finite ("q", "k_new" or "v_new"). In the last two cases the cache is unchanged.
+    q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lq, D] or None. Returns out and lse, or None if the call needs the general path.
+    Raises NonFiniteError. In the last two cases the cache is unchanged.
     """
     tokens = k.shape[2] if k is not None else 0
-    if counts is not None or attn_mask is not None or (k is not None and q.shape[2] != tokens):
+    if counts is not None or params.attn_mask is not None or (k is not None and q.shape[2] != tokens):
         return None
     steps = _steps_of(cache)
     filled = steps.filled_by(tokens) if steps is not None else None
@@ -40,13 +36,16 @@ def step(
         return None
     steps.fit(cache, tokens, filled)
     pages, fresh = steps.fresh(cache, filled)
-    factor = logit_scale(scale, q.shape[3])
     result = steps.step.run(
-        q, k, v, cache.lengths, fresh, scale=factor, causal=is_causal, window=window_size, softcap=softcap
-    )
-    if isinstance(result, int):
+        q, k, v, cache.lengths, fresh,
+        scale=params.scale, causal=params.is_causal, window=params.window_size, softcap=params.softcap,
+    )  # fmt: skip
+    if isinstance(result, int):  # which tensor has values that are not finite
         steps.discard(cache, pages)
-        return ("q", "k_new", "v_new")[result]
+        name, bad = (("q", q), ("k_new", k), ("v_new", v))[result]
+        assert bad is not None
+        check_finite(name, bad)
+        return None
     if tokens:
         steps.count(cache, tokens, filled, pages)
     return result

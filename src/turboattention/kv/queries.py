@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..flashq import quantize_int8, rotate
 from ..flashq.symmetric import compute_dtype
-from ..kv.channel_order import reorder
+from .channel_order import reorder
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,6 @@ class Queries:
     codes: Tensor
     scale: Tensor
     mean_logit: Tensor | None
-
-
-def logit_scale(scale: float | None, head_dim: int) -> float:
-    """`1 / sqrt(D)` unless given."""
-    return head_dim**-0.5 if scale is None else float(scale)
 
 
 def quantize_queries(

@@ -1,8 +1,8 @@
 """`kv.quantizer.Quantizer` for GPUs, implemented by the Triton kernels."""
 
-from ..kernels.triton import pages, quantize, smoothing
-from .triton_device import on_own_device
-from .triton_steps import append
+from ...kernels.triton import pages, quantize, smoothing
+from .device import on_own_device
+from .steps import append
 
 __all__ = ["append", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]
 

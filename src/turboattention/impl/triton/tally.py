@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kernels.inputs import BLOCK
-from ..kv.growth import Growing
+from ...kernels.inputs import BLOCK
+from ...kv.growth import Growing
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import NonFiniteError
-from ..kv.growth import Growing
-from ..modes import in_own_modes
+from ...errors import NonFiniteError
+from ...kv.growth import Growing
+from ...modes import in_own_modes
 
 
 class Notice:

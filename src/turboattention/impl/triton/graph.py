@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import DtypeError, InputError, ShapeError, UnsupportedError
-from ..kernels.inputs import BLOCK
-from ..kv.cache import KVCache
-from ..modes import in_own_modes
-from ..reference.queries import logit_scale
-from ..validation import check_floats, check_softmax, check_window
-from .triton_device import guard
-from .triton_notice import notice_of
-from .triton_state import Call
-from .triton_steps import new_steps, steps_of
-from .triton_tally import Fills
+from ...errors import DtypeError, InputError, ShapeError, UnsupportedError
+from ...kernels.inputs import BLOCK
+from ...kv.cache import KVCache
+from ...modes import in_own_modes
+from ...softmax import logit_scale
+from ...validation import check_floats, check_softmax, check_window
+from .device import guard
+from .notice import notice_of
+from .state import Call
+from .steps import new_steps, steps_of
+from .tally import Fills
 
 _FILLS = Fills(pages=True)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.paged import PagedCall
-from ..paged import OpenBlocks, PagedBatch, PagedFormat
-from .cpu_groups import grouped
+from ...kernels.cpu.paged import PagedCall
+from ...kv.paged import OpenBlocks, PagedBatch, PagedFormat
+from .groups import grouped
 
 
 def paged_attention(

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.inputs import Pages
-from ..kv.cache import KVCache
-from ..kv.channel_order import reorder
-from ..kv.quantizer import quantizer_for
-from ..kv.staging import Stage
-from .inputs import tables_of
+from ...kernels.inputs import Pages
+from ...kv.cache import KVCache
+from ...kv.channel_order import reorder
+from ...kv.quantizer import quantizer_for
+from ...kv.staging import Stage
+from ..inputs import tables_of
 
 
 def with_filled(

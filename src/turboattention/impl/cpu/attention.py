@@ -1,19 +1,19 @@
-"""Backend "cpu": stage 1, then attention in the C++ extension."""
+"""Attention in the C++ extension, over tensors and over caches."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..config import TurboConfig
-from ..kernels.cpu.attention import attend
-from ..kernels.inputs import Pages, Standing
-from ..kv.cache import KVCache
-from ..kv.staging import SequenceState, Stage
-from ..reference.queries import logit_scale
-from ..validation import check_finite
-from .cpu_filled import with_filled
-from .cpu_steps import step
-from .inputs import open_rows_of, pages_of, prefill_of, queries_by_tile, standing_of
+from ...config import TurboConfig
+from ...kernels.cpu.attention import attend
+from ...kernels.inputs import Pages, Standing
+from ...kv.cache import KVCache
+from ...kv.staging import SequenceState, Stage
+from ...validation import check_finite
+from ..contract import AttentionParams
+from ..inputs import open_rows_of, pages_of, prefill_of, queries_by_tile, standing_of
+from .filled import with_filled
+from .steps import step
 
 __all__ = ["attend_cache", "prefill", "step"]
 
@@ -22,46 +22,24 @@ def prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     config: TurboConfig,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
+    params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
     """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
     [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     standing, staged = prefill_of(config, q, k, v)
-    return _attend(
-        config,
-        q,
-        standing,
-        None,
-        staged,
-        kv_heads=k.shape[1],
-        mean_from=1,
-        causal=is_causal,
-        scale=scale,
-        window=window_size,
-        softcap=softcap,
-        mask=attn_mask,
-    )
+    return _attend(config, q, standing, None, staged, params, kv_heads=k.shape[1], mean_from=1)
 
 
 def attend_cache(
     q: Tensor,
     cache: KVCache,
     staged: Stage | None,
+    params: AttentionParams,
     *,
     head_bits: Tensor | None,
     positions: Tensor,
     valid: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
 
@@ -79,13 +57,9 @@ def attend_cache(
         standing_of(positions, valid, state),
         pages,
         state,
+        params,
         kv_heads=cache.num_kv_heads,
         mean_from=cache.mean_from // config.block_size,
-        causal=is_causal,
-        scale=scale,
-        window=window_size,
-        softcap=softcap,
-        mask=attn_mask,
     )
 
 
@@ -95,20 +69,15 @@ def _attend(
     standing: Standing,
     pages: Pages | None,
     state: Stage | SequenceState,
+    params: AttentionParams,
     *,
     kv_heads: int,
     mean_from: int,
-    causal: bool,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    factor = logit_scale(scale, q.shape[3])
     mean = None if state.k_mean is None else state.k_mean.contiguous()
     quantized = None
     if not config.token_scales:
-        quantized = queries_by_tile(config, q, standing.valid, kv_heads, factor, mean)
+        quantized = queries_by_tile(config, q, standing.valid, kv_heads, params.scale, mean)
     result = attend(
         config,
         q,
@@ -116,13 +85,13 @@ def _attend(
         pages,
         open_rows_of(state, q.device),
         kv_heads=kv_heads,
-        scale=factor,
+        scale=params.scale,
         mean=mean,
         mean_from=mean_from,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        mask=mask,
+        causal=params.is_causal,
+        window=params.window_size,
+        softcap=params.softcap,
+        mask=params.attn_mask,
         order=state.k_order,
         quantized=quantized,
     )

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
-from ..kernels.triton.append import flush_blocks, store_tokens
-from ..kernels.triton.arguments import orders
-from ..kernels.triton.attention import attend
-from ..kernels.triton.lengths import advance, stand
-from ..kernels.triton.quantize import quantize_queries
-from ..kernels.triton.smoothing import first_block_mean
-from ..kv.growth import Growing
-from ..kv.staging import MEAN_SKIPS
-from ..modes import in_own_modes
-from .triton_device import on_own_device, upload
-from .triton_notice import notice_of
-from .triton_tables import PageTables
-from .triton_tally import Fills, Plan, Tally
+from ...kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
+from ...kernels.triton.append import flush_blocks, store_tokens
+from ...kernels.triton.arguments import orders
+from ...kernels.triton.attention import attend
+from ...kernels.triton.lengths import advance, stand
+from ...kernels.triton.quantize import quantize_queries
+from ...kernels.triton.smoothing import first_block_mean
+from ...kv.growth import Growing
+from ...kv.staging import MEAN_SKIPS
+from ...modes import in_own_modes
+from .device import on_own_device, upload
+from .notice import notice_of
+from .tables import PageTables
+from .tally import Fills, Plan, Tally
 
 
 @dataclass(frozen=True)

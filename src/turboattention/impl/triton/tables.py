@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from ..kernels.inputs import Pages
-from ..kv.growth import Growing
-from ..modes import in_own_modes
-from . import inputs
-from .triton_device import upload
-from .triton_tally import Plan
+from ...kernels.inputs import Pages
+from ...kv.growth import Growing
+from ...modes import in_own_modes
+from .. import inputs
+from .device import upload
+from .tally import Plan
 
 _SPARE_COLUMNS = 64  # added to a table that is full
 

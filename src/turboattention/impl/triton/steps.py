@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..kernels.triton.attention import refusal
-from ..kv.cache import KVCache
-from ..kv.growth import Growing
-from ..modes import in_own_modes
-from ..reference.queries import logit_scale
-from .triton_notice import notice_of
-from .triton_state import Call, Steps
-from .triton_tally import Plan
+from ...kernels.triton.attention import refusal
+from ...kv.cache import KVCache
+from ...kv.growth import Growing
+from ...modes import in_own_modes
+from ..contract import AttentionParams
+from .notice import notice_of
+from .state import Call, Steps
+from .tally import Plan
 
 
 @in_own_modes
@@ -27,13 +27,8 @@ def step(
     cache: KVCache,
     k: Tensor | None,
     v: Tensor | None,
-    *,
-    counts: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
+    params: AttentionParams,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Attend and append, if the buffer has room for the new tokens. Shapes are checked.
 
@@ -49,9 +44,9 @@ def step(
     if found is None:
         return None
     steps, plan = found
-    call = Call(logit_scale(scale, q.shape[3]), is_causal, window_size, softcap)
+    call = Call(params.scale, params.is_causal, params.window_size, params.softcap)
     with _taken(steps, cache, plan):
-        return steps.run(q, k, v, call, fills=plan.fills, counts=counts, mask=attn_mask)
+        return steps.run(q, k, v, call, fills=plan.fills, counts=counts, mask=params.attn_mask)
 
 
 @in_own_modes

@@ -1,6 +1,6 @@
 """`kv.quantizer.Quantizer` for the CPU, implemented by the C++ extension."""
 
-from ..kernels.cpu.quantize import decode_pages, encode_pages, first_block_mean, quantize_tokens
-from .cpu_steps import append
+from ...kernels.cpu.quantize import decode_pages, encode_pages, first_block_mean, quantize_tokens
+from .steps import append
 
 __all__ = ["append", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]

@@ -1,0 +1,1 @@
+"""Implementations of attention, the backends: each implements `contract.Backend` (`dispatch` has the table of them)."""

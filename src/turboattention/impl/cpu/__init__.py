@@ -1,0 +1,103 @@
+"""Backend "cpu": the C++ extension."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...config import TurboConfig
+from ..contract import AttentionParams, Availability, Call, Result
+
+if TYPE_CHECKING:
+    from ...kv.cache import KVCache
+    from ...kv.quantizer import Quantizer
+    from ...kv.staging import Stage
+
+SERIAL_QUERIES = 16
+"""Query rows up to which the serial C++ path is faster than PyTorch."""
+
+
+class CpuBackend:
+    """`contract.Backend` over `kernels.cpu`."""
+
+    name = "cpu"
+    checks_finite = ("q",)
+
+    def availability(self) -> Availability:
+        try:
+            return _availability(os.environ.get("TURBOATTENTION_ISA"))
+        except ValueError as error:  # an instruction set that is not here
+            return Availability("cpu", False, str(error))
+
+    def refusal(self, call: Call) -> str | None:
+        if call.device.type != "cpu":
+            return f"the tensors are on {call.device}"
+        from ...kernels.cpu.attention import refusal
+
+        return refusal(call.config, call.dtype)
+
+    def slower(self, call: Call | None) -> str | None:
+        if call is None or call.queries <= SERIAL_QUERIES:
+            return None
+        from ...kernels.cpu import in_use
+
+        if in_use() != "serial":
+            return None
+        return f"its serial path is slower than PyTorch for more than {SERIAL_QUERIES} query rows"
+
+    def quantizer(self, device: torch.device) -> Quantizer | None:
+        return _quantizer() if device.type == "cpu" else None
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
+        from .attention import prefill
+
+        return prefill(q, k, v, config, params)
+
+    def attend_cache(
+        self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
+    ) -> Result:
+        from .attention import attend_cache
+
+        return attend_cache(q, cache, staged, params, **rows)
+
+    def step(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        k: Tensor | None,
+        v: Tensor | None,
+        params: AttentionParams,
+        counts: Tensor | None,
+    ) -> Result | None:
+        from .steps import step
+
+        return step(q, cache, k, v, params, counts)
+
+    def paged_attention(self, *arguments: Any, **options: Any) -> bool:
+        from .paged import paged_attention
+
+        return paged_attention(*arguments, **options)
+
+
+@functools.cache
+def _availability(isa: str | None) -> Availability:
+    try:
+        from ...kernels import cpu
+    except ImportError as error:
+        missing = "turboattention._cpu" in str(error)
+        reason = "its C++ extension was not built (there was no compiler)" if missing else str(error)
+        return Availability("cpu", False, reason)
+    return Availability("cpu", True, f"C++ kernels for {cpu.in_use()}")
+
+
+@functools.cache
+def _quantizer() -> Quantizer | None:
+    try:
+        from . import quantizer
+    except ImportError:  # not built
+        return None
+    return quantizer

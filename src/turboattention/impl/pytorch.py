@@ -1,0 +1,60 @@
+"""Backend "reference": the specification in plain PyTorch, on any device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from .contract import AttentionParams, Availability, Call, Result
+
+if TYPE_CHECKING:
+    from ..kv.cache import KVCache
+    from ..kv.staging import Stage
+
+
+class ReferenceBackend:
+    """`contract.Backend` over `reference`."""
+
+    name = "reference"
+    checks_finite = ()
+
+    def availability(self) -> Availability:
+        return Availability("reference", True, "plain PyTorch, runs on any device")
+
+    def refusal(self, call: Call) -> None:
+        return None
+
+    def slower(self, call: Call | None) -> None:
+        return None
+
+    def quantizer(self, device: torch.device) -> None:
+        return None
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
+        from ..reference.prefill import prefill
+
+        return prefill(q, k, v, config=config, **vars(params))
+
+    def attend_cache(
+        self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
+    ) -> Result:
+        from ..reference.decode import attend_cache
+
+        return attend_cache(q, cache, staged, **rows, **vars(params))
+
+    def step(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        k: Tensor | None,
+        v: Tensor | None,
+        params: AttentionParams,
+        counts: Tensor | None,
+    ) -> None:
+        return None
+
+    def paged_attention(self, *arguments: Any, **options: Any) -> bool:
+        raise NotImplementedError

@@ -1,0 +1,101 @@
+"""Backend "triton": the GPU kernels, or, for tests, Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...config import TurboConfig
+from ..contract import AttentionParams, Availability, Call, Result
+
+if TYPE_CHECKING:
+    from ...kv.cache import KVCache
+    from ...kv.quantizer import Quantizer
+    from ...kv.staging import Stage
+
+
+class TritonBackend:
+    """`contract.Backend` over `kernels.triton`."""
+
+    name = "triton"
+    checks_finite = ("q", "k", "v")
+
+    def availability(self) -> Availability:
+        return _availability(_interpreted())
+
+    def refusal(self, call: Call) -> str | None:
+        if call.device.type != "cuda" and not _interpreted():
+            return f"the tensors are on {call.device}, its kernels run on GPUs"
+        from ...kernels.triton.attention import refusal
+
+        return _device_refusal(call.device) or refusal(call.config, call.dtype)
+
+    def slower(self, call: Call | None) -> str | None:
+        on_gpu = call.device.type == "cuda" if call else not _interpreted()
+        return None if on_gpu else "Triton's interpreter is for tests"
+
+    def quantizer(self, device: torch.device) -> Quantizer | None:
+        if device.type != "cuda" or _interpreted() or not self.availability().usable or _device_refusal(device):
+            return None
+        from . import quantizer
+
+        return quantizer
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
+        from .attention import prefill
+
+        return prefill(q, k, v, config, params)
+
+    def attend_cache(
+        self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
+    ) -> Result:
+        from .attention import attend_cache
+
+        return attend_cache(q, cache, staged, params, **rows)
+
+    def step(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        k: Tensor | None,
+        v: Tensor | None,
+        params: AttentionParams,
+        counts: Tensor | None,
+    ) -> Result | None:
+        from .steps import step
+
+        return step(q, cache, k, v, params, counts)
+
+    def paged_attention(self, *arguments: Any, **options: Any) -> bool:
+        from .paged import paged_attention
+
+        return paged_attention(*arguments, **options)
+
+
+@functools.cache
+def _availability(interpreted: bool) -> Availability:
+    if not interpreted and not torch.cuda.is_available():  # without importing Triton
+        return Availability("triton", False, "no CUDA or ROCm device is there")
+    from ...kernels import triton
+
+    reason = triton.available()
+    if reason:
+        return Availability("triton", False, reason)
+    found = "Triton's interpreter, for tests" if interpreted else "Triton kernels on the GPU"
+    return Availability("triton", True, found)
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    """Why the GPU kernels do not run on a device, or None."""
+    from ...kernels.triton.configs import refusal
+
+    return refusal(device)
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU (it looks when kernels are defined)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
