@@ -8,6 +8,7 @@ from ..config import TurboConfig
 from ..kernels.cpu.attention import attend
 from ..kernels.inputs import Pages, Standing
 from ..kv.cache import KVCache
+from ..kv.channel_order import ChannelOrder
 from ..kv.staging import SequenceState, Stage
 from ..reference.queries import logit_scale
 from ..validation import check_finite
@@ -39,6 +40,7 @@ def prefill(
         standing,
         None,
         staged,
+        None,
         kv_heads=k.shape[1],
         mean_from=1,
         causal=is_causal,
@@ -70,15 +72,16 @@ def attend_cache(
     """
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
-    pages = pages_of(cache)
+    pages, order = pages_of(cache), cache.k_order
     if config.stored_prefill and staged is not None:
-        pages, state = with_filled(pages, cache, staged, head_bits)
+        pages, order = with_filled(pages, cache, staged, head_bits)
     return _attend(
         config,
         q,
         standing_of(positions, valid, state),
         pages,
         state,
+        order,
         kv_heads=cache.num_kv_heads,
         mean_from=cache.mean_from // config.block_size,
         causal=is_causal,
@@ -95,6 +98,7 @@ def _attend(
     standing: Standing,
     pages: Pages | None,
     state: Stage | SequenceState,
+    order: ChannelOrder | None,
     *,
     kv_heads: int,
     mean_from: int,
@@ -123,7 +127,7 @@ def _attend(
         window=window,
         softcap=softcap,
         mask=mask,
-        order=state.k_order,
+        order=order,
         quantized=quantized,
     )
     if result is None:  # a kernel found a query that is not finite; this raises the error

@@ -98,7 +98,7 @@ def test_chunks_over_a_cache(bits, head_dim):
     both(*tokens_for(cache, 4, 40))
 
 
-@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_keys_in_their_order(bits, head_dim):
     """A head of two widths, and one of one, behind a sink block."""

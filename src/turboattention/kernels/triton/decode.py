@@ -24,6 +24,15 @@ def _page(address, blank_ptr):
 
 
 @triton.jit
+def _q_halves(q_ptr, place, there, channel, D: tl.constexpr):
+    """Queries int32 [WIDE / 2, 2 R] for both products over keys (`products.key_products`), from rows `place`."""
+    at = q_ptr + place[None, :] * D + channel
+    first = tl.load(at, mask=there & (channel < D), other=0).to(tl.int32)
+    second = tl.load(at + first_half(D), mask=there & (channel + first_half(D) < D), other=0).to(tl.int32)
+    return first, second
+
+
+@triton.jit
 def _over_pages(
     acc, total, peak, table_ptr, begin, end, blank_ptr, place, queries, sight, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
@@ -102,7 +111,7 @@ def _over_rows(
 
 @triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from", "mask_keys"])
 def decode(
-    q_ptr, unit_ptr, mean_ptr, first_ptr, valid_ptr, lengths_ptr,
+    q_ptr, unit_ptr, mean_ptr, ordered_q_ptr, ordered_unit_ptr, first_ptr, valid_ptr, lengths_ptr,
     table_ptr, counts_ptr, table_stride, blank_ptr, sink_blocks, sink_places_ptr, places_ptr,
     k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, width,
     acc_ptr, peak_ptr, total_ptr,
@@ -116,6 +125,7 @@ def decode(
 
     Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, WIDE] (left as it was where a split sees
     nothing), peak (a logit, -inf where nothing is seen) and total (in units of 1/127) [B, Hkv, tiles, splits, R].
+    ordered_q, ordered_unit: queries for compressed pages, where these have an order of channels, or None.
     PAIRS: widths of heads, as `places.pairs_mask` has them; 0: no compressed pages.
     """
     splits = tl.num_programs(0)
@@ -145,10 +155,9 @@ def decode(
         channel = key_channels(WIDE, D)[:, None]
         column = tl.arange(0, 2 * R)
         q_row = tile * R + column // 2
-        q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
+        q_place = (base * group + q_row % group) * queries + q_row // group
         q_there = (q_row < rows)[None, :]
-        q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
-        q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
+        q_first, q_second = _q_halves(q_ptr, q_place, q_there, channel, D)
         is_high = (column % 2 == 1)[None, :]
         at = (base * group + row % group) * queries + row // group
         unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
@@ -165,6 +174,15 @@ def decode(
         if SINKS or PAIRS > 0:
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
+        if ordered_q_ptr is not None:
+            if SINKS:  # first, so that one form of the queries is held at a time
+                acc, total, peak = _over_pages(
+                    acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
+                    rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
+                )  # fmt: skip
+            q_first, q_second = _q_halves(ordered_q_ptr, q_place, q_there, channel, D)
+            ordered_unit = tl.load(ordered_unit_ptr + at, mask=row < rows, other=1.0)
+            rows_seen = (q_first, q_second, is_high, ordered_unit, mean, mean_from)
         for K_BITS in tl.static_range(2, 9):
             for V_BITS in tl.static_range(2, 9):
                 if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
@@ -178,7 +196,7 @@ def decode(
                         rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, CAP, MASK,
                         ASM, None,
                     )  # fmt: skip
-        if SINKS:
+        if SINKS and ordered_q_ptr is None:
             acc, total, peak = _over_pages(
                 acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
                 rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
@@ -187,6 +205,8 @@ def decode(
             start = tl.load(start_ptr + b).to(tl.int32)
             open_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
             d = tl.arange(0, WIDE)[:, None]
+            if ordered_q_ptr is not None:  # again, so that it is not held over the pages
+                unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
             q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
             acc, total, peak = _over_rows(
                 acc, total, peak, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
