@@ -24,12 +24,18 @@ def _page(address, blank_ptr):
 
 
 @triton.jit
-def _q_halves(q_ptr, place, there, channel, D: tl.constexpr):
-    """Queries int32 [WIDE / 2, 2 R] for both products over keys (`products.key_products`), from rows `place`."""
-    at = q_ptr + place[None, :] * D + channel
-    first = tl.load(at, mask=there & (channel < D), other=0).to(tl.int32)
-    second = tl.load(at + first_half(D), mask=there & (channel + first_half(D) < D), other=0).to(tl.int32)
-    return first, second
+def _queries(q_ptr, tile, base, group, queries, rows, WIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+    """Queries of a tile for `products.key_products`, for the pages behind the first ones: both halves, and which columns
+    are the higher ones. (`decode` has the same lines, which compile to other instructions in a function.)"""
+    channel = key_channels(WIDE, D)[:, None]
+    column = tl.arange(0, 2 * R)
+    q_row = tile * R + column // 2
+    q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
+    q_there = (q_row < rows)[None, :]
+    q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
+    q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
+    is_high = (column % 2 == 1)[None, :]
+    return q_first, q_second, is_high
 
 
 @triton.jit
@@ -152,15 +158,18 @@ def decode(
         tl.store(peak_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
         tl.store(total_ptr + partial, tl.zeros((R,), tl.float32))
     else:
+        # Compressed pages come first, in whose form queries are loaded.
+        of_pages = q_ptr if ordered_q_ptr is None else ordered_q_ptr
         channel = key_channels(WIDE, D)[:, None]
         column = tl.arange(0, 2 * R)
         q_row = tile * R + column // 2
-        q_place = (base * group + q_row % group) * queries + q_row // group
+        q_at = of_pages + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
         q_there = (q_row < rows)[None, :]
-        q_first, q_second = _q_halves(q_ptr, q_place, q_there, channel, D)
+        q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
+        q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
         is_high = (column % 2 == 1)[None, :]
         at = (base * group + row % group) * queries + row // group
-        unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
+        unit = tl.load((unit_ptr if ordered_q_ptr is None else ordered_unit_ptr) + at, mask=row < rows, other=1.0)
         mean = tl.zeros_like(unit)
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
@@ -174,15 +183,6 @@ def decode(
         if SINKS or PAIRS > 0:
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
-        if ordered_q_ptr is not None:
-            if SINKS:  # first, so that one form of the queries is held at a time
-                acc, total, peak = _over_pages(
-                    acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
-                    rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
-                )  # fmt: skip
-            q_first, q_second = _q_halves(ordered_q_ptr, q_place, q_there, channel, D)
-            ordered_unit = tl.load(ordered_unit_ptr + at, mask=row < rows, other=1.0)
-            rows_seen = (q_first, q_second, is_high, ordered_unit, mean, mean_from)
         for K_BITS in tl.static_range(2, 9):
             for V_BITS in tl.static_range(2, 9):
                 if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
@@ -196,7 +196,11 @@ def decode(
                         rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, CAP, MASK,
                         ASM, None,
                     )  # fmt: skip
-        if SINKS and ordered_q_ptr is None:
+        if ordered_q_ptr is not None and (SINKS or OPEN):
+            q_first, q_second, is_high = _queries(q_ptr, tile, base, group, queries, rows, WIDE, D, R)
+            unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
+            rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
+        if SINKS:
             acc, total, peak = _over_pages(
                 acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
                 rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
@@ -205,8 +209,6 @@ def decode(
             start = tl.load(start_ptr + b).to(tl.int32)
             open_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
             d = tl.arange(0, WIDE)[:, None]
-            if ordered_q_ptr is not None:  # again, so that it is not held over the pages
-                unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
             q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
             acc, total, peak = _over_rows(
                 acc, total, peak, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
