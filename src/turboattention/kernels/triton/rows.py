@@ -20,7 +20,7 @@ def load_rows(x, offsets, wanted, D: tl.constexpr, WIDTH: tl.constexpr):
     are not wanted are not read."""
     channel = tl.arange(0, WIDTH)[None, :]
     there = wanted[:, None] & (channel < D)
-    rows = tl.load(x + offsets[:, None] + channel, mask=there, other=0.0).to(tl.float32)
+    rows = tl.load(x + (offsets[:, None] + channel), mask=there, other=0.0).to(tl.float32)
     # Compared as integers, the bits of magnitudes have the same order, with infinity and NaN largest.
     fine = tl.max(bits_of(rows) & 0x7FFFFFFF, 1) <= _LARGEST
     return tl.where(fine[:, None], rows, 0.0), fine
