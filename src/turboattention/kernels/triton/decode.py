@@ -25,8 +25,8 @@ def _page(address, blank_ptr):
 
 @triton.jit
 def _queries(q_ptr, tile, base, group, queries, rows, WIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """Queries of a tile for `products.key_products`, for the pages behind the first ones: both halves, and which columns
-    are the higher ones. (`decode` has the same lines, which compile to other instructions in a function.)"""
+    """Queries of a tile for `products.key_products`, loaded again for sinks: both halves, and which columns are the
+    higher ones. (`decode` has the same lines; from a function they would compile to other instructions.)"""
     channel = key_channels(WIDE, D)[:, None]
     column = tl.arange(0, 2 * R)
     q_row = tile * R + column // 2
