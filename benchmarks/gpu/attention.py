@@ -91,7 +91,7 @@ def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Ite
         row = functools.partial(_decode_at, plan, shape, str(bits), config, q, rivals, entries, peaks)
         yield attempted(row, "decode", shape, str(bits))
         beside = {f"{bits}, a static scale": config.replace(p_scale="static")}
-        if bits in (3, 2):
+        if bits in (4, 3, 2):
             beside[f"{bits}, keys in order"] = config.replace(reorder_k=True)
         for name, other in beside.items():
             row = functools.partial(_decode_at, plan, shape, name, other, q, {}, [], peaks)

@@ -13,6 +13,7 @@ from turboattention.config import TurboConfig
 from turboattention.kernels.inputs import OpenRows, Pages, Standing
 from turboattention.kernels.triton import append, attention, fresh, pages, quantize, smoothing
 from turboattention.kernels.triton.call import Fresh, padded
+from turboattention.kernels.triton.ordering import Order
 from turboattention.kv.layout import PageLayout
 
 BATCH, KV_HEADS, GROUP = 2, 8, 4
@@ -49,8 +50,6 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
             mask = _mask(dtype, 1, 4097)
             yield f"{purpose}, {name}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, mask=mask)
     for bits, (name, halves) in itertools.product((4, 3, 2), HALVES.items()):  # what is measured
-        if bits == 4 and halves:  # only where widths of heads are given
-            continue
         work = _decode(CONFIG, 128, (bits,) * KV_HEADS, GROUP, halves)
         yield f"decode d128 int{bits}, group {GROUP}{name}", work
     yield "stage 1 d128", _stage_one(128)
@@ -82,7 +81,7 @@ def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256, **options: A
     flag = torch.zeros(1, dtype=torch.int32)
 
     def work() -> None:
-        fresh.mean_of_first_block(k, 4, padded(head_dim), config.rotates_k, flag)
+        fresh.mean_of_first_block(k, 4, padded(head_dim), config.rotate, flag)
         keys = Fresh(k, v, options["mean"], flag)
         attention.attend(config, q, _standing(tokens, 0), None, None, fresh=keys, **options)
 
@@ -99,6 +98,8 @@ def _decode(
 ) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * group, 1, head_dim, dtype=torch.bfloat16)
     table, options = _table(head_dim, bits, halves), _options(head_dim) | options
+    if halves:
+        options["order"] = _order(head_dim)
     return lambda: attention.attend(
         config, q, _standing(1, 4096), table, _rows(head_dim, 64, torch.bfloat16), **options
     )
@@ -108,8 +109,9 @@ def _chunk(head_dim: int) -> Work:
     """Many query rows over a cache."""
     q = torch.zeros(BATCH, KV_HEADS * GROUP, 256, head_dim, dtype=torch.bfloat16)
     table = _table(head_dim, (2, 4) * (KV_HEADS // 2), SOME)
+    options = _options(head_dim) | {"order": _order(head_dim)}
     return lambda: attention.attend(
-        CONFIG, q, _standing(256, 4096), table, _rows(head_dim, 256, torch.float32), **_options(head_dim)
+        CONFIG, q, _standing(256, 4096), table, _rows(head_dim, 256, torch.float32), **options
     )
 
 
@@ -121,12 +123,11 @@ def _stage_one(head_dim: int) -> Work:
             x = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.bfloat16)
             rows = _rows(head_dim, tokens, torch.float32)
             span = none, none + tokens
-            quantize.quantize_tokens(x, span, none, mean, 64, True, None, rows.k8, rows.k_scale, none)
-            quantize.quantize_tokens(x, span, none, mean, 64, False, order, rows.k8, rows.k_scale, none)
-            quantize.quantize_tokens(x, span, none, None, 0, True, None, rows.k8, rows.k_scale, none)
+            quantize.quantize_tokens(x, span, none, mean, 64, True, rows.k8, rows.k_scale, none)
+            quantize.quantize_tokens(x, span, none, None, 0, True, rows.k8, rows.k_scale, none)
             q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
             quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, True)
-            quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, False, order)
+            quantize.quantize_queries(q, KV_HEADS, none + tokens, mean, 0.1, True, order)
         smoothing.first_block_mean(rows.k8, rows.k_scale, 4, 64, none > 0, mean)
 
     return work
@@ -141,8 +142,9 @@ def _append(head_dim: int, bits: tuple[int, ...]) -> Work:
         codes, scales = (rows.k8, rows.v8), (rows.k_scale, rows.v_scale)
         mean, flag = torch.zeros(BATCH, KV_HEADS, head_dim), torch.zeros(1, dtype=torch.int32)
         order = _order(head_dim)
-        append.store_tokens(CONFIG, (x, x), none, none + 1, none, mean, 64, order, codes, scales, flag)
+        append.store_tokens(CONFIG, (x, x), none, none + 1, none, mean, 64, codes, scales, flag)
         append.flush_blocks(layout, codes, scales, none, True)
+        append.flush_blocks(layout, codes, scales, none, True, order, True)
 
     return work
 
@@ -178,8 +180,8 @@ def _table(head_dim: int, bits: tuple[int, ...], halves: tuple[bool, ...]) -> Pa
     return Pages(torch.zeros(BATCH, 128, dtype=torch.int64), counts, 1, sinks, compressed)
 
 
-def _order(head_dim: int) -> torch.Tensor:
-    return torch.zeros(KV_HEADS, head_dim, dtype=torch.uint8)
+def _order(head_dim: int) -> Order:
+    return Order(torch.zeros(KV_HEADS, head_dim, dtype=torch.uint8), torch.ones(KV_HEADS, dtype=torch.uint8))
 
 
 def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Tensor:

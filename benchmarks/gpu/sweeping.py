@@ -69,13 +69,13 @@ def prefill_candidates() -> tuple[Launch, ...]:
 
 
 def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
-    """Every launch over every shape of the sweep, one width; below 4 bits the shipped launch over keys in order, too.
+    """Every launch over every shape of the sweep, one width; below 8 bits the shipped launch over keys in order, too.
     `have`: keys of rows that are there."""
     with torch.inference_mode():
         for batch, tokens in plan.sweep_decode:
             config = ta.TurboConfig(bits=bits, guard="off")
             yield from _decode(plan, batch, tokens, str(bits), config, decode_candidates(), have)
-            if bits in (3, 2):
+            if bits in (4, 3, 2):
                 group, architecture = plan.heads // plan.kv_heads, configs.architecture_of(device())
                 shipped = configs.decode(architecture, group, plan.head_dim, False)
                 ordered = config.replace(reorder_k=True)

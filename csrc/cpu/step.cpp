@@ -50,7 +50,7 @@ int quantize(const Kernels& kernels, const StepArgs& s, Workspace& w, const std:
     for (int side = 0; side < 2; ++side) {
         TokenArgs& t = sides[side];
         t.batch = a.batch, t.heads = a.heads, t.head_dim = a.head_dim;
-        t.rotate = side ? a.rotate_values : a.rotate_keys, t.order = side ? nullptr : a.order;
+        t.rotate = a.rotate;
         t.x = side ? s.v : s.k;
         t.begin = w.none.data(), t.end = w.ends.data(), t.first = s.before, t.target = target;
         t.mean = side ? nullptr : a.mean, t.mean_from = s.mean_from;
@@ -124,6 +124,7 @@ void store_tiles(const Kernels& kernels, const StepArgs& s, Workspace& w, std::i
             PageArgs p{};
             p.pages = 1, p.heads = a.heads, p.head_dim = a.head_dim, p.block = kBlock, p.head_rows = head_rows;
             p.page_bytes = s.page_bytes, p.search = s.search, p.plan = a.compressed;
+            p.order = a.order, p.rotated = a.rotate;
             p.bytes = reinterpret_cast<std::uint8_t*>(s.fresh[b]);
             p.codes[side] = w.codes[side].data() + b * a.heads * head_rows * a.head_dim;
             p.scales[side] = w.scales[side].data() + b * a.heads * head_rows;

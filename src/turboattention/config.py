@@ -64,15 +64,14 @@ class TurboConfig:
     """Subtract a per-channel mean of K (of the sequence's first block) from every later key."""
 
     rotate: bool = True
-    """Rotate V by a signed block Hadamard matrix before quantizing, and K and Q where `reorder_k` leaves them."""
+    """Rotate Q, K and V by a signed block Hadamard matrix before quantizing."""
 
     reorder_k: bool = False
-    """Where K has 3 or 2 bits, store it unrotated, its channels in the order of their attention energy, the upper half
-    with wider codes than the lower: 3 bits become 4 and 2, 2 bits become 3 and 1 (kv/layout.py). The order is fixed at
-    the first compressed block, from its keys and from the queries until then. From 4 bits on, and under ``"mixed"``,
-    K is rotated: unrotated keys lose more in stage 1 than they gain in stage 2. Halves the KL divergence of real models
-    at 2 bits (docs/numerics.md). The order is that of the cache's first sequences, for all of them: off by default,
-    since a sequence's bytes then depend on its batch."""
+    """Compress K of 4, 3 and 2 bits unrotated, its channels in the order of their attention energy, the upper half with
+    wider codes than the lower: 4 bits become 5 and 3, 3 bits 4 and 2, 2 bits 3 and 1 (kv/layout.py). Heads whose
+    channels differ little, and all INT8 rows, are stored as without this option. The order is fixed at the first
+    compressed block, from its keys and from the queries until then (docs/numerics.md). It is that of the cache's first
+    sequences, for all of them: off by default, since a sequence's bytes then depend on its batch."""
 
     token_scales: bool = True
     """Stage-1 scales per token (row), not per tile; 8 bits each where stored."""
@@ -181,13 +180,8 @@ class TurboConfig:
 
     @property
     def reorders_k(self) -> bool:
-        """Whether K's channels are reordered."""
-        return self.reorder_k and self.token_scales and self.kv_bits[0] in (2, 3)
-
-    @property
-    def rotates_k(self) -> bool:
-        """Whether K and Q are rotated; V is where `rotate` says so."""
-        return self.rotate and not self.reorders_k
+        """Whether K's channels are reordered in compressed pages."""
+        return self.reorder_k and self.token_scales and self.kv_bits[0] < 8
 
     @property
     def kv_bits(self) -> tuple[int, int]:

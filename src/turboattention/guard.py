@@ -268,15 +268,16 @@ class _Sample:
 
     def errors(self, bits: Tensor) -> Tensor:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
-        stored, size = self.stored.map(torch.clone), self.cache.config.block_size
+        k, v = self._floats(self.stored)
+        size = self.cache.config.block_size
         for part in self.cache.encode(self.flush, bits, self.order):
-            tiles, device = part.decoded(), part.pages.device
+            device = part.pages.device
             row = torch.searchsorted(self.batch, part.flush.batch)
             at = row.to(device), slice(None), (part.flush.block - self.start // size).to(device)
-            for name in ("k8", "v8", "k_scale", "v_scale"):
-                target = getattr(stored, name).unflatten(2, (-1, size))
-                target[at] = getattr(tiles, name).to(target.dtype)
-        return _relative_errors(self._attend(*self._frame(stored)), self.wanted, self.cache.num_kv_heads)
+            for target, values in zip((k, v), part.floats(), strict=True):
+                target.unflatten(2, (-1, size))[at] = values.to(target.dtype)
+        k = self._with_mean(k, self.start)
+        return _relative_errors(self._attend(*self._behind_sinks(k, v)), self.wanted, self.cache.num_kv_heads)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
@@ -323,19 +324,27 @@ class _Sample:
 
     def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] in the model's space: sink pages, then the tiles [b, Hkv, W, D] behind them."""
-        k, v = self._floats(tiles, self.start)
+        k, v = self._floats(tiles)
+        return self._behind_sinks(self._with_mean(k, self.start), v)
+
+    def _behind_sinks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that follow the sink pages, with these before them."""
         if self.sinks is not None:
-            sink_k, sink_v = self._floats(self.sinks.map(lambda x: x.transpose(1, 2).flatten(2, 3)), 0)
-            k, v = torch.cat((sink_k, k), 2), torch.cat((sink_v, v), 2)
+            sink_k, sink_v = self._floats(self.sinks.map(lambda x: x.transpose(1, 2).flatten(2, 3)))
+            k, v = torch.cat((self._with_mean(sink_k, 0), k), 2), torch.cat((sink_v, v), 2)
         return k[:, :, : self.tokens], v[:, :, : self.tokens]
 
-    def _floats(self, tiles: Tiles, start: int) -> tuple[Tensor, Tensor]:
-        """Tiles whose first token is at position `start` as floats in the model's space."""
+    def _floats(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """INT8 rows as floats in the model's space, keys without their mean."""
         k, v = tiles.floats()
-        if self.mean is not None:
-            smoothed = (start + torch.arange(k.shape[2]) >= self.cache.mean_from).to(k.device)
-            k = k + self.mean.to(k.dtype)[:, :, None] * smoothed[:, None]
-        return self.cache.restore_keys(k), self.cache.restore(v)
+        return self.cache.restore(k), self.cache.restore(v)
+
+    def _with_mean(self, k: Tensor, start: int) -> Tensor:
+        """Keys whose first token is at position `start`, with their mean."""
+        if self.mean is None:
+            return k
+        smoothed = (start + torch.arange(k.shape[2]) >= self.cache.mean_from).to(k.device)
+        return k + self.cache.restore(self.mean.to(k.dtype))[:, :, None] * smoothed[:, None]
 
     def _attend(self, k: Tensor, v: Tensor) -> Tensor:
         keys = torch.arange(k.shape[2])

@@ -1,4 +1,4 @@
-"""The order of K's channels: what it is learned from, that all of a cache follows it, and what it is good for."""
+"""The order of K's channels: what it is learned from, that compressed pages follow it, and what it is good for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import turboattention as ta
-from turboattention.kv.channel_order import channel_order, query_energy, reorder, restore_order
+from turboattention.flashq import quantize_tokens, rotate
+from turboattention.kv.channel_order import (
+    ChannelOrder,
+    channel_order,
+    ordered_rows,
+    query_energy,
+    reorder,
+    restore_order,
+    unordered_rows,
+)
+from turboattention.kv.layout import K_HALVES
 
 from ..helpers import normals
 from .tools import PLAIN, attend, content
@@ -59,10 +69,10 @@ def test_the_order_is_that_of_energy_times_spread():
     _, k, _ = problem(64)
     energy = torch.rand(HEADS, DIM, dtype=torch.float64)
     order = channel_order(k, energy).places
-    weight = (k.double().var(2, correction=0).mean(0) * energy).gather(-1, order)
+    weight = (k.double().var(2, correction=0).mean(0) * energy).gather(-1, order.long())
     assert bool((weight[:, :-1] >= weight[:, 1:]).all())
     spread = k.double().var(2, correction=0).mean(0)
-    assert torch.equal(channel_order(k, None).places, spread.argsort(-1, descending=True))
+    assert torch.equal(channel_order(k, None).places.long(), spread.argsort(-1, descending=True))
 
 
 def test_heads_of_alike_channels_keep_one_width():
@@ -76,7 +86,7 @@ def test_the_order_does_not_depend_on_how_tokens_arrived(cuts):
     whole, cut = fed([300]), fed(cuts)
     assert whole.k_order is not None
     assert cut.k_order is not None
-    assert torch.equal(cut.k_order, whole.k_order)
+    assert torch.equal(cut.k_order.places, whole.k_order.places)
 
 
 def test_before_the_first_compressed_block_there_is_no_order():
@@ -84,14 +94,76 @@ def test_before_the_first_compressed_block_there_is_no_order():
     assert fed([128]).k_order is not None
 
 
-@pytest.mark.parametrize("bits", [3, 2])
-def test_tokens_stay_what_they_were_when_the_order_is_fixed(bits):
-    """Sinks and buffer are rewritten in the new order: exactly."""
-    config = ORDERED.replace(bits=bits)
-    before = fed([120], config=config).dequantize()
-    after = fed([120, 40], config=config).dequantize()
-    for x, y in zip(before, after, strict=True):
-        assert torch.equal(x[:, :, :64], y[:, :, :64])
+@pytest.mark.parametrize("config", [ORDERED, ORDERED.replace(rotate=False)], ids=["rotated", "not rotated"])
+def test_int8_rows_are_those_of_a_cache_without_order(config):
+    """Sinks, buffer and mean: bit for bit. The compressed pages differ."""
+    ordered, plain = (fed([100, 200, 7], config=config.replace(reorder_k=on)) for on in (True, False))
+    assert ordered.k_order is not None
+    for cache in (ordered, plain):
+        assert int(cache.page_counts) == 4
+    for x, y in zip(both(ordered, 0, 1), both(plain, 0, 1), strict=True):
+        assert torch.equal(x, y)
+    state, wanted = (cache.state(torch.device("cpu")) for cache in (ordered, plain))
+    for name in ("k8", "v8", "k_scale", "v_scale"):
+        assert torch.equal(getattr(state.open_tiles, name), getattr(wanted.open_tiles, name))
+    assert torch.equal(state.k_mean, wanted.k_mean)
+    assert not torch.equal(both(ordered, 1, 2)[0], both(plain, 1, 2)[0])
+    assert torch.equal(both(ordered, 1, 4)[1], both(plain, 1, 4)[1])
+
+
+def both(cache: ta.KVCache, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of pages, dequantized as stored."""
+    return cache.page_tiles(first, last).floats()
+
+
+def test_heads_without_two_widths_are_stored_as_without_order():
+    q, k, v = problem(300)
+    k[:, 1] = normals(1, 300, DIM, seed=5)
+    q[:, 2:] = normals(1, 2, 300, DIM, seed=6)
+    caches = []
+    for reorder_k in (True, False):
+        cache = ta.KVCache(1, HEADS, DIM, config=ORDERED.replace(reorder_k=reorder_k))
+        out = ta.turbo_attention_with_kvcache(q, cache, k, v, is_causal=True, backend="reference")
+        out = ta.turbo_attention_with_kvcache(q[:, :, -9:], cache, is_causal=True, backend="reference")
+        caches.append((cache, out))
+    (ordered, out), (plain, wanted) = caches
+    assert ordered.k_order is not None
+    assert ordered.k_order.halved.tolist() == [True, False]
+    for x, y in zip(both(ordered, 0, 4), both(plain, 0, 4), strict=True):
+        assert torch.equal(x[:, :, 1], y[:, :, 1])
+    assert torch.equal(out[:, 2:], wanted[:, 2:])
+    assert not torch.equal(out[:, :2], wanted[:, :2])
+
+
+def test_ordered_rows_are_rotated_back_and_quantized_again():
+    k8, scale = quantize_tokens(rotate(normals(3, 2, 16, DIM)))
+    order = ChannelOrder(normals(2, DIM, seed=1).argsort(-1).to(torch.uint8), torch.tensor([True, False]))
+    codes, scales = ordered_rows(k8, scale, order, True)
+    back = rotate(k8.double() * scale.double()[..., None], inverse=True).float()
+    wanted, wanted_scale = quantize_tokens(back[:, 0].gather(-1, order.places[0].long().expand(3, 16, -1)))
+    assert torch.equal(codes[:, 0], wanted)
+    assert torch.equal(scales[:, 0], wanted_scale)
+    assert torch.equal(codes[:, 1], k8[:, 1])
+    assert torch.equal(scales[:, 1], scale[:, 1])
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_unordered_rows_are_the_inverse_but_for_rounding(rotated):
+    k8, scale = quantize_tokens(normals(3, 2, 16, DIM))
+    order = ChannelOrder(normals(2, DIM, seed=1).argsort(-1).to(torch.uint8), torch.tensor([True, False]))
+    codes, scales = unordered_rows(*ordered_rows(k8, scale, order, rotated), order, rotated)
+    error = (codes * scales[..., None] - k8 * scale[..., None]).abs().amax(-1) / scale
+    assert float(error.max()) < (2.5 if rotated else 1e-6)
+
+
+def test_a_crop_into_an_ordered_page_keeps_its_tokens():
+    cache = fed([300])
+    before = cache.dequantize()
+    cache.crop(150)
+    assert int(cache.page_counts) == 2
+    k, v = cache.dequantize()
+    assert torch.equal(v, before[1][:, :, :150])
+    assert float((k - before[0][:, :, :150]).norm() / k.norm()) < 0.01
 
 
 def test_clones_made_before_the_order_was_fixed_keep_their_own():
@@ -105,7 +177,7 @@ def test_clones_made_before_the_order_was_fixed_keep_their_own():
     assert content(copy) == content(cache)
 
 
-@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("bits", sorted(K_HALVES))
 def test_attention_errs_less_with_it(bits):
     """Against rotated keys with one width, on channels that matter unequally."""
     q, k, v = problem(600, seed=1)
@@ -123,11 +195,18 @@ def test_attention_errs_less_with_it(bits):
     assert errors[0] < 0.8 * errors[1]
 
 
-@pytest.mark.parametrize("bits", [8, 4, "mixed", (4, 2)])
-def test_wider_keys_are_rotated_and_not_reordered(bits):
-    cache = fed([300], config=ORDERED.replace(bits=bits))
+def test_keys_of_8_bits_have_no_order():
+    cache = fed([300], config=ORDERED.replace(bits=(8, 4)))
     assert cache.k_order is None
     assert not cache.learns_order
+
+
+def test_heads_that_are_given_8_bits_have_no_order():
+    q, k, v = problem(300)
+    cache = ta.KVCache(1, HEADS, DIM, config=ORDERED, head_bits=[3, 8])
+    ta.turbo_attention_with_kvcache(q, cache, k, v, backend="reference")
+    assert cache.k_order is not None
+    assert cache.k_order.halved.tolist() == [True, False]
 
 
 def test_a_loaded_cache_has_the_order(tmp_path):
@@ -136,5 +215,6 @@ def test_a_loaded_cache_has_the_order(tmp_path):
     loaded = ta.KVCache.load(tmp_path / "cache")
     assert loaded.k_order is not None
     assert cache.k_order is not None
-    assert torch.equal(loaded.k_order, cache.k_order)
+    assert torch.equal(loaded.k_order.places, cache.k_order.places)
+    assert torch.equal(loaded.k_order.halved, cache.k_order.halved)
     assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))

@@ -96,7 +96,7 @@ def test_keys_of_two_widths_take_as_many_bytes():
     layout = PageLayout(48, 64, (4, 3, 2, 8), (4, 4, 4, 4), True, (True,) * 4)
     assert layout.page_bytes == PageLayout(48, 64, (4, 3, 2, 8), (4, 4, 4, 4), True).page_bytes
     parts = {group.bits: group.parts for group in layout.k_groups}
-    assert parts == {8: ((8, 48),), 4: ((4, 48),), 3: ((4, 24), (2, 24)), 2: ((3, 24), (1, 24))}
+    assert parts == {8: ((8, 48),), 4: ((5, 24), (3, 24)), 3: ((4, 24), (2, 24)), 2: ((3, 24), (1, 24))}
     assert all(group.parts == ((group.bits, 48),) for group in layout.v_groups)
     with pytest.raises(ConfigError, match=r"^layout: expected head_dim in 16s for two widths of K, got 24$"):
         PageLayout(24, 64, (3,), (4,), True, (True,))
@@ -115,7 +115,7 @@ def test_heads_of_two_widths_come_first():
 
 def test_name_and_version_are_pinned():
     """Files depend on them: a change of the format is a new version."""
-    assert (FORMAT_NAME, FORMAT_VERSION) == ("turboattention-kv", 2)
+    assert (FORMAT_NAME, FORMAT_VERSION) == ("turboattention-kv", 3)
 
 
 @pytest.mark.parametrize(

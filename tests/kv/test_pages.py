@@ -59,9 +59,9 @@ def float_bits(x: float) -> int:
 
 def channel_runs(bits: int, halves: bool, head_dim: int) -> list[tuple[int, slice]]:
     """(width, channels) of what is coded alike."""
-    if not halves or bits > 3:
+    if not halves or bits > 4:
         return [(bits, slice(None))]
-    wide, narrow = {3: (4, 2), 2: (3, 1)}[bits]
+    wide, narrow = {4: (5, 3), 3: (4, 2), 2: (3, 1)}[bits]
     return [(wide, slice(None, head_dim // 2)), (narrow, slice(head_dim // 2, None))]
 
 

@@ -149,7 +149,7 @@ def test_a_foreign_safetensors_file(metadata, tmp_path):
         ta.KVCache.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("key, value", [("version", "3"), ("version", "0"), ("rotation", "7"), ("format", "else")])
+@pytest.mark.parametrize("key, value", [("version", "4"), ("version", "0"), ("rotation", "7"), ("format", "else")])
 def test_another_version(key, value, tmp_path):
     _, path = saved(tmp_path, lengths=[70])
     tensors, metadata = parts(path)
@@ -159,11 +159,11 @@ def test_another_version(key, value, tmp_path):
 
 
 def test_a_file_of_version_1_is_read(tmp_path):
-    """Its configuration knows of no reordered keys: they were rotated."""
+    """Its configuration knows of no reordered keys."""
     cache, path = saved(tmp_path, lengths=[200])
     tensors, metadata = parts(path)
     content = json.loads(metadata["content"])
-    del content["cache"]["config"]["reorder_k"]
+    del content["cache"]["config"]["reorder_k"], content["cache"]["version"]
     write_file(path, tensors, content)
     tensors, metadata = parts(path)
     save_file(tensors, path, metadata=metadata | {"version": "1"})
@@ -172,7 +172,35 @@ def test_a_file_of_version_1_is_read(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
 
 
-@pytest.mark.parametrize("order", [torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.int16), torch.arange(16)])
+def as_version_2(path, tensors, content):
+    del content["cache"]["version"]
+    write_file(path, tensors, content)
+    tensors, metadata = parts(path)
+    save_file(tensors, path, metadata=metadata | {"version": "2"})
+
+
+def test_reordered_keys_of_version_2_are_refused(tmp_path):
+    """Their INT8 rows were not rotated."""
+    _, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True))
+    tensors, metadata = parts(path)
+    as_version_2(path, tensors, json.loads(metadata["content"]))
+    with pytest.raises(FormatError, match=r"^path: expected a saved cache of version 3 where .*, got one of version 2"):
+        ta.KVCache.load(path)
+
+
+@pytest.mark.parametrize("bits", [4, 8, "mixed"])
+def test_keys_of_version_2_that_reorder_k_did_not_reach_are_read(bits, tmp_path):
+    cache, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=bits))
+    tensors, metadata = parts(path)
+    content = json.loads(metadata["content"])
+    content["cache"]["config"]["reorder_k"] = True
+    as_version_2(path, tensors, content)
+    loaded = ta.KVCache.load(path)
+    assert loaded.config == cache.config
+    assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
+
+
+@pytest.mark.parametrize("order", [torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.uint8), torch.arange(16)])
 def test_an_order_that_is_none(order, tmp_path):
     _, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True))
     tensors, metadata = parts(path)

@@ -36,11 +36,12 @@ struct PagePlan {
 
 struct AttendArgs {
     std::int64_t batch, heads, group, queries, head_dim;
-    // Queries [B, H G, Lq]: rotated (if `rotate_keys`), put in the order of the keys' channels (order [H, D], or null)
-    // and quantized where they are used, with the logits' factor `scale`; mean [B, H, D], or null, is what keys lack.
-    // *unfit is set where a valid row holds NaN, infinity or a magnitude above 1e18.
+    // Queries [B, H G, Lq]: rotated (if `rotate`) and quantized where they are used, with the logits' factor `scale`;
+    // mean [B, H, D], or null, is what keys lack. *unfit is set where a valid row holds NaN, infinity or a magnitude
+    // above 1e18. Compressed pages of a head may have the channels of K unrotated and in another order: order [H, D],
+    // -1 for heads that have none, or null.
     FloatRows q;
-    std::int64_t rotate_keys, rotate_values;
+    std::int64_t rotate;
     const std::int32_t* order;
     double scale;
     const float* mean;
@@ -81,7 +82,7 @@ struct AttendArgs {
     const void* mask;
     std::int64_t mask_stride[4];
     std::int64_t mask_keys;  // how many keys the mask covers
-    // Results: rows [B, H G, Lq], rotated back (if `rotate_values`), and float32 [B, H, G, Lq], or null.
+    // Results: rows [B, H G, Lq], rotated back (if `rotate`), and float32 [B, H, G, Lq], or null.
     FloatRows out;
     float* lse;
     std::int64_t threads;

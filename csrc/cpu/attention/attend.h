@@ -40,7 +40,7 @@ inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, s
     if (seen) {
         const float over = 1.0f / total;
         for (int c = 0; c < head_dim; ++c) x[c] = out[c] * over;
-        if (a.rotate_values) unrotate_row(x, head_dim, signs);
+        if (a.rotate) unrotate_row(x, head_dim, signs);
     }
     store_row(a.out, row_offset(a.out, b, head, i), head_dim, x);
     if (!a.lse) return;

@@ -5,8 +5,8 @@ struct FewScratch {
     RowOperand open;
     Weights weights;
     BlockScales scales;
-    alignas(64) std::int8_t q[kFewRows][kMaxHeadDim];
-    Row rows[kFewRows];
+    alignas(64) std::int8_t q[2][kFewRows][kMaxHeadDim];  // for INT8 rows, and for pages in order (queries.h)
+    Row rows[2][kFewRows];
     alignas(64) float spare[kMaxHeadDim];  // where rows that fill up a group of R write
 };
 
@@ -73,16 +73,19 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
     for (int row = 0; row < rows; ++row) {
         const int g = row / queries;
         const std::int64_t i = task.first_query + row % queries;
-        scratch.rows[row] = {g, i, take_query(a, task.b, task.h, g, i, scratch.q[row])};
+        Row &plain = scratch.rows[0][row], &ordered = scratch.rows[1][row];
+        plain.group = ordered.group = g, plain.query = ordered.query = i;
+        take_query(a, task.b, task.h, g, i, scratch.q[0][row], plain.taken, scratch.q[1][row], ordered.taken);
     }
     const auto pass_over = [&](std::int64_t block, bool page, auto&& run) {
+        const int form = form_of(a, task.h, block, page);
         for (int row = 0; row < rows;) {
             Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
             for (; pass.used < R && row < rows; ++row) {
-                const Row& at = scratch.rows[row];
+                const Row& at = scratch.rows[form][row];
                 if (sight_at(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
                 const int r = pass.used++;
-                pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[row], pass.q_sum[r] = at.taken.sum;
+                pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[form][row], pass.q_sum[r] = at.taken.sum;
                 pass.out[r] = state.out + static_cast<std::size_t>(row) * state.wide;
             }
             if (!pass.used) continue;

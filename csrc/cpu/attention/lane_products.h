@@ -10,11 +10,11 @@ struct Tiles {
 
 constexpr int kAcross = kQueryVectors == 2 ? 8 : 4;  // tokens or channels at once: 16 or 4 sums
 
-inline void lane_scores(const Operand& block, const Group& g, int head_dim, GroupWork& w) {
+inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim, GroupWork& w) {
     for (int t = 0; t < kBlock; t += kAcross) {
         I acc[kAcross][kQueryVectors];
         for (int n = 0; n < kQueryVectors; ++n) {
-            const I start = i_set(0) - i_shl<7>(i_load(g.q_sum + 16 * n));
+            const I start = i_set(0) - i_shl<7>(i_load(g.sum + 16 * n));
             for (int k = 0; k < kAcross; ++k) acc[k][n] = kOffset ? start : i_set(0);
         }
         const std::uint8_t* keys = block.keys + t * head_dim;

@@ -64,7 +64,7 @@ inline void store_tiles(std::int32_t* out) {
     _tile_stored(3, out + 16 * kQueryLanes + 16, kStride);
 }
 
-inline void lane_scores(const Operand& block, const Group& g, int head_dim, GroupWork& w) {
+inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim, GroupWork& w) {
     const int whole = head_dim / 64 * 64, rest = head_dim - whole;
     for (int t = 0; t < kBlock; t += 32) {
         const std::uint8_t* keys = block.keys + t * head_dim;

@@ -43,11 +43,17 @@ inline void values_from_words(std::int8_t* values, const std::uint8_t* words, in
                 std::memcpy(values + kBlock * k + 4 * quad, words + 4 * (quad * head_dim + k), 4);
 }
 
+// Queries as INT8.
+struct LaneQueries {
+    alignas(64) std::int8_t q[kMaxHeadDim / 4][kQueryLanes][4];
+    alignas(64) std::int32_t sum[kQueryLanes];
+    alignas(64) float unit[kQueryLanes];
+};
+
 // What a group of queries needs while it runs over blocks.
 struct Group {
-    alignas(64) std::int8_t q[kMaxHeadDim / 4][kQueryLanes][4];
-    alignas(64) std::int32_t q_sum[kQueryLanes];
-    alignas(64) float unit[kQueryLanes], mean[kQueryLanes];
+    LaneQueries form[2];  // for INT8 rows, and for pages in order (queries.h)
+    alignas(64) float mean[kQueryLanes];
     alignas(64) float peak[kQueryLanes], total[kQueryLanes];
     alignas(64) float out[kMaxHeadDim][kQueryLanes];
     std::int64_t position[kQueryLanes], query[kQueryLanes];
@@ -87,14 +93,14 @@ inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bo
 }
 
 // Logits of all lanes into w.x, their maximum over the block into `peak`.
-inline void group_logits(const Job& job, std::int64_t block, const BlockScales& scales, const Group& g, GroupWork& w,
-                         bool partial, F* peak) {
+inline void group_logits(const Job& job, std::int64_t block, int form, const BlockScales& scales, const Group& g,
+                         GroupWork& w, bool partial, F* peak) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
     const bool with_mean = has_mean(a) && block >= a.mean_from;
     F unit[kQueryVectors], mean[kQueryVectors], top[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
-        unit[n] = f_load(g.unit + 16 * n), top[n] = lowest;
+        unit[n] = f_load(g.form[form].unit + 16 * n), top[n] = lowest;
         mean[n] = with_mean ? f_load(g.mean + 16 * n) : f_set(0.0f);
     }
     for (int t = 0; t < kBlock; ++t)

@@ -11,6 +11,7 @@ struct ManyScratch {
 inline void start_group(const AttendArgs& a, const Task& task, int row, int rows, Group& g) {
     const int queries = static_cast<int>(task.last_query - task.first_query);
     const int head_dim = static_cast<int>(a.head_dim);
+    const int forms = order_of(a, task.h) ? 2 : 1;
     g.used = std::min(kQueryLanes, rows - row);
     g.nearest = std::numeric_limits<std::int64_t>::max(), g.farthest = std::numeric_limits<std::int64_t>::min();
     for (int lane = 0; lane < kQueryLanes; ++lane) {
@@ -19,15 +20,16 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         g.head[lane] = at / queries, g.query[lane] = task.first_query + at % queries;
         g.position[lane] = a.first_position[task.b] + g.query[lane];
         g.nearest = std::min(g.nearest, g.position[lane]), g.farthest = std::max(g.farthest, g.position[lane]);
-        alignas(64) std::int8_t codes[kMaxHeadDim];
-        if (lane < g.used) {
-            const QueryRow row = take_query(a, task.b, task.h, g.head[lane], g.query[lane], codes);
-            g.unit[lane] = row.unit, g.mean[lane] = row.mean_logit, g.q_sum[lane] = row.sum;
-        } else {
-            g.unit[lane] = g.mean[lane] = 0.0f, g.q_sum[lane] = 0;
-            std::memset(codes, 0, sizeof codes);
+        alignas(64) std::int8_t codes[2][kMaxHeadDim] = {};
+        QueryRow taken[2] = {};
+        if (lane < g.used)
+            take_query(a, task.b, task.h, g.head[lane], g.query[lane], codes[0], taken[0], codes[1], taken[1]);
+        g.mean[lane] = taken[0].mean_logit;
+        for (int form = 0; form < forms; ++form) {
+            LaneQueries& to = g.form[form];
+            to.unit[lane] = taken[form].unit, to.sum[lane] = taken[form].sum;
+            for (int quad = 0; quad < head_dim / 4; ++quad) std::memcpy(to.q[quad][lane], codes[form] + 4 * quad, 4);
         }
-        for (int quad = 0; quad < head_dim / 4; ++quad) std::memcpy(g.q[quad][lane], codes + 4 * quad, 4);
         g.peak[lane] = -std::numeric_limits<float>::infinity(), g.total[lane] = 0.0f;
     }
     fill(g.out[0], static_cast<std::int64_t>(head_dim) * kQueryLanes, 0.0f);
@@ -38,13 +40,13 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
 template <class Level>
 inline void groups_over_block(const Job& job, const Level& level, std::int64_t block, bool page, Buffer<Group>& groups,
                               int count, ManyScratch& s) {
-    const int head_dim = static_cast<int>(job.a.head_dim);
+    const int head_dim = static_cast<int>(job.a.head_dim), form = form_of(job.a, job.h, block, page);
     const auto next_seen = [&](int n, GroupWork& w) {
         for (bool none; n < count; ++n) {
             w.all = sees_all(job.a, job.b, block, page, groups[n], w, none);
             if (w.all || !none) break;
         }
-        if (n < count) lane_scores(s.block, groups[n], head_dim, w);
+        if (n < count) lane_scores(s.block, groups[n].form[form], head_dim, w);
         return n;
     };
     int last = -1, now = next_seen(0, s.work[0]);
@@ -55,7 +57,7 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
         const bool shrinks = other.shrinks;
         const int next = next_seen(now + 1, other);
         F peak[kQueryVectors];
-        group_logits(job, block, s.scales, groups[now], w, !w.all, peak);
+        group_logits(job, block, form, s.scales, groups[now], w, !w.all, peak);
         if (job.a.row_scale)
             w.shrinks = group_scaled_weights(level, s.scales, groups[now], w, peak);
         else if (job.a.stored && (!w.all || job.a.mask_kind))

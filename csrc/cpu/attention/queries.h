@@ -8,12 +8,38 @@ struct QueryRow {
 
 inline bool has_mean(const AttendArgs& a) { return a.q.data ? a.mean != nullptr : a.q_mean_logit != nullptr; }
 
-// Query i of query head g of KV head h, its D codes to `codes`.
-inline QueryRow take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t g, std::int64_t i,
-                           std::int8_t* codes) {
+// The order of K's channels in a head's compressed pages; null where they are as INT8 rows.
+inline const std::int32_t* order_of(const AttendArgs& a, std::int64_t h) {
+    const std::int32_t* order = a.order ? a.order + h * a.head_dim : nullptr;
+    return order && *order >= 0 ? order : nullptr;
+}
+
+// Which of a query's two forms a block takes: 0 for INT8 rows, 1 for compressed pages in order.
+inline int form_of(const AttendArgs& a, std::int64_t h, std::int64_t block, bool page) {
+    return page && block >= a.sink_blocks && order_of(a, h) ? 1 : 0;
+}
+
+inline std::int32_t sum_of(const std::int8_t* codes, int count) {
+    std::int32_t sum = 0;
+    for (int c = 0; c < count; ++c) sum += codes[c];
+    return sum;
+}
+
+inline void quantize_query(const AttendArgs& a, const float* x, std::int8_t* codes, QueryRow& row) {
+    const int head_dim = static_cast<int>(a.head_dim);
+    const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
+    quantize_row(x, head_dim, scale, codes);
+    row.unit = scale * static_cast<float>(a.scale);
+    row.sum = sum_of(codes, head_dim);
+}
+
+// Query i of query head g of KV head h in the form for INT8 rows, and, if the head's pages have an order, in theirs.
+// The mean's logit is the same for both: a rotation does not change q . mu.
+inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t g, std::int64_t i,
+                       std::int8_t* codes, QueryRow& row, std::int8_t* ordered_codes, QueryRow& ordered) {
     const int head_dim = static_cast<int>(a.head_dim);
     const std::int64_t head = h * a.group + g;
-    QueryRow row{0.0f, 0.0f, 0};
+    row = ordered = QueryRow{0.0f, 0.0f, 0};
     if (a.q.data) {
         static const Signs signs;
         alignas(64) float x[kMaxHeadDim];
@@ -22,19 +48,21 @@ inline QueryRow take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, 
             a.unfit->store(1, std::memory_order_relaxed);
             fill(x, head_dim, 0.0f);
         }
-        if (a.rotate_keys) rotate_row(x, head_dim, signs);
-        if (a.order) reorder_row(x, head_dim, a.order + h * head_dim);
-        const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
-        quantize_row(x, head_dim, scale, codes);
-        row.unit = scale * static_cast<float>(a.scale);
+        if (const std::int32_t* order = order_of(a, h)) {
+            alignas(64) float y[kMaxHeadDim];
+            for (int c = 0; c < head_dim; ++c) y[c] = x[order[c]];
+            quantize_query(a, y, ordered_codes, ordered);
+        }
+        if (a.rotate) rotate_row(x, head_dim, signs);
+        quantize_query(a, x, codes, row);
         if (a.mean)
             row.mean_logit = static_cast<float>(a.scale * dot_row(x, a.mean + (b * a.heads + h) * head_dim, head_dim));
     } else {
         const std::int64_t at = (b * a.heads * a.group + head) * a.queries + i;
         std::memcpy(codes, a.q_codes + at * head_dim, head_dim);
         row.unit = a.q_unit[at];
+        row.sum = sum_of(codes, head_dim);
         if (a.q_mean_logit) row.mean_logit = a.q_mean_logit[at];
     }
-    for (int c = 0; c < head_dim; ++c) row.sum += codes[c];
-    return row;
+    ordered.mean_logit = row.mean_logit;
 }

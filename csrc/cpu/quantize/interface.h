@@ -12,13 +12,12 @@ namespace turbo {
 // Quantize tokens begin[b] to end[b] (exclusive) of every head; token t is written to row target[b] + t.
 struct TokenArgs {
     std::int64_t batch, heads, head_dim, rotate;
-    const std::int32_t* order;  // [H, D], the channel to store at each place, or null
     FloatRows x;
     const std::int64_t* begin;   // [B]
     const std::int64_t* end;     // [B]
     const std::int64_t* first;   // [B], position of token 0
     const std::int64_t* target;  // [B], row of token 0
-    const float* mean;           // [B, H, D] (in stored order) or null, subtracted from position `mean_from` on
+    const float* mean;           // [B, H, D] (rotated, if `rotate`) or null, subtracted from position `mean_from` on
     std::int64_t mean_from;
     std::int8_t* codes;  // rows of D
     float* scales;
@@ -30,7 +29,7 @@ struct TokenArgs {
 // zero.
 struct QueryArgs {
     std::int64_t batch, heads, group, rows, head_dim, rotate;
-    const std::int32_t* order;  // as for tokens
+    const std::int32_t* order;  // [H, D], the channel to put at each place, or null
     FloatRows x;
     const std::int64_t* valid;  // [B]
     const float* mean;          // [B, H, D] or null
@@ -60,13 +59,16 @@ struct MeanArgs {
 };
 
 // INT8 tiles [N, H, B, D] with scales [N, H, B] (K, then V), and N pages. `head_rows`: stride between the tiles of
-// heads, in rows, at least B.
+// heads, in rows, at least B. Encoding brings K into the order of channels [H, D] (AttendArgs), after undoing the
+// rotation if `rotated`; decoding gives rows as stored.
 struct PageArgs {
     std::int64_t pages, heads, head_dim, block, head_rows, page_bytes, search;
     PagePlan plan;
     std::uint8_t* bytes;
     std::int8_t* codes[2];
     float* scales[2];
+    const std::int32_t* order;  // or null
+    std::int64_t rotated;
     std::int64_t threads;
 };
 

@@ -48,8 +48,17 @@ inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
     const std::int64_t first_row = (page * a.heads + head) * a.head_rows;
     const std::int8_t* values = a.codes[side] + first_row * head_dim;
     std::uint8_t* bytes = a.bytes + page * a.page_bytes;
+    const float* row_scales = a.scales[side] + first_row;
+    Buffer<std::int8_t> ordered;
+    float ordered_scales[kMaxBlock];
+    if (side == 0 && a.order && a.order[head * head_dim] >= 0) {
+        ordered.hold(static_cast<std::size_t>(tokens) * head_dim);
+        ordered_rows(values, row_scales, tokens, head_dim, a.order + head * head_dim, a.rotated != 0, &ordered[0],
+                     ordered_scales);
+        values = &ordered[0], row_scales = ordered_scales;
+    }
     float used[kMaxBlock];
-    used_scales(values, a.scales[side] + first_row, tokens, head_dim, used);
+    used_scales(values, row_scales, tokens, head_dim, used);
     const HeadScales scales = common_scale(used, tokens, a.plan.token_scales[side] >= 0);
     std::memcpy(bytes + a.plan.scales[side] + 4 * head, &scales.head, 4);
     if (a.plan.token_scales[side] >= 0) {

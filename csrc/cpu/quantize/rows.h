@@ -1,4 +1,4 @@
-// Stage 1 of rows: rotate or reorder, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
+// Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
 #pragma once
 
 constexpr float kCodeMax = 119.0f;
@@ -39,11 +39,36 @@ inline void quantize_row(const float* x, int count, float scale, std::int8_t* co
     for (int c = 0; c < count; ++c) codes[c] = static_cast<std::int8_t>(bits_of(x[c] / scale + kRound));
 }
 
+// A row with a scale on the grid, which it returns.
+inline float quantize_token(const float* x, int count, std::int8_t* codes) {
+    const float scale = safe_scale(up_to_grid(float_of(peak_bits(x, count)) / kCodeMax));
+    quantize_row(x, count, scale, codes);
+    return scale;
+}
+
+// INT8 keys in the form that compressed pages store (kv/channel_order.py): rotated back if `rotated`, quantized again
+// and permuted.
+inline void ordered_rows(const std::int8_t* rows, const float* scales, int tokens, int head_dim,
+                         const std::int32_t* order, bool rotated, std::int8_t* codes, float* new_scales) {
+    static const Signs signs;
+    float x[kMaxHeadDim];
+    for (int t = 0; t < tokens; ++t, rows += head_dim, codes += head_dim) {
+        new_scales[t] = scales[t];
+        if (!rotated) {
+            for (int c = 0; c < head_dim; ++c) codes[c] = rows[order[c]];
+            continue;
+        }
+        for (int c = 0; c < head_dim; ++c) x[c] = rows[c] * scales[t];
+        unrotate_row(x, head_dim, signs);
+        reorder_row(x, head_dim, order);
+        new_scales[t] = quantize_token(x, head_dim, codes);
+    }
+}
+
 inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) {
     static const Signs signs;
     const int head_dim = static_cast<int>(a.head_dim);
     const float* mean = a.mean ? a.mean + (b * a.heads + h) * head_dim : nullptr;
-    const std::int32_t* order = a.order ? a.order + h * head_dim : nullptr;
     const std::int64_t first_row = b * a.batch_rows + h * a.head_rows + a.target[b];
     float x[kMaxHeadDim];
     bool fine = true;
@@ -51,13 +76,10 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
         load_row(a.x, row_offset(a.x, b, h, t), head_dim, x);
         fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
         if (a.rotate) rotate_row(x, head_dim, signs);
-        if (order) reorder_row(x, head_dim, order);
         if (mean && a.first[b] + t >= a.mean_from) {
             for (int c = 0; c < head_dim; ++c) x[c] -= mean[c];
         }
-        const float scale = safe_scale(up_to_grid(float_of(peak_bits(x, head_dim)) / kCodeMax));
-        quantize_row(x, head_dim, scale, a.codes + (first_row + t) * head_dim);
-        a.scales[first_row + t] = scale;
+        a.scales[first_row + t] = quantize_token(x, head_dim, a.codes + (first_row + t) * head_dim);
     }
     return fine;
 }

@@ -20,7 +20,7 @@ PRESETS: dict[str, TurboConfig] = {
     "+ token scales, no sink block": TurboConfig(search=False, sink_tokens=0, guard="off"),
     "+ sink block": TurboConfig(search=False, guard="off"),
     "+ search (default)": TurboConfig(guard="off"),
-    "+ K of 3 and 2 bits in order": TurboConfig(reorder_k=True, guard="off"),
+    "+ K of 4, 3 and 2 bits in order": TurboConfig(reorder_k=True, guard="off"),
 }
 """Rows of the table, from the paper's preset to the default and beyond."""
 

@@ -43,11 +43,14 @@ class OpenRows:
 @dataclass(frozen=True)
 class Int8Queries:
     """Queries quantized already: codes int8 [B, Hkv, g, Lq, D] (rotated), unit float32 [B, Hkv, g, Lq]
-    (logits' scale included), mean_logit float32 likewise or None; all contiguous."""
+    (logits' scale included), mean_logit float32 likewise or None; ordered_codes, ordered_unit: the same queries for
+    compressed pages, where these have an order of channels (`kv.channel_order`), or None; all contiguous."""
 
     codes: Tensor
     unit: Tensor
     mean_logit: Tensor | None
+    ordered_codes: Tensor | None = None
+    ordered_unit: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""The order of K's channels in a cache: the most important channels come first and get wider codes.
+"""The order of K's channels in compressed pages: the most important channels come first and get wider codes.
 
 Rounding channel c of K causes an error in the logits of about `E[q_c^2]` times the square of its step, and the step
 grows with the channel's standard deviation. Therefore a head's channels are sorted by decreasing `E[q_c^2] var(k_c)`,
 once, when the cache's first block is compressed, and the first half gets wider codes (`kv.layout`). All sequences of a
-cache use one permutation per KV head. Queries are permuted too, so dot products do not change. If the channels of a
-head differ little, one width has a lower error than two, and both halves get the same width.
+cache use one permutation per KV head. If the channels of a head differ little, one width has a lower error than two.
+Such heads, and heads of 8 bits, have no order: they are stored as without this option.
+
+INT8 rows (sinks, buffer) are rotated, which makes all channels alike. Keys of ordered heads are therefore rotated back
+when they are compressed (`ordered_rows`), and queries of ordered pages are permuted instead of rotated, so dot products
+do not change.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HALVES_PAY = 3.2
-"""Ratio of the mean weights of the two halves above which two widths (4/2 for 3, 3/1 for 2) are used.
+from ..flashq import quantize_tokens, rotate
+from .layout import K_HALVES
 
-From the mean squared errors of optimal uniform quantizers of a normal variable, .363, .119, .0374 and .0115 at 1 to 4
-bits (Max 1960), the pairs break even at ratios of 3.15 and 3.0.
+HALVES_PAY = 3.2
+"""Ratio of the mean weights of the two halves above which two widths (5/3 for 4, 4/2 for 3, 3/1 for 2) are used.
+
+From the mean squared errors of optimal uniform quantizers of a normal variable, .363, .119, .0374, .0115 and .0035 at 1
+to 5 bits (Max 1960), the pairs break even at ratios of 3.26, 3.15 and 3.0.
 """
 
 
@@ -27,11 +34,16 @@ _LARGEST = 1e18
 
 
 class ChannelOrder(NamedTuple):
-    """places: int64 [Hkv, D], the channel stored at each place; halved: bool [Hkv] (CPU), whether a head has two
-    widths."""
+    """places: uint8 [Hkv, D], the channel stored at each place; halved: bool [Hkv] (CPU), which heads have two widths.
+    Only those are stored in this order."""
 
     places: Tensor
     halved: Tensor
+
+    def at(self, head_bits: Tensor) -> ChannelOrder:
+        """The order for heads of these widths (int64 [2, Hkv]): only some widths of K can be halved."""
+        able = torch.tensor([int(bits) in K_HALVES for bits in head_bits[0]])
+        return self._replace(halved=self.halved & able)
 
 
 def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
@@ -48,21 +60,55 @@ def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
 def channel_order(keys: Tensor, energy: Tensor | None) -> ChannelOrder:
     """The order of K's channels for a cache.
 
-    keys: [N, Hkv, B, D], the first compressed blocks as stored (a constant mean does not matter). energy: float64
-    [Hkv, D] from `query_energy`; None if there were no queries, which sorts by the variance of the keys.
+    keys: [N, Hkv, B, D], the first compressed blocks in the model's space (a constant mean does not matter). energy:
+    float64 [Hkv, D] from `query_energy`; None if there were no queries, which sorts by the variance of the keys.
     """
     spread = keys.double().var(2, correction=0).mean(0)
     weight = spread if energy is None else spread * energy.to(spread.device)
     places = weight.argsort(dim=-1, descending=True, stable=True)
     first, second = weight.gather(-1, places).unflatten(-1, (2, -1)).mean(-1).unbind(-1)
-    return ChannelOrder(places, (first > HALVES_PAY * second).cpu())
+    pays = (first > HALVES_PAY * second).cpu()
+    return ChannelOrder(places.to(torch.uint8), pays if keys.shape[-1] % 16 == 0 else torch.zeros_like(pays))
+
+
+def ordered_rows(k8: Tensor, k_scale: Tensor, order: ChannelOrder, rotated: bool) -> tuple[Tensor, Tensor]:
+    """INT8 keys [N, H, B, D] with scales [N, H, B] float32, as in the buffer, in the form that pages store.
+
+    Rows of ordered heads are dequantized, rotated back (if `rotated`), quantized again and permuted. Products of codes
+    and scales, and their sums in float64, are exact, so every implementation gets the same bits.
+    """
+    codes, scales = k8, k_scale
+    if rotated:
+        codes, scales = quantize_tokens(rotate(k8.to(k_scale.dtype) * k_scale[..., None], inverse=True))
+    return _of_halved(order, (reorder(codes, order.places, 1), scales), (k8, k_scale))
+
+
+def unordered_rows(k8: Tensor, k_scale: Tensor, order: ChannelOrder, rotated: bool) -> tuple[Tensor, Tensor]:
+    """Inverse of `ordered_rows`, up to the rounding of INT8."""
+    codes, scales = restore_order(k8, order.places, 1), k_scale
+    if rotated:
+        codes, scales = quantize_tokens(rotate(codes.to(k_scale.dtype) * k_scale[..., None]))
+    return _of_halved(order, (codes, scales), (k8, k_scale))
+
+
+def restore_keys(keys: Tensor, order: ChannelOrder | None, rotated: bool) -> Tensor:
+    """Dequantized keys [N, H, B, D] of pages, or of INT8 rows (without `order`), in the model's space."""
+    unrotated = rotate(keys, inverse=True) if rotated else keys
+    if order is None:
+        return unrotated
+    return torch.where(order.halved.to(keys.device)[:, None, None], restore_order(keys, order.places, 1), unrotated)
+
+
+def _of_halved(order: ChannelOrder, yes: tuple[Tensor, Tensor], no: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    halved = order.halved.to(no[0].device)[:, None]
+    return torch.where(halved[..., None], yes[0], no[0]), torch.where(halved, yes[1], no[1])
 
 
 def reorder(x: Tensor, order: Tensor, heads_dim: int) -> Tensor:
-    """Permute the channels of x [..., Hkv, ..., D] to `order` int64 [Hkv, D]; dimension `heads_dim` is the heads."""
+    """Permute the channels of x [..., Hkv, ..., D] to `order`, integers [Hkv, D]; dimension `heads_dim` is Hkv."""
     shape = [1] * x.dim()
     shape[heads_dim], shape[-1] = order.shape
-    return x.gather(-1, order.to(x.device).view(shape).expand_as(x))
+    return x.gather(-1, order.to(x.device, torch.int64).view(shape).expand_as(x))
 
 
 def restore_order(x: Tensor, order: Tensor, heads_dim: int) -> Tensor:

@@ -13,7 +13,7 @@ from ..flashq import rotate
 from ..modes import in_own_modes
 from ..validation import check_config, check_mean, check_sizes
 from .buffer import Int8Buffer
-from .channel_order import restore_order
+from .channel_order import ChannelOrder
 from .handle import leave_graph, new_handle
 from .pages import Tiles
 from .staging import SequenceState, fresh_state
@@ -167,7 +167,6 @@ class Contents:
             k_mean=self._k_mean,
             k_mean_fixed=self._given_mean is not None,
             universal=self._universal,
-            k_order=self.k_order,
         )
 
     @property
@@ -195,20 +194,14 @@ class Contents:
         )
 
     def restore(self, x: Tensor) -> Tensor:
-        """Values [B, H, L, D] from the stored (rotated) space back to the model's."""
+        """Keys or values [B, H, L, D] from the space of INT8 rows (rotated) back to the model's."""
         return rotate(x, inverse=True) if self.config.rotate else x
 
-    def restore_keys(self, x: Tensor) -> Tensor:
-        """Keys [B, H, L, D] from the stored (rotated or reordered) space back to the model's."""
-        if self.k_order is not None:
-            return restore_order(x, self.k_order, 1)
-        return rotate(x, inverse=True) if self.config.rotates_k else x
-
     @property
-    def k_order(self) -> Tensor | None:
-        """int64 [Hkv, D]: the channel at each place of stored keys and means; None: as in the model, or rotated."""
+    def k_order(self) -> ChannelOrder | None:
+        """The order of K's channels in compressed pages; None if no head has one, or it is not fixed yet."""
         order = None if self._store is None else self._store.order
-        return None if order is None else order.places
+        return None if order is None or not bool(order.halved.any()) else order
 
     def _seen(self, lengths: Tensor) -> int:
         """Tokens that the next query of the longest of sequences so long can see."""
@@ -228,7 +221,7 @@ class Contents:
         self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device, self.window_size is not None)
 
     def _stored_mean(self, device: torch.device) -> Tensor:
-        """The calibrated mean, in the stored space, for every sequence."""
+        """The calibrated mean, in the space of INT8 rows, for every sequence."""
         assert self._given_mean is not None
         mean = self._given_mean.to(device, torch.float32)
-        return (rotate(mean) if self.config.rotates_k else mean).expand(self.batch_size, -1, -1).contiguous()
+        return (rotate(mean) if self.config.rotate else mean).expand(self.batch_size, -1, -1).contiguous()

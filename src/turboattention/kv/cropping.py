@@ -14,7 +14,7 @@ from .store import CROPPED, PageStore
 def rows_behind(store: PageStore, buffer: Int8Buffer, target: Tensor, kept: Tensor) -> Tiles:
     """The INT8 rows after the first `kept` pages (int64 [B]) of each sequence, [B, H, rows, D].
 
-    They are decoded from the next page if the new length `target` (int64 [B]) cuts into it, else they are the buffered
+    They are restored from the next page if the new length `target` (int64 [B]) cuts into it, else they are the buffered
     rows.
     """
     rows, counts = buffer.tiles(), store.counts
@@ -24,7 +24,7 @@ def rows_behind(store: PageStore, buffer: Int8Buffer, target: Tensor, kept: Tens
     rows = rows.map(lambda x: _pad_tokens(x, buffer.capacity))
     at = torch.where(reopened, kept, kept[reopened][0])
     blocks = at.unique()
-    tiles = Tiles.cat([store.tiles(int(block), int(block) + 1) for block in blocks], 1)
+    tiles = Tiles.cat([store.rows(int(block)).map(lambda x: x[:, None]) for block in blocks], 1)
     chosen = torch.searchsorted(blocks, at)
     pages = tiles.map(lambda x: _pad_tokens(x[torch.arange(len(at)), chosen], buffer.capacity))
     mask = reopened.to(rows.k8.device)

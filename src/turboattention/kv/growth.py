@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..modes import in_own_modes
 from ..validation import check_new, refuse_gradients
-from .channel_order import ChannelOrder, channel_order, reorder
+from .channel_order import ChannelOrder, channel_order
 from .contents import Contents
 from .quantizer import quantizer_for
 from .staging import Stage, stage
@@ -86,13 +86,9 @@ class Growing(Contents):
             self.freeze_widths(bits, order)
         self._store.append(parts, first.tolist(), flush.batch[~seen].tolist())
         kept = torch.bincount(flush.batch, minlength=self.batch_size) * self.config.block_size
-        stored, mean = staged.stored, staged.k_mean
-        if order is not None:
-            stored = replace(stored, k8=reorder(stored.k8, order.places, 1))
-            mean = None if mean is None else reorder(mean, order.places, 1)
-        self._buffer.take(stored, kept, staged.lengths - staged.start - kept, self._seen(staged.lengths))
+        self._buffer.take(staged.stored, kept, staged.lengths - staged.start - kept, self._seen(staged.lengths))
         self._lengths = staged.lengths.clone()
-        self._k_mean, self._universal = _single(mean), _single(staged.universal)
+        self._k_mean, self._universal = _single(staged.k_mean), _single(staged.universal)
         self._query_energy = staged.query_energy if self.learns_order else None
 
     def observe(self, query_energy: Tensor) -> None:
@@ -125,7 +121,7 @@ class Growing(Contents):
     @property
     def learns_order(self) -> bool:
         """Whether the order of K's channels is not fixed yet."""
-        return self.config.reorders_k and self.k_order is None
+        return self.config.reorders_k and (self._store is None or self._store.order is None)
 
     @property
     def order_from(self) -> int:
@@ -137,7 +133,7 @@ class Growing(Contents):
         if not self.learns_order or not self.freezes_widths(flush):
             return None
         first = flush.where(flush.block == self.sink_blocks)
-        return channel_order(first.tiles.floats()[0], staged.query_energy)
+        return channel_order(self.restore(first.tiles.floats()[0]), staged.query_energy)
 
     def freeze_widths(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
         """Fix the widths int64 [2, Hkv] of all pages after the sinks and the order of K's channels, and reserve memory
@@ -154,7 +150,7 @@ class Growing(Contents):
         k, v = first.tiles.floats()
         if staged.k_mean is not None and (self.sink_blocks > 0 or self._given_mean is not None):
             k = k + staged.k_mean.to(k.dtype)[first.batch.to(k.device)][:, :, None]
-        return decide_head_bits(self.config, self.restore_keys(k), self.restore(v))
+        return decide_head_bits(self.config, self.restore(k), self.restore(v))
 
     def encode(self, flush: Flush, head_bits: Tensor | None, order: ChannelOrder | None = None) -> list[Encoded]:
         """Encode full blocks; `head_bits` int64 [2, Hkv] and `order` are used if they are not fixed yet."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .channel_order import restore_keys
+
 if TYPE_CHECKING:
     from .cache import KVCache
 
@@ -26,8 +28,7 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
     counts = cache.page_counts
     pages = int(counts.max()) if len(counts) else 0
     if pages:
-        tiles = cache.page_tiles(0, pages)
-        for target, values in zip((k, v), tiles.floats(), strict=True):
+        for target, values in zip((k, v), _pages(cache, pages), strict=True):
             target[:, :, : pages * size] = values.transpose(1, 2).flatten(2, 3)
     positions = torch.arange(blocks * size)
     known = cache.readable_pages(blocks).repeat_interleave(size, 1)
@@ -36,13 +37,25 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
         batch, position = is_open.nonzero(as_tuple=True)
         row = position - state.start[batch]
         for target, values in zip((k, v), state.open_tiles.floats(), strict=True):
-            target[batch, :, position] = values[batch, :, row]
+            target[batch, :, position] = cache.restore(values)[batch, :, row]
         known |= is_open
     if state.k_mean is not None:
         smoothed = positions >= cache.mean_from
-        k = k + state.k_mean[:, :, None] * smoothed.to(device)[:, None]
+        k = k + cache.restore(state.k_mean)[:, :, None] * smoothed.to(device)[:, None]
     mask = known.to(device)[:, None, :, None]
     dtype = cache.dtype or torch.float32
-    restored = cache.restore_keys(k), cache.restore(v)
-    k, v = (torch.where(mask, x, 0.0)[:, :, : len(cache)].to(dtype) for x in restored)
+    k, v = (torch.where(mask, x, 0.0)[:, :, : len(cache)].to(dtype) for x in (k, v))
+    return k, v
+
+
+def _pages(cache: KVCache, pages: int) -> tuple[Tensor, Tensor]:
+    """k (without its mean), v [B, pages, Hkv, block, D] in the model's space."""
+    sides = []
+    split = min(cache.sink_blocks, pages)
+    for first, last, order in ((0, split, None), (split, pages, cache.k_order)):
+        if first < last:
+            k, v = (x.flatten(0, 1) for x in cache.page_tiles(first, last).floats())
+            restored = restore_keys(k, order, cache.config.rotate), cache.restore(v)
+            sides.append([x.unflatten(0, (cache.batch_size, -1)) for x in restored])
+    k, v = (torch.cat(parts, 1) for parts in zip(*sides, strict=True))
     return k, v

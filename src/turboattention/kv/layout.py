@@ -37,7 +37,7 @@ from functools import cached_property
 from ..errors import ConfigError
 
 FORMAT_NAME = "turboattention-kv"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 TOKEN_SCALE_SHIFT = 19
 """Bits by which a token scale's byte is shifted to subtract it from a float32; this keeps 4 mantissa bits."""
@@ -45,7 +45,7 @@ TOKEN_SCALE_SHIFT = 19
 WIDEST = 8
 """Width at which a page stores INT8 values, without steps and zeros."""
 
-K_HALVES = {3: (4, 2), 2: (3, 1)}
+K_HALVES = {4: (5, 3), 3: (4, 2), 2: (3, 1)}
 """Width of a head's K -> widths of its first and second half of channels, for heads in `PageLayout.k_halves`."""
 
 _ALIGNMENT = 16

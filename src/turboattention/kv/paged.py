@@ -50,7 +50,13 @@ class PagedFormat:
     means: tuple[Tensor | None, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        wanted = {"block_size": BLOCK, "stored_prefill": True, "sink_tokens": 0, "token_scales": True}
+        wanted = {
+            "block_size": BLOCK,
+            "stored_prefill": True,
+            "sink_tokens": 0,
+            "token_scales": True,
+            "reorder_k": False,
+        }
         for name, value in wanted.items():
             if getattr(self.config, name) != value:
                 raise ConfigError(f"config: expected {name}={value!r} for pages, got {getattr(self.config, name)!r}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import flashq
 from ..flashq.symmetric import compute_dtype
-from .channel_order import reorder
+from .channel_order import ChannelOrder, ordered_rows
 from .layout import PageLayout
 from .pages import Tiles
 from .pages import decode_pages as decode_tiles
@@ -34,17 +34,15 @@ class Quantizer(Protocol):
         mean: Tensor | None,
         mean_from: int,
         rotate: bool,
-        order: Tensor | None,
         codes: Tensor,
         scales: Tensor,
         target: Tensor,
     ) -> bool:
-        """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+        """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-        order: int64 [H, D], the channel to store at each place, or None. Token t has position `first[b] + t`; from
-        position `mean_from` on, mean [B, H, D] (in stored order) is subtracted. Token t is written to row
-        `target[b] + t` of codes int8 [B, H, W, D] and scales [B, H, W]. Other tokens of x are not read. span, first
-        and target are int64 [B] (CPU).
+        Token t has position `first[b] + t`; from position `mean_from` on, mean [B, H, D] (rotated, if `rotate`) is
+        subtracted. Token t is written to row `target[b] + t` of codes int8 [B, H, W, D] and scales [B, H, W]. Other
+        tokens of x are not read. span, first and target are int64 [B] (CPU).
 
         Returns False if the implementation checks values and one was not finite or out of range.
         """
@@ -60,9 +58,21 @@ class Quantizer(Protocol):
         ...
 
     def encode_pages(
-        self, layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool
+        self,
+        layout: PageLayout,
+        k8: Tensor,
+        v8: Tensor,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        search: bool,
+        order: ChannelOrder | None = None,
+        rotated: bool = False,
     ) -> Tensor:
-        """Encode full blocks: k8, v8 int8 [N, H, B, D], scales [N, H, B] -> uint8 [N, page_bytes]."""
+        """Encode full blocks: k8, v8 int8 [N, H, B, D], scales [N, H, B] -> uint8 [N, page_bytes].
+
+        Keys of heads that `order` applies to are brought into it first (`channel_order.ordered_rows`); rotated: whether
+        INT8 rows are.
+        """
         ...
 
     def decode_pages(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +100,6 @@ class _PyTorch:
         mean: Tensor | None,
         mean_from: int,
         rotate: bool,
-        order: Tensor | None,
         codes: Tensor,
         scales: Tensor,
         target: Tensor,
@@ -105,8 +114,6 @@ class _PyTorch:
         x = torch.where(chosen.to(x.device)[:, None, :, None], compute_dtype(x[:, :, low:high]), 0.0)
         if rotate:
             x = flashq.rotate(x)
-        if order is not None:
-            x = reorder(x, order, 1)
         if mean is not None:
             smoothed = (first[:, None] + tokens >= mean_from).to(x.device)[:, None, :, None]
             x = torch.where(smoothed, x - mean[:, :, None].to(x.dtype), x)
@@ -126,8 +133,18 @@ class _PyTorch:
         return torch.where(wanted.to(mean.device)[:, None, None], learned, mean)
 
     def encode_pages(
-        self, layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool
+        self,
+        layout: PageLayout,
+        k8: Tensor,
+        v8: Tensor,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        search: bool,
+        order: ChannelOrder | None = None,
+        rotated: bool = False,
     ) -> Tensor:
+        if order is not None:
+            k8, k_scale = ordered_rows(k8, k_scale, order, rotated)
         return encode_tiles(layout, Tiles(k8, v8, k_scale, v_scale), search)
 
     def decode_pages(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

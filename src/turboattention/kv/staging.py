@@ -28,11 +28,10 @@ class SequenceState:
     lengths: int64 [B] (CPU), tokens so far.
     start: int64 [B] (CPU), position of the first block that is not a page.
     open_tiles: the buffered rows from there on, [B, H, rows, D]; None without a buffer.
-    k_mean: float32 [B, H, D] in stored space, zero until it is known; None without smoothing.
+    k_mean: float32 [B, H, D] in the space of INT8 rows (rotated), zero until it is known; None without smoothing.
     k_mean_fixed: whether k_mean is calibrated and applies from the first token on.
     universal: float32 [2, B, H], the paper's buffer scales of K and V, zero before the first append; None with token
         scales.
-    k_order: int64 [H, D], the order of K's channels in open_tiles and k_mean, or None.
     """
 
     lengths: Tensor
@@ -41,7 +40,6 @@ class SequenceState:
     k_mean: Tensor | None
     k_mean_fixed: bool
     universal: Tensor | None
-    k_order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,6 @@ class Stage:
     tiles: what attention reads. stored: what the cache keeps, which differs only with the paper's universal buffer
         scale.
     k_mean, universal: as in `SequenceState`, after the new tokens.
-    k_order: the order of K's channels in all of these, or None.
     query_energy: float64 [H, D] of all queries so far (`channel_order`), until the order is fixed.
     """
 
@@ -63,7 +60,6 @@ class Stage:
     stored: Tiles
     k_mean: Tensor | None
     universal: Tensor | None
-    k_order: Tensor | None = None
     query_energy: Tensor | None = None
 
 
@@ -89,11 +85,11 @@ def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, count
     if not config.token_scales:
         return _stage_by_tile(config, state, k, v, counts, after, place)
     quantizer, tiles = quantizer_for(k.device, k.dtype), place.opened(k)
-    values = _Side(quantizer, state, v, config.rotate, None, tiles.v8, tiles.v_scale)
+    values = _Side(quantizer, state, v, config.rotate, tiles.v8, tiles.v_scale)
     values.quantize(torch.zeros_like(counts), counts, None, 0)
-    keys = _Side(quantizer, state, k, config.rotates_k, state.k_order, tiles.k8, tiles.k_scale)
+    keys = _Side(quantizer, state, k, config.rotate, tiles.k8, tiles.k_scale)
     mean = _quantize_keys(config, keys, counts, after)
-    return Stage(state.lengths, after, state.start, tiles, tiles, mean, None, state.k_order)
+    return Stage(state.lengths, after, state.start, tiles, tiles, mean, None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,6 @@ class _Side:
     state: SequenceState
     x: Tensor
     rotate: bool
-    order: Tensor | None
     codes: Tensor
     scales: Tensor
 
@@ -112,7 +107,7 @@ class _Side:
         """Quantize tokens `begin[b]` to `end[b]` (exclusive); subtract `mean` from position `mean_from` on."""
         first, row = self.state.lengths, self.state.lengths - self.state.start
         self.quantizer.quantize_tokens(
-            self.x, (begin, end), first, mean, mean_from, self.rotate, self.order, self.codes, self.scales, row
+            self.x, (begin, end), first, mean, mean_from, self.rotate, self.codes, self.scales, row
         )
 
 
@@ -155,13 +150,13 @@ def _stage_by_tile(
     """The paper's stage 1: a scale per tile, and one universal scale per sequence and head for buffered rows."""
     valid = (torch.arange(k.shape[2]) < counts[:, None]).to(k.device)[:, None, :, None]
     k, v = (torch.where(valid, compute_dtype(x), 0.0) for x in (k, v))
-    if config.rotate:  # K is never reordered with a scale per tile
+    if config.rotate:
         k, v = rotate(k), rotate(v)
     mean, size = state.k_mean, config.block_size
     if config.smooth_k:
         # Quantized per token only to compute the mean.
         rows = place.opened(k)
-        keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, None, rows.k8, rows.k_scale)
+        keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, rows.k8, rows.k_scale)
         mean = _quantize_keys(config, keys, counts, after)
         assert mean is not None
         positions = state.lengths[:, None] + torch.arange(k.shape[2])

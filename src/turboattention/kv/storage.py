@@ -90,6 +90,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 def cache_metadata(cache: KVCache) -> dict[str, Any]:
     """The JSON-serializable metadata of a cache."""
     return {
+        "version": FORMAT_VERSION,
         "config": dataclasses.asdict(cache.config),
         "num_kv_heads": cache.num_kv_heads,
         "head_dim": cache.head_dim,
@@ -111,7 +112,7 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
         optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
         optional["query_energy"] = cache._query_energy
         if store.order is not None:
-            optional |= {"k_order": store.order.places.to(torch.int16), "k_halved": store.order.halved}
+            optional |= {"k_order": store.order.places, "k_halved": store.order.halved}
         columns = max((len(table) for table in store.tables), default=0)
         table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, store.tables, strict=True):
@@ -148,8 +149,9 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     fields = dict(metadata["config"])
     if isinstance(fields["bits"], list):
         fields["bits"] = tuple(fields["bits"])
-    # Files of version 1 have no reordered keys.
     lengths, config = own["lengths"], TurboConfig(**{"reorder_k": False, **fields})
+    if "version" not in metadata:  # written by version 1 or 2
+        config = _config_of_version_2(config)
     _check_buffer(own, metadata, config)
     cache = KVCache(
         len(lengths),
@@ -191,6 +193,17 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
         raise FormatError(f"lengths: expected zeros without pages, got {lengths.tolist()}")
     cache._lengths = lengths
     return cache
+
+
+def _config_of_version_2(config: TurboConfig) -> TurboConfig:
+    """Raises `FormatError` for reordered keys of 3 and 2 bits, whose INT8 rows were not rotated. Those of other widths
+    were never reordered."""
+    if config.reorders_k and config.bits != "mixed" and config.kv_bits[0] < 4:
+        raise FormatError(
+            "path: expected a saved cache of version 3 where keys are reordered (reorder_k), got one of version 2, "
+            "whose INT8 rows are not rotated: make the cache anew from its tokens"
+        )
+    return config.replace(reorder_k=False)
 
 
 def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:
@@ -238,15 +251,15 @@ def _owners(part: Tensor, count: int) -> Tensor:
 def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder:
     """The order of K's channels. Raises `FormatError` unless each head has a permutation."""
     like = {
-        "k_order": torch.empty(heads, head_dim, dtype=torch.int16),
+        "k_order": torch.empty(heads, head_dim, dtype=torch.uint8),
         "k_halved": torch.empty(heads, dtype=torch.bool),
     }
     for name, tensor in like.items():
         if name not in own:
             raise FormatError(f"{name}: expected a tensor of that name, got none")
         _check(name, own[name], tensor)
-    order = own["k_order"].long()
-    if not torch.equal(order.sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
+    order = own["k_order"].clone()
+    if not torch.equal(order.long().sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
         raise FormatError(f"k_order: expected a permutation of {head_dim} channels for each head, got another tensor")
     return ChannelOrder(order, own["k_halved"].clone())
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from .channel_order import ChannelOrder, reorder, restore_order
+from .channel_order import ChannelOrder, restore_keys, unordered_rows
 from .layout import WIDEST, PageLayout
 from .pages import Tiles, decode_pages
 from .pool import PagePool
@@ -46,18 +46,23 @@ class Flush:
 class Encoded:
     """Encoded blocks: `pages` uint8 [N, page_bytes] in `layout`, one for each of the N rows of `flush`.
 
-    order: int64 [Hkv, D], the order of K's channels in `pages`; None if `flush` already has it.
+    order: the order of K's channels in `pages`, or None; rotated: whether INT8 rows are.
     """
 
     layout: PageLayout
     flush: Flush
     pages: Tensor
-    order: Tensor | None = None
+    order: ChannelOrder | None
+    rotated: bool
 
     def decoded(self) -> Tiles:
-        """Decode the pages: int8 [N, H, B, D] and scales, with channels in the order of `flush`."""
-        tiles = decode_pages(self.layout, self.pages)
-        return tiles if self.order is None else replace(tiles, k8=restore_order(tiles.k8, self.order, 1))
+        """Decode the pages: int8 [N, H, B, D] and scales, as stored."""
+        return decode_pages(self.layout, self.pages)
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        """The dequantized k (without its mean) and v [N, H, B, D] in the model's space."""
+        k, v = self.decoded().floats()
+        return restore_keys(k, self.order, self.rotated), restore_keys(v, None, self.rotated)
 
 
 class PageStore:
@@ -80,32 +85,15 @@ class PageStore:
         """Number of pages from `fresh_pages` that were not adopted or discarded yet, by `sinks`."""
 
     def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
-        """Fix the widths int64 [2, Hkv] of all pages after the sinks, and the order of K's channels in all pages.
-
-        Existing sink pages are rewritten in that order.
-        """
-        if order is not None:
-            self._reorder_sinks(order.places)
-            self.order = order
+        """Fix the widths int64 [2, Hkv] of all pages after the sinks, and the order of K's channels in them."""
+        self.order = None if order is None else order.at(head_bits)
         self.head_bits = head_bits.clone()
         self.compressed = PagePool(self.layout_for(head_bits, order), self.device)
 
     def layout_for(self, head_bits: Tensor, order: ChannelOrder | None) -> PageLayout:
         sink, (k_bits, v_bits) = self.sinks.layout, head_bits.tolist()
-        halves = () if order is None or sink.head_dim % 16 else tuple(order.halved.tolist())
+        halves = () if order is None else tuple(order.halved.tolist())
         return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales, halves)
-
-    def _reorder_sinks(self, order: Tensor) -> None:
-        """Replace sink pages by reordered copies; other caches may share the originals."""
-        pages = list(dict.fromkeys(page for table in self.tables for page in table if page != EVICTED))
-        if pages:
-            layout, quantizer = self.sinks.layout, quantizer_for(self.device)
-            k8, v8, k_scale, v_scale = quantizer.decode_pages(layout, self.sinks.gather(pages))
-            sides = reorder(k8, order, 1), v8, k_scale, v_scale
-            content = quantizer.encode_pages(layout, *sides, self.config.search)
-            fresh = self.sinks.allocate([1] * len(pages))
-            self.sinks.write(fresh, content)
-            self._exchange(True, self.sinks, self.sinks, dict(zip(pages, fresh, strict=True)))
 
     def reserve(self, tokens: int, window: int | None) -> None:
         """Reserve memory for `tokens` tokens, or a `window`, of each sequence; only sinks until widths are frozen."""
@@ -151,23 +139,21 @@ class PageStore:
     def encode(self, flush: Flush, head_bits: Tensor | None, order: ChannelOrder | None = None) -> list[Encoded]:
         """Encode full blocks; sink blocks and others become separate parts.
 
-        head_bits: int64 [2, Hkv], required for blocks after the sinks. order: the order into which K's channels are
-        permuted before encoding.
+        head_bits: int64 [2, Hkv], required for blocks after the sinks. order: that of K's channels, if it is not fixed
+        yet.
         """
-        if order is not None:
-            flush = replace(flush, tiles=replace(flush.tiles, k8=reorder(flush.tiles.k8, order.places, 1)))
-        places = None if order is None else order.places
         parts, sink = [], flush.block < self.sink_blocks
         for is_sink, chosen in ((True, flush.where(sink)), (False, flush.where(~sink))):
             if len(chosen.batch):
-                layout = self.sinks.layout
+                layout, used = self.sinks.layout, None
                 if not is_sink:
                     assert head_bits is not None
-                    layout = self.layout_for(head_bits, order or self.order)
-                tiles, quantizer = chosen.tiles, quantizer_for(self.device)
+                    used = self.order if order is None else order.at(head_bits)
+                    layout = self.layout_for(head_bits, used)
+                tiles, rotated = chosen.tiles, self.config.rotate
                 sides = tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
-                pages = quantizer.encode_pages(layout, *sides, self.config.search)
-                parts.append(Encoded(layout, chosen, pages, places))
+                pages = quantizer_for(self.device).encode_pages(layout, *sides, self.config.search, used, rotated)
+                parts.append(Encoded(layout, chosen, pages, used, rotated))
         return parts
 
     def append(self, parts: list[Encoded], before: Sequence[int] = (), skipped: Sequence[int] = ()) -> None:
@@ -234,7 +220,8 @@ class PageStore:
     # -- reading ------------------------------------------------------------------------------
 
     def tiles(self, first: int, last: int) -> Tiles:
-        """INT8 tiles [B, n, H, block, D] of blocks `first` to `last` (exclusive); scale 0 where there is no page."""
+        """INT8 tiles [B, n, H, block, D] of blocks `first` to `last` (exclusive), as stored; scale 0 where there is no
+        page."""
         split = min(max(self.sink_blocks, first), last)
         parts = []
         for pool, begin, end in ((self.sinks, first, split), (self.compressed or self.sinks, split, last)):
@@ -243,6 +230,18 @@ class PageStore:
                 tiles = Tiles(*quantizer_for(self.device).decode_pages(pool.layout, pool.gather(pages)))
                 parts.append(tiles.map(lambda x: x.unflatten(0, (len(self.tables), -1))))
         return parts[0] if len(parts) == 1 else Tiles.cat(parts, 1)
+
+    def order_of(self, block: int) -> ChannelOrder | None:
+        """The order of K's channels in the pages of a block; sinks have none."""
+        return None if block < self.sink_blocks else self.order
+
+    def rows(self, block: int) -> Tiles:
+        """The pages of a block as INT8 rows like the buffer's, [B, H, block, D]; scale 0 where there is no page."""
+        tiles, order = self.tiles(block, block + 1).map(lambda x: x[:, 0]), self.order_of(block)
+        if order is None:
+            return tiles
+        k8, k_scale = unordered_rows(tiles.k8, tiles.k_scale, order, self.config.rotate)
+        return replace(tiles, k8=k8, k_scale=torch.where(tiles.k_scale > 0, k_scale, 0.0))
 
     def addresses(self) -> Tensor:
         """int64 [B, P]: memory addresses of all pages, for kernels; 0 for evicted pages and past the last page."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..kv.queries import Queries, quantize_queries
+from ..kv.queries import Queries, ordered_queries, quantize_queries
 from .online_softmax import Accumulator, online_softmax_update
 from .sources import Source
 from .visibility import Visibility
@@ -22,7 +22,10 @@ def attend(
 
     Integer products are computed in floating point, where they are exact: sums are at most 256 * 119 * 127 < 2^24.
     """
-    queries = quantize_queries(config, q, kv_heads, scale, source.k_mean, source.k_order)
+    queries = quantize_queries(config, q, kv_heads, scale, source.k_mean)
+    ordered = queries
+    if source.k_order is not None:
+        ordered = ordered_queries(config, q, kv_heads, scale, source.k_order, queries)
     state = Accumulator.empty(queries.codes)
     size, group = config.block_size, queries.codes.shape[2]
     at_once = max(1, _SCORES_AT_ONCE // max(1, size * q.shape[0] * q.shape[1] * q.shape[2]))
@@ -30,8 +33,11 @@ def attend(
         rows = seen.rows(first * size, last * size, size)
         if rows.start == rows.stop:
             continue
-        for tiles, own in source.views(first, last):
+        for tiles, in_order, own in source.views(first, last):
             logits = _logits(queries, tiles.k8, tiles.k_scale, rows)
+            if bool(in_order.any()):
+                chosen = in_order.to(logits.device)[:, None, :, None, None, None]
+                logits = torch.where(chosen, _logits(ordered, tiles.k8, tiles.k_scale, rows), logits)
             _add_mean(logits, queries, rows, first, size, source.mean_from)
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kv.cache import KVCache
+from ..kv.channel_order import ChannelOrder
 from ..kv.pages import Tiles
 from ..kv.staging import SequenceState, Stage
 
@@ -17,15 +18,17 @@ class Source:
     """The blocks of a batch: pages, followed by INT8 blocks that are not compressed.
 
     lengths: int64 [B]; k_mean: [B, H, D] or None; mean_from: the first position whose key is stored without the mean;
-    k_order: int64 [H, D], the order of K's channels, or None.
+    k_order: the order of K's channels in compressed pages, or None.
     """
 
     def __init__(self, stage: Stage | SequenceState, cache: KVCache | None, size: int, mean_from: int):
         tiles = stage.tiles if isinstance(stage, Stage) else stage.open_tiles
-        self.lengths, self.k_mean, self.k_order = stage.lengths, stage.k_mean, stage.k_order
+        self.lengths, self.k_mean = stage.lengths, stage.k_mean
         self.mean_from = mean_from
         self._cache, self._size = cache, size
-        self._first_open = stage.start // size
+        self.k_order: ChannelOrder | None = None if cache is None else cache.k_order
+        self._sinks = 0 if cache is None else cache.sink_blocks
+        self._first_open = self._first_unstored = stage.start // size
         self._open = None if tiles is None else _in_blocks(tiles, size)
         self._stored: Tiles | None = None
 
@@ -53,23 +56,32 @@ class Source:
         if head_bits is None and cache.freezes_widths(flush):
             head_bits = cache.planned_bits(stage, flush)
         for part in cache.encode(flush, head_bits, cache.planned_order(stage, flush)):
+            if part.order is not None and bool(part.order.halved.any()):
+                self.k_order, self._sinks = part.order, cache.sink_blocks
             tiles, batch = part.decoded(), part.flush.batch
             at = batch.to(part.pages.device), (part.flush.block - self._first_open[batch]).to(part.pages.device)
             for name in ("k8", "v8", "k_scale", "v_scale"):
                 target = getattr(stored, name)
                 target[at] = getattr(tiles, name).to(target.dtype)
         self._stored = stored
+        self._first_unstored = self._first_open + torch.bincount(flush.batch, minlength=len(self._first_open))
 
-    def views(self, first: int, last: int) -> Iterator[tuple[Tiles, bool | None]]:
-        """Tiles [B, n, H, T, D] of blocks `first` to `last` (exclusive), and the queries that read them.
+    def views(self, first: int, last: int) -> Iterator[tuple[Tiles, Tensor, bool | None]]:
+        """Tiles [B, n, H, T, D] of blocks `first` to `last` (exclusive), bool [B, n], whether K has the order of
+        compressed pages, and the queries that read them.
 
         These are all queries (None), those in the same or an earlier block (True), or those in later blocks (False).
         """
         if self._stored is None:
-            yield self._tiles(first, last, self._open), None
+            yield self._tiles(first, last, self._open), self._in_order(first, last, self._first_open), None
         else:
-            yield self._tiles(first, last, self._stored), False
-            yield self._tiles(first, last, self._open), True
+            yield self._tiles(first, last, self._stored), self._in_order(first, last, self._first_unstored), False
+            yield self._tiles(first, last, self._open), self._in_order(first, last, self._first_open), True
+
+    def _in_order(self, first: int, last: int, pages: Tensor) -> Tensor:
+        """bool [B, n]: whether a block is a compressed page, of `pages` int64 [B] including sinks, and has an order."""
+        block = torch.arange(first, last)
+        return (block >= self._sinks) & (block < pages[:, None]) & (self.k_order is not None)
 
     def _tiles(self, first: int, last: int, opened: Tiles | None) -> Tiles:
         lowest, highest = int(self._first_open.min()), int(self._first_open.max())

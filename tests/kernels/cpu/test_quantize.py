@@ -7,8 +7,9 @@ import torch
 
 import turboattention as ta
 from turboattention import flashq
+from turboattention.kv.channel_order import ChannelOrder
 from turboattention.kv.quantizer import PYTORCH
-from turboattention.kv.queries import quantize_queries
+from turboattention.kv.queries import ordered_queries, quantize_queries
 
 from ...helpers import normals
 from .tools import ISAS, every_isa
@@ -35,10 +36,10 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
     return x.to(dtype)
 
 
-def staged(quantizer, x, span, first, mean, mean_from, rotate, order, target, width, **options):
+def staged(quantizer, x, span, first, mean, mean_from, rotate, target, width, **options):
     codes = torch.zeros(*x.shape[:2], width, x.shape[3], dtype=torch.int8)
     scales = torch.zeros(*x.shape[:2], width)
-    fine = quantizer.quantize_tokens(x, span, first, mean, mean_from, rotate, order, codes, scales, target, **options)
+    fine = quantizer.quantize_tokens(x, span, first, mean, mean_from, rotate, codes, scales, target, **options)
     assert fine is True
     return codes, scales
 
@@ -54,7 +55,6 @@ def assert_same(
     rotate: bool = True,
     smooth: bool = True,
     ragged: bool = False,
-    order: torch.Tensor | None = None,
 ) -> None:
     batch, heads, length, head_dim = x.shape
     begin, end = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
@@ -62,7 +62,7 @@ def assert_same(
     if ragged:
         begin[0], end[-1] = min(2, length), length // 2
     mean = normals(batch, heads, head_dim, seed=5) if smooth else None
-    given = (x, (begin, end), first, mean, 64, rotate, order, target, length + 3 * batch)
+    given = (x, (begin, end), first, mean, 64, rotate, target, length + 3 * batch)
     got, want = staged(kernels, *given, isa=isa), staged(PYTORCH, *given)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
@@ -76,16 +76,6 @@ def test_tokens_of_every_width(isa, dtype, head_dim):
     for rotate in (True, False):
         for smooth in (True, False):
             assert_same(x, isa, rotate, smooth)
-
-
-@every_isa
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_tokens_in_an_order_of_channels(isa, dtype, head_dim):
-    x, order = rows(2, 3, 65, head_dim, dtype=dtype), some_order(3, head_dim)
-    for smooth in (True, False):
-        assert_same(x, isa, False, smooth, order=order)
-    assert_same(x, isa, False, order=order.int()[:, None].expand(3, 2, head_dim)[:, 1])
 
 
 @every_isa
@@ -124,7 +114,7 @@ def test_padding_is_never_read_and_other_rows_never_written(isa):
     codes, scales = torch.full((2, 2, 20, 16), 77, dtype=torch.int8), torch.full((2, 2, 20), 5.0)
     span = torch.tensor([0, 4]), torch.tensor([7, 10])
     zeros = torch.zeros(2, dtype=torch.int64)
-    fine = kernels.quantize_tokens(x, span, zeros, None, 0, True, None, codes, scales, torch.tensor([3, 5]), isa)
+    fine = kernels.quantize_tokens(x, span, zeros, None, 0, True, codes, scales, torch.tensor([3, 5]), isa)
     assert fine
     want_codes, want_scales = flashq.quantize_tokens(flashq.rotate(x))
     for row, (begin, end, at) in enumerate(((0, 7, 3), (4, 10, 9))):
@@ -145,7 +135,7 @@ def test_what_is_not_finite_or_too_large_is_told(isa, bad):
         x[0, 1, 99, 5] = bad
         x = x.to(dtype)
         rest = torch.zeros(1, 2, 130, 24, dtype=torch.int8), torch.zeros(1, 2, 130), zeros, isa
-        given = zeros, None, 0, True, None, *rest
+        given = zeros, None, 0, True, *rest
         assert not kernels.quantize_tokens(x, (zeros, end), *given)
         assert kernels.quantize_tokens(x, (zeros, end - 1), *given)
         assert not kernels.quantize_queries(x, 1, end, None, 1.0, True, isa=isa)[3]
@@ -162,19 +152,20 @@ def test_queries(isa, dtype, head_dim, group):
     clean = q.clone()
     clean[1, :, 4:], q[1, :, 4:] = 0.0, torch.nan
     mean = normals(2, 2, head_dim, seed=4)
-    for config, order in (
-        (ta.TurboConfig(), None),
-        (ta.TurboConfig(rotate=False), None),
-        (ta.TurboConfig(bits=3, reorder_k=True), some_order(2, head_dim)),
-    ):
-        want = quantize_queries(config, clean, 2, 0.3, mean, order)
-        codes, unit, logit, fine = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotates_k, order, isa)
+    for config in (ta.TurboConfig(), ta.TurboConfig(rotate=False)):
+        want = quantize_queries(config, clean, 2, 0.3, mean)
+        codes, unit, logit, fine = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotate, None, isa)
         assert fine
         assert torch.equal(codes.float(), want.codes)
         assert torch.equal(unit, want.scale)
         # Both are sums in float64, in different orders.
         assert torch.allclose(logit, want.mean_logit, rtol=2e-7, atol=0)
-        assert kernels.quantize_queries(q, 2, valid, None, 0.3, config.rotates_k, order, isa)[2] is None
+        assert kernels.quantize_queries(q, 2, valid, None, 0.3, config.rotate, None, isa)[2] is None
+        order = ChannelOrder(some_order(2, head_dim), torch.tensor([True, True]))
+        want = ordered_queries(config, clean, 2, 0.3, order, want)
+        codes, unit, *_ = kernels.quantize_queries(q, 2, valid, None, 0.3, False, order.places, isa)
+        assert torch.equal(codes.float(), want.codes)
+        assert torch.equal(unit, want.scale)
 
 
 @every_isa

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboattention.flashq import quantize_tokens
+from turboattention.kv.channel_order import ChannelOrder
 from turboattention.kv.layout import PageLayout
 from turboattention.kv.quantizer import PYTORCH
 
@@ -34,7 +35,7 @@ def sides(layout: PageLayout, blocks: int = 2, seed: int = 0, spread: float = 1.
 
 def assert_same(layout: PageLayout, tiles: tuple[torch.Tensor, ...], search: bool, isa: str) -> None:
     want = PYTORCH.encode_pages(layout, *tiles, search)
-    got = kernels.encode_pages(layout, *tiles, search, isa)
+    got = kernels.encode_pages(layout, *tiles, search, isa=isa)
     assert torch.equal(got, want)
     for a, b in zip(kernels.decode_pages(layout, want, isa), PYTORCH.decode_pages(layout, want), strict=True):
         assert torch.equal(a, b)
@@ -62,6 +63,18 @@ def test_one_width(isa, bits):
 def test_keys_of_two_widths(isa, search, head_dim, size):
     layout = PageLayout(head_dim, size, *MIXED, True, (True,) * len(MIXED[0]))
     assert_same(layout, sides(layout), search, isa)
+
+
+@every_isa
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("head_dim, size", [(16, 16), (64, 64), (80, 64), (96, 256), (128, 64), (240, 48), (256, 112)])
+def test_keys_in_an_order(isa, rotated, head_dim, size):
+    """Rows rotated back, quantized again and permuted, in some heads."""
+    halves = (True, True, False, False, True)
+    layout = PageLayout(head_dim, size, *MIXED, True, halves)
+    order = normals(len(halves), head_dim, seed=6).argsort(-1).to(torch.uint8)
+    given = *sides(layout, spread=3.0), True, ChannelOrder(order, torch.tensor(halves)), rotated
+    assert torch.equal(kernels.encode_pages(layout, *given, isa=isa), PYTORCH.encode_pages(layout, *given))
 
 
 @every_isa
@@ -113,8 +126,8 @@ def test_pages_anywhere_in_memory_and_none_at_all(isa):
     for a, b in zip(kernels.decode_pages(layout, odd, isa), PYTORCH.decode_pages(layout, pages), strict=True):
         assert torch.equal(a, b)
     spread = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in tiles)
-    assert torch.equal(kernels.encode_pages(layout, *spread, False, isa), pages)
-    assert kernels.encode_pages(layout, *(x[:0] for x in tiles), True, isa).shape == (0, layout.page_bytes)
+    assert torch.equal(kernels.encode_pages(layout, *spread, False, isa=isa), pages)
+    assert kernels.encode_pages(layout, *(x[:0] for x in tiles), True, isa=isa).shape == (0, layout.page_bytes)
     assert kernels.decode_pages(layout, pages[:0], isa)[0].shape == (0, 5, 16, 24)
 
 

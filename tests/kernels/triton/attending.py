@@ -11,7 +11,7 @@ import turboattention as ta
 from turboattention.impl.inputs import pages_of
 from turboattention.kernels.inputs import Int8Queries, OpenRows, Standing
 from turboattention.kv.cache import KVCache
-from turboattention.kv.queries import quantize_queries
+from turboattention.kv.queries import Queries, ordered_queries, quantize_queries
 from turboattention.kv.staging import stage
 from turboattention.reference.decode import attend_cache
 
@@ -69,7 +69,9 @@ def kernels_and_reference(
     clean = q.float().masked_fill(~rows[:, None, :, None], 0)
     stands = state if staged is None else staged
     mean = stands.k_mean
-    codes = quantize_queries(config, clean, cache.num_kv_heads, factor, mean, stands.k_order)
+    codes, ordered = quantize_queries(config, clean, cache.num_kv_heads, factor, mean), None
+    if cache.k_order is not None:
+        ordered = ordered_queries(config, clean, cache.num_kv_heads, factor, cache.k_order, codes)
     options = {"window": window, "softcap": softcap, "mask": mask}
     got = attend(
         config,
@@ -82,7 +84,7 @@ def kernels_and_reference(
         mean=mean,
         mean_from=cache.mean_from // config.block_size,
         causal=causal,
-        quantized=Int8Queries(codes.codes.to(torch.int8).contiguous(), codes.scale.contiguous(), codes.mean_logit),
+        quantized=Int8Queries(*_int8(codes), codes.mean_logit, *_int8(ordered)),
         **options,
     )
     want = attend_cache(
@@ -99,3 +101,8 @@ def kernels_and_reference(
         softcap=softcap,
     )
     return got, want
+
+
+def _int8(x: Queries | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Codes and units as kernels take them."""
+    return (None, None) if x is None else (x.codes.to(torch.int8).contiguous(), x.scale.contiguous())

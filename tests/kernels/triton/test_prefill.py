@@ -13,6 +13,7 @@ from ...helpers import normals, qkv
 from .attending import OFF, both, filled
 from .tools import prefill_both
 
+from turboattention.impl.contract import AttentionParams  # isort: skip
 from turboattention.impl.triton import attention as execution  # isort: skip
 from turboattention.kernels.triton import configs, many_rows  # isort: skip
 
@@ -98,7 +99,7 @@ def test_chunks_over_a_cache(bits, head_dim):
     both(*tokens_for(cache, 4, 40))
 
 
-@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_keys_in_their_order(bits, head_dim):
     """A head of two widths, and one of one, behind a sink block."""
@@ -172,9 +173,7 @@ def test_what_is_not_finite_makes_all_results_nan(side, parts, monkeypatch):
     x = list(qkv(1, 4, 2, 70, 70, 16, seed=4))
     x[side][0, -1, 69, 3] = torch.inf
     monkeypatch.setattr(execution, "check_finite", lambda *_: None)
-    out, lse = execution.prefill(
-        *x, config=OFF, attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None
-    )
+    out, lse = execution.prefill(*x, OFF, AttentionParams(True, 16**-0.5))
     assert bool(out.isnan().all())
     assert bool(lse.isnan().all())
 
@@ -186,10 +185,8 @@ def test_what_is_not_finite_makes_all_results_nan(side, parts, monkeypatch):
 def test_a_prompt_without_a_cache_is_as_by_way_of_staged_rows(head_dim, keys, fields, monkeypatch):
     q, k, v = qkv(2, 4, 2, 40, keys, head_dim, seed=5)
     k[..., 1] += 4.0
-    call = dict(
-        config=OFF.replace(**fields), attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None
-    )
-    got = execution.prefill(q, k, v, **call)
+    call = OFF.replace(**fields), AttentionParams(True, head_dim**-0.5)
+    got = execution.prefill(q, k, v, *call)
     monkeypatch.setattr(execution, "takes_many_rows", lambda *_: False)
-    want = execution.prefill(q, k, v, **call)
+    want = execution.prefill(q, k, v, *call)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

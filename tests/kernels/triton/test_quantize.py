@@ -11,9 +11,11 @@ import turboattention as ta
 from turboattention import flashq
 from turboattention.errors import DtypeError
 from turboattention.kernels.triton import quantize as kernels
+from turboattention.kernels.triton.ordering import Order
 from turboattention.kernels.triton.smoothing import first_block_mean
+from turboattention.kv.channel_order import ChannelOrder
 from turboattention.kv.quantizer import PYTORCH
-from turboattention.kv.queries import quantize_queries
+from turboattention.kv.queries import ordered_queries, quantize_queries
 
 from ...helpers import normals
 
@@ -36,29 +38,26 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
     return x.to(dtype)
 
 
-def staged(quantizer, x, span, first, mean, mean_from, rotate, order, target, width):
+def staged(quantizer, x, span, first, mean, mean_from, rotate, target, width):
     codes = torch.zeros(*x.shape[:2], width, x.shape[3], dtype=torch.int8)
     scales = torch.zeros(*x.shape[:2], width)
-    assert quantizer.quantize_tokens(x, span, first, mean, mean_from, rotate, order, codes, scales, target) is True
+    assert quantizer.quantize_tokens(x, span, first, mean, mean_from, rotate, codes, scales, target) is True
     return codes, scales
 
 
 def an_order(heads: int, head_dim: int) -> torch.Tensor:
     """Another for each head."""
-    return normals(heads, head_dim, seed=8).argsort(-1)
+    return normals(heads, head_dim, seed=8).argsort(-1).to(torch.uint8)
 
 
-def assert_same(
-    x: torch.Tensor, rotate: bool = True, smooth: bool = True, ragged: bool = False, reorder: bool = False
-) -> None:
+def assert_same(x: torch.Tensor, rotate: bool = True, smooth: bool = True, ragged: bool = False) -> None:
     batch, heads, length, head_dim = x.shape
     begin, end = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
     first, target = torch.arange(batch) * 40 + 62, torch.arange(batch) * 3
     if ragged:
         begin[0], end[-1] = min(2, length), length // 2
     mean = normals(batch, heads, head_dim, seed=5) if smooth else None
-    order = an_order(heads, head_dim) if reorder else None
-    given = (x, (begin, end), first, mean, 64, rotate, order, target, length + 3 * batch)
+    given = (x, (begin, end), first, mean, 64, rotate, target, length + 3 * batch)
     for a, b in zip(staged(kernels, *given), staged(PYTORCH, *given), strict=True):
         assert torch.equal(a, b)
 
@@ -76,7 +75,6 @@ def test_tokens_of_every_dtype(dtype, head_dim):
     x = rows(2, 3, 7, head_dim, dtype=dtype)
     assert_same(x)
     assert_same(x, rotate=False)
-    assert_same(x, rotate=False, reorder=True)
     assert_same(x, smooth=False)
 
 
@@ -85,19 +83,18 @@ def test_tokens_of_every_dtype(dtype, head_dim):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_tokens_of_every_width(dtype, head_dim):
     assert_same(rows(2, 2, 5, head_dim, dtype=dtype))
-    assert_same(rows(2, 2, 5, head_dim, dtype=dtype), rotate=False, reorder=True)
+    assert_same(rows(2, 2, 5, head_dim, dtype=dtype), rotate=False)
 
 
 @pytest.mark.parametrize("length", [1, 3, 63, 65])
 def test_tokens_of_every_length_and_ragged(length):
     assert_same(rows(3, 2, length, 16, seed=length), ragged=True)
-    assert_same(rows(3, 2, length, 16, seed=length), rotate=False, ragged=True, reorder=True)
+    assert_same(rows(3, 2, length, 16, seed=length), rotate=False, ragged=True)
 
 
 def test_strided_and_misaligned_tokens():
     x = rows(2, 9, 3, 24).transpose(1, 2)
     assert_same(x)
-    assert_same(x, rotate=False, reorder=True)
     assert_same(x[:, ::2, 1::3])
     odd = torch.zeros(x.numel() + 1)[1:]
     odd.copy_(x.reshape(-1))
@@ -121,7 +118,7 @@ def test_padding_is_never_read_and_other_rows_never_written():
     codes, scales = torch.full((2, 2, 20, 16), 77, dtype=torch.int8), torch.full((2, 2, 20), 5.0)
     span = torch.tensor([0, 4]), torch.tensor([7, 10])
     zeros = torch.zeros(2, dtype=torch.int64)
-    assert kernels.quantize_tokens(x, span, zeros, None, 0, True, None, codes, scales, torch.tensor([3, 5]))
+    assert kernels.quantize_tokens(x, span, zeros, None, 0, True, codes, scales, torch.tensor([3, 5]))
     want_codes, want_scales = flashq.quantize_tokens(flashq.rotate(x))
     for row, (begin, end, at) in enumerate(((0, 7, 3), (4, 10, 9))):
         size = end - begin
@@ -139,22 +136,22 @@ def test_what_is_not_finite_or_too_large_becomes_zeros_and_is_told(bad, dtype):
     x = rows(1, 2, 30, 24).to(dtype)
     mean = normals(1, 2, 24)
     span = (zeros, end)
-    want, want_scales = staged(kernels, x, span, zeros, mean, 0, True, None, zeros, 30)
+    want, want_scales = staged(kernels, x, span, zeros, mean, 0, True, zeros, 30)
     x[0, 1, 19, 5] = bad
     codes, scales = torch.ones(1, 2, 30, 24, dtype=torch.int8), torch.zeros(1, 2, 30)
-    assert kernels.quantize_tokens(x, span, zeros, mean, 0, True, None, codes, scales, zeros) is False
+    assert kernels.quantize_tokens(x, span, zeros, mean, 0, True, codes, scales, zeros) is False
     assert not codes[0, 1, 19].any()
     assert scales[0, 1, 19] == 1
     assert torch.equal(codes[0, :, :19], want[0, :, :19])
     assert torch.equal(scales[0, :, :19], want_scales[0, :, :19])
-    assert kernels.quantize_tokens(x, (zeros, end - 1), zeros, mean, 0, True, None, codes, scales, zeros) is True
-    codes, unit, _, flag = kernels.quantize_queries(x, 1, end, None, 2.0, True)
+    assert kernels.quantize_tokens(x, (zeros, end - 1), zeros, mean, 0, True, codes, scales, zeros) is True
+    got, flag = kernels.quantize_queries(x, 1, end, None, 2.0, True)
     assert flag.tolist() == [1]
-    assert not codes[0, 0, 1, 19].any()
-    assert unit[0, 0, 1, 19] == 2
-    assert kernels.quantize_queries(x, 1, end - 1, None, 2.0, True)[3].tolist() == [0]
+    assert not got.codes[0, 0, 1, 19].any()
+    assert got.unit[0, 0, 1, 19] == 2
+    assert kernels.quantize_queries(x, 1, end - 1, None, 2.0, True)[1].tolist() == [0]
     kept = torch.ones(1, dtype=torch.int32)  # raised by an earlier call: stays
-    assert kernels.quantize_queries(x, 1, end - 1, None, 2.0, True, None, kept)[3] is kept
+    assert kernels.quantize_queries(x, 1, end - 1, None, 2.0, True, None, kept)[1] is kept
     assert kept.tolist() == [1]
 
 
@@ -167,19 +164,23 @@ def test_queries(dtype, head_dim):
     clean = q.clone()
     clean[1, :, 2:], q[1, :, 2:] = 0.0, torch.nan
     mean = normals(2, 2, head_dim, seed=4)
-    rotated = ta.TurboConfig()
-    for config, order in (
-        (rotated, None), (rotated.replace(rotate=False), None),
-        (ta.TurboConfig(bits=3, reorder_k=True), an_order(2, head_dim)),
-    ):  # fmt: skip
-        want = quantize_queries(config, clean, 2, 0.3, mean, order)
-        codes, unit, logit, flag = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotates_k, order)
+    for config in (ta.TurboConfig(), ta.TurboConfig(rotate=False)):
+        order = ChannelOrder(an_order(2, head_dim), torch.tensor([False, True]))
+        want = quantize_queries(config, clean, 2, 0.3, mean)
+        want_ordered = ordered_queries(config, clean, 2, 0.3, order, want)
+        got, flag = kernels.quantize_queries(q, 2, valid, mean, 0.3, config.rotate, Order.of(order, q))
         assert flag.tolist() == [0]
-        assert torch.equal(codes.float(), want.codes)
-        assert torch.equal(unit, want.scale)
+        assert torch.equal(got.codes.float(), want.codes)
+        assert torch.equal(got.unit, want.scale)
+        assert got.ordered_codes is not None
+        assert torch.equal(got.ordered_codes.float(), want_ordered.codes)
+        assert torch.equal(got.ordered_unit, want_ordered.scale)
         # Both are sums in float64, in different orders. (The interpreter misreads bfloat16's denormals.)
-        assert torch.allclose(logit, want.mean_logit, rtol=2e-7, atol=1e-36)
-    assert kernels.quantize_queries(q, 2, valid, None, 0.3, True)[2] is None
+        assert torch.allclose(got.mean_logit, want.mean_logit, rtol=2e-7, atol=1e-36)
+        plain, _ = kernels.quantize_queries(q, 2, valid, None, 0.3, config.rotate)
+        assert torch.equal(plain.codes, got.codes)
+        assert plain.mean_logit is None
+        assert plain.ordered_codes is None
 
 
 @pytest.mark.usefixtures("large_tiles")
@@ -187,7 +188,7 @@ def test_the_scale_of_the_mean_logit_is_not_rounded():
     """To float32 it would be; products of two values, exact in float64, show it."""
     q, mean = normals(1, 1, 64, 8), torch.zeros(1, 1, 8)
     mean[..., 0] = 3.1
-    logit = kernels.quantize_queries(q, 1, torch.tensor([64]), mean, 1 / 3, False)[2]
+    logit = kernels.quantize_queries(q, 1, torch.tensor([64]), mean, 1 / 3, False)[0].mean_logit
     assert logit is not None
     want = 1 / 3 * (q[..., 0].double() * mean[0, 0, 0].double())
     assert torch.equal(logit[:, 0], want.float())
@@ -230,8 +231,8 @@ def test_empty_batches_and_no_tokens():
     for shape in ((0, 2, 3, 8), (2, 2, 0, 8)):
         x, mean = torch.zeros(shape), torch.zeros(shape[0], 2, 8)
         assert_same(x)
-        codes, *_ = kernels.quantize_queries(x, 1, torch.zeros(shape[0]), mean[:, :1], 1.0, True)
-        assert codes.shape == (shape[0], 1, 2, shape[2], 8)
+        got, _ = kernels.quantize_queries(x, 1, torch.zeros(shape[0]), mean[:, :1], 1.0, True)
+        assert got.codes.shape == (shape[0], 1, 2, shape[2], 8)
         assert kernels.restore_rows(x, torch.float32, True).shape == shape
 
 
@@ -239,9 +240,9 @@ def test_refusals():
     x, zeros = torch.zeros(1, 1, 2, 8), torch.zeros(1, dtype=torch.int64)
     codes, scales = torch.zeros(1, 1, 2, 8, dtype=torch.int8), torch.zeros(1, 1, 2)
     with pytest.raises(DtypeError, match=r"^x: expected float32, bfloat16 or float16, got torch.float64"):
-        kernels.quantize_tokens(x.double(), (zeros, zeros), zeros, None, 0, True, None, codes, scales, zeros)
+        kernels.quantize_tokens(x.double(), (zeros, zeros), zeros, None, 0, True, codes, scales, zeros)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected int8 and .* got torch.uint8 and torch.float32"):
-        kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, None, codes.byte(), scales, zeros)
+        kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, codes.byte(), scales, zeros)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected contiguous tensors"):
         first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8))
     with pytest.raises(DtypeError, match=r"^out: expected channels side by side"):

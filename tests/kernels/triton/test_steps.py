@@ -20,6 +20,7 @@ from turboattention.impl.triton.tally import Fills
 
 from ...helpers import normals, qkv
 from ...kv.tools import content, filled
+from .attending import filled as of_two_widths
 from .test_boundary import nothing_read
 from .tools import assert_close, cache_both
 
@@ -215,7 +216,7 @@ def test_queries_of_steps_count_for_the_order_of_channels():
         else:
             assert cache.store.compressed.layout.k_halves == (False, True)
     assert isinstance(cache.kept, Steps)
-    assert torch.equal(cache.k_order, want.k_order)
+    assert torch.equal(cache.k_order.places, want.k_order.places)
 
 
 def test_queries_that_are_not_finite_leave_the_order_alone():
@@ -232,9 +233,9 @@ def test_queries_that_are_not_finite_leave_the_order_alone():
 
 
 def test_steps_behind_the_order_are_steps(stepping):
-    cache, *_ = filled([130, 100], config=ORDERED)
+    cache = of_two_widths([130, 100], config=ORDERED)
     want = cache.clone()
-    assert cache.k_order is not None
+    assert cache.store.compressed.layout.k_halves == (True, False)
     stepping(cache)
     for turn, tokens in enumerate((20, 8)):  # the last fills a block
         q, k, v = new(2, tokens, turn)
@@ -245,12 +246,12 @@ def test_steps_behind_the_order_are_steps(stepping):
 
 
 def test_a_graph_is_made_where_the_order_is_fixed():
-    cache, *_ = filled([63, 63], config=ORDERED, max_tokens=128)
+    cache = of_two_widths([63, 63], config=ORDERED, max_tokens=128)
     with pytest.raises(InputError, match=r"^cache: expected max_tokens beyond its lengths and every sequence past its"):
         DecodeGraph(cache, 4, capture=False)
     q, k, v = new(2, 1, 0)
     ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
-    assert not cache.learns_order
+    assert cache.store.compressed.layout.k_halves == (True, False)
     want, graph = cache.clone(), DecodeGraph(cache, 4, capture=False)
     q, k, v = new(2, 1, 1)
     other = ta.turbo_attention_with_kvcache(q, want, k, v, return_lse=True, backend="reference")

@@ -137,7 +137,7 @@ def _turbo() -> list[CacheMethod]:
     paper = "as published: tile scales, running maximum, min-max stage 2"
     default = "smoothing, rotation, token scales, 64 sink tokens at INT8, range search, adaptive guard"
     lag = f"{default}; the last 64 to 127 tokens at INT8"
-    reordered = f"{default}, but K not rotated: its channels by attention energy, in halves of two widths"
+    reordered = f"{default}; compressed K not rotated, its channels by attention energy in halves of two widths"
     return [
         *(
             TurboMethod(f"turbo-paper-{bits}", f"TurboAttention {bits}, paper", paper, TurboConfig.paper(bits=bits))
@@ -159,7 +159,7 @@ def _turbo() -> list[CacheMethod]:
                 reordered,
                 TurboConfig(bits=bits, reorder_k=True),
             )
-            for bits in (3, 2)
+            for bits in (4, 3, 2)
         ),
     ]
 

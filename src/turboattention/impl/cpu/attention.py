@@ -8,6 +8,7 @@ from ...config import TurboConfig
 from ...kernels.cpu.attention import attend
 from ...kernels.inputs import Pages, Standing
 from ...kv.cache import KVCache
+from ...kv.channel_order import ChannelOrder
 from ...kv.staging import SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
@@ -28,7 +29,7 @@ def prefill(
     """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
     [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     standing, staged = prefill_of(config, q, k, v)
-    return _attend(config, q, standing, None, staged, params, kv_heads=k.shape[1], mean_from=1)
+    return _attend(config, q, standing, None, staged, None, params, kv_heads=k.shape[1], mean_from=1)
 
 
 def attend_cache(
@@ -48,15 +49,16 @@ def attend_cache(
     """
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
-    pages = pages_of(cache)
+    pages, order = pages_of(cache), cache.k_order
     if config.stored_prefill and staged is not None:
-        pages, state = with_filled(pages, cache, staged, head_bits)
+        pages, order = with_filled(pages, cache, staged, head_bits)
     return _attend(
         config,
         q,
         standing_of(positions, valid, state),
         pages,
         state,
+        order,
         params,
         kv_heads=cache.num_kv_heads,
         mean_from=cache.mean_from // config.block_size,
@@ -69,6 +71,7 @@ def _attend(
     standing: Standing,
     pages: Pages | None,
     state: Stage | SequenceState,
+    order: ChannelOrder | None,
     params: AttentionParams,
     *,
     kv_heads: int,
@@ -92,7 +95,7 @@ def _attend(
         window=params.window_size,
         softcap=params.softcap,
         mask=params.attn_mask,
-        order=state.k_order,
+        order=order,
         quantized=quantized,
     )
     if result is None:  # a kernel found a query that is not finite; this raises the error

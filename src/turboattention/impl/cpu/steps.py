@@ -80,7 +80,7 @@ class _Steps:
         self._open = (cache.lengths - self._start).tolist()
         self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
         state = cache.state(torch.device("cpu"))
-        self._mean, self._order = None if state.k_mean is None else state.k_mean.contiguous(), state.k_order
+        self._mean, self._order = None if state.k_mean is None else state.k_mean.contiguous(), cache.k_order
         self._rows = 0
         self.fit(cache, 0, [])
 

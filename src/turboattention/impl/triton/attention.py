@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
-from ...kernels.inputs import BLOCK, Int8Queries, Pages, Standing
+from ...kernels.inputs import BLOCK, Pages, Standing
 from ...kernels.triton.attention import attend, takes_many_rows
 from ...kernels.triton.call import Fresh, padded
 from ...kernels.triton.fresh import mean_of_first_block
+from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kv.cache import KVCache
+from ...kv.channel_order import ChannelOrder
 from ...kv.staging import MEAN_SKIPS, SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
@@ -41,7 +43,7 @@ def prefill(
     for name, x in (("k", k), ("v", v)):
         check_finite(name, x)
     standing, staged = prefill_of(config, q, k, v)
-    return _attend(config, q, standing, None, staged, params, kv_heads=kv_heads, mean_from=1)
+    return _attend(config, q, standing, None, staged, None, params, kv_heads=kv_heads, mean_from=1)
 
 
 def _prefill_at_once(
@@ -53,12 +55,12 @@ def _prefill_at_once(
     flag = torch.zeros(1, dtype=torch.int32, device=q.device)
     mean = None
     if config.smooth_k and keys >= BLOCK:
-        mean = mean_of_first_block(k, MEAN_SKIPS, padded(head_dim), config.rotates_k, flag)
+        mean = mean_of_first_block(k, MEAN_SKIPS, padded(head_dim), config.rotate, flag)
     first, valid, lengths = (torch.full((batch,), n, device=q.device) for n in (keys - queries, queries, keys))
-    codes, unit, logit, _ = quantize_queries(q, kv_heads, valid, mean, params.scale, config.rotates_k, flag=flag)
+    quantized, _ = quantize_queries(q, kv_heads, valid, mean, params.scale, config.rotate, flag=flag)
     result = attend(
         config, q, Standing(first, valid, lengths), None, None, kv_heads=kv_heads, mean=mean, mean_from=1,
-        quantized=Int8Queries(codes, unit, logit), fresh=Fresh(k, v, mean, flag), **_options(params),
+        quantized=quantized, fresh=Fresh(k, v, mean, flag), **_options(params),
     )  # fmt: skip
     if q.device.type == "cpu" and bool(flag):
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -90,6 +92,7 @@ def attend_cache(
         standing_of(positions, valid, state),
         pages_of(cache),
         state,
+        cache.k_order,
         params,
         kv_heads=cache.num_kv_heads,
         mean_from=cache.mean_from // cache.config.block_size,
@@ -113,6 +116,7 @@ def _attend(
     standing: Standing,
     pages: Pages | None,
     state: Stage | SequenceState,
+    order: ChannelOrder | None,
     params: AttentionParams,
     *,
     kv_heads: int,
@@ -121,10 +125,7 @@ def _attend(
     mean = None if state.k_mean is None else state.k_mean.contiguous()
     first, rows, lengths = (x.to(q.device) for x in (standing.first, standing.valid, standing.lengths))
     if config.token_scales:
-        codes, unit, mean_logit, flag = quantize_queries(
-            q, kv_heads, rows, mean, params.scale, config.rotates_k, state.k_order
-        )
-        quantized = Int8Queries(codes, unit, mean_logit)
+        quantized, flag = quantize_queries(q, kv_heads, rows, mean, params.scale, config.rotate, Order.of(order, q))
     else:
         quantized, flag = queries_by_tile(config, q, standing.valid, kv_heads, params.scale, mean), None
     result = attend(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.inputs import BLOCK, Int8Queries, OpenRows, Standing
+from ...kernels.inputs import BLOCK, OpenRows, Standing
 from ...kernels.triton.append import flush_blocks, store_tokens
-from ...kernels.triton.arguments import orders
 from ...kernels.triton.attention import attend
 from ...kernels.triton.lengths import advance, stand
+from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kernels.triton.smoothing import first_block_mean
 from ...kv.growth import Growing
@@ -52,7 +52,7 @@ class Steps:
         mean = cache.state(device).k_mean
         self._mean = None if mean is None else mean.contiguous()
         # A step that would compress the first page is refused while the order is not fixed.
-        self._order = orders(cache.k_order, self._codes[0])
+        self._order = Order.of(cache.k_order, self._codes[0])
         self._lengths, self._start = (upload(x, device) for x in (cache.lengths, cache.page_counts * BLOCK))
         self.flag = notice_of(cache).on_device
 
@@ -123,9 +123,9 @@ class Steps:
         return mask.masked_fill(bad, 0)
 
     def _attend(self, q: Tensor, standing: Standing, call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        kv_heads, rotated = self._codes[0].shape[1], self._config.rotates_k
-        codes, unit, logit, _ = quantize_queries(
-            q, kv_heads, standing.valid, self._mean, call.scale, rotated, self._order, self.flag
+        kv_heads = self._codes[0].shape[1]
+        quantized, _ = quantize_queries(
+            q, kv_heads, standing.valid, self._mean, call.scale, self._config.rotate, self._order, self.flag
         )
         return attend(
             self._config,
@@ -141,7 +141,7 @@ class Steps:
             window=call.window,
             softcap=call.softcap,
             mask=mask,
-            quantized=Int8Queries(codes, unit, logit),
+            quantized=quantized,
         )
 
     def _write(self, k: Tensor, v: Tensor, counts: Tensor) -> None:
@@ -153,7 +153,6 @@ class Steps:
             self._start,
             self._mean,
             self._mean_from,
-            self._order,
             self._codes,
             self._scales,
             self.flag,
@@ -170,4 +169,4 @@ class Steps:
         if fills.sinks:
             flush_blocks(p.sinks, self._codes, self._scales, sinks, search)
         if fills.pages and p.compressed is not None:
-            flush_blocks(p.compressed, self._codes, self._scales, pages, search)
+            flush_blocks(p.compressed, self._codes, self._scales, pages, search, self._order, self._config.rotate)

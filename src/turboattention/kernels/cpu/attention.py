@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...errors import UnsupportedError
+from ...kv.channel_order import ChannelOrder
 from ...kv.layout import WIDEST, PageLayout
 from ..inputs import Int8Queries, OpenRows, Pages, Standing, refusal
 from .rows import FloatRows, float_rows
@@ -39,15 +40,15 @@ def attend(
     window: int | None,
     softcap: float | None,
     mask: Tensor | None,
-    order: Tensor | None = None,
+    order: ChannelOrder | None = None,
     quantized: Int8Queries | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """q [B, Hq, Lq, D] over pages, then rows -> out like q and lse float32 [B, Hq, Lq]; None where a
     valid row of q is not finite or beyond 1e18.
 
-    mean: float32 [B, Hkv, D] (in the space that keys are stored in) that keys from block `mean_from` on are stored
-    without, or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: int64 [Hkv, D], the order of
-    the keys' channels, or None; `quantized` takes the place of q's values.
+    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from` on are stored without, or
+    None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: that of K's channels in compressed pages, or
+    None; `quantized` takes the place of q's values.
 
     Raises UnsupportedError for what `refusal` names.
     """
@@ -104,14 +105,16 @@ def fill_queries(
 
 
 def fill_space(a: Arguments, config: TurboConfig, order: Tensor | None) -> None:
-    """The space that keys and values are stored in; `order` from `channel_table`."""
-    a.rotate_keys, a.rotate_values = config.rotates_k, config.rotate
+    """Rotation, and the order of compressed pages, from `channel_table`."""
+    a.rotate = config.rotate
     a.order = None if order is None else order.data_ptr()
 
 
-def channel_table(order: Tensor | None) -> Tensor | None:
-    """An order of channels [H, D] as kernels read it."""
-    return None if order is None else order.to(torch.int32).contiguous()
+def channel_table(order: ChannelOrder | None) -> Tensor | None:
+    """An order of channels as kernels read it: int32 [H, D], -1 in heads that it does not apply to."""
+    if order is None:
+        return None
+    return torch.where(order.halved[:, None], order.places.to(torch.int32), -1).contiguous()
 
 
 def fill_pages(a: Arguments, pages: Pages) -> None:
@@ -152,7 +155,7 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "head_dim")),
         ("q", FloatRows),
-        *((name, ctypes.c_int64) for name in ("rotate_keys", "rotate_values")),
+        *((name, ctypes.c_int64) for name in ("rotate",)),
         ("order", ctypes.c_void_p),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("mean", "unfit", "q_codes", "q_unit", "q_mean_logit")),

@@ -82,8 +82,8 @@ class PagedCall:
         s = _Store(batch=batch, heads=heads, head_dim=layout.head_dim, tokens=rows.tokens, rotate=config.rotate)
         s.before, s.page_bytes, s.search, s.plan = rows.before.data_ptr(), layout.page_bytes, config.search, plan
         a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens, head_dim=layout.head_dim)
-        # Pages of servers hold keys rotated, and of one width.
-        a.rotate_keys = a.rotate_values = config.rotate
+        # Pages of servers have no order of channels.
+        a.rotate = config.rotate
         a.scale, a.sinks, a.compressed = scale, plan, plan
         a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
         a.page_counts, a.start = rows.full.data_ptr(), rows.open_start.data_ptr()

@@ -1,7 +1,7 @@
 """Stage 1, the rotation undone, and the page codec: the launchers of csrc/cpu/quantize.
 
 Each has the meaning and the results, to the last bit, of its namesake in `kv.quantizer` (`kv.pages`
-for pages, `reference.queries` for queries). Tensors are on the CPU; float64 is left to PyTorch.
+for pages, `kv.queries` for queries). Tensors are on the CPU; float64 is left to PyTorch.
 `isa` picks an instruction set of `_cpu.isas()`, by default the best.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DtypeError
+from ...kv.channel_order import ChannelOrder
 from ...kv.layout import PageLayout
 from .attention import Plan, channel_table, page_plan
 from .rows import FloatRows, float_rows
@@ -29,19 +30,16 @@ def quantize_tokens(
     mean: Tensor | None,
     mean_from: int,
     rotate: bool,
-    order: Tensor | None,
     codes: Tensor,
     scales: Tensor,
     target: Tensor,
     isa: str = "",
 ) -> bool:
-    """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+    """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-    order: int64 [H, D], the channel that each place takes, or None. Token t stands at position `first[b] + t`; from
-    `mean_from` on, mean [B, H, D] is subtracted (in the order of places). Its
-    row goes to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W]. The
-    others of x are never read, the others of the result never written. All of span, first and
-    target are int64 [B].
+    Token t stands at position `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted. Its row goes to row
+    `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W]. The others of x are never read,
+    the others of the result never written. All of span, first and target are int64 [B].
 
     Returns whether all values read were finite and at most 1e18 in magnitude.
     """
@@ -49,15 +47,13 @@ def quantize_tokens(
     rows, kept = float_rows(x)
     begin, end, first, target = (_indices(i) for i in (*span, first, target))
     means = None if mean is None else mean.to(torch.float32).contiguous()
-    channels = channel_table(order)
     a = _Tokens(batch=batch, heads=heads, head_dim=head_dim, rotate=rotate, x=rows, mean_from=mean_from)
-    a.order = None if channels is None else channels.data_ptr()
     a.begin, a.end, a.first, a.target = (i.data_ptr() for i in (begin, end, first, target))
     a.mean = None if means is None else means.data_ptr()
     a.codes, a.scales, a.batch_rows, a.head_rows = _tile(codes, scales)
     a.threads = torch.get_num_threads()
     fine = _cpu.quantize_tokens(ctypes.addressof(a), isa)
-    del kept, channels
+    del kept
     return fine
 
 
@@ -75,7 +71,8 @@ def quantize_queries(
     times `scale`), mean_logit likewise (`scale q . mean`; None without mean [B, Hkv, D]), and
     whether all values read were finite and at most 1e18 in magnitude.
 
-    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros. order: as for `quantize_tokens`.
+    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros. order: integers [Hkv, D], the channel that
+    each place takes, or None.
     """
     batch, heads, count, head_dim = q.shape
     group = heads // kv_heads
@@ -86,7 +83,7 @@ def quantize_queries(
     means = None if mean is None else mean.to(torch.float32).contiguous()
     logits = None if means is None else torch.empty_like(unit)
     a = _Queries(batch=batch, heads=kv_heads, group=group, rows=count, head_dim=head_dim, rotate=rotate, x=rows)
-    channels = channel_table(order)
+    channels = None if order is None else order.to(torch.int32).contiguous()
     a.order = None if channels is None else channels.data_ptr()
     a.valid, a.scale, a.codes, a.units = valid.data_ptr(), scale, codes.data_ptr(), unit.data_ptr()
     a.mean = None if means is None else means.data_ptr()
@@ -129,13 +126,25 @@ def first_block_mean(
 
 
 def encode_pages(
-    layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool, isa: str = ""
+    layout: PageLayout,
+    k8: Tensor,
+    v8: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    search: bool,
+    order: ChannelOrder | None = None,
+    rotated: bool = False,
+    isa: str = "",
 ) -> Tensor:
     """Tiles k8, v8 int8 [N, H, B, D] with scales float32 [N, H, B] -> uint8 [N, page_bytes]."""
     codes = [x.contiguous() for x in (k8, v8)]
     scales = [x.to(torch.float32).contiguous() for x in (k_scale, v_scale)]
     pages = torch.zeros(len(k8), layout.page_bytes, dtype=torch.uint8)
-    _codec(_cpu.encode_pages, layout, pages, codes, scales, search, isa)
+    a, channels = _page_arguments(layout, pages, codes, scales), channel_table(order)
+    a.search, a.rotated = search, rotated
+    a.order = None if channels is None else channels.data_ptr()
+    _cpu.encode_pages(ctypes.addressof(a), isa)
+    del channels
     return pages
 
 
@@ -144,18 +153,20 @@ def decode_pages(layout: PageLayout, pages: Tensor, isa: str = "") -> tuple[Tens
     shape = (len(pages), layout.num_kv_heads, layout.block_size)
     codes = [torch.empty(*shape, layout.head_dim, dtype=torch.int8) for _ in range(2)]
     scales = [torch.empty(shape, dtype=torch.float32) for _ in range(2)]
-    _codec(_cpu.decode_pages, layout, pages.contiguous(), codes, scales, False, isa)
+    pages = pages.contiguous()
+    a = _page_arguments(layout, pages, codes, scales)
+    _cpu.decode_pages(ctypes.addressof(a), isa)
     return codes[0], codes[1], scales[0], scales[1]
 
 
-def _codec(call, layout: PageLayout, pages: Tensor, codes: list[Tensor], scales: list[Tensor], search: bool, isa: str):
+def _page_arguments(layout: PageLayout, pages: Tensor, codes: list[Tensor], scales: list[Tensor]) -> _Pages:
     a = _Pages(pages=len(pages), heads=layout.num_kv_heads, head_dim=layout.head_dim, block=layout.block_size)
-    a.head_rows, a.page_bytes, a.search = layout.block_size, layout.page_bytes, search
+    a.head_rows, a.page_bytes = layout.block_size, layout.page_bytes
     a.plan, a.bytes = page_plan(layout), pages.data_ptr()
     a.codes[:] = [x.data_ptr() for x in codes]
     a.scales[:] = [x.data_ptr() for x in scales]
     a.threads = torch.get_num_threads()
-    call(ctypes.addressof(a), isa)
+    return a
 
 
 # -- the structs of csrc/cpu/quantize/interface.h, field by field -------------------------------------
@@ -172,7 +183,6 @@ def _pointers(names: str) -> list[tuple[str, type]]:
 class _Tokens(ctypes.Structure):
     _fields_ = [
         *_words("batch heads head_dim rotate"),
-        *_pointers("order"),
         ("x", FloatRows),
         *_pointers("begin end first target mean"),
         *_words("mean_from"),
@@ -213,7 +223,8 @@ class _Pages(ctypes.Structure):
         *_pointers("bytes"),
         ("codes", ctypes.c_void_p * 2),
         ("scales", ctypes.c_void_p * 2),
-        *_words("threads"),
+        *_pointers("order"),
+        *_words("rotated threads"),
     ]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
+from ...kv.channel_order import ChannelOrder
 from ..inputs import BLOCK, Pages
 from .attention import Arguments, channel_table, fill_call, fill_pages, fill_queries, fill_space
 from .rows import FloatRows, float_rows
@@ -25,8 +26,8 @@ class Step:
 
     pages: as for attention. start: int64 [B], position of the buffer's row 0. codes: int8 keys and
     values [B, H, capacity, D], scales: bfloat16 [B, H, capacity], both written into. mean: float32
-    [B, H, D] or None, off the keys from position `mean_from` on. order: int64 [H, D], the order of the keys' channels
-    in all of them, or None. The caller may change the page
+    [B, H, D] or None, off the keys from position `mean_from` on. order: that of K's
+    channels in compressed pages, or None. The caller may change the page
     addresses, page counts and starts in place between steps.
     """
 
@@ -39,7 +40,7 @@ class Step:
         scales: tuple[Tensor, Tensor],
         mean: Tensor | None,
         mean_from: int,
-        order: Tensor | None = None,
+        order: ChannelOrder | None = None,
     ):
         self.config, self._order = config, channel_table(order)
         self._none = torch.zeros_like(start)

@@ -13,8 +13,9 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
-from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, orders, row_shape
+from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape
 from .codec import clear_padding, encode_head
+from .ordering import Order, order_rows
 from .pages import layout_facts, refusal
 from .places import OF_KEYS, OF_VALUES, PLACES, all_places
 from .rows import stage_rows, store_codes
@@ -31,7 +32,6 @@ def _store_kernel(
     counts,
     start,
     mean,
-    order,
     k_codes,
     v_codes,
     k_scales,
@@ -51,7 +51,6 @@ def _store_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROTATE_K: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -65,14 +64,12 @@ def _store_kernel(
     to = tile.to(tl.int64) * width + open_row
     if tl.program_id(1) == 0:
         offsets = b * k_stride_b + h * k_stride_h + t * k_stride_t
-        values, scale = stage_rows(
-            k, offsets, wanted, mean, tile, position >= mean_from, order, h, flag, D, ROWS, WIDTH, ROTATE_K
-        )
+        values, scale = stage_rows(k, offsets, wanted, mean, tile, position >= mean_from, flag, D, ROWS, WIDTH, ROTATE)
         store_codes(k_codes, to, wanted, values, D, WIDTH)
         tl.store(k_scales + to, scale.to(k_scales.dtype.element_ty), mask=wanted)
     else:
         offsets = b * v_stride_b + h * v_stride_h + t * v_stride_t
-        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, None, h, flag, D, ROWS, WIDTH, ROTATE)
+        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, flag, D, ROWS, WIDTH, ROTATE)
         store_codes(v_codes, to, wanted, values, D, WIDTH)
         tl.store(v_scales + to, scale.to(v_scales.dtype.element_ty), mask=wanted)
 
@@ -85,7 +82,6 @@ def store_tokens(
     start: Tensor,
     mean: Tensor | None,
     mean_from: int,
-    order: Tensor | None,
     codes: Pair,
     scales: Pair,
     flag: Tensor,
@@ -95,7 +91,6 @@ def store_tokens(
 
     lengths, counts, start: int64 [B], tokens stored before, new tokens, position of the buffer's row 0.
     mean: float32 [B, H, D], subtracted from keys from position `mean_from` on, or None.
-    order: integers [H, D], the order of the channels of keys and mean, or None.
     codes: int8 [B, H, W, D]; scales: float32 or bfloat16 [B, H, W]; contiguous outputs. Rows from W on are dropped.
     flag: int32 [1], set to 1 if a row is not finite or exceeds 1e18 in magnitude; it is stored as zeros with scale 1.
 
@@ -109,9 +104,9 @@ def store_tokens(
     if rows:
         shape = row_shape(rows, head_dim)
         _store_kernel[(triton.cdiv(rows, shape["ROWS"]), 2)](
-            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), orders(order, k), *codes,
+            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), *codes,
             *scales, flag, rows, heads, tokens, codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3],
-            D=head_dim, ROTATE_K=config.rotates_k, ROTATE=config.rotate, **shape,
+            D=head_dim, ROTATE=config.rotate, **shape,
         )  # fmt: skip
 
 
@@ -186,12 +181,16 @@ def _flush_kernel(
             )  # fmt: skip
 
 
-def flush_blocks(layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, search: bool) -> None:
+def flush_blocks(
+    layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, search: bool, order: Order | None = None,
+    rotated: bool = False,
+) -> None:  # fmt: skip
     """Compress the first block of the buffer into page `fresh[b]`, for every sequence where that is not 0.
 
     fresh: int64 [B], addresses (multiples of 16) of pages with this layout. codes: int8 [B, H, W, D], scales: float32
     or bfloat16 [B, H, W], contiguous, W at least a block; rows after the block move to the front, followed by zeros.
-    Other sequences do not change. Raises DtypeError, UnsupportedError.
+    Other sequences do not change. order: that of K's channels in these pages, or None; rotated: whether the buffer's
+    rows are. Raises DtypeError, UnsupportedError.
     """
     refused = refusal(layout)
     if refused:
@@ -200,6 +199,8 @@ def flush_blocks(layout: PageLayout, codes: Pair, scales: Pair, fresh: Tensor, s
         check_tiles(*side, TOKEN_SCALES)
     batch, heads, width, _ = codes[0].shape
     if batch * heads:
+        if order is not None:
+            order_rows(codes[0], scales[0], order, rotated, layout.block_size, indices(fresh, codes[0]))
         _flush_kernel[(batch, 2, heads)](
             *codes, *scales, indices(fresh, codes[0]), all_places(layout, codes[0].device), width,
             SEARCH=search, **layout_facts(layout),

@@ -24,11 +24,6 @@ def means(mean: Tensor | None) -> Tensor | None:
     return None if mean is None else mean.to(torch.float32).contiguous()
 
 
-def orders(order: Tensor | None, beside: Tensor) -> Tensor | None:
-    """An order of channels [H, D], at most 256 of them, as kernels read it."""
-    return None if order is None else order.to(beside.device, torch.uint8).contiguous()
-
-
 def indices(x: Tensor, beside: Tensor) -> Tensor:
     return x.to(beside.device, torch.int64).contiguous()
 

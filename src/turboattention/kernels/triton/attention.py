@@ -16,6 +16,7 @@ from . import configs
 from .call import Call, Fresh, with_positive_unit
 from .few_rows import attend_few_rows
 from .many_rows import attend_many_rows
+from .ordering import Order
 from .quantize import quantize_queries
 
 
@@ -35,7 +36,7 @@ def attend(
     scale: float,
     mean: Tensor | None,
     mean_from: int,
-    order: Tensor | None = None,
+    order: Order | None = None,
     causal: bool,
     window: int | None,
     softcap: float | None,
@@ -47,8 +48,8 @@ def attend(
 
     `fresh`: keys and values in place of pages and rows, for calls that `takes_many_rows` names.
 
-    mean: float32 [B, Hkv, D] (in the stored space) that keys from block `mean_from` on are stored without, or None;
-    order: integers [Hkv, D], the channels in the places of stored keys, or None; mask: bool or float,
+    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from` on are stored without, or
+    None; order: that of K's channels in compressed pages, or None; mask: bool or float,
     [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place of q's values. All tensors on one device. Whether q
     is finite is told by `quantize_queries` alone.
 
@@ -62,8 +63,7 @@ def attend(
     if not lse.numel():
         return out, lse
     if quantized is None:
-        codes, unit, mean_logit, _ = quantize_queries(q, kv_heads, standing.valid, mean, scale, config.rotates_k, order)
-        quantized = Int8Queries(codes, unit, mean_logit)
+        quantized, _ = quantize_queries(q, kv_heads, standing.valid, mean, scale, config.rotate, order)
     blocks = (pages.addresses.shape[1] if pages else 0) + (-(-rows.k8.shape[2] // BLOCK) if rows else 0)
     if fresh is not None:
         blocks = -(-fresh.k.shape[2] // BLOCK)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -28,14 +28,26 @@ def with_positive_unit(quantized: Int8Queries, scale: float) -> Int8Queries:
     if scale > 0:
         return quantized
     if scale < 0:
-        return Int8Queries(-quantized.codes, -quantized.unit, quantized.mean_logit)
-    return Int8Queries(torch.zeros_like(quantized.codes), torch.ones_like(quantized.unit), quantized.mean_logit)
+        return _mapped(quantized, torch.neg, torch.neg)
+    return _mapped(quantized, torch.zeros_like, torch.ones_like)
+
+
+def _mapped(x: Int8Queries, of_codes: Callable[[Tensor], Tensor], of_units: Callable[[Tensor], Tensor]) -> Int8Queries:
+    ordered = (None, None)
+    if x.ordered_codes is not None and x.ordered_unit is not None:
+        ordered = of_codes(x.ordered_codes), of_units(x.ordered_unit)
+    return Int8Queries(of_codes(x.codes), of_units(x.unit), x.mean_logit, *ordered)
 
 
 def query_arguments(x: Int8Queries) -> dict[str, Any]:
     """Of quantized queries."""
     mean = x.unit if x.mean_logit is None else x.mean_logit
     return {"q_ptr": x.codes, "unit_ptr": x.unit, "mean_ptr": mean, "MEAN": x.mean_logit is not None}
+
+
+def ordered_arguments(x: Int8Queries) -> dict[str, Any]:
+    """Of their form for compressed pages; None where it is the same."""
+    return {"ordered_q_ptr": x.ordered_codes, "ordered_unit_ptr": x.ordered_unit}
 
 
 def softmax_arguments(

@@ -24,6 +24,21 @@ def _page(address, blank_ptr):
 
 
 @triton.jit
+def _queries(q_ptr, tile, base, group, queries, rows, WIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+    """Queries of a tile for `products.key_products`, loaded again for sinks: both halves, and which columns are the
+    higher ones. (`decode` has the same lines; from a function they would compile to other instructions.)"""
+    channel = key_channels(WIDE, D)[:, None]
+    column = tl.arange(0, 2 * R)
+    q_row = tile * R + column // 2
+    q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
+    q_there = (q_row < rows)[None, :]
+    q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
+    q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
+    is_high = (column % 2 == 1)[None, :]
+    return q_first, q_second, is_high
+
+
+@triton.jit
 def _over_pages(
     acc, total, peak, table_ptr, begin, end, blank_ptr, place, queries, sight, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
@@ -102,7 +117,7 @@ def _over_rows(
 
 @triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from", "mask_keys"])
 def decode(
-    q_ptr, unit_ptr, mean_ptr, first_ptr, valid_ptr, lengths_ptr,
+    q_ptr, unit_ptr, mean_ptr, ordered_q_ptr, ordered_unit_ptr, first_ptr, valid_ptr, lengths_ptr,
     table_ptr, counts_ptr, table_stride, blank_ptr, sink_blocks, sink_places_ptr, places_ptr,
     k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, width,
     acc_ptr, peak_ptr, total_ptr,
@@ -116,6 +131,7 @@ def decode(
 
     Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, WIDE] (left as it was where a split sees
     nothing), peak (a logit, -inf where nothing is seen) and total (in units of 1/127) [B, Hkv, tiles, splits, R].
+    ordered_q, ordered_unit: queries for compressed pages, where these have an order of channels, or None.
     PAIRS: widths of heads, as `places.pairs_mask` has them; 0: no compressed pages.
     """
     splits = tl.num_programs(0)
@@ -142,16 +158,18 @@ def decode(
         tl.store(peak_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
         tl.store(total_ptr + partial, tl.zeros((R,), tl.float32))
     else:
+        # Compressed pages come first, in whose form queries are loaded.
+        of_pages = q_ptr if ordered_q_ptr is None else ordered_q_ptr
         channel = key_channels(WIDE, D)[:, None]
         column = tl.arange(0, 2 * R)
         q_row = tile * R + column // 2
-        q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
+        q_at = of_pages + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
         q_there = (q_row < rows)[None, :]
         q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
         q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
         is_high = (column % 2 == 1)[None, :]
         at = (base * group + row % group) * queries + row // group
-        unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
+        unit = tl.load((unit_ptr if ordered_q_ptr is None else ordered_unit_ptr) + at, mask=row < rows, other=1.0)
         mean = tl.zeros_like(unit)
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
@@ -178,6 +196,10 @@ def decode(
                         rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, CAP, MASK,
                         ASM, None,
                     )  # fmt: skip
+        if ordered_q_ptr is not None and (SINKS or OPEN):
+            q_first, q_second, is_high = _queries(q_ptr, tile, base, group, queries, rows, WIDE, D, R)
+            unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
+            rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
         if SINKS:
             acc, total, peak = _over_pages(
                 acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,

@@ -11,7 +11,7 @@ from ...kv.layout import WIDEST, PageLayout
 from ...modes import in_own_modes
 from ..inputs import BLOCK
 from . import configs
-from .call import Call
+from .call import Call, ordered_arguments
 from .combine import combine
 from .decode import decode
 from .places import all_places, pairs_mask
@@ -37,6 +37,7 @@ def _attend(call: Call) -> None:
     sizes = [layout.page_bytes for layout in (sinks, compressed) if layout is not None]
     arguments = {
         **call.row_arguments(),
+        **ordered_arguments(call.quantized),
         "table_ptr": pages.addresses if pages else None,
         "counts_ptr": pages.counts if pages else None,
         "table_stride": pages.addresses.stride(0) if pages else 0,

@@ -30,9 +30,7 @@ def first_mean(
     for part in tl.static_range(64 // ROWS):
         row = part * ROWS + tl.arange(0, ROWS)
         offsets = base + row.to(tl.int64) * stride_t
-        codes, scale = stage_rows(
-            k_ptr, offsets, row >= 0, None, row, row < 0, None, row, flag_ptr, D, ROWS, WIDE, ROTATE
-        )
+        codes, scale = stage_rows(k_ptr, offsets, row >= 0, None, row, row < 0, flag_ptr, D, ROWS, WIDE, ROTATE)
         # Products of codes and scales with 4 mantissa bits sum exactly in float64, in any order.
         exact = codes.to(tl.float64) * tl.where(row >= SKIPPED, scale, 0.0).to(tl.float64)[:, None]
         total += tl.sum(exact, 0)
@@ -46,7 +44,7 @@ def fresh_operands(
     k_in, v_in, mean_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr,
     tokens, kv_heads, first_head, heads, first_sequence, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
-    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE_K: tl.constexpr, ROTATE: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, `heads` KV heads from first_head on, 2 x sequences from first_sequence on: K and V alternate).
 
@@ -63,16 +61,12 @@ def fresh_operands(
         tile = tl.zeros_like(row) + (b * kv_heads + h)
         if side == 0:
             offsets = b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h + t.to(tl.int64) * k_stride_t
-            codes, scale = stage_rows(
-                k_in, offsets, there, mean_ptr, tile, t >= 64, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE_K
-            )
+            codes, scale = stage_rows(k_in, offsets, there, mean_ptr, tile, t >= 64, flag_ptr, D, ROWS, WIDE, ROTATE)
             tl.store(k_ptr + at * (64 * WIDE) + row[:, None] * WIDE + d[None, :], codes)
             tl.store(k_scale_ptr + at * 64 + row, tl.where(there, scale, 0.0))
         else:
             offsets = b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h + t.to(tl.int64) * v_stride_t
-            codes, scale = stage_rows(
-                v_in, offsets, there, None, tile, there, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE
-            )
+            codes, scale = stage_rows(v_in, offsets, there, None, tile, there, flag_ptr, D, ROWS, WIDE, ROTATE)
             tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + value_column(row)[None, :], tl.trans(codes))
             tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
     if side == 1:
@@ -101,7 +95,7 @@ def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: 
 def make_operands(
     new: tuple[Tensor, Tensor],
     mean: Tensor | None,
-    rotates: tuple[bool, bool],
+    rotate: bool,
     flag: Tensor,
     sequences: range,
     heads: range,
@@ -110,12 +104,12 @@ def make_operands(
 ) -> None:
     """Quantize k, v [B, Hkv, L, D] of these sequences and KV heads into `operands`.
 
-    rotates: whether to rotate K, and V. mean: float32 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
+    rotate: whether to rotate K and V. mean: float32 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
     Raises DtypeError."""
     k, v = map(float_rows, new)
     fresh_operands[operands[0].shape[2], len(heads), 2 * len(sequences)](
         k, v, mean, *operands, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,
-        *k.stride()[:3], *v.stride()[:3], ROTATE_K=rotates[0], ROTATE=rotates[1], **_shape(k.shape[3], wide),
+        *k.stride()[:3], *v.stride()[:3], ROTATE=rotate, **_shape(k.shape[3], wide),
     )  # fmt: skip
 
 

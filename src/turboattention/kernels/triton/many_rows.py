@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..inputs import BLOCK
 from . import configs
-from .call import Call
+from .call import Call, ordered_arguments
 from .fresh import make_operands
 from .operands import bytes_a_block, page_operands, row_operands
 from .places import head_places, pairs_of_widths
@@ -31,6 +31,9 @@ def attend_many_rows(call: Call) -> None:
         _make_operands(call, sequences, heads, operands)
         prefill[-(-call.rows // launch.rows), len(heads), len(sequences)](
             **call.row_arguments(),
+            **ordered_arguments(call.quantized),
+            counts_ptr=call.pages.counts if call.pages else None,
+            sink_blocks=call.pages.sink_blocks if call.pages else 0,
             **dict(zip(("k_ptr", "v_ptr", "k_scale_ptr", "v_level_ptr", "v_scale_ptr"), operands, strict=True)),
             flag_ptr=call.fresh.flag if call.fresh else None,
             out_ptr=call.out,
@@ -70,8 +73,7 @@ def _make_operands(call: Call, sequences: range, heads: range, operands: tuple[T
     pages, opened, device = call.pages, call.open, call.out.device
     if call.fresh is not None:
         x = call.fresh
-        rotates = call.config.rotates_k, call.config.rotate
-        make_operands((x.k, x.v), x.mean, rotates, x.flag, sequences, heads, call.wide, operands)
+        make_operands((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, call.wide, operands)
         return
     sizes = {"first_head": heads.start, "first_sequence": sequences.start, "blocks": max(1, call.blocks)}
     shape = {"D": call.head_dim, "WIDE": call.wide}

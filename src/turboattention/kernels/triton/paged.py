@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
-from ..inputs import BLOCK, Int8Queries
+from ..inputs import BLOCK
 from . import configs, paged_configs
 from .arguments import float_rows, means, row_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
@@ -134,10 +134,8 @@ def attend(
     heads, valid = layout.num_kv_heads, batch.starts[-1:]
     # Without a softcap the mean's part is the same for all keys of a row.
     seen = mean[None] if mean is not None and softcap is not None else None
-    codes, unit, logit, _ = quantize_queries(
-        q.transpose(0, 1)[None], heads, valid, seen, scale, config.rotate, flag=flag
-    )
-    x = with_positive_unit(Int8Queries(codes, unit, logit), scale)
+    quantized, _ = quantize_queries(q.transpose(0, 1)[None], heads, valid, seen, scale, config.rotate, flag=flag)
+    x = with_positive_unit(quantized, scale)
     group = q.shape[1] // heads
     few = max(configs.LARGEST_DECODE_ROWS, group)
     arguments = {

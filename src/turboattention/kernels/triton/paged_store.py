@@ -47,7 +47,7 @@ def _stage_side(
     x, offsets, wanted, mean, h, flag, codes, scales, row, ring_codes, ring_scales, ring_row, kept,
     D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    values, scale = stage_rows(x, offsets, wanted, mean, h, wanted, None, h, flag, D, ROWS, WIDTH, ROTATE)
+    values, scale = stage_rows(x, offsets, wanted, mean, h, wanted, flag, D, ROWS, WIDTH, ROTATE)
     store_codes(ring_codes, ring_row, kept, values, D, WIDTH)
     tl.store(ring_scales + ring_row, scale, mask=kept)
     if not RING:

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import UnsupportedError
+from ...kv.channel_order import ChannelOrder
 from ...kv.layout import PageLayout
 from .codec import clear_padding, decode_head, encode_head
 from .configs import EXACT
+from .ordering import Order, order_rows
 from .places import OF_KEYS, OF_VALUES, PLACES, all_places, key_widths
 
 
@@ -81,12 +83,26 @@ def refusal(layout: PageLayout) -> str | None:
     return None if size & (size - 1) == 0 else f"block_size: the GPU kernels take powers of two, got {size}"
 
 
-def encode_pages(layout: PageLayout, k8: Tensor, v8: Tensor, k_scale: Tensor, v_scale: Tensor, search: bool) -> Tensor:
+def encode_pages(
+    layout: PageLayout,
+    k8: Tensor,
+    v8: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    search: bool,
+    order: ChannelOrder | None = None,
+    rotated: bool = False,
+) -> Tensor:
     """Encode tiles k8, v8 int8 [N, H, B, D] with scales [N, H, B] as uint8 [N, page_bytes].
 
-    Raises UnsupportedError unless the block size is a power of two."""
+    Keys of heads that `order` applies to are brought into it first; rotated: whether INT8 rows are. Raises
+    UnsupportedError unless the block size is a power of two."""
     codes = [x.contiguous() for x in (k8, v8)]
     scales = [x.to(torch.float32).contiguous() for x in (k_scale, v_scale)]
+    on_device = Order.of(order, k8)
+    if on_device is not None:
+        codes[0], scales[0] = codes[0].clone(), scales[0].clone()
+        order_rows(codes[0], scales[0], on_device, rotated, layout.block_size)
     pages = torch.empty(len(k8), layout.page_bytes, dtype=torch.uint8, device=k8.device)
     _launch(_encode_kernel, layout, pages, codes, scales, SEARCH=search)
     return pages

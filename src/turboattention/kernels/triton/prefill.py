@@ -36,7 +36,7 @@ def _by_columns(p):
 
 @triton.jit
 def _fold_block(
-    first, second, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+    first, second, total, peak, q, unit, ordered, mean, mean_from, block, operands, sight, cap, threshold,
     WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +46,10 @@ def _fold_block(
     key = block * 64 + t
     at = block * tl.full((), 64 * WIDE, tl.int64)
     k = tl.load(k_ptr + at + t[None, :] * WIDE + d[:, None])
+    if ordered is not None:
+        in_order = (block >= ordered[2]) & (block < ordered[3])
+        q = tl.where(in_order, ordered[0], q)
+        unit = tl.where(in_order, ordered[1], unit)
     s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * tl.load(k_scale_ptr + key)[None, :]
     if MEAN:
         mean = tl.where(block >= mean_from, mean, 0.0)
@@ -65,9 +69,12 @@ def _fold_block(
     return first, second, total, peak
 
 
-@triton.jit(do_not_specialize=["first_head", "first_sequence", "blocks", "window", "mean_from", "mask_keys"])
+@triton.jit(
+    do_not_specialize=["first_head", "first_sequence", "blocks", "window", "mean_from", "mask_keys", "sink_blocks"]
+)
 def prefill(
-    q_ptr, unit_ptr, mean_ptr, first_ptr, valid_ptr, lengths_ptr,
+    q_ptr, unit_ptr, mean_ptr, ordered_q_ptr, ordered_unit_ptr, counts_ptr, sink_blocks, first_ptr, valid_ptr,
+    lengths_ptr,
     k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr, out_ptr, lse_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     first_head, first_sequence, kv_heads, group, queries, blocks, window, mean_from, cap, threshold,
@@ -78,8 +85,9 @@ def prefill(
     """Grid (tiles of M rows, KV heads, sequences) of a part of the batch from first_head, first_sequence on.
 
     q int8 [B, Hkv, g, Lq, D]; unit, mean float32 [B, Hkv, g, Lq]; operands of `blocks` blocks a KV head of
-    that part; out [B, Hkv g, Lq, D] contiguous, lse float32. flag int32 [1] or None: where it is not 0, results are
-    NaN.
+    that part; ordered_q, ordered_unit: queries for the blocks from sink_blocks to counts[b] (int64 [B], exclusive), or
+    None, if they are the same; out [B, Hkv g, Lq, D] contiguous, lse float32. flag int32 [1] or None: where it is not
+    0, results are NaN.
     """
     own = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     b = first_sequence + tl.program_id(2)
@@ -94,6 +102,12 @@ def prefill(
     inside = there[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + base * D + at.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0)
     unit = tl.load(unit_ptr + base + at, mask=there, other=1.0)
+    if ordered_q_ptr is None:
+        ordered = None
+    else:
+        ordered_q = tl.load(ordered_q_ptr + base * D + at.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0)
+        ordered_unit = tl.load(ordered_unit_ptr + base + at, mask=there, other=1.0)
+        ordered = (ordered_q, ordered_unit, sink_blocks, tl.load(counts_ptr + b).to(tl.int32))
     mean = tl.zeros_like(unit)
     if MEAN:
         mean = tl.load(mean_ptr + base + at, mask=there, other=0.0)
@@ -125,14 +139,16 @@ def prefill(
     if MASK == "":
         for block in tl.range(clear, clear_end):
             first_half, second_half, total, peak = _fold_block(
-                first_half, second_half, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+                first_half, second_half, total, peak, q, unit, ordered, mean, mean_from, block, operands, sight, cap,
+                threshold,
                 WIDE, FORM, CUT, ROW, False, CAP, MASK, MEAN, SLOW, SKIP,
             )  # fmt: skip
     before = tl.maximum(tl.minimum(clear, high) - low, 0)
     for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
         block = tl.where(i < before, low + i, clear_end + i - before)
         first_half, second_half, total, peak = _fold_block(
-            first_half, second_half, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+            first_half, second_half, total, peak, q, unit, ordered, mean, mean_from, block, operands, sight, cap,
+            threshold,
             WIDE, FORM, CUT, ROW, True, CAP, MASK, MEAN, SLOW, SKIP,
         )  # fmt: skip
     total = tl.where(some, total, 0.0)

@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import DtypeError
-from .arguments import check_tiles, float_rows, indices, means, orders, row_shape
+from ..inputs import Int8Queries
+from .arguments import check_tiles, float_rows, indices, means, row_shape
+from .ordering import Order
 from .rotation import rotate, rotate_back
 from .rows import load_rows, stage_rows, store_codes, tell, token_codes
 
@@ -28,7 +30,6 @@ def _tokens_kernel(
     first,
     target,
     mean,
-    order,
     codes,
     scales,
     flag,
@@ -52,7 +53,7 @@ def _tokens_kernel(
     wanted = there & (t >= tl.load(begin + b, mask=there, other=0)) & (t < tl.load(end + b, mask=there, other=0))
     offsets = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
     smoothed = tl.load(first + b, mask=there, other=0) + t >= mean_from
-    values, scale = stage_rows(x, offsets, wanted, mean, tile, smoothed, order, h, flag, D, ROWS, WIDTH, ROTATE)
+    values, scale = stage_rows(x, offsets, wanted, mean, tile, smoothed, flag, D, ROWS, WIDTH, ROTATE)
     to = tile.to(tl.int64) * width + tl.load(target + b, mask=there, other=0) + t
     store_codes(codes, to, wanted, values, D, WIDTH)
     tl.store(scales + to, scale, mask=wanted)
@@ -65,17 +66,15 @@ def quantize_tokens(
     mean: Tensor | None,
     mean_from: int,
     rotate: bool,
-    order: Tensor | None,
     codes: Tensor,
     scales: Tensor,
     target: Tensor,
 ) -> bool:
-    """Rotate or reorder, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
+    """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-    order: integers [H, D], the channel to store at each place, or None. Token t has position `first[b] + t`; from
-    position `mean_from` on, mean [B, H, D] is subtracted. Token t is written to row `target[b] + t` of codes int8
-    [B, H, W, D] and scales float32 [B, H, W], both contiguous. Other tokens of x are not read, other rows of the
-    result not written. span, first and target are int64 [B].
+    Token t has position `first[b] + t`; from position `mean_from` on, mean [B, H, D] is subtracted. Token t is written
+    to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W], both contiguous. Other tokens
+    of x are not read, other rows of the result not written. span, first and target are int64 [B].
 
     Returns whether all values were finite and at most 1e18 in magnitude, which waits for the device. Raises DtypeError.
     """
@@ -89,7 +88,7 @@ def quantize_tokens(
     rows = batch * heads * tokens
     shape = row_shape(rows, head_dim)
     _tokens_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        x, begin, end, first, target, means(mean), orders(order, x), codes, scales, flag, rows, heads, tokens,
+        x, begin, end, first, target, means(mean), codes, scales, flag, rows, heads, tokens,
         codes.shape[2], mean_from, *x.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
     )  # fmt: skip
     return not bool(flag)
@@ -103,9 +102,12 @@ def _queries_kernel(
     q,
     valid,
     mean,
-    order,
+    places,
+    halved,
     codes,
     units,
+    ordered_codes,
+    ordered_units,
     mean_logits,
     flag,
     rows,
@@ -128,7 +130,7 @@ def _queries_kernel(
     b, h = head // heads, head % heads
     wanted = there & (t < tl.load(valid + b, mask=there, other=0))
     offsets = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
-    x, fine = load_rows(q, offsets, wanted, order, h // group, D, WIDTH)
+    x, fine = load_rows(q, offsets, wanted, D, WIDTH)
     tell(flag, fine)
     if ROTATE:
         x = rotate(x, ROWS, WIDTH, D & -D)
@@ -136,6 +138,15 @@ def _queries_kernel(
     to = row.to(tl.int64)
     store_codes(codes, to, there, values, D, WIDTH)
     tl.store(units + to, unit * scale, mask=there)
+    if places is not None:
+        channel = tl.arange(0, WIDTH)[None, :]
+        some = tl.load(halved + h // group) != 0
+        taken = (wanted & fine & some)[:, None] & (channel < D)
+        place = tl.load(places + (h // group)[:, None] * D + channel, mask=taken, other=0)
+        y = tl.load(q + offsets[:, None] + place, mask=taken, other=0.0).to(tl.float32)
+        values, unit = token_codes(tl.where(some[:, None], y, x), False)
+        store_codes(ordered_codes, to, there, values, D, WIDTH)
+        tl.store(ordered_units + to, unit * scale, mask=there)
     if mean is not None:
         channel = tl.arange(0, WIDTH)[None, :]
         mean_row = (head // group).to(tl.int64)
@@ -153,33 +164,35 @@ def quantize_queries(
     mean: Tensor | None,
     scale: float,
     rotate: bool,
-    order: Tensor | None = None,
+    order: Order | None = None,
     flag: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Int8Queries, Tensor]:
     """Quantize q [B, Hq, Lq, D] without waiting for the device.
 
-    valid: int64 [B]; rows from `valid[b]` on are not read and are zeros. mean: [B, Hkv, D] or None. order: integers
-    [Hkv, D], the order of the keys' channels, or None.
+    valid: int64 [B]; rows from `valid[b]` on are not read and are zeros. mean: [B, Hkv, D] or None. order: that of
+    K's channels in compressed pages, or None.
 
-    Returns codes int8 [B, Hkv, g, Lq, D]; unit float32 [B, Hkv, g, Lq], a row's scale times `scale`; mean_logit float32
-    [B, Hkv, g, Lq], `scale q . mean`, or None without a mean; and `flag` (a new one if None), int32 [1] on the device,
-    set to 1 if a row is not finite or exceeds 1e18 in magnitude. Such a row is read as zeros. Raises DtypeError.
+    Returns the queries, also in the form for compressed pages if there is an order (heads that it does not apply to
+    have the same codes twice), and `flag` (a new one if None), int32 [1] on the device, set to 1 if a row is not finite
+    or exceeds 1e18 in magnitude. Such a row is read as zeros. Raises DtypeError.
     """
     batch, heads, count, head_dim = q.shape
     q = float_rows(q)
     codes = torch.empty(batch, kv_heads, heads // kv_heads, count, head_dim, dtype=torch.int8, device=q.device)
     unit = torch.empty(codes.shape[:-1], dtype=torch.float32, device=q.device)
     logits = None if mean is None else torch.empty_like(unit)
+    places, halved = order or (None, None)
+    ordered = (None, None) if order is None else (torch.empty_like(codes), torch.empty_like(unit))
     if flag is None:
         flag = torch.zeros(1, dtype=torch.int32, device=q.device)
     rows = batch * heads * count
     if rows:
         shape, single = row_shape(rows, head_dim), float(np.float32(scale))
         _queries_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-            q, indices(valid, q), means(mean), orders(order, q), codes, unit, logits, flag, rows, heads,
+            q, indices(valid, q), means(mean), places, halved, codes, unit, *ordered, logits, flag, rows, heads,
             heads // kv_heads, count, single, scale - single, *q.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
         )  # fmt: skip
-    return codes, unit, logits, flag
+    return Int8Queries(codes, unit, logits, *ordered), flag
 
 
 # -- inverse rotation -----------------------------------------------------------------------------------------------

@@ -13,19 +13,14 @@ _SMALLEST_SCALE = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def load_rows(x, offsets, wanted, order, order_row, D: tl.constexpr, WIDTH: tl.constexpr):
+def load_rows(x, offsets, wanted, D: tl.constexpr, WIDTH: tl.constexpr):
     """Load rows of D channels at `offsets` (int64 [ROWS]) as float32 [ROWS, WIDTH], and check them.
 
     Returns the rows and whether each is finite and in range; rows that are not, or not `wanted`, are zeros. Rows that
-    are not wanted are not read. order: uint8 [., D], of which row `order_row` (int32 [ROWS]) is the order of channels,
-    or None."""
-    place = tl.arange(0, WIDTH)[None, :]
-    there = wanted[:, None] & (place < D)
-    if order is None:
-        at = offsets[:, None] + place
-    else:
-        at = offsets[:, None] + tl.load(order + order_row[:, None] * D + place, mask=there, other=0)
-    rows = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    are not wanted are not read."""
+    channel = tl.arange(0, WIDTH)[None, :]
+    there = wanted[:, None] & (channel < D)
+    rows = tl.load(x + (offsets[:, None] + channel), mask=there, other=0.0).to(tl.float32)
     # Compared as integers, the bits of magnitudes have the same order, with infinity and NaN largest.
     fine = tl.max(bits_of(rows) & 0x7FFFFFFF, 1) <= _LARGEST
     return tl.where(fine[:, None], rows, 0.0), fine
@@ -56,19 +51,17 @@ def stage_rows(
     mean,
     mean_row,
     smoothed,
-    order,
-    order_row,
     flag,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Load the rows at `offsets`, reorder or rotate them, smooth and quantize them: codes and scales.
+    """Load the rows at `offsets`, rotate, smooth and quantize them: codes and scales.
 
-    Row `mean_row` of `mean` is subtracted from rows that are `smoothed`. order: as in `load_rows`, for keys that are
-    not rotated. A row that is not finite gives zeros and sets the flag."""
-    rows, fine = load_rows(x, offsets, wanted, order, order_row, D, WIDTH)
+    Row `mean_row` of `mean` is subtracted from rows that are `smoothed`. A row that is not finite gives zeros and sets
+    the flag."""
+    rows, fine = load_rows(x, offsets, wanted, D, WIDTH)
     tell(flag, fine)
     if ROTATE:
         rows = rotate(rows, ROWS, WIDTH, D & -D)
