@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAIN = (
-    "fp16,turbo-8,turbo-4,turbo-4-lag,turbo-3,turbo-3-reordered,turbo-mixed,turbo-2,turbo-2-reordered,turbo-paper-4,"
+    "fp16,turbo-8,turbo-4,turbo-4-lag,turbo-4-reordered,turbo-3,turbo-3-reordered,turbo-mixed,turbo-2,turbo-2-reordered,turbo-paper-4,"
     "kivi-4,kivi-2,gear-l-4,saw-int4-kv"
 )
 """Methods of the longer contexts."""

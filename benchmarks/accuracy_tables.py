@@ -26,7 +26,7 @@ STAGES = {
 }
 FIRST = "wikitext2-2048"
 SHOWN = (
-    "turbo-8 turbo-4 turbo-4-lag turbo-3-reordered turbo-2-reordered turbo-paper-4 "
+    "turbo-8 turbo-4 turbo-4-lag turbo-4-reordered turbo-3-reordered turbo-2-reordered turbo-paper-4 "
     "int8 int4 kivi-4 kivi-2 gear-l-4 turboquant-4 saw-int4-kv q4_0-hadamard compander-4 oscar-2"
 ).split()
 """Methods of README's table."""

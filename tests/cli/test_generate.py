@@ -85,10 +85,12 @@ def test_file_and_stdin_are_the_same_as_a_prompt(run: Run, model: Path, expected
     ("arguments", "config"),
     [
         (["--bits", "3"], TurboConfig(bits=3, reorder_k=True)),
-        (["--bits", "4,2"], TurboConfig(bits=(4, 2))),
+        (["--bits", "4,2"], TurboConfig(bits=(4, 2), reorder_k=True)),
+        (["--bits", "8"], TurboConfig(bits=8)),
+        (["--bits", "mixed"], TurboConfig(bits="mixed")),
         (["--bits", "2", "--preset", "paper"], TurboConfig.paper(bits=2)),
         (["--bits", "mixed", "--preset", "paper"], TurboConfig.paper(bits="mixed")),
-        (["--preset", "default", "--guard", "off"], TurboConfig(guard="off")),
+        (["--preset", "default", "--guard", "off"], TurboConfig(guard="off", reorder_k=True)),
     ],
 )
 def test_quantization(run: Run, model: Path, arguments: list[str], config: TurboConfig) -> None:

@@ -50,13 +50,13 @@ def make_setting(
     guard: Guard | None = None,
     calibration: Calibration | None = None,
 ) -> Setting:
-    """The default preset reorders the channels of K of 3 and 2 bits: a command runs one sequence, or copies of one, so
-    that no other sequence can have decided the order. Raises ConfigError for invalid bits."""
+    """The default preset reorders the channels of K of 4, 3 and 2 bits, except "mixed": a command runs one sequence, or
+    copies of one, so that no other sequence can have decided the order. Raises ConfigError for invalid bits."""
     make = TurboConfig.paper if preset is Preset.paper else TurboConfig
     widths = parse_bits(bits)
     config = make(bits=widths) if guard is None else make(bits=widths, guard=guard.value)
     if preset is Preset.default:
-        config = config.replace(reorder_k=config.kv_bits[0] < 4)
+        config = config.replace(reorder_k=widths != "mixed" and config.kv_bits[0] < 8)
     label = bits_label(widths)
     if widths == "mixed" and calibration is not None:
         label = "measured"
