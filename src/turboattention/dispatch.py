@@ -44,6 +44,8 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     queries: int = 1
+    head_dims: tuple[int, int] | None = None
+    """Of keys and of values, where they are known."""
 
 
 SERIAL_QUERIES = 16
@@ -102,9 +104,14 @@ def _refusal(name: str, call: Call | None) -> str | None:
         return f"the tensors are on {call.device}"
     if name == "triton" and call.device.type != "cuda" and not _interpreted():
         return f"the tensors are on {call.device}, its kernels run on GPUs"
-    refusal = _device_refusal(call.device) if name == "triton" else None
+    refusal = (_device_refusal(call.device) or _width_refusal(call.head_dims)) if name == "triton" else None
     kernels = f"turboattention.kernels.{name}.attention"
     return refusal or importlib.import_module(kernels).refusal(call.config, call.dtype)
+
+
+def _width_refusal(head_dims: tuple[int, int] | None) -> str | None:
+    """Why the GPU kernels do not compute heads of these sizes, or None."""
+    return importlib.import_module("turboattention.kernels.inputs").gpu_refusal(head_dims) if head_dims else None
 
 
 def _device_refusal(device: torch.device) -> str | None:

@@ -30,8 +30,8 @@ def prefill(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
-    [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
+    """Attention without a cache: q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv] in q's
+    dtype, lse float32 [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     standing, staged = prefill_of(config, q, k, v)
     return _attend(
         config,
@@ -40,6 +40,7 @@ def prefill(
         None,
         staged,
         kv_heads=k.shape[1],
+        v_head_dim=v.shape[3],
         mean_from=1,
         causal=is_causal,
         scale=scale,
@@ -63,7 +64,7 @@ def attend_cache(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
+    """Attention over a cache: out [B, Hq, Lq, Dv] in q's dtype, lse float32 [B, Hq, Lq].
 
     Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `standing_of`. `head_bits`
     int64 [2, Hkv] are the widths that committing `staged` would freeze; used only with `stored_prefill`.
@@ -80,6 +81,7 @@ def attend_cache(
         pages,
         state,
         kv_heads=cache.num_kv_heads,
+        v_head_dim=cache.v_head_dim,
         mean_from=cache.mean_from // config.block_size,
         causal=is_causal,
         scale=scale,
@@ -97,6 +99,7 @@ def _attend(
     state: Stage | SequenceState,
     *,
     kv_heads: int,
+    v_head_dim: int,
     mean_from: int,
     causal: bool,
     scale: float | None,
@@ -116,6 +119,7 @@ def _attend(
         pages,
         open_rows_of(state, q.device),
         kv_heads=kv_heads,
+        v_head_dim=v_head_dim,
         scale=factor,
         mean=mean,
         mean_from=mean_from,
