@@ -90,9 +90,11 @@ def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Ite
         config = ta.TurboConfig(bits=bits, guard="off")
         row = functools.partial(_decode_at, plan, shape, str(bits), config, q, rivals, entries, peaks)
         yield attempted(row, "decode", shape, str(bits))
-        if bits in (3, 2):  # beside it, keys in order
-            name, config = f"{bits}, keys in order", config.replace(reorder_k=True)
-            row = functools.partial(_decode_at, plan, shape, name, config, q, {}, [], peaks)
+        beside = {f"{bits}, a scale per row": config.replace(p_scale="row")}
+        if bits in (3, 2):
+            beside[f"{bits}, keys in order"] = config.replace(reorder_k=True)
+        for name, other in beside.items():
+            row = functools.partial(_decode_at, plan, shape, name, other, q, {}, [], peaks)
             yield attempted(row, "decode", shape, name)
 
 

@@ -48,7 +48,8 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
         "prefill": {
             f"prefill, {form}": lambda form=form: _prefill(plan, tokens, OFF.replace(softmax=form), is_causal=True)
             for form in (("sas", "sas2", "exp") if real else ("sas",))
-        },
+        }
+        | {"prefill, a scale per row": lambda: _prefill(plan, tokens, OFF.replace(p_scale="row"), is_causal=True)},
         "decode": {
             f"decode, {bits} bits": lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
             for bits in ((8, *plan.bits) if real else plan.bits)
@@ -58,6 +59,11 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
                 plan, 8191 if real else 191, OFF.replace(bits=bits, reorder_k=True)
             )
             for bits in ((3, 2) if real else (3,))
+        }
+        | {
+            "decode, 4 bits, a scale per row": lambda: _decode(
+                plan, 8191 if real else 191, OFF.replace(bits=4, p_scale="row")
+            )
         },
         "paged": {
             f"pages that a server manages, {bits} bits, head_dim {size}": lambda size=size, bits=bits: paged(

@@ -10,6 +10,7 @@ steps: nothing is measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -114,16 +115,19 @@ class Setup:
             return torch.randint(3, 2048, (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
     def cache(self, bits: Any = 4, device: str | None = None) -> Any:
+        cache = self.empty_cache(bits, device)
+        if not self.gpu and not device:
+            self.fill(cache)
+        return cache
+
+    def empty_cache(self, bits: Any = 4, device: str | None = None, room: int | None = None) -> Any:
         import turboattention as ta
         from turboattention.integrations.transformers import TurboCache
 
         config = ta.TurboConfig(bits=bits, guard="off")
         # There is no C++ extension in a plain source tree.
         backend = "reference" if device else "triton"
-        cache = TurboCache(self.model.config, config, max_tokens=self.room, backend=backend)
-        if not self.gpu and not device:
-            self.fill(cache)
-        return cache
+        return TurboCache(self.model.config, config, max_tokens=room or self.room, backend=backend)
 
     def fill(self, cache: Any) -> None:
         """The prompt but its last token, by a quicker backend than the interpreter."""
@@ -242,6 +246,75 @@ def _step_times(setup: Setup) -> Iterator[Row]:
     cache = setup.cache()
     with GraphedDecoding(setup.model, cache, capture=setup.gpu) as graph:
         yield {"way": "TurboCache, graph", **timed(cache), "replayed": graph.replayed}
+
+
+def _large(setup: Setup) -> Iterator[Row]:
+    """The same for a model of Llama-3-8B's shapes with random weights, whose steps take the GPU's time and not the
+    host's: prompts, then steps of one token for each sequence. transformers' StaticCache is also captured, as it is."""
+    import transformers
+
+    from turboattention.integrations.transformers.graphed import GraphedDecoding
+
+    shapes = ((16, 2048), (16, 8192)) if setup.gpu else ((1, 126),)
+    layers, hidden = (32, 4096) if setup.gpu else (1, 64)
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=hidden, intermediate_size=7 * hidden // 2, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128 or 2, num_key_value_heads=hidden // 512 or 1, max_position_embeddings=16384,
+        eos_token_id=None, pad_token_id=0, dtype=torch.bfloat16 if setup.gpu else torch.float32,
+    )  # fmt: skip
+    with torch.device(setup.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+    other, setup.model = setup.model, model
+    try:
+        for batch, tokens in shapes:
+            room = tokens + 256
+            ways: dict[str, Callable[[], Any]] = {
+                "own cache": lambda: transformers.DynamicCache(config=config),
+                "static cache": lambda room=room: transformers.StaticCache(config=config, max_cache_len=room),
+                "TurboCache": lambda room=room: setup.empty_cache(room=room),
+                "TurboCache, graph": lambda room=room: setup.empty_cache(room=room),
+                "TurboCache, 2 bits, graph": lambda room=room: setup.empty_cache(2, room=room),
+            }
+            ids = torch.randint(3, 4096, (batch, tokens), device=setup.device)
+            for name, make in ways.items():
+                if not setup.gpu and "Turbo" not in name:
+                    continue
+                model.set_attn_implementation("turbo" if "Turbo" in name else setup.own)
+                row: Row = {"way": name, "batch": batch, "keys": tokens}
+                try:
+                    cache = make()
+                    setup.wait()
+                    begin = time.perf_counter()
+                    with torch.no_grad():
+                        model(ids, past_key_values=cache, logits_to_keep=1)
+                    setup.wait()
+                    row["prompt ms"] = (time.perf_counter() - begin) * 1e3
+                    graph = GraphedDecoding(model, cache, capture=setup.gpu) if "graph" in name else None
+                    with graph or contextlib.nullcontext():
+                        row |= _times_of_steps(setup, model, cache, ids[:, -1:])
+                except Exception as problem:  # the others are measured all the same
+                    row["refused"] = f"{type(problem).__name__}: {str(problem)[:300]}"
+                yield row
+                cache = graph = None
+                if setup.gpu:
+                    torch.cuda.empty_cache()
+    finally:
+        setup.model = other
+
+
+def _times_of_steps(setup: Setup, model: Any, cache: Any, token: torch.Tensor) -> Row:
+    """Steps of one token each; the host waits only at the end, as with a queue of requests."""
+    count = 64 if setup.gpu else 2
+    with torch.no_grad():
+        for _ in range(4 if setup.gpu else 1):
+            model(token, past_key_values=cache)
+        setup.wait()
+        begin = time.perf_counter()
+        for _ in range(count):
+            model(token, past_key_values=cache)
+        setup.wait()
+    seconds = time.perf_counter() - begin
+    return {"step ms": seconds / count * 1e3, "tokens/s": token.shape[0] * count / seconds}
 
 
 def _devices(setup: Setup) -> Iterator[Row]:
@@ -367,7 +440,7 @@ def _compiled(setup: Setup) -> Iterator[Row]:
 
 _PARTS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "eager and graph": _eager_and_graph, "steps": _step_times, "padded": _padded, "speed": _speed, "again": _again,
-    "CPU and GPU": _devices, "torch.compile": _compiled,
+    "CPU and GPU": _devices, "torch.compile": _compiled, "large": _large,
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ def steps(rehearse: bool) -> list[Step]:
         Step("trace", 30, sound=_PREFILL_GATE),
         Step("graph", 60, sound=("gate steps",)),
         Step("generate", 60, sound=("gate generate",)),
+        Step("large model", 90, sound=("gate generate",)),
         Step("profile decode 4", 50, sound=_DECODE_GATE),
         Step("profile decode 3", 50, sound=_DECODE_GATE),
         Step("profile decode 2", 50, sound=_DECODE_GATE),
@@ -217,6 +218,10 @@ def _torch_compile(shapes: Any, which: str, results: Results) -> Rows:
     yield from _generate(shapes, which, results, "torch.compile")
 
 
+def _large_model(shapes: Any, which: str, results: Results) -> Rows:
+    yield from _generate(shapes, which, results, "large")
+
+
 def _plain(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
     import report
 
@@ -254,7 +259,7 @@ def _hang(shapes: Any, which: str, results: Results) -> Rows:
 
 _OF: dict[str, _Call] = {
     "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph,
-    "trace": _trace, "gate generate": _generate_gate, "torch.compile": _torch_compile,
+    "trace": _trace, "gate generate": _generate_gate, "torch.compile": _torch_compile, "large model": _large_model,
     "profile": _profile, "throughput": _throughput, "generate": _generate, "sanitizer": _sanitizer, "flex": _flex,
     "a crash": _crash, "a hang": _hang,
 }  # fmt: skip
@@ -268,7 +273,7 @@ def summary(results: Results) -> None:
         print(", ".join(f"{name}: {value}" for name, value in row.items() if name != "step" and value))
     for row in results.rows():
         if row.get("passed") is False:
-            print(f"WRONG {row['name']}: {row['problem']}")
+            print(f"WRONG {row.get('name', row['step'])}: {row.get('problem', row)}")
     for bits in WIDTHS:
         found = sweeping.best(results.rows(f"sweep decode {bits}"), bits=str(bits))
         if found:

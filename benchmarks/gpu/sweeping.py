@@ -104,7 +104,8 @@ def _decode(
 
 
 def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
-    """Every launch and every softmax form at one length, causal; the first launch with the other rescaling, too."""
+    """Every launch and every softmax form at one length, causal; the first launch also with the other rescaling, and
+    with a scale per row of the weights."""
     with torch.inference_mode():
         for batch, tokens in plan.sweep_prefill:
             q = normals(batch, plan.heads, tokens, plan.head_dim, seed=0)
@@ -112,21 +113,27 @@ def prefill(plan: Plan, have: set[str]) -> Iterator[Row]:
             want = exact(q[:1, :, -64:], k[:1], v[:1], True)
             tried = functools.partial(_prefill, (q, k, v), want, have)
             for form, launch in itertools.product(FORMS, prefill_candidates()):
-                yield from tried(form, launch, form)
+                yield from tried(ta.TurboConfig(softmax=form, guard="off"), launch, form)
             for form in FORMS:
+                plain = ta.TurboConfig(softmax=form, guard="off")
                 with other_rescaling() as rescaling:
-                    yield from tried(form, PREFILL[0], f"{form}, {rescaling}")
+                    yield from tried(plain, PREFILL[0], f"{form}, {rescaling}")
+                yield from tried(plain.replace(p_scale="row"), PREFILL[0], f"{form}, a scale per row")
 
 
 def _prefill(
-    qkv: tuple[torch.Tensor, ...], want: torch.Tensor, have: set[str], form: str, launch: Launch, softmax: str
+    qkv: tuple[torch.Tensor, ...],
+    want: torch.Tensor,
+    have: set[str],
+    config: ta.TurboConfig,
+    launch: Launch,
+    softmax: str,
 ) -> Iterator[Row]:
-    """`softmax`: what the row says of form and rescaling."""
+    """`softmax`: what the row says of form, rescaling and scales."""
     batch, heads, tokens, head_dim = qkv[0].shape
     key = f"prefill {softmax} {batch}x{tokens} {_text(launch)}"
     if key in have:
         return
-    config = ta.TurboConfig(softmax=form, guard="off")
     attend = functools.partial(ta.turbo_attention, *qkv, is_causal=True, config=config, backend="triton")
     with launched(prefill=launch):
         row = _timed(attend, lambda: attend()[:1, :, -64:], want, captured=False)
