@@ -15,11 +15,28 @@ class ExactCache:
 
     head_bits = ()  # there is nothing to decide
 
-    def __init__(self, batch_size, num_kv_heads, head_dim, *, window_size=None, device=None, dtype=None, **_: Any):
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+    def __init__(
+        self,
+        batch_size,
+        num_kv_heads,
+        head_dim,
+        *,
+        v_head_dim=None,
+        window_size=None,
+        device=None,
+        dtype=None,
+        **_: Any,
+    ):
+        self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim or head_dim
         self.window_size, self.label, self.max_tokens = window_size, None, None
-        empty = torch.zeros(num_kv_heads, 0, head_dim, device=device, dtype=dtype)
-        self.rows = [(empty, empty) for _ in range(batch_size)]
+        empty = tuple(
+            torch.zeros(num_kv_heads, 0, width, device=device, dtype=dtype) for width in (head_dim, self.v_head_dim)
+        )
+        self.rows = [empty] * batch_size
+
+    @property
+    def token_shape(self) -> tuple[int, int, int, int]:
+        return self.batch_size, self.num_kv_heads, self.head_dim, self.v_head_dim
 
     @property
     def batch_size(self) -> int:

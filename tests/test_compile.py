@@ -282,7 +282,7 @@ def test_opcheck_attention_over_a_cache():
     q, k, v = qkv(2, 4, 2, 5, 5, 16)
     cache = empty()
     cache.append(k, v)
-    options = None, False, None, None, None, "auto"
+    options = None, False, None, None, None, "auto", 16
     op = torch.ops.turboattention.attention_with_kvcache.default
     # Reading can be repeated, which the last check does; appending cannot.
     torch.library.opcheck(op, (cache.handle, q, None, None, None, *options), test_utils=CHECKS)

@@ -27,6 +27,9 @@ T* room(std::vector<T>& memory, std::int64_t count) {
     return memory.data();
 }
 
+// Channels of a row of keys or values.
+std::int64_t channels(const AttendArgs& a, std::int64_t side) { return side ? a.value_dim : a.head_dim; }
+
 float widened(std::uint16_t scale) {
     const std::uint32_t bits = static_cast<std::uint32_t>(scale) << 16;
     float x;
@@ -49,12 +52,12 @@ int quantize(const Kernels& kernels, const StepArgs& s, Workspace& w, const std:
     TokenArgs sides[2] = {};
     for (int side = 0; side < 2; ++side) {
         TokenArgs& t = sides[side];
-        t.batch = a.batch, t.heads = a.heads, t.head_dim = a.head_dim;
+        t.batch = a.batch, t.heads = a.heads, t.head_dim = channels(a, side);
         t.rotate = a.rotate;
         t.x = side ? s.v : s.k;
         t.begin = w.none.data(), t.end = w.ends.data(), t.first = s.before, t.target = target;
         t.mean = side ? nullptr : a.mean, t.mean_from = s.mean_from;
-        t.codes = room(w.codes[side], tiles * head_rows * a.head_dim);
+        t.codes = room(w.codes[side], tiles * head_rows * channels(a, side));
         t.scales = room(w.scales[side], tiles * head_rows);
         t.batch_rows = a.heads * head_rows, t.head_rows = head_rows;
     }
@@ -71,11 +74,12 @@ int quantize(const Kernels& kernels, const StepArgs& s, Workspace& w, const std:
 void fill_buffer(const StepArgs& s, Workspace& w, AttendArgs& a) {
     for (int side = 0; side < 2; ++side) {
         float* wide = room(w.open_scales[side], a.batch * a.heads * s.capacity);
+        const std::int64_t width = channels(a, side);
         for (std::int64_t i = 0; i < a.batch * a.heads; ++i) {
             const std::int64_t open = w.open[i / a.heads], row = i * s.capacity + open;
             if (s.tokens)
-                std::memcpy(s.codes[side] + row * a.head_dim, w.codes[side].data() + i * s.tokens * a.head_dim,
-                            static_cast<std::size_t>(s.tokens * a.head_dim));
+                std::memcpy(s.codes[side] + row * width, w.codes[side].data() + i * s.tokens * width,
+                            static_cast<std::size_t>(s.tokens * width));
             for (std::int64_t t = 0; t < s.tokens; ++t)
                 s.scales[side][row + t] = narrowed(w.scales[side][i * s.tokens + t]);
             for (std::int64_t t = 0; t < open + s.tokens; ++t)
@@ -91,8 +95,8 @@ void clear_new_rows(const StepArgs& s, const Workspace& w) {
     const AttendArgs& a = s.attend;
     for (int side = 0; side < 2; ++side)
         for (std::int64_t i = 0; i < a.batch * a.heads; ++i) {
-            const std::int64_t row = i * s.capacity + w.open[i / a.heads];
-            std::memset(s.codes[side] + row * a.head_dim, 0, static_cast<std::size_t>(s.tokens * a.head_dim));
+            const std::int64_t row = i * s.capacity + w.open[i / a.heads], width = channels(a, side);
+            std::memset(s.codes[side] + row * width, 0, static_cast<std::size_t>(s.tokens * width));
             std::memset(s.scales[side] + row, 0, 2 * static_cast<std::size_t>(s.tokens));
         }
 }
@@ -102,8 +106,9 @@ void open_tiles(const StepArgs& s, Workspace& w, AttendArgs& a, std::int64_t hea
     for (int side = 0; side < 2; ++side) {
         for (std::int64_t i = 0; i < a.batch * a.heads; ++i) {
             const std::int64_t open = w.open[i / a.heads], from = i * s.capacity, to = i * head_rows;
-            std::memcpy(w.codes[side].data() + to * a.head_dim, s.codes[side] + from * a.head_dim,
-                        static_cast<std::size_t>(open * a.head_dim));
+            const std::int64_t width = channels(a, side);
+            std::memcpy(w.codes[side].data() + to * width, s.codes[side] + from * width,
+                        static_cast<std::size_t>(open * width));
             for (std::int64_t t = 0; t < open; ++t) w.scales[side][to + t] = widened(s.scales[side][from + t]);
         }
         a.open[side] = w.codes[side].data(), a.open_scale[side] = w.scales[side].data();
@@ -119,25 +124,26 @@ void store_tiles(const Kernels& kernels, const StepArgs& s, Workspace& w, std::i
         if (s.fresh[b]) std::memset(reinterpret_cast<void*>(s.fresh[b]), 0, static_cast<std::size_t>(s.page_bytes));
     parallel_for(2 * tiles, static_cast<int>(a.threads), [&](std::int64_t i) {
         const std::int64_t side = i / tiles, tile = i % tiles, b = tile / a.heads, first = tile * head_rows;
+        const std::int64_t width = channels(a, side);
         const bool fills = s.fresh[b] != 0;
         if (fills) {
             PageArgs p{};
-            p.pages = 1, p.heads = a.heads, p.head_dim = a.head_dim, p.block = kBlock, p.head_rows = head_rows;
+            p.pages = 1, p.heads = a.heads, p.head_dim = a.head_dim, p.value_dim = a.value_dim;
+            p.block = kBlock, p.head_rows = head_rows;
             p.page_bytes = s.page_bytes, p.search = s.search, p.plan = a.compressed;
             p.order = a.order, p.rotated = a.rotate;
             p.bytes = reinterpret_cast<std::uint8_t*>(s.fresh[b]);
-            p.codes[side] = w.codes[side].data() + b * a.heads * head_rows * a.head_dim;
+            p.codes[side] = w.codes[side].data() + b * a.heads * head_rows * width;
             p.scales[side] = w.scales[side].data() + b * a.heads * head_rows;
             kernels.encode_head(p, 0, tile % a.heads, side);
         }
         const std::int64_t skipped = fills ? kBlock : 0, held = w.open[b], left = held + s.tokens - skipped;
-        std::int8_t* codes = s.codes[side] + tile * s.capacity * a.head_dim;
+        std::int8_t* codes = s.codes[side] + tile * s.capacity * width;
         std::uint16_t* scales = s.scales[side] + tile * s.capacity;
-        std::memcpy(codes, w.codes[side].data() + (first + skipped) * a.head_dim,
-                    static_cast<std::size_t>(left * a.head_dim));
+        std::memcpy(codes, w.codes[side].data() + (first + skipped) * width, static_cast<std::size_t>(left * width));
         for (std::int64_t t = 0; t < left; ++t) scales[t] = narrowed(w.scales[side][first + skipped + t]);
         for (std::int64_t t = left; t < held; ++t) {
-            std::memset(codes + t * a.head_dim, 0, static_cast<std::size_t>(a.head_dim));
+            std::memset(codes + t * width, 0, static_cast<std::size_t>(width));
             scales[t] = 0;
         }
     });

@@ -13,7 +13,7 @@ struct StepArgs {
     std::int64_t tokens;
     std::int64_t mean_from;      // first position whose key is stored without attend.mean
     const std::int64_t* before;  // [B], tokens before the step
-    // The buffer: int8 [B, H, capacity, D] and bfloat16 [B, H, capacity], row 0 at position start[b].
+    // The buffer: int8 [B, H, capacity, D] (values: Dv) and bfloat16 [B, H, capacity], row 0 at position start[b].
     std::int8_t* codes[2];
     std::uint16_t* scales[2];
     std::int64_t capacity;

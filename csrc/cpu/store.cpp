@@ -64,7 +64,8 @@ void fill_pages(const Kernels& kernels, const StoreArgs& s) {
         const std::int64_t side = i % 2, h = i / 2 % s.heads;
         const std::int64_t first = s.open_rows[f.b] + row_of(s, f.b, f.block * kBlock);
         PageArgs p{};
-        p.pages = 1, p.heads = s.heads, p.head_dim = s.head_dim, p.block = kBlock, p.head_rows = s.head_rows;
+        p.pages = 1, p.heads = s.heads, p.head_dim = p.value_dim = s.head_dim, p.block = kBlock,
+        p.head_rows = s.head_rows;
         p.page_bytes = s.page_bytes, p.search = s.search, p.plan = s.plan, p.bytes = page_of(f);
         p.codes[side] = s.codes[side] + first * s.head_dim;
         p.scales[side] = s.scales[side] + first;

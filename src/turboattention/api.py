@@ -57,11 +57,11 @@ def turbo_attention(
     - Causal masks are aligned to the bottom right (SDPA's own flag is top-left; they differ where Lq
       and Lk do), and combine with `attn_mask`.
     - Groups of query heads share a KV head by shape, without a flag.
-    - Values have the keys' head_dim, and inputs that require gradients are refused while grad mode is on.
+    - Inputs that require gradients are refused while grad mode is on.
 
     Args:
-        q: [B, Hq, Lq, D]. float32, bfloat16, float16 (or float64), any strides; D a multiple of 8 up to 256.
-        k, v: [B, Hkv, Lk, D] of the same dtype and device; Hkv divides Hq.
+        q: [B, Hq, Lq, D]. float32, bfloat16, float16 (or float64), any strides; D a multiple of 8 up to 512.
+        k: [B, Hkv, Lk, D], v: [B, Hkv, Lk, Dv] of the same dtype and device; Hkv divides Hq.
         attn_mask: bool (True attends) or additive float, broadcastable to [B, Hq, Lq, Lk].
         is_causal: query i sees keys up to `Lk - Lq + i`. May be combined with `attn_mask`.
         scale: factor of the logits, `1 / sqrt(D)` by default.
@@ -70,10 +70,10 @@ def turbo_attention(
         softcap: logits become `softcap * tanh(logits / softcap)`, before masks.
         return_lse: also return the log-sum-exp of the logits.
         config: `TurboConfig()` by default; its `bits` do not matter here.
-        backend: "auto", or one of `turboattention.impl()`, which then runs or raises.
+        backend: "auto", or one of `turboattention.backends()`, which then runs or raises.
 
     Returns:
-        [B, Hq, Lq, D] in the inputs' dtype; with `return_lse` also float32 [B, Hq, Lq] (natural
+        [B, Hq, Lq, Dv] in the inputs' dtype; with `return_lse` also float32 [B, Hq, Lq] (natural
         log; float64 for float64 inputs). Rows with nothing to attend give 0 and -inf.
 
     Raises:
@@ -91,7 +91,7 @@ def turbo_attention(
     check_softmax(scale, softcap)
     window_size = check_window(window_size)
     mask = check_mask(attn_mask, q, k.shape[2])
-    chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))
+    chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3])))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if name not in chosen.checks_finite:
             check_finite(name, x)
@@ -126,7 +126,7 @@ def turbo_attention_with_kvcache(
     Args:
         q: [B, Hq, Lq, D], dtypes as in `turbo_attention`.
         cache: where the past is; it takes `k_new`, `v_new`.
-        k_new, v_new: [B, Hkv, T, D] or None.
+        k_new, v_new: [B, Hkv, T, D] and [B, Hkv, T, Dv], or None.
         lengths: int64 [B], how many of the T tokens each sequence takes (left-aligned); by default
             all. With lengths, Lq must be T: query row i belongs to token i, and rows from
             `lengths[b]` on give 0. What stands in padding, of q too, is never read.
@@ -146,7 +146,18 @@ def turbo_attention_with_kvcache(
     if torch.compiler.is_dynamo_compiling():
         refuse_gradients(q=q, k_new=k_new, v_new=v_new, attn_mask=attn_mask)
         result = ops.attention_with_kvcache(
-            cache.handle, q, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap, backend
+            cache.handle,
+            q,
+            k_new,
+            v_new,
+            lengths,
+            attn_mask,
+            is_causal,
+            scale,
+            window_size,
+            softcap,
+            backend,
+            cache.v_head_dim,
         )
         return result if return_lse else result[0]
     if (k_new is None) != (v_new is None):
@@ -157,7 +168,8 @@ def turbo_attention_with_kvcache(
     check_softmax(scale, softcap)
     window_size = check_window(cache.window_size if window_size is None else window_size)
     check_window_kept(cache, window_size)
-    chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2]))
+    head_dims = cache.head_dim, cache.v_head_dim
+    chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2], head_dims))
     params = AttentionParams(is_causal, logit_scale(scale, q.shape[3]), window_size, softcap)
     # Queries alone may reach back behind what a window has kept: that is looked at below.
     plain = lengths is None or (k_new is not None and k_new.dim() == 4 and q.shape[2] == k_new.shape[2])
@@ -209,8 +221,7 @@ def _step(
     """A decode step in one call of the kernels, where it is one; else None."""
     counts = None
     if k is not None and v is not None:
-        shape = (cache.batch_size, cache.num_kv_heads, cache.head_dim)
-        check_tokens(shape, cache.device, k, v, ("k_new", "v_new"))
+        check_tokens(cache.token_shape, cache.device, k, v, ("k_new", "v_new"))
         counts = None if lengths is None else check_lengths(lengths, cache.batch_size, k.shape[2])
     mask = None
     if attn_mask is not None:
@@ -248,4 +259,5 @@ def explain(
     check_softmax(scale, softcap)
     check_window(window_size)
     check_mask(attn_mask, q, k.shape[2])
-    return dispatch.explain_choice(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2]))
+    call = dispatch.Call(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3]))
+    return dispatch.explain_choice(backend, call)

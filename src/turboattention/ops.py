@@ -64,6 +64,7 @@ def _attention_with_kvcache(
     window_size: int | None,
     softcap: float | None,
     backend: str,
+    v_head_dim: int,
 ) -> tuple[Tensor, Tensor]:
     from .api import turbo_attention_with_kvcache
 
@@ -84,15 +85,19 @@ def _attention_with_kvcache(
     return _owned(*result)
 
 
-def _fake_attention(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """out like q and lse [..., Lq], float32 (float64 for float64 q); both contiguous."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, torch.empty(q.shape[:-1], dtype=lse, device=q.device)
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_results(q, v.shape[-1])
 
 
 def _fake_attention_with_kvcache(handle: Tensor, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _fake_attention(q)
+    return _fake_results(q, args[-1])
+
+
+def _fake_results(q: Tensor, v_head_dim: int) -> tuple[Tensor, Tensor]:
+    """out [..., Lq, Dv] and lse [..., Lq], float32 (float64 for float64 q); both contiguous."""
+    out = torch.empty(*q.shape[:-1], v_head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, torch.empty(q.shape[:-1], dtype=lse, device=q.device)
 
 
 def _owned(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +119,7 @@ def config_of(text: str) -> TurboConfig | None:
 LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_SOFTMAX}, str config, str backend) -> (Tensor, Tensor)")
 LIBRARY.define(
     "attention_with_kvcache(Tensor(a!) handle, Tensor q, Tensor? k_new, Tensor? v_new, Tensor? lengths, "
-    f"{_SOFTMAX}, str backend) -> (Tensor, Tensor)"
+    f"{_SOFTMAX}, str backend, int v_head_dim) -> (Tensor, Tensor)"
 )
 LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_with_kvcache", _attention_with_kvcache, "CompositeExplicitAutograd")

@@ -8,7 +8,7 @@ from torch import Tensor
 from .config import TurboConfig
 from .errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 LARGEST = 1e18
 """Magnitude from which on products of queries and keys could overflow float32."""
 LARGEST_SCALE = 1e6
@@ -28,7 +28,7 @@ def check_config(config: TurboConfig | None) -> TurboConfig:
 def check_sizes(
     batch_size: int,
     num_kv_heads: int,
-    head_dim: int,
+    head_dims: tuple[int, int],
     max_tokens: int | None,
     window_size: int | None,
     dtype: torch.dtype | None,
@@ -39,7 +39,8 @@ def check_sizes(
     for name, (value, least) in limits.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    check_head_dim("head_dim", head_dim)
+    for name, head_dim in zip(("head_dim", "v_head_dim"), head_dims, strict=True):
+        check_head_dim(name, head_dim)
     check_window(window_size)
     if dtype is not None and dtype not in FLOATS:
         raise DtypeError(f"dtype: expected a floating-point dtype, got {dtype}")
@@ -47,7 +48,7 @@ def check_sizes(
 
 def check_head_dim(name: str, head_dim: int) -> None:
     if not isinstance(head_dim, int) or head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        what = "" if name == "head_dim" else "a head_dim that is "
+        what = "" if name.endswith("head_dim") else "a head_dim that is "
         raise ShapeError(f"{name}: expected {what}a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim!r}")
 
 
@@ -73,7 +74,7 @@ def check_mean(k_mean: Tensor | None, config: TurboConfig, heads: int, head_dim:
 
 
 def check_new(
-    expected: tuple[int, int, int],
+    expected: tuple[int, int, int, int],
     device: torch.device | None,
     k: Tensor,
     v: Tensor,
@@ -81,7 +82,7 @@ def check_new(
     names: tuple[str, str] = ("k", "v"),
     finite: bool = True,
 ) -> Tensor:
-    """New tokens of a cache of (batch, heads, head_dim); returns how many each sequence takes, int64 [B].
+    """New tokens of a cache of (batch, heads, head_dim, v_head_dim); returns how many each sequence takes, int64 [B].
 
     `names` is what messages call k and v. Without `finite` values are not looked at."""
     check_tokens(expected, device, k, v, names)
@@ -93,21 +94,21 @@ def check_new(
 
 
 def check_tokens(
-    expected: tuple[int, int, int],
+    expected: tuple[int, int, int, int],
     device: torch.device | None,
     k: Tensor,
     v: Tensor,
     names: tuple[str, str] = ("k", "v"),
 ) -> None:
-    """Shapes, dtype and device of new tokens of a cache of (batch, heads, head_dim)."""
-    batch, heads, head_dim = expected
+    """Shapes, dtype and device of new tokens of a cache of (batch, heads, head_dim, v_head_dim)."""
+    batch, heads, *head_dims = expected
     sides = dict(zip(names, (k, v), strict=True))
     check_floats(**sides)
-    for name, x in sides.items():
-        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != expected:
+    for (name, x), head_dim in zip(sides.items(), head_dims, strict=True):
+        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
             raise ShapeError(f"{name}: expected shape ({batch}, {heads}, tokens, {head_dim}), got {tuple(x.shape)}")
-    if k.shape != v.shape:
-        raise ShapeError(f"{names[1]}: expected the shape of {names[0]}, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[2] != v.shape[2]:
+        raise ShapeError(f"{names[1]}: expected the {k.shape[2]} tokens of {names[0]}, got {v.shape[2]}")
     if device is not None and k.device != device:
         raise DtypeError(f"{names[0]}: expected a tensor on {device}, as the cache is, got {k.device}")
 
@@ -128,14 +129,16 @@ def check_lengths(lengths: Tensor | None, batch: int, tokens: int) -> Tensor:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shapes [B, Hq, Lq, D], [B, Hkv, Lk, D] twice; Hkv divides Hq."""
+    """Shapes [B, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv]; Hkv divides Hq."""
     check_floats(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ShapeError(f"{name}: expected [batch, heads, tokens, head_dim], got shape {tuple(x.shape)}")
-    if k.shape != v.shape:
-        raise ShapeError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3]:
+        batch, heads, tokens = k.shape[:3]
+        raise ShapeError(f"v: expected shape ({batch}, {heads}, {tokens}, head_dim), as k has it, got {tuple(v.shape)}")
     check_query((k.shape[0], k.shape[1], k.shape[3]), q)
+    check_head_dim("v", v.shape[3])
 
 
 def check_query(expected: tuple[int, int, int], q: Tensor) -> None:

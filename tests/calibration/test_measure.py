@@ -142,7 +142,9 @@ def test_short_texts_and_other_shapes_are_refused():
     with pytest.raises(InputError, match="text: expected at least one, got none"):
         meter.statistics()
     q, k, v, gradient = text()
-    with pytest.raises(ShapeError, match=r"gradient: expected the shape of q \(1, 2, 320, 32\), got \(1, 2, 319, 32\)"):
+    with pytest.raises(
+        ShapeError, match=r"gradient: expected shape \(1, 2, 320, 32\), as q and v give it, got \(1, 2, 319, 32\)"
+    ):
         meter.add(q, k, v, gradient[:, :, 1:])
 
 

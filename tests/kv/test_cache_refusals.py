@@ -23,12 +23,17 @@ CACHES = {
     "head_dim": (
         dict(head_dim=20),
         errors.ShapeError,
-        "head_dim: expected a multiple of 8 up to 256, got 20",
+        "head_dim: expected a multiple of 8 up to 512, got 20",
+    ),
+    "v_head_dim": (
+        dict(v_head_dim=12),
+        errors.ShapeError,
+        "v_head_dim: expected a multiple of 8 up to 512, got 12",
     ),
     "head_dim float": (
         dict(head_dim=16.0),
         errors.ShapeError,
-        "head_dim: expected a multiple of 8 up to 256, got 16.0",
+        "head_dim: expected a multiple of 8 up to 512, got 16.0",
     ),
     "window": (dict(window_size=0), errors.ConfigError, "window_size: expected an integer of at least 1, got 0"),
     "dtype": (dict(dtype=torch.int8), errors.DtypeError, "dtype: expected a floating-point dtype, got torch.int8"),
@@ -72,7 +77,7 @@ APPENDS = {
     "tokens": (
         (X, zeros(2, 4, 6, 16)),
         errors.ShapeError,
-        "v: expected the shape of k, (2, 4, 5, 16), got (2, 4, 6, 16)",
+        "v: expected the 5 tokens of k, got 6",
     ),
     "dtypes": (
         (X, X.double()),

@@ -1,5 +1,5 @@
 // What attention is given: plain pointers and sizes. B sequences, H KV heads, G query heads a KV head,
-// Lq query rows, D channels; blocks are 64 tokens.
+// Lq query rows, D channels of queries and keys, Dv of values; blocks are 64 tokens.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,7 @@
 namespace turbo {
 
 constexpr int kBlock = 64;
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 512;
 
 enum FloatKind : std::int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -35,7 +35,7 @@ struct PagePlan {
 };
 
 struct AttendArgs {
-    std::int64_t batch, heads, group, queries, head_dim;
+    std::int64_t batch, heads, group, queries, head_dim, value_dim;
     // Queries [B, H G, Lq]: rotated (if `rotate`) and quantized where they are used, with the logits' factor `scale`;
     // mean [B, H, D], or null, is what keys lack. *unfit is set where a valid row holds NaN, infinity or a magnitude
     // above 1e18. Compressed pages of a head may have the channels of K unrotated and in another order: order [H, D],
@@ -59,8 +59,8 @@ struct AttendArgs {
     const std::int64_t* page_counts;
     std::int64_t page_stride, sink_blocks;
     PagePlan sinks, compressed;
-    // Open rows from position start[b] (a multiple of 64) on: int8 rows of D, one scale a row. Those of sequence b
-    // begin at row open_rows[b], or b open_stride_batch where that is null; with a ring, a multiple of 64, position p
+    // Open rows from position start[b] (a multiple of 64) on: int8 rows of D or Dv, one scale a row. Those of sequence
+    // b begin at row open_rows[b], or b open_stride_batch where that is null; with a ring, a multiple of 64, position p
     // is row p % open_ring of them.
     const std::int8_t* open[2];
     const float* open_scale[2];

@@ -34,15 +34,15 @@ inline Plan plan_of(const AttendArgs& a) {
 inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t i, float peak, float total,
                        const float* out) {
     static const Signs signs;
-    const int head_dim = static_cast<int>(a.head_dim);
+    const int value_dim = static_cast<int>(a.value_dim);
     const bool seen = total > 0;
     alignas(64) float x[kMaxHeadDim] = {};
     if (seen) {
         const float over = 1.0f / total;
-        for (int c = 0; c < head_dim; ++c) x[c] = out[c] * over;
-        if (a.rotate) unrotate_row(x, head_dim, signs);
+        for (int c = 0; c < value_dim; ++c) x[c] = out[c] * over;
+        if (a.rotate) unrotate_row(x, value_dim, signs);
     }
-    store_row(a.out, row_offset(a.out, b, head, i), head_dim, x);
+    store_row(a.out, row_offset(a.out, b, head, i), value_dim, x);
     if (!a.lse) return;
     a.lse[(b * a.heads * a.group + head) * a.queries + i] =
         seen ? peak + std::log(total) : -std::numeric_limits<float>::infinity();
@@ -88,7 +88,7 @@ inline void run_task(const AttendArgs& a, const Task& task, const Level& level, 
 template <class Level>
 inline void attend_with(const AttendArgs& a, const Level& level) {
     const Plan plan = plan_of(a);
-    const int wide = padded(a.head_dim), rows_a_task = static_cast<int>(plan.tile * a.group);
+    const int wide = padded(a.value_dim), rows_a_task = static_cast<int>(plan.tile * a.group);
     const std::int64_t tasks = a.batch * a.heads * plan.tiles * plan.splits;
     const std::size_t floats = (static_cast<std::size_t>(rows_a_task) * (wide + 2) + 15) / 16 * 16;
     // One result a task where runs of blocks are merged, else one a thread.

@@ -57,7 +57,8 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         });
         weigh(block, true);
         with_width<8, 4, 3, 2>(page.place(1).bits[0], [&](auto bits) {
-            packed_value_products<decltype(bits)::value, R>(w.p, w.p_sum, page, d, out, w.keep, w.unit);
+            packed_value_products<decltype(bits)::value, R>(w.p, w.p_sum, page, static_cast<int>(job.a.value_dim), out,
+                                                            w.keep, w.unit);
         });
     }
 };
@@ -69,7 +70,7 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
     constexpr int R = kFewRowsAtOnce;
     const Job job{a, task.b, task.h};
     const int queries = static_cast<int>(task.last_query - task.first_query);
-    const int rows = queries * static_cast<int>(a.group), head_dim = static_cast<int>(a.head_dim);
+    const int rows = queries * static_cast<int>(a.group);
     for (int row = 0; row < rows; ++row) {
         const int g = row / queries;
         const std::int64_t i = task.first_query + row % queries;
@@ -105,7 +106,7 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
         if (task_sees(a, task, block, false)) {
             const OpenBlock open = open_block(a, task.b, task.h, block);
             read_scales(scratch.scales, open);
-            row_operand(scratch.open, open, head_dim);
+            row_operand(scratch.open, open, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
             pass_over(block, false, [&](auto& pass) { pass.over_open(block); });
         }
     }

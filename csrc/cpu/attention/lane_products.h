@@ -32,12 +32,12 @@ inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim
 }
 
 template <bool Shrinks>
-inline void lane_outputs_as(const Operand& block, Group& g, int head_dim, const GroupWork& w) {
+inline void lane_outputs_as(const Operand& block, Group& g, int value_dim, const GroupWork& w) {
     F keep[kQueryVectors], factor[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
         keep[n] = f_load(w.keep + 16 * n), factor[n] = f_load(w.factor + 16 * n);
     }
-    for (int c = 0; c < head_dim; c += kAcross) {
+    for (int c = 0; c < value_dim; c += kAcross) {
         I acc[kAcross][kQueryVectors];
         for (int k = 0; k < kAcross; ++k)
             for (int n = 0; n < kQueryVectors; ++n) acc[k][n] = i_set(0);
@@ -60,11 +60,11 @@ inline void lane_outputs_as(const Operand& block, Group& g, int head_dim, const 
     }
 }
 
-inline void lane_outputs(const Operand& block, Group& g, int head_dim, const GroupWork& w, bool shrinks) {
+inline void lane_outputs(const Operand& block, Group& g, int value_dim, const GroupWork& w, bool shrinks) {
     if (shrinks)
-        lane_outputs_as<true>(block, g, head_dim, w);
+        lane_outputs_as<true>(block, g, value_dim, w);
     else
-        lane_outputs_as<false>(block, g, head_dim, w);
+        lane_outputs_as<false>(block, g, value_dim, w);
 }
 
 #endif

@@ -95,7 +95,7 @@ inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim
     Tiles::shape(64);
 }
 
-// sums [32][kQueryLanes] of 32 channels from `c` on. Past head_dim the operand holds older bytes, whose
+// sums [32][kQueryLanes] of 32 channels from `c` on. Past value_dim the operand holds older bytes, whose
 // sums are not used.
 inline void output_tiles(const Operand& block, int c, std::int32_t (*sums)[kQueryLanes]) {
     _tile_zero(0);
@@ -125,15 +125,15 @@ inline void add_outputs(Group& g, const GroupWork& w, int c, int channels, const
         }
 }
 
-inline void lane_outputs(const Operand& block, Group& g, int head_dim, const GroupWork& w, bool shrinks) {
+inline void lane_outputs(const Operand& block, Group& g, int value_dim, const GroupWork& w, bool shrinks) {
     // Tiles run ahead by one step: what they sum takes longer to arrive than adding it does.
     alignas(64) std::int32_t sums[2][32][kQueryLanes];
     _tile_loadd(6, w.p[0][0], 4 * kQueryLanes);
     _tile_loadd(7, w.p[0][16], 4 * kQueryLanes);
     output_tiles(block, 0, sums[0]);
-    for (int c = 0, at = 0; c < head_dim; c += 32, at ^= 1) {
-        if (c + 32 < head_dim) output_tiles(block, c + 32, sums[at ^ 1]);
-        const int channels = std::min(32, head_dim - c);
+    for (int c = 0, at = 0; c < value_dim; c += 32, at ^= 1) {
+        if (c + 32 < value_dim) output_tiles(block, c + 32, sums[at ^ 1]);
+        const int channels = std::min(32, value_dim - c);
         if (shrinks)
             add_outputs<true>(g, w, c, channels, sums[at]);
         else

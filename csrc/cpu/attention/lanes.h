@@ -2,7 +2,7 @@
 // operations, and both integer products read keys and values as rows:
 //
 //   scores^T [64 tokens][queries] = keys [64 tokens][D] . queries [D / 4 quads][queries][4 channels]
-//   out^T    [D][queries]        += values [D][64 tokens] . weights [16 quads of tokens][queries][4]
+//   out^T    [Dv][queries]       += values [Dv][64 tokens] . weights [16 quads of tokens][queries][4]
 #pragma once
 
 constexpr int kQueryLanes = 16 * kQueryVectors;  // queries at once
@@ -35,12 +35,12 @@ inline void set_value_scales(BlockScales& block, const float* scale) {
     block.value_unit = top / kLevels;
 }
 
-// words [16 quads of tokens][D] -> values [D][16 quads]
-inline void values_from_words(std::int8_t* values, const std::uint8_t* words, int head_dim) {
-    for (int c = 0; c < head_dim; c += 8)
+// words [16 quads of tokens][Dv] -> values [Dv][16 quads]
+inline void values_from_words(std::int8_t* values, const std::uint8_t* words, int value_dim) {
+    for (int c = 0; c < value_dim; c += 8)
         for (int quad = 0; quad < kBlock / 4; ++quad)
             for (int k = c; k < c + 8; ++k)
-                std::memcpy(values + kBlock * k + 4 * quad, words + 4 * (quad * head_dim + k), 4);
+                std::memcpy(values + kBlock * k + 4 * quad, words + 4 * (quad * value_dim + k), 4);
 }
 
 // Queries as INT8.

@@ -32,7 +32,7 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         }
         g.peak[lane] = -std::numeric_limits<float>::infinity(), g.total[lane] = 0.0f;
     }
-    fill(g.out[0], static_cast<std::int64_t>(head_dim) * kQueryLanes, 0.0f);
+    fill(g.out[0], a.value_dim * kQueryLanes, 0.0f);
 }
 
 // All groups over one block, as a pipeline: while weights of one group are computed, the products of
@@ -40,7 +40,8 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
 template <class Level>
 inline void groups_over_block(const Job& job, const Level& level, std::int64_t block, bool page, Buffer<Group>& groups,
                               int count, ManyScratch& s) {
-    const int head_dim = static_cast<int>(job.a.head_dim), form = form_of(job.a, job.h, block, page);
+    const int head_dim = static_cast<int>(job.a.head_dim), value_dim = static_cast<int>(job.a.value_dim);
+    const int form = form_of(job.a, job.h, block, page);
     const auto next_seen = [&](int n, GroupWork& w) {
         for (bool none; n < count; ++n) {
             w.all = sees_all(job.a, job.b, block, page, groups[n], w, none);
@@ -64,9 +65,9 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
             w.shrinks = group_weights<true>(level, s.scales, groups[now], w, peak);
         else
             w.shrinks = group_weights<false>(level, s.scales, groups[now], w, peak);
-        if (behind) lane_outputs(s.block, *behind, head_dim, other, shrinks);
+        if (behind) lane_outputs(s.block, *behind, value_dim, other, shrinks);
         last = now, now = next;
-        if (now >= count) lane_outputs(s.block, groups[last], head_dim, w, w.shrinks);
+        if (now >= count) lane_outputs(s.block, groups[last], value_dim, w, w.shrinks);
     }
 }
 
@@ -75,7 +76,7 @@ inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& le
                           Running& state) {
     static thread_local Buffer<Group> groups;
     const Job job{a, task.b, task.h};
-    const int head_dim = static_cast<int>(a.head_dim);
+    const int head_dim = static_cast<int>(a.head_dim), value_dim = static_cast<int>(a.value_dim);
     const int rows = static_cast<int>((task.last_query - task.first_query) * a.group);
     const int count = (rows + kQueryLanes - 1) / kQueryLanes;
     groups.hold(count);
@@ -85,13 +86,13 @@ inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& le
         if (task_sees(a, task, block, true)) {
             const PageHead page = page_of(a, task.b, task.h, block);
             read_scales(scratch.scales, page);
-            lane_operand(scratch.block, page, head_dim);
+            lane_operand(scratch.block, page, head_dim, value_dim);
             groups_over_block(job, level, block, true, groups, count, scratch);
         }
         if (task_sees(a, task, block, false)) {
             const OpenBlock open = open_block(a, task.b, task.h, block);
             read_scales(scratch.scales, open);
-            lane_operand(scratch.block, open, head_dim);
+            lane_operand(scratch.block, open, head_dim, value_dim);
             groups_over_block(job, level, block, false, groups, count, scratch);
         }
     }
@@ -100,6 +101,6 @@ inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& le
         const int lane = row % kQueryLanes;
         state.peak[row] = g.peak[lane], state.total[row] = g.total[lane];
         float* out = state.out + static_cast<std::size_t>(row) * state.wide;
-        for (int c = 0; c < head_dim; ++c) out[c] = g.out[c][lane];
+        for (int c = 0; c < value_dim; ++c) out[c] = g.out[c][lane];
     }
 }

@@ -3,7 +3,7 @@
 
 // For few query rows a lane is a token or a channel, and codes are X8 + 128:
 //   keys    [D / 4 quads of channels][64 tokens][4 channels]
-//   values  [16 quads of tokens][Dp channels][4 tokens], Dp: D in 16s
+//   values  [16 quads of tokens][Dp channels][4 tokens], Dp: Dv in 16s
 struct RowOperand {
     alignas(64) std::uint8_t keys[kMaxHeadDim * kBlock];
     alignas(64) std::uint8_t values[kMaxHeadDim * kBlock];
@@ -12,7 +12,7 @@ struct RowOperand {
 
 inline int padded(std::int64_t head_dim) { return static_cast<int>((head_dim + 15) / 16 * 16); }
 
-struct OpenBlock {  // `rows` rows of D codes, and their scales
+struct OpenBlock {  // `rows` rows of D or Dv codes, and their scales
     const std::int8_t* k;
     const std::int8_t* v;
     const float* k_scale;
@@ -51,22 +51,22 @@ inline void words_from_rows(std::uint8_t* out, const std::uint8_t* rows, int hea
     }
 }
 
-inline void row_operand(RowOperand& out, const OpenBlock& in, int head_dim) {
+inline void row_operand(RowOperand& out, const OpenBlock& in, int head_dim, int value_dim) {
     copy_rows(out.work, in.k, in.rows, head_dim, 0x80);
     for (int quad = 0; quad < head_dim / 4; ++quad)
         for (int t = 0; t < kBlock; ++t)
             std::memcpy(out.keys + 4 * (quad * kBlock + t), out.work + t * head_dim + 4 * quad, 4);
-    const int wide = padded(head_dim);
-    copy_rows(out.work, in.v, in.rows, head_dim, 0x80);
-    words_from_rows(out.values, out.work, head_dim, wide);
+    const int wide = padded(value_dim);
+    copy_rows(out.work, in.v, in.rows, value_dim, 0x80);
+    words_from_rows(out.values, out.work, value_dim, wide);
     for (int quad = 0; quad < kBlock / 4; ++quad)
-        std::memset(out.values + 4 * (quad * wide + head_dim), 0x80, 4 * static_cast<std::size_t>(wide - head_dim));
+        std::memset(out.values + 4 * (quad * wide + value_dim), 0x80, 4 * static_cast<std::size_t>(wide - value_dim));
 }
 
-inline void lane_operand(Operand& out, const OpenBlock& in, int head_dim) {
+inline void lane_operand(Operand& out, const OpenBlock& in, int head_dim, int value_dim) {
     copy_rows(out.keys, in.k, in.rows, head_dim, kFlip);
     alignas(64) static thread_local std::uint8_t rows[kBlock * kMaxHeadDim];
-    copy_rows(rows, in.v, in.rows, head_dim, 0);
-    words_from_rows(out.work, rows, head_dim, head_dim);
-    values_from_words(out.values, out.work, head_dim);
+    copy_rows(rows, in.v, in.rows, value_dim, 0);
+    words_from_rows(out.work, rows, value_dim, value_dim);
+    values_from_words(out.values, out.work, value_dim);
 }

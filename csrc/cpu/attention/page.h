@@ -124,10 +124,10 @@ inline void lane_keys(Operand& out, const PageHead& source, int head_dim, const 
 }
 
 template <int Bits>
-inline void lane_values(Operand& out, const PageHead& source, int head_dim) {
+inline void lane_values(Operand& out, const PageHead& source, int value_dim) {
     alignas(64) std::uint8_t code[64];
     CodeRanges ranges;
-    for (int octet = 0; octet < head_dim / 8; ++octet) {
+    for (int octet = 0; octet < value_dim / 8; ++octet) {
         if (Bits < 8) ranges.of_values(source, 8 * octet);
         for (int i = 0; i < 8; ++i) {
             restore<Bits>(code, source.codes(1) + octet * octet_bytes(Bits), i, ranges, 0);
@@ -139,11 +139,11 @@ inline void lane_values(Operand& out, const PageHead& source, int head_dim) {
 }
 
 // The page's INT8 values, for many rows of queries.
-inline void lane_operand(Operand& out, const PageHead& source, int head_dim) {
+inline void lane_operand(Operand& out, const PageHead& source, int head_dim, int value_dim) {
     over_runs(source.place(0), head_dim / 8, kBlock, [&](const Run& run) {
         with_width<8, 5, 4, 3, 2, 1>(run.bits,
                                      [&](auto bits) { lane_keys<decltype(bits)::value>(out, source, head_dim, run); });
     });
     with_width<8, 4, 3, 2>(source.place(1).bits[0],
-                           [&](auto bits) { lane_values<decltype(bits)::value>(out, source, head_dim); });
+                           [&](auto bits) { lane_values<decltype(bits)::value>(out, source, value_dim); });
 }

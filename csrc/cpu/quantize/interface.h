@@ -58,11 +58,11 @@ struct MeanArgs {
     float* mean;  // [B, H, D]
 };
 
-// INT8 tiles [N, H, B, D] with scales [N, H, B] (K, then V), and N pages. `head_rows`: stride between the tiles of
-// heads, in rows, at least B. Encoding brings K into the order of channels [H, D] (AttendArgs), after undoing the
-// rotation if `rotated`; decoding gives rows as stored.
+// INT8 tiles [N, H, B, D] of K and [N, H, B, Dv] of V with scales [N, H, B], and N pages. `head_rows`: stride between
+// the tiles of heads, in rows, at least B. Encoding brings K into the order of channels [H, D] (AttendArgs), after
+// undoing the rotation if `rotated`; decoding gives rows as stored.
 struct PageArgs {
-    std::int64_t pages, heads, head_dim, block, head_rows, page_bytes, search;
+    std::int64_t pages, heads, head_dim, value_dim, block, head_rows, page_bytes, search;
     PagePlan plan;
     std::uint8_t* bytes;
     std::int8_t* codes[2];

@@ -44,7 +44,7 @@ inline void used_scales(const std::int8_t* codes, const float* scales, int token
 }
 
 inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head, std::int64_t side) {
-    const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(a.head_dim);
+    const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(side == 0 ? a.head_dim : a.value_dim);
     const std::int64_t first_row = (page * a.heads + head) * a.head_rows;
     const std::int8_t* values = a.codes[side] + first_row * head_dim;
     std::uint8_t* bytes = a.bytes + page * a.page_bytes;
@@ -100,7 +100,7 @@ inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
 }
 
 inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head, std::int64_t side) {
-    const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(a.head_dim);
+    const int tokens = static_cast<int>(a.block), head_dim = static_cast<int>(side == 0 ? a.head_dim : a.value_dim);
     const std::int64_t first_row = (page * a.heads + head) * a.head_rows;
     auto* values = reinterpret_cast<std::uint8_t*>(a.codes[side] + first_row * head_dim);
     const std::uint8_t* bytes = a.bytes + page * a.page_bytes;

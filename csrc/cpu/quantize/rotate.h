@@ -41,7 +41,8 @@ inline void hadamard_blocks(double* x, int head_dim) {
             case 32: hadamard<32>(x + at); break;
             case 64: hadamard<64>(x + at); break;
             case 128: hadamard<128>(x + at); break;
-            default: hadamard<256>(x + at); break;
+            case 256: hadamard<256>(x + at); break;
+            default: hadamard<512>(x + at); break;
         }
     }
 }
@@ -54,7 +55,8 @@ inline double norm_of(int head_dim) {
         case 32: return 0.17677669529663689;
         case 64: return 0.125;
         case 128: return 0.088388347648318447;
-        default: return 0.0625;
+        case 256: return 0.0625;
+        default: return 0.044194173824159220;
     }
 }
 

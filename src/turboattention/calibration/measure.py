@@ -77,8 +77,8 @@ class LayerMeter:
         """Measure one text.
 
         Args:
-            q: [1, Hq, L, D]; k, v: [1, Hkv, L, D], attended causally.
-            gradient: [1, Hq, L, D] of the text's log-likelihood (summed over tokens) by the attention output.
+            q: [1, Hq, L, D]; k: [1, Hkv, L, D], v: [1, Hkv, L, Dv], attended causally.
+            gradient: [1, Hq, L, Dv] of the text's log-likelihood (summed over tokens) by the attention output.
             sinks: learned sink logits [Hq].
             scale, softcap, window_size: as in `turbo_attention`.
 
@@ -86,8 +86,9 @@ class LayerMeter:
             NonFiniteError: NaN or infinity in k or v. InputError: the text is shorter than `least_tokens`.
             ShapeError: shapes do not fit.
         """
-        if gradient.shape != q.shape:
-            raise ShapeError(f"gradient: expected the shape of q {tuple(q.shape)}, got {tuple(gradient.shape)}")
+        expected = (*q.shape[:3], v.shape[3])
+        if gradient.shape != expected:
+            raise ShapeError(f"gradient: expected shape {expected}, as q and v give it, got {tuple(gradient.shape)}")
         length, block = k.shape[2], self._config.block_size
         if length < self.least_tokens:
             raise InputError(f"text: expected at least {self.least_tokens} tokens, got {length}")
@@ -132,7 +133,8 @@ class LayerMeter:
 
     def _stored(self, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """k and v after quantization to this width and dequantization."""
-        cache = KVCache(k.shape[0], k.shape[1], k.shape[3], config=self._config.replace(bits=width))
+        config = self._config.replace(bits=width)
+        cache = KVCache(k.shape[0], k.shape[1], k.shape[3], config=config, v_head_dim=v.shape[3])
         cache.append(k, v)
         return cache.dequantize()
 

@@ -39,6 +39,8 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     queries: int = 1
+    head_dims: tuple[int, int] | None = None
+    """Of keys and of values, if they are known."""
 
 
 @dataclass(frozen=True)

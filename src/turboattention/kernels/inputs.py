@@ -30,8 +30,8 @@ class Pages:
 
 @dataclass(frozen=True)
 class OpenRows:
-    """INT8 rows behind the pages: k8, v8 int8 [B, H, W, D], scales float32 [B, H, W] (on GPUs of any float
-    dtype), all contiguous; row 0 is position `start[b]` (int64 [B], multiples of 64)."""
+    """INT8 rows behind the pages: k8 int8 [B, H, W, D], v8 int8 [B, H, W, Dv], scales float32 [B, H, W] (on GPUs of any
+    float dtype), all contiguous; row 0 is position `start[b]` (int64 [B], multiples of 64)."""
 
     k8: Tensor
     v8: Tensor
@@ -61,6 +61,20 @@ class Standing:
     first: Tensor
     valid: Tensor
     lengths: Tensor
+
+
+GPU_HEAD_DIM = 256
+"""Channels of a head that the GPU kernels are written for at most."""
+
+
+def gpu_refusal(head_dims: tuple[int, int]) -> str | None:
+    """Why the GPU kernels do not compute heads of these sizes (of keys and of values), or None."""
+    k_dim, v_dim = head_dims
+    if max(head_dims) > GPU_HEAD_DIM:
+        return f"head_dim is {max(head_dims)}, the GPU kernels compute up to {GPU_HEAD_DIM}"
+    if k_dim != v_dim:
+        return f"keys have head_dim {k_dim} and values {v_dim}, the GPU kernels compute equal ones"
+    return None
 
 
 def refusal(config: TurboConfig, dtype: torch.dtype, **wanted: tuple[object, ...]) -> str | None:

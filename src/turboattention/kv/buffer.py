@@ -17,15 +17,25 @@ _SPARE = 256
 class Int8Buffer:
     """Up to `capacity` INT8 tokens per sequence, left-aligned, with a scale per token.
 
-    Codes are int8 [B, H, rows, D], scales [B, H, rows]: bfloat16 with token scales, which have 4 mantissa bits and
-    are exact in it, else float32. `rows_for` chooses the number of rows; those past a sequence's tokens are zero.
+    Codes are int8 [B, H, rows, D or Dv], scales [B, H, rows]: bfloat16 with token scales, which have 4 mantissa bits
+    and are exact in it, else float32. `rows_for` chooses the number of rows; those past a sequence's tokens are zero.
     """
 
-    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, token_scales: bool, device: torch.device):
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        token_scales: bool,
+        device: torch.device,
+        v_head_dim: int = 0,
+    ):
         self.capacity = capacity
         scale_dtype, rows = torch.bfloat16 if token_scales else torch.float32, min(_STEP, capacity)
         self.k8, self.v8 = (
-            torch.zeros(batch, heads, rows, head_dim, dtype=torch.int8, device=device) for _ in range(2)
+            torch.zeros(batch, heads, rows, width, dtype=torch.int8, device=device)
+            for width in (head_dim, v_head_dim or head_dim)
         )
         self.k_scale, self.v_scale = (
             torch.zeros(batch, heads, rows, dtype=scale_dtype, device=device) for _ in range(2)

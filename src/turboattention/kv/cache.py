@@ -22,7 +22,8 @@ class KVCache(Growing):
     a head, then an INT8 buffer of fewer than `block_size + flush_lag` tokens.
 
     Args:
-        batch_size, num_kv_heads, head_dim: at least 0, at least 1, a multiple of 8 up to 256.
+        batch_size, num_kv_heads, head_dim: at least 0, at least 1, a multiple of 8 up to 512 (256 on GPUs, where the
+            reference computes wider heads).
         config: `TurboConfig()` by default.
         head_bits: widths per KV head, [Hkv] or [2, Hkv] (K, V). Without them they follow
             `config.bits`, decided when the first block is compressed and frozen from then on.
@@ -33,13 +34,15 @@ class KVCache(Growing):
             16 tokens late, so that a crop of so many stays possible.
         k_mean: float [Hkv, D], a calibrated mean of K for smoothing; by default it is taken from
             each sequence's first block.
+        v_head_dim: head_dim of values, where it is not that of keys: likewise a multiple of 8 up to 512. Not computed
+            by the GPU kernels; the reference takes such caches there.
 
     Raises:
         ConfigError, ShapeError, DtypeError for arguments out of range.
     """
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """k, v [B, Hkv, len(self), D] as attended, for inspection and tests; zeros past each
+        """k [B, Hkv, len(self), D] and v [..., Dv] as attended, for inspection and tests; zeros past each
         sequence's length and where blocks were evicted."""
         from .inspection import dequantize
 

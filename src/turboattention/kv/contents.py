@@ -38,10 +38,12 @@ class Contents:
         dtype: torch.dtype | None = None,
         window_size: int | None = None,
         k_mean: Tensor | None = None,
+        v_head_dim: int | None = None,
     ):
-        check_sizes(batch_size, num_kv_heads, head_dim, max_tokens, window_size, dtype)
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        check_sizes(batch_size, num_kv_heads, (head_dim, v_head_dim), max_tokens, window_size, dtype)
         self.config = check_config(config)
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
         self.window_size, self.max_tokens, self.dtype = window_size, max_tokens, dtype
         self.label: str | None = None
         """How messages name this cache, such as "layer 3"."""
@@ -73,14 +75,20 @@ class Contents:
         return int(self._lengths.max()) if len(self._lengths) else 0
 
     def __repr__(self) -> str:
+        values = "" if self.v_head_dim == self.head_dim else f"v_head_dim={self.v_head_dim}, "
         return (
             f"KVCache(batch_size={self.batch_size}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"tokens={len(self)}, bits={self.config.bits!r}, nbytes={self.nbytes})"
+            f"{values}tokens={len(self)}, bits={self.config.bits!r}, nbytes={self.nbytes})"
         )
 
     @property
     def batch_size(self) -> int:
         return len(self._lengths)
+
+    @property
+    def token_shape(self) -> tuple[int, int, int, int]:
+        """Sequences, KV heads, and head_dim of keys and of values."""
+        return self.batch_size, self.num_kv_heads, self.head_dim, self.v_head_dim
 
     @property
     def seq_lens(self) -> Tensor:
@@ -147,8 +155,8 @@ class Contents:
 
     @property
     def bits_per_element(self) -> float:
-        """`nbytes * 8 / (2 * sum(seq_lens) * Hkv * D)`; infinite while empty."""
-        elements = 2 * int(self._lengths.sum()) * self.num_kv_heads * self.head_dim
+        """`nbytes * 8 / (sum(seq_lens) * Hkv * (D + Dv))`; infinite while empty."""
+        elements = int(self._lengths.sum()) * self.num_kv_heads * (self.head_dim + self.v_head_dim)
         return self.nbytes * 8 / elements if elements else float("inf")
 
     # -- reading -----------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ class Contents:
         )
 
     def restore(self, x: Tensor) -> Tensor:
-        """Keys or values [B, H, L, D] from the space of INT8 rows (rotated) back to the model's."""
+        """Keys [B, H, L, D] or values [B, H, L, Dv] from the space of INT8 rows (rotated) back to the model's."""
         return rotate(x, inverse=True) if self.config.rotate else x
 
     @property
@@ -212,13 +220,13 @@ class Contents:
         if self._store is not None:
             return
         device = torch.empty(0, device=device).device  # "cuda" means the current one: tensors name it
-        c, batch = self.config, self.batch_size
+        c, (batch, heads, head_dim, v_head_dim) = self.config, self.token_shape
         state = self.state(device)
         self._k_mean, self._universal = state.k_mean, state.universal
         self._buffer = Int8Buffer(
-            batch, self.num_kv_heads, c.block_size - 1 + c.flush_lag, self.head_dim, c.token_scales, device
+            batch, heads, c.block_size - 1 + c.flush_lag, head_dim, c.token_scales, device, v_head_dim
         )
-        self._store = PageStore(c, batch, self.num_kv_heads, self.head_dim, device, self.window_size is not None)
+        self._store = PageStore(c, batch, heads, head_dim, device, self.window_size is not None, v_head_dim)
 
     def _stored_mean(self, device: torch.device) -> Tensor:
         """The calibrated mean, in the space of INT8 rows, for every sequence."""

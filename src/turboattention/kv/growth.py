@@ -29,7 +29,7 @@ class Growing(Contents):
         """Quantize and store new tokens.
 
         Args:
-            k, v: [B, Hkv, T, D], one floating dtype, on the cache's device.
+            k: [B, Hkv, T, D], v: [B, Hkv, T, Dv], one floating dtype, on the cache's device.
             lengths: int64 [B], how many of the T tokens to append to each sequence (left-aligned); default all.
                 The remaining tokens are not read.
 
@@ -41,8 +41,7 @@ class Growing(Contents):
             refuse_gradients(k=k, v=v)
             torch.ops.turboattention.append(self._handle, k, v, lengths)
             return
-        shape = (self.batch_size, self.num_kv_heads, self.head_dim)
-        counts = check_new(shape, self.device, k, v, lengths, finite=False)
+        counts = check_new(self.token_shape, self.device, k, v, lengths, finite=False)
         if quantizer_for(k.device, k.dtype).append(self, k, v, None if lengths is None else counts):
             return
         self.commit(self.stage(k, v, lengths))
@@ -61,8 +60,7 @@ class Growing(Contents):
         k, v, lengths, errors: as in `append`. names: of k and v in error messages. query_energy: float64 [Hkv, D] of
         the queries of this call (`channel_order`).
         """
-        shape = (self.batch_size, self.num_kv_heads, self.head_dim)
-        counts = check_new(shape, self.device, k, v, lengths, names)
+        counts = check_new(self.token_shape, self.device, k, v, lengths, names)
         self.look()
         self._allocate(k.device)
         if self.dtype is None:

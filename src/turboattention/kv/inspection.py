@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
-    """k, v [B, Hkv, len(cache), D] in `cache.dtype`, with the rotation undone and the mean added back.
+    """k [B, Hkv, len(cache), D] and v [B, Hkv, len(cache), Dv] in `cache.dtype`, with the rotation undone and the mean
+    added back.
 
     Positions past a sequence's length and in evicted blocks are zero.
     """
@@ -22,8 +23,8 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
     state, size = cache.state(device), cache.config.block_size
     blocks = -(-len(cache) // size)
     k, v = (
-        torch.zeros(cache.batch_size, cache.num_kv_heads, blocks * size, cache.head_dim, device=device)
-        for _ in range(2)
+        torch.zeros(cache.batch_size, cache.num_kv_heads, blocks * size, width, device=device)
+        for width in (cache.head_dim, cache.v_head_dim)
     )
     counts = cache.page_counts
     pages = int(counts.max()) if len(counts) else 0

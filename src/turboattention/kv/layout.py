@@ -5,14 +5,15 @@ Its sections are listed in order below. Within a section, heads are sorted by de
 width those with two widths first, then by index:
 
     K codes       per head `D / 8` octets of `block_size * bits` bytes
-    V codes       the same
-    K steps, K zeros, V steps, V zeros      int8 [heads below 8 bits, D] each
+    V codes       the same, with `Dv / 8` octets
+    K steps, K zeros, V steps, V zeros      int8 [heads below 8 bits, D or Dv] each
     K token scales, V token scales          uint8 [H, block_size] each, only with token scales
     K scales, V scales                      float32 [H] each, little-endian
     padding to a multiple of 16 bytes
 
-An octet is 8 channels of the whole block: `8 * block_size` codes, packed by `flashq.packing`, in an order that
-integer dot products read without a shuffle:
+D and Dv are the head_dim of keys and of values, which differ in models with latent attention. An octet is 8 channels of
+the whole block: `8 * block_size` codes, packed by `flashq.packing`, in an order that integer dot products read without
+a shuffle:
 
     K: [2 quads of channels][block_size tokens][4 channels]   a 32-bit lane is one token
     V: [block_size / 4 quads of tokens][8 channels][4 tokens] a 32-bit lane is one channel
@@ -71,10 +72,11 @@ class PageLayout:
     """Byte offsets of a page.
 
     k_bits, v_bits: one width per KV head. k_halves: for each KV head, whether K has two widths (empty if no head has),
-    which needs a head_dim divisible by 16.
+    which needs a head_dim divisible by 16. v_head_dim: Dv; 0 stands for head_dim.
 
     Raises:
-        ConfigError: head_dim is not a multiple of 8 (16 with k_halves), block_size not of 16, or lengths differ.
+        ConfigError: head_dim or v_head_dim is not a multiple of 8 (16 with k_halves), block_size not of 16, or lengths
+            differ.
     """
 
     head_dim: int
@@ -83,12 +85,15 @@ class PageLayout:
     v_bits: tuple[int, ...]
     token_scales: bool
     k_halves: tuple[bool, ...] = ()
+    v_head_dim: int = 0
 
     def __post_init__(self) -> None:
-        if self.head_dim % 8 or self.block_size % 16:
-            raise ConfigError(
-                f"layout: expected head_dim in 8s and block_size in 16s, got {self.head_dim} and {self.block_size}"
-            )
+        object.__setattr__(self, "v_head_dim", self.v_head_dim or self.head_dim)
+        for name, width in (("head_dim", self.head_dim), ("v_head_dim", self.v_head_dim)):
+            if width % 8 or self.block_size % 16:
+                raise ConfigError(
+                    f"layout: expected {name} in 8s and block_size in 16s, got {width} and {self.block_size}"
+                )
         # Only the widths of K_HALVES can be halved. Normalize, so that equal layouts have equal fields.
         halves = tuple(half and bits in K_HALVES for half, bits in zip(self.k_halves, self.k_bits, strict=False))
         object.__setattr__(self, "k_halves", halves if any(halves) else ())
@@ -105,13 +110,16 @@ class PageLayout:
     @cached_property
     def _hash(self) -> int:
         """Cached, because layouts are dictionary keys in every decode step."""
-        return hash((self.head_dim, self.block_size, self.k_bits, self.v_bits, self.token_scales, self.k_halves))
+        sizes = self.head_dim, self.v_head_dim, self.block_size
+        return hash((sizes, self.k_bits, self.v_bits, self.token_scales, self.k_halves))
 
     @classmethod
-    def uniform(cls, heads: int, head_dim: int, block_size: int, bits: int, token_scales: bool) -> PageLayout:
+    def uniform(
+        cls, heads: int, head_dim: int, block_size: int, bits: int, token_scales: bool, v_head_dim: int = 0
+    ) -> PageLayout:
         """A layout with one width for all heads (sink pages: 8)."""
         widths = (bits,) * heads
-        return cls(head_dim, block_size, widths, widths, token_scales)
+        return cls(head_dim, block_size, widths, widths, token_scales, v_head_dim=v_head_dim)
 
     @property
     def num_kv_heads(self) -> int:
@@ -119,11 +127,11 @@ class PageLayout:
 
     @cached_property
     def k_groups(self) -> tuple[Group, ...]:
-        return self._groups(self.k_bits, 0, self.k_halves)
+        return self._groups(self.head_dim, self.k_bits, 0, self.k_halves)
 
     @cached_property
     def v_groups(self) -> tuple[Group, ...]:
-        return self._groups(self.v_bits, self._code_bytes(self.k_bits), ())
+        return self._groups(self.v_head_dim, self.v_bits, self._code_bytes(self.head_dim, self.k_bits), ())
 
     @cached_property
     def k_coded(self) -> tuple[int, ...]:
@@ -137,7 +145,7 @@ class PageLayout:
     @cached_property
     def k_steps(self) -> int:
         """Byte offset of K's steps, which K's zeros follow."""
-        return self._code_bytes(self.k_bits) + self._code_bytes(self.v_bits)
+        return self._code_bytes(self.head_dim, self.k_bits) + self._code_bytes(self.v_head_dim, self.v_bits)
 
     @cached_property
     def v_steps(self) -> int:
@@ -145,7 +153,7 @@ class PageLayout:
 
     @cached_property
     def k_token_scales(self) -> int:
-        return self.v_steps + 2 * len(self.v_coded) * self.head_dim
+        return self.v_steps + 2 * len(self.v_coded) * self.v_head_dim
 
     @cached_property
     def v_token_scales(self) -> int:
@@ -168,27 +176,28 @@ class PageLayout:
     def _token_scale_bytes(self) -> int:
         return self.num_kv_heads * self.block_size if self.token_scales else 0
 
-    def _head_bytes(self, bits: int) -> int:
-        return self.head_dim * self.block_size * bits // 8
+    def _head_bytes(self, channels: int, bits: int) -> int:
+        return channels * self.block_size * bits // 8
 
-    def _code_bytes(self, widths: Sequence[int]) -> int:
-        return sum(self._head_bytes(bits) for bits in widths)
+    def _code_bytes(self, channels: int, widths: Sequence[int]) -> int:
+        return sum(self._head_bytes(channels, bits) for bits in widths)
 
-    def _groups(self, widths: Sequence[int], offset: int, halves: Sequence[bool]) -> tuple[Group, ...]:
+    def _groups(self, channels: int, widths: Sequence[int], offset: int, halves: Sequence[bool]) -> tuple[Group, ...]:
         groups = []
         for (bits, halved), members in itertools.groupby(
             _stored_order(widths, halves), lambda head: (widths[head], _is_halved(halves, head))
         ):
-            heads = tuple(members)
-            groups.append(Group(bits, heads, offset, self._head_bytes(bits), self._parts(bits, halved)))
-            offset += len(heads) * self._head_bytes(bits)
+            heads, head_bytes = tuple(members), self._head_bytes(channels, bits)
+            groups.append(Group(bits, heads, offset, head_bytes, _parts(channels, bits, halved)))
+            offset += len(heads) * head_bytes
         return tuple(groups)
 
-    def _parts(self, bits: int, halved: bool) -> tuple[tuple[int, int], ...]:
-        if not halved:
-            return ((bits, self.head_dim),)
-        wide, narrow = K_HALVES[bits]
-        return ((wide, self.head_dim // 2), (narrow, self.head_dim // 2))
+
+def _parts(channels: int, bits: int, halved: bool) -> tuple[tuple[int, int], ...]:
+    if not halved:
+        return ((bits, channels),)
+    wide, narrow = K_HALVES[bits]
+    return ((wide, channels // 2), (narrow, channels // 2))
 
 
 def _is_halved(halves: Sequence[bool], head: int) -> bool:

@@ -16,7 +16,7 @@ from .layout import TOKEN_SCALE_SHIFT, WIDEST, Group, PageLayout
 class Tiles:
     """INT8 keys and values with a scale per token.
 
-    k8, v8: int8 [..., B, D]; k_scale, v_scale: float32 [..., B] (B tokens per block).
+    k8: int8 [..., B, D]; v8: int8 [..., B, Dv]; k_scale, v_scale: float32 [..., B] (B tokens per block).
     """
 
     k8: Tensor
@@ -29,7 +29,7 @@ class Tiles:
         return Tiles(change(self.k8), change(self.v8), change(self.k_scale), change(self.v_scale))
 
     def floats(self) -> tuple[Tensor, Tensor]:
-        """The dequantized k, v [..., B, D] in the dtype of the scales."""
+        """The dequantized k [..., B, D] and v [..., B, Dv] in the dtype of the scales."""
         k, v = self.k8.to(self.k_scale.dtype), self.v8.to(self.v_scale.dtype)
         return k * self.k_scale[..., None], v * self.v_scale[..., None]
 
@@ -41,7 +41,7 @@ class Tiles:
 
 
 def encode_pages(layout: PageLayout, tiles: Tiles, search: bool) -> Tensor:
-    """Compress full blocks: tiles [N, H, B, D] -> uint8 [N, page_bytes] (stage 2 and packing)."""
+    """Compress full blocks: tiles [N, H, B, D or Dv] -> uint8 [N, page_bytes] (stage 2 and packing)."""
     count, device = len(tiles.k8), tiles.k8.device
     pages = torch.zeros(count, layout.page_bytes, dtype=torch.uint8, device=device)
     sides = (
@@ -92,9 +92,9 @@ def _encode_group(
 
 
 def decode_pages(layout: PageLayout, pages: Tensor) -> Tiles:
-    """Decode pages: uint8 [N, page_bytes] -> INT8 tiles [N, H, B, D], in integer arithmetic."""
-    k8 = _decode_codes(layout, pages, layout.k_groups, layout.k_coded, layout.k_steps, _keys_from_lines)
-    v8 = _decode_codes(layout, pages, layout.v_groups, layout.v_coded, layout.v_steps, _values_from_lines)
+    """Decode pages: uint8 [N, page_bytes] -> INT8 tiles [N, H, B, D or Dv], in integer arithmetic."""
+    k8 = _decode_codes(layout, pages, layout.k_groups, _step_table(layout, pages, 0), _keys_from_lines)
+    v8 = _decode_codes(layout, pages, layout.v_groups, _step_table(layout, pages, 1), _values_from_lines)
     return Tiles(
         k8,
         v8,
@@ -146,15 +146,23 @@ def _decode_scales(layout: PageLayout, pages: Tensor, head_offset: int, token_of
     return _token_scales(head_scale, exponents)
 
 
+def _step_table(layout: PageLayout, pages: Tensor, side: int) -> Tensor:
+    """Steps and zeros of K or V, int8 [N, 2, heads below 8 bits, 1, D]."""
+    begin, heads, channels = (
+        (layout.k_steps, len(layout.k_coded), layout.head_dim),
+        (layout.v_steps, len(layout.v_coded), layout.v_head_dim),
+    )[side]
+    return pages[:, begin : begin + 2 * heads * channels].view(torch.int8).unflatten(1, (2, heads, 1, channels))
+
+
 def _decode_codes(
-    layout: PageLayout, pages: Tensor, groups: tuple[Group, ...], coded: tuple[int, ...], steps: int, restore
+    layout: PageLayout,
+    pages: Tensor,
+    groups: tuple[Group, ...],
+    table: Tensor,
+    restore: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    parts, taken, count = [], 0, len(coded)
-    table = (
-        pages[:, steps : steps + 2 * count * layout.head_dim]
-        .view(torch.int8)
-        .unflatten(1, (2, count, 1, layout.head_dim))
-    )
+    parts, taken = [], 0
     for group in groups:
         heads = len(group.heads)
         packed = pages[:, group.offset : group.offset + heads * group.head_bytes]

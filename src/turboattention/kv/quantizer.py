@@ -68,7 +68,7 @@ class Quantizer(Protocol):
         order: ChannelOrder | None = None,
         rotated: bool = False,
     ) -> Tensor:
-        """Encode full blocks: k8, v8 int8 [N, H, B, D], scales [N, H, B] -> uint8 [N, page_bytes].
+        """Encode full blocks: k8, v8 int8 [N, H, B, D or Dv], scales [N, H, B] -> uint8 [N, page_bytes].
 
         Keys of heads that `order` applies to are brought into it first (`channel_order.ordered_rows`); rotated: whether
         INT8 rows are.
@@ -76,12 +76,12 @@ class Quantizer(Protocol):
         ...
 
     def decode_pages(self, layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decode uint8 [N, page_bytes] -> k8, v8 int8 [N, H, B, D], k_scale, v_scale [N, H, B]."""
+        """Decode uint8 [N, page_bytes] -> k8, v8 int8 [N, H, B, D or Dv], k_scale, v_scale [N, H, B]."""
         ...
 
     def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
-        """Append k, v [B, H, T, D] (shapes already checked) in one call: the first `counts[b]` tokens (int64 [B], CPU)
-        of each sequence, or all.
+        """Append k, v [B, H, T, D or Dv] (shapes already checked) in one call: the first `counts[b]` tokens (int64 [B],
+        CPU) of each sequence, or all.
 
         Returns False, without any change, if the call needs the general path: values that are not finite, blocks whose
         widths or means are not decided, or many tokens.

@@ -44,7 +44,7 @@ class SequenceState:
 
 @dataclass(frozen=True)
 class Stage:
-    """INT8 tiles [B, H, W, D] from position `start[b]` on; W is a multiple of the block size.
+    """INT8 tiles [B, H, W, D or Dv] from position `start[b]` on; W is a multiple of the block size.
 
     before, lengths: int64 [B] (CPU), tokens without and with the new ones; rows past `lengths` are zero.
     tiles: what attention reads. stored: what the cache keeps, which differs only with the paper's universal buffer
@@ -74,7 +74,7 @@ def fresh_state(
 
 
 def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, counts: Tensor) -> Stage:
-    """Quantize the first `counts[b]` tokens of k, v [B, H, T, D], which follow `state`.
+    """Quantize the first `counts[b]` tokens of k [B, H, T, D] and v [B, H, T, Dv], which follow `state`.
 
     Computes in float64 if k and v are float64, else in float32.
     """
@@ -84,7 +84,7 @@ def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, count
     place = _Placement(state, counts, width, k.device)
     if not config.token_scales:
         return _stage_by_tile(config, state, k, v, counts, after, place)
-    quantizer, tiles = quantizer_for(k.device, k.dtype), place.opened(k)
+    quantizer, tiles = quantizer_for(k.device, k.dtype), place.opened(k, v)
     values = _Side(quantizer, state, v, config.rotate, tiles.v8, tiles.v_scale)
     values.quantize(torch.zeros_like(counts), counts, None, 0)
     keys = _Side(quantizer, state, k, config.rotate, tiles.k8, tiles.k_scale)
@@ -155,7 +155,7 @@ def _stage_by_tile(
     mean, size = state.k_mean, config.block_size
     if config.smooth_k:
         # Quantized per token only to compute the mean.
-        rows = place.opened(k)
+        rows = place.opened(k, v)
         keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, rows.k8, rows.k_scale)
         mean = _quantize_keys(config, keys, counts, after)
         assert mean is not None
@@ -227,12 +227,12 @@ class _Placement:
             target[self._batch, :, self._row] = source[self._batch, :, self._token]
         return targets
 
-    def opened(self, like: Tensor) -> Tiles:
-        """Buffered rows followed by zeros; `like` [B, H, T, D] gives shape, dtype and device."""
-        batch, heads, _, head_dim = like.shape
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        k8, v8 = (torch.zeros(batch, heads, self.width, head_dim, dtype=torch.int8, device=like.device) for _ in "kv")
-        k_scale, v_scale = (torch.zeros(batch, heads, self.width, dtype=dtype, device=like.device) for _ in "kv")
+    def opened(self, k: Tensor, v: Tensor) -> Tiles:
+        """Buffered rows followed by zeros; k and v [B, H, T, D or Dv] give shape, dtype and device."""
+        rows, device = (*k.shape[:2], self.width), k.device
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        k8, v8 = (torch.zeros(*rows, x.shape[3], dtype=torch.int8, device=device) for x in (k, v))
+        k_scale, v_scale = (torch.zeros(rows, dtype=dtype, device=device) for _ in "kv")
         tiles, buffered = Tiles(k8, v8, k_scale, v_scale), self.state.open_tiles
         if buffered is not None:
             rows = min(self.width, buffered.k8.shape[2])

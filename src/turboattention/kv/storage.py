@@ -94,6 +94,7 @@ def cache_metadata(cache: KVCache) -> dict[str, Any]:
         "config": dataclasses.asdict(cache.config),
         "num_kv_heads": cache.num_kv_heads,
         "head_dim": cache.head_dim,
+        "v_head_dim": cache.v_head_dim,
         "dtype": None if cache.dtype is None else str(cache.dtype).removeprefix("torch."),
         "window_size": cache.window_size,
         "max_tokens": cache.max_tokens,
@@ -164,6 +165,7 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
         dtype=None if metadata["dtype"] is None else getattr(torch, metadata["dtype"]),
         window_size=metadata["window_size"],
         k_mean=own.get("given_mean"),
+        v_head_dim=metadata.get("v_head_dim"),  # earlier files have none
     )
     cache.label = metadata["label"]
     _check("lengths", lengths, torch.zeros(len(lengths), dtype=torch.int64))
@@ -213,8 +215,10 @@ def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: Turb
     if "table" in own:
         heads, capacity = metadata["num_kv_heads"], config.block_size - 1 + config.flush_lag
         rows = own["buffer.k8"].shape[2] if own["buffer.k8"].dim() == 4 else 0
-        expected = (len(own["lengths"]), heads, min(rows, capacity), metadata["head_dim"])
-        for name in ("buffer.k8", "buffer.v8"):
+        held = len(own["lengths"]), heads, min(rows, capacity)
+        k_dim = metadata["head_dim"]
+        for name, width in (("buffer.k8", k_dim), ("buffer.v8", metadata.get("v_head_dim", k_dim))):
+            expected = (*held, width)
             if own[name].shape != expected:
                 raise FormatError(f"{name}: expected shape {expected}, got {tuple(own[name].shape)}")
 

@@ -69,13 +69,20 @@ class PageStore:
     """For each sequence, the page number of every block: sink pages first, then compressed pages."""
 
     def __init__(
-        self, config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device, windowed: bool = False
+        self,
+        config: TurboConfig,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        device: torch.device,
+        windowed: bool = False,
+        v_head_dim: int = 0,
     ):
         self.config, self.windowed = config, windowed
         self.device = device
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.sink_blocks = config.sink_tokens // config.block_size
-        sink_layout = PageLayout.uniform(heads, head_dim, config.block_size, WIDEST, config.token_scales)
+        sink_layout = PageLayout.uniform(heads, head_dim, config.block_size, WIDEST, config.token_scales, v_head_dim)
         self.sinks = PagePool(sink_layout, device)
         self.compressed: PagePool | None = None
         self.head_bits: Tensor | None = None
@@ -93,7 +100,7 @@ class PageStore:
     def layout_for(self, head_bits: Tensor, order: ChannelOrder | None) -> PageLayout:
         sink, (k_bits, v_bits) = self.sinks.layout, head_bits.tolist()
         halves = () if order is None else tuple(order.halved.tolist())
-        return PageLayout(sink.head_dim, sink.block_size, tuple(k_bits), tuple(v_bits), sink.token_scales, halves)
+        return replace(sink, k_bits=tuple(k_bits), v_bits=tuple(v_bits), k_halves=halves)
 
     def reserve(self, tokens: int, window: int | None) -> None:
         """Reserve memory for `tokens` tokens, or a `window`, of each sequence; only sinks until widths are frozen."""

@@ -16,17 +16,24 @@ _SCORES_AT_ONCE = 1 << 21
 
 
 def attend(
-    config: TurboConfig, q: Tensor, source: Source, seen: Visibility, scale: float, softcap: float | None, kv_heads: int
+    config: TurboConfig,
+    q: Tensor,
+    source: Source,
+    seen: Visibility,
+    scale: float,
+    softcap: float | None,
+    kv_heads: int,
+    v_head_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, Hq, Lq, D] (finite) over INT8 tiles: out [B, Hq, Lq, D], lse [B, Hq, Lq] (natural log).
+    """Attention of q [B, Hq, Lq, D] (finite) over INT8 tiles: out [B, Hq, Lq, Dv], lse [B, Hq, Lq] (natural log).
 
-    Integer products are computed in floating point, where they are exact: sums are at most 256 * 119 * 127 < 2^24.
+    Integer products are computed in floating point, where they are exact: sums are at most 512 * 119 * 127 < 2^24.
     """
     queries = quantize_queries(config, q, kv_heads, scale, source.k_mean)
     ordered = queries
     if source.k_order is not None:
         ordered = ordered_queries(config, q, kv_heads, scale, source.k_order, queries)
-    state = Accumulator.empty(queries.codes)
+    state = Accumulator.empty(queries.codes, v_head_dim)
     size, group = config.block_size, queries.codes.shape[2]
     at_once = max(1, _SCORES_AT_ONCE // max(1, size * q.shape[0] * q.shape[1] * q.shape[2]))
     for first, last in source.runs(at_once):

@@ -34,7 +34,7 @@ def attend_cache(
     that are not valid give 0 and -inf, whatever q contains there. head_bits: int64 [2, Hkv], the widths that
     committing `staged` would freeze; used only with `stored_prefill`.
 
-    Returns out [B, Hq, Lq, D] in q's dtype, and lse [B, Hq, Lq] (natural log), float32 (float64 for float64 q).
+    Returns out [B, Hq, Lq, Dv] in q's dtype, and lse [B, Hq, Lq] (natural log), float32 (float64 for float64 q).
     """
     config, size = cache.config, cache.config.block_size
     state = staged if staged is not None else cache.state(q.device)
@@ -45,7 +45,7 @@ def attend_cache(
     rows = valid.to(q.device)[:, None, :, None]
     clean = torch.where(rows, compute_dtype(q), 0.0)
     kv_heads = cache.num_kv_heads
-    out, lse = attend(config, clean, source, seen, logit_scale(scale, q.shape[3]), softcap, kv_heads)
+    out, lse = attend(config, clean, source, seen, logit_scale(scale, q.shape[3]), softcap, kv_heads, cache.v_head_dim)
     out = torch.where(rows, cache.restore(out), 0.0).to(q.dtype)
     lse = torch.where(rows[..., 0], lse, -torch.inf)
     return out, lse if q.dtype == torch.float64 else lse.float()

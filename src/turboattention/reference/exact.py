@@ -23,12 +23,12 @@ def exact_attention(
     """`softmax(scale q k^T) v` without tiles or quantization.
 
     Args:
-        q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lk, D], any floating dtype. Hkv divides Hq.
+        q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D], v: [B, Hkv, Lk, Dv], any floating dtype. Hkv divides Hq.
         attn_mask, is_causal, window_size, softcap: as in `turboattention.turbo_attention`.
         lengths: int64 [B], keys of each sequence, default all; the last query is aligned to the last key.
 
     Returns:
-        float64 out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log). Rows without visible keys give 0 and -inf.
+        float64 out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] (natural log). Rows without visible keys give 0 and -inf.
     """
     q, k, v = (x.to(torch.float64) for x in (q, k, v))
     batch, heads, queries, head_dim = q.shape

@@ -1,7 +1,7 @@
 """Online softmax over quantized blocks: weights, their INT8 form, and the running result.
 
 Shapes: B batch, H KV heads, n blocks at a time, g query heads a KV head, r query rows, T tokens a
-block, D head_dim.
+block, D head_dim of values.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Accumulator:
     out: Tensor
 
     @classmethod
-    def empty(cls, codes: Tensor) -> Accumulator:
-        """For queries like `codes` [B, H, g, Lq, D]."""
-        rows = codes.shape[:-1]
-        return cls(codes.new_full(rows, -torch.inf), codes.new_zeros(rows), torch.zeros_like(codes))
+    def empty(cls, codes: Tensor, v_head_dim: int | None = None) -> Accumulator:
+        """For queries like `codes` [B, H, g, Lq, D]; D is also that of values unless given."""
+        rows, channels = codes.shape[:-1], v_head_dim or codes.shape[-1]
+        return cls(codes.new_full(rows, -torch.inf), codes.new_zeros(rows), codes.new_zeros(*rows, channels))
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log); 0 and -inf where nothing was seen."""

@@ -27,8 +27,8 @@ def prefill(
     window_size: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype and lse [B, Hq, Lq] (natural log),
-    float32 (float64 for float64 q). Inputs are checked.
+    """q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv] in q's dtype and lse [B, Hq, Lq]
+    (natural log), float32 (float64 for float64 q). Inputs are checked.
 
     Never applies stage 2. A causal mask is aligned bottom-right: the last query sees all keys.
     """
@@ -40,7 +40,7 @@ def prefill(
     source = Source(staged, None, config.block_size, config.block_size)
     positions = (keys - queries + torch.arange(queries)).expand(batch, -1)
     seen = Visibility(positions, staged.lengths, is_causal, window_size, attn_mask, heads)
-    out, lse = attend(config, q, source, seen, logit_scale(scale, head_dim), softcap, kv_heads)
+    out, lse = attend(config, q, source, seen, logit_scale(scale, head_dim), softcap, kv_heads, v.shape[3])
     if config.rotate:
         out = rotate(out, inverse=True)
     return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()

@@ -57,6 +57,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"num_key_value_heads": 4}),
     "gpt_neox": ("GPTNeoXConfig", {"num_key_value_heads": 4}),
     "olmo3": ("Olmo3Config", {"sliding_window": WINDOW, "layer_types": MIXED}),
+    "mimo_v2_flash": (  # values narrower than keys
+        "MiMoV2FlashConfig",
+        {
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "swa_head_dim": 24,
+            "sliding_window": WINDOW,
+            "layer_types": MIXED,
+            "mlp_layer_types": ["dense", "sparse", "dense"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "opt": ("OPTConfig", {"num_key_value_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "llama4": (
         "Llama4TextConfig",

@@ -91,9 +91,21 @@ class TestGemma4:
     }  # fmt: skip
 
     def test_heads_that_are_too_wide(self):
-        config = AutoConfig.for_model("gemma4_text")
-        with pytest.raises(UnsupportedError, match=r"head_dim of up to 256 .* got 512 in layer"):
+        assert len(TurboCache(AutoConfig.for_model("gemma4_text")).layers) == 30  # of 256 and 512 channels
+        config = AutoConfig.for_model("gemma4_text", global_head_dim=640)
+        with pytest.raises(UnsupportedError, match=r"head_dim of up to 512 .* got 640 in layer"):
             TurboCache(config)
+
+    @pytest.mark.parametrize("core", ["exact_core", None])
+    def test_heads_of_512_channels(self, core, tokens, forward, distance, request):
+        if core:
+            request.getfixturevalue(core)
+        sizes = {**self.SIZES, "head_dim": 16, "global_head_dim": 512, "num_kv_shared_layers": 0}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **sizes)).eval()
+        ids, cache = tokens(1, 150), TurboCache(model.config, TurboConfig(bits=8, guard="off"))
+        got = forward(model, "turbo", ids, [140, 1, 9], cache)
+        assert {layer.kv.head_dim for layer in cache.layers} == {16, 512}
+        assert distance(got, forward(model, "eager", ids)) < (1e-5 if core else 0.2)
 
     @pytest.mark.parametrize("shared", [0, 2])
     @pytest.mark.parametrize("cached", [True, False])

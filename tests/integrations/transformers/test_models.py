@@ -17,7 +17,7 @@ from turboattention.integrations.transformers import TurboCache
 # Small blocks, so that short texts fill several, and windows of 24 release some.
 CLOSE = TurboConfig(bits=8, block_size=16, sink_tokens=16, softmax="exp", guard="off")
 LENGTH, PIECES = 90, [60, 1, 1, 20, 1, 7]
-MODELS = "llama qwen3 phi3 mistral gemma2 gemma3 gpt_oss gpt2 gpt_neox olmo3 opt llama4 gemma3n".split()
+MODELS = "llama qwen3 phi3 mistral gemma2 gemma3 gpt_oss gpt2 gpt_neox olmo3 opt llama4 gemma3n mimo_v2_flash".split()
 CACHES = {
     "turbo": lambda model: TurboCache(model.config, CLOSE),
     "dynamic": lambda model: DynamicCache(config=model.config),

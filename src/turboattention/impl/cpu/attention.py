@@ -26,10 +26,12 @@ def prefill(
     config: TurboConfig,
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
-    """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
-    [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
+    """Attention without a cache: q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv] in q's
+    dtype, lse float32 [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     standing, staged = prefill_of(config, q, k, v)
-    return _attend(config, q, standing, None, staged, None, params, kv_heads=k.shape[1], mean_from=1)
+    return _attend(
+        config, q, standing, None, staged, None, params, kv_heads=k.shape[1], v_head_dim=v.shape[3], mean_from=1
+    )
 
 
 def attend_cache(
@@ -42,7 +44,7 @@ def attend_cache(
     positions: Tensor,
     valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
+    """Attention over a cache: out [B, Hq, Lq, Dv] in q's dtype, lse float32 [B, Hq, Lq].
 
     Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `standing_of`. `head_bits`
     int64 [2, Hkv] are the widths that committing `staged` would freeze; used only with `stored_prefill`.
@@ -61,6 +63,7 @@ def attend_cache(
         order,
         params,
         kv_heads=cache.num_kv_heads,
+        v_head_dim=cache.v_head_dim,
         mean_from=cache.mean_from // config.block_size,
     )
 
@@ -75,6 +78,7 @@ def _attend(
     params: AttentionParams,
     *,
     kv_heads: int,
+    v_head_dim: int,
     mean_from: int,
 ) -> tuple[Tensor, Tensor]:
     mean = None if state.k_mean is None else state.k_mean.contiguous()
@@ -88,6 +92,7 @@ def _attend(
         pages,
         open_rows_of(state, q.device),
         kv_heads=kv_heads,
+        v_head_dim=v_head_dim,
         scale=params.scale,
         mean=mean,
         mean_from=mean_from,

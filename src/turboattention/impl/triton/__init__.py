@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,11 @@ class TritonBackend:
     def refusal(self, call: Call) -> str | None:
         if call.device.type != "cuda" and not _interpreted():
             return f"the tensors are on {call.device}, its kernels run on GPUs"
+        from ...kernels.inputs import gpu_refusal
         from ...kernels.triton.attention import refusal
 
-        return _device_refusal(call.device) or refusal(call.config, call.dtype)
+        widths = gpu_refusal(call.head_dims) if call.head_dims else None
+        return _device_refusal(call.device) or widths or refusal(call.config, call.dtype)
 
     def slower(self, call: Call | None) -> str | None:
         on_gpu = call.device.type == "cuda" if call else not _interpreted()
@@ -43,7 +45,7 @@ class TritonBackend:
             return None
         from . import quantizer
 
-        return quantizer
+        return cast("Quantizer", quantizer)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
         from .attention import prefill

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ...kernels.inputs import gpu_refusal
 from ...kernels.triton.attention import refusal
 from ...kv.cache import KVCache
 from ...kv.growth import Growing
@@ -102,7 +103,7 @@ def steps_of(cache: Growing) -> Steps | None:
     """The cache's `Steps`, made anew if something else changed the cache; None for caches without such steps."""
     if cache.store is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
-    if refusal(cache.config, cache.dtype):
+    if refusal(cache.config, cache.dtype) or gpu_refusal((cache.head_dim, cache.v_head_dim)):
         return None
     kept = cache.kept
     if not isinstance(kept, Steps) or kept.tables.host is not cache.store.addresses():

@@ -34,23 +34,18 @@ def turbo_attention_forward(
     backend: str = "auto",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [B, Hq, Lq, D] queries -> ([B, Lq, Hq, D], no weights).
+    """transformers' attention interface: [B, Hq, Lq, D] queries -> ([B, Lq, Hq, Dv], no weights).
 
     With a `TurboCache`, `key` carries a reference to its layer, which attends over the packed cache and appends the new
     tokens. This part is excluded from compiled graphs.
 
     Raises:
-        UnsupportedError: dropout, attention weights, position biases, continuous batching, gradients, MLA.
+        UnsupportedError: dropout, attention weights, position biases, continuous batching, gradients.
     """
     _refuse(module, dropout, kwargs)
     _refuse_gradients(query, key, value)
     if (layer := layer_of(key)) is not None:
         layer.check_values(key, value)
-    if key.shape[3] != value.shape[3]:
-        raise UnsupportedError(
-            f"value: expected the keys' head_dim ({key.shape[3]}), got {value.shape[3]}: "
-            "multi-head latent attention (MLA) is not supported"
-        )
     plan = read_mask(attention_mask)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(plan, causal, sliding_window)

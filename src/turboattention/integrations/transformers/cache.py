@@ -17,8 +17,8 @@ from ...config import TurboConfig
 from ...errors import ConfigError, InputError, UnsupportedError
 from ...validation import check_config
 from ..model_shape import ModelShape, text_config
-from .layer import TurboLayer
-from .model import LayerKind, layer_kinds, shares_keys
+from .layer import BESIDE_AN_ENCODER, TurboLayer
+from .model import LayerKind, layer_kinds, may_cross, shares_keys
 from .parallel import TensorParallel
 from .prompt import check_goes_on
 from .states import EmptyLayer, HybridLayer, check_crop, copied, crop_states, reset_states, select_states, state_nbytes
@@ -112,13 +112,14 @@ class TurboCache(Cache):
         self.prompt_ids: Tensor | None = None
         self.check_prompts = check_prompts
         self._fed: Tensor | None = None
+        self._may_cross = may_cross(text_config(model_config))
 
     @classmethod
     def from_layers(cls, layers: list[Any], prompt_ids: Tensor | None = None) -> TurboCache:
         """A cache of existing layers."""
         cache = object.__new__(cls)
         cache._hold(layers)
-        cache.prompt_ids, cache.check_prompts, cache._fed = prompt_ids, True, None
+        cache.prompt_ids, cache.check_prompts, cache._fed, cache._may_cross = prompt_ids, True, None, False
         return cache
 
     def _hold(self, layers: list[Any]) -> None:
@@ -284,9 +285,10 @@ class TurboCache(Cache):
             )
         if len(lengths) > 1:
             back = 0 if self.state_layers else min(lengths)
+            crossed = f", or the decoder attends to an encoder: pass {BESIDE_AN_ENCODER}" if self._may_cross else ""
             raise InputError(
                 f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
-                f"halfway. {f'crop({back}) goes back to before it, ' if back else ''}"
+                f"halfway{crossed}. {f'crop({back}) goes back to before it, ' if back else ''}"
                 "reset() empties the cache"
             )
 
@@ -304,7 +306,7 @@ class TurboCache(Cache):
 
     @property
     def fp16_nbytes(self) -> int:
-        """Bytes that the same tokens would take at 16 bits: 2 * 2 * tokens * Hkv * D, summed over layers.
+        """Bytes that the same tokens would take at 16 bits: 2 * tokens * Hkv * (D + Dv), summed over layers.
 
         Sliding layers count the tokens inside their window, as transformers' own cache keeps them.
         """

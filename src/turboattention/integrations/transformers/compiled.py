@@ -57,8 +57,8 @@ def _attend(
     return attend_dense(query, key, value, plan, is_causal, call).contiguous()
 
 
-def _fake_attend(query: Tensor, *args: object) -> Tensor:
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+def _fake_attend(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    return torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
 
 
 LIBRARY.define(

@@ -13,7 +13,7 @@ from .ragged import alike
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None, is_causal: bool, call: Call
 ) -> Tensor:
-    """query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Hq, Lq, D].
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> [B, Hq, Lq, Dv].
 
     Keys that no query may see (padding, the empty part of a static cache) are removed before quantization. Rows of
     padded queries are zero.

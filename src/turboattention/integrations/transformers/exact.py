@@ -24,7 +24,7 @@ from .ragged import pack_index, take
 
 @dataclass(frozen=True)
 class ExactKV:
-    """keys, values: [B, Hkv, n, D], every position from `first` on, padding (zeros) included.
+    """keys: [B, Hkv, n, D], values: [B, Hkv, n, Dv], every position from `first` on, padding (zeros) included.
     queries: [B, Hq, m, D], those of the last positions, at most `guard.QUERIES`, while the guard may still ask.
     """
 
@@ -34,10 +34,10 @@ class ExactKV:
     queries: Tensor | None = None
 
     @classmethod
-    def empty(cls, key: Tensor) -> ExactKV:
-        """Without positions, for keys like these [B, Hkv, T, D]."""
-        none = key.new_empty(*key.shape[:2], 0, key.shape[3])
-        return cls(none, none)
+    def empty(cls, key: Tensor, value: Tensor) -> ExactKV:
+        """Without positions, for keys and values like these [B, Hkv, T, D or Dv]."""
+        keys, values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key, value))
+        return cls(keys, values)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ def attend_exactly(
     is_causal: bool,
     call: Call,
 ) -> Tensor:
-    """query [B, Hq, Lq, D], the last positions of `held` -> [B, Hq, Lq, D], by the model's own attention.
+    """query [B, Hq, Lq, D], the last positions of `held` -> [B, Hq, Lq, Dv], by the model's own attention.
 
     That is SDPA, and the model's eager function for what SDPA has no argument for. Rows of padded queries are zero.
     `valid`: which positions, from 0 on, are tokens (bool [B, L]); None: all.

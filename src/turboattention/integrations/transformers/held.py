@@ -116,13 +116,13 @@ class HeldTokens:
         return -1 if self._sizes is None else self._sizes[0]
 
     @property
-    def _sizes(self) -> tuple[int, int, int] | None:
-        """Sequences, KV heads and head_dim, as soon as they are known."""
+    def _sizes(self) -> tuple[int, int, int, int] | None:
+        """Sequences, KV heads, and head_dim of keys and of values, as soon as they are known."""
         if self.kv is not None:
-            return self.kv.batch_size, self.kv.num_kv_heads, self.kv.head_dim
+            return self.kv.token_shape
         if self.floats is not None:
             batch, heads, _, head_dim = self.floats.keys.shape
-            return batch, heads, head_dim
+            return batch, heads, head_dim, self.floats.values.shape[3]
         return None
 
     @property
@@ -151,4 +151,5 @@ class HeldTokens:
         tokens = self.seq_lens
         if self.window is not None:
             tokens = tokens.clamp(max=self.window)
-        return 2 * 2 * int(tokens.sum()) * self._sizes[1] * self._sizes[2]
+        _, heads, head_dim, v_head_dim = self._sizes
+        return 2 * int(tokens.sum()) * heads * (head_dim + v_head_dim)

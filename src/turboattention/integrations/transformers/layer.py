@@ -24,6 +24,9 @@ from .parallel import HeadShare, TensorParallel
 
 ALTERNATIVE = "leave past_key_values out to run without one"
 
+BESIDE_AN_ENCODER = "EncoderDecoderCache(TurboCache(model.config), DynamicCache(config=model.config))"
+"""What decoders with cross-attention take."""
+
 _HANDLE = "_turbo_layer"
 _VALUES = "_turbo_values"
 _FEWEST = 32
@@ -138,10 +141,11 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
+        v_head_dim = value_states.shape[3]
         share = self._share(heads)
         self.is_initialized = True
         if self.always_exact:
-            self.floats = ExactKV.empty(key_states)
+            self.floats = ExactKV.empty(key_states, value_states)
             return
         self.kv = KVCache(
             batch,
@@ -154,10 +158,11 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             dtype=key_states.dtype,
             window_size=self.window,
             k_mean=share.cut(self._k_mean, "k_mean", 0),
+            v_head_dim=v_head_dim,
         )
         self.kv.label, self.kv.first_head = f"layer {self.index}", share.first
         if self.config.guard == "adapt" and self._head_bits is None:
-            self.floats = ExactKV.empty(key_states)
+            self.floats = ExactKV.empty(key_states, value_states)
 
     def _share(self, heads: int) -> HeadShare:
         """The model's KV heads that `heads` of the keys are.
@@ -202,8 +207,8 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         past = self._stored - new if pending is None else self._stored
         if not self.is_initialized or query.shape[2] != new or past < 0:
             raise UnsupportedError(
-                f"query: expected the {new} new tokens of layer {self.index}, got {query.shape[2]}; "
-                "cross-attention through the cache is not supported"
+                f"query: expected one for each of the {new} new keys of layer {self.index}, got {query.shape[2]}: a "
+                f"TurboCache holds the decoder's own tokens. With cross-attention pass {BESIDE_AN_ENCODER}"
             )
         self._check_model(module)
         if call.window is None and (is_causal if plan is None else plan.is_causal):
@@ -351,17 +356,17 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
     def _check_new(self, key: Tensor, value: Tensor) -> None:
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise UnsupportedError("gradients: a TurboCache is for inference; call the model under torch.no_grad()")
-        if key.dim() != 4 or key.shape != value.shape:
+        if key.dim() != 4 or key.shape[:3] != value.shape[:3]:
             raise UnsupportedError(
-                f"value_states: expected the shape of key_states {tuple(key.shape)}, got {tuple(value.shape)}: "
-                "multi-head latent attention (MLA) is not supported by a TurboCache"
+                f"value_states: expected the batch, heads and tokens of key_states {tuple(key.shape)}, got "
+                f"{tuple(value.shape)}"
             )
-        expected, got = self._sizes, (key.shape[0], key.shape[1], key.shape[3])
+        expected, got = self._sizes, (key.shape[0], key.shape[1], key.shape[3], value.shape[3])
         if expected is not None and expected != got:
             hint = "; repeat it with batch_repeat_interleave()" if expected[1:] == got[1:] else ""
             raise ShapeError(
-                f"key_states: expected (batch, KV heads, head_dim) = {expected} as in layer {self.index} of the "
-                f"TurboCache, got {got}{hint}"
+                f"key_states: expected (batch, KV heads, head_dim of keys, of values) = {expected} as in layer "
+                f"{self.index} of the TurboCache, got {got}{hint}"
             )
 
     def _check_positions(self, positions: Tensor | None) -> None:

@@ -9,10 +9,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import UnsupportedError
+from ...validation import MAX_HEAD_DIM
 from ..model_shape import by_layer, text_config
+from .layer import BESIDE_AN_ENCODER
 from .states import EmptyLayer
-
-LARGEST_HEAD = 256
 
 _DEPEND_ON_ALL = {
     "doge": "its masks follow from the values of all past tokens, which a TurboCache does not give back",
@@ -58,18 +58,24 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     crossed = getattr(text, "add_cross_attention", False) or getattr(text, "cross_attention_layers", None)
     if getattr(config, "is_encoder_decoder", False) or crossed:
         raise UnsupportedError(
-            "model_config: encoder-decoder models and cross-attention need a cache of their own kind"
+            "model_config: expected a decoder, got a model with an encoder or with cross-attention layers. Decoders "
+            f"alone (AutoModelForCausalLM) that attend to an encoder's output take {BESIDE_AN_ENCODER}"
         )
     if _somewhere(text, "kv_lora_rank"):
-        raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
+        raise UnsupportedError(
+            "model_config: multi-head latent attention (MLA) is not supported by a TurboCache: transformers caches the "
+            "compressed latents, which are smaller than quantized keys and values of all heads; leave past_key_values "
+            "out to attend in INT8 over them"
+        )
     if (kind := getattr(text, "model_type", None)) in _DEPEND_ON_ALL:
         raise UnsupportedError(f"model_config: the architecture {kind!r} is not supported: {_DEPEND_ON_ALL[kind]}")
-    for index, width in enumerate(by_layer(text, "head_dim")):
-        if isinstance(width, int) and (width > LARGEST_HEAD or width % 8):
-            raise UnsupportedError(
-                f"model_config: expected a head_dim of up to {LARGEST_HEAD} in multiples of 8, got {width} in layer "
-                f"{index}"
-            )
+    for name in ("head_dim", "v_head_dim"):
+        for index, width in enumerate(by_layer(text, name)):
+            if isinstance(width, int) and (width > MAX_HEAD_DIM or width % 8):
+                raise UnsupportedError(
+                    f"model_config: expected a {name} of up to {MAX_HEAD_DIM} in multiples of 8, got {width} in layer "
+                    f"{index}"
+                )
     # In every release, transformers' own cache has the kind of state of each layer.
     layers = DynamicCache(config=text).layers
     if not layers:
@@ -111,6 +117,11 @@ def _somewhere(config: Any, name: str) -> bool:
         return bool(getattr(config, name, None))
     except RuntimeError:
         return any(by_layer(config, name))
+
+
+def may_cross(text: Any) -> bool:
+    """Whether a decoder may attend to an encoder's output, as those of Bart's kind."""
+    return any(name.startswith("encoder_") for name in vars(text))
 
 
 def shares_keys(text: Any) -> bool:

@@ -74,7 +74,7 @@ def attend_tokens(
         return call.cached(query, kv, new, None, mask, causal)
     index, lengths = pack_index(own, "right" if new is None else "left")
     if not index.shape[1]:
-        return torch.zeros_like(query)
+        return query.new_zeros(*query.shape[:3], kv.v_head_dim)
     if mask is not None:
         mask = take_rows(mask, index)
     packed = take(query, index)

@@ -207,7 +207,7 @@ def _floats(
     keys, values, *queries = (tensors[name].to(device) for name in names if name in tensors)
     held = ExactKV(keys, values, int(entry[_EXACT]["first"]), *queries)
     for name, x in zip(names, held.tensors, strict=False):
-        sizes = x.shape == keys.shape if x is not held.queries else x.shape[:1] + x.shape[3:] == keys.shape[::3]
+        sizes = x.shape[:3] == keys.shape[:3] if x is not held.queries else x.shape[:1] + x.shape[3:] == keys.shape[::3]
         if x.dim() != 4 or not sizes or x.dtype != keys.dtype or not x.is_floating_point():
             raise FormatError(f"{name}: expected floats of the keys' shape, got {x.dtype} {tuple(x.shape)}")
         check_finite(name, x)

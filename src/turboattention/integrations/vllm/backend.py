@@ -11,8 +11,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
+from ...kernels.inputs import GPU_HEAD_DIM
 from ...paged import BLOCK
-from ...validation import MAX_HEAD_DIM
 from .implementation import TurboImpl, latest_widths, widths_for
 from .metadata import TurboMetadataBuilder
 from .refusals import refuse
@@ -44,7 +44,7 @@ class TurboBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return list(range(8, MAX_HEAD_DIM + 1, 8))
+        return list(range(8, GPU_HEAD_DIM + 1, 8))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

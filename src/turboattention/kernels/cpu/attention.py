@@ -33,6 +33,7 @@ def attend(
     rows: OpenRows | None,
     *,
     kv_heads: int,
+    v_head_dim: int,
     scale: float,
     mean: Tensor | None,
     mean_from: int,
@@ -43,7 +44,7 @@ def attend(
     order: ChannelOrder | None = None,
     quantized: Int8Queries | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """q [B, Hq, Lq, D] over pages, then rows -> out like q and lse float32 [B, Hq, Lq]; None where a
+    """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq]; None where a
     valid row of q is not finite or beyond 1e18.
 
     mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from` on are stored without, or
@@ -56,9 +57,10 @@ def attend(
     if reason:
         raise UnsupportedError(f'backend: expected a configuration that "cpu" computes, got one where {reason}')
     batch, heads, count, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(*q.shape[:-1], v_head_dim, dtype=q.dtype)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32)
-    a = Arguments(batch=batch, heads=kv_heads, group=heads // kv_heads, queries=count, head_dim=head_dim)
+    a = Arguments(batch=batch, heads=kv_heads, group=heads // kv_heads, queries=count)
+    a.head_dim, a.value_dim = head_dim, v_head_dim
     channels = channel_table(order)
     kept = fill_queries(a, config, q, out, channels, scale, mean)
     if quantized is not None:
@@ -153,7 +155,7 @@ class Arguments(ctypes.Structure):
     """`AttendArgs` of csrc/cpu/attention/arguments.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "head_dim", "value_dim")),
         ("q", FloatRows),
         *((name, ctypes.c_int64) for name in ("rotate",)),
         ("order", ctypes.c_void_p),
@@ -212,13 +214,16 @@ def _places(layout: PageLayout) -> np.ndarray:
     """int64 [H, 2, 5]: widths of both halves of the channels and offsets of codes, steps and zeros of each head's K
     and V."""
     table = np.full((layout.num_kv_heads, 2, 5), -1, np.int64)
-    sides = ((layout.k_groups, layout.k_coded, layout.k_steps), (layout.v_groups, layout.v_coded, layout.v_steps))
-    for side, (groups, coded, steps) in enumerate(sides):
+    sides = (
+        (layout.k_groups, layout.k_coded, layout.k_steps, layout.head_dim),
+        (layout.v_groups, layout.v_coded, layout.v_steps, layout.v_head_dim),
+    )
+    for side, (groups, coded, steps, channels) in enumerate(sides):
         for group in groups:
             for index, head in enumerate(group.heads):
                 table[head, side, :2] = group.parts[0][0], group.parts[-1][0]
                 table[head, side, 2] = group.offset + index * group.head_bytes
                 if group.bits < WIDEST:
                     place = coded.index(head)
-                    table[head, side, 3:] = [steps + n * layout.head_dim for n in (place, len(coded) + place)]
+                    table[head, side, 3:] = [steps + n * channels for n in (place, len(coded) + place)]
     return table

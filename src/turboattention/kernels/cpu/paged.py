@@ -81,7 +81,8 @@ class PagedCall:
         self._rows, batch, heads, plan = rows, len(rows.before), layout.num_kv_heads, page_plan(layout)
         s = _Store(batch=batch, heads=heads, head_dim=layout.head_dim, tokens=rows.tokens, rotate=config.rotate)
         s.before, s.page_bytes, s.search, s.plan = rows.before.data_ptr(), layout.page_bytes, config.search, plan
-        a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens, head_dim=layout.head_dim)
+        a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens)
+        a.head_dim = a.value_dim = layout.head_dim  # keys and values of servers have one
         # Pages of servers have no order of channels.
         a.rotate = config.rotate
         a.scale, a.sinks, a.compressed = scale, plan, plan

@@ -136,7 +136,7 @@ def encode_pages(
     rotated: bool = False,
     isa: str = "",
 ) -> Tensor:
-    """Tiles k8, v8 int8 [N, H, B, D] with scales float32 [N, H, B] -> uint8 [N, page_bytes]."""
+    """Tiles k8 int8 [N, H, B, D], v8 int8 [N, H, B, Dv] with scales float32 [N, H, B] -> uint8 [N, page_bytes]."""
     codes = [x.contiguous() for x in (k8, v8)]
     scales = [x.to(torch.float32).contiguous() for x in (k_scale, v_scale)]
     pages = torch.zeros(len(k8), layout.page_bytes, dtype=torch.uint8)
@@ -151,7 +151,7 @@ def encode_pages(
 def decode_pages(layout: PageLayout, pages: Tensor, isa: str = "") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inverse of `encode_pages` up to the error of stage 2: k8, v8, k_scale, v_scale."""
     shape = (len(pages), layout.num_kv_heads, layout.block_size)
-    codes = [torch.empty(*shape, layout.head_dim, dtype=torch.int8) for _ in range(2)]
+    codes = [torch.empty(*shape, width, dtype=torch.int8) for width in (layout.head_dim, layout.v_head_dim)]
     scales = [torch.empty(shape, dtype=torch.float32) for _ in range(2)]
     pages = pages.contiguous()
     a = _page_arguments(layout, pages, codes, scales)
@@ -160,7 +160,8 @@ def decode_pages(layout: PageLayout, pages: Tensor, isa: str = "") -> tuple[Tens
 
 
 def _page_arguments(layout: PageLayout, pages: Tensor, codes: list[Tensor], scales: list[Tensor]) -> _Pages:
-    a = _Pages(pages=len(pages), heads=layout.num_kv_heads, head_dim=layout.head_dim, block=layout.block_size)
+    a = _Pages(pages=len(pages), heads=layout.num_kv_heads, block=layout.block_size)
+    a.head_dim, a.value_dim = layout.head_dim, layout.v_head_dim
     a.head_rows, a.page_bytes = layout.block_size, layout.page_bytes
     a.plan, a.bytes = page_plan(layout), pages.data_ptr()
     a.codes[:] = [x.data_ptr() for x in codes]
@@ -218,7 +219,7 @@ class _Mean(ctypes.Structure):
 
 class _Pages(ctypes.Structure):
     _fields_ = [
-        *_words("pages heads head_dim block head_rows page_bytes search"),
+        *_words("pages heads head_dim value_dim block head_rows page_bytes search"),
         ("plan", Plan),
         *_pointers("bytes"),
         ("codes", ctypes.c_void_p * 2),

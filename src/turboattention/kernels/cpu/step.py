@@ -25,7 +25,7 @@ class Step:
     """What stays the same from step to step of a cache: kept until pages or sequences change.
 
     pages: as for attention. start: int64 [B], position of the buffer's row 0. codes: int8 keys and
-    values [B, H, capacity, D], scales: bfloat16 [B, H, capacity], both written into. mean: float32
+    values [B, H, capacity, D or Dv], scales: bfloat16 [B, H, capacity], both written into. mean: float32
     [B, H, D] or None, off the keys from position `mean_from` on. order: that of K's
     channels in compressed pages, or None. The caller may change the page
     addresses, page counts and starts in place between steps.
@@ -48,6 +48,7 @@ class Step:
         s = self._arguments = _Arguments()
         a = s.attend
         a.batch, a.heads, s.capacity, a.head_dim = codes[0].shape
+        a.value_dim = codes[1].shape[3]
         a.mean_from = mean_from // config.block_size
         a.page_counts = self._none.data_ptr()
         if pages is not None:
@@ -83,15 +84,15 @@ class Step:
         window: int | None,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor] | int:
-        """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D], if any, behind `before` (int64 [B]) stored ones ->
-        out [B, Hq, Lq, D] in q's dtype and lse float32 [B, Hq, Lq]; or 0, 1, 2 where q, k, v is not
+        """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D or Dv], if any, behind `before` (int64 [B]) stored ones ->
+        out [B, Hq, Lq, Dv] in q's dtype and lse float32 [B, Hq, Lq]; or 0, 1, 2 where q, k, v is not
         finite, and the buffer is as it was. The last query stands at the last token.
 
         fresh: int64 [B], addresses of pages for the block that a sequence fills, 0 where it fills none;
         None where none does. The rest of the buffer moves to its front.
         """
         heads, count = q.shape[1], q.shape[2]
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(*q.shape[:-1], self._arguments.attend.value_dim, dtype=q.dtype)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32)
         s = self._copy()
         a = s.attend
