@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from turboattention.execution.inputs import pages_of
+from turboattention.impl.inputs import pages_of
 
 import turboattention as ta
 from turboattention import dispatch
@@ -207,6 +207,6 @@ def test_tokens_of_other_widths_are_refused():
     ],
 )
 def test_gpu_kernels_refuse_them_by_name(dims, reason, monkeypatch):
-    monkeypatch.setattr(dispatch, "_device_refusal", lambda device: None)
+    monkeypatch.setattr("turboattention.impl.triton._device_refusal", lambda device: None)
     call = dispatch.Call(OFF, torch.float32, torch.device("cuda"), 1, dims)
-    assert dispatch._refusal("triton", call) == reason
+    assert dispatch.TABLE["triton"].refusal(call) == reason

@@ -30,9 +30,9 @@ def test_bits_that_there_are_not(text: str) -> None:
         parse_bits(text)
 
 
-def test_default_setting_is_the_default_config() -> None:
+def test_the_default_setting_reorders_keys() -> None:
     setting = make_setting("4")
-    assert (setting.config, setting.label) == (TurboConfig(), "4 bits")
+    assert (setting.config, setting.label) == (TurboConfig(reorder_k=True), "4 bits")
 
 
 def test_paper() -> None:
