@@ -32,6 +32,14 @@ inline void hadamard(double* x) {
     if (from != x) std::memcpy(x, from, sizeof other);
 }
 
+// Not inlined: the smaller ones, which nearly all models have, are slower beside it.
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
+inline void hadamard_512(double* x) {
+    hadamard<512>(x);
+}
+
 inline void hadamard_blocks(double* x, int head_dim) {
     const int block = block_of(head_dim);
     for (int at = 0; at < head_dim; at += block) {
@@ -42,7 +50,7 @@ inline void hadamard_blocks(double* x, int head_dim) {
             case 64: hadamard<64>(x + at); break;
             case 128: hadamard<128>(x + at); break;
             case 256: hadamard<256>(x + at); break;
-            default: hadamard<512>(x + at); break;
+            default: hadamard_512(x + at); break;
         }
     }
 }
