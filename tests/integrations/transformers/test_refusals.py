@@ -16,6 +16,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.masking_utils import create_causal_mask
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mistral import modeling_mistral
 
 from turboattention import TurboConfig
@@ -122,6 +123,8 @@ class TestModels:
     @pytest.mark.parametrize("kind", ["deepseek_v3", "dots3_note_text"])
     def test_latent_attention(self, kind):
         """Ranks of Dots 3 differ between its layers."""
+        if kind not in CONFIG_MAPPING:
+            pytest.skip(f"this release of transformers has no {kind}")
         config = AutoConfig.for_model(kind)
         with pytest.raises(UnsupportedError, match="MLA"):
             TurboCache(config)
