@@ -16,7 +16,7 @@ DEFAULTS = {
     "softmax": "auto",
     "sas_threshold": -9.0,
     "row_max": "block",
-    "p_scale": "auto",
+    "p_scale": "row",
     "rescale": "exact",
     "smooth_k": True,
     "rotate": True,

@@ -90,7 +90,7 @@ def _decode(plan: Plan, batch: int, tokens: int, peaks: dict[str, float]) -> Ite
         config = ta.TurboConfig(bits=bits, guard="off")
         row = functools.partial(_decode_at, plan, shape, str(bits), config, q, rivals, entries, peaks)
         yield attempted(row, "decode", shape, str(bits))
-        beside = {f"{bits}, a scale per row": config.replace(p_scale="row")}
+        beside = {f"{bits}, a static scale": config.replace(p_scale="static")}
         if bits in (3, 2):
             beside[f"{bits}, keys in order"] = config.replace(reorder_k=True)
         for name, other in beside.items():

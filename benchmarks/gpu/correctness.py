@@ -49,7 +49,7 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
             f"prefill, {form}": lambda form=form: _prefill(plan, tokens, OFF.replace(softmax=form), is_causal=True)
             for form in (("sas", "sas2", "exp") if real else ("sas",))
         }
-        | {"prefill, a scale per row": lambda: _prefill(plan, tokens, OFF.replace(p_scale="row"), is_causal=True)},
+        | {"prefill, a static scale": lambda: _prefill(plan, tokens, OFF.replace(p_scale="static"), is_causal=True)},
         "decode": {
             f"decode, {bits} bits": lambda bits=bits: _decode(plan, 8191 if real else 191, OFF.replace(bits=bits))
             for bits in ((8, *plan.bits) if real else plan.bits)
@@ -61,8 +61,8 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
             for bits in ((3, 2) if real else (3,))
         }
         | {
-            "decode, 4 bits, a scale per row": lambda: _decode(
-                plan, 8191 if real else 191, OFF.replace(bits=4, p_scale="row")
+            "decode, 4 bits, a static scale": lambda: _decode(
+                plan, 8191 if real else 191, OFF.replace(bits=4, p_scale="static")
             )
         },
         "paged": {
@@ -212,7 +212,8 @@ def _graph(plan: Plan, tokens: int) -> float:
 def _moved(plan: Plan, tokens: int) -> float:
     import safetensors  # noqa: F401 (a plain machine may lack it)
 
-    cache = filled_cache(1, plan.kv_heads, plan.head_dim, tokens, OFF.replace(softmax="sas"))  # the same on both
+    same = OFF.replace(softmax="sas")  # on both devices
+    cache = filled_cache(1, plan.kv_heads, plan.head_dim, tokens, same)
     q, k, v = _new(plan, 1, 0)
     with tempfile.TemporaryDirectory() as folder:
         cache.save(f"{folder}/here")

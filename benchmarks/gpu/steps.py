@@ -25,16 +25,16 @@ INJECTED = {"a crash": CRASHED, "a hang": TIMED_OUT}
 def steps(rehearse: bool) -> list[Step]:
     """In order of their worth. Gates run while kernels compile, since nothing is timed in them."""
     table = [Step("facts", 40), Step("compile", 90, beside=not rehearse)]
-    table += [Step(f"gate {gate}", 90, beside=not rehearse) for gate in (*GATES, "generate")]
+    table += [Step(f"gate {gate}", 150, beside=not rehearse) for gate in (*GATES, "generate")]
     table += [Step(f"sweep decode {bits}", 60, sound=_DECODE_GATE) for bits in WIDTHS]
     table += [
         Step("sweep prefill", 60, sound=_PREFILL_GATE),
-        Step("peers decode", 120, sound=_DECODE_GATE),
+        Step("peers decode", 150, sound=_DECODE_GATE),
         Step("peers prefill", 60, sound=_PREFILL_GATE),
         Step("trace", 30, sound=_PREFILL_GATE),
         Step("graph", 60, sound=("gate steps",)),
-        Step("generate", 60, sound=("gate generate",)),
-        Step("large model", 90, sound=("gate generate",)),
+        Step("generate", 90, sound=("gate generate",)),
+        Step("large model", 120, sound=("gate generate",)),
         Step("profile decode 4", 50, sound=_DECODE_GATE),
         Step("profile decode 3", 50, sound=_DECODE_GATE),
         Step("profile decode 2", 50, sound=_DECODE_GATE),

@@ -81,7 +81,7 @@ def refusal(config: TurboConfig, dtype: torch.dtype, **wanted: tuple[object, ...
         return "float64 is computed by the reference alone"
     if config.block_size != BLOCK:
         return f"block_size is {config.block_size}, its kernels are written for {BLOCK}"
-    wanted = {"row_max": ("block",), "p_scale": ("auto", "static", "row"), "rescale": ("exact",), **wanted}
+    wanted = {"row_max": ("block",), "p_scale": ("row", "static"), "rescale": ("exact",), **wanted}
     for name, values in wanted.items():
         if getattr(config, name) not in values:
             return f"{name} is {getattr(config, name)!r}, its kernels compute {' and '.join(map(repr, values))}"

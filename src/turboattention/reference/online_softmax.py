@@ -78,7 +78,7 @@ def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: 
 
     v_scale: like `weights`, [B, H, n, g, r, T]."""
     # Token scales of V go into the weights, relative to the block's largest.
-    largest, kind = v_scale.amax(-1, keepdim=True), config.p_scale_on(weights.device)
+    largest, kind = v_scale.amax(-1, keepdim=True), config.p_scale
     relative = v_scale / torch.where(largest > 0, largest, 1.0)
     if kind == "static":
         levels = weights * STATIC_LEVELS

@@ -18,7 +18,7 @@ REFUSED = {
     "float64 is computed by the reference alone": (ta.TurboConfig(), torch.float64),
     "block_size is 32, its kernels are written for 64": (ta.TurboConfig(block_size=32), torch.float32),
     "row_max is 'running', its kernels compute 'block'": (ta.TurboConfig.paper(), torch.float32),
-    "p_scale is 'tile', its kernels compute 'auto' and 'static' and 'row'": (
+    "p_scale is 'tile', its kernels compute 'row' and 'static'": (
         ta.TurboConfig(p_scale="tile"),
         torch.float32,
     ),

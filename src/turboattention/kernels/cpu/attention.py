@@ -128,7 +128,7 @@ def fill_call(
 ) -> None:
     """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, softcap or 0.0
-    a.row_scale = config.p_scale_on(_HOST) == "row"
+    a.row_scale = config.p_scale == "row"
     a.causal, a.window, a.stored = causal, window or 0, config.stored_prefill
     a.mask_kind = 0
     if mask is not None:

@@ -42,7 +42,7 @@ def softmax_arguments(
     config: TurboConfig, device: torch.device, window: int | None, softcap: float | None
 ) -> dict[str, Any]:
     """Of the window, the softcap and the exponentials: values, and what is compiled in."""
-    form, by_row = config.softmax_on(device), config.p_scale_on(device) == "row"
+    form, by_row = config.softmax_on(device), config.p_scale == "row"
     return {
         "window": min(window or 0, _LARGEST_WINDOW),
         "cap": softcap or 0.0,

@@ -24,16 +24,19 @@ EXACT = {"enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch parameters: query rows per program, warps, pipeline stages."""
+    """Launch parameters: query rows per program, warps, pipeline stages, and registers per thread at most (0: as many
+    as the compiler takes; only NVIDIA's has such a limit)."""
 
     rows: int
     warps: int
     stages: int
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of a launch."""
-        return {"num_warps": self.warps, "num_stages": self.stages, **FUSION}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit, **FUSION}
 
 
 @dataclass(frozen=True)

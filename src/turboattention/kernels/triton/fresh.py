@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import float_rows
 from .configs import EXACT
-from .operands import largest_of
+from .operands import largest_of, value_column
 from .rows import stage_rows
 from .softmax import LEVELS
 
@@ -73,7 +73,7 @@ def fresh_operands(
             codes, scale = stage_rows(
                 v_in, offsets, there, None, tile, there, None, tile, flag_ptr, D, ROWS, WIDE, ROTATE
             )
-            tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + row[None, :], tl.trans(codes))
+            tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + value_column(row)[None, :], tl.trans(codes))
             tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
     if side == 1:
         tl.debug_barrier()  # all scales are written

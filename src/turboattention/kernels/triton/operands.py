@@ -1,8 +1,9 @@
 """Unpacks pages and INT8 rows to the operands of `prefill`, once for all queries.
 
-A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64] (channels from D on are zero), with float32 K
-scales [64], V levels [64] (127 times the token's scale divided by the block's largest) and the largest V scale. Blocks
-are ordered by position. Temporary memory per block and KV head: `bytes_a_block`.
+A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64] (channels from D on are zero; tokens in the
+order of `value_column`), with float32 K scales [64], V levels [64] (127 times the token's scale divided by the block's
+largest) and the largest V scale. Blocks are ordered by position. Temporary memory per block and KV head:
+`bytes_a_block`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from .softmax import LEVELS
 def bytes_a_block(wide: int) -> int:
     """Bytes of the operands of one block and KV head."""
     return 64 * (2 * wide + 4 + 4) + 4
+
+
+@triton.jit
+def value_column(t):
+    """Column of token t in V^T. A thread gets scores of tokens 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 of each 16 from one
+    matrix product, and passes the weights of four adjacent columns to the next one: these are the same tokens."""
+    return t // 16 * 16 + t % 8 // 2 * 4 + t // 8 % 2 * 2 + t % 2
 
 
 @triton.jit
@@ -87,7 +95,7 @@ def _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v
     at = at.to(tl.int64)
     largest = largest_of(v_scale)
     tl.store(k_ptr + at * (64 * WIDE) + t[:, None] * WIDE + d[None, :], k)
-    tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + t[None, :], v)
+    tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + value_column(t)[None, :], v)
     tl.store(k_scale_ptr + at * 64 + t, k_scale)
     tl.store(v_level_ptr + at * 64 + t, v_scale / largest * LEVELS)
     tl.store(v_scale_ptr + at, largest)

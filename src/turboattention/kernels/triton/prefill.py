@@ -1,7 +1,8 @@
 """Attention of many query rows over blocks of 64 INT8 keys and values, both products in integers.
 
 The operands are those of `operands`: K [64, D] and V^T [D, 64] a block. Rows of a KV head are counted
-as in `sight`, so that a program's rows are neighbours of all its query heads.
+as in `sight`, so that a program's rows are neighbours of all its query heads. Products with V are made in two halves of
+its channels, one after the other: their results take half the registers, and more programs are resident.
 """
 
 from __future__ import annotations
@@ -15,8 +16,27 @@ from .softmax import as_float, log_sum_exp, rescaled, weigh
 
 
 @triton.jit
+def _add_values(acc, p, keep, each, rose, v_ptr, SLOW: tl.constexpr):
+    """acc * keep + each * (p V) for V^T [N, 64] at v_ptr, acc float32 [M, N]."""
+    t = tl.arange(0, 64)
+    d = tl.arange(0, acc.shape[1])
+    v = tl.load(v_ptr + d[None, :] * 64 + t[:, None])
+    o = as_float(tl.dot(p, v, out_dtype=tl.int32), SLOW)
+    if rose > 0:  # else all of `keep` is 1
+        acc = acc * keep[:, None]
+    return tl.fma(o, each[:, None], acc)
+
+
+@triton.jit
+def _by_columns(p):
+    """Weights [M, 64] in the order of `operands.value_column`."""
+    M: tl.constexpr = p.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(p, (M, 4, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, 64))
+
+
+@triton.jit
 def _fold_block(
-    acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+    first, second, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
     WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -33,17 +53,16 @@ def _fold_block(
     p, block_total, block_peak, share = weigh(
         s, unit, mean, key, levels, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, 1
     )
-    v = tl.load(v_ptr + at + d[None, :] * 64 + t[:, None])
-    o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
     rose = tl.max((block_peak > peak).to(tl.int32), 0) if SKIP else 1
     peak, keep, each = rescaled(peak, block_peak)
     total = total * keep + block_total * each
     each = each * tl.load(v_scale_ptr + block)
     if ROW:
         each *= share
-    if rose > 0:  # else all of `keep` is 1
-        acc = acc * keep[:, None]
-    return tl.fma(o, each[:, None], acc), total, peak
+    p = _by_columns(p).to(tl.int8)
+    first = _add_values(first, p, keep, each, rose, v_ptr + at, SLOW)
+    second = _add_values(second, p, keep, each, rose, v_ptr + at + 32 * WIDE, SLOW)
+    return first, second, total, peak
 
 
 @triton.jit(do_not_specialize=["first_head", "first_sequence", "blocks", "window", "mean_from", "mask_keys"])
@@ -99,23 +118,25 @@ def prefill(
     mask_row = tl.minimum(row, queries * group - 1)
     mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
     sight = (begin, end, mask)
-    acc = tl.zeros((M, WIDE), tl.float32)
+    first_half = tl.zeros((M, WIDE // 2), tl.float32)
+    second_half = tl.zeros((M, WIDE // 2), tl.float32)
     total = tl.zeros((M,), tl.float32)
     peak = tl.full((M,), float("-inf"), tl.float32)
     if MASK == "":
         for block in tl.range(clear, clear_end):
-            acc, total, peak = _fold_block(
-                acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+            first_half, second_half, total, peak = _fold_block(
+                first_half, second_half, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
                 WIDE, FORM, CUT, ROW, False, CAP, MASK, MEAN, SLOW, SKIP,
             )  # fmt: skip
     before = tl.maximum(tl.minimum(clear, high) - low, 0)
     for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
         block = tl.where(i < before, low + i, clear_end + i - before)
-        acc, total, peak = _fold_block(
-            acc, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
+        first_half, second_half, total, peak = _fold_block(
+            first_half, second_half, total, peak, q, unit, mean, mean_from, block, operands, sight, cap, threshold,
             WIDE, FORM, CUT, ROW, True, CAP, MASK, MEAN, SLOW, SKIP,
         )  # fmt: skip
     total = tl.where(some, total, 0.0)
+    acc = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (M, WIDE))
     out = acc * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1.0), 0.0)[:, None]
     if ROTATE:
         out = rotate_back(out, M, WIDE, D & -D, False)
