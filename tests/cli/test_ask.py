@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,14 @@ def test_compare(run: Run, chat_model: Path, chat_language, file: Path, expected
         assert answer["first_difference"] == (differ.index(True) if True in differ else None)
 
 
-def test_compare_shows_each_question(run: Run, chat_model: Path, file: Path) -> None:
-    ran = call(run, chat_model, file, "--compare", "--bits", "8", columns=110)
+@pytest.mark.parametrize("columns", [60, 110])
+def test_compare_shows_each_question(run: Run, chat_model: Path, file: Path, columns: int) -> None:
+    """No figure is broken over lines, however narrow the terminal is."""
+    ran = call(run, chat_model, file, "--compare", "--bits", "8", columns=columns)
     assert (ran.code, ran.stderr) == (0, "")
-    for word in (*QUESTIONS, "own cache", "8 bits", "top-1", "file"):
+    for word in (*QUESTIONS, "own cache", "8 bits", "top-1", "file", "1.00x"):
         assert word in ran.stdout
+    assert re.search(r"\d (KiB|bytes)\b", ran.stdout)
 
 
 def test_every_question_starts_from_the_same_cache(chat_language, file: Path) -> None:

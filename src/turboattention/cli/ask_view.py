@@ -24,7 +24,9 @@ def show(answers: Answers, facts: dict[str, Any], console: Console) -> None:
         console.print(Text(question, style="bold"))
         console.print(_answers(answers, index))
     console.print()
-    console.print(_figures(answers))
+    wide = _figures(answers, turned=False)
+    fits = console.measure(wide, options=console.options.update(max_width=1000)).maximum <= console.width
+    console.print(wide if fits else _figures(answers, turned=True))
     console.print(_legend(answers), style="dim", markup=False)
 
 
@@ -44,9 +46,9 @@ def _cell(outcome: Outcome, agreement: Agreement | None) -> Text:
     return marked(outcome, None if agreement is None else agreement.same_text_chars)
 
 
-def _figures(answers: Answers) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    names = (
+def _figures(answers: Answers, *, turned: bool) -> Table:
+    """turned: figures are rows and caches columns, for a narrow terminal."""
+    header: tuple[str, ...] = (
         "\ncache",
         "\nKV size",
         "below\nFP16",
@@ -58,10 +60,14 @@ def _figures(answers: Answers) -> Table:
         "same\ntokens",
         "top-1\nagree",
     )
-    for column, name in enumerate(names):
-        table.add_column(name, justify="right" if column else "left", overflow="fold")
-    for cache in answers.caches:
-        table.add_row(*_row(cache))
+    lines = [_row(cache) for cache in answers.caches]
+    if turned:
+        header, *lines = zip([" ".join(name.split()) for name in header], *lines, strict=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column, name in enumerate(header):
+        table.add_column(name, justify="right" if column else "left", no_wrap=not turned, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
