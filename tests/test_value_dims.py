@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from turboattention.impl.inputs import pages_of
 
 import turboattention as ta
 from turboattention import dispatch
 from turboattention.errors import FormatError, ShapeError
+from turboattention.impl.inputs import pages_of
 from turboattention.kv import storage
 from turboattention.kv.layout import PageLayout
 from turboattention.kv.pages import Tiles, decode_pages, encode_pages
