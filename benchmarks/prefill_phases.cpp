@@ -151,7 +151,7 @@ inline void integer_weights(const Integers& s, Group& g, GroupWork& w, float val
     interleaved(set(0), top, tops);
     bool shrinks = false;
     for (int n = 0; n < kQueryVectors; ++n) {
-        const F peak = f_from_int(i_load(tops + 16 * n)) * f_load(g.unit + 16 * n);
+        const F peak = f_from_int(i_load(tops + 16 * n)) * f_load(g.form[0].unit + 16 * n);
         shrinks |= fold_lanes(g, w, n, peak, f_from_int(i_load(sums + 16 * n)) / f_set(kLevels), f_set(value_unit));
     }
     w.shrinks = shrinks;
@@ -198,7 +198,7 @@ extern "C" void time_phases(int head_dim, const int* square, const int* cubic, i
     const auto code = [&] { return static_cast<int>((seed = seed * 1664525u + 1013904223u) >> 16) % 239 - 119; };
     for (auto& x : block.keys) x = static_cast<std::uint8_t>(code()) ^ kFlip;
     for (auto& x : block.values) x = static_cast<std::int8_t>(code());
-    for (auto& x : g.q)
+    for (auto& x : g.form[0].q)
         for (auto& lane : x)
             for (auto& q : lane) q = static_cast<std::int8_t>(code());
     Integers integers{{}, {}, 5, 900, {square[0], square[1], 0}};
@@ -208,11 +208,11 @@ extern "C" void time_phases(int head_dim, const int* square, const int* cubic, i
         integers.key[t] = integers.value[t] = static_cast<std::int16_t>(30000 + 20 * code());
     }
     set_value_scales(scales, value);
-    std::fill(g.unit, g.unit + kQueryLanes, 5e-4f);
+    std::fill(g.form[0].unit, g.form[0].unit + kQueryLanes, 5e-4f);
     const Exponential coarse(-6.0f, false), fine(-6.0f, true);
     F peak[kQueryVectors];
-    out[0] = best(repeats, [&] { lane_scores(block, g, head_dim, w); });
-    const auto logits = [&] { group_logits(job, 0, scales, g, w, false, peak); };
+    out[0] = best(repeats, [&] { lane_scores(block, g.form[0], head_dim, w); });
+    const auto logits = [&] { group_logits(job, 0, 0, scales, g, w, false, peak); };
     out[1] = best(repeats, logits);
     out[2] = best(repeats, [&] { group_weights<false>(Levels<Softmax::sas, false>{coarse}, scales, g, w, peak); });
     // These write over the logits, so that both are timed.

@@ -175,5 +175,5 @@ def test_models_that_caches_refuse(tiny, tokens):
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(UnsupportedError, match="encoder-decoder"):
+    with pytest.raises(UnsupportedError, match="expected a decoder, got a model with an encoder"):
         calibrate(T5ForConditionalGeneration(config), [1] * 300)
