@@ -2,6 +2,13 @@
 // functions across files by name, and may keep one with instructions that the processor does not have.
 #pragma once
 
+// For small functions of vectors in inner loops: a call would pass the vectors through memory.
+#if defined(__GNUC__)
+#define TURBO_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define TURBO_ALWAYS_INLINE inline
+#endif
+
 template <class T>
 class Buffer {
   public:

@@ -1,12 +1,6 @@
 // Reading a page (kv/layout.py): codes of every width, steps and zeros, scales.
 #pragma once
 
-#if defined(__GNUC__)
-#define TURBO_ALWAYS_INLINE inline __attribute__((always_inline))
-#else
-#define TURBO_ALWAYS_INLINE inline
-#endif
-
 // `low`, and of every byte of `plane` the bits that stand `n` places above `mask` (below it, where n is negative).
 // Inlined, since unrolled loops know n.
 TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {

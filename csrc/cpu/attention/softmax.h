@@ -64,7 +64,7 @@ template <Softmax Form, bool Cut>
 struct Levels {
     const Exponential& e;
 
-    F operator()(F y) const {
+    TURBO_ALWAYS_INLINE F operator()(F y) const {
         F level;
         if constexpr (Form == Softmax::exp) {
             return f_set(e.full) * f_exp(f_set(0.0f) - y);
