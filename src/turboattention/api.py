@@ -227,7 +227,7 @@ def _step(
     if attn_mask is not None:
         ends = cache.lengths + (counts if counts is not None else 0 if k is None else k.shape[2])
         mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
-    return backend.step(q, cache, k, v, replace(params, attn_mask=mask), counts)
+    return backend.step(q, cache, k, v, params if mask is None else replace(params, attn_mask=mask), counts)
 
 
 def backends() -> dict[str, Availability]:

@@ -36,9 +36,13 @@ class CpuBackend:
     def refusal(self, call: Call) -> str | None:
         if call.device.type != "cpu":
             return f"the tensors are on {call.device}"
+        return self._refusal(call.config, call.dtype)
+
+    @functools.cached_property
+    def _refusal(self) -> Any:
         from ...kernels.cpu.attention import refusal
 
-        return refusal(call.config, call.dtype)
+        return refusal
 
     def slower(self, call: Call | None) -> str | None:
         if call is None or call.queries <= SERIAL_QUERIES:
@@ -52,17 +56,19 @@ class CpuBackend:
     def quantizer(self, device: torch.device) -> Quantizer | None:
         return _quantizer() if device.type == "cpu" else None
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
-        from .attention import prefill
+    @functools.cached_property
+    def _attention(self) -> Any:
+        from . import attention
 
-        return prefill(q, k, v, config, params)
+        return attention
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
+        return self._attention.prefill(q, k, v, config, params)
 
     def attend_cache(
         self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
     ) -> Result:
-        from .attention import attend_cache
-
-        return attend_cache(q, cache, staged, params, **rows)
+        return self._attention.attend_cache(q, cache, staged, params, **rows)
 
     def step(
         self,
@@ -73,9 +79,7 @@ class CpuBackend:
         params: AttentionParams,
         counts: Tensor | None,
     ) -> Result | None:
-        from .steps import step
-
-        return step(q, cache, k, v, params, counts)
+        return self._attention.step(q, cache, k, v, params, counts)
 
     def paged_attention(self, *arguments: Any, **options: Any) -> bool:
         from .paged import paged_attention

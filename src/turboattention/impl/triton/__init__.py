@@ -47,17 +47,19 @@ class TritonBackend:
 
         return cast("Quantizer", quantizer)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
-        from .attention import prefill
+    @functools.cached_property
+    def _attention(self) -> Any:
+        from . import attention
 
-        return prefill(q, k, v, config, params)
+        return attention
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
+        return self._attention.prefill(q, k, v, config, params)
 
     def attend_cache(
         self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
     ) -> Result:
-        from .attention import attend_cache
-
-        return attend_cache(q, cache, staged, params, **rows)
+        return self._attention.attend_cache(q, cache, staged, params, **rows)
 
     def step(
         self,
@@ -68,9 +70,7 @@ class TritonBackend:
         params: AttentionParams,
         counts: Tensor | None,
     ) -> Result | None:
-        from .steps import step
-
-        return step(q, cache, k, v, params, counts)
+        return self._attention.step(q, cache, k, v, params, counts)
 
     def paged_attention(self, *arguments: Any, **options: Any) -> bool:
         from .paged import paged_attention
