@@ -141,7 +141,7 @@ class TestTwoProcesses:
             ("mixed", "ConfigError: head_bits: expected widths for the 4 KV heads of layer 0, by themselves"),
             ("widths", "ConfigError: head_bits: expected entries for all 4 KV heads, or for the 2 that"),
             ("calibrate", "UnsupportedError: model: expected a whole model, got tensor parallel rank"),
-            ("whole", "ShapeError: key_states: expected (batch, KV heads, head_dim of keys, of values) = (2, 4, 64, 64)"),
+            ("whole", "ShapeError: key_states: expected (batch, KV heads, head_dim of keys, of values) = (2, 4, "),
             ("unsaid", "InputError: path: expected a cache saved by a single process, got one saved by"),
         ],
     )
