@@ -11,8 +11,8 @@ from vllm.v1.attention.backend import AttentionType
 
 from ...config import TurboConfig
 from ...errors import InputError, UnsupportedError
+from ...kernels.inputs import GPU_HEAD_DIM
 from ...paged import BLOCK, backend_for
-from ...validation import MAX_HEAD_DIM
 from .settings import VARIABLE
 
 
@@ -27,8 +27,8 @@ def refuse_layer(
     others: dict[str, Any],
 ) -> None:
     """Raises `UnsupportedError` that names the unsupported feature of a layer."""
-    if head_size % 8 or not 0 < head_size <= MAX_HEAD_DIM:
-        refuse(f"head_dim {head_size} (a multiple of 8 up to {MAX_HEAD_DIM} is needed)")
+    if head_size % 8 or not 0 < head_size <= GPU_HEAD_DIM:
+        refuse(f"head_dim {head_size} (a multiple of 8 up to {GPU_HEAD_DIM} is needed)")
     if attn_type != AttentionType.DECODER:
         refuse(f"{AttentionType(attn_type).value} attention (only decoders have a cache to quantize)")
     if kv_cache_dtype != "auto":
