@@ -7,21 +7,18 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ...config import TurboConfig
-from ..contract import AttentionParams, Availability, Call, Result
+from ..contract import Availability, Call
+from ..kernels import KernelBackend
 
 if TYPE_CHECKING:
-    from ...kv.cache import KVCache
     from ...kv.quantizer import Quantizer
-    from ...kv.staging import Stage
 
 SERIAL_QUERIES = 16
 """Query rows up to which the serial C++ path is faster than PyTorch."""
 
 
-class CpuBackend:
+class CpuBackend(KernelBackend):
     """`contract.Backend` over `kernels.cpu`."""
 
     name = "cpu"
@@ -62,29 +59,11 @@ class CpuBackend:
 
         return attention
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
-        return self._attention.prefill(q, k, v, config, params)
+    @functools.cached_property
+    def _paged(self) -> Any:
+        from . import paged
 
-    def attend_cache(
-        self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
-    ) -> Result:
-        return self._attention.attend_cache(q, cache, staged, params, **rows)
-
-    def step(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        k: Tensor | None,
-        v: Tensor | None,
-        params: AttentionParams,
-        counts: Tensor | None,
-    ) -> Result | None:
-        return self._attention.step(q, cache, k, v, params, counts)
-
-    def paged_attention(self, *arguments: Any, **options: Any) -> bool:
-        from .paged import paged_attention
-
-        return paged_attention(*arguments, **options)
+        return paged
 
 
 @functools.cache
