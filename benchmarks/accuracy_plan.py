@@ -9,9 +9,9 @@ MAIN = (
     "kivi-4,kivi-2,gear-l-4,saw-int4-kv"
 )
 """Methods of the longer contexts."""
-ASKED = "fp16,turbo-4,turbo-3,turbo-2,kivi-4,kivi-2,gear-l-4"
+ASKED = "fp16,turbo-4-reordered,turbo-3-reordered,turbo-2-reordered,turbo-mixed,kivi-4,kivi-2,gear-l-4"
 """Methods that questions are asked through first."""
-ASKED_LATER = "turbo-paper-4,turbo-3-reordered,turbo-2-reordered,turbo-mixed"
+ASKED_LATER = "turbo-paper-4,turbo-4,turbo-3,turbo-2"
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ STAGES = (
     Stage("gsm8k-more", "gsm8k", ASKED_LATER, limit=500, wants_data=True),
     Stage("aqua", "aqua", ASKED, limit=200, wants_data=True),
     Stage("bbh", "bbh", ASKED, limit=10, wants_data=True),
+    Stage("aqua-more", "aqua", ASKED_LATER, limit=200, wants_data=True),
+    Stage("bbh-more", "bbh", ASKED_LATER, limit=10, wants_data=True),
     Stage("wikitext2-2048-bos", "perplexity", MAIN, "wikitext2", 2048, limit=1, with_bos=True),
     Stage("book-8192", "perplexity", MAIN, "book", 8192, limit=1, least_context=8192),
 )
