@@ -21,7 +21,7 @@ Work = Callable[[], object]
 
 def calls(quick: bool) -> Iterator[tuple[str, Work]]:
     """What a call is for, and the call: every launch configuration in the default softmax, or (not `quick`) beside
-    them other widths, forms and sights."""
+    them other widths, forms and visible ranges."""
     if quick:
         for head_dim, bits in ((64, 4), (128, 4), (256, 3)):
             yield f"paged step d{head_dim} int{bits}", _mixed(head_dim, bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from turboattention.benchmarking.records import Row
+from turboattention.files import write_figure
 
 
 def line(row: Row) -> str:
@@ -54,5 +55,5 @@ def plot(path: Path, rows: list[Row], title: str) -> bool:
     labels = [f"{row.bits or '16 bit'}\n{row.shape['batch']} x {row.shape['keys']:,}" for row in timed]
     axes.set_xticks(range(len(timed)), labels, fontsize=6)
     axes.set_title(title, fontsize=8)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure)
     return True

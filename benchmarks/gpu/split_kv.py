@@ -17,18 +17,19 @@ from torch import Tensor
 
 @triton.jit
 def _split(
-    q_ptr, k_ptr, v_ptr, acc_ptr, peak_ptr, total_ptr, length, scale,
+    q_ptr, k_ptr, v_ptr, acc_ptr, row_max_ptr, row_sum_ptr, length, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, KV heads, sequences): acc float32 [B, H, splits, ROWS, D], peak and total [B, H, splits, ROWS]."""
+    """Grid (splits, KV heads, sequences): acc float32 [B, H, splits, ROWS, D]; row_max, row_sum
+    [B, H, splits, ROWS]."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     each = tl.cdiv(tl.cdiv(length, N), splits) * N
     row, d, n = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, N)
     q = tl.load(q_ptr + (head * GROUP + row)[:, None] * D + d[None, :], mask=(row < GROUP)[:, None], other=0.0)
     acc = tl.zeros((ROWS, D), tl.float32)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
     k_ptr += head * length * D
     v_ptr += head * length * D
     for begin in range(split * each, tl.minimum(length, (split + 1) * each), N):
@@ -36,33 +37,33 @@ def _split(
         at = (begin + n)[:, None] * D + d[None, :]
         k = tl.load(k_ptr + at, mask=there[:, None], other=0.0).to(q.dtype)
         s = tl.where(there[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-        new = tl.maximum(peak, tl.max(s, 1))
+        new = tl.maximum(row_max, tl.max(s, 1))
         p = tl.exp2(s - new[:, None])
-        keep = tl.exp2(peak - new)
-        total = total * keep + tl.sum(p, 1)
+        rescale = tl.exp2(row_max - new)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
         v = tl.load(v_ptr + at, mask=there[:, None], other=0.0).to(q.dtype)
-        acc = tl.dot(p.to(q.dtype), v, acc * keep[:, None])
-        peak = new
+        acc = tl.dot(p.to(q.dtype), v, acc * rescale[:, None])
+        row_max = new
     at = (head * splits + split) * ROWS + row
     tl.store(acc_ptr + at[:, None] * D + d[None, :], acc)
-    tl.store(peak_ptr + at, peak)
-    tl.store(total_ptr + at, total)
+    tl.store(row_max_ptr + at, row_max)
+    tl.store(row_sum_ptr + at, row_sum)
 
 
 @triton.jit
 def _combine(
-    acc_ptr, peak_ptr, total_ptr, out_ptr, splits,
+    acc_ptr, row_max_ptr, row_sum_ptr, out_ptr, splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (query heads of a KV head, KV heads x sequences)."""
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s, d = tl.arange(0, SPLITS), tl.arange(0, D)
     at = (head * splits + s) * ROWS + row
-    peaks = tl.load(peak_ptr + at, mask=s < splits, other=float("-inf"))
-    share = tl.exp2(peaks - tl.max(peaks, 0))
-    total = tl.sum(share * tl.load(total_ptr + at, mask=s < splits, other=0.0), 0)
+    row_maxima = tl.load(row_max_ptr + at, mask=s < splits, other=float("-inf"))
+    share = tl.exp2(row_maxima - tl.max(row_maxima, 0))
+    row_sum = tl.sum(share * tl.load(row_sum_ptr + at, mask=s < splits, other=0.0), 0)
     acc = tl.load(acc_ptr + at[:, None] * D + d[None, :], mask=(s < splits)[:, None], other=0.0)
-    out = tl.sum(tl.where((share > 0.0)[:, None], acc, 0.0) * share[:, None], 0) / total
+    out = tl.sum(tl.where((share > 0.0)[:, None], acc, 0.0) * share[:, None], 0) / row_sum
     tl.store(out_ptr + (head * GROUP + row) * D + d, out.to(out_ptr.dtype.element_ty))
 
 
@@ -95,14 +96,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, launch: Launch = LAUNCHES[0]) -> Ten
     wanted = -(-launch.programs * _processors() // (batch * kv_heads))
     splits = max(1, min(wanted, -(-length // launch.keys), 128))
     acc = torch.empty(batch, kv_heads, splits, rows, head_dim, dtype=torch.float32, device=q.device)
-    peak, total = (torch.empty(batch, kv_heads, splits, rows, device=q.device) for _ in range(2))
+    row_max, row_sum = (torch.empty(batch, kv_heads, splits, rows, device=q.device) for _ in range(2))
     out = torch.empty_like(q)
     scale = head_dim**-0.5 * 1.4426950408889634
     _split[splits, kv_heads, batch](
-        q, k, v, acc, peak, total, length, scale, GROUP=group, ROWS=rows, D=head_dim, N=launch.keys,
+        q, k, v, acc, row_max, row_sum, length, scale, GROUP=group, ROWS=rows, D=head_dim, N=launch.keys,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     _combine[group, batch * kv_heads](
-        acc, peak, total, out, splits, GROUP=group, ROWS=rows, D=head_dim, SPLITS=triton.next_power_of_2(splits)
+        acc, row_max, row_sum, out, splits, GROUP=group, ROWS=rows, D=head_dim, SPLITS=triton.next_power_of_2(splits)
     )
     return out

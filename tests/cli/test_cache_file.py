@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from turboattention import TurboConfig
 from turboattention.cli import cache_file
@@ -170,3 +171,23 @@ def test_a_full_disk_is_an_input_error(tmp_path: Path, file_limit) -> None:
     message = "--save-cache: .* cannot be written: File too large"
     with file_limit(5_000), pytest.raises(InputError, match=message):
         cache_file.save(Full(), [1], tmp_path / "x")  # type: ignore[arg-type]
+
+
+def test_a_sliding_window_does_not_go_back_far() -> None:
+    """A prompt that shares most of the cached one, but not what its windows have kept, names the way out."""
+    config = MistralConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=64,
+        vocab_size=99,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="turbo")
+    cache, ids = TurboCache(config), list(range(90)) * 4
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]), past_key_values=cache)
+    with pytest.raises(InputError, match=r"^--load-cache: .* \(360 tokens\), .* shares 250 .*; run it without --load"):
+        cache_file.reuse(cache, ids, [*ids[:250], 98, 98])
+    assert cache.get_seq_length() == len(ids)

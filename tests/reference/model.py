@@ -64,7 +64,7 @@ def attend(
     query = q @ sequence.matrix
     q_scale = float(np.abs(query).max()) / 119
     q8 = np.rint(query / q_scale)
-    out, total, peak = np.zeros(len(q)), 0.0, -math.inf
+    out, row_sum, row_max = np.zeros(len(q)), 0.0, -math.inf
     for start in range(0, len(seen), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(seen)))
         if not seen[rows].any():
@@ -84,11 +84,11 @@ def attend(
         products = weights * sequence.v_scale[rows]
         unit = products.max() / 126.96875
         codes = np.rint(products / unit)
-        new = max(peak, top)
-        old, this = math.exp(peak - new), math.exp(top - new)
-        total = total * old + np.rint(weights * 127 * 256).sum() / (127 * 256) * this
+        new = max(row_max, top)
+        old, this = math.exp(row_max - new), math.exp(top - new)
+        row_sum = row_sum * old + np.rint(weights * 127 * 256).sum() / (127 * 256) * this
         out = out * old + (codes @ sequence.v8[rows]) * unit * this
-        peak = new
-    if total == 0:
+        row_max = new
+    if row_sum == 0:
         return out, -math.inf
-    return (out / total) @ sequence.matrix.T, peak + math.log(total)
+    return (out / row_sum) @ sequence.matrix.T, row_max + math.log(row_sum)

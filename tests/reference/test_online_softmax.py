@@ -59,12 +59,14 @@ def test_row_by_row(config):
         for h in range(H):
             for g in range(G):
                 # A tile of queries shares the paper's s_P: all rows of the head are needed for it.
-                peak, total = [-math.inf] * R, [0.0] * R
+                row_max, row_sum = [-math.inf] * R, [0.0] * R
                 out = torch.zeros(R, D, dtype=torch.float64)
                 for n in range(N):
                     block = scores[b, h, n, g]
                     top = block.amax(-1)
-                    reference = [max(t, p) if config is PAPER else t for t, p in zip(top.tolist(), peak, strict=True)]
+                    reference = [
+                        max(t, p) if config is PAPER else t for t, p in zip(top.tolist(), row_max, strict=True)
+                    ]
                     weights = soft(block - torch.tensor(reference, dtype=torch.float64)[:, None])
                     largest = v_scale[b, h, n].max()
                     if config is PAPER:
@@ -84,16 +86,16 @@ def test_row_by_row(config):
                         )
                     product = codes @ v8[b, h, n] * largest * unit
                     for r in range(R):
-                        new = max(peak[r], reference[r])
-                        old, each = exp(peak[r] - new) if peak[r] > -math.inf else 0.0, exp(reference[r] - new)
+                        new = max(row_max[r], reference[r])
+                        old, each = exp(row_max[r] - new) if row_max[r] > -math.inf else 0.0, exp(reference[r] - new)
                         each = 1.0 if config is PAPER else each
-                        total[r] = total[r] * old + float(sums[r]) * each
+                        row_sum[r] = row_sum[r] * old + float(sums[r]) * each
                         out[r] = out[r] * old + product[r] * each
-                        peak[r] = new
+                        row_max[r] = new
                 for r in range(R):
                     # float64, but for the order of sums.
-                    assert torch.allclose(got[b, h * G + g, r], out[r] / total[r], rtol=0, atol=1e-10)
-                    assert float(lse[b, h * G + g, r]) == pytest.approx(peak[r] + math.log(total[r]), abs=1e-12)
+                    assert torch.allclose(got[b, h * G + g, r], out[r] / row_sum[r], rtol=0, atol=1e-10)
+                    assert float(lse[b, h * G + g, r]) == pytest.approx(row_max[r] + math.log(row_sum[r]), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -196,5 +198,5 @@ def test_dropped_mass_is_bounded():
     state = Accumulator.empty(torch.zeros(1, 1, 1, 1, 8, dtype=torch.float64))
     config = TurboConfig(softmax="exp", p_scale="static")
     online_softmax_update(config, state, slice(0, 1), scores, v8, torch.ones(1, 1, 1, 64, dtype=torch.float64))
-    kept = float(state.total) / float(scores.exp().sum())
+    kept = float(state.row_sum) / float(scores.exp().sum())
     assert 1 - 63 * 0.5 / 127 <= kept < 0.81

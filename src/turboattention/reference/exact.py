@@ -42,12 +42,12 @@ def exact_attention(
     attn_mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
     seen = Visibility(ends[:, None] - queries + torch.arange(queries), ends, is_causal, window_size, attn_mask, heads)
     scores = seen.apply(scores[:, :, None], 0, slice(0, queries), group)[:, :, 0]
-    peak = scores.amax(-1, keepdim=True) if keys else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-    weights = torch.exp(scores - torch.where(peak == -torch.inf, 0.0, peak))
-    total = weights.sum(-1, keepdim=True)
+    row_max = scores.amax(-1, keepdim=True) if keys else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    weights = torch.exp(scores - torch.where(row_max == -torch.inf, 0.0, row_max))
+    row_sum = weights.sum(-1, keepdim=True)
     out = (weights.flatten(2, 3) @ torch.where(_used(ends, keys, k), v, 0.0)).unflatten(2, (group, queries))
-    out = out / torch.where(total == 0, 1.0, total)
-    return out.flatten(1, 2), (peak + total.log()).squeeze(-1).flatten(1, 2)
+    out = out / torch.where(row_sum == 0, 1.0, row_sum)
+    return out.flatten(1, 2), (row_max + row_sum.log()).squeeze(-1).flatten(1, 2)
 
 
 def _used(ends: Tensor, keys: int, k: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ common, would be rounding ties."""
 class Accumulator:
     """Running maximum and normalizer [B, H, g, Lq], and unnormalized output [B, H, g, Lq, D]."""
 
-    peak: Tensor
-    total: Tensor
+    row_max: Tensor
+    row_sum: Tensor
     out: Tensor
 
     @classmethod
@@ -39,9 +39,9 @@ class Accumulator:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log); 0 and -inf where nothing was seen."""
-        seen = self.total > 0
-        out = self.out / torch.where(seen, self.total, 1.0)[..., None]
-        lse = torch.where(seen, self.peak + self.total.clamp(min=1e-45).log(), -torch.inf)
+        seen = self.row_sum > 0
+        out = self.out / torch.where(seen, self.row_sum, 1.0)[..., None]
+        lse = torch.where(seen, self.row_max + self.row_sum.clamp(min=1e-45).log(), -torch.inf)
         return torch.where(seen[..., None], out, 0.0).flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -54,23 +54,23 @@ def online_softmax_update(
         scores: logits [B, H, n, g, r, T], -inf where unseen, for the query rows of the slice.
         v8: INT8 values held in float [B, H, n, T, D]; v_scale: [B, H, n, T].
     """
-    part = Accumulator(state.peak[:, :, :, rows], state.total[:, :, :, rows], state.out[:, :, :, rows])
-    block_peak = scores.amax(-1)
+    part = Accumulator(state.row_max[:, :, :, rows], state.row_sum[:, :, :, rows], state.out[:, :, :, rows])
+    block_max = scores.amax(-1)
     if config.row_max == "running":
         # The maximum after each block is what its weights are taken against.
-        reference = torch.maximum(block_peak.cummax(2).values, part.peak[:, :, None])
+        reference = torch.maximum(block_max.cummax(2).values, part.row_max[:, :, None])
     else:
-        reference = block_peak
+        reference = block_max
     weights = exponential(config, scores.device)(scores - _finite(reference)[..., None])
     v_scale = v_scale[:, :, :, None, None].expand_as(weights)
     if config.stored_prefill:
         # Relative to what each row sees: what stands behind it may not be there in another call.
         v_scale = torch.where(scores > -torch.inf, v_scale, 0.0)
-    total, out = _weighted_values(config, weights, v8, v_scale)
+    row_sum, out = _weighted_values(config, weights, v8, v_scale)
     if config.row_max == "running":
-        _fold_in_turn(config, part, reference, total, out, block_peak > -torch.inf)
+        _fold_in_turn(config, part, reference, row_sum, out, block_max > -torch.inf)
     else:
-        _fold_at_once(config, part, reference, total, out)
+        _fold_at_once(config, part, reference, row_sum, out)
 
 
 def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,58 +82,58 @@ def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: 
     relative = v_scale / torch.where(largest > 0, largest, 1.0)
     if kind == "static":
         levels = weights * STATIC_LEVELS
-        total = levels.round().sum(-1) / STATIC_LEVELS
+        row_sum = levels.round().sum(-1) / STATIC_LEVELS
         codes = (levels * relative).round_()
         unit = largest / STATIC_LEVELS
     elif kind == "row":
         levels = weights * ROW_LEVELS
-        total = levels.round().sum(-1) / ROW_LEVELS
+        row_sum = levels.round().sum(-1) / ROW_LEVELS
         products = levels * v_scale
         largest = products.amax(-1, keepdim=True)
         codes = (products * (ROW_LARGEST / torch.where(largest > 0, largest, 1.0))).round_()
         unit = largest / (ROW_LARGEST * ROW_LEVELS)
     else:
-        total = weights.sum(-1)
+        row_sum = weights.sum(-1)
         weights = weights * relative
         p_scale = _tile_scale(weights, config.block_size)
         codes = (weights / p_scale[..., None]).round_()
         unit = largest * p_scale[..., None]
     product = codes.flatten(3, 4) @ v8
-    return total, product.unflatten(3, codes.shape[3:5]) * unit
+    return row_sum, product.unflatten(3, codes.shape[3:5]) * unit
 
 
 def _tile_scale(weights: Tensor, tile: int) -> Tensor:
     """`s_P = max(P~ tile) / 119` of each tile of query rows, per row [B, H, n, g, r]."""
     rows = weights.shape[-2]
-    peaks = F.pad(weights.amax(-1), (0, -rows % tile)).unflatten(-1, (-1, tile)).amax(-1)
-    scale = torch.where(peaks > 0, peaks / CODE_MAX, 1.0)
+    largest = F.pad(weights.amax(-1), (0, -rows % tile)).unflatten(-1, (-1, tile)).amax(-1)
+    scale = torch.where(largest > 0, largest / CODE_MAX, 1.0)
     return scale.repeat_interleave(tile, -1)[..., :rows]
 
 
-def _fold_at_once(config: TurboConfig, state: Accumulator, peak: Tensor, total: Tensor, out: Tensor) -> None:
+def _fold_at_once(config: TurboConfig, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor) -> None:
     """Blocks taken against their own maximum are independent: one rescale for all of them."""
-    rescale = torch.exp if config.rescale == "exact" else exponential(config, peak.device)
-    new_peak = torch.maximum(state.peak, peak.amax(2))
-    old = rescale(state.peak - _finite(new_peak))
-    each = rescale(peak - _finite(new_peak)[:, :, None])
-    state.total.mul_(old).add_((total * each).sum(2))
+    rescale = torch.exp if config.rescale == "exact" else exponential(config, row_max.device)
+    new_max = torch.maximum(state.row_max, row_max.amax(2))
+    old = rescale(state.row_max - _finite(new_max))
+    each = rescale(row_max - _finite(new_max)[:, :, None])
+    state.row_sum.mul_(old).add_((row_sum * each).sum(2))
     state.out.mul_(old[..., None]).add_((out * each[..., None]).sum(2))
-    state.peak.copy_(new_peak)
+    state.row_max.copy_(new_max)
 
 
 def _fold_in_turn(
-    config: TurboConfig, state: Accumulator, peak: Tensor, total: Tensor, out: Tensor, seen: Tensor
+    config: TurboConfig, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor, seen: Tensor
 ) -> None:
     """Blocks taken against the running maximum: rescale by how far each one moved it. A block that
     a row does not see is none of its blocks: it costs no rescale (SAS at 0 is not 1)."""
-    rescale = torch.exp if config.rescale == "exact" else exponential(config, peak.device)
-    for j in range(peak.shape[2]):
-        old = torch.where(seen[:, :, j], rescale(state.peak - _finite(peak[:, :, j])), 1.0)
-        state.total.mul_(old).add_(total[:, :, j])
+    rescale = torch.exp if config.rescale == "exact" else exponential(config, row_max.device)
+    for j in range(row_max.shape[2]):
+        old = torch.where(seen[:, :, j], rescale(state.row_max - _finite(row_max[:, :, j])), 1.0)
+        state.row_sum.mul_(old).add_(row_sum[:, :, j])
         state.out.mul_(old[..., None]).add_(out[:, :, j])
-        state.peak.copy_(peak[:, :, j])
+        state.row_max.copy_(row_max[:, :, j])
 
 
-def _finite(peak: Tensor) -> Tensor:
+def _finite(row_max: Tensor) -> Tensor:
     """A maximum to subtract: 0 where nothing was seen, so that -inf stays -inf and not NaN."""
-    return torch.where(peak == -torch.inf, 0.0, peak)
+    return torch.where(row_max == -torch.inf, 0.0, row_max)

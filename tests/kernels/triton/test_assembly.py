@@ -28,7 +28,7 @@ ONE_WIDTH = {1 << 7 * (bits - 2) + bits - 2: bits for bits in (2, 3, 4)}
 TWO_WIDTHS = {1 << 7 * (bits + 1) + bits - 2: bits for bits in (2, 3, 4)}
 BOTH = {one + two: bits for (one, bits), two in zip(ONE_WIDTH.items(), TWO_WIDTHS, strict=True)}
 PAIRS = ONE_WIDTH | TWO_WIDTHS | BOTH
-"""What `places.pairs_mask` says where V of all heads has as many bits as K, which has one width, two, or either."""
+"""`page_offsets.pairs_mask` where V of all heads has as many bits as K, which has one width, two, or either."""
 NAMES = {"sm_90": ("IGMMA",), "sm_80": ("IMMA",), "gfx942": ("v_mfma_i32",)}
 
 

@@ -30,7 +30,7 @@ from ...kv.tools import append_range, content
 from ...kv.tools import filled as filled_with
 from .attending import OFF, both, filled
 
-from turboattention.kernels.triton import configs, few_rows, many_rows  # isort: skip
+from turboattention.kernels.triton import configs, decode_rows, prefill_rows  # isort: skip
 
 NO_SINKS = OFF.replace(sink_tokens=0)
 GPU = torch.device("cuda", 0)
@@ -127,8 +127,8 @@ def test_every_launch_of_attention_names_fusion(monkeypatch):
 
             return launch
 
-    launchers = dict.fromkeys(("decode", "combine"), few_rows)
-    launchers |= dict.fromkeys(("prefill", "page_operands", "row_operands"), many_rows)
+    launchers = dict.fromkeys(("decode", "combine"), decode_rows)
+    launchers |= dict.fromkeys(("prefill", "unpack_pages", "unpack_rows"), prefill_rows)
     for name, launcher in launchers.items():
         monkeypatch.setattr(launcher, name, Recorded(name))
     cache = filled([130])

@@ -25,8 +25,8 @@ from turboattention.impl.triton import tables as triton_tables
 from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.impl.triton.notice import Notice
 from turboattention.impl.triton.state import Call, Steps
-from turboattention.kernels.triton import few_rows
-from turboattention.kernels.triton.places import all_places, head_places
+from turboattention.kernels.triton import decode_rows
+from turboattention.kernels.triton.page_offsets import all_page_offsets, head_page_offsets
 from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout
 
@@ -473,11 +473,11 @@ def test_a_graph_checks_tensors_before_it_counts(name):
 def test_tables_that_captured_graphs_read_live_for_ever():
     cpu = torch.device("cpu")
     layouts = [PageLayout.uniform(heads, 16, 64, 4, True) for heads in range(1, 71)]
-    made = [(all_places(x, cpu), blank(x, cpu)) for x in layouts]
-    assert all(all_places(layout, cpu) is x for layout, (x, _) in zip(layouts, made, strict=True))
+    made = [(all_page_offsets(x, cpu), blank(x, cpu)) for x in layouts]
+    assert all(all_page_offsets(layout, cpu) is x for layout, (x, _) in zip(layouts, made, strict=True))
     assert all(blank(layout, cpu) is x for layout, (_, x) in zip(layouts, made, strict=True))
-    assert head_places.cache_info().maxsize is None
+    assert head_page_offsets.cache_info().maxsize is None
 
 
 def blank(layout: PageLayout, device: torch.device) -> torch.Tensor:
-    return few_rows._blank(layout.page_bytes, device)
+    return decode_rows._blank(layout.page_bytes, device)

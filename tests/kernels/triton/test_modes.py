@@ -16,7 +16,7 @@ import turboattention as ta
 from turboattention.errors import NonFiniteError
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.graph import DecodeGraph
-from turboattention.kernels.triton import few_rows, places
+from turboattention.kernels.triton import decode_rows, page_offsets
 from turboattention.kv.layout import PageLayout
 from turboattention.paged import OpenBlocks
 
@@ -156,5 +156,9 @@ def test_open_blocks_of_a_server(modes):
 def test_tables_for_ever():
     layout, cpu = PageLayout(16, 64, (4, 2), (3, 3), token_scales=True), torch.device("cpu")
     with torch.inference_mode():
-        held = places.all_places(layout, cpu), places.head_places(layout, (1,), cpu), few_rows._blank(5, cpu)
+        held = (
+            page_offsets.all_page_offsets(layout, cpu),
+            page_offsets.head_page_offsets(layout, (1,), cpu),
+            decode_rows._blank(5, cpu),
+        )
     assert not [x for x in held if x.is_inference()]

@@ -15,7 +15,7 @@ from .tools import prefill_both
 
 from turboattention.impl.contract import AttentionParams  # isort: skip
 from turboattention.impl.triton import attention as execution  # isort: skip
-from turboattention.kernels.triton import configs, many_rows  # isort: skip
+from turboattention.kernels.triton import configs, prefill_rows  # isort: skip
 
 
 def prompt(lengths: list[int], heads: int, kv_heads: int, head_dim: int, config=OFF, dtype=torch.float32, **options):
@@ -45,7 +45,7 @@ def test_head_dims(head_dim):
     [{}, {"causal": False}, {"window": 50}, {"window": 50, "causal": False}, {"window": 1}, {"softcap": 2.0}],
     ids=str,
 )
-def test_sights(options):
+def test_visible_ranges(options):
     prompt([160, 30], 4, 2, 16, **options)
 
 
@@ -155,11 +155,11 @@ def test_masks(shape, kind):
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 20])
-def test_operands_in_parts(blocks, monkeypatch):
+def test_unpacked_in_parts(blocks, monkeypatch):
     """Of one KV head of one sequence at a time, of some, of all: the same to the last bit."""
     q, cache, new = tokens_for(filled([150, 60, 100], heads=3), 6, 20)
     whole = both(q, cache, new)
-    monkeypatch.setattr(many_rows, "OPERAND_BYTES", blocks * many_rows.bytes_a_block(64))
+    monkeypatch.setattr(prefill_rows, "UNPACKED_BYTES", blocks * prefill_rows.bytes_per_block(64))
     parts = both(q, cache, new)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
@@ -169,7 +169,7 @@ def test_operands_in_parts(blocks, monkeypatch):
 def test_what_is_not_finite_makes_all_results_nan(side, parts, monkeypatch):
     """As on a GPU, where nobody waits to refuse it; also where the first heads are done before it is read."""
     if parts > 1:
-        monkeypatch.setattr(many_rows, "OPERAND_BYTES", 1)
+        monkeypatch.setattr(prefill_rows, "UNPACKED_BYTES", 1)
     x = list(qkv(1, 4, 2, 70, 70, 16, seed=4))
     x[side][0, -1, 69, 3] = torch.inf
     monkeypatch.setattr(execution, "check_finite", lambda *_: None)
@@ -187,6 +187,6 @@ def test_a_prompt_without_a_cache_is_as_by_way_of_staged_rows(head_dim, keys, fi
     k[..., 1] += 4.0
     call = OFF.replace(**fields), AttentionParams(True, head_dim**-0.5)
     got = execution.prefill(q, k, v, *call)
-    monkeypatch.setattr(execution, "takes_many_rows", lambda *_: False)
+    monkeypatch.setattr(execution, "takes_prefill_rows", lambda *_: False)
     want = execution.prefill(q, k, v, *call)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

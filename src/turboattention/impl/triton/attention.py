@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kernels.inputs import BLOCK, Pages, Standing
-from ...kernels.triton.attention import attend, takes_many_rows
+from ...kernels.triton.attention import attend, takes_prefill_rows
 from ...kernels.triton.call import Fresh, padded
 from ...kernels.triton.fresh import mean_of_first_block
 from ...kernels.triton.ordering import Order
@@ -38,7 +38,7 @@ def prefill(
     """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
     [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     kv_heads = k.shape[1]
-    if config.token_scales and k.shape[2] and takes_many_rows(q.shape[1] // kv_heads, q.shape[2]):
+    if config.token_scales and k.shape[2] and takes_prefill_rows(q.shape[1] // kv_heads, q.shape[2]):
         return _prefill_at_once(config, q, k, v, params)
     for name, x in (("k", k), ("v", v)):
         check_finite(name, x)

@@ -349,8 +349,9 @@ class TurboCache(Cache):
 
         Args:
             input_ids: the tokens it holds, integers [B, L] with L its length, padding included; kept as
-                `prompt_ids`. After ``output = model.generate(...)`` these are
-                ``output[:, : cache.get_seq_length()]``: the last token was never stored.
+                `prompt_ids`. By default those that `generate` gave it, if it had them all (`known_ids`). After
+                ``output = model.generate(...)`` these are ``output[:, : cache.get_seq_length()]``: the last token was
+                never stored.
 
         Raises:
             InputError: `input_ids` are not as many tokens as the cache holds, or it holds none.
@@ -402,12 +403,20 @@ class TurboCache(Cache):
             mine, given = (x[:, :shared].cpu() for x in (known, input_ids))
             if len(mine) == len(given) and not torch.equal(mine, given):
                 same = int((mine == given).all(0).long().cumprod(0).sum())
+                back = f"crop({same}) keeps what they share, " if same else ""  # crop(0) would keep everything
                 raise InputError(
                     f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one "
-                    f"that differs from token {same} on; crop({same}) keeps what they share, reset() empties the "
-                    "cache, and check_prompts=False switches this off"
+                    f"that differs from token {same} on; {back}reset() empties the cache, and check_prompts=False "
+                    "switches this off"
                 )
         self._fed = input_ids
+
+    @property
+    def known_ids(self) -> Tensor | None:
+        """The ids [B, L] of all tokens that the cache holds, from `generate` or from its file; None if some are not
+        known."""
+        length = self.get_seq_length()
+        return next((ids for ids in (self._fed, self.prompt_ids) if ids is not None and ids.shape[1] == length), None)
 
     def check_prompt(self, input_ids: Tensor) -> int:
         """How many tokens of the prompt `input_ids` [B, L] this cache already holds: all its own, fewer than L.

@@ -55,8 +55,9 @@ def save_cache(
     valid = next((layer.valid for layer in cache.attention_layers if layer.valid is not None), None)
     if valid is not None:
         tensors[_VALID] = valid.to(torch.uint8).contiguous()
-    if input_ids is not None:
-        tensors[_PROMPT] = checked_ids(input_ids, cache.batch_size, cache.get_seq_length()).contiguous()
+    ids = cache.known_ids if input_ids is None else input_ids
+    if ids is not None:
+        tensors[_PROMPT] = checked_ids(ids, cache.batch_size, cache.get_seq_length()).contiguous()
     model, parallel = cache.attention_layers[0].model, cache.attention_layers[0].parallel
     plain = all(isinstance(layer, TurboLayer) and layer.floats is None for layer in cache.layers) and not states
     content = {

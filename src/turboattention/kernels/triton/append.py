@@ -16,8 +16,8 @@ from ...kv.layout import PageLayout
 from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape
 from .codec import clear_padding, encode_head
 from .ordering import Order, order_rows
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, all_page_offsets
 from .pages import layout_facts, refusal
-from .places import OF_KEYS, OF_VALUES, PLACES, all_places
 from .rows import stage_rows, store_codes
 
 Pair = tuple[Tensor, Tensor]
@@ -118,7 +118,7 @@ def _flush_side(
     codes,
     scales,
     page,
-    place,
+    head_ptr,
     width,
     SIDE: tl.constexpr,
     D: tl.constexpr,
@@ -128,7 +128,7 @@ def _flush_side(
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    encode_head(codes, scales, page, place, SIDE, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+    encode_head(codes, scales, page, head_ptr, SIDE, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
     token = tl.arange(0, SIZE)
     channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]  # the register layout of `encode_head`
     for at in range(0, width, SIZE):
@@ -148,7 +148,7 @@ def _flush_kernel(
     k_scales,
     v_scales,
     fresh,
-    places,
+    page_offsets,
     width,
     HEADS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
@@ -166,17 +166,17 @@ def _flush_kernel(
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         row = (b * HEADS + head) * width
         if side == 0:
-            place = places + head * PLACES + OF_KEYS
+            head_ptr = page_offsets + head * OFFSETS + OF_KEYS
             _flush_side(
-                k_codes + row * D, k_scales + row, page, place, width,
+                k_codes + row * D, k_scales + row, page, head_ptr, width,
                 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
             )  # fmt: skip
             if head == 0:
                 clear_padding(page, USED, PAGE_BYTES)
         else:
-            place = places + head * PLACES + OF_VALUES
+            head_ptr = page_offsets + head * OFFSETS + OF_VALUES
             _flush_side(
-                v_codes + row * D, v_scales + row, page, place, width,
+                v_codes + row * D, v_scales + row, page, head_ptr, width,
                 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
             )  # fmt: skip
 
@@ -202,6 +202,6 @@ def flush_blocks(
         if order is not None:
             order_rows(codes[0], scales[0], order, rotated, layout.block_size, indices(fresh, codes[0]))
         _flush_kernel[(batch, 2, heads)](
-            *codes, *scales, indices(fresh, codes[0]), all_places(layout, codes[0].device), width,
+            *codes, *scales, indices(fresh, codes[0]), all_page_offsets(layout, codes[0].device), width,
             SEARCH=search, **layout_facts(layout),
         )  # fmt: skip

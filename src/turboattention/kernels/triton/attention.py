@@ -14,9 +14,9 @@ from .. import inputs
 from ..inputs import BLOCK, Int8Queries, OpenRows, Pages, Standing
 from . import configs
 from .call import Call, Fresh, with_positive_unit
-from .few_rows import attend_few_rows
-from .many_rows import attend_many_rows
+from .decode_rows import attend_decode_rows
 from .ordering import Order
+from .prefill_rows import attend_prefill_rows
 from .quantize import quantize_queries
 
 
@@ -46,7 +46,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Lq, D] over pages, then rows -> out like q (contiguous) and lse float32 [B, Hq, Lq].
 
-    `fresh`: keys and values in place of pages and rows, for calls that `takes_many_rows` names.
+    `fresh`: keys and values in place of pages and rows, for calls that `takes_prefill_rows` names.
 
     mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from` on are stored without, or
     None; order: that of K's channels in compressed pages, or None; mask: bool or float,
@@ -71,13 +71,13 @@ def attend(
         config, with_positive_unit(quantized, scale), standing, pages, rows, fresh, kv_heads, blocks, mean_from,
         causal, window, softcap, mask, out, lse,
     )  # fmt: skip
-    if takes_many_rows(call.group, call.queries):
-        attend_many_rows(call)
+    if takes_prefill_rows(call.group, call.queries):
+        attend_prefill_rows(call)
     else:
-        attend_few_rows(call)
+        attend_decode_rows(call)
     return out, lse
 
 
-def takes_many_rows(group: int, queries: int) -> bool:
-    """Whether so many queries are attended by tiles, over blocks made operands; else in splits over pages."""
+def takes_prefill_rows(group: int, queries: int) -> bool:
+    """Whether so many queries are attended by tiles, over blocks unpacked before; else in splits over pages."""
     return queries > 1 and group * queries > configs.LARGEST_DECODE_ROWS

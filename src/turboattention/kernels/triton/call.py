@@ -157,7 +157,7 @@ class Call:
         where = {"first_ptr": s.first, "valid_ptr": s.valid, "lengths_ptr": s.lengths}
         return query_arguments(self.quantized) | where
 
-    def sight_arguments(self) -> dict[str, Any]:
+    def visibility_arguments(self) -> dict[str, Any]:
         """Of masks, window and softmax: values, and what is compiled in."""
         mask = self.mask
         if mask is not None and mask.dtype not in _MASK_KINDS:

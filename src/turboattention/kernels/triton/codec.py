@@ -115,13 +115,13 @@ def _decode_run(
 
 
 @triton.jit
-def _sections(page, place, BITS: tl.constexpr):
+def _sections(page, head_ptr, BITS: tl.constexpr):
     """Pointers to a head's codes, steps and zeros; at 8 bits there are only codes."""
-    at = page + tl.multiple_of(tl.load(place + 1), 16)
+    at = page + tl.multiple_of(tl.load(head_ptr + 1), 16)
     steps, zeros = at, at
     if BITS < 8:
-        steps = page + tl.multiple_of(tl.load(place + 2), 8)
-        zeros = page + tl.multiple_of(tl.load(place + 3), 8)
+        steps = page + tl.multiple_of(tl.load(head_ptr + 2), 8)
+        zeros = page + tl.multiple_of(tl.load(head_ptr + 3), 8)
     return at, steps, zeros
 
 
@@ -133,7 +133,7 @@ def encode_head(
     codes,
     scales,
     page,
-    place,
+    head_ptr,
     SIDE: tl.constexpr,
     D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -144,8 +144,8 @@ def encode_head(
 ):
     """Encode INT8 rows at `codes` [SIZE, D] with `scales` [SIZE] into `page`.
 
-    place: this head's offsets for keys or values (`places`). WIDTHS: bit b is set if some head has width b, numbered as
-    in `places`."""
+    head_ptr: this head's entries for keys or values (`page_offsets`). WIDTHS: bit b is set if some head has width b,
+    numbered as in `page_offsets`."""
     HALF: tl.constexpr = D // 2
     OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
     HALVES: tl.constexpr = has_two_widths(OWN)
@@ -159,12 +159,14 @@ def encode_head(
         inside = column % (WIDTH // 2) < D // 2
     tile = tl.load(codes + token[:, None] * D + channel, mask=inside, other=0)
     scale = tl.load(scales + token).to(tl.float32)
-    tile = _common_scale(tile, scale, page, tl.multiple_of(tl.load(place + 4), 16), tl.load(place + 5), SIZE, BY_TOKEN)
-    bits = tl.load(place)
+    tile = _common_scale(
+        tile, scale, page, tl.multiple_of(tl.load(head_ptr + 4), 16), tl.load(head_ptr + 5), SIZE, BY_TOKEN
+    )
+    bits = tl.load(head_ptr)
     for BITS in tl.static_range(2, 9):
         if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
-                at, steps, zeros = _sections(page, place, BITS)
+                at, steps, zeros = _sections(page, head_ptr, BITS)
                 if HALVES:
                     first, second = tl.split(tl.permute(tl.reshape(tile, (SIZE, 2, WIDTH // 2)), (0, 2, 1)))
                     _encode_run(first, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), SEARCH)
@@ -181,7 +183,7 @@ def decode_head(
     codes,
     scales,
     page,
-    place,
+    head_ptr,
     SIDE: tl.constexpr,
     D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -194,15 +196,15 @@ def decode_head(
     OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
     HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
-    scale = tl.load((page + tl.load(place + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
+    scale = tl.load((page + tl.load(head_ptr + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
     if BY_TOKEN:
-        scale -= tl.load(page + tl.multiple_of(tl.load(place + 4), 16) + token).to(tl.int32) << _TOKEN_SCALE_SHIFT
+        scale -= tl.load(page + tl.multiple_of(tl.load(head_ptr + 4), 16) + token).to(tl.int32) << _TOKEN_SCALE_SHIFT
     tl.store(scales + token, float_of(scale))
-    bits = tl.load(place)
+    bits = tl.load(head_ptr)
     for BITS in tl.static_range(2, 9):
         if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
-                at, steps, zeros = _sections(page, place, BITS)
+                at, steps, zeros = _sections(page, head_ptr, BITS)
                 if HALVES:
                     _decode_run(codes, at, steps, zeros, SIDE, HALF, SIZE, WIDTH // 2, wider(BITS), D)
                     at += HALF * SIZE * wider(BITS) // 8

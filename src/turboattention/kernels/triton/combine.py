@@ -10,42 +10,42 @@ from .softmax import LOG2_E, log_sum_exp
 
 
 @triton.jit
-def merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr):
+def merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr):
     """A row's output [1, WIDE], row max and row sum from its splits, which are R apart, starting at `at`."""
     s = tl.arange(0, SPLITS)
-    peaks = tl.load(peak_ptr + at + s * R, mask=s < splits, other=float("-inf"))
-    totals = tl.load(total_ptr + at + s * R, mask=s < splits, other=0.0)
-    peak = tl.max(peaks, 0)
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(totals * tl.exp2((peaks - safe) * LOG2_E), 0)
+    row_maxima = tl.load(row_max_ptr + at + s * R, mask=s < splits, other=float("-inf"))
+    row_sums = tl.load(row_sum_ptr + at + s * R, mask=s < splits, other=0.0)
+    row_max = tl.max(row_maxima, 0)
+    safe = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(row_sums * tl.exp2((row_maxima - safe) * LOG2_E), 0)
     d = tl.arange(0, WIDE)
     TOGETHER: tl.constexpr = 8 if SPLITS > 8 else SPLITS
     out = tl.zeros((TOGETHER, WIDE), tl.float32)
     for begin in tl.range(0, splits, TOGETHER):
         some = begin + tl.arange(0, TOGETHER)
-        share = tl.load(peak_ptr + at + some * R, mask=some < splits, other=float("-inf"))
+        share = tl.load(row_max_ptr + at + some * R, mask=some < splits, other=float("-inf"))
         share = tl.exp2((share - safe) * LOG2_E)
         # The memory of a split without visible keys is uninitialized.
         part = tl.load(acc_ptr + (at + some * R)[:, None] * WIDE + d[None, :], mask=(share > 0.0)[:, None], other=0.0)
         out = tl.fma(part, share[:, None], out)
-    result = tl.sum(out, 0)[None, :] * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-30), 0.0)
-    return result, peak, total
+    result = tl.sum(out, 0)[None, :] * tl.where(row_sum > 0.0, 1.0 / tl.maximum(row_sum, 1e-30), 0.0)
+    return result, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"])
 def combine(
-    acc_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, splits, tiles, group, queries,
+    acc_ptr, row_max_ptr, row_sum_ptr, out_ptr, lse_ptr, splits, tiles, group, queries,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, KV heads, sequences). acc, peak, total: as written by `decode`. out: [B, Hkv g, Lq, D], contiguous;
-    lse: float32 [B, Hkv g, Lq], natural log. SPLITS: a power of two, at least `splits`."""
+    """Grid (rows, KV heads, sequences). acc, row_max, row_sum: as written by `decode`. out: [B, Hkv g, Lq, D],
+    contiguous; lse: float32 [B, Hkv g, Lq], natural log. SPLITS: a power of two, at least `splits`."""
     row = tl.program_id(0)
     base = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     at = (base * tiles + row // R) * splits * R + row % R
-    result, peak, total = merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE, R, SPLITS)
+    result, row_max, row_sum = merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE, R, SPLITS)
     d = tl.arange(0, WIDE)
     if ROTATE:
         result = rotate_back(result, 1, WIDE, D & -D, False)
     to = (base * group + row % group) * queries + row // group
     tl.store(out_ptr + to * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
-    tl.store(lse_ptr + to, log_sum_exp(peak, total))
+    tl.store(lse_ptr + to, log_sum_exp(row_max, row_sum))

@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 
 from .metadata import key_metadata, scales_of, value_metadata
-from .operands import largest_of
-from .places import OF_KEYS, OF_VALUES, PLACES, places_of
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, section_offsets
 from .products import first_half, key_channels, key_products, value_products
-from .sight import row_sight
 from .softmax import LEVELS, rescaled, weigh
+from .unpacked_kv import largest_of
+from .visibility import visible_range
 
 
 @triton.jit
 def _page(address, blank_ptr):
-    """A pointer to a page, or to what is read in place of an evicted one."""
+    """A pointer to a page, or to what is read instead of an evicted one."""
     address = tl.where(address == 0, blank_ptr.to(tl.int64), address)
     return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
 
@@ -40,49 +40,49 @@ def _queries(q_ptr, tile, base, group, queries, rows, WIDE: tl.constexpr, D: tl.
 
 @triton.jit
 def _over_pages(
-    acc, total, peak, table_ptr, begin, end, blank_ptr, place, queries, sight, cap, threshold,
+    acc, row_sum, row_max, table_ptr, begin, end, blank_ptr, head_ptr, queries, visible, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` of one layout in."""
     q_first, q_second, is_high, unit, mean, mean_from = queries
-    k_place, v_place = places_of(place, D)
+    k_offsets, v_offsets = section_offsets(head_ptr, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
     ahead = tl.load(table_ptr + begin, mask=begin < end, other=0)
     page = _page(ahead, blank_ptr)
-    of_keys = key_metadata(page, k_place, WIDE, D, K_BITS, BY_TOKEN)
-    of_values = value_metadata(page, v_place, WIDE, D, V_BITS, BY_TOKEN)
+    of_keys = key_metadata(page, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
+    of_values = value_metadata(page, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
     for block in tl.range(begin, end, num_stages=STAGES):
         page = _page(ahead, blank_ptr)
         evicted = ahead == 0
         ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1))
         following = _page(ahead, blank_ptr)
-        next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
-        next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
+        next_of_keys = key_metadata(following, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
+        next_of_values = value_metadata(following, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
+        s = key_products(page, k_offsets, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
         s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         largest = largest_of(v_scale)
-        p, block_total, block_peak, share = weigh(
+        p, block_sum, block_max, share = weigh(
             s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
-            sight, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
+            visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
-        o = value_products(page, v_place, of_values, p, WIDE, D, V_BITS, ASM)
-        peak, keep, each = rescaled(peak, tl.where(evicted, float("-inf"), block_peak))
-        total = total * keep + block_total * each
+        o = value_products(page, v_offsets, of_values, p, WIDE, D, V_BITS, ASM)
+        row_max, rescale, each = rescaled(row_max, tl.where(evicted, float("-inf"), block_max))
+        row_sum = row_sum * rescale + block_sum * each
         if ROW:
             each *= share
-        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+        acc = tl.fma(o, (each * largest)[None, :], acc * rescale[None, :])
         of_keys = next_of_keys
         of_values = next_of_values
-    return acc, total, peak
+    return acc, row_sum, row_max
 
 
 @triton.jit
 def _over_rows(
-    acc, total, peak, rows, begin, end, q, unit, mean, mean_from, sight, cap, threshold,
+    acc, row_sum, row_max, rows, begin, end, q, unit, mean, mean_from, visible, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
@@ -101,26 +101,26 @@ def _over_rows(
         s *= tl.load(ks_ptr + at, mask=there, other=0.0).to(tl.float32)[:, None]
         v_scale = tl.load(vs_ptr + at, mask=there, other=0.0).to(tl.float32)
         largest = largest_of(v_scale)
-        p, block_total, block_peak, share = weigh(
+        p, block_sum, block_max, share = weigh(
             s, unit, tl.where(block >= mean_from, mean, 0.0), key, v_scale / largest * LEVELS,
-            sight, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
+            visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
         v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
         o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
-        peak, keep, each = rescaled(peak, block_peak)
-        total = total * keep + block_total * each
+        row_max, rescale, each = rescaled(row_max, block_max)
+        row_sum = row_sum * rescale + block_sum * each
         if ROW:
             each *= share
-        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
-    return acc, total, peak
+        acc = tl.fma(o, (each * largest)[None, :], acc * rescale[None, :])
+    return acc, row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from", "mask_keys"])
 def decode(
     q_ptr, unit_ptr, mean_ptr, ordered_q_ptr, ordered_unit_ptr, first_ptr, valid_ptr, lengths_ptr,
-    table_ptr, counts_ptr, table_stride, blank_ptr, sink_blocks, sink_places_ptr, places_ptr,
+    table_ptr, counts_ptr, table_stride, blank_ptr, sink_blocks, sink_page_offsets_ptr, page_offsets_ptr,
     k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, width,
-    acc_ptr, peak_ptr, total_ptr,
+    acc_ptr, row_max_ptr, row_sum_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     kv_heads, group, queries, tiles, window, mean_from, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, OPEN: tl.constexpr,
@@ -130,23 +130,23 @@ def decode(
     """Grid (splits, KV heads x tiles of R rows, sequences).
 
     Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, WIDE] (left as it was where a split sees
-    nothing), peak (a logit, -inf where nothing is seen) and total (in units of 1/127) [B, Hkv, tiles, splits, R].
+    nothing), row_max (a logit, -inf where nothing is seen) and row_sum (in units of 1/127) [B, Hkv, tiles, splits, R].
     ordered_q, ordered_unit: queries for compressed pages, where these have an order of channels, or None.
-    PAIRS: widths of heads, as `places.pairs_mask` has them; 0: no compressed pages.
+    PAIRS: widths of heads, as `page_offsets.pairs_mask` has them; 0: no compressed pages.
     """
     splits = tl.num_programs(0)
     split = tl.program_id(0)
     tile = tl.program_id(1) % tiles
     b = tl.program_id(2)
-    place = places_ptr + tl.program_id(1) // tiles * PLACES
-    sink_place = sink_places_ptr + tl.program_id(1) // tiles * PLACES
-    h = tl.load(place)
+    head_ptr = page_offsets_ptr + tl.program_id(1) // tiles * OFFSETS
+    sink_head_ptr = sink_page_offsets_ptr + tl.program_id(1) // tiles * OFFSETS
+    h = tl.load(head_ptr)
     first = tl.load(first_ptr + b).to(tl.int32)
     valid = tl.load(valid_ptr + b).to(tl.int32)
     length = tl.load(lengths_ptr + b).to(tl.int32)
     rows = queries * group
     row = tile * R + tl.arange(0, R)
-    begin, end = row_sight(row, group, first, valid, length, window, CAUSAL, WINDOW)
+    begin, end = visible_range(row, group, first, valid, length, window, CAUSAL, WINDOW)
     low = tl.min(tl.where(end > begin, begin, length), 0) // 64
     high = tl.cdiv(tl.max(end, 0), 64)
     each_split = tl.maximum(tl.cdiv(high - low, splits), 1)
@@ -155,8 +155,8 @@ def decode(
     base = (b * kv_heads + h).to(tl.int64)
     partial = ((base * tiles + tile) * splits + split) * R + tl.arange(0, R)
     if low >= high:
-        tl.store(peak_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
-        tl.store(total_ptr + partial, tl.zeros((R,), tl.float32))
+        tl.store(row_max_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(row_sum_ptr + partial, tl.zeros((R,), tl.float32))
     else:
         # Compressed pages come first, in whose form queries are loaded.
         of_pages = q_ptr if ordered_q_ptr is None else ordered_q_ptr
@@ -176,10 +176,10 @@ def decode(
         rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
         mask_row = tl.minimum(row, rows - 1)
         mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
-        sight = (begin, end, mask)
+        visible = (begin, end, mask)
         acc = tl.zeros((WIDE, R), tl.float32)
-        total = tl.zeros((R,), tl.float32)
-        peak = tl.full((R,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((R,), tl.float32)
+        row_max = tl.full((R,), float("-inf"), tl.float32)
         if SINKS or PAIRS > 0:
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
@@ -189,32 +189,32 @@ def decode(
                     if PAIRS == 1 << (7 * (K_BITS - 2) + V_BITS - 2):
                         last = count
                     else:  # another pair's loop has none
-                        own = (tl.load(place + OF_KEYS) == K_BITS) & (tl.load(place + OF_VALUES) == V_BITS)
+                        own = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
                         last = tl.where(own, count, 0)
-                    acc, total, peak = _over_pages(
-                        acc, total, peak, table_ptr, tl.maximum(low, sink_blocks), last, blank_ptr, place,
-                        rows_seen, sight, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, CAP, MASK,
-                        ASM, None,
+                    acc, row_sum, row_max = _over_pages(
+                        acc, row_sum, row_max, table_ptr, tl.maximum(low, sink_blocks), last, blank_ptr, head_ptr,
+                        rows_seen, visible, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, CAP,
+                        MASK, ASM, None,
                     )  # fmt: skip
         if ordered_q_ptr is not None and (SINKS or OPEN):
             q_first, q_second, is_high = _queries(q_ptr, tile, base, group, queries, rows, WIDE, D, R)
             unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
             rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
         if SINKS:
-            acc, total, peak = _over_pages(
-                acc, total, peak, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_place,
-                rows_seen, sight, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
+            acc, row_sum, row_max = _over_pages(
+                acc, row_sum, row_max, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_head_ptr,
+                rows_seen, visible, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
             )  # fmt: skip
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)
             open_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
             d = tl.arange(0, WIDE)[:, None]
             q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
-            acc, total, peak = _over_rows(
-                acc, total, peak, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
-                sight, cap, threshold,
+            acc, row_sum, row_max = _over_rows(
+                acc, row_sum, row_max, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
+                visible, cap, threshold,
                 WIDE, D, FORM, CUT, ROW, CAP, MASK,
             )  # fmt: skip
         tl.store(acc_ptr + partial[None, :] * WIDE + tl.arange(0, WIDE)[:, None], acc)
-        tl.store(peak_ptr + partial, peak)
-        tl.store(total_ptr + partial, total)
+        tl.store(row_max_ptr + partial, row_max)
+        tl.store(row_sum_ptr + partial, row_sum)

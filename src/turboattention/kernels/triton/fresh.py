@@ -1,6 +1,6 @@
 """Stage 1 of new keys and values directly into the operand blocks that `prefill` reads.
 
-Bit-identical to `quantize_tokens`, `first_block_mean` and `row_operands` in sequence, but without intermediate INT8
+Bit-identical to `quantize_tokens`, `first_block_mean` and `unpack_rows` in sequence, but without intermediate INT8
 rows and without waiting for the device.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .arguments import float_rows
 from .configs import EXACT
-from .operands import largest_of, value_column
 from .rows import stage_rows
 from .softmax import LEVELS
+from .unpacked_kv import largest_of, value_column
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -40,7 +40,7 @@ def first_mean(
 
 
 @triton.jit(do_not_specialize=["tokens", "kv_heads", "first_head", "heads", "first_sequence"])
-def fresh_operands(
+def unpack_fresh(
     k_in, v_in, mean_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr,
     tokens, kv_heads, first_head, heads, first_sequence, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
@@ -48,8 +48,8 @@ def fresh_operands(
 ):  # fmt: skip
     """Grid (blocks, `heads` KV heads from first_head on, 2 x sequences from first_sequence on: K and V alternate).
 
-    Writes operands as described in `operands`. mean: float32 [B, Hkv, D], subtracted from keys after the first block,
-    or None."""
+    Writes K and V as described in `unpacked_kv`. mean: float32 [B, Hkv, D], subtracted from keys after the first
+    block, or None."""
     block, side = tl.program_id(0), tl.program_id(2) % 2
     b, h = first_sequence + tl.program_id(2) // 2, first_head + tl.program_id(1)
     at = (((tl.program_id(2) // 2) * heads + tl.program_id(1)) * tl.num_programs(0) + block).to(tl.int64)
@@ -92,7 +92,7 @@ def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: 
     return mean
 
 
-def make_operands(
+def quantize_and_unpack(
     new: tuple[Tensor, Tensor],
     mean: Tensor | None,
     rotate: bool,
@@ -100,15 +100,15 @@ def make_operands(
     sequences: range,
     heads: range,
     wide: int,
-    operands: tuple[Tensor, ...],
+    unpacked: tuple[Tensor, ...],
 ) -> None:
-    """Quantize k, v [B, Hkv, L, D] of these sequences and KV heads into `operands`.
+    """Quantize k, v [B, Hkv, L, D] of these sequences and KV heads into `unpacked`.
 
     rotate: whether to rotate K and V. mean: float32 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
     Raises DtypeError."""
     k, v = map(float_rows, new)
-    fresh_operands[operands[0].shape[2], len(heads), 2 * len(sequences)](
-        k, v, mean, *operands, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,
+    unpack_fresh[unpacked[0].shape[2], len(heads), 2 * len(sequences)](
+        k, v, mean, *unpacked, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,
         *k.stride()[:3], *v.stride()[:3], ROTATE=rotate, **_shape(k.shape[3], wide),
     )  # fmt: skip
 

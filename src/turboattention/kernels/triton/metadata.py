@@ -13,14 +13,14 @@ from .products import first_half, key_channels
 
 
 @triton.jit
-def key_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BY_TOKEN: tl.constexpr):
+def key_metadata(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BY_TOKEN: tl.constexpr):
     """Steps and zeros of packed keys, uint8 [WIDE / 2] for the channels of each of the two products
     (`products.key_channels`), and the arguments of `scales_of`."""
     channel = key_channels(WIDE, D)
     SECOND: tl.constexpr = first_half(D)
-    steps = page + place[1] + channel
-    zeros = page + place[2] + channel
-    exponents, scale = _scales(page, place, BY_TOKEN)
+    steps = page + offsets[1] + channel
+    zeros = page + offsets[2] + channel
+    exponents, scale = _scales(page, offsets, BY_TOKEN)
     if BITS == 8:
         held = (exponents, exponents, exponents, exponents, exponents, scale)
     else:
@@ -34,29 +34,29 @@ def key_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.cons
 
 
 @triton.jit
-def value_metadata(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BY_TOKEN: tl.constexpr):
+def value_metadata(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BY_TOKEN: tl.constexpr):
     """Steps and zeros of packed values, uint8 [WIDE], and the arguments of `scales_of`."""
     d = tl.arange(0, WIDE)
-    exponents, scale = _scales(page, place, BY_TOKEN)
+    exponents, scale = _scales(page, offsets, BY_TOKEN)
     if BITS == 8:
         held = (exponents, exponents, exponents, scale)
     else:
         inside = None if D == WIDE else d < D
-        step = tl.load(page + place[1] + d, mask=inside)
-        held = (step, tl.load(page + place[2] + d, mask=inside), exponents, scale)
+        step = tl.load(page + offsets[1] + d, mask=inside)
+        held = (step, tl.load(page + offsets[2] + d, mask=inside), exponents, scale)
     return held
 
 
 @triton.jit
-def _scales(page, place, BY_TOKEN: tl.constexpr):
+def _scales(page, offsets, BY_TOKEN: tl.constexpr):
     t = tl.arange(0, 64)
     exponents = tl.zeros((64,), tl.uint8)
     if BY_TOKEN:
-        exponents = tl.load(page + place[3] + t)
-    return exponents, tl.load((page + place[4]).to(tl.pointer_type(tl.int32)))
+        exponents = tl.load(page + offsets[3] + t)
+    return exponents, tl.load((page + offsets[4]).to(tl.pointer_type(tl.int32)))
 
 
 @triton.jit
 def scales_of(exponents, scale):
-    """Token scales of the page, float32 [64]; the same as `operands.token_scales`."""
+    """Token scales of the page, float32 [64]; the same as `unpacked_kv.token_scales`."""
     return (scale - (exponents.to(tl.int32) << 19)).to(tl.float32, bitcast=True)

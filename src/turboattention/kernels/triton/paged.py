@@ -19,11 +19,11 @@ from ..inputs import BLOCK
 from . import configs, paged_configs
 from .arguments import float_rows, means, row_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
+from .page_offsets import all_page_offsets, head_page_offsets, pairs_mask, pairs_of_widths
 from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
 from .paged_store import fill_pages, hold_rows, store_rows
 from .pages import layout_facts
-from .places import all_places, head_places, pairs_mask, pairs_of_widths
 from .quantize import quantize_queries
 
 
@@ -107,7 +107,7 @@ def store(
     blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
     fill_pages[heads, 2, blocks](
         batch.starts, batch.lengths, batch.slots, *opened.codes, *opened.scales, batch.table, pages,
-        all_places(layout, k.device), batch.sequences, batch.steps, slots.ring, opened.room,
+        all_page_offsets(layout, k.device), batch.sequences, batch.steps, slots.ring, opened.room,
         batch.table.stride(0), pages.stride(0), SEARCH=config.search, RING=in_place, **layout_facts(layout),
     )  # fmt: skip
     return opened
@@ -149,12 +149,12 @@ def attend(
         "BY_TOKEN": layout.token_scales,
         **softmax_arguments(config, q.device, window, softcap),
     }  # fmt: skip
-    _few_rows(config, layout, batch, out, arguments, softcap is not None)
+    _decode_rows(config, layout, batch, out, arguments, softcap is not None)
     if batch.most * group > few:
-        _many_rows(config, layout, batch, out, arguments)
+        _prefill_rows(config, layout, batch, out, arguments)
 
 
-def _few_rows(
+def _decode_rows(
     config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any], softcap: bool
 ) -> None:
     device, heads, wide = out.device, layout.num_kv_heads, arguments["WIDE"]
@@ -169,25 +169,28 @@ def _few_rows(
     splits = configs.splits(batch.table.shape[1], programs, launch, device)
     shape = batch.sequences, heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, wide, dtype=torch.float32, device=device)
-    peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    row_max, row_sum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     paged_decode[splits, heads * tiles, batch.sequences](
-        **arguments, places_ptr=all_places(layout, device), acc_ptr=acc, peak_ptr=peak, total_ptr=total,
-        tiles=tiles, R=launch.rows, PAIRS=pairs_mask(layout), ASM=architecture.assembly, **launch.options,
+        **arguments, page_offsets_ptr=all_page_offsets(layout, device), acc_ptr=acc, row_max_ptr=row_max,
+        row_sum_ptr=row_sum, tiles=tiles, R=launch.rows, PAIRS=pairs_mask(layout), ASM=architecture.assembly,
+        **launch.options,
     )  # fmt: skip
     paged_combine[rows, heads, batch.sequences](
-        acc, peak, total, out, batch.starts, splits, tiles, arguments["group"], arguments["most"], *out.stride()[:2],
-        D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),
+        acc, row_max, row_sum, out, batch.starts, splits, tiles, arguments["group"], arguments["most"],
+        *out.stride()[:2], D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),
         ROTATE=config.rotate, num_warps=1, **configs.FUSION,
     )  # fmt: skip
 
 
-def _many_rows(config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]) -> None:
+def _prefill_rows(
+    config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]
+) -> None:
     architecture = configs.architecture_of(out.device)
     launch = paged_configs.prefill(architecture, layout.head_dim)
     tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
     for (k_bits, v_bits), chosen in pairs_of_widths(layout):
         paged_prefill[tiles, len(chosen)](
-            **arguments, places_ptr=head_places(layout, chosen, out.device), out_ptr=out,
+            **arguments, page_offsets_ptr=head_page_offsets(layout, chosen, out.device), out_ptr=out,
             out_stride_t=out.stride(0), out_stride_h=out.stride(1), sequences=batch.sequences, steps=batch.steps,
             M=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ROTATE=config.rotate, SLOW=architecture.slow_int_to_float,
             ASM=architecture.assembly, **launch.options,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .combine import merged
 from .metadata import key_metadata, scales_of, value_metadata
-from .places import OF_KEYS, OF_VALUES, PLACES, places_of
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, section_offsets
 from .products import first_half, key_channels, key_products, value_products
 from .ragged import open_rows_of, standing
 from .rotation import rotate_back
@@ -21,44 +21,44 @@ from .stored import weigh_stored
 
 @triton.jit
 def _over_pages(
-    acc, total, peak, table, pages, page_stride, begin, end, place, queries, sees, sees_end, cap, threshold,
+    acc, row_sum, row_max, table, pages, page_stride, begin, end, head_ptr, queries, sees, sees_end, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` in. Only a window lets a row see a part of a page."""
     q_first, q_second, is_high, unit, mean = queries
-    k_place, v_place = places_of(place, D)
+    k_offsets, v_offsets = section_offsets(head_ptr, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
     ahead = tl.load(table + begin, mask=begin < end, other=0).to(tl.int64)
     page = tl.multiple_of(pages + ahead * page_stride, 16)
-    of_keys = key_metadata(page, k_place, WIDE, D, K_BITS, BY_TOKEN)
-    of_values = value_metadata(page, v_place, WIDE, D, V_BITS, BY_TOKEN)
+    of_keys = key_metadata(page, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
+    of_values = value_metadata(page, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
     for block in tl.range(begin, end):
         page = tl.multiple_of(pages + ahead * page_stride, 16)
         ahead = tl.load(table + tl.minimum(block + 1, end - 1)).to(tl.int64)
         following = tl.multiple_of(pages + ahead * page_stride, 16)
-        next_of_keys = key_metadata(following, k_place, WIDE, D, K_BITS, BY_TOKEN)
-        next_of_values = value_metadata(following, v_place, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_place, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
+        next_of_keys = key_metadata(following, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
+        next_of_values = value_metadata(following, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
+        s = key_products(page, k_offsets, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
         s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
-        p, block_total, block_peak, largest = weigh_stored(
+        p, block_sum, block_max, largest = weigh_stored(
             s, unit, mean, block * 64 + t, v_scale, sees, sees_end, cap, threshold, FORM, CUT, ROW, True, WINDOW, CAP, 0
         )
-        o = value_products(page, v_place, of_values, p, WIDE, D, V_BITS, ASM)
-        peak, keep, each = rescaled(peak, block_peak)
-        total = total * keep + block_total * each
-        acc = tl.fma(o, (each * largest)[None, :], acc * keep[None, :])
+        o = value_products(page, v_offsets, of_values, p, WIDE, D, V_BITS, ASM)
+        row_max, rescale, each = rescaled(row_max, block_max)
+        row_sum = row_sum * rescale + block_sum * each
+        acc = tl.fma(o, (each * largest)[None, :], acc * rescale[None, :])
         of_keys = next_of_keys
         of_values = next_of_values
-    return acc, total, peak
+    return acc, row_sum, row_max
 
 
 @triton.jit
 def _over_rows(
-    acc, total, peak, rows, block, length, q, unit, mean, sees, sees_end, cap, threshold,
+    acc, row_sum, row_max, rows, block, length, q, unit, mean, sees, sees_end, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Folds one open block in. rows: (k8, v8, their scales, the row of its token 0); q int8 [WIDE, R]."""
@@ -73,20 +73,20 @@ def _over_rows(
     s = tl.dot(k, q, out_dtype=tl.int32).to(tl.float32)
     s *= tl.load(k_scales + at, mask=there, other=0.0)[:, None]
     v_scale = tl.load(v_scales + at, mask=there, other=0.0)
-    p, block_total, block_peak, largest = weigh_stored(
+    p, block_sum, block_max, largest = weigh_stored(
         s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, ROW, True, True, CAP, 0
     )
     v = tl.load(v8 + at[:, None] * D + d[None, :], mask=inside, other=0)
     o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
-    peak, keep, each = rescaled(peak, block_peak)
-    total = total * keep + block_total * each
-    return tl.fma(o, (each * largest)[None, :], acc * keep[None, :]), total, peak
+    row_max, rescale, each = rescaled(row_max, block_max)
+    row_sum = row_sum * rescale + block_sum * each
+    return tl.fma(o, (each * largest)[None, :], acc * rescale[None, :]), row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["table_stride", "ring", "room", "tokens", "most", "window"])
 def paged_decode(
-    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, places_ptr,
-    k8, v8, k_scales, v_scales, ring, room, acc_ptr, peak_ptr, total_ptr,
+    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, page_offsets_ptr,
+    k8, v8, k_scales, v_scales, ring, room, acc_ptr, row_max_ptr, row_sum_ptr,
     kv_heads, group, tokens, most, tiles, window, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
     BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
@@ -95,14 +95,14 @@ def paged_decode(
     """Grid (splits, KV heads x tiles of R rows, sequences). PAIRS: as in `decode`.
 
     q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T]. Results as those of `decode`: acc
-    [B, Hkv, tiles, splits, R, WIDE], peak and total [B, Hkv, tiles, splits, R], of sequences that are here.
+    [B, Hkv, tiles, splits, R, WIDE], row_max and row_sum [B, Hkv, tiles, splits, R], of sequences that are here.
     """
     splits = tl.num_programs(0)
     split = tl.program_id(0)
     tile = tl.program_id(1) % tiles
     b = tl.program_id(2)
-    place = places_ptr + tl.program_id(1) // tiles * PLACES
-    h = tl.load(place)
+    head_ptr = page_offsets_ptr + tl.program_id(1) // tiles * OFFSETS
+    h = tl.load(head_ptr)
     start, count, length = standing(starts, lengths, b)
     rows = tl.where(count * group <= most, count * group, 0)
     row = tile * R + tl.arange(0, R)
@@ -120,12 +120,12 @@ def paged_decode(
     end = tl.minimum(high, begin + each_split)
     # A corner of 64 bits, and offsets of 32: what stays in registers to the end.
     partial = (((b * kv_heads + h).to(tl.int64) * tiles + tile) * splits + split) * R
-    peak_ptr += partial
-    total_ptr += partial
+    row_max_ptr += partial
+    row_sum_ptr += partial
     lane = tl.arange(0, R)
     if (begin >= end) & (tile * R < rows):
-        tl.store(peak_ptr + lane, tl.full((R,), float("-inf"), tl.float32))
-        tl.store(total_ptr + lane, tl.zeros((R,), tl.float32))
+        tl.store(row_max_ptr + lane, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(row_sum_ptr + lane, tl.zeros((R,), tl.float32))
     if (begin < end) & (tile * R < rows):
         at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
         unit = tl.load(unit_ptr + at, mask=there, other=1.0)
@@ -133,16 +133,16 @@ def paged_decode(
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=there, other=0.0)
         acc = tl.zeros((WIDE, R), tl.float32)
-        total = tl.zeros((R,), tl.float32)
-        peak = tl.full((R,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((R,), tl.float32)
+        row_max = tl.full((R,), float("-inf"), tl.float32)
         # Open blocks first: what they alone need is then not held over the pages.
         d = tl.arange(0, WIDE)[:, None]
         q = tl.load(q_ptr + at[None, :] * D + d, mask=there[None, :] & (d < D), other=0)
         oldest = tl.min(tl.where(there, position, length), 0) // 64
         for block in tl.range(tl.maximum(begin, oldest), end, num_stages=1):
             origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
-            acc, total, peak = _over_rows(
-                acc, total, peak, (k8, v8, k_scales, v_scales, origin), block, length, q, unit, mean,
+            acc, row_sum, row_max = _over_rows(
+                acc, row_sum, row_max, (k8, v8, k_scales, v_scales, origin), block, length, q, unit, mean,
                 tl.maximum(sees, own), tl.where(there, position + 1, 0), cap, threshold, WIDE, D, FORM, CUT, ROW, CAP,
             )  # fmt: skip
         channel = key_channels(WIDE, D)[:, None]
@@ -159,22 +159,22 @@ def paged_decode(
                 if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
                     last = tl.minimum(end, high - 1)
                     if PAIRS != 1 << (7 * (K_BITS - 2) + V_BITS - 2):  # another pair's loop has none
-                        own_pair = (tl.load(place + OF_KEYS) == K_BITS) & (tl.load(place + OF_VALUES) == V_BITS)
+                        own_pair = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
                         last = tl.where(own_pair, last, 0)
-                    acc, total, peak = _over_pages(
-                        acc, total, peak, table + b.to(tl.int64) * table_stride, pages, page_stride,
-                        begin, last, place, (q_first, q_second, is_high, unit, mean),
+                    acc, row_sum, row_max = _over_pages(
+                        acc, row_sum, row_max, table + b.to(tl.int64) * table_stride, pages, page_stride,
+                        begin, last, head_ptr, (q_first, q_second, is_high, unit, mean),
                         sees, tl.where(there, own, 0), cap, threshold,
                         WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, ASM,
                     )  # fmt: skip
         tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
-        tl.store(peak_ptr + lane, peak)
-        tl.store(total_ptr + lane, total)
+        tl.store(row_max_ptr + lane, row_max)
+        tl.store(row_sum_ptr + lane, row_sum)
 
 
 @triton.jit(do_not_specialize=["splits", "tiles", "most"])
 def paged_combine(
-    acc_ptr, peak_ptr, total_ptr, out_ptr, starts, splits, tiles, group, most, out_stride_t, out_stride_h,
+    acc_ptr, row_max_ptr, row_sum_ptr, out_ptr, starts, splits, tiles, group, most, out_stride_t, out_stride_h,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, KV heads, sequences): into out [T, Hkv g, D]. SPLITS: a power of two, at least `splits`."""
@@ -183,7 +183,7 @@ def paged_combine(
     rows = (tl.load(starts + b + 1).to(tl.int64) - start) * group
     if (rows <= most) & (row < rows):
         at = ((b * tl.num_programs(1) + h).to(tl.int64) * tiles + row // R) * splits * R + row % R
-        result, _, _ = merged(acc_ptr, peak_ptr, total_ptr, at, splits, WIDE, R, SPLITS)
+        result, _, _ = merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE, R, SPLITS)
         if ROTATE:
             result = rotate_back(result, 1, WIDE, D & -D, False)
         d = tl.arange(0, WIDE)[None, :]

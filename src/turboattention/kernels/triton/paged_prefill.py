@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import token_scales
-from .places import PLACES, places_of
+from .page_offsets import OFFSETS, section_offsets
 from .ragged import open_rows_of, sequence_at, standing
 from .restoring import halves, page_keys, page_values
 from .rotation import rotate_back
 from .softmax import as_float, rescaled
 from .stored import weigh_stored
+from .unpacked_kv import token_scales
 
 
 @triton.jit
@@ -33,32 +33,32 @@ def _weights(
 @triton.jit
 def _folded(state, weighed, v, SLOW: tl.constexpr):
     """The running result with INT8 values [64, WIDE] under these weights."""
-    acc, total, peak = state
-    p, block_total, block_peak, largest = weighed
+    acc, row_sum, row_max = state
+    p, block_sum, block_max, largest = weighed
     o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
-    peak, keep, each = rescaled(peak, block_peak)
-    total = total * keep + block_total * each
-    return tl.fma(o, (each * largest)[:, None], acc * keep[:, None]), total, peak
+    row_max, rescale, each = rescaled(row_max, block_max)
+    row_sum = row_sum * rescale + block_sum * each
+    return tl.fma(o, (each * largest)[:, None], acc * rescale[:, None]), row_sum, row_max
 
 
 @triton.jit
 def _fold_page(
-    state, page, place, block, queries, sees, sees_end, cap, threshold,
+    state, page, head_ptr, block, queries, sees, sees_end, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    k_place, v_place = places_of(place, D)
+    k_offsets, v_offsets = section_offsets(head_ptr, D)
     t = tl.arange(0, 64)
-    k_scale = token_scales(page, k_place, t, BY_TOKEN)
-    v_scale = token_scales(page, v_place, t, BY_TOKEN)
-    k = tl.trans(page_keys(page, k_place, WIDE, D, K_BITS, ASM))
+    k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
+    v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
+    k = tl.trans(page_keys(page, k_offsets, WIDE, D, K_BITS, ASM))
     weighed = _weights(
         k, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold, FORM, CUT, ROW, SEEN, OWN, CAP,
         SLOW,
     )  # fmt: skip
     # Restored behind the weights: beside them they would take too many registers.
-    return _folded(state, weighed, tl.trans(page_values(page, v_place, WIDE, D, V_BITS, ASM)), SLOW)
+    return _folded(state, weighed, tl.trans(page_values(page, v_offsets, WIDE, D, V_BITS, ASM)), SLOW)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _fold_rows(
 
 @triton.jit(do_not_specialize=["sequences", "steps", "table_stride", "ring", "room", "tokens", "most", "window"])
 def paged_prefill(
-    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, places_ptr,
+    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, page_offsets_ptr,
     k8, v8, k_scales, v_scales, ring, room, out_ptr, out_stride_t, out_stride_h,
     sequences, steps, kv_heads, group, tokens, most, window, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
@@ -105,8 +105,8 @@ def paged_prefill(
         # The last rows see most: they go first.
         row = (tl.cdiv(count * group, M) - 1 - tile) * M + tl.arange(0, M)
         there = row < count * group
-        place = places_ptr + tl.program_id(1) * PLACES
-        h = tl.load(place)
+        head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
+        h = tl.load(head_ptr)
         at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
         unit = tl.load(unit_ptr + at, mask=there, other=1.0)
         mean = tl.zeros_like(unit)
@@ -116,7 +116,7 @@ def paged_prefill(
         q = tl.load(q_ptr + at[:, None] * D + channel, mask=there[:, None] & (channel < D), other=0)
         queries = (q, unit, mean)
         before = length - count
-        # Rows past the last repeat its sight; they are dropped.
+        # Rows past the last repeat its range; they are dropped.
         position = before + tl.minimum(row, count * group - 1) // group
         own = position // 64 * 64
         sees = tl.zeros_like(row)
@@ -132,14 +132,14 @@ def paged_prefill(
         for block in tl.range(clear, oldest):
             page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
-                state, page, place, block, queries, sees, own, cap, threshold,
+                state, page, head_ptr, block, queries, sees, own, cap, threshold,
                 WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, False, False, CAP, SLOW, ASM,
             )  # fmt: skip
         for j in tl.range(0, clear - low + newest - oldest, num_stages=1):
             block = tl.where(j < clear - low, low + j, oldest + j - (clear - low))
             page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
-                state, page, place, block, queries, sees, own, cap, threshold,
+                state, page, head_ptr, block, queries, sees, own, cap, threshold,
                 WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM,
             )  # fmt: skip
         for block in tl.range(oldest, newest + 1, num_stages=1):
@@ -148,8 +148,8 @@ def paged_prefill(
                 state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
                 tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,
             )  # fmt: skip
-        acc, total, _ = state
-        out = acc * (1.0 / tl.maximum(total, 1.0))[:, None]
+        acc, row_sum, _ = state
+        out = acc * (1.0 / tl.maximum(row_sum, 1.0))[:, None]
         if ROTATE:
             out = rotate_back(out, M, WIDE, D & -D, False)
         to = (start + row // group).to(tl.int64) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h

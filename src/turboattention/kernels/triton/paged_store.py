@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .codec import clear_padding, encode_head
-from .places import OF_KEYS, OF_VALUES, PLACES
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
 from .ragged import open_rows_of, sequence_at, standing
 from .rows import stage_rows, store_codes
 
@@ -95,7 +95,7 @@ def store_rows(
 
 @triton.jit(do_not_specialize=["sequences", "steps", "ring", "room", "table_stride"])
 def fill_pages(
-    starts, lengths, slots, k_codes, v_codes, k_scales, v_scales, table, pages, places,
+    starts, lengths, slots, k_codes, v_codes, k_scales, v_scales, table, pages, page_offsets,
     sequences, steps, ring, room, table_stride, page_stride,
     HEADS: tl.constexpr, PAGE_BYTES: tl.constexpr, USED: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
     WIDTH: tl.constexpr, WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr, SEARCH: tl.constexpr, RING: tl.constexpr,
@@ -116,10 +116,10 @@ def fill_pages(
         page = tl.multiple_of(pages + number * page_stride, 16)
         row = open_rows_of(slots, b, h, HEADS, first, block, start, ring, room, RING)
         if tl.program_id(1) == 0:
-            place = places + h * PLACES + OF_KEYS
-            encode_head(k_codes + row * D, k_scales + row, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+            head_ptr = page_offsets + h * OFFSETS + OF_KEYS
+            encode_head(k_codes + row * D, k_scales + row, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
             if h == 0:
                 clear_padding(page, USED, PAGE_BYTES)
         else:
-            place = places + h * PLACES + OF_VALUES
-            encode_head(v_codes + row * D, v_scales + row, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+            head_ptr = page_offsets + h * OFFSETS + OF_VALUES
+            encode_head(v_codes + row * D, v_scales + row, page, head_ptr, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)

@@ -13,7 +13,7 @@ from ...kv.layout import PageLayout
 from .codec import clear_padding, decode_head, encode_head
 from .configs import EXACT
 from .ordering import Order, order_rows
-from .places import OF_KEYS, OF_VALUES, PLACES, all_places, key_widths
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, all_page_offsets, key_widths
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _encode_kernel(
     k_scale,
     v_scale,
     pages,
-    places,
+    page_offsets,
     HEADS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     USED: tl.constexpr,
@@ -39,13 +39,13 @@ def _encode_kernel(
     page, head = pages + tile // HEADS * PAGE_BYTES, tile % HEADS
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
-        place = places + head * PLACES + OF_KEYS
-        encode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+        head_ptr = page_offsets + head * OFFSETS + OF_KEYS
+        encode_head(k8 + codes, k_scale + scales, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
         if head == 0:
             clear_padding(page, USED, PAGE_BYTES)
     else:
-        place = places + head * PLACES + OF_VALUES
-        encode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+        head_ptr = page_offsets + head * OFFSETS + OF_VALUES
+        encode_head(v8 + codes, v_scale + scales, page, head_ptr, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _decode_kernel(
     k_scale,
     v_scale,
     pages,
-    places,
+    page_offsets,
     HEADS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     USED: tl.constexpr,
@@ -70,11 +70,11 @@ def _decode_kernel(
     page, head = pages + tile // HEADS * PAGE_BYTES, tile % HEADS
     codes, scales = tile * (SIZE * D), tile * SIZE
     if side == 0:
-        place = places + head * PLACES + OF_KEYS
-        decode_head(k8 + codes, k_scale + scales, page, place, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
+        head_ptr = page_offsets + head * OFFSETS + OF_KEYS
+        decode_head(k8 + codes, k_scale + scales, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
     else:
-        place = places + head * PLACES + OF_VALUES
-        decode_head(v8 + codes, v_scale + scales, page, place, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
+        head_ptr = page_offsets + head * OFFSETS + OF_VALUES
+        decode_head(v8 + codes, v_scale + scales, page, head_ptr, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
 
 
 def refusal(layout: PageLayout) -> str | None:
@@ -128,7 +128,9 @@ def _launch(kernel, layout: PageLayout, pages: Tensor, codes: list[Tensor], scal
         raise UnsupportedError(refused)
     tiles = len(pages) * layout.num_kv_heads
     if tiles:
-        kernel[(tiles, 2)](*codes, *scales, pages, all_places(layout, pages.device), **layout_facts(layout), **more)
+        kernel[(tiles, 2)](
+            *codes, *scales, pages, all_page_offsets(layout, pages.device), **layout_facts(layout), **more
+        )
 
 
 def layout_facts(layout: PageLayout) -> dict:

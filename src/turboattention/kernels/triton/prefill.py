@@ -1,8 +1,8 @@
 """Attention of many query rows over blocks of 64 INT8 keys and values, both products in integers.
 
-The operands are those of `operands`: K [64, D] and V^T [D, 64] a block. Rows of a KV head are counted
-as in `sight`, so that a program's rows are neighbours of all its query heads. Products with V are made in two halves of
-its channels, one after the other: their results take half the registers, and more programs are resident.
+K [64, D] and V^T [D, 64] of a block come from `unpacked_kv`. Rows of a KV head are counted as in `visibility`, so that
+a program's rows are neighbours of all its query heads. Products with V are made in two halves of its channels, one
+after the other: their results take half the registers, and more programs are resident.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ import triton
 import triton.language as tl
 
 from .rotation import rotate_back
-from .sight import row_sight
 from .softmax import as_float, log_sum_exp, rescaled, weigh
+from .visibility import visible_range
 
 
 @triton.jit
-def _add_values(acc, p, keep, each, rose, v_ptr, SLOW: tl.constexpr):
-    """acc * keep + each * (p V) for V^T [N, 64] at v_ptr, acc float32 [M, N]."""
+def _add_values(acc, p, rescale, each, rose, v_ptr, SLOW: tl.constexpr):
+    """acc * rescale + each * (p V) for V^T [N, 64] at v_ptr, acc float32 [M, N]."""
     t = tl.arange(0, 64)
     d = tl.arange(0, acc.shape[1])
     v = tl.load(v_ptr + d[None, :] * 64 + t[:, None])
     o = as_float(tl.dot(p, v, out_dtype=tl.int32), SLOW)
-    if rose > 0:  # else all of `keep` is 1
-        acc = acc * keep[:, None]
+    if rose > 0:  # else all of `rescale` is 1
+        acc = acc * rescale[:, None]
     return tl.fma(o, each[:, None], acc)
 
 
 @triton.jit
 def _by_columns(p):
-    """Weights [M, 64] in the order of `operands.value_column`."""
+    """Weights [M, 64] in the order of `unpacked_kv.value_column`."""
     M: tl.constexpr = p.shape[0]
     return tl.reshape(tl.permute(tl.reshape(p, (M, 4, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, 64))
 
 
 @triton.jit
 def _fold_block(
-    first, second, total, peak, q, unit, ordered, mean, mean_from, block, operands, sight, cap, threshold,
+    first, second, row_sum, row_max, q, unit, ordered, mean, mean_from, block, unpacked, visible, cap, threshold,
     WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr = operands
+    k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr = unpacked
     t = tl.arange(0, 64)
     d = tl.arange(0, WIDE)
     key = block * 64 + t
@@ -54,19 +54,19 @@ def _fold_block(
     if MEAN:
         mean = tl.where(block >= mean_from, mean, 0.0)
     levels = tl.load(v_level_ptr + key)
-    p, block_total, block_peak, share = weigh(
-        s, unit, mean, key, levels, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, 1
+    p, block_sum, block_max, share = weigh(
+        s, unit, mean, key, levels, visible, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, 1
     )
-    rose = tl.max((block_peak > peak).to(tl.int32), 0) if SKIP else 1
-    peak, keep, each = rescaled(peak, block_peak)
-    total = total * keep + block_total * each
+    rose = tl.max((block_max > row_max).to(tl.int32), 0) if SKIP else 1
+    row_max, rescale, each = rescaled(row_max, block_max)
+    row_sum = row_sum * rescale + block_sum * each
     each = each * tl.load(v_scale_ptr + block)
     if ROW:
         each *= share
     p = _by_columns(p).to(tl.int8)
-    first = _add_values(first, p, keep, each, rose, v_ptr + at, SLOW)
-    second = _add_values(second, p, keep, each, rose, v_ptr + at + 32 * WIDE, SLOW)
-    return first, second, total, peak
+    first = _add_values(first, p, rescale, each, rose, v_ptr + at, SLOW)
+    second = _add_values(second, p, rescale, each, rose, v_ptr + at + 32 * WIDE, SLOW)
+    return first, second, row_sum, row_max
 
 
 @triton.jit(
@@ -84,7 +84,7 @@ def prefill(
 ):  # fmt: skip
     """Grid (tiles of M rows, KV heads, sequences) of a part of the batch from first_head, first_sequence on.
 
-    q int8 [B, Hkv, g, Lq, D]; unit, mean float32 [B, Hkv, g, Lq]; operands of `blocks` blocks a KV head of
+    q int8 [B, Hkv, g, Lq, D]; unit, mean float32 [B, Hkv, g, Lq]; unpacked of `blocks` blocks a KV head of
     that part; ordered_q, ordered_unit: queries for the blocks from sink_blocks to counts[b] (int64 [B], exclusive), or
     None, if they are the same; out [B, Hkv g, Lq, D] contiguous, lse float32. flag int32 [1] or None: where it is not
     0, results are NaN.
@@ -114,7 +114,7 @@ def prefill(
     first = tl.load(first_ptr + b).to(tl.int32)
     valid = tl.load(valid_ptr + b).to(tl.int32)
     length = tl.load(lengths_ptr + b).to(tl.int32)
-    begin, end = row_sight(row, group, first, valid, length, window, CAUSAL, WINDOW)
+    begin, end = visible_range(row, group, first, valid, length, window, CAUSAL, WINDOW)
     some = end > begin
     low = tl.min(tl.where(some, begin, length), 0) // 64
     high = tl.cdiv(tl.max(end, 0), 64)
@@ -127,36 +127,36 @@ def prefill(
     blocks_before = own.to(tl.int64) * blocks
     k_ptr += blocks_before * (64 * WIDE)
     v_ptr += blocks_before * (64 * WIDE)
-    operands = (k_ptr, v_ptr, k_scale_ptr + blocks_before * 64, v_level_ptr + blocks_before * 64,
+    unpacked = (k_ptr, v_ptr, k_scale_ptr + blocks_before * 64, v_level_ptr + blocks_before * 64,
                 v_scale_ptr + blocks_before)  # fmt: skip
     mask_row = tl.minimum(row, queries * group - 1)
     mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
-    sight = (begin, end, mask)
+    visible = (begin, end, mask)
     first_half = tl.zeros((M, WIDE // 2), tl.float32)
     second_half = tl.zeros((M, WIDE // 2), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    peak = tl.full((M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((M,), tl.float32)
+    row_max = tl.full((M,), float("-inf"), tl.float32)
     if MASK == "":
         for block in tl.range(clear, clear_end):
-            first_half, second_half, total, peak = _fold_block(
-                first_half, second_half, total, peak, q, unit, ordered, mean, mean_from, block, operands, sight, cap,
-                threshold,
+            first_half, second_half, row_sum, row_max = _fold_block(
+                first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from, block, unpacked, visible,
+                cap, threshold,
                 WIDE, FORM, CUT, ROW, False, CAP, MASK, MEAN, SLOW, SKIP,
             )  # fmt: skip
     before = tl.maximum(tl.minimum(clear, high) - low, 0)
     for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
         block = tl.where(i < before, low + i, clear_end + i - before)
-        first_half, second_half, total, peak = _fold_block(
-            first_half, second_half, total, peak, q, unit, ordered, mean, mean_from, block, operands, sight, cap,
+        first_half, second_half, row_sum, row_max = _fold_block(
+            first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from, block, unpacked, visible, cap,
             threshold,
             WIDE, FORM, CUT, ROW, True, CAP, MASK, MEAN, SLOW, SKIP,
         )  # fmt: skip
-    total = tl.where(some, total, 0.0)
+    row_sum = tl.where(some, row_sum, 0.0)
     acc = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (M, WIDE))
-    out = acc * tl.where(total > 0.0, 1.0 / tl.maximum(total, 1.0), 0.0)[:, None]
+    out = acc * tl.where(row_sum > 0.0, 1.0 / tl.maximum(row_sum, 1.0), 0.0)[:, None]
     if ROTATE:
         out = rotate_back(out, M, WIDE, D & -D, False)
-    result = log_sum_exp(peak, total)
+    result = log_sum_exp(row_max, row_sum)
     if flag_ptr is not None:
         bad = tl.load(flag_ptr) != 0
         out = tl.where(bad, float("nan"), out)

@@ -25,8 +25,8 @@ def first_half(head_dim):
 def key_channels(WIDE: tl.constexpr, D: tl.constexpr):
     """Channel of each column of a product's first operand, int32 [WIDE / 2]: channels with c % 8 < 4 of half of the
     octets, then their other channels; D or more for padding. Add `first_half(D)` for the second product."""
-    place = tl.arange(0, WIDE // 2)
-    channel = place % (WIDE // 4) // 4 * 8 + place // (WIDE // 4) * 4 + place % 4
+    at = tl.arange(0, WIDE // 2)
+    channel = at % (WIDE // 4) // 4 * 8 + at // (WIDE // 4) * 4 + at % 4
     if D < WIDE:
         channel = tl.where(channel < first_half(D), channel, D)
     return channel
@@ -34,7 +34,7 @@ def key_channels(WIDE: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def key_products(
-    page, place, held, q_first, q_second, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    page, offsets, held, q_first, q_second, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """INT8 products of 64 packed keys and R queries, int32 [64, R].
@@ -45,7 +45,7 @@ def key_products(
     OCTETS: tl.constexpr = first_half(D) // 8
     FIRST: tl.constexpr = wider(BITS)
     SECOND: tl.constexpr = narrower(BITS)
-    words = words_at(page, place[0])
+    words = words_at(page, offsets[0])
     first = _key_codes(words, WIDE // 16, OCTETS, FIRST, ASM)
     second = _key_codes(words + OCTETS * (16 * FIRST), WIDE // 16, D // 8 - OCTETS, SECOND, ASM)
     if BITS == 8:
@@ -107,7 +107,7 @@ def _pair(w, F: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def value_products(page, offsets, held, p, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """Packed values times weights p [64, R] (`round_levels`): float32 [WIDE, R].
 
     held: from `metadata.value_metadata`."""
@@ -116,7 +116,7 @@ def value_products(page, place, held, p, WIDE: tl.constexpr, D: tl.constexpr, BI
     # A word has four tokens of a channel; lines are [quads of tokens][8 channels].
     QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
     quad = tl.arange(0, QUADS)[None, :]
-    words = words_at(page, place[0]) + (d // 8 * (16 * BITS) + d % 8)[:, None]
+    words = words_at(page, offsets[0]) + (d // 8 * (16 * BITS) + d % 8)[:, None]
     w = tl.load(words + quad * 8, mask=inside)
     weights = p.to(tl.int8)
     if BITS < 4:

@@ -14,23 +14,23 @@ from .unpacking import by_channels, by_rows, bytes_of, field, highest, signed, s
 
 @triton.jit
 def halves(WIDE: tl.constexpr):
-    """The channel at each place of keys and queries, int32 [WIDE]: first those with c % 8 < 4."""
-    place = tl.arange(0, WIDE)
-    half = place % (WIDE // 2)
-    return half // 4 * 8 + half % 4 + place // (WIDE // 2) * 4
+    """The channel at each offsets of keys and queries, int32 [WIDE]: first those with c % 8 < 4."""
+    offsets = tl.arange(0, WIDE)
+    half = offsets % (WIDE // 2)
+    return half // 4 * 8 + half % 4 + offsets // (WIDE // 2) * 4
 
 
 # -- keys: octets of lines [tokens][4 channels] -----------------------------------------------------------------------
 
 
 @triton.jit
-def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's keys, int8 [64, WIDE], undefined in octets past D; `place`: offsets of K from `places.places_of`."""
+def page_keys(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """A page's keys, int8 [64, WIDE], undefined in octets past D; `offsets`: K's `section_offsets`."""
     TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
     octet = tl.arange(0, WIDE // 8)[:, None]
     t = tl.arange(0, TOKENS)[None, :]
     inside = None if D == WIDE else octet < D // 8
-    words = words_at(page, place[0]) + octet * (16 * BITS)
+    words = words_at(page, offsets[0]) + octet * (16 * BITS)
     w = tl.load(words + t, mask=inside)
     if BITS == 8:
         low = _rows(signed(w), ASM)
@@ -40,8 +40,8 @@ def page_keys(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constex
         if BITS == 3:
             # Tokens 16 apart share a byte; shift so that the bits of a tile are adjacent.
             thirds = tl.load(words + 32 + t % 16, mask=inside) >> (t // 16)
-        step = words_at(page, place[1]) + octet * 2
-        zero = words_at(page, place[2]) + octet * 2
+        step = words_at(page, offsets[1]) + octet * 2
+        zero = words_at(page, offsets[2]) + octet * 2
         low = _half_of_keys(w, thirds, step, zero, inside, 0, BITS, ASM)
         high = _half_of_keys(w, thirds, step, zero, inside, 1, BITS, ASM)
     return stack(low, high, False)
@@ -73,14 +73,14 @@ def _rows(words, ASM: tl.constexpr):
 
 
 @triton.jit
-def page_values(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's values, int8 [WIDE, 64], undefined in octets past D; `place`: offsets of V from `places.places_of`."""
+def page_values(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """A page's values, int8 [WIDE, 64], undefined in octets past D; `offsets`: V's `section_offsets`."""
     QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
     octet = tl.arange(0, WIDE // 8)[:, None, None]
     quad = tl.arange(0, QUADS)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
     inside = None if D == WIDE else octet < D // 8
-    words = words_at(page, place[0]) + octet * (16 * BITS) + c
+    words = words_at(page, offsets[0]) + octet * (16 * BITS) + c
     w = tl.load(words + quad * 8, mask=inside)
     if BITS == 8:
         values = _columns(signed(w), QUADS, WIDE, ASM)
@@ -88,8 +88,8 @@ def page_values(page, place, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.const
         thirds = w
         if BITS == 3:
             thirds = tl.load(words + 32 + quad % 2 * 8, mask=inside) >> (quad // 2)
-        step = tl.load(page + place[1] + octet * 8 + c, mask=inside).to(tl.int32)
-        zero = tl.load(page + place[2] + octet * 8 + c, mask=inside).to(tl.int32)
+        step = tl.load(page + offsets[1] + octet * 8 + c, mask=inside).to(tl.int32)
+        zero = tl.load(page + offsets[2] + octet * 8 + c, mask=inside).to(tl.int32)
         first = _part_of_values(w, thirds, step, zero, 0, WIDE, QUADS, BITS, ASM)
         second = _part_of_values(w, thirds, step, zero, 1, WIDE, QUADS, BITS, ASM)
         values = stack(first, second, False)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .rounding import ROUND, ROUND_BITS, bits_of
-from .sight import masked
+from .visibility import masked
 
 LEVELS = tl.constexpr(127.0)
 ROW_LARGEST = tl.constexpr(126.96875)
@@ -75,7 +75,7 @@ def softcapped(x, cap):
 
 @triton.jit
 def weigh(
-    s, unit, mean, key, value_levels, sight, cap, threshold,
+    s, unit, mean, key, value_levels, visible, cap, threshold,
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
@@ -83,22 +83,24 @@ def weigh(
 
     s: float32 products times key scales; unit > 0, mean: per row, what one of s counts and what is added;
     value_levels: per key, 127 times V's scale relative to the block's largest; ROW: INT8 weights with a scale per row,
-    of which the largest is 127 (CUT must be set where FORM is not "exp"); sight: (begin, end, mask),
-    the keys that each row sees (read where SEEN), and what `sight.masked` needs. CAP, MASK: softcap, and the
+    of which the largest is 127 (CUT must be set where FORM is not "exp"); visible: (begin, end, mask),
+    the keys that each row sees (read where SEEN), and what `visibility.masked` needs. CAP, MASK: softcap, and the
     kind of mask ("" without).
 
     Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
     them in units of 1/127, the block's maximum, a logit (-inf where a row sees nothing), and per row what an INT8
     weight counts, in units of 1/127 (ROW; else not to be used).
     """
-    weight, total, peak = weights(s, unit, mean, key, sight, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, AXIS)
+    weight, row_sum, row_max = weights(
+        s, unit, mean, key, visible, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, AXIS
+    )
     value_levels = tl.expand_dims(value_levels, 1 - AXIS)
     if ROW:
         codes, share = row_codes(weight * value_levels, AXIS)
     else:
         codes = round_levels(weight, value_levels)
-        share = peak  # of no meaning, but of a type: None cannot be returned from here
-    return codes, total, peak, share
+        share = row_max  # of no meaning, but of a type: None cannot be returned from here
+    return codes, row_sum, row_max, share
 
 
 @triton.jit
@@ -112,11 +114,11 @@ def row_codes(products, AXIS: tl.constexpr):
 
 @triton.jit
 def weights(
-    s, unit, mean, key, sight, cap, threshold,
+    s, unit, mean, key, visible, cap, threshold,
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
-    """As `weigh`, with the weights as they are, 1 at the maximum, in place of INT8 ones."""
+    """As `weigh`, with the weights as they are, 1 at the maximum, instead of INT8 ones."""
     base: tl.constexpr = 1.0 if FORM == "sas" else 1.4426950408889634
     plain: tl.constexpr = not CAP and MASK == ""
     keys = tl.expand_dims(key, 1 - AXIS)
@@ -126,38 +128,38 @@ def weights(
         if CAP:
             x = softcapped(x, cap)
         if MASK != "":
-            x = masked(x, sight[2], keys, AXIS, MASK)
+            x = masked(x, visible[2], keys, AXIS, MASK)
     if SEEN:
-        seen = (keys >= tl.expand_dims(sight[0], AXIS)) & (keys < tl.expand_dims(sight[1], AXIS))
+        seen = (keys >= tl.expand_dims(visible[0], AXIS)) & (keys < tl.expand_dims(visible[1], AXIS))
         x = tl.where(seen, x, float("-inf"))
-    peak = tl.max(x, AXIS)
-    against = peak
+    row_max = tl.max(x, AXIS)
+    against = row_max
     if SEEN or MASK != "":
-        against = tl.where(peak == float("-inf"), 0.0, peak)
+        against = tl.where(row_max == float("-inf"), 0.0, row_max)
     # The difference first, then its unit: exactly zero at the maximum.
     x = x - tl.expand_dims(against, AXIS)
     if plain:
         x = x * tl.expand_dims(unit * base, AXIS)
-        peak = tl.where(peak == float("-inf"), peak, peak * unit + mean) if SEEN else peak * unit + mean
+        row_max = tl.where(row_max == float("-inf"), row_max, row_max * unit + mean) if SEEN else row_max * unit + mean
     else:
         x = tl.minimum(x, 0.0) * base
     weight = exponential(x, FORM, CUT, threshold)
     if ROW:
-        total = sum_of_levels(round_levels(weight, LEVELS * FINE), AXIS) / FINE
+        row_sum = sum_of_levels(round_levels(weight, LEVELS * FINE), AXIS) / FINE
     else:
-        total = sum_of_levels(round_levels(weight, LEVELS), AXIS)
-    return weight, total, peak
+        row_sum = sum_of_levels(round_levels(weight, LEVELS), AXIS)
+    return weight, row_sum, row_max
 
 
 @triton.jit
-def rescaled(peak, block_peak):
+def rescaled(row_max, block_max):
     """The new running maximum, and by what earlier results and the block's shrink: e^(old - new)."""
-    new = tl.maximum(peak, block_peak)
+    new = tl.maximum(row_max, block_max)
     safe = tl.where(new == float("-inf"), 0.0, new)
-    return new, tl.exp2((peak - safe) * LOG2_E), tl.exp2((block_peak - safe) * LOG2_E)
+    return new, tl.exp2((row_max - safe) * LOG2_E), tl.exp2((block_max - safe) * LOG2_E)
 
 
 @triton.jit
-def log_sum_exp(peak, total):
-    """-inf where nothing was seen; `total` counts units of 1/127."""
-    return tl.where(total > 0.0, peak + tl.log2(tl.maximum(total, 1.0) / LEVELS) * LN_2, float("-inf"))
+def log_sum_exp(row_max, row_sum):
+    """-inf where nothing was seen; `row_sum` counts units of 1/127."""
+    return tl.where(row_sum > 0.0, row_max + tl.log2(tl.maximum(row_sum, 1.0) / LEVELS) * LN_2, float("-inf"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import largest_of
 from .softmax import LEVELS, round_levels, row_codes, weights
+from .unpacked_kv import largest_of
 
 
 @triton.jit
@@ -23,7 +23,9 @@ def weigh_stored(
 
     The fourth result is the scale of the INT8 codes: with ROW or OWN, one per row, from the keys of the block that it
     sees; else one per block."""
-    weight, total, peak = weights(s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, ROW, SEEN, CAP, "", AXIS)
+    weight, row_sum, row_max = weights(
+        s, unit, mean, key, (begin, end), cap, threshold, FORM, CUT, ROW, SEEN, CAP, "", AXIS
+    )
     scale = tl.expand_dims(v_scale, 1 - AXIS)
     if ROW:  # What a row does not see has the weight zero.
         codes, unit = row_codes(weight * scale, AXIS)
@@ -39,4 +41,4 @@ def weigh_stored(
     else:
         largest = largest_of(v_scale)
         codes = round_levels(weight, scale / largest * LEVELS)
-    return codes, total, peak, largest
+    return codes, row_sum, row_max, largest

@@ -30,7 +30,7 @@ def field(w, F: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def highest(w, F: tl.constexpr, BITS: tl.constexpr):
-    """Bit F of the plane of highest bits, shifted to its place in codes of 3 or 5 bits."""
+    """Bit F of the plane of highest bits, shifted to its position in codes of 3 or 5 bits."""
     w = w >> (F - BITS + 1) if F > BITS - 1 else w << (BITS - 1 - F)
     return w & ((1 << BITS - 1) * _ONES)
 

@@ -1,4 +1,4 @@
-"""The launcher of `prefill`: many query rows over blocks that are made operands first."""
+"""The launcher of `prefill`: many query rows over blocks that are unpacked first."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 from ..inputs import BLOCK
 from . import configs
 from .call import Call, ordered_arguments
-from .fresh import make_operands
-from .operands import bytes_a_block, page_operands, row_operands
-from .places import head_places, pairs_of_widths
+from .fresh import quantize_and_unpack
+from .page_offsets import head_page_offsets, pairs_of_widths
 from .prefill import prefill
+from .unpacked_kv import bytes_per_block, unpack_pages, unpack_rows
 
-OPERAND_BYTES = 1 << 28
-"""Memory for operands of `prefill`; more where a single KV head of one sequence needs it."""
+UNPACKED_BYTES = 1 << 28
+"""Memory for unpacked blocks; more where a single KV head of one sequence needs it."""
 
 
-def attend_many_rows(call: Call) -> None:
-    """Blocks are made operands once, for as many heads and sequences at a time as memory allows."""
+def attend_prefill_rows(call: Call) -> None:
+    """Blocks are unpacked once, for as many heads and sequences at a time as memory allows."""
     launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
     device, parts = call.out.device, list(_parts(call))
     for sequences, heads in parts:
         shape = len(sequences), len(heads), max(1, call.blocks)
         k, v = (torch.empty(*shape, BLOCK, call.wide, dtype=torch.int8, device=device) for _ in range(2))
         k_scale, v_level = (torch.empty(*shape, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
-        operands = k, v, k_scale, v_level, torch.empty(shape, dtype=torch.float32, device=device)
-        _make_operands(call, sequences, heads, operands)
+        unpacked = k, v, k_scale, v_level, torch.empty(shape, dtype=torch.float32, device=device)
+        _unpack(call, sequences, heads, unpacked)
         prefill[-(-call.rows // launch.rows), len(heads), len(sequences)](
             **call.row_arguments(),
             **ordered_arguments(call.quantized),
             counts_ptr=call.pages.counts if call.pages else None,
             sink_blocks=call.pages.sink_blocks if call.pages else 0,
-            **dict(zip(("k_ptr", "v_ptr", "k_scale_ptr", "v_level_ptr", "v_scale_ptr"), operands, strict=True)),
+            **dict(zip(("k_ptr", "v_ptr", "k_scale_ptr", "v_level_ptr", "v_scale_ptr"), unpacked, strict=True)),
             flag_ptr=call.fresh.flag if call.fresh else None,
             out_ptr=call.out,
             lse_ptr=call.lse,
@@ -50,7 +50,7 @@ def attend_many_rows(call: Call) -> None:
             ROTATE=call.config.rotate,
             SLOW=call.architecture.slow_int_to_float,
             SKIP=call.architecture.skips_rescaling,
-            **call.sight_arguments(),
+            **call.visibility_arguments(),
             **launch.options,
         )
     if call.fresh is not None and len(parts) > 1:  # a later part may have raised the flag
@@ -60,8 +60,8 @@ def attend_many_rows(call: Call) -> None:
 
 
 def _parts(call: Call) -> Iterator[tuple[range, range]]:
-    """Sequences and KV heads whose operands fit `OPERAND_BYTES`, one of each at least."""
-    fitting = max(1, OPERAND_BYTES // max(1, call.blocks * bytes_a_block(call.wide)))
+    """Sequences and KV heads whose unpacked blocks fit `UNPACKED_BYTES`, one of each at least."""
+    fitting = max(1, UNPACKED_BYTES // max(1, call.blocks * bytes_per_block(call.wide)))
     heads = min(fitting, call.kv_heads)
     sequences = min(max(1, fitting // call.kv_heads), configs.LARGEST_GRID // 2)  # K and V are two programs
     for b in range(0, call.batch, sequences):
@@ -69,11 +69,11 @@ def _parts(call: Call) -> Iterator[tuple[range, range]]:
             yield range(b, min(b + sequences, call.batch)), range(h, min(h + heads, call.kv_heads))
 
 
-def _make_operands(call: Call, sequences: range, heads: range, operands: tuple[Tensor, ...]) -> None:
+def _unpack(call: Call, sequences: range, heads: range, unpacked: tuple[Tensor, ...]) -> None:
     pages, opened, device = call.pages, call.open, call.out.device
     if call.fresh is not None:
         x = call.fresh
-        make_operands((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, call.wide, operands)
+        quantize_and_unpack((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, call.wide, unpacked)
         return
     sizes = {"first_head": heads.start, "first_sequence": sequences.start, "blocks": max(1, call.blocks)}
     shape = {"D": call.head_dim, "WIDE": call.wide}
@@ -86,13 +86,13 @@ def _make_operands(call: Call, sequences: range, heads: range, operands: tuple[T
             for (k_bits, v_bits), chosen in pairs_of_widths(layout):
                 chosen = tuple(h for h in chosen if h in heads)
                 if chosen:
-                    page_operands[last - first, len(chosen), len(sequences)](
-                        pages.addresses, pages.counts, head_places(layout, chosen, device), *operands,
+                    unpack_pages[last - first, len(chosen), len(sequences)](
+                        pages.addresses, pages.counts, head_page_offsets(layout, chosen, device), *unpacked,
                         pages.addresses.stride(0), first, heads=len(heads), **sizes, **shape,
                         K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales, **configs.FUSION,
                     )  # fmt: skip
     if opened is not None:
-        row_operands[-(-opened.k8.shape[2] // BLOCK), len(heads), len(sequences)](
-            opened.k8, opened.v8, opened.k_scale, opened.v_scale, opened.start, call.standing.lengths, *operands,
+        unpack_rows[-(-opened.k8.shape[2] // BLOCK), len(heads), len(sequences)](
+            opened.k8, opened.v8, opened.k_scale, opened.v_scale, opened.start, call.standing.lengths, *unpacked,
             opened.k8.shape[2], call.kv_heads, **sizes, **shape, **configs.FUSION,
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Unpacks pages and INT8 rows to the operands of `prefill`, once for all queries.
+"""Unpacks pages and INT8 rows for `prefill`, once for all queries.
 
 A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64] (channels from D on are zero; tokens in the
 order of `value_column`), with float32 K scales [64], V levels [64] (127 times the token's scale divided by the block's
 largest) and the largest V scale. Blocks are ordered by position. Temporary memory per block and KV head:
-`bytes_a_block`.
+`bytes_per_block`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .places import PLACES, places_of
+from .page_offsets import OFFSETS, section_offsets
 from .planes import narrower, wider
 from .softmax import LEVELS
 
 
-def bytes_a_block(wide: int) -> int:
-    """Bytes of the operands of one block and KV head."""
+def bytes_per_block(wide: int) -> int:
+    """Bytes of one unpacked block of a KV head."""
     return 64 * (2 * wide + 4 + 4) + 4
 
 
@@ -29,11 +29,11 @@ def value_column(t):
 
 
 @triton.jit
-def token_scales(page, place, t, BY_TOKEN: tl.constexpr):
-    """Scales of tokens t of a page, float32; `place`: offsets of K or V from `places_of`."""
-    bits = tl.zeros_like(t) + tl.load((page + place[4]).to(tl.pointer_type(tl.int32)))
+def token_scales(page, offsets, t, BY_TOKEN: tl.constexpr):
+    """Scales of tokens t of a page, float32; `offsets`: offsets of K or V from `section_offsets`."""
+    bits = tl.zeros_like(t) + tl.load((page + offsets[4]).to(tl.pointer_type(tl.int32)))
     if BY_TOKEN:
-        bits -= tl.load(page + place[3] + t).to(tl.int32) << 19
+        bits -= tl.load(page + offsets[3] + t).to(tl.int32) << 19
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -79,13 +79,13 @@ def _key_codes(at, t, d, inside, D: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _restored(code, page, place, channel, inside, BITS: tl.constexpr):
+def _restored(code, page, offsets, channel, inside, BITS: tl.constexpr):
     """INT8 values `code * step + zero`, which fit in a byte; intermediate overflow does not matter."""
     if BITS == 8:
         code ^= 128
     else:
-        step = tl.load(page + place[1] + channel, mask=inside, other=0)
-        zero = tl.load(page + place[2] + channel, mask=inside, other=0)
+        step = tl.load(page + offsets[1] + channel, mask=inside, other=0)
+        zero = tl.load(page + offsets[2] + channel, mask=inside, other=0)
         code = code * step + zero
     return code.to(tl.int8, bitcast=True)
 
@@ -102,40 +102,40 @@ def _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v
 
 
 @triton.jit(do_not_specialize=["table_stride", "first_block", "first_head", "heads", "first_sequence", "blocks"])
-def page_operands(
-    table_ptr, counts_ptr, places_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
+def unpack_pages(
+    table_ptr, counts_ptr, page_offsets_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
     table_stride, first_block, first_head, heads, first_sequence, blocks,
     D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks from first_block on, heads of one pair of widths, sequences from first_sequence on).
 
     table: int64 [B, table_stride], page addresses (0: evicted, skipped). counts: int64 [B], pages per sequence. The
-    operands have `heads` heads from first_head on and `blocks` blocks.
+    unpacked have `heads` heads from first_head on and `blocks` blocks.
     """
     block = first_block + tl.program_id(0)
     b = first_sequence + tl.program_id(2)
     address = tl.load(table_ptr + b.to(tl.int64) * table_stride + block)
     if (block < tl.load(counts_ptr + b)) & (address != 0):
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-        place = places_ptr + tl.program_id(1) * PLACES
-        k_place, v_place = places_of(place, D)
+        head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
+        k_offsets, v_offsets = section_offsets(head_ptr, D)
         t = tl.arange(0, 64)
         d = tl.arange(0, WIDE)
         inside = d < D
-        k = _key_codes(page + k_place[0], t, d, inside, D, K_BITS)
-        k = _restored(k, page, k_place, d[None, :], inside[None, :], K_BITS)
+        k = _key_codes(page + k_offsets[0], t, d, inside, D, K_BITS)
+        k = _restored(k, page, k_offsets, d[None, :], inside[None, :], K_BITS)
         octet = (d // 8 * (64 * V_BITS))[:, None]
         index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]
-        v = _codes(page + v_place[0] + octet, index, inside[:, None], V_BITS)
-        v = _restored(v, page, v_place, d[:, None], inside[:, None], V_BITS)
-        k_scale = token_scales(page, k_place, t, BY_TOKEN)
-        v_scale = token_scales(page, v_place, t, BY_TOKEN)
-        at = (tl.program_id(2) * heads + tl.load(place) - first_head) * blocks + block
+        v = _codes(page + v_offsets[0] + octet, index, inside[:, None], V_BITS)
+        v = _restored(v, page, v_offsets, d[:, None], inside[:, None], V_BITS)
+        k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
+        v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
+        at = (tl.program_id(2) * heads + tl.load(head_ptr) - first_head) * blocks + block
         _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE)
 
 
 @triton.jit(do_not_specialize=["first_head", "first_sequence", "blocks"])
-def row_operands(
+def unpack_rows(
     k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, lengths_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
     width, kv_heads, first_head, first_sequence, blocks,
     D: tl.constexpr, WIDE: tl.constexpr,

@@ -14,10 +14,10 @@ from . import configs
 from .call import Call, ordered_arguments
 from .combine import combine
 from .decode import decode
-from .places import all_places, pairs_mask
+from .page_offsets import all_page_offsets, pairs_mask
 
 
-def attend_few_rows(call: Call) -> None:
+def attend_decode_rows(call: Call) -> None:
     """Split-KV attention over packed pages, then `combine`."""
     for part in call.parts(configs.LARGEST_GRID):
         _attend(part)
@@ -31,7 +31,7 @@ def _attend(call: Call) -> None:
     splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, launch, device)
     shape = call.batch, call.kv_heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, call.wide, dtype=torch.float32, device=device)
-    peak, total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    row_max, row_sum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     plain = PageLayout.uniform(call.kv_heads, call.head_dim, BLOCK, WIDEST, call.config.token_scales)
     sinks, compressed = (pages.sinks, pages.compressed) if pages else (plain, None)
     sizes = [layout.page_bytes for layout in (sinks, compressed) if layout is not None]
@@ -50,8 +50,8 @@ def _attend(call: Call) -> None:
         "start_ptr": opened.start if opened else None,
         "width": opened.k8.shape[2] if opened else 0,
         "acc_ptr": acc,
-        "peak_ptr": peak,
-        "total_ptr": total,
+        "row_max_ptr": row_max,
+        "row_sum_ptr": row_sum,
         "kv_heads": call.kv_heads,
         "group": call.group,
         "queries": call.queries,
@@ -63,23 +63,23 @@ def _attend(call: Call) -> None:
         "SINKS": pages is not None and pages.sink_blocks > 0,
         "OPEN": opened is not None,
         "BY_TOKEN": sinks.token_scales,
-        **call.sight_arguments(),
+        **call.visibility_arguments(),
         **launch.options,
     }
     decode[splits, call.kv_heads * tiles, call.batch](
         **arguments,
-        sink_places_ptr=all_places(sinks, device),
-        places_ptr=all_places(compressed or plain, device),
+        sink_page_offsets_ptr=all_page_offsets(sinks, device),
+        page_offsets_ptr=all_page_offsets(compressed or plain, device),
         PAIRS=pairs_mask(compressed) if compressed else 0,
     )
     combine[call.rows, call.kv_heads, call.batch](
-        acc, peak, total, call.out, call.lse, splits, tiles, call.group, call.queries,
+        acc, row_max, row_sum, call.out, call.lse, splits, tiles, call.group, call.queries,
         D=call.head_dim, WIDE=call.wide, R=launch.rows, SPLITS=1 << (splits - 1).bit_length(),
         ROTATE=call.config.rotate, num_warps=1, **configs.FUSION,
     )  # fmt: skip
 
 
-@functools.cache  # kept forever, like `head_places`
+@functools.cache  # kept forever, like `head_page_offsets`
 @in_own_modes
 def _blank(size: int, device: torch.device) -> Tensor:
     """A page of zeros, read in place of evicted pages; its values are not used."""

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def row_sight(row, group, first, valid, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def visible_range(row, group, first, valid, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Each row sees keys `begin <= key < end`; end is 0 if it sees none, as do queries from `valid` on."""
     position = first + row // group
     end = tl.zeros_like(row) + length

@@ -15,16 +15,16 @@ from ...modes import in_own_modes
 from .planes import TWO_WIDTHS
 
 # Entries in a head's row, and the first entry of its keys and of its values.
-PLACES = tl.constexpr(16)
+OFFSETS = tl.constexpr(16)
 OF_KEYS = tl.constexpr(1)
 OF_VALUES = tl.constexpr(7)
 
 
 @functools.cache  # kept forever: captured graphs hold its address
 @in_own_modes
-def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [heads, PLACES]: the head; then for K and for V its width (`key_widths`) and the byte offsets of its codes,
-    steps, zeros, token scales and scale; 0 for sections it does not have.
+def head_page_offsets(layout: PageLayout, heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [heads, OFFSETS]: the head; then for K and for V its width (`key_widths`) and the byte offsets of its
+    codes, steps, zeros, token scales and scale; 0 for sections it does not have.
 
     Raises UnsupportedError during a stream capture: the copy to the device would only run when it is replayed."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -47,14 +47,14 @@ def head_places(layout: PageLayout, heads: tuple[int, ...], device: torch.device
                 zero = step + len(coded) * layout.head_dim
             width = group.bits + (TWO_WIDTHS if len(group.parts) > 1 else 0)
             row += [width, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
-        rows.append(row + [0] * (PLACES.value - len(row)))
-    return torch.tensor(rows, dtype=torch.int32).view(len(rows), PLACES.value).to(device)
+        rows.append(row + [0] * (OFFSETS.value - len(row)))
+    return torch.tensor(rows, dtype=torch.int32).view(len(rows), OFFSETS.value).to(device)
 
 
 @functools.cache
-def all_places(layout: PageLayout, device: torch.device) -> Tensor:
-    """`head_places` of every head."""
-    return head_places(layout, tuple(range(layout.num_kv_heads)), device)
+def all_page_offsets(layout: PageLayout, device: torch.device) -> Tensor:
+    """`head_page_offsets` of every head."""
+    return head_page_offsets(layout, tuple(range(layout.num_kv_heads)), device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,18 +80,18 @@ def pairs_mask(layout: PageLayout) -> int:
 
 
 @triton.jit
-def places_of(place, D: tl.constexpr):
+def section_offsets(head_ptr, D: tl.constexpr):
     """A head's offsets of K and of V, with divisibility hints for the compiler."""
-    return _side(place + OF_KEYS, D), _side(place + OF_VALUES, D)
+    return _side(head_ptr + OF_KEYS, D), _side(head_ptr + OF_VALUES, D)
 
 
 @triton.jit
-def _side(place, D: tl.constexpr):
+def _side(head_ptr, D: tl.constexpr):
     """Offsets of codes, steps, zeros, token scales, scale."""
     EIGHTS: tl.constexpr = 16 if D % 16 == 0 else 8
-    codes = tl.multiple_of(tl.load(place + 1), 16)
-    step = tl.multiple_of(tl.load(place + 2), EIGHTS)
-    zero = tl.multiple_of(tl.load(place + 3), EIGHTS)
-    tokens = tl.multiple_of(tl.load(place + 4), 16)
-    scale = tl.multiple_of(tl.load(place + 5), 4)
+    codes = tl.multiple_of(tl.load(head_ptr + 1), 16)
+    step = tl.multiple_of(tl.load(head_ptr + 2), EIGHTS)
+    zero = tl.multiple_of(tl.load(head_ptr + 3), EIGHTS)
+    tokens = tl.multiple_of(tl.load(head_ptr + 4), 16)
+    scale = tl.multiple_of(tl.load(head_ptr + 5), 4)
     return codes, step, zero, tokens, scale
