@@ -1,6 +1,16 @@
 // Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../isa.h"
+#include "convert.h"
+#include "interface.h"
+#include "rotate.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr float kCodeMax = 119.0f;
 constexpr float kLargest = 1e18f;  // the largest magnitude that is accepted (validation.py)
 constexpr float kSmallestScale = 0x1p-100f;
@@ -147,3 +157,5 @@ inline void first_block_mean(const MeanArgs& a, std::int64_t b, std::int64_t h) 
     const double count = static_cast<double>(a.end - a.begin);
     for (int c = 0; c < head_dim; ++c) mean[c] = static_cast<float>(sums[c] / count);
 }
+
+}  // namespace turbo::TURBO_ISA
