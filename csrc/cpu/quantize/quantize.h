@@ -9,8 +9,6 @@
 
 namespace turbo::TURBO_ISA {
 
-inline QuantizeKernels quantize_kernels() {
-    return {quantize_tokens, quantize_queries, restore_rows, first_block_mean, encode_head, decode_head};
-}
+inline QuantizeKernels quantize_kernels() { return {quantize_tokens, first_block_mean, encode_head, decode_head}; }
 
 }  // namespace turbo::TURBO_ISA
