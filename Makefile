@@ -174,8 +174,22 @@ lint-code: $(READY_DEV)
 lint-format: $(READY_DEV)
 	$(BIN)/ruff format --check
 
+# Each header compiles without others before it, for the portable kernels; those of an instruction set with its flags.
+HEADERS := $(filter %.h,$(CPP))
+AVX2 := -mavx2 -mfma -mf16c
+AVX512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512vbmi -mfma -mf16c
+AMX := $(AVX512) -mamx-tile -mamx-int8 -DTURBO_AMX -DTURBO_ISA=amx -DTURBO_VECTORS=\"vec_avx512.h\"
+
 lint-cpp: $(READY_DEV)
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@if ! command -v $(CXX) > /dev/null; then echo 'headers: not compiled, there is no $(CXX)'; exit 0; fi; \
+	for header in $(HEADERS); do \
+	  case $$(uname -m)/$$(basename $$header) in \
+	    x86_64/vec_avx2.h) flags='$(AVX2)';; x86_64/vec_avx512.h) flags='$(AVX512)';; */vec_avx*) continue;; \
+	    x86_64/*_amx.h) flags='$(AMX)';; *) flags=;; \
+	  esac; \
+	  echo "$$flags -include $$header"; \
+	done | xargs -P 4 -L 1 $(CXX) -std=c++17 -Wall -Wextra -fsyntax-only -x c++ /dev/null
 
 lint-types: $(READY_DEV)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright

@@ -10,32 +10,19 @@
 #include <type_traits>
 #include <utility>
 
-#include "kernels.h"
-
 #include <immintrin.h>
 
-using namespace turbo;
+#define TURBO_ISA bench
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
-#include "vec_avx512.h"
+#define TURBO_VECTORS "vec_avx512.h"
 #else
-#include "vec_avx2.h"
+#define TURBO_VECTORS "vec_avx2.h"
 #endif
-#include "memory.h"
-#include "widths.h"
-
-#include "quantize/quantize.h"
-
-#include "attention/softmax.h"
-
-#include "attention/sight.h"
-
-#include "attention/queries.h"
-
-#include "attention/lanes.h"
-
+#include "attention/lane_products.h"
 #include "attention/operand.h"
 
-#include "attention/lane_products.h"
+using namespace turbo;
+using namespace turbo::bench;
 
 namespace {
 

@@ -6,14 +6,17 @@
 #include <cstring>
 #include <limits>
 
+#define TURBO_ISA bench
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#include "vec_avx512.h"
+#define TURBO_VECTORS "vec_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
-#include "vec_avx2.h"
+#define TURBO_VECTORS "vec_avx2.h"
 #else
-#include "vec_serial.h"
+#define TURBO_VECTORS "vec_serial.h"
 #endif
 #include "attention/softmax.h"
+
+using namespace turbo::bench;
 
 namespace {
 

@@ -52,25 +52,6 @@ bool quantize_tokens(std::uintptr_t address, const std::string& isa) {
     return fine;
 }
 
-bool quantize_queries(std::uintptr_t address, const std::string& isa) {
-    const auto& kernels = chosen(isa);
-    const auto& a = *reinterpret_cast<const turbo::QueryArgs*>(address);
-    const nb::gil_scoped_release unlocked;
-    std::atomic<bool> fine{true};
-    over_rows(a.batch, a.heads * a.group, 0, a.rows, a.threads, [&](auto b, auto h, auto begin, auto end) {
-        if (!kernels.quantize_queries(a, b, h, begin, end)) fine = false;
-    });
-    return fine;
-}
-
-void restore_rows(std::uintptr_t address, const std::string& isa) {
-    const auto& kernels = chosen(isa);
-    const auto& a = *reinterpret_cast<const turbo::RestoreArgs*>(address);
-    const nb::gil_scoped_release unlocked;
-    over_rows(a.batch, a.heads, 0, a.rows, a.threads,
-              [&](auto b, auto h, auto begin, auto end) { kernels.restore_rows(a, b, h, begin, end); });
-}
-
 void first_block_mean(std::uintptr_t address, const std::string& isa) {
     const auto& kernels = chosen(isa);
     const auto& a = *reinterpret_cast<const turbo::MeanArgs*>(address);
@@ -105,12 +86,9 @@ void bind_quantize(nb::module_& m) {
     const auto arguments = nb::arg("arguments");
     const auto isa = nb::arg("isa") = "";
     m.def("quantize_tokens", &quantize_tokens, arguments, isa, "Stage 1 of tokens; whether all were finite.");
-    m.def("quantize_queries", &quantize_queries, arguments, isa, "Stage 1 of queries; whether all were finite.");
-    m.def("restore_rows", &restore_rows, arguments, isa, "Attention's rows rotated back and converted.");
     m.def("first_block_mean", &first_block_mean, arguments, isa, "The mean that keys are smoothed by.");
     m.def("encode_pages", &encode_pages, arguments, isa, "INT8 tiles to pages.");
     m.def("decode_pages", &decode_pages, arguments, isa, "Pages to INT8 tiles.");
     m.attr("quantize_bytes") =
-        nb::make_tuple(sizeof(turbo::TokenArgs), sizeof(turbo::QueryArgs), sizeof(turbo::RestoreArgs),
-                       sizeof(turbo::MeanArgs), sizeof(turbo::PageArgs));
+        nb::make_tuple(sizeof(turbo::TokenArgs), sizeof(turbo::MeanArgs), sizeof(turbo::PageArgs));
 }

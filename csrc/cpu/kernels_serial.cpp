@@ -1,5 +1,2 @@
-#define TURBO_SERIAL
-#define TURBO_ISA serial
-#define TURBO_NAME "serial"
-#define TURBO_VECTORS "vec_serial.h"
+// Portable: what isa.h defines.
 #include "kernels_isa.inc"

@@ -2,12 +2,20 @@
 // functions across files by name, and may keep one with instructions that the processor does not have.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+#include "threads.h"
+
 // For small functions of vectors in inner loops: a call would pass the vectors through memory.
 #if defined(__GNUC__)
 #define TURBO_ALWAYS_INLINE inline __attribute__((always_inline))
 #else
 #define TURBO_ALWAYS_INLINE inline
 #endif
+
+namespace turbo::TURBO_ISA {
 
 template <class T>
 class Buffer {
@@ -37,3 +45,5 @@ template <class T>
 inline void fill(T* at, std::int64_t count, T value) {
     for (std::int64_t i = 0; i < count; ++i) at[i] = value;
 }
+
+}  // namespace turbo::TURBO_ISA

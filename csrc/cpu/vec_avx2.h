@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr std::uint8_t kFlip = 0x80;  // the first factor is unsigned: X8 + 128
 constexpr int kQueryVectors = 1;
 constexpr int kFewRowsAtOnce = 2;
@@ -199,3 +203,5 @@ inline I dot_full(I acc, Prepared p, Bytes q) {
             dot_half(acc.b, p.magnitude.b, _mm256_sign_epi8(q.b, p.codes.b))};
 }
 #endif
+
+}  // namespace turbo::TURBO_ISA

@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
+namespace turbo::TURBO_ISA {
+
 #ifdef TURBO_AMX
 constexpr std::uint8_t kFlip = 0;  // tiles multiply signed bytes
 #else
@@ -175,3 +179,5 @@ inline Bytes b_add_where(Bytes a, Bytes plane, int n, Bytes b) {
     const __mmask64 set = _mm512_test_epi8_mask(plane.v, _mm512_set1_epi8(static_cast<char>(1 << n)));
     return {_mm512_mask_add_epi8(a.v, set, a.v, b.v)};
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr std::uint8_t kFlip = 0x80;
 constexpr int kQueryVectors = 1;
 constexpr int kFewRowsAtOnce = 2;
@@ -200,3 +204,5 @@ inline I dot_small(I acc, Bytes codes, Bytes q) {
 }
 inline Prepared prepare(Bytes codes) { return codes; }
 inline I dot_full(I acc, Prepared codes, Bytes q) { return dot_small(acc, codes, q); }
+
+}  // namespace turbo::TURBO_ISA

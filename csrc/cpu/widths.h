@@ -2,6 +2,14 @@
 // (kv/layout.py).
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "attention/arguments.h"
+#include "isa.h"
+
+namespace turbo::TURBO_ISA {
+
 template <int Bits>
 using Width = std::integral_constant<int, Bits>;
 
@@ -47,3 +55,5 @@ inline void over_runs(const HeadPlace& place, int octets, int tokens, const Body
     body(Run{place.bits[0], 0, half, 0});
     body(Run{place.bits[1], half, octets, place.bits[0] * half * tokens});
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -2,6 +2,22 @@
 // How work is cut depends on shapes alone, so that results do not depend on the number of threads.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../memory.h"
+#include "../quantize/rotate.h"
+#include "../threads.h"
+#include "few_rows.h"
+#include "many_rows.h"
+#include "rows.h"
+#include "softmax.h"
+#include "task.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr int kRowsATask = 256;  // their output stays in the second-level cache
 constexpr int kBlocksASplit = 16;
 // Every run of blocks has a result of its own, so that their number must not grow with the keys: at most
@@ -167,3 +183,5 @@ inline void attend(const AttendArgs& a) {
         default: attend_with(a, Levels<Softmax::exp, false>{Exponential(a.threshold, a.row_scale)});
     }
 }
+
+}  // namespace turbo::TURBO_ISA

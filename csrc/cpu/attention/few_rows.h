@@ -1,6 +1,21 @@
 // Few query rows (decode): pages are read as they lie, a lane is a token, then a channel.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../widths.h"
+#include "operand.h"
+#include "packed.h"
+#include "page.h"
+#include "products.h"
+#include "queries.h"
+#include "rows.h"
+#include "task.h"
+
+namespace turbo::TURBO_ISA {
+
 struct FewScratch {
     RowOperand open;
     Weights weights;
@@ -111,3 +126,5 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
         }
     }
 }
+
+}  // namespace turbo::TURBO_ISA

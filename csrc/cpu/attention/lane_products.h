@@ -2,7 +2,14 @@
 // lane_products_amx.h has them for tiles.
 #pragma once
 
+#include <cstdint>
+
+#include "../vectors.h"
+#include "lanes.h"
+
 #ifndef TURBO_AMX
+
+namespace turbo::TURBO_ISA {
 
 struct Tiles {
     explicit Tiles(int) {}
@@ -66,5 +73,7 @@ inline void lane_outputs(const Operand& block, Group& g, int value_dim, const Gr
     else
         lane_outputs_as<false>(block, g, value_dim, w);
 }
+
+}  // namespace turbo::TURBO_ISA
 
 #endif

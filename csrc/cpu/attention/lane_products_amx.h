@@ -3,7 +3,15 @@
 // Tiles: 0-3 sums, 4-5 keys or values (16 rows of 64 bytes), 6-7 queries or weights.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
+#include "../vectors.h"
+#include "lanes.h"
+
 #ifdef TURBO_AMX
+
+namespace turbo::TURBO_ISA {
 
 struct alignas(64) TileShapes {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -140,5 +148,7 @@ inline void lane_outputs(const Operand& block, Group& g, int value_dim, const Gr
             add_outputs<false>(g, w, c, channels, sums[at]);
     }
 }
+
+}  // namespace turbo::TURBO_ISA
 
 #endif

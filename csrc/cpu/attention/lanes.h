@@ -5,6 +5,18 @@
 //   out^T    [Dv][queries]       += values [Dv][64 tokens] . weights [16 quads of tokens][queries][4]
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../vectors.h"
+#include "arguments.h"
+#include "queries.h"
+#include "sight.h"
+#include "softmax.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr int kQueryLanes = 16 * kQueryVectors;  // queries at once
 
 // One block of keys and values. Keys are X8 ^ kFlip (X8 + 128 where the dot product takes its first
@@ -217,3 +229,5 @@ inline bool group_scaled_weights(const Levels& levels, const BlockScales& scales
     }
     return shrinks;
 }
+
+}  // namespace turbo::TURBO_ISA

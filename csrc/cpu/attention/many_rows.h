@@ -1,6 +1,23 @@
 // Many query rows (prefill): groups of queries as lanes over blocks of INT8 keys and values.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../memory.h"
+#include "lane_products.h"
+#include "lane_products_amx.h"
+#include "lanes.h"
+#include "operand.h"
+#include "page.h"
+#include "queries.h"
+#include "rows.h"
+#include "task.h"
+
+namespace turbo::TURBO_ISA {
+
 struct ManyScratch {
     Operand block;
     GroupWork work[2];
@@ -104,3 +121,5 @@ inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& le
         for (int c = 0; c < value_dim; ++c) out[c] = g.out[c][lane];
     }
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -1,6 +1,14 @@
 // INT8 rows that are not in pages (the buffer, a call's own tokens) as operands.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../isa.h"
+#include "lanes.h"
+
+namespace turbo::TURBO_ISA {
+
 // For few query rows a lane is a token or a channel, and codes are X8 + 128:
 //   keys    [D / 4 quads of channels][64 tokens][4 channels]
 //   values  [16 quads of tokens][Dp channels][4 tokens], Dp: Dv in 16s
@@ -70,3 +78,5 @@ inline void lane_operand(Operand& out, const OpenBlock& in, int head_dim, int va
     words_from_rows(out.work, rows, value_dim, value_dim);
     values_from_words(out.values, out.work, value_dim);
 }
+
+}  // namespace turbo::TURBO_ISA

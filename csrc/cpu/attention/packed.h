@@ -6,6 +6,16 @@
 // V: sum_t p (code step + zero) = step sum_t p code + zero sum_t p.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../memory.h"
+#include "../vectors.h"
+#include "page.h"
+
+namespace turbo::TURBO_ISA {
+
 // How many octets of K are coded in Wide bits; the others are coded in Narrow ones.
 template <int Wide, int Narrow>
 inline int wide_octets(int head_dim) {
@@ -187,3 +197,5 @@ inline void packed_value_products(const std::uint8_t (*p)[kBlock], const std::in
         }
     }
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -1,6 +1,17 @@
 // Reading a page (kv/layout.py): codes of every width, steps and zeros, scales.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../memory.h"
+#include "../vectors.h"
+#include "../widths.h"
+#include "arguments.h"
+#include "lanes.h"
+
+namespace turbo::TURBO_ISA {
+
 // `low`, and of every byte of `plane` the bits that stand `n` places above `mask` (below it, where n is negative).
 // Inlined, since unrolled loops know n.
 TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
@@ -141,3 +152,5 @@ inline void lane_operand(Operand& out, const PageHead& source, int head_dim, int
     with_width<8, 4, 3, 2>(source.place(1).bits[0],
                            [&](auto bits) { lane_values<decltype(bits)::value>(out, source, value_dim); });
 }
+
+}  // namespace turbo::TURBO_ISA

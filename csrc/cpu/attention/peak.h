@@ -1,6 +1,15 @@
 // The processor's own limit for INT8 products: dot products of registers with themselves.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
+
+#include "../vectors.h"
+#include "lane_products.h"
+#include "lane_products_amx.h"
+
+namespace turbo::TURBO_ISA {
+
 // Runs `rounds` rounds; returns how many multiplications and additions one round is.
 inline std::int64_t peak_round(std::int64_t rounds) {
 #ifdef TURBO_AMX
@@ -45,3 +54,5 @@ inline std::int64_t peak_round(std::int64_t rounds) {
     return kSums * 2 * 64;
 #endif
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -1,6 +1,13 @@
 // The two integer products of R query rows with a block of INT8 rows (operand.h, RowOperand).
 #pragma once
 
+#include <cstdint>
+
+#include "../vectors.h"
+#include "arguments.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr int kVectors = kFewRowsAtOnce >= 4 ? 4 : 2;  // of tokens or channels at once
 
 // out[r][t] = sum_c q[r][c] X8[t][c], exact. sums[r] = sum_c q[r][c].
@@ -56,3 +63,5 @@ inline void value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* 
         value_products_at<R, kVectors>(p, sums, values, wide, channel, out, keep, unit);
     for (; channel < wide; channel += 16) value_products_at<R, 1>(p, sums, values, wide, channel, out, keep, unit);
 }
+
+}  // namespace turbo::TURBO_ISA

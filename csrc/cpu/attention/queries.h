@@ -1,6 +1,17 @@
 // Query rows as INT8: stage 1 where they are used, or as given.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#include "../isa.h"
+#include "../memory.h"
+#include "../quantize/rows.h"
+#include "arguments.h"
+
+namespace turbo::TURBO_ISA {
+
 struct QueryRow {
     float unit, mean_logit;
     std::int32_t sum;  // of the codes
@@ -66,3 +77,5 @@ inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std:
     }
     ordered.mean_logit = row.mean_logit;
 }
+
+}  // namespace turbo::TURBO_ISA

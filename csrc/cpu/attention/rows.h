@@ -1,6 +1,18 @@
 // Few query rows over one block: weights from scores, and what they add to the running result.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "../vectors.h"
+#include "lanes.h"
+#include "queries.h"
+#include "sight.h"
+#include "softmax.h"
+
+namespace turbo::TURBO_ISA {
+
 // The rows of one task: query head g (of the group), query i.
 struct Row {
     int group;
@@ -119,3 +131,5 @@ inline void fold(Weights& w, Running& state, int rows, const int* index, const S
         w.unit[r] = seen[r].value_unit * each[r];
     }
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -1,6 +1,16 @@
 // Which keys of a block a query sees: lengths, causality, window; and masks.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "../isa.h"
+#include "../quantize/convert.h"
+#include "arguments.h"
+
+namespace turbo::TURBO_ISA {
+
 struct Sight {  // the keys of a block that a row sees: low <= t < high
     int low, high;
     bool all() const { return low == 0 && high == kBlock; }
@@ -50,3 +60,5 @@ struct Job {  // what rows over a block need to know
     const AttendArgs& a;
     std::int64_t b, h;
 };
+
+}  // namespace turbo::TURBO_ISA

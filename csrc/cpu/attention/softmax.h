@@ -1,6 +1,11 @@
 // Exponentials of the weights on sixteen lanes: SAS, its base-2 form, and e^x (numerics.md section 5).
 #pragma once
 
+#include "../memory.h"
+#include "../vectors.h"
+
+namespace turbo::TURBO_ISA {
+
 // e^x to about one unit in the last place for x <= 0; 0 below -87 (and for -inf).
 inline F f_exp(F x) {
     const F clamped = f_max(x, f_set(-87.0f));
@@ -87,3 +92,5 @@ struct Levels {
         return level;
     }
 };
+
+}  // namespace turbo::TURBO_ISA

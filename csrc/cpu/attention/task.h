@@ -1,6 +1,17 @@
 // One task: some query rows of one KV head over a run of blocks; where those blocks are.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
+#include "../isa.h"
+#include "arguments.h"
+#include "operand.h"
+#include "page.h"
+#include "sight.h"
+
+namespace turbo::TURBO_ISA {
+
 struct Task {
     std::int64_t b, h;
     std::int64_t first_query, last_query;  // of every query head of the group
@@ -33,3 +44,5 @@ inline bool task_sees(const AttendArgs& a, const Task& task, std::int64_t block,
         if (!sight_at(a, task.b, position, block, page).none()) return true;
     return false;
 }
+
+}  // namespace turbo::TURBO_ISA

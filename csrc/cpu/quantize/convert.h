@@ -2,6 +2,14 @@
 // integer operations, which give the same results with all compilers and are vectorized.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../attention/arguments.h"
+#include "../isa.h"
+
+namespace turbo::TURBO_ISA {
+
 inline std::uint32_t bits_of(float x) {
     std::uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -68,3 +76,5 @@ inline void store_row(const FloatRows& rows, std::int64_t offset, int count, con
         for (int c = 0; c < count; ++c) to[c] = half_from_float(from[c]);
     }
 }
+
+}  // namespace turbo::TURBO_ISA

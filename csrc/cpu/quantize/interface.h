@@ -1,4 +1,4 @@
-// Arguments of stage 1, the rotation and the page codec. Every member has eight bytes, as in the ctypes structs of
+// Arguments of stage 1 and the page codec. Every member has eight bytes, as in the ctypes structs of
 // kernels/cpu/quantize.py. Strides are in elements; channels are contiguous. B sequences, H heads, T tokens, D
 // channels.
 #pragma once
@@ -22,29 +22,6 @@ struct TokenArgs {
     std::int8_t* codes;  // rows of D
     float* scales;
     std::int64_t batch_rows, head_rows;  // strides of the result between sequences and heads, in rows
-    std::int64_t threads;
-};
-
-// Quantize query rows [B, H G, Lq, D] to INT8 [B, H, G, Lq, D] with units [B, H, G, Lq]; rows from valid[b] on are
-// zero.
-struct QueryArgs {
-    std::int64_t batch, heads, group, rows, head_dim, rotate;
-    const std::int32_t* order;  // [H, D], the channel to put at each place, or null
-    FloatRows x;
-    const std::int64_t* valid;  // [B]
-    const float* mean;          // [B, H, D] or null
-    double scale;               // of the logits
-    std::int8_t* codes;
-    float* units;
-    float* mean_logits;  // null without a mean
-    std::int64_t threads;
-};
-
-// Convert float32 [B, H, T, D], contiguous, to rows of any kind, after the inverse rotation if `rotate`.
-struct RestoreArgs {
-    std::int64_t batch, heads, rows, head_dim, rotate;
-    const float* x;
-    FloatRows out;
     std::int64_t threads;
 };
 
@@ -72,13 +49,10 @@ struct PageArgs {
     std::int64_t threads;
 };
 
-// Each kernel processes one part, so that callers can distribute parts over threads. The first two return whether all
-// values they read were finite and at most 1e18 in magnitude.
+// Each kernel processes one part, so that callers can distribute parts over threads. The first one returns whether all
+// values it read were finite and at most 1e18 in magnitude.
 struct QuantizeKernels {
     bool (*quantize_tokens)(const TokenArgs&, std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end);
-    bool (*quantize_queries)(const QueryArgs&, std::int64_t b, std::int64_t query_head, std::int64_t begin,
-                             std::int64_t end);
-    void (*restore_rows)(const RestoreArgs&, std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end);
     void (*first_block_mean)(const MeanArgs&, std::int64_t b, std::int64_t h);
     void (*encode_head)(const PageArgs&, std::int64_t page, std::int64_t head, std::int64_t side);
     void (*decode_head)(const PageArgs&, std::int64_t page, std::int64_t head, std::int64_t side);

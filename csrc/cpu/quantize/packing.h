@@ -2,6 +2,14 @@
 // of a block; its line has 8 * tokens codes.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../isa.h"
+#include "../widths.h"
+
+namespace turbo::TURBO_ISA {
+
 // Codes [tokens][row] of eight channels -> K's order: quad of channels, token, channel of the quad.
 inline void key_line(const std::uint8_t* codes, std::int64_t row, int tokens, std::uint8_t* line) {
     for (int quad = 0; quad < 2; ++quad) {
@@ -75,3 +83,5 @@ inline void unpack_line(const std::uint8_t* bytes, int count, std::int64_t bits,
         if constexpr (kBits > kLower) unpack_plane<1>(rest, count, kLower, line);
     });
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -1,6 +1,20 @@
 // Encodes and decodes one head's keys or values of a page (kv/pages.py).
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../isa.h"
+#include "../memory.h"
+#include "../widths.h"
+#include "convert.h"
+#include "interface.h"
+#include "packing.h"
+#include "progressive.h"
+#include "rows.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr int kTokenScaleShift = 19;
 
 struct HeadScales {
@@ -132,3 +146,5 @@ inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
         }
     }
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -3,6 +3,15 @@
 // all sums and products below are exact.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../vectors.h"
+#include "../widths.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr int kLanes = 16;
 constexpr int kMaxBlock = 256;
 constexpr std::int32_t kLargestStep = 127;  // limits only steps of one bit; steps are int8
@@ -159,3 +168,5 @@ inline void progressive_quantize(const std::int8_t* values, int tokens, std::int
         }
     }
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -2,13 +2,13 @@
 // are loops that the compiler vectorizes.
 #pragma once
 
-#include "convert.h"
-#include "rotate.h"
-#include "rows.h"
-#include "progressive.h"
-#include "packing.h"
+#include "../isa.h"
+#include "interface.h"
 #include "pages.h"
+#include "rows.h"
 
-inline QuantizeKernels quantize_kernels() {
-    return {quantize_tokens, quantize_queries, restore_rows, first_block_mean, encode_head, decode_head};
-}
+namespace turbo::TURBO_ISA {
+
+inline QuantizeKernels quantize_kernels() { return {quantize_tokens, first_block_mean, encode_head, decode_head}; }
+
+}  // namespace turbo::TURBO_ISA

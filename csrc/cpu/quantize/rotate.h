@@ -2,6 +2,14 @@
 // exact in double, so the result does not depend on their order.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../attention/arguments.h"
+#include "../isa.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr std::uint64_t kSignBits = 0x9E3779B97F4A7C15u;
 
 // The sign of each channel.
@@ -83,3 +91,5 @@ inline void unrotate_row(float* x, int head_dim, const Signs& signs) {
     const double norm = norm_of(head_dim);
     for (int c = 0; c < head_dim; ++c) x[c] = static_cast<float>(wide[c] * signs.of[c] * norm);
 }
+
+}  // namespace turbo::TURBO_ISA

@@ -1,6 +1,16 @@
 // Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "../isa.h"
+#include "convert.h"
+#include "interface.h"
+#include "rotate.h"
+
+namespace turbo::TURBO_ISA {
+
 constexpr float kCodeMax = 119.0f;
 constexpr float kLargest = 1e18f;  // the largest magnitude that is accepted (validation.py)
 constexpr float kSmallestScale = 0x1p-100f;
@@ -93,45 +103,6 @@ inline double dot_row(const float* x, const float* y, int count) {
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-inline bool quantize_queries(const QueryArgs& a, std::int64_t b, std::int64_t query_head, std::int64_t begin,
-                             std::int64_t end) {
-    static const Signs signs;
-    const int head_dim = static_cast<int>(a.head_dim);
-    const float* mean = a.mean ? a.mean + (b * a.heads + query_head / a.group) * head_dim : nullptr;
-    const std::int32_t* order = a.order ? a.order + query_head / a.group * head_dim : nullptr;
-    const std::int64_t first_row = (b * a.heads * a.group + query_head) * a.rows;
-    const float unit = static_cast<float>(a.scale);
-    float x[kMaxHeadDim];
-    bool fine = true;
-    for (std::int64_t t = begin; t < end; ++t) {
-        if (t < a.valid[b]) {
-            load_row(a.x, row_offset(a.x, b, query_head, t), head_dim, x);
-        } else {
-            for (int c = 0; c < head_dim; ++c) x[c] = 0.0f;
-        }
-        fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
-        if (a.rotate) rotate_row(x, head_dim, signs);
-        if (order) reorder_row(x, head_dim, order);
-        const std::int64_t row = first_row + t;
-        const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
-        quantize_row(x, head_dim, scale, a.codes + row * head_dim);
-        a.units[row] = scale * unit;
-        if (mean) a.mean_logits[row] = static_cast<float>(a.scale * dot_row(x, mean, head_dim));
-    }
-    return fine;
-}
-
-inline void restore_rows(const RestoreArgs& a, std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) {
-    static const Signs signs;
-    const int head_dim = static_cast<int>(a.head_dim);
-    float x[kMaxHeadDim];
-    for (std::int64_t t = begin; t < end; ++t) {
-        std::memcpy(x, a.x + ((b * a.heads + h) * a.rows + t) * head_dim, sizeof(float) * head_dim);
-        if (a.rotate) unrotate_row(x, head_dim, signs);
-        store_row(a.out, row_offset(a.out, b, h, t), head_dim, x);
-    }
-}
-
 // Products of codes and scales with 4 mantissa bits sum exactly in double, in any order.
 inline void first_block_mean(const MeanArgs& a, std::int64_t b, std::int64_t h) {
     if (!a.wanted[b]) return;
@@ -147,3 +118,5 @@ inline void first_block_mean(const MeanArgs& a, std::int64_t b, std::int64_t h) 
     const double count = static_cast<double>(a.end - a.begin);
     for (int c = 0; c < head_dim; ++c) mean[c] = static_cast<float>(sums[c] / count);
 }
+
+}  // namespace turbo::TURBO_ISA

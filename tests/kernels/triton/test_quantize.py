@@ -202,23 +202,6 @@ def test_scales_beside_the_grid():
     assert_same((beside * 119)[None, None, :, None].expand(1, 1, 48, 8), rotate=False, smooth=False)
 
 
-@pytest.mark.usefixtures("large_tiles")
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_restoring_rows(head_dim):
-    x = normals(2, 3, 3, head_dim) * 3
-    x[0, 0, 0], x[0, 0, 1] = x[0, 0, 0] * 1e-7, x[0, 0, 1] * 1e3  # float16: denormals
-    for dtype in (torch.float32, torch.float16):
-        want = flashq.rotate(x, inverse=True).to(dtype)
-        assert torch.equal(kernels.restore_rows(x, dtype, True), want)
-        out = torch.zeros(2, 3, 3, head_dim, dtype=dtype).transpose(1, 2)
-        assert kernels.restore_rows(x, dtype, True, out) is out
-        assert torch.equal(out, want)
-    assert torch.equal(kernels.restore_rows(x, torch.float32, False), x)
-    # The interpreter rounds to bfloat16 towards zero, a GPU to the nearest.
-    got = kernels.restore_rows(x, torch.bfloat16, True)
-    assert torch.allclose(got.float(), flashq.rotate(x, inverse=True), rtol=2**-7, atol=0)
-
-
 @pytest.mark.parametrize("head_dim", [8, 24, 128])
 def test_the_mean_of_the_first_block(head_dim):
     codes, scales = flashq.quantize_tokens(rows(3, 2, 70, head_dim) * 3)
@@ -233,7 +216,6 @@ def test_empty_batches_and_no_tokens():
         assert_same(x)
         got, _ = kernels.quantize_queries(x, 1, torch.zeros(shape[0]), mean[:, :1], 1.0, True)
         assert got.codes.shape == (shape[0], 1, 2, shape[2], 8)
-        assert kernels.restore_rows(x, torch.float32, True).shape == shape
 
 
 def test_refusals():
@@ -245,5 +227,3 @@ def test_refusals():
         kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, codes.byte(), scales, zeros)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected contiguous tensors"):
         first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8))
-    with pytest.raises(DtypeError, match=r"^out: expected channels side by side"):
-        kernels.restore_rows(x, torch.float32, True, torch.zeros(1, 1, 8, 2).mT)

@@ -1,7 +1,7 @@
-"""Stage 1, the rotation undone, and the page codec: the launchers of csrc/cpu/quantize.
+"""Stage 1 and the page codec: the launchers of csrc/cpu/quantize.
 
 Each has the meaning and the results, to the last bit, of its namesake in `kv.quantizer` (`kv.pages`
-for pages, `kv.queries` for queries). Tensors are on the CPU; float64 is left to PyTorch.
+for pages). Tensors are on the CPU; float64 is left to PyTorch.
 `isa` picks an instruction set of `_cpu.isas()`, by default the best.
 """
 
@@ -55,59 +55,6 @@ def quantize_tokens(
     fine = _cpu.quantize_tokens(ctypes.addressof(a), isa)
     del kept
     return fine
-
-
-def quantize_queries(
-    q: Tensor,
-    kv_heads: int,
-    valid: Tensor,
-    mean: Tensor | None,
-    scale: float,
-    rotate: bool,
-    order: Tensor | None = None,
-    isa: str = "",
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """q [B, Hq, Lq, D] -> codes int8 [B, Hkv, g, Lq, D], unit float32 [B, Hkv, g, Lq] (a row's scale
-    times `scale`), mean_logit likewise (`scale q . mean`; None without mean [B, Hkv, D]), and
-    whether all values read were finite and at most 1e18 in magnitude.
-
-    Rows from `valid[b]` on (int64 [B]) are never read and count as zeros. order: integers [Hkv, D], the channel that
-    each place takes, or None.
-    """
-    batch, heads, count, head_dim = q.shape
-    group = heads // kv_heads
-    rows, kept = float_rows(q)
-    valid = _indices(valid)
-    codes = torch.empty(batch, kv_heads, group, count, head_dim, dtype=torch.int8)
-    unit = torch.empty(codes.shape[:-1], dtype=torch.float32)
-    means = None if mean is None else mean.to(torch.float32).contiguous()
-    logits = None if means is None else torch.empty_like(unit)
-    a = _Queries(batch=batch, heads=kv_heads, group=group, rows=count, head_dim=head_dim, rotate=rotate, x=rows)
-    channels = None if order is None else order.to(torch.int32).contiguous()
-    a.order = None if channels is None else channels.data_ptr()
-    a.valid, a.scale, a.codes, a.units = valid.data_ptr(), scale, codes.data_ptr(), unit.data_ptr()
-    a.mean = None if means is None else means.data_ptr()
-    a.mean_logits = None if logits is None else logits.data_ptr()
-    a.threads = torch.get_num_threads()
-    fine = _cpu.quantize_queries(ctypes.addressof(a), isa)
-    del kept, channels
-    return codes, unit, logits, fine
-
-
-def restore_rows(x: Tensor, dtype: torch.dtype, rotate: bool, out: Tensor | None = None, isa: str = "") -> Tensor:
-    """float32 [B, H, T, D], rotated back if `rotate`, as `dtype`; into `out` (any strides but the
-    last, which is 1) if given."""
-    x = x.to(torch.float32).contiguous()
-    batch, heads, count, head_dim = x.shape
-    if out is None:
-        out = torch.empty(x.shape, dtype=dtype)
-    rows, kept = float_rows(out)
-    if kept is not out:
-        raise DtypeError(f"out: expected channels side by side, got strides {out.stride()}")
-    a = _Restore(batch=batch, heads=heads, rows=count, head_dim=head_dim, rotate=rotate, x=x.data_ptr(), out=rows)
-    a.threads = torch.get_num_threads()
-    _cpu.restore_rows(ctypes.addressof(a), isa)
-    return out
 
 
 def first_block_mean(
@@ -192,22 +139,6 @@ class _Tokens(ctypes.Structure):
     ]
 
 
-class _Queries(ctypes.Structure):
-    _fields_ = [
-        *_words("batch heads group rows head_dim rotate"),
-        *_pointers("order"),
-        ("x", FloatRows),
-        *_pointers("valid mean"),
-        ("scale", ctypes.c_double),
-        *_pointers("codes units mean_logits"),
-        *_words("threads"),
-    ]
-
-
-class _Restore(ctypes.Structure):
-    _fields_ = [*_words("batch heads rows head_dim rotate"), *_pointers("x"), ("out", FloatRows), *_words("threads")]
-
-
 class _Mean(ctypes.Structure):
     _fields_ = [
         *_words("batch heads head_dim begin end"),
@@ -230,7 +161,7 @@ class _Pages(ctypes.Structure):
 
 
 def _check_structs() -> None:
-    sizes = tuple(map(ctypes.sizeof, (_Tokens, _Queries, _Restore, _Mean, _Pages)))
+    sizes = tuple(map(ctypes.sizeof, (_Tokens, _Mean, _Pages)))
     built = tuple(getattr(_cpu, "quantize_bytes", ()))
     if sizes != built:
         raise ImportError(f"turboattention._cpu: expected structs of {sizes} bytes, got a build with {built}")

@@ -1,4 +1,4 @@
-"""Stage 1 with fused smoothing and rotation, and the inverse rotation.
+"""Stage 1 with fused smoothing and rotation.
 
 Launchers have the same arguments and bit-identical results as those of the same name in `kernels.cpu.quantize`. Index
 tensors may be on the CPU or on the device.
@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import DtypeError
 from ..inputs import Int8Queries
 from .arguments import check_tiles, float_rows, indices, means, row_shape
 from .ordering import Order
-from .rotation import rotate, rotate_back
+from .rotation import rotate
 from .rows import load_rows, stage_rows, store_codes, tell, token_codes
 
 # -- tokens ---------------------------------------------------------------------------------------------
@@ -193,51 +192,3 @@ def quantize_queries(
             heads // kv_heads, count, single, scale - single, *q.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
         )  # fmt: skip
     return Int8Queries(codes, unit, logits, *ordered), flag
-
-
-# -- inverse rotation -----------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["rows", "heads", "tokens"])
-def _restore_kernel(
-    x,
-    out,
-    rows,
-    heads,
-    tokens,
-    stride_b,
-    stride_h,
-    stride_t,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROTATE: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tile, t = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    channel = tl.arange(0, WIDTH)[None, :]
-    there = (row < rows)[:, None] & (channel < D)
-    values = tl.load(x + row.to(tl.int64)[:, None] * D + channel, mask=there, other=0.0)
-    if ROTATE:
-        values = rotate_back(values, ROWS, WIDTH, D & -D, True)
-    to = (tile // heads) * stride_b + (tile % heads) * stride_h + t * stride_t
-    tl.store(out + to[:, None] + channel, values.to(out.dtype.element_ty), mask=there)
-
-
-def restore_rows(x: Tensor, dtype: torch.dtype, rotate: bool, out: Tensor | None = None) -> Tensor:
-    """Convert float32 x [B, H, T, D] to `dtype`, after the inverse rotation if `rotate`.
-
-    Writes to `out`, whose last stride must be 1, if given. Raises DtypeError."""
-    x = x.to(torch.float32).contiguous()
-    _, heads, tokens, head_dim = x.shape
-    if out is None:
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if float_rows(out) is not out:
-        raise DtypeError(f"out: expected channels side by side, got strides {out.stride()}")
-    rows = x.numel() // head_dim
-    if rows:
-        shape = row_shape(rows, head_dim)
-        _restore_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-            x, out, rows, heads, tokens, *out.stride()[:3], D=head_dim, ROTATE=rotate, **shape
-        )
-    return out

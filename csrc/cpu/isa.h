@@ -1,0 +1,10 @@
+// The instruction set that a file is compiled for. A kernels_<isa>.cpp defines TURBO_ISA, the namespace of its kernels
+// within turbo, TURBO_NAME, and TURBO_VECTORS, the header of its vector types; without them it is the portable one.
+#pragma once
+
+#ifndef TURBO_ISA
+#define TURBO_SERIAL
+#define TURBO_ISA serial
+#define TURBO_NAME "serial"
+#define TURBO_VECTORS "vec_serial.h"
+#endif
