@@ -20,7 +20,7 @@ from .pages import decode_pages as decode_tiles
 from .pages import encode_pages as encode_tiles
 
 if TYPE_CHECKING:
-    from .growth import Growing
+    from .cache import KVCache
 
 
 class Quantizer(Protocol):
@@ -79,7 +79,7 @@ class Quantizer(Protocol):
         """Decode uint8 [N, page_bytes] -> k8, v8 int8 [N, H, B, D or Dv], k_scale, v_scale [N, H, B]."""
         ...
 
-    def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
+    def append(self, cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
         """Append k, v [B, H, T, D or Dv] (shapes already checked) in one call: the first `counts[b]` tokens (int64 [B],
         CPU) of each sequence, or all.
 
@@ -151,7 +151,7 @@ class _PyTorch:
         tiles = decode_tiles(layout, pages)
         return tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
 
-    def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
+    def append(self, cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
         return False
 
 
