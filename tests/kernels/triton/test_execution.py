@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime.interpreter import GridExecutor
 
 import turboattention as ta
+from turboattention import dispatch
 from turboattention.errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
 from turboattention.impl.triton import device as triton_device
 from turboattention.impl.triton import quantizer as triton_quantizer
@@ -27,7 +28,6 @@ from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.impl.triton.state import Call, Steps
 from turboattention.kernels.triton import few_rows
 from turboattention.kernels.triton.places import all_places, head_places
-from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout
 
 from ...helpers import normals, qkv
@@ -204,7 +204,7 @@ def test_a_step_that_fails_keeps_no_page(monkeypatch, where, broken, attends):
     call = ta.turbo_attention_with_kvcache if attends else lambda q, cache, k, v, backend: cache.append(k, v)
     with monkeypatch.context() as m:
         m.setattr(where, broken, fail)
-        m.setattr(quantizer, "_providers", [lambda device: triton_quantizer])
+        m.setattr(dispatch, "quantizer_on", lambda device: triton_quantizer)
         with pytest.raises(MemoryError):
             call(q, cache, k, v, backend="triton")
     assert live_pages(cache) == pages
@@ -261,7 +261,7 @@ def test_kernels_run_under_their_tensors_device(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", launched)
     q, k, v = tokens_of(2, 66, 0)
     ta.turbo_attention(q, k, v, backend="triton")
-    monkeypatch.setattr(quantizer, "_providers", [lambda device: triton_quantizer])
+    monkeypatch.setattr(dispatch, "quantizer_on", lambda device: triton_quantizer)
     cache = ta.KVCache(2, 2, 16, config=NO_SINKS, max_tokens=256)
     cache.append(k, v)
     q, k, v = tokens_of(2, 1, 1)
