@@ -29,7 +29,7 @@ import torch
 
 import turboattention as ta
 from turboattention.errors import TurboError
-from turboattention.kv import storage
+from turboattention.kv import serialization
 
 SLOWEST = 5.0  # seconds
 MEMORY = 4 << 30  # address space beyond what the process has at the start
@@ -165,7 +165,7 @@ def forged(data: bytes, pick: random.Random, folder: Path) -> bytes:
         else:
             forge_value(content, pick)
     text = json.dumps(content)
-    header |= {"content": text, "digest": storage._digest(text, tensors)}
+    header |= {"content": text, "digest": serialization._digest(text, tensors)}
     return save({name: x.contiguous() for name, x in tensors.items()}, header)
 
 

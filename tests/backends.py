@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from turboattention import dispatch
-from turboattention.kv import quantizer
 
 
 def take_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,6 +13,4 @@ def take_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if not dispatch.backends()["cpu"].usable:
             pytest.skip(dispatch.backends()["cpu"].reason)
         return
-    everything = dispatch.backends
-    monkeypatch.setattr(dispatch, "backends", lambda: {"reference": everything()["reference"]})
-    monkeypatch.setattr(quantizer, "_providers", [])
+    monkeypatch.setattr(dispatch, "TABLE", {"reference": dispatch.TABLE["reference"]})

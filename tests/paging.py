@@ -70,11 +70,11 @@ class Server:
 
     def holds(self, key: int, cache: KVCache, blocks: int) -> bool:
         """Whether a sequence's first pages are those of a cache, byte for byte."""
-        assert cache.store is not None
+        assert cache.page_table is not None
         if not blocks:
             return True
-        assert cache.store.compressed is not None
-        want = cache.store.compressed.gather(cache.store.tables[0][:blocks])
+        assert cache.page_table.pools.compressed is not None
+        want = cache.page_table.pools.compressed.gather(cache.page_table.pages[0][:blocks])
         return all(torch.equal(self.page(key, block), want[block]) for block in range(blocks))
 
     def page(self, key: int, block: int) -> torch.Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,22 @@ import turboattention as ta
 from turboattention import dispatch
 from turboattention.dispatch import Availability
 from turboattention.errors import BackendError, InputError
+
+
+def test_a_cache_finds_its_quantizer_whatever_was_imported():
+    """The module of the cache alone, without any of those above it."""
+    code = """
+import sys, torch
+from turboattention.kv.cache import KVCache
+assert "turboattention.dispatch" not in sys.modules
+from turboattention.kv.quantizer import quantizer_for
+print(getattr(quantizer_for(torch.device("cpu")), "__name__", "PyTorch"))
+KVCache(1, 2, 8).append(*torch.ones(2, 1, 2, 3, 8))
+"""
+    environment = {"PYTHONPATH": str(Path(ta.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    wanted = "turboattention.impl.cpu.quantizer" if ta.backends()["cpu"].usable else "PyTorch"
+    assert run.stdout == f"{wanted}\n", run.stderr
 
 
 def test_every_backend_is_listed_with_a_reason():

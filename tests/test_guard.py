@@ -74,7 +74,7 @@ def test_hard_heads_get_more_bits_and_are_named_once(bits, group):
     assert "\n" not in said[0]
     assert said[0].startswith("layer 3: KV heads 1, 3 lose too much in the quantized cache (head ")
     assert f"at K {bits} and V {bits} bits, bound {BOUNDS[bits]:.2f}); raised to K/V bits 1: 8/8, 3: 8/8" in said[0]
-    assert cache._store.compressed.layout.k_bits == tuple(wide[0])
+    assert cache.page_table.pools.compressed.layout.k_bits == tuple(wide[0])
 
 
 def test_two_bits():

@@ -13,7 +13,7 @@ import turboattention as ta
 from turboattention import dispatch
 from turboattention.errors import FormatError, ShapeError
 from turboattention.impl.inputs import pages_of
-from turboattention.kv import storage
+from turboattention.kv import serialization
 from turboattention.kv.layout import PageLayout
 from turboattention.kv.pages import Tiles, decode_pages, encode_pages
 from turboattention.reference.exact import exact_attention
@@ -148,12 +148,12 @@ def test_crop_reorder_copies_and_files(bits, tmp_path):
 def test_a_file_that_says_other_widths_is_refused(tmp_path):
     cache = ta.KVCache(1, 2, 24, v_head_dim=40, config=OFF)
     cache.append(*tensors((24, 40), batch=1)[1:])
-    parts = storage.cache_tensors(cache, ""), storage.cache_metadata(cache)
+    parts = serialization.cache_tensors(cache, ""), serialization.cache_metadata(cache)
     with pytest.raises(FormatError, match=r"buffer\.v8"):
-        storage.cache_from_tensors(parts[0], {**parts[1], "v_head_dim": 24}, "")
+        serialization.cache_from_tensors(parts[0], {**parts[1], "v_head_dim": 24}, "")
     without = {name: x for name, x in parts[1].items() if name != "v_head_dim"}
     with pytest.raises(FormatError, match=r"buffer\.v8"):  # as earlier releases wrote it: one head_dim
-        storage.cache_from_tensors(parts[0], without, "")
+        serialization.cache_from_tensors(parts[0], without, "")
 
 
 def test_the_guard_looks_at_values_of_their_own_width():

@@ -120,7 +120,8 @@ def _decode_at(
             return wrong("decode", shape, bits, error)
     timed, failed = in_turns({"own": own} | rivals)
     seconds, _ = timed["own"]
-    layers_bytes = sum(pool.nbytes for pool in (cache.store.sinks, cache.store.compressed) if pool)  # type: ignore
+    pools = cache.page_table.pools  # type: ignore[union-attr]
+    layers_bytes = sum(pool.nbytes for pool in (pools.sinks, pools.compressed) if pool)
     rate = layers_bytes / seconds.median / 1e9
     figures = {"GB/s": rate} | ({"of measured bandwidth": rate / peaks["GB/s"]} if peaks else {})
     return Row(

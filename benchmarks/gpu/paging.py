@@ -57,7 +57,8 @@ def paged(plan: Plan, width: int) -> float:
         want = ta.turbo_attention_with_kvcache(q, cache, k, v, backend="reference")[0].transpose(0, 1)
         worst = max(worst, relative_error(torch.cat(result), want))
         blocks = len(sequence[0]) // BLOCK
-        stored = cache.store.compressed.gather(cache.store.tables[0][:blocks])  # type: ignore[union-attr]
+        held = cache.page_table
+        stored = held.pools.compressed.gather(held.pages[0][:blocks])  # type: ignore[union-attr]
         assert torch.equal(pages[table[number, :blocks].long(), : stored.shape[1]], stored), "pages differ"
     assert worst <= 1e-3 + (3e-3 if dtype() == torch.bfloat16 else 0.0), f"relative error {worst:.1e}"
     return worst

@@ -18,7 +18,7 @@ _LAZY = {
     "backends": "api",
     "explain": "api",
     "TurboConfig": "config",
-    "KVCache": "api",  # not kv.cache: importing dispatch registers the fast quantizers
+    "KVCache": "kv.cache",
     "Calibration": "calibration",
     "DecodeGraph": "impl.triton.graph",
     "paged": "paged",

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops
-from .cached_call import check_pages_kept, check_window_kept, new_tokens
+from .cached_call import new_tokens
 from .config import TurboConfig
 from .errors import InputError
 from .guard import guarded_bits
 from .impl.contract import AttentionParams, Availability, Backend
 from .kv.cache import KVCache
 from .kv.channel_order import query_energy
+from .kv.growth import commit, observe, stage
+from .kv.window import check_pages_kept, check_window_kept
 from .modes import in_own_modes
 from .softmax import logit_scale
 from .validation import (
@@ -178,7 +180,7 @@ def turbo_attention_with_kvcache(
         if stepped is not None:
             if cache.learns_order and k_new is not None:
                 counts, row = new_tokens(q, k_new, lengths)[:, None], torch.arange(q.shape[2])
-                cache.observe(_energy(q, cache, cache.lengths[:, None] - counts + row, row < counts))
+                observe(cache, _energy(q, cache, cache.lengths[:, None] - counts + row, row < counts))
             return stepped if return_lse else stepped[0]
     counts = new_tokens(q, k_new, lengths)
     ends = cache.seq_lens + counts
@@ -192,20 +194,23 @@ def turbo_attention_with_kvcache(
     staged, bits = None, None
     if k_new is not None and v_new is not None:
         energy = _energy(q, cache, positions, valid) if cache.learns_order else None
-        staged = cache.stage(k_new, v_new, lengths, ("k_new", "v_new"), energy)
+        check_tokens(cache.token_shape, cache.device, k_new, v_new, ("k_new", "v_new"))
+        check_finite("k_new", k_new, counts)
+        check_finite("v_new", v_new, counts)
+        staged = stage(cache, k_new, v_new, counts, energy)
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window_size": window_size}
         bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new), **options)
     params = replace(params, attn_mask=mask)
     out, lse = chosen.attend_cache(q, cache, staged, params, head_bits=bits, positions=positions, valid=valid)
     if staged is not None:
-        cache.commit(staged, bits)
+        commit(cache, staged, bits)
     return (out, lse) if return_lse else out
 
 
 def _energy(q: Tensor, cache: KVCache, positions: Tensor, valid: Tensor) -> Tensor:
     """`query_energy` of the rows at positions that the order of K's channels is learned from: however a prompt is cut
     into calls, they are the same."""
-    return query_energy(q, valid & (positions < cache.order_from), cache.num_kv_heads)
+    return query_energy(q, valid & (positions < (cache.sink_blocks + 1) * cache.config.block_size), cache.num_kv_heads)
 
 
 def _step(

@@ -11,9 +11,9 @@ from .impl.contract import Availability, Backend, Call
 from .impl.cpu import CpuBackend
 from .impl.pytorch import ReferenceBackend
 from .impl.triton import TritonBackend
-from .kv import quantizer
+from .kv.quantizer import Quantizer
 
-__all__ = ["TABLE", "Availability", "Call", "Explanation", "backends", "choose", "explain_choice"]
+__all__ = ["TABLE", "Availability", "Call", "Explanation", "backends", "choose", "explain_choice", "quantizer_on"]
 
 _ALL: tuple[Backend, ...] = (TritonBackend(), CpuBackend(), ReferenceBackend())
 
@@ -77,9 +77,6 @@ def _refusal(backend: Backend, call: Call | None) -> str | None:
     return None if call is None else backend.refusal(call)
 
 
-def _quantizer(device: torch.device) -> quantizer.Quantizer | None:
-    """Stage 1 and the page codec of caches on a device, if kernels have them."""
+def quantizer_on(device: torch.device) -> Quantizer | None:
+    """Stage 1 and the page codec of caches on a device, if kernels have them (`kv.quantizer` asks)."""
     return next(filter(None, (backend.quantizer(device) for backend in TABLE.values())), None)
-
-
-quantizer.install(_quantizer)

@@ -11,7 +11,6 @@ warning (`fixed_widths_message`). Bounds and procedure: numerics.md, The guard.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from torch import Tensor
 from .config import TurboConfig
 from .errors import GuardWarning
 from .kv.cache import KVCache
+from .kv.compression import Compression, compression_of
+from .kv.growth import encode
 from .kv.pages import Tiles
-from .kv.staging import Stage
-from .kv.store import Flush
+from .kv.stage1 import Stage
 from .reference.exact import exact_attention
 
 BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
@@ -36,20 +36,6 @@ _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 QUERIES = 32
 """Query rows sampled per head."""
 _TOKENS = 512  # keys that they attend to at most
-
-
-class ExactPast(NamedTuple):
-    """What the guard is told of the tokens that a cache already holds.
-
-    k, v: [B, Hkv, len(cache), D] at full precision. q: [B, Hq, n, D], the last queries before this call, at `positions`
-    (int64 [B, n]), of which those marked in `valid` (bool [B, n]) are real.
-    """
-
-    k: Tensor
-    v: Tensor
-    q: Tensor
-    positions: Tensor
-    valid: Tensor
 
 
 class BeyondInt8Error(Exception):
@@ -82,15 +68,17 @@ def guarded_bits(
     Raises:
         BeyondInt8Error: the cache has `exact_past`, widths may change, and 8 bits are not enough.
     """
-    flush = cache.pending_flush(staged)
-    if cache.config.guard == "off" or not cache.freezes_widths(flush):
+    if cache.config.guard == "off":
         return None
-    planned = cache.planned_bits(staged, flush)
-    sample = _Sample(cache, staged, flush, q, positions, valid, new, scale, softcap, window_size)
+    compression = compression_of(cache, staged)
+    planned = compression.head_bits
+    if not compression.decides or planned is None:
+        return None
+    sample = _Sample(cache, staged, compression, q, positions, valid, new, scale, softcap, window_size)
     first = errors = sample.errors(planned)
     bits, beyond = planned, _beyond(errors, planned)
     failing = beyond.clone()
-    if cache.config.guard == "adapt" and not cache.widths_given:
+    if cache.config.guard == "adapt" and cache.given_bits is None:
         if cache.exact_past is not None:
             _check_int8(cache.first_head, sample, failing, planned)
         while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
@@ -239,7 +227,7 @@ class _Sample:
         self,
         cache: KVCache,
         staged: Stage,
-        flush: Flush,
+        compression: Compression,
         q: Tensor,
         positions: Tensor,
         valid: Tensor,
@@ -250,10 +238,11 @@ class _Sample:
     ):
         self.scale, self.softcap, self.window_size = scale, softcap, window_size
         # Sequences whose first compressed block is in this flush; in a ragged batch, those with the start of the first.
+        flush = compression.flush
         batch = flush.batch[flush.block == cache.sink_blocks].unique()
         starts = staged.start[batch]
         batch, self.start = batch[starts == starts[0]], int(starts[0])
-        self.cache, self.batch, self.order = cache, batch, cache.planned_order(staged, flush)
+        self.cache, self.batch = cache, batch
         self.length = staged.lengths[batch].clamp(max=_TOKENS)
         self.tokens = int(self.length.max())
         size = cache.config.block_size
@@ -262,7 +251,8 @@ class _Sample:
         self.stored = staged.stored.map(lambda x: x[at][:, :, : self.blocks * size])
         self.mean = None if staged.k_mean is None else staged.k_mean[at]
         self.sinks = cache.page_tiles(0, cache.sink_blocks).map(lambda x: x[at]) if self.start else None
-        self.flush = flush.where(torch.isin(flush.batch, batch) & (flush.block * size < self.tokens))
+        sampled = torch.isin(flush.batch, batch) & (flush.block * size < self.tokens)
+        self.compression = compression.of(flush.where(sampled))
         self.q, self.positions = self._queries(q, positions, valid)
         self.wanted = self._attend(*self._exact(staged, new))
 
@@ -270,7 +260,7 @@ class _Sample:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
         k, v = self._floats(self.stored)
         size = self.cache.config.block_size
-        for part in self.cache.encode(self.flush, bits, self.order):
+        for part in encode(self.cache, self.compression.of(self.compression.flush, bits)):
             device = part.pages.device
             row = torch.searchsorted(self.batch, part.flush.batch)
             at = row.to(device), slice(None), (part.flush.block - self.start // size).to(device)
@@ -281,7 +271,7 @@ class _Sample:
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
-        past: ExactPast | None = self.cache.exact_past
+        past = self.cache.exact_past
         if past is not None and past.q.shape[2]:
             q = torch.cat((past.q.to(q.dtype), q), 2)
             positions, valid = torch.cat((past.positions, positions), 1), torch.cat((past.valid, valid), 1)
@@ -310,7 +300,7 @@ class _Sample:
 
     def _with_past(self, frame: tuple[Tensor, Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
         """The frame with the tokens of earlier calls, `before[b]` of them, at full precision if they are kept."""
-        past: ExactPast | None = self.cache.exact_past
+        past = self.cache.exact_past
         if past is None:
             return frame
         length = min(frame[0].shape[2], past.k.shape[2])

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import turboattention as ta
-from turboattention.kv.storage import _digest, cache_tensors
+from turboattention.kv.serialization import _digest, cache_tensors
 
 from .tools import PLAIN, tokens
 

@@ -171,7 +171,7 @@ def test_all_sequences_can_be_dropped_and_taken_up_again():
     cache.reorder(torch.zeros(0, dtype=torch.int64))
     assert cache.batch_size == 0
     assert len(cache) == 0
-    assert cache._store.compressed.nbytes == cache._store.sinks.nbytes == 0
+    assert cache.page_table.pools.compressed.nbytes == cache.page_table.pools.sinks.nbytes == 0
 
 
 @pytest.mark.parametrize("config", [PLAIN, ta.TurboConfig.paper()], ids=["default", "paper"])

@@ -73,7 +73,7 @@ def test_a_cut_into_a_compressed_block_returns_its_exact_int8_values(place):
     before = sequence_content(cache, 0)["pages"]
     cache.crop(place)
     rows = place - 64 * block
-    buffer = cache._buffer.tiles()
+    buffer = cache.tail.tiles()
     for name in ("k8", "v8", "k_scale", "v_scale"):
         assert torch.equal(getattr(buffer, name)[0, :, :rows], getattr(page, name)[0, 0, :, :rows])
         assert not bool(getattr(buffer, name)[0, :, rows:].any())

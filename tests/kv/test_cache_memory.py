@@ -10,7 +10,7 @@ from turboattention.kv.pool import PagePool
 
 from .tools import PLAIN, content, filled, live_pages, pool_bytes, tokens
 
-OF_KERNELS = ("kept", "_addresses")
+OF_KERNELS = ("backend_state", "_addresses")
 """What `nbytes` leaves out: where pages stand, and what steps share."""
 
 
@@ -91,7 +91,7 @@ def test_memory_floor_token_by_token(bits, floor):
 
 def places(cache: ta.KVCache) -> set[int]:
     """Where every page stands, used or reserved."""
-    pools = [pool for pool in (cache._store.sinks, cache._store.compressed) if pool is not None]
+    pools = [pool for pool in (cache.page_table.pools.sinks, cache.page_table.pools.compressed) if pool is not None]
     rows = [(pool, *place) for pool in pools for place in (*pool._pages.values(), *pool._idle)]
     return {slab.memory.data_ptr() + row * pool.layout.page_bytes for pool, slab, row in rows}
 
@@ -117,15 +117,16 @@ def test_memory_for_max_tokens_is_taken_once(first, options):
     for at in range(first, 128):
         cache.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
     at = max(first, 128)
-    before, size = places(cache), cache._store.sinks.nbytes + cache._store.compressed.nbytes
-    needed = 2 * cache._store.sinks.layout.page_bytes + 2 * 9 * cache._store.compressed.layout.page_bytes
+    pools = cache.page_table.pools
+    before, size = places(cache), pools.sinks.nbytes + pools.compressed.nbytes
+    needed = 2 * pools.sinks.layout.page_bytes + 2 * 9 * pools.compressed.layout.page_bytes
     assert size == needed
     cache.append(k[:, :, at:], v[:, :, at:])
     assert places(cache) == before
     cache.crop(3)
     assert places(cache) == before
     cache.append(k[:, :, 3:], v[:, :, 3:])
-    assert cache._store.compressed.nbytes == 2 * 9 * cache._store.compressed.layout.page_bytes
+    assert cache.page_table.pools.compressed.nbytes == 2 * 9 * cache.page_table.pools.compressed.layout.page_bytes
 
 
 def test_more_than_max_tokens_may_be_appended():
@@ -166,9 +167,9 @@ def test_a_window_holds_itself_and_a_block(pieces, window):
     cache = appended(pieces, window_size=window)
     pages = -(-(window - 1) // 64) + 1
     assert live_pages(cache) <= pages
-    buffered = sum(getattr(cache._buffer, name).nbytes for name in cache._buffer.TENSORS)
-    assert cache.nbytes <= pages * cache._store.compressed.layout.page_bytes + buffered + 600
-    assert pool_bytes(cache) == live_pages(cache) * cache._store.compressed.layout.page_bytes
+    buffered = sum(getattr(cache.tail, name).nbytes for name in cache.tail.TENSORS)
+    assert cache.nbytes <= pages * cache.page_table.pools.compressed.layout.page_bytes + buffered + 600
+    assert pool_bytes(cache) == live_pages(cache) * cache.page_table.pools.compressed.layout.page_bytes
 
 
 @pytest.mark.parametrize("window", [64, 100])
@@ -210,9 +211,10 @@ def test_a_clone_counts_its_own_pages():
 @pytest.mark.parametrize("pieces", WAYS.values(), ids=WAYS)
 def test_a_window_reserves_no_more_than_it_needs(pieces):
     cache, plain = (appended(pieces, window_size=512, max_tokens=most) for most in (8000, None))
-    assert cache.nbytes <= plain.nbytes + 2 * cache._store.compressed.layout.page_bytes
+    assert cache.nbytes <= plain.nbytes + 2 * cache.page_table.pools.compressed.layout.page_bytes
     short = appended([200], window_size=512, max_tokens=256)
-    assert pool_bytes(short) == short._store.sinks.layout.page_bytes + 3 * short._store.compressed.layout.page_bytes
+    pools = short.page_table.pools
+    assert pool_bytes(short) == pools.sinks.layout.page_bytes + 3 * pools.compressed.layout.page_bytes
 
 
 def test_running_out_of_memory_leaves_the_cache_as_it_was(monkeypatch):

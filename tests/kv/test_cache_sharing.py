@@ -46,16 +46,16 @@ def test_a_clone_shares_pages():
     copies = [cache.clone() for _ in range(3)]
     assert pool_bytes(cache) == before
     assert live_pages(cache) == pages
-    assert copies[0]._store.sinks is cache._store.sinks
-    assert copies[0]._store.compressed is cache._store.compressed
-    assert copies[0]._buffer.k8.data_ptr() != cache._buffer.k8.data_ptr()
+    assert copies[0].page_table.pools.sinks is cache.page_table.pools.sinks
+    assert copies[0].page_table.pools.compressed is cache.page_table.pools.compressed
+    assert copies[0].tail.k8.data_ptr() != cache.tail.k8.data_ptr()
 
 
 def test_memory_is_released_when_the_last_clone_dies():
     cache, *_ = filled([200])
     copy = cache.clone()
     copy.append(*tokens(1, 2, 130, 16, seed=3))
-    pool, own = cache._store.compressed, live_pages(copy)
+    pool, own = cache.page_table.pools.compressed, live_pages(copy)
     assert own == 3 + 2
     del copy
     gc.collect()

@@ -68,7 +68,7 @@ def test_pages_behind_the_window_are_released(window, length):
     assert cache.readable_pages(length // 64)[0].tolist() == [block >= gone for block in range(length // 64)]
     assert live_pages(cache) == length // 64 - gone
     if gone:
-        assert cache._store.sinks.nbytes == 0
+        assert cache.page_table.pools.sinks.nbytes == 0
 
 
 def test_memory_stays_bounded_while_tokens_flow():
@@ -80,7 +80,7 @@ def test_memory_stays_bounded_while_tokens_flow():
         sizes.append(cache.nbytes - 4 * int(cache.page_counts))
     assert len(cache) == 3000
     assert live_pages(cache) <= 4  # 100 tokens and a block of slack, unaligned
-    assert max(sizes[10:]) <= sizes[10] + 2 * cache._store.compressed.layout.page_bytes
+    assert max(sizes[10:]) <= sizes[10] + 2 * cache.page_table.pools.compressed.layout.page_bytes
 
 
 def test_evicted_tokens_dequantize_to_zero():

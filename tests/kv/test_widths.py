@@ -9,7 +9,7 @@ import torch
 
 from turboattention.config import TurboConfig
 from turboattention.errors import ConfigError
-from turboattention.kv.widths import decide_head_bits, parse_head_bits
+from turboattention.kv.widths import mixed_head_bits, parse_head_bits, uniform_head_bits
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,9 @@ def test_refusals(given, message):
 @pytest.mark.parametrize(
     "bits, want", [(4, [[4, 4], [4, 4]]), (3, [[3, 3], [3, 3]]), ((4, 2), [[4, 4], [2, 2]]), (8, [[8, 8], [8, 8]])]
 )
-def test_fixed_widths_do_not_look_at_the_data(bits, want):
-    assert decide_head_bits(TurboConfig(bits=bits), *(torch.full((1, 2, 4, 8), torch.nan),) * 2).tolist() == want
+def test_fixed_widths_do_not_depend_on_tokens(bits, want):
+    assert uniform_head_bits(TurboConfig(bits="mixed"), 2) is None
+    assert uniform_head_bits(TurboConfig(bits=bits), 2).tolist() == want
 
 
 def spread(*sizes: float) -> torch.Tensor:
@@ -80,14 +81,14 @@ def spread(*sizes: float) -> torch.Tensor:
 
 
 def test_mixed_scores_keys_and_values_apart():
-    got = decide_head_bits(TurboConfig(bits="mixed"), spread(3, 1, 2, 4), spread(1, 4, 3, 2))
+    got = mixed_head_bits(TurboConfig(bits="mixed"), spread(3, 1, 2, 4), spread(1, 4, 3, 2))
     assert got.tolist() == [[4, 2, 2, 4], [2, 4, 4, 2]]
 
 
 def test_mixed_takes_the_fraction():
     config = TurboConfig(bits="mixed", low_bit_fraction=0.25)
-    assert decide_head_bits(config, spread(3, 1, 2, 4), spread(1, 4, 3, 2)).tolist() == [[4, 2, 4, 4], [2, 4, 4, 4]]
+    assert mixed_head_bits(config, spread(3, 1, 2, 4), spread(1, 4, 3, 2)).tolist() == [[4, 2, 4, 4], [2, 4, 4, 4]]
 
 
 def test_mixed_with_a_single_head_means_four_bits():
-    assert decide_head_bits(TurboConfig.paper(bits="mixed"), spread(1), spread(1)).tolist() == [[4], [4]]
+    assert mixed_head_bits(TurboConfig.paper(bits="mixed"), spread(1), spread(1)).tolist() == [[4], [4]]

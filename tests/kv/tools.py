@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 import turboattention as ta
+from turboattention.kv.growth import commit, stage
+from turboattention.kv.stage1 import Stage
+from turboattention.validation import check_new
 
 from ..helpers import normals
 
@@ -57,11 +60,11 @@ def part_of(k: Tensor, v: Tensor, starts: Sequence[int], ends: Sequence[int]) ->
 
 def pages_of(cache: ta.KVCache, sequence: int) -> list[bytes | None]:
     """The bytes of every page of a sequence; None where it was evicted."""
-    if cache._store is None:
+    if cache.page_table is None:
         return []
     out: list[bytes | None] = []
-    for block, page in enumerate(cache._store.tables[sequence]):
-        pool = cache._store.sinks if block < cache.sink_blocks else cache._store.compressed
+    for block, page in enumerate(cache.page_table.pages[sequence]):
+        pool = cache.page_table.pools.sinks if block < cache.sink_blocks else cache.page_table.pools.compressed
         out.append(None if page < 0 else bytes(pool.gather([page])[0].tolist()))
     return out
 
@@ -69,16 +72,16 @@ def pages_of(cache: ta.KVCache, sequence: int) -> list[bytes | None]:
 def sequence_content(cache: ta.KVCache, sequence: int) -> dict[str, object]:
     """All that the cache holds of one sequence, as plain values."""
     content: dict[str, object] = {"length": int(cache.seq_lens[sequence]), "pages": pages_of(cache, sequence)}
-    if cache._buffer is not None:
-        for name in cache._buffer.TENSORS:
-            held = getattr(cache._buffer, name)[sequence].float()
-            rows = held.new_zeros(held.shape[0], cache._buffer.capacity, *held.shape[2:])
+    if cache.tail is not None:
+        for name in cache.tail.TENSORS:
+            held = getattr(cache.tail, name)[sequence].float()
+            rows = held.new_zeros(held.shape[0], cache.tail.capacity, *held.shape[2:])
             rows[:, : held.shape[1]] = held  # the rest is as if it were zero
             content[name] = rows.tolist()
-    if cache._k_mean is not None:
-        content["k_mean"] = cache._k_mean[sequence].tolist()
-    if cache._universal is not None:
-        content["universal"] = cache._universal[:, sequence].tolist()
+    if cache.k_mean is not None:
+        content["k_mean"] = cache.k_mean[sequence].tolist()
+    if cache.universal is not None:
+        content["universal"] = cache.universal[:, sequence].tolist()
     return content
 
 
@@ -95,13 +98,13 @@ def content(cache: ta.KVCache) -> dict[str, object]:
 
 
 def pool_bytes(cache: ta.KVCache) -> int:
-    pools = (cache._store.sinks, cache._store.compressed)
+    pools = (cache.page_table.pools.sinks, cache.page_table.pools.compressed)
     return sum(pool.nbytes for pool in pools if pool is not None)
 
 
 def live_pages(cache: ta.KVCache) -> int:
     """Pages that some sequence of some cache over the same pools uses."""
-    pools = (cache._store.sinks, cache._store.compressed)
+    pools = (cache.page_table.pools.sinks, cache.page_table.pools.compressed)
     return sum(len(pool._counts) for pool in pools if pool is not None)
 
 
@@ -109,3 +112,13 @@ def attend(cache: ta.KVCache, heads: int = 4, rows: int = 3, seed: int = 9, **op
     """Queries at the end of each sequence: out and lse."""
     q = normals(cache.batch_size, heads, rows, cache.head_dim, seed=seed, dtype=cache.dtype or torch.float32)
     return ta.turbo_attention_with_kvcache(q, cache, return_lse=True, **options)
+
+
+def stage_of(cache: ta.KVCache, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Stage:
+    """A stage of the cache's next tokens, of which `lengths` (int64 [B]) belong to each sequence, or all."""
+    return stage(cache, k, v, check_new(cache.token_shape, cache.device, k, v, lengths))
+
+
+def append_by_stages(cache: ta.KVCache, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+    """`KVCache.append` without a backend's kernels for few tokens."""
+    commit(cache, stage_of(cache, k, v, lengths))

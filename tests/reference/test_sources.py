@@ -19,7 +19,7 @@ def test_attention_never_dequantizes_the_cache(monkeypatch):
     cache = KVCache(1, 2, 16, config=OFF)
     call(cache, q, k, v, 0, 150)  # this call decides the widths, from its own tokens
     monkeypatch.setattr(KVCache, "dequantize", forbidden)
-    monkeypatch.setattr("turboattention.kv.inspection.dequantize", forbidden)
+    monkeypatch.setattr("turboattention.kv.dequantization.dequantize", forbidden)
     monkeypatch.setattr("turboattention.kv.pages.Tiles.floats", forbidden)
     for start, end in ((150, 190), (190, 191), (191, 200)):
         call(cache, q, k, v, start, end)

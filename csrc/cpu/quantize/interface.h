@@ -25,7 +25,7 @@ struct TokenArgs {
     std::int64_t threads;
 };
 
-// The mean of rows `begin` to `end` (exclusive) of every head, for smoothing (kv/staging.py).
+// The mean of rows `begin` to `end` (exclusive) of every head, for smoothing (kv/stage1.py).
 struct MeanArgs {
     std::int64_t batch, heads, head_dim, begin, end;
     const std::int64_t* wanted;  // [B], zero for sequences whose mean does not change

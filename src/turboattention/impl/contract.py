@@ -13,7 +13,7 @@ from ..config import TurboConfig
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
     from ..kv.quantizer import Quantizer
-    from ..kv.staging import Stage
+    from ..kv.stage1 import Stage
 
 
 @dataclass(frozen=True)

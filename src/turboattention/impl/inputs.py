@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..kernels.inputs import Int8Queries, OpenRows, Pages, Standing
-from ..kv.growth import Growing
+from ..kv.cache import KVCache
+from ..kv.page_table import PageTable
 from ..kv.queries import quantize_queries
-from ..kv.staging import SequenceState, Stage, fresh_state, stage
-from ..kv.store import PageStore
+from ..kv.stage1 import SequenceState, Stage, fresh_state, stage
 
 
 def prefill_of(config: TurboConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[Standing, Stage]:
@@ -31,16 +31,17 @@ def standing_of(positions: Tensor, valid: Tensor, state: Stage | SequenceState) 
     return Standing(first, valid.sum(1), state.lengths.contiguous())
 
 
-def pages_of(cache: Growing) -> Pages | None:
+def pages_of(cache: KVCache) -> Pages | None:
     """The cache's page tables, on the CPU; None if it has no pages."""
-    store = cache.store
-    return None if store is None or not bool(store.counts.any()) else tables_of(store)
+    table = cache.page_table
+    return None if table is None or not bool(table.counts.any()) else tables_of(table)
 
 
-def tables_of(store: PageStore) -> Pages:
-    """The page tables of a store, which may have no pages yet."""
-    compressed = store.compressed.layout if store.compressed is not None else None
-    return Pages(store.addresses(), store.counts, store.sink_blocks, store.sinks.layout, compressed)
+def tables_of(table: PageTable) -> Pages:
+    """The page tables of a cache, which may have no pages yet."""
+    pools = table.pools
+    compressed = pools.compressed.layout if pools.compressed is not None else None
+    return Pages(table.addresses(), table.counts, pools.sink_blocks, pools.sinks.layout, compressed)
 
 
 def open_rows_of(state: Stage | SequenceState, device: torch.device) -> OpenRows | None:

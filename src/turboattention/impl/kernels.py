@@ -13,7 +13,7 @@ from .contract import AttentionParams, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
-    from ..kv.staging import Stage
+    from ..kv.stage1 import Stage
 
 
 class KernelBackend(ABC):

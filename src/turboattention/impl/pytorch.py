@@ -12,7 +12,7 @@ from .contract import AttentionParams, Availability, Call, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
-    from ..kv.staging import Stage
+    from ..kv.stage1 import Stage
 
 
 class ReferenceBackend:

@@ -1,4 +1,4 @@
-"""`KVCache`: sequences as compressed pages with an INT8 buffer behind them, and how they change."""
+"""`KVCache`: sequences as compressed pages followed by a buffer of INT8 rows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import TurboConfig
 from ..errors import InputError, ShapeError
+from ..flashq import rotate
 from ..modes import in_own_modes
-from .cropping import check_crop, rows_behind
-from .growth import Growing
+from ..validation import check_config, check_finite, check_mean, check_new, check_sizes, refuse_gradients
+from .attachments import BackendState, DeferredError, ExactPast
+from .channel_order import ChannelOrder
+from .crop import crop, crop_target
+from .growth import allocate, commit, stage
 from .handle import leave_graph, new_handle
+from .page_table import PageTable
+from .pages import Tiles
+from .quantizer import quantizer_for
+from .sequences import take_sequences
+from .stage1 import SequenceState, fresh_state
+from .tail_buffer import TailBuffer
+from .widths import HeadBits, parse_head_bits, uniform_head_bits
 
 
-class KVCache(Growing):
+class KVCache:
     """Quantized keys and values of `batch_size` sequences (the format is in kv/layout.py).
 
     The first `config.sink_tokens` of a sequence are pages of INT8, then follow pages of 2 to 8 bits
@@ -41,15 +53,231 @@ class KVCache(Growing):
         ConfigError, ShapeError, DtypeError for arguments out of range.
     """
 
+    @in_own_modes
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        config: TurboConfig | None = None,
+        head_bits: HeadBits | None = None,
+        max_tokens: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        window_size: int | None = None,
+        k_mean: Tensor | None = None,
+        v_head_dim: int | None = None,
+    ):
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        check_sizes(batch_size, num_kv_heads, (head_dim, v_head_dim), max_tokens, window_size, dtype)
+        self.config = check_config(config)
+        self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
+        self.window_size, self.max_tokens, self.dtype = window_size, max_tokens, dtype
+        self.label: str | None = None
+        """How messages name this cache, such as "layer 3"."""
+        self.first_head = 0
+        """How messages number its first head, where it holds a part of a layer's."""
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        """`seq_lens` without the copy: replaced, never changed, when tokens are added."""
+        self.handle = new_handle(self)
+        """int64 [1] on the CPU that stands for this cache in compiled graphs (kv/handle.py)."""
+        # What the user fixed, or None.
+        self.given_bits = parse_head_bits(head_bits, num_kv_heads)
+        self.given_mean = check_mean(k_mean, self.config, num_kv_heads, head_dim)
+        # Memory, allocated once the device is known.
+        self.page_table: PageTable | None = None
+        self.tail: TailBuffer | None = None
+        # Stage 1 of each sequence (`SequenceState`), and the queries that K's order is learned from.
+        self.k_mean: Tensor | None = None
+        self.universal: Tensor | None = None
+        self.query_energy: Tensor | None = None
+        # Attached by others.
+        self.backend_state: BackendState | None = None
+        self.deferred_error: DeferredError | None = None
+        self.exact_past: ExactPast | None = None
+        if device is not None:
+            allocate(self, torch.device(device))
+
+    def __len__(self) -> int:
+        """The longest sequence's tokens."""
+        leave_graph()
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    def __repr__(self) -> str:
+        values = "" if self.v_head_dim == self.head_dim else f"v_head_dim={self.v_head_dim}, "
+        return (
+            f"KVCache(batch_size={self.batch_size}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"{values}tokens={len(self)}, bits={self.config.bits!r}, nbytes={self.nbytes})"
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def token_shape(self) -> tuple[int, int, int, int]:
+        """Sequences, KV heads, and head_dim of keys and of values."""
+        return self.batch_size, self.num_kv_heads, self.head_dim, self.v_head_dim
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """int64 [B] on the CPU: tokens of each sequence, evicted ones included."""
+        if torch.compiler.is_dynamo_compiling():  # what is here while tracing is old when the graph runs
+            return torch.ops.turboattention.seq_lens(self.handle, len(self.lengths))
+        return self.lengths.clone()
+
+    @property
+    def device(self) -> torch.device | None:
+        """None until the constructor or the first tokens fix it."""
+        leave_graph()
+        return self.page_table.device if self.page_table is not None else None
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte of tensors: pages (used and reserved), buffer, means, scales, widths, lengths, handle.
+
+        Pages that clones share are counted by each of them. What kernels keep beside, the addresses of
+        pages (8 bytes each), is theirs and not counted.
+        """
+        leave_graph()
+        given = (self.given_bits, self.given_mean)
+        parts = (self.page_table, self.tail, self.k_mean, self.universal, self.lengths, self.handle, *given)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def bits_per_element(self) -> float:
+        """`nbytes * 8 / (sum(seq_lens) * Hkv * (D + Dv))`; infinite while empty."""
+        elements = int(self.lengths.sum()) * self.num_kv_heads * (self.head_dim + self.v_head_dim)
+        return self.nbytes * 8 / elements if elements else float("inf")
+
+    # -- the format of pages ----------------------------------------------------------------------------
+
+    @property
+    def head_bits(self) -> Tensor | None:
+        """int64 [2, Hkv], widths of K and V; None until given or frozen."""
+        leave_graph()
+        frozen = self.page_table.pools.head_bits if self.page_table is not None else None
+        bits = frozen if frozen is not None else self.given_bits
+        return None if bits is None else bits.clone()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the widths of compressed pages and the order of K's channels in them are fixed."""
+        return self.page_table is not None and self.page_table.pools.head_bits is not None
+
+    @property
+    def configured_bits(self) -> Tensor | None:
+        """int64 [2, Hkv]: the widths given or configured; None for bits="mixed", which depends on the tokens."""
+        return self.given_bits if self.given_bits is not None else uniform_head_bits(self.config, self.num_kv_heads)
+
+    @property
+    def learns_order(self) -> bool:
+        """Whether the order of K's channels is not fixed yet."""
+        return self.config.reorders_k and not self.frozen
+
+    @property
+    def learns_mean(self) -> bool:
+        """Whether the mean of K is computed from each sequence's first block."""
+        return self.config.smooth_k and self.given_mean is None
+
+    @property
+    def k_order(self) -> ChannelOrder | None:
+        """The order of K's channels in compressed pages; None if no head has one, or it is not fixed yet."""
+        order = None if self.page_table is None else self.page_table.pools.order
+        return None if order is None or not bool(order.halved.any()) else order
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks at the start of each sequence that stay INT8."""
+        return self.config.sink_tokens // self.config.block_size
+
+    @property
+    def mean_from(self) -> int:
+        """First position whose key is stored without the mean of K (with `smooth_k`)."""
+        return 0 if self.given_mean is not None else self.config.block_size
+
+    def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
+        """Fix the widths int64 [2, Hkv] of all pages after the sinks and the order of K's channels, and reserve memory
+        for `max_tokens`."""
+        assert self.page_table is not None
+        self.page_table.pools.freeze(head_bits, order)
+        self.page_table.reserve(self.max_tokens or 0, self.window_size)
+
+    # -- reading ----------------------------------------------------------------------------------------
+
+    def state(self, device: torch.device) -> SequenceState:
+        """What stage 1 and attention read of the blocks that are not pages."""
+        if self.page_table is None or self.tail is None:
+            shape = self.batch_size, self.num_kv_heads, self.head_dim
+            return fresh_state(self.config, *shape, device, given_mean=self.given_mean)
+        return SequenceState(
+            lengths=self.lengths,
+            start=self.page_counts * self.config.block_size,
+            open_tiles=self.tail.tiles(),
+            k_mean=self.k_mean,
+            k_mean_fixed=self.given_mean is not None,
+            universal=self.universal,
+        )
+
+    @property
+    def page_counts(self) -> Tensor:
+        """int64 [B]: blocks of each sequence that are pages, evicted ones included."""
+        leave_graph()
+        return self.page_table.counts if self.page_table is not None else torch.zeros_like(self.lengths)
+
+    def page_tiles(self, first: int, last: int) -> Tiles:
+        """INT8 tiles [B, n, H, block, D] of blocks `first` to `last` (exclusive); scale 0 where no page is."""
+        assert self.page_table is not None
+        return self.page_table.tiles(first, last)
+
+    def readable_pages(self, blocks: int) -> Tensor:
+        """bool [B, blocks]: which blocks are pages that have not been evicted."""
+        if self.page_table is None:
+            return torch.zeros(self.batch_size, blocks, dtype=torch.bool)
+        return self.page_table.present(blocks)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Keys [B, H, L, D] or values [B, H, L, Dv] from the space of INT8 rows (rotated) back to the model's."""
+        return rotate(x, inverse=True) if self.config.rotate else x
+
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """k [B, Hkv, len(self), D] and v [..., Dv] as attended, for inspection and tests; zeros past each
         sequence's length and where blocks were evicted."""
-        from .inspection import dequantize
+        from .dequantization import dequantize
 
         leave_graph()
         return dequantize(self)
 
-    # -- changing sequences ---------------------------------------------------------------------------
+    def look(self) -> None:
+        """Raise NonFiniteError where an earlier call had values that were not finite, and nobody was told yet."""
+        if self.deferred_error is not None:
+            self.deferred_error.look(self.label)
+
+    # -- changing sequences -----------------------------------------------------------------------------
+
+    @in_own_modes
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+        """Quantize and store new tokens.
+
+        Args:
+            k: [B, Hkv, T, D], v: [B, Hkv, T, Dv], one floating dtype, on the cache's device.
+            lengths: int64 [B], how many of the T tokens to append to each sequence (left-aligned); default all.
+                The remaining tokens are not read.
+
+        Raises:
+            ShapeError, DtypeError, InputError, NonFiniteError, UnsupportedError (inputs that
+            require gradients); the cache is then unchanged.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            refuse_gradients(k=k, v=v)
+            torch.ops.turboattention.append(self.handle, k, v, lengths)
+            return
+        counts = check_new(self.token_shape, self.device, k, v, lengths, finite=False)
+        if not quantizer_for(k.device, k.dtype).append(self, k, v, None if lengths is None else counts):
+            check_finite("k", k, counts)
+            check_finite("v", v, counts)
+            commit(self, stage(self, k, v, counts))
 
     @in_own_modes
     def crop(self, length: int | Tensor) -> None:
@@ -61,32 +289,11 @@ class KVCache(Growing):
             InputError: negative, or where a sliding window has released what would be needed.
         """
         leave_graph()
-        target, kept = self._crop_target(length)
-        if self._store is None or self._buffer is None or torch.equal(target, self._lengths):
-            return
-        self.check_crop(length)
-        self.kept = None
-        rows = rows_behind(self._store, self._buffer, target, kept)
-        self._buffer.take(rows, torch.zeros_like(target), target - kept * self.config.block_size, self._seen(target))
-        self._store.truncate(kept.tolist())
-        self._lengths = target.clone()
+        crop(self, length)
 
     def check_crop(self, length: int | Tensor) -> None:
         """Raises what `crop` would raise, and changes nothing."""
-        target, kept = self._crop_target(length)
-        if self._store is not None and not torch.equal(target, self._lengths):
-            check_crop(self._store, self._lengths, target, kept, self.window_size)
-
-    def _crop_target(self, length: int | Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [B] twice: the new lengths, and the pages that are left of each sequence."""
-        target = torch.as_tensor(length).cpu()
-        if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (self.batch_size,)):
-            raise InputError(f"length: expected an integer or int64 [{self.batch_size}], got {length!r}")
-        target = target.to(torch.int64).expand(self.batch_size)
-        if bool((target < 0).any()):
-            raise InputError(f"length: expected at least 0, got {int(target.min())}")
-        target = torch.minimum(target, self._lengths)
-        return target, torch.minimum(target // self.config.block_size, self.page_counts)
+        crop_target(self, length)
 
     @in_own_modes
     def reorder(self, index: Tensor) -> None:
@@ -97,7 +304,7 @@ class KVCache(Growing):
             raise ShapeError(f"index: expected a vector of integers, got {index.dtype} of shape {tuple(index.shape)}")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
             raise InputError(f"index: expected values from 0 to {self.batch_size - 1}, got {index.tolist()}")
-        self._take_sequences(self, index.to(torch.int64))
+        take_sequences(self, self, index.to(torch.int64))
 
     @in_own_modes
     def clone(self) -> KVCache:
@@ -105,7 +312,7 @@ class KVCache(Growing):
         leave_graph()
         copy = object.__new__(KVCache)
         copy.__setstate__(self.__dict__)
-        copy._take_sequences(self, torch.arange(self.batch_size))
+        take_sequences(copy, self, torch.arange(self.batch_size))
         return copy
 
     def __copy__(self) -> KVCache:
@@ -113,39 +320,23 @@ class KVCache(Growing):
         return self.clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None, "exact_past": None}
+        return {**self.__dict__, "backend_state": None, "exact_past": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of any kind have handles of their own."""
         self.__dict__.update(state)
-        self._handle = new_handle(self)
-        self.notice = None if self.notice is None else self.notice.copied()
+        self.handle = new_handle(self)
+        self.deferred_error = None if self.deferred_error is None else self.deferred_error.copied()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to one safetensors file (kv/storage.py)."""
-        from .storage import save_cache
+        """Write the cache to one safetensors file (kv/serialization.py)."""
+        from .serialization import save_cache
 
         save_cache(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> KVCache:
         """Read what `save` wrote. Raises `FormatError` for a damaged, foreign or newer file."""
-        from .storage import load_cache
+        from .serialization import load_cache
 
         return load_cache(path, device)
-
-    def _take_sequences(self, source: KVCache, index: Tensor) -> None:
-        if source._store is None or source._buffer is None:
-            self._lengths, self.kept = source._lengths[index], None
-            return
-        store, buffer = source._store.select(index.tolist()), source._buffer.select(index)
-        if len(index) < source.batch_size:  # which may need less
-            lengths = source._lengths[index]
-            rows = lengths - store.counts * self.config.block_size
-            buffer.memory(buffer.rows_for(int(rows.max()) if len(rows) else 0, self._seen(lengths)))
-            if store.reserved:
-                store.apart(self.max_tokens or 0, self.window_size)
-        rows = index.to(store.device)
-        self._k_mean = None if source._k_mean is None else source._k_mean[rows]
-        self._universal = None if source._universal is None else source._universal[:, rows]
-        self._lengths, self._store, self._buffer, self.kept = source._lengths[index], store, buffer, None

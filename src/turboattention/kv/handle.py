@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,16 +19,15 @@ from ..errors import InputError
 
 if TYPE_CHECKING:
     from .cache import KVCache
-    from .contents import Contents
 
 LIBRARY = torch.library.Library("turboattention", "DEF")
 """The operators `torch.ops.turboattention`. They are only called from compiled graphs."""
 
-_caches: weakref.WeakValueDictionary[int, Contents] = weakref.WeakValueDictionary()
+_caches: weakref.WeakValueDictionary[int, KVCache] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def new_handle(cache: Contents) -> Tensor:
+def new_handle(cache: KVCache) -> Tensor:
     """A new handle of `cache`, int64 [1]. It does not keep the cache alive."""
     number = next(_numbers)
     _caches[number] = cache
@@ -40,7 +39,7 @@ def cache_of(handle: Tensor) -> KVCache:
     cache = _caches.get(int(handle))
     if cache is None:
         raise InputError(f"handle: expected that of a living KVCache, got {handle.tolist()}")
-    return cast("KVCache", cache)
+    return cache
 
 
 def leave_graph() -> None:

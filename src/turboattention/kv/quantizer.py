@@ -1,11 +1,13 @@
-"""The quantization operations that staging and the page store use, and a registry of implementations.
+"""The quantization operations that stage 1 and the page table use.
 
-The default is PyTorch. Backends `install` providers of faster implementations with bit-identical results.
+`PYTORCH` implements them on every device. Backends have faster implementations with bit-identical results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,7 +22,7 @@ from .pages import decode_pages as decode_tiles
 from .pages import encode_pages as encode_tiles
 
 if TYPE_CHECKING:
-    from .growth import Growing
+    from .cache import KVCache
 
 
 class Quantizer(Protocol):
@@ -79,7 +81,7 @@ class Quantizer(Protocol):
         """Decode uint8 [N, page_bytes] -> k8, v8 int8 [N, H, B, D or Dv], k_scale, v_scale [N, H, B]."""
         ...
 
-    def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
+    def append(self, cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
         """Append k, v [B, H, T, D or Dv] (shapes already checked) in one call: the first `counts[b]` tokens (int64 [B],
         CPU) of each sequence, or all.
 
@@ -151,30 +153,25 @@ class _PyTorch:
         tiles = decode_tiles(layout, pages)
         return tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale
 
-    def append(self, cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
+    def append(self, cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
         return False
 
 
 PYTORCH: Quantizer = _PyTorch()
 
-Provider = Callable[[torch.device], "Quantizer | None"]
-_providers: list[Provider] = []
-
-
-def install(provider: Provider) -> Callable[[], None]:
-    """Register a provider: a function of a device that returns a quantizer, or None if it has none for it.
-
-    Providers are asked in reverse order of registration, before the default. Returns a function that unregisters it.
-    """
-    _providers.append(provider)
-    return lambda: _providers.remove(provider)
-
 
 def quantizer_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Quantizer:
-    """The quantizer for tensors of a device and dtype; float64 always uses PyTorch."""
-    if dtype != torch.float64:
-        for provider in reversed(_providers):
-            found = provider(device)
-            if found is not None:
-                return found
-    return PYTORCH
+    """The quantizer for tensors of a device and dtype: that of the first backend that has one; PyTorch's without one,
+    and for float64."""
+    found = None if dtype == torch.float64 else _dispatch().quantizer_on(device)
+    return PYTORCH if found is None else found
+
+
+@functools.cache
+def _dispatch() -> ModuleType:
+    """The module with the table of backends.
+
+    The one place where this package looks above itself: by name and at the first call, so that a cache has the same
+    quantizer whichever module of the package was imported first.
+    """
+    return importlib.import_module("turboattention.dispatch")

@@ -42,12 +42,9 @@ def uniform_head_bits(config: TurboConfig, heads: int) -> Tensor | None:
     return torch.tensor([[k_bits] * heads, [v_bits] * heads])
 
 
-def decide_head_bits(config: TurboConfig, k: Tensor, v: Tensor) -> Tensor:
-    """int64 [2, Hkv] for `config.bits`; for ``"mixed"`` from the priorities of K's and of V's heads.
+def mixed_head_bits(config: TurboConfig, k: Tensor, v: Tensor) -> Tensor:
+    """int64 [2, Hkv] for bits="mixed", from the priorities of K's and of V's heads.
 
     k, v: the first compressed blocks [N, Hkv, B, D], without smoothing and rotation.
     """
-    uniform = uniform_head_bits(config, k.shape[1])
-    if uniform is not None:
-        return uniform
     return torch.stack([assign_head_bits(head_priority(x), config.low_bit_fraction).cpu() for x in (k, v)])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..flashq.symmetric import compute_dtype
 from ..kv.cache import KVCache
-from ..kv.staging import Stage
+from ..kv.stage1 import Stage
 from ..softmax import logit_scale
 from .attention import attend
 from .sources import Source

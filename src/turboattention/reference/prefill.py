@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..flashq import rotate
 from ..flashq.symmetric import compute_dtype
-from ..kv.staging import fresh_state, stage
+from ..kv.stage1 import fresh_state, stage
 from ..softmax import logit_scale
 from .attention import attend
 from .sources import Source

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..kv.cache import KVCache
 from ..kv.channel_order import ChannelOrder
+from ..kv.compression import compression_of
+from ..kv.growth import encode
 from ..kv.pages import Tiles
-from ..kv.staging import SequenceState, Stage
+from ..kv.stage1 import SequenceState, Stage
 
 
 class Source:
@@ -52,10 +54,8 @@ class Source:
     def read_back(self, cache: KVCache, stage: Stage, head_bits: Tensor | None) -> None:
         """Also hold the blocks that committing `stage` compresses in stored form, for queries in later blocks."""
         assert self._open is not None
-        stored, flush = self._open.map(torch.clone), cache.pending_flush(stage)
-        if head_bits is None and cache.freezes_widths(flush):
-            head_bits = cache.planned_bits(stage, flush)
-        for part in cache.encode(flush, head_bits, cache.planned_order(stage, flush)):
+        stored, compression = self._open.map(torch.clone), compression_of(cache, stage, head_bits)
+        for part in encode(cache, compression):
             if part.order is not None and bool(part.order.halved.any()):
                 self.k_order, self._sinks = part.order, cache.sink_blocks
             tiles, batch = part.decoded(), part.flush.batch
@@ -63,8 +63,8 @@ class Source:
             for name in ("k8", "v8", "k_scale", "v_scale"):
                 target = getattr(stored, name)
                 target[at] = getattr(tiles, name).to(target.dtype)
-        self._stored = stored
-        self._first_unstored = self._first_open + torch.bincount(flush.batch, minlength=len(self._first_open))
+        filled = torch.bincount(compression.flush.batch, minlength=len(self._first_open))
+        self._stored, self._first_unstored = stored, self._first_open + filled
 
     def views(self, first: int, last: int) -> Iterator[tuple[Tiles, Tensor, bool | None]]:
         """Tiles [B, n, H, T, D] of blocks `first` to `last` (exclusive), bool [B, n], whether K has the order of

@@ -64,7 +64,7 @@ def run(model: Any, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "nbytes": cache.nbytes,
         "fp16_nbytes": cache.fp16_nbytes,
         "bits": [layer.kv.head_bits.tolist() for layer in cache.layers],
-        "means": [None if layer.kv._given_mean is None else layer.kv._given_mean.tolist() for layer in cache.layers],
+        "means": [None if layer.kv.given_mean is None else layer.kv.given_mean.tolist() for layer in cache.layers],
         "warnings": [str(warning.message) for warning in caught],
     }
 

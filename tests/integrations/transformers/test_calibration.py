@@ -115,7 +115,7 @@ def test_widths_asked_for_by_number_are_kept(tiny, tokens, forward, made):
     forward(model, "turbo", tokens(1, 150), None, cache)
     assert all(layer.kv.head_bits.unique().tolist() == [4] for layer in cache.layers)
     for layer, measured in zip(cache.layers, made.layers, strict=True):
-        assert torch.allclose(layer.kv._given_mean.float(), measured.k_mean, atol=1e-6)
+        assert torch.allclose(layer.kv.given_mean.float(), measured.k_mean, atol=1e-6)
 
 
 def test_without_smoothing_there_are_no_means(tiny, made):

@@ -43,7 +43,7 @@ def test_widths_and_head_dims(bits, head_dim, reorder_k):
     """Decode, few rows, and more rows than are read from packed pages. Head_dims of 8, 24 and 40 have no halves."""
     cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=reorder_k))
     two_widths = reorder_k and bits not in (8, (8, 2)) and head_dim % 16 == 0
-    assert cache.store.compressed.layout.k_halves == ((True, True) if two_widths else ())
+    assert cache.page_table.pools.compressed.layout.k_halves == ((True, True) if two_widths else ())
     for tokens in (1, 3, 40):
         cache_both(*with_new(cache, 4, tokens))
 

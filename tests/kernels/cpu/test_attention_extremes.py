@@ -139,8 +139,8 @@ def test_the_largest_steps(queries):
             cache.append(k, v)
             cache_both(q, cache, scale=1e-2)
             if bits == 2 and reorder_k:
-                layout = cache.store.compressed.layout
-                steps = cache.store.compressed.gather([0])[0, layout.k_steps : layout.k_steps + 256]
+                layout = cache.page_table.pools.compressed.layout
+                steps = cache.page_table.pools.compressed.gather([0])[0, layout.k_steps : layout.k_steps + 256]
                 assert set(steps[128:].tolist()) == {127}
 
 

@@ -20,7 +20,7 @@ from turboattention.kv import quantizer
 from turboattention.kv.cache import KVCache
 
 from ...helpers import normals, qkv
-from ...kv.tools import content, filled, live_pages
+from ...kv.tools import append_by_stages, content, filled, live_pages
 from .attending import cache_both
 from .test_attention_cache import filled as of_unequal_keys
 from .tools import every_isa
@@ -29,20 +29,10 @@ OFF = ta.TurboConfig(guard="off")
 WIDTHS = (8, 4, 3, 2, "mixed", (8, 2))
 
 
-@pytest.fixture
-def by_stages(monkeypatch):
-    """Appending without the call for few tokens: `by_stages(cache, k, v)`."""
-
-    def append(cache: KVCache, k: torch.Tensor, v: torch.Tensor) -> None:
-        cache.commit(cache.stage(k, v))
-
-    return append
-
-
 @every_isa
 @pytest.mark.parametrize("reorder_k", [True, False], ids=["reordered", "rotated"])
 @pytest.mark.parametrize("bits", WIDTHS, ids=str)
-def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, reorder_k, by_stages, monkeypatch):
+def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, reorder_k, monkeypatch):
     """Ragged sequences, whose blocks fill at different calls, also two calls in a row."""
     monkeypatch.setenv("TURBOATTENTION_ISA", isa)
     cache = of_unequal_keys([130, 257, 191, 128], config=OFF.replace(bits=bits, reorder_k=reorder_k))
@@ -51,7 +41,7 @@ def test_tokens_few_by_few_give_the_bytes_of_stages(isa, bits, reorder_k, by_sta
         k, v = normals(2, 4, 2, count, 16, seed=turn)
         v[:, :, ::3] *= 50.0
         assert cpu_steps.append(cache, k, v)
-        by_stages(want, k, v)
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
 
 

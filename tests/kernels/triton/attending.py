@@ -12,7 +12,7 @@ from turboattention.impl.inputs import pages_of
 from turboattention.kernels.inputs import Int8Queries, OpenRows, Standing
 from turboattention.kv.cache import KVCache
 from turboattention.kv.queries import Queries, ordered_queries, quantize_queries
-from turboattention.kv.staging import stage
+from turboattention.kv.stage1 import stage
 from turboattention.reference.decode import attend_cache
 
 from ...helpers import normals

@@ -23,7 +23,6 @@ from turboattention.impl.triton import quantizer as triton_quantizer
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.state import Call
 from turboattention.impl.triton.tally import Fills
-from turboattention.kv import quantizer
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_range, content
@@ -99,9 +98,9 @@ def test_gpus_without_the_instructions_are_refused(capability, monkeypatch):
     assert TritonBackend().refusal(dispatch.Call(TurboConfig(), torch.float32, GPU)) == reason
     monkeypatch.setattr(backend, "_interpreted", lambda: False)
     monkeypatch.setattr(backend, "_availability", lambda interpreted: dispatch.Availability("triton", True, ""))
-    assert dispatch._quantizer(GPU) is None
+    assert dispatch.quantizer_on(GPU) is None
     capability(8, 0)
-    assert dispatch._quantizer(GPU) is triton_quantizer
+    assert dispatch.quantizer_on(GPU) is triton_quantizer
 
 
 def test_the_launcher_refuses_them_too(monkeypatch):
@@ -215,8 +214,7 @@ def test_caches_store_by_the_kernels_what_they_store_by_pytorch(config, options,
     kernels = SimpleNamespace(**{name: recorded(name) for name in triton_quantizer.__all__})
     found = []
     for provider in (lambda device: kernels, lambda device: None):
-        monkeypatch.setattr(quantizer, "_providers", [])
-        undo = quantizer.install(provider)
+        monkeypatch.setattr(dispatch, "quantizer_on", provider)
         cache, *_ = filled_with([30, 3], config=config, **options)
         more = normals(2, 2, 2, 200, 16, seed=4)
         append_range(cache, *more, (0, 0), (120, 7))
@@ -225,7 +223,6 @@ def test_caches_store_by_the_kernels_what_they_store_by_pytorch(config, options,
             cache.append(*(x[:, :, at : at + 1] for x in more))
         cache.append(*(x[:, :, 140:180] for x in more))
         found.append((content(cache), cache.dequantize()))
-        undo()
     (stored, values), (wanted, wanted_values) = found
     assert stored == wanted
     assert all(torch.equal(a, b) for a, b in zip(values, wanted_values, strict=True))

@@ -53,8 +53,8 @@ def test_head_dims(head_dim):
 def test_keys_in_their_order(head_dim, bits):
     """A head of two widths, where octets halve, and one of one; behind a sink block, which has no order."""
     cache = filled([200], head_dim, OFF.replace(bits=bits, reorder_k=True))
-    assert cache.store.counts.tolist() == [3]
-    assert cache.store.compressed.layout.k_halves == (() if head_dim % 16 else (True, False))
+    assert cache.page_table.counts.tolist() == [3]
+    assert cache.page_table.pools.compressed.layout.k_halves == (() if head_dim % 16 else (True, False))
     assert (cache.k_order is None) == bool(head_dim % 16)
     both(*tokens_for(cache, 4, 1))
 
@@ -150,7 +150,7 @@ def test_evicted_pages(window):
 def test_an_evicted_page_is_not_seen():
     """Whatever a caller asks for: the kernel reads no page at address 0."""
     q, cache, new = tokens_for(filled([400], window_size=100), 4, 1)
-    pages = cache.store.addresses()
+    pages = cache.page_table.addresses()
     first = int((pages[0] != 0).nonzero()[0])
     window = 400 + 1 - 64 * first
     want = both(q, cache, new, window=window)

@@ -16,22 +16,22 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime.interpreter import GridExecutor
 
 import turboattention as ta
+from turboattention import dispatch
 from turboattention.errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
 from turboattention.impl.triton import device as triton_device
 from turboattention.impl.triton import quantizer as triton_quantizer
 from turboattention.impl.triton import state as triton_state
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton import tables as triton_tables
+from turboattention.impl.triton.deferred_error import NonFiniteFlag
 from turboattention.impl.triton.graph import DecodeGraph
-from turboattention.impl.triton.notice import Notice
 from turboattention.impl.triton.state import Call, Steps
 from turboattention.kernels.triton import decode_rows
 from turboattention.kernels.triton.page_offsets import all_page_offsets, head_page_offsets
-from turboattention.kv import quantizer
 from turboattention.kv.layout import PageLayout
 
 from ...helpers import normals, qkv
-from ...kv.tools import content, filled, live_pages
+from ...kv.tools import append_by_stages, content, filled, live_pages, stage_of
 from .tools import assert_close, cache_both, prefill_both
 
 OFF = ta.TurboConfig(guard="off")
@@ -64,11 +64,11 @@ def test_steps_store_and_attend_as_stages_do(config):
     want = cache.clone()
     for turn, count in enumerate((1, 1, 2)):
         q, k, v = tokens_of(3, count, turn)
-        before = cache.kept
+        before = cache.backend_state
         cache_both(q, cache, k, v)
-        assert isinstance(cache.kept, Steps)
-        assert turn == 0 or cache.kept is before
-        want.commit(want.stage(k, v))
+        assert isinstance(cache.backend_state, Steps)
+        assert turn == 0 or cache.backend_state is before
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
 
 
@@ -78,7 +78,7 @@ def test_appending_alone(monkeypatch):
     for turn in range(2):
         _, k, v = tokens_of(2, 1, turn)
         assert triton_steps.append(cache, k, v)
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
     assert content(cache) == content(want)
 
 
@@ -186,7 +186,7 @@ def test_a_table_that_is_full_grows():
     k, v = (normals(1, 1, 70 * 64, 16, seed=i) for i in range(2))
     for at in range(0, k.shape[2], 64):
         assert triton_steps.append(cache, k[:, :, at : at + 64], v[:, :, at : at + 64])
-    want.commit(want.stage(k, v))
+    append_by_stages(want, k, v)
     assert content(cache) == content(want)
     assert live_pages(cache) == 1 + 2 * 70
 
@@ -204,7 +204,7 @@ def test_a_step_that_fails_keeps_no_page(monkeypatch, where, broken, attends):
     call = ta.turbo_attention_with_kvcache if attends else lambda q, cache, k, v, backend: cache.append(k, v)
     with monkeypatch.context() as m:
         m.setattr(where, broken, fail)
-        m.setattr(quantizer, "_providers", [lambda device: triton_quantizer])
+        m.setattr(dispatch, "quantizer_on", lambda device: triton_quantizer)
         with pytest.raises(MemoryError):
             call(q, cache, k, v, backend="triton")
     assert live_pages(cache) == pages
@@ -220,9 +220,9 @@ def test_some_sequences_have_pages_reserved():
     for turn, count in enumerate((1, 64, 64)):
         _, k, v = tokens_of(2, count, turn)
         assert triton_steps.append(cache, k, v)
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
     assert content(cache) == content(want)
-    assert cache.kept is steps
+    assert cache.backend_state is steps
     assert steps.tables._reserved == [[], []]
 
 
@@ -261,7 +261,7 @@ def test_kernels_run_under_their_tensors_device(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", launched)
     q, k, v = tokens_of(2, 66, 0)
     ta.turbo_attention(q, k, v, backend="triton")
-    monkeypatch.setattr(quantizer, "_providers", [lambda device: triton_quantizer])
+    monkeypatch.setattr(dispatch, "quantizer_on", lambda device: triton_quantizer)
     cache = ta.KVCache(2, 2, 16, config=NO_SINKS, max_tokens=256)
     cache.append(k, v)
     q, k, v = tokens_of(2, 1, 1)
@@ -316,16 +316,16 @@ def test_copies_are_told_on_their_own(duplicate):
     _, k, v = tokens_of(2, 1, 1)
     for x in (duplicate(cache), cache):
         with pytest.raises(NonFiniteError, match=EARLIER):
-            x.stage(k, v)
-        x.stage(k, v)
+            stage_of(x, k, v)
+        stage_of(x, k, v)
 
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_the_flag_is_on_its_way_when_a_call_returns(graph):
     """As on a GPU, where the host's copy is another."""
     cache, *_ = filled([130, 190], config=NO_SINKS, max_tokens=256)
-    cache.notice = Notice(torch.device("cpu"))
-    cache.notice._here = torch.zeros(1, dtype=torch.int32)
+    cache.deferred_error = NonFiniteFlag(torch.device("cpu"))
+    cache.deferred_error._here = torch.zeros(1, dtype=torch.int32)
     q, k, v = tokens_of(2, 1, 0)
     q[0, 0, 0, 0] = torch.nan
     if graph:
@@ -353,7 +353,7 @@ def test_a_graph_steps_across_blocks():
         assert all(x is y for x, y in zip(graph._inputs, held, strict=True))
     pages = live_pages(cache)
     graph.close()
-    used = {page for x in (cache, want) for table in x._store.tables for page in table}
+    used = {page for x in (cache, want) for table in x.page_table.pages for page in table}
     assert pages > len(used)
     assert live_pages(cache) == len(used)
 
@@ -368,7 +368,7 @@ def test_a_graph_and_plain_calls_take_turns():
             ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
         else:
             graph.step(q, k, v)
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
 
 
@@ -423,7 +423,7 @@ def test_of_two_graphs_the_latest_steps():
     for turn in range(3):
         q, k, v = tokens_of(2, 1, turn)
         second.step(q, k, v)
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
     second.close()
     assert live_pages(cache) == pages + 2 * 2  # blocks that filled: two of each cache

@@ -21,7 +21,7 @@ from turboattention.kv.layout import PageLayout
 from turboattention.paged import OpenBlocks
 
 from ...helpers import qkv
-from ...kv.tools import content, filled
+from ...kv.tools import append_by_stages, content, filled
 from .tools import assert_close
 
 NO_SINKS = ta.TurboConfig(guard="off", sink_tokens=0)
@@ -98,7 +98,7 @@ def test_plain_steps(modes):
         mask[..., :5] = -torch.inf
         with mode():
             ta.turbo_attention_with_kvcache(q, cache, k, v, attn_mask=mask, backend="triton")
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
         assert not [x for x in kept(cache) if x.is_inference()]
 

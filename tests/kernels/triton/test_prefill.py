@@ -104,7 +104,7 @@ def test_chunks_over_a_cache(bits, head_dim):
 def test_keys_in_their_order(bits, head_dim):
     """A head of two widths, and one of one, behind a sink block."""
     cache = filled([140], head_dim, OFF.replace(bits=bits, reorder_k=True))
-    assert cache.store.compressed.layout.k_halves == (True, False)
+    assert cache.page_table.pools.compressed.layout.k_halves == (True, False)
     both(*tokens_for(cache, 4, 10))
 
 

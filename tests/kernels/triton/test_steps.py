@@ -19,7 +19,7 @@ from turboattention.impl.triton.state import Call, Steps
 from turboattention.impl.triton.tally import Fills
 
 from ...helpers import normals, qkv
-from ...kv.tools import content, filled
+from ...kv.tools import append_by_stages, content, filled
 from .attending import filled as of_two_widths
 from .test_boundary import nothing_read
 from .tools import assert_close, cache_both
@@ -69,7 +69,7 @@ def test_ragged_counts_are_steps(counts, stepping):
         out, lse = cache_both(q, cache, k, v, lengths=lengths)
         assert bool((out.masked_select(padding) == 0).all())
         assert bool((lse.masked_select(padding[..., 0]) == -torch.inf).all())
-        want.commit(want.stage(k, v, lengths))
+        append_by_stages(want, k, v, lengths)
         assert content(cache) == content(want)
     cache.look()
 
@@ -80,7 +80,7 @@ def test_ragged_counts_are_appended(stepping):
     stepping(cache)
     _, k, v = new(3, 4, 0)
     lengths = torch.tensor([4, 1, 0])
-    want.commit(want.stage(k, v, lengths))
+    append_by_stages(want, k, v, lengths)
     assert triton_steps.append(cache, k, v, lengths)
     assert content(cache) == content(want)
     assert not triton_steps.append(cache, *new(3, 64, 1)[1:], torch.tensor([0, 0, 60]))  # past the block's end
@@ -105,7 +105,7 @@ def test_masks_are_steps(kind, lengths, stepping):
             cache_both(q, cache, attn_mask=mask)
             break
         cache_both(q, cache, k, v, attn_mask=mask, lengths=counts)
-        want.commit(want.stage(k, v, counts))
+        append_by_stages(want, k, v, counts)
         assert content(cache) == content(want)
 
 
@@ -164,9 +164,9 @@ def test_first_blocks_fill_without_staging(config, options, attends, stepping):
             cache_both(q, cache, k, v)
         else:
             assert triton_steps.append(cache, k, v)
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
-        assert isinstance(cache.kept, Steps)
+        assert isinstance(cache.backend_state, Steps)
     assert cache.head_bits is not None
 
 
@@ -181,7 +181,7 @@ def test_what_tokens_decide_is_staged(fields):
     for turn, tokens in enumerate((1, 1, 1)):
         q, k, v = new(2, tokens, turn)
         ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
-        steps.append(cache.kept is not None)
+        steps.append(cache.backend_state is not None)
         ta.turbo_attention_with_kvcache(q, want, k, v, backend="reference")
         assert content(cache) == content(want)
     assert steps == [True, False, True]
@@ -212,10 +212,10 @@ def test_queries_of_steps_count_for_the_order_of_channels():
         at += counts
         assert content(cache) == content(want)
         if want.k_order is None:
-            assert torch.equal(cache._query_energy, want._query_energy)
+            assert torch.equal(cache.query_energy, want.query_energy)
         else:
-            assert cache.store.compressed.layout.k_halves == (False, True)
-    assert isinstance(cache.kept, Steps)
+            assert cache.page_table.pools.compressed.layout.k_halves == (False, True)
+    assert isinstance(cache.backend_state, Steps)
     assert torch.equal(cache.k_order.places, want.k_order.places)
 
 
@@ -226,8 +226,8 @@ def test_queries_that_are_not_finite_leave_the_order_alone():
         q[0, 1, 0, 3] = bad
         ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
         q[0, 1] = 0.0
-        assert torch.equal(cache._query_energy, q[0].double().square().unflatten(0, (2, 2)).sum((1, 2)))
-        cache._query_energy = None
+        assert torch.equal(cache.query_energy, q[0].double().square().unflatten(0, (2, 2)).sum((1, 2)))
+        cache.query_energy = None
         with pytest.raises(NonFiniteError):
             cache.look()
 
@@ -235,13 +235,13 @@ def test_queries_that_are_not_finite_leave_the_order_alone():
 def test_steps_behind_the_order_are_steps(stepping):
     cache = of_two_widths([130, 100], config=ORDERED)
     want = cache.clone()
-    assert cache.store.compressed.layout.k_halves == (True, False)
+    assert cache.page_table.pools.compressed.layout.k_halves == (True, False)
     stepping(cache)
     for turn, tokens in enumerate((20, 8)):  # the last fills a block
         q, k, v = new(2, tokens, turn)
         cache_both(q[:, :, :1], cache, k[:, :, :1], v[:, :, :1])
         assert triton_steps.append(cache, k[:, :, 1:], v[:, :, 1:])
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
 
 
@@ -251,7 +251,7 @@ def test_a_graph_is_made_where_the_order_is_fixed():
         DecodeGraph(cache, 4, capture=False)
     q, k, v = new(2, 1, 0)
     ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton")
-    assert cache.store.compressed.layout.k_halves == (True, False)
+    assert cache.page_table.pools.compressed.layout.k_halves == (True, False)
     want, graph = cache.clone(), DecodeGraph(cache, 4, capture=False)
     q, k, v = new(2, 1, 1)
     other = ta.turbo_attention_with_kvcache(q, want, k, v, return_lse=True, backend="reference")
@@ -266,7 +266,7 @@ def test_tokens_behind_a_first_block_that_fills_are_staged():
     q, k, v = new(2, 3, 0)
     assert not triton_steps.append(cache, k, v)
     cache_both(q, cache, k, v)
-    want.commit(want.stage(k, v))
+    append_by_stages(want, k, v)
     assert content(cache) == content(want)
 
 
@@ -284,7 +284,7 @@ def test_blocks_that_wait_are_steps(lag, stepping):
             assert triton_steps.append(cache, k, v)
         else:
             cache_both(q, cache, k, v)
-        want.commit(want.stage(k, v))
+        append_by_stages(want, k, v)
         assert content(cache) == content(want)
 
 
@@ -309,7 +309,7 @@ def test_evicted_pages_leave_the_devices_table(graph, stepping):
     want = cache.clone()
     stepping(cache)
     steps = DecodeGraph(cache, 4, capture=False) if graph else None
-    evicted, kept = [cache.store.evicted()], []
+    evicted, kept = [cache.page_table.evicted()], []
     for turn in range(5):
         q, k, v = new(2, 1, turn)
         if steps is not None:
@@ -318,11 +318,11 @@ def test_evicted_pages_leave_the_devices_table(graph, stepping):
             got = ta.turbo_attention_with_kvcache(q, cache, k, v, return_lse=True, backend="triton")
         other = ta.turbo_attention_with_kvcache(q, want, k, v, return_lse=True, backend="reference")
         assert_close(got, other)
-        evicted.append(cache.store.evicted())
-        for row, count in zip(cache.kept.tables.on_device.addresses, evicted[-1], strict=True):
+        evicted.append(cache.page_table.evicted())
+        for row, count in zip(cache.backend_state.tables.on_device.addresses, evicted[-1], strict=True):
             assert not bool(row[:count].any())
             assert bool(row[count])
-        kept.append(cache.kept)
+        kept.append(cache.backend_state)
     assert evicted == [[2, 3]] * 4 + [[3, 3]] * 2
     assert all(x is kept[0] for x in kept)
     assert content(cache) == content(want)
@@ -335,9 +335,9 @@ def test_pages_behind_a_window_are_not_read(rows):
     steps, call = triton_steps.steps_of(cache), Call(0.25, window=70)
     q = normals(2, 4, rows, 16, seed=1)
     want = steps.copied().run(q, None, None, call, fills=Fills())
-    store, size = cache.store, cache.config.block_size
-    for table, length in zip(store.tables, cache.seq_lens.tolist(), strict=True):
+    size, compressed = cache.config.block_size, cache.page_table.pools.compressed
+    for table, length in zip(cache.page_table.pages, cache.seq_lens.tolist(), strict=True):
         behind = table[: (length - rows - 70 + 1) // size]
-        store.compressed.write(behind, torch.full((len(behind), store.compressed.layout.page_bytes), 255).byte())
+        compressed.write(behind, torch.full((len(behind), compressed.layout.page_bytes), 255).byte())
     got = steps.run(q, None, None, call, fills=Fills())
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

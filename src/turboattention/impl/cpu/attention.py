@@ -9,7 +9,7 @@ from ...kernels.cpu.attention import attend
 from ...kernels.inputs import Pages, Standing
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
-from ...kv.staging import SequenceState, Stage
+from ...kv.stage1 import SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
 from ..inputs import open_rows_of, pages_of, prefill_of, queries_by_tile, standing_of

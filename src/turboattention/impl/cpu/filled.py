@@ -10,7 +10,9 @@ from torch import Tensor
 from ...kernels.inputs import Pages
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
-from ...kv.staging import Stage
+from ...kv.compression import compression_of
+from ...kv.growth import encode
+from ...kv.stage1 import Stage
 from ..inputs import tables_of
 
 
@@ -22,15 +24,12 @@ def with_filled(
 
     Returns `pages` if no block fills. head_bits: int64 [2, Hkv], the widths if they are decided but not frozen yet.
     """
-    flush, order = cache.pending_flush(staged), cache.k_order
-    if head_bits is None and cache.freezes_widths(flush):
-        head_bits = cache.planned_bits(staged, flush)
-    parts = cache.encode(flush, head_bits, cache.planned_order(staged, flush))
+    compression, order = compression_of(cache, staged, head_bits), cache.k_order
+    flush, parts = compression.flush, encode(cache, compression)
     if not parts:
         return pages, order
-    store = cache.store
-    assert store is not None  # allocated by staging
-    known = pages or tables_of(store)
+    assert cache.page_table is not None  # allocated by staging
+    known = pages or tables_of(cache.page_table)
     counts = known.counts + torch.bincount(flush.batch, minlength=cache.batch_size)
     width = known.addresses.shape[1]
     addresses = known.addresses.new_zeros(cache.batch_size, max(width, int(counts.max())))
@@ -39,7 +38,7 @@ def with_filled(
     for part in parts:
         rows = torch.arange(len(part.pages)) * part.pages.stride(0)
         addresses[part.flush.batch, part.flush.block] = part.pages.data_ptr() + rows
-        if int(part.flush.block[0]) >= store.sink_blocks:
+        if int(part.flush.block[0]) >= cache.sink_blocks:
             compressed, order = part.layout, part.order
     kept = known.kept + tuple(part.pages for part in parts)
     return replace(known, addresses=addresses, counts=counts, compressed=compressed, kept=kept), order

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...kernels.cpu.attention import refusal
 from ...kernels.cpu.step import LARGEST, Step
 from ...kv.cache import KVCache
-from ...kv.growth import Growing
+from ...kv.in_place import backend_state_of, extend, room, settled, tail_rows
 from ...validation import check_finite
 from ..contract import AttentionParams
 from ..inputs import pages_of
@@ -51,7 +51,7 @@ def step(
     return result
 
 
-def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -> bool:
+def append(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None = None) -> bool:
     """`kv.quantizer.Quantizer.append`."""
     tokens = k.shape[2]
     if counts is not None or refusal(cache.config, k.dtype) or not tokens:
@@ -72,10 +72,11 @@ def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -
 class _Steps:
     """State of successive steps over a cache; invalid after any other change of the cache."""
 
-    def __init__(self, cache: Growing):
-        self._room, self._capacity = cache.room, cache.config.block_size - 1 + cache.config.flush_lag
-        self._may_fill = cache.settled and not cache.config.flush_lag
-        self.addresses = _addresses(cache)
+    def __init__(self, cache: KVCache):
+        self._room, self._capacity = room(cache), cache.config.block_size - 1 + cache.config.flush_lag
+        self._may_fill = settled(cache) and not cache.config.flush_lag
+        assert cache.page_table is not None
+        self.addresses = cache.page_table.addresses()
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
         self._open = (cache.lengths - self._start).tolist()
         self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
@@ -84,7 +85,7 @@ class _Steps:
         self._rows = 0
         self.fit(cache, 0, [])
 
-    def fit(self, cache: Growing, tokens: int, filled: list[int]) -> None:
+    def fit(self, cache: KVCache, tokens: int, filled: list[int]) -> None:
         """Resize the buffer for `tokens` more tokens per sequence; sequences in `filled` fill a block with them."""
         held = max(self._open)
         if not filled and tokens and held + tokens <= self._rows:
@@ -92,10 +93,11 @@ class _Steps:
         left = [rows + tokens for rows in self._open]
         for sequence in filled:
             left[sequence] -= self._size
-        rows = cache.buffer_rows(max(held, *left))  # rows of a block that fills are read from the buffer
+        rows = tail_rows(cache, max(held, *left))  # rows of a block that fills are read from the buffer
         if rows != self._rows:
             self._rows = rows
-            codes, scales = cache.buffer_memory(rows)
+            assert cache.tail is not None
+            codes, scales = cache.tail.memory(rows)
             self.step = Step(
                 cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from, self._order
             )
@@ -110,26 +112,26 @@ class _Steps:
             return None  # later rows must read the filled block from its page, which a step writes last
         return [b for b, open_rows in enumerate(self._open) if open_rows + tokens >= self._size]
 
-    def fresh(self, cache: Growing, filled: list[int]) -> tuple[list[int], Tensor | None]:
+    def fresh(self, cache: KVCache, filled: list[int]) -> tuple[list[int], Tensor | None]:
         """Pages for the blocks that the sequences in `filled` fill, and their addresses int64 [B] (0 for others)."""
         if not filled:
             return [], None
-        store = cache.store
-        assert store is not None and store.compressed is not None
-        pages = store.fresh_pages(len(filled))
+        table = cache.page_table
+        assert table is not None
+        pages = table.fresh_pages(len(filled))
         addresses = [0] * len(self._open)
         for sequence, page in zip(filled, pages, strict=True):
-            addresses[sequence] = store.compressed.address(page)
+            addresses[sequence] = table.page_address(page)
         return pages, torch.tensor(addresses)
 
-    def discard(self, cache: Growing, pages: list[int]) -> None:
+    def discard(self, cache: KVCache, pages: list[int]) -> None:
         if pages:
-            assert cache.store is not None
-            cache.store.discard(pages)
+            assert cache.page_table is not None
+            cache.page_table.discard(pages)
 
-    def count(self, cache: Growing, tokens: int, filled: list[int], pages: list[int]) -> None:
+    def count(self, cache: KVCache, tokens: int, filled: list[int], pages: list[int]) -> None:
         """Update lengths and counts after a step."""
-        cache.extend(tokens, filled, pages)
+        extend(cache, tokens, filled, pages)
         self._room -= tokens
         self._open = [rows + tokens for rows in self._open]
         if filled:
@@ -142,15 +144,11 @@ class _Steps:
             self.fit(cache, 0, [])
 
 
-def _steps_of(cache: Growing) -> _Steps | None:
+def _steps_of(cache: KVCache) -> _Steps | None:
     """The cache's `_Steps`, made anew if something else changed the cache; None for caches without such steps."""
-    if cache.store is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
+    if cache.page_table is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
-    kept = cache.kept
-    if not isinstance(kept, _Steps) or kept.addresses is not _addresses(cache):
-        cache.kept = kept = _Steps(cache)
-    return kept
-
-
-def _addresses(cache: Growing) -> Tensor | None:
-    return None if cache.store is None else cache.store.addresses()
+    steps = backend_state_of(cache, _Steps)
+    if steps is None:
+        cache.backend_state = steps = _Steps(cache)
+    return steps

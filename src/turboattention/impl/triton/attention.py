@@ -16,7 +16,7 @@ from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
-from ...kv.staging import MEAN_SKIPS, SequenceState, Stage
+from ...kv.stage1 import MEAN_SKIPS, SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
 from ..inputs import open_rows_of, prefill_of, queries_by_tile, standing_of

@@ -8,11 +8,12 @@ from torch import Tensor
 from ...errors import DtypeError, InputError, ShapeError, UnsupportedError
 from ...kernels.inputs import BLOCK
 from ...kv.cache import KVCache
+from ...kv.in_place import settled
 from ...modes import in_own_modes
 from ...softmax import logit_scale
 from ...validation import check_floats, check_softmax, check_window
+from .deferred_error import flag_of
 from .device import guard
-from .notice import notice_of
 from .state import Call
 from .steps import new_steps, steps_of
 from .tally import Fills
@@ -54,7 +55,7 @@ class DecodeGraph:
         softcap: float | None = None,
         capture: bool = True,
     ):
-        if cache.max_tokens is None or int(cache.lengths.max()) >= cache.max_tokens or not cache.settled:
+        if cache.max_tokens is None or int(cache.lengths.max()) >= cache.max_tokens or not settled(cache):
             raise InputError(
                 "cache: expected max_tokens beyond its lengths and every sequence past its first block and sinks, "
                 f"got max_tokens={cache.max_tokens} and lengths {cache.lengths.tolist()}"
@@ -69,7 +70,7 @@ class DecodeGraph:
         if steps_of(cache) is None or cache.dtype is None or cache.device is None:
             raise UnsupportedError("cache: expected a configuration with decode steps on a GPU, got another")
         # A new object: an older graph keeps the memory it captured, and its next step raises an error.
-        cache.kept = self._steps = new_steps(cache)
+        cache.backend_state = self._steps = new_steps(cache)
         self._cache = cache
         self._steps.tables.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
         self._call = Call(logit_scale(scale, cache.head_dim), True, window, softcap)
@@ -95,7 +96,7 @@ class DecodeGraph:
             self._outputs = self.attend(*self._inputs)
         else:
             self._graph.replay()
-        notice_of(self._cache).send()
+        flag_of(self._cache).send()
         assert self._outputs is not None
         return self._outputs
 
@@ -116,12 +117,12 @@ class DecodeGraph:
         """Count a step on the host before its device work is submitted. Raises as `step` does."""
         self.ready()
         self.count()
-        notice_of(self._cache).send()  # reports the previous step; this one is not submitted yet
+        flag_of(self._cache).send()  # reports the previous step; this one is not submitted yet
 
     @property
     def current(self) -> bool:
         """Whether the cache was changed only by this graph."""
-        return self._cache.kept is self._steps
+        return self._cache.backend_state is self._steps
 
     @property
     def full(self) -> bool:
@@ -153,14 +154,14 @@ class DecodeGraph:
     @in_own_modes
     def send(self) -> None:
         """Start copying the flag for values that are not finite to the host, where the next call checks it."""
-        notice_of(self._cache).send()
+        flag_of(self._cache).send()
 
     @in_own_modes
     def close(self) -> None:
         """Release the pages that were not filled. The graph cannot be used afterwards."""
         self._steps.tables.release()
-        if self._cache.kept is self._steps:
-            self._cache.kept = None
+        if self._cache.backend_state is self._steps:
+            self._cache.backend_state = None
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         check_floats(q=q, k=k, v=v)

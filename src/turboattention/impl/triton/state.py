@@ -15,11 +15,12 @@ from ...kernels.triton.lengths import advance, stand
 from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kernels.triton.smoothing import first_block_mean
-from ...kv.growth import Growing
-from ...kv.staging import MEAN_SKIPS
+from ...kv.cache import KVCache
+from ...kv.in_place import extend
+from ...kv.stage1 import MEAN_SKIPS
 from ...modes import in_own_modes
+from .deferred_error import flag_of
 from .device import on_own_device, upload
-from .notice import notice_of
 from .tables import PageTables
 from .tally import Fills, Plan, Tally
 
@@ -41,20 +42,25 @@ class Steps:
     """
 
     @in_own_modes
-    def __init__(self, cache: Growing):
-        assert cache.store is not None
-        device = cache.store.device
+    def __init__(self, cache: KVCache):
+        assert cache.page_table is not None and cache.tail is not None
+        device = cache.page_table.device
         self._config, self._mean_from = cache.config, cache.mean_from
         # Whole blocks: room for the token that fills a block, until it is compressed, and for flush_lag tokens.
         rows = BLOCK * (1 + -(-cache.config.flush_lag // BLOCK))
         self.tally, self.tables = Tally(cache, rows), PageTables(cache)
-        self._codes, self._scales = cache.buffer_memory(rows)
+        self._codes, self._scales = cache.tail.memory(rows)
         mean = cache.state(device).k_mean
         self._mean = None if mean is None else mean.contiguous()
         # A step that would compress the first page is refused while the order is not fixed.
         self._order = Order.of(cache.k_order, self._codes[0])
         self._lengths, self._start = (upload(x, device) for x in (cache.lengths, cache.page_counts * BLOCK))
-        self.flag = notice_of(cache).on_device
+        self.flag = flag_of(cache).on_device
+
+    @property
+    def addresses(self) -> Tensor:
+        """`BackendState.addresses`."""
+        return self.tables.host
 
     @in_own_modes
     def copied(self) -> Steps:
@@ -66,11 +72,11 @@ class Steps:
         return other
 
     @in_own_modes
-    def count(self, cache: Growing, plan: Plan, pages: list[int]) -> None:
+    def count(self, cache: KVCache, plan: Plan, pages: list[int]) -> None:
         """Update lengths, page tables and counts on the host after a step."""
         alike = len(set(plan.counts)) == 1
         tokens = plan.counts[0] if alike else torch.tensor(plan.counts)
-        cache.extend(tokens, plan.filled, pages, self._mean if plan.learned else None)
+        extend(cache, tokens, plan.filled, pages, self._mean if plan.learned else None)
         self.tally.count(plan)
         self.tables.follow()
 

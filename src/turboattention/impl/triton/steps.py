@@ -14,10 +14,10 @@ from torch import Tensor
 from ...kernels.inputs import gpu_refusal
 from ...kernels.triton.attention import refusal
 from ...kv.cache import KVCache
-from ...kv.growth import Growing
+from ...kv.in_place import backend_state_of
 from ...modes import in_own_modes
 from ..contract import AttentionParams
-from .notice import notice_of
+from .deferred_error import flag_of
 from .state import Call, Steps
 from .tally import Plan
 
@@ -51,7 +51,7 @@ def step(
 
 
 @in_own_modes
-def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -> bool:
+def append(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None = None) -> bool:
     """`kv.quantizer.Quantizer.append`."""
     tokens = k.shape[2]
     if refusal(cache.config, k.dtype) or not tokens:
@@ -65,7 +65,7 @@ def append(cache: Growing, k: Tensor, v: Tensor, counts: Tensor | None = None) -
     return True
 
 
-def _planned(cache: Growing, tokens: int, counts: Tensor | None, attends: bool) -> tuple[Steps, Plan] | None:
+def _planned(cache: KVCache, tokens: int, counts: Tensor | None, attends: bool) -> tuple[Steps, Plan] | None:
     cache.look()
     steps = steps_of(cache)
     if steps is None:
@@ -75,12 +75,12 @@ def _planned(cache: Growing, tokens: int, counts: Tensor | None, attends: bool) 
         return None if plan is None else (steps, plan)
     # The general path decides widths and channel orders that depend on tokens, and runs the guard, which compares the
     # first compressed blocks with exact attention.
-    decides = cache.known_bits is None or (attends and cache.config.guard != "off")
+    decides = cache.learns_order or cache.configured_bits is None or (attends and cache.config.guard != "off")
     return None if decides else (steps, plan)
 
 
 @contextlib.contextmanager
-def _taken(steps: Steps, cache: Growing, plan: Plan) -> Iterator[None]:
+def _taken(steps: Steps, cache: KVCache, plan: Plan) -> Iterator[None]:
     """Take pages for the blocks that fill, and count the step afterwards.
 
     If the step fails, all its pages are released, and the device's state is discarded, since it may be incomplete.
@@ -92,27 +92,27 @@ def _taken(steps: Steps, cache: Growing, plan: Plan) -> Iterator[None]:
         yield
     except BaseException:
         steps.tables.give_back(plan, pages)
-        cache.kept = None
+        cache.backend_state = None
         raise
     if any(plan.counts):
         steps.count(cache, plan, pages)
-    notice_of(cache).send()
+    flag_of(cache).send()
 
 
-def steps_of(cache: Growing) -> Steps | None:
+def steps_of(cache: KVCache) -> Steps | None:
     """The cache's `Steps`, made anew if something else changed the cache; None for caches without such steps."""
-    if cache.store is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
+    if cache.page_table is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
     if refusal(cache.config, cache.dtype) or gpu_refusal((cache.head_dim, cache.v_head_dim)):
         return None
-    kept = cache.kept
-    if not isinstance(kept, Steps) or kept.tables.host is not cache.store.addresses():
-        cache.kept = kept = new_steps(cache)
-    return kept
+    steps = backend_state_of(cache, Steps)
+    if steps is None:
+        cache.backend_state = steps = new_steps(cache)
+    return steps
 
 
-def new_steps(cache: Growing) -> Steps:
+def new_steps(cache: KVCache) -> Steps:
     """New `Steps` for a cache; the existing ones release the pages they reserved."""
-    if isinstance(cache.kept, Steps):
-        cache.kept.tables.release()
+    if isinstance(cache.backend_state, Steps):
+        cache.backend_state.tables.release()
     return Steps(cache)

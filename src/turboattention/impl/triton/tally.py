@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels.inputs import BLOCK
-from ...kv.growth import Growing
+from ...kv.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Plan:
 class Tally:
     """Lengths and numbers of buffered rows of a cache's sequences; the buffer has `rows` rows per sequence."""
 
-    def __init__(self, cache: Growing, rows: int):
+    def __init__(self, cache: KVCache, rows: int):
         self._rows, self._lag, self._sinks = rows, cache.config.flush_lag, cache.sink_blocks
-        self._learns, self._frozen = cache.learns_mean, cache.store is not None and cache.store.head_bits is not None
+        self._learns, self._frozen = cache.learns_mean, cache.frozen
         self._lengths: list[int] = cache.lengths.tolist()
         self._open: list[int] = (cache.lengths - cache.page_counts * BLOCK).tolist()
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...errors import InputError, UnsupportedError
-from ...guard import QUERIES, ExactPast
-from ...kv.store import CROPPED
+from ...guard import QUERIES
+from ...kv.attachments import ExactPast
+from ...kv.window import CROPPED
 from .call import Call
 from .masks import MaskPlan
 from .ragged import pack_index, take

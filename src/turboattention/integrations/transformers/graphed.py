@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ... import dispatch
 from ...errors import InputError, UnsupportedError
+from ...kv.in_place import settled
 from ..model_shape import text_config
 from .cache import TurboCache
 from .model import shares_keys
@@ -106,7 +107,7 @@ class GraphedDecoding:
             return out
         out = self._forward(*args, **kwargs)
         self.ordinary += 1
-        self._steady = [] if step is None else [layer.kv and layer.kv.kept for layer in self._cache.layers]
+        self._steady = [] if step is None else [layer.kv and layer.kv.backend_state for layer in self._cache.layers]
         return out
 
     def _step_of(self, given: dict[str, Any]) -> Given | None:
@@ -137,11 +138,11 @@ class GraphedDecoding:
         """Whether there is a graph for the step, which is made where the cache has come to rest."""
         if self._static is None or not self._static.current:
             self._release()
-            kept = [layer.kv and layer.kv.kept for layer in self._cache.layers]
+            kept = [layer.kv and layer.kv.backend_state for layer in self._cache.layers]
             steady = bool(self._steady) and all(
                 x is not None and x is y for x, y in zip(kept, self._steady, strict=True)
             )
-            if not steady or not all(layer.kv is not None and layer.kv.settled for layer in self._cache.layers):
+            if not steady or not all(layer.kv is not None and settled(layer.kv) for layer in self._cache.layers):
                 return False
             if any(_full(layer.kv) for layer in self._cache.layers):
                 return False

@@ -13,7 +13,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
-from ...kv.storage import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
+from ...kv.serialization import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 from ...ops import config_of
 from ...validation import check_finite
 from ..model_shape import ModelShape
@@ -178,7 +178,7 @@ def _layer(
         index,
         entry["window"],
         config=kv.config,
-        head_bits=kv.head_bits if kv.widths_given else None,
+        head_bits=kv.head_bits if kv.given_bits is not None else None,
         k_mean=tensors.get(f"{_prefix(index)}given_mean"),
         max_tokens=kv.max_tokens,
         model=model,

@@ -21,13 +21,14 @@ from ..errors import FormatError, TurboError
 from ..files import standing_file, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
-from .buffer import Int8Buffer
 from .cache import KVCache
 from .channel_order import ChannelOrder
 from .layout import FORMAT_NAME, FORMAT_VERSION
+from .page_table import EVICTED, PageTable
 from .pages import _decode_scales
 from .pool import PagePool
-from .store import EVICTED, PageStore
+from .tail_buffer import TailBuffer
+from .window import first_kept_blocks, tokens_seen
 
 _LARGEST = 1e30
 _MOST_HEADS = 2**16
@@ -99,29 +100,29 @@ def cache_metadata(cache: KVCache) -> dict[str, Any]:
         "window_size": cache.window_size,
         "max_tokens": cache.max_tokens,
         "label": cache.label,
-        "widths_given": cache.widths_given,
+        "widths_given": cache.given_bits is not None,
     }
 
 
 def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     """The cache's tensors by name, with `prefix` before each name; shared pages are included once."""
     tensors = {"lengths": cache.seq_lens}
-    optional = {"head_bits": cache.head_bits, "given_mean": cache._given_mean}
-    store, buffer = cache._store, cache._buffer
-    if store is not None and buffer is not None:
-        tensors |= {f"buffer.{name}": getattr(buffer, name) for name in Int8Buffer.TENSORS}
-        optional |= {"k_mean": cache._k_mean, "universal": cache._universal, "frozen_bits": store.head_bits}
-        optional["query_energy"] = cache._query_energy
-        if store.order is not None:
-            optional |= {"k_order": store.order.places, "k_halved": store.order.halved}
-        columns = max((len(table) for table in store.tables), default=0)
+    optional = {"head_bits": cache.head_bits, "given_mean": cache.given_mean}
+    if cache.page_table is not None and cache.tail is not None:
+        pools, numbers = cache.page_table.pools, cache.page_table.pages
+        tensors |= {f"buffer.{name}": getattr(cache.tail, name) for name in TailBuffer.TENSORS}
+        optional |= {"k_mean": cache.k_mean, "universal": cache.universal, "frozen_bits": pools.head_bits}
+        optional["query_energy"] = cache.query_energy
+        if pools.order is not None:
+            optional |= {"k_order": pools.order.places, "k_halved": pools.order.halved}
+        columns = max(map(len, numbers), default=0)
         table = torch.full((cache.batch_size, columns), EVICTED - 1)
-        for row, pages in zip(table, store.tables, strict=True):
+        for row, pages in zip(table, numbers, strict=True):
             row[: len(pages)] = torch.tensor(pages)
-        split = store.sink_blocks
+        split = pools.sink_blocks
         for name, pool, part in (
-            ("sinks", store.sinks, table[:, :split]),
-            ("pages", store.compressed, table[:, split:]),
+            ("sinks", pools.sinks, table[:, :split]),
+            ("pages", pools.compressed, table[:, split:]),
         ):
             used = part[part >= 0].unique()
             part[part >= 0] = torch.searchsorted(used, part[part >= 0])
@@ -170,30 +171,30 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     cache.label = metadata["label"]
     _check("lengths", lengths, torch.zeros(len(lengths), dtype=torch.int64))
     if "table" in own:
-        assert cache._store is not None and cache._buffer is not None
-        cache._buffer.memory(own["buffer.k8"].shape[2])  # as many rows as in the file
-        for name in Int8Buffer.TENSORS:
-            _copy(f"buffer.{name}", own, getattr(cache._buffer, name))
-        for name, target in (("k_mean", cache._k_mean), ("universal", cache._universal)):
+        assert cache.page_table is not None and cache.tail is not None
+        cache.tail.memory(own["buffer.k8"].shape[2])  # as many rows as in the file
+        for name in TailBuffer.TENSORS:
+            _copy(f"buffer.{name}", own, getattr(cache.tail, name))
+        for name, target in (("k_mean", cache.k_mean), ("universal", cache.universal)):
             if target is not None:
                 _copy(name, own, target)
             elif name in own:
                 raise FormatError(f"{name}: expected none under this configuration, got a tensor")
-        _restore_pages(cache._store, own)
-        cache._store.evict(cache._first_kept(lengths).tolist())
+        _restore_pages(cache.page_table, own)
+        cache.page_table.evict(first_kept_blocks(lengths, cache.window_size, config.block_size).tolist())
         open_tokens = lengths - cache.page_counts * cache.config.block_size
-        if bool(((open_tokens < 0) | (open_tokens > cache._buffer.rows)).any()):
+        if bool(((open_tokens < 0) | (open_tokens > cache.tail.rows)).any()):
             raise FormatError(f"lengths: expected them to fit the pages, got {lengths.tolist()}")
         longest = int(open_tokens.max()) if len(lengths) else 0
-        cache._buffer.memory(cache._buffer.rows_for(longest, cache._seen(lengths)))
+        cache.tail.memory(cache.tail.rows_for(longest, tokens_seen(lengths, cache.window_size)))
         if "query_energy" in own and cache.learns_order:
             like = torch.empty(cache.num_kv_heads, cache.head_dim, dtype=torch.float64)
             _check("query_energy", own["query_energy"], like)
             _check_finite("query_energy", own["query_energy"])
-            cache._query_energy = own["query_energy"].to(device)
+            cache.query_energy = own["query_energy"].to(device)
     elif bool(lengths.any()):
         raise FormatError(f"lengths: expected zeros without pages, got {lengths.tolist()}")
-    cache._lengths = lengths
+    cache.lengths = lengths
     return cache
 
 
@@ -223,24 +224,25 @@ def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: Turb
                 raise FormatError(f"{name}: expected shape {expected}, got {tuple(own[name].shape)}")
 
 
-def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
+def _restore_pages(page_table: PageTable, own: dict[str, Tensor]) -> None:
+    pools = page_table.pools
     if "frozen_bits" in own:
-        heads, head_dim = store.sinks.layout.num_kv_heads, store.sinks.layout.head_dim
-        store.freeze(own["frozen_bits"], _order(own, heads, head_dim) if store.config.reorders_k else None)
-    table, split = own["table"], store.sink_blocks
+        layout, reorders = pools.sinks.layout, pools.config.reorders_k
+        pools.freeze(own["frozen_bits"], _order(own, layout.num_kv_heads, layout.head_dim) if reorders else None)
+    table, split = own["table"], pools.sink_blocks
     numbers = []
-    for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
+    for name, pool, part in (("sinks", pools.sinks, table[:, :split]), ("pages", pools.compressed, table[:, split:])):
         content, used = own.get(name), part[part >= 0].unique()
         count = 0 if content is None else len(content)
         if not torch.equal(used, torch.arange(count, dtype=used.dtype)) or (count and pool is None):
             raise FormatError(f"table: expected all of {count} {name}, got page numbers {used.tolist()}")
-        runs = store.runs(_owners(part, count))
+        runs = page_table.runs(_owners(part, count))
         new = _restore_pool(pool, name, content, runs) if pool is not None and content is not None else []
         numbers.append([[new[page] if page >= 0 else page for page in row] for row in part.tolist()])
         if pool is not None:
             pool.retain(page for row in numbers[-1] for page in row)
             pool.release(new)  # the reference held since `allocate`
-    for sinks, pages, target in zip(*numbers, store.tables, strict=True):
+    for sinks, pages, target in zip(*numbers, page_table.pages, strict=True):
         target.extend(page for page in sinks + pages if page >= EVICTED)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ...errors import NonFiniteError
-from ...kv.growth import Growing
+from ...kv.cache import KVCache
 from ...modes import in_own_modes
 
 
-class Notice:
-    """`Growing.notice`: a flag int32 [1] that kernels set, and an asynchronous copy of it on the host."""
+class NonFiniteFlag:
+    """`KVCache.deferred_error`: a flag int32 [1] that kernels set, and an asynchronous copy of it on the host."""
 
     @in_own_modes
     def __init__(self, device: torch.device):
@@ -20,9 +20,9 @@ class Notice:
             self._here = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
     @in_own_modes
-    def copied(self) -> Notice:
-        """A notice for a copy of the cache, which reports the error independently."""
-        other = Notice(self.on_device.device)
+    def copied(self) -> NonFiniteFlag:
+        """A flag for a copy of the cache, which reports the error independently."""
+        other = NonFiniteFlag(self.on_device.device)
         other.on_device.copy_(self.on_device)
         other.send()
         return other
@@ -45,9 +45,10 @@ class Notice:
         )
 
 
-def notice_of(cache: Growing) -> Notice:
-    """The cache's notice, created if there is none."""
-    if cache.notice is None:
-        assert cache.store is not None
-        cache.notice = Notice(cache.store.device)
-    return cache.notice
+def flag_of(cache: KVCache) -> NonFiniteFlag:
+    """The cache's flag, created if there is none."""
+    flag = cache.deferred_error
+    if not isinstance(flag, NonFiniteFlag):
+        assert cache.page_table is not None
+        cache.deferred_error = flag = NonFiniteFlag(cache.page_table.device)
+    return flag

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turboattention.kv.buffer import Int8Buffer
 from turboattention.kv.pages import Tiles
+from turboattention.kv.tail_buffer import TailBuffer
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def numbered(batch: int, rows: int, scale: float = 1.0) -> Tiles:
 
 
 def test_takes_rows_from_where_each_sequence_says():
-    buffer = Int8Buffer(2, 2, 4, 8, True, CPU)
+    buffer = TailBuffer(2, 2, 4, 8, True, CPU)
     buffer.take(numbered(2, 6), torch.tensor([1, 4]), torch.tensor([3, 2]), 0)
     assert buffer.k8[:, 0, :, 0].tolist() == [[2, 3, 4, 0], [15, 16, 0, 0]]
     assert buffer.v8[:, 1, :, 7].tolist() == [[-2, -3, -4, 0], [-15, -16, 0, 0]]
@@ -29,7 +29,7 @@ def test_takes_rows_from_where_each_sequence_says():
 
 
 def test_what_it_held_before_is_gone():
-    buffer = Int8Buffer(1, 2, 4, 8, True, CPU)
+    buffer = TailBuffer(1, 2, 4, 8, True, CPU)
     buffer.take(numbered(1, 4), torch.tensor([0]), torch.tensor([4]), 0)
     buffer.take(numbered(1, 4), torch.tensor([3]), torch.tensor([1]), 0)
     assert buffer.k8[0, 0, :, 0].tolist() == [4, 0, 0, 0]
@@ -40,7 +40,7 @@ def test_what_it_held_before_is_gone():
 @pytest.mark.parametrize("tokens, rows", [(0, 16), (1, 16), (16, 16), (17, 32), (48, 48), (49, 63), (63, 63)])
 def test_nbytes(token_scales, scale_bytes, tokens, rows):
     """As many rows as the longest sequence needs, in 16s."""
-    buffer = Int8Buffer(3, 2, 63, 16, token_scales, CPU)
+    buffer = TailBuffer(3, 2, 63, 16, token_scales, CPU)
     buffer.take(numbered_like(3, 64, 16), torch.zeros(3, dtype=torch.int64), torch.tensor([0, tokens, tokens // 2]), 0)
     assert buffer.rows == buffer.rows_for(tokens, 64) == rows
     assert buffer.nbytes == 2 * 3 * 2 * rows * (16 + scale_bytes)
@@ -49,7 +49,7 @@ def test_nbytes(token_scales, scale_bytes, tokens, rows):
 
 @pytest.mark.parametrize("held, rows", [(0, 16), (8191, 16), (8192, 32), (20_000, 63), (10**6, 63)])
 def test_larger_steps_where_that_is_little(held, rows):
-    assert Int8Buffer(1, 1, 63, 8, True, CPU).rows_for(3, held) == rows
+    assert TailBuffer(1, 1, 63, 8, True, CPU).rows_for(3, held) == rows
 
 
 def numbered_like(batch: int, rows: int, head_dim: int) -> Tiles:
@@ -59,9 +59,9 @@ def numbered_like(batch: int, rows: int, head_dim: int) -> Tiles:
 
 @pytest.mark.parametrize("rows", [3, 4, 7, 8])
 def test_memory_of_another_size_holds_the_same(rows):
-    buffer = Int8Buffer(2, 2, 7, 8, True, CPU)
+    buffer = TailBuffer(2, 2, 7, 8, True, CPU)
     buffer.take(numbered(2, 6), torch.tensor([1, 4]), torch.tensor([3, 2]), 0)
-    k8, v8, k_scale, v_scale = buffer.memory(rows)
+    (k8, v8), (k_scale, v_scale) = buffer.memory(rows)
     assert k8.is_contiguous()
     assert k8.shape == v8.shape == (2, 2, rows, 8)
     assert k8[:, 0, :, 0].tolist() == [[2, 3, 4] + [0] * (rows - 3), [15, 16] + [0] * (rows - 2)]
@@ -69,11 +69,11 @@ def test_memory_of_another_size_holds_the_same(rows):
     k8[0, 0, 2] = 9
     assert int(buffer.k8[0, 0, 2, 0]) == 9
     assert buffer.rows == min(rows, 7)
-    assert buffer.memory(rows)[0].data_ptr() == k8.data_ptr()
+    assert buffer.memory(rows)[0][0].data_ptr() == k8.data_ptr()
 
 
 def test_selecting_copies():
-    buffer = Int8Buffer(3, 2, 4, 8, True, CPU)
+    buffer = TailBuffer(3, 2, 4, 8, True, CPU)
     buffer.take(numbered(3, 4), torch.zeros(3, dtype=torch.int64), torch.tensor([4, 3, 2]), 0)
     chosen = buffer.select(torch.tensor([2, 0, 2]))
     assert chosen.k8[:, 0, :, 0].tolist() == [[21, 22, 0, 0], [1, 2, 3, 4], [21, 22, 0, 0]]

@@ -8,11 +8,11 @@ import torch
 
 import turboattention as ta
 from turboattention.flashq import quantize_tokens, rotate
-from turboattention.kv.staging import MEAN_SKIPS, fresh_state, stage
+from turboattention.kv.stage1 import MEAN_SKIPS, fresh_state, stage
 
 from ..flashq import formulas
 from ..helpers import normals
-from .tools import PLAIN, filled, tokens
+from .tools import PLAIN, filled, stage_of, tokens
 
 CPU = torch.device("cpu")
 BARE = ta.TurboConfig(smooth_k=False, rotate=False, guard="off")
@@ -78,7 +78,7 @@ def test_a_given_mean_is_subtracted_from_the_first_token_on():
     k, v = tokens(1, 2, 70, 16)
     given = normals(2, 16, seed=3)
     cache = ta.KVCache(1, 2, 16, config=PLAIN, k_mean=given)
-    got = cache.stage(k, v)
+    got = stage_of(cache, k, v)
     codes, scales = quantize_tokens(rotate(k) - rotate(given)[None, :, None])
     assert torch.equal(got.tiles.k8[:, :, :70], codes)
     assert torch.equal(got.tiles.k_scale[:, :, :70], scales)
@@ -101,7 +101,7 @@ def test_padding_is_never_read(config):
 def test_new_tokens_stand_behind_what_is_buffered():
     cache, k, _ = filled([70, 3, 130], config=BARE)
     more = tokens(3, 2, 5, 16, seed=4)
-    got = cache.stage(*more, torch.tensor([5, 2, 0]))
+    got = stage_of(cache, *more, torch.tensor([5, 2, 0]))
     assert got.before.tolist() == [70, 3, 130]
     assert got.lengths.tolist() == [75, 5, 130]
     assert got.start.tolist() == [64, 0, 128]
@@ -116,7 +116,7 @@ def test_new_tokens_stand_behind_what_is_buffered():
 def test_staging_changes_nothing():
     cache, k, v = filled([70, 3])
     before = cache.dequantize()
-    cache.stage(k, v, torch.tensor([70, 3]))
+    stage_of(cache, k, v, torch.tensor([70, 3]))
     assert cache.seq_lens.tolist() == [70, 3]
     for got, want in zip(cache.dequantize(), before, strict=True):
         assert torch.equal(got, want)
@@ -162,10 +162,10 @@ def test_paper_buffers_what_is_stored_not_what_is_attended():
     k, v = tokens(1, 2, 150, 16)
     cache = ta.KVCache(1, 2, 16, config=PAPER)
     cache.append(k, v)
-    buffer = cache._buffer.tiles()
+    buffer = cache.tail.tiles()
     for side, codes, scales, x in ((0, buffer.k8, buffer.k_scale, k), (1, buffer.v8, buffer.v_scale, v)):
         universal = x[0].abs().amax((1, 2)) / 119
-        assert torch.equal(cache._universal[side, 0], universal)
+        assert torch.equal(cache.universal[side, 0], universal)
         assert torch.equal(scales[0, :, :22], universal[:, None].expand(2, 22))
         assert torch.equal(codes[0, :, :22].float(), (x[0, :, 128:] / universal[:, None, None]).round())
 
@@ -177,7 +177,7 @@ def test_paper_clamps_later_outliers_to_119():
     cache.append(k, v)
     more = torch.full((1, 1, 2, 8), 0.5)
     more[0, 0, 1, :2] = torch.tensor([700.0, -700.0])
-    got = cache.stage(more, -more)
+    got = stage_of(cache, more, -more)
     assert float(got.universal[0, 0, 0]) == pytest.approx(0.01, rel=1e-6)
     assert got.tiles.k8[0, 0, 10:12].tolist() == [[50] * 8, [119, -119] + [50] * 6]
     assert got.tiles.v8[0, 0, 10:12].tolist() == [[-50] * 8, [-119, 119] + [-50] * 6]
@@ -189,11 +189,11 @@ def test_the_universal_scale_comes_from_the_first_append_of_each_sequence():
     cache.append(k, v, torch.tensor([10, 0]))
     cache.append(2 * k, 2 * v)
     peaks = torch.stack((k[0].abs().amax((1, 2)), 2 * k[1].abs().amax((1, 2)))) / 119
-    assert torch.equal(cache._universal[0], peaks)
+    assert torch.equal(cache.universal[0], peaks)
     cache.crop(torch.tensor([0, 5]))
     cache.append(3 * k, 3 * v, torch.tensor([10, 1]))
-    assert torch.equal(cache._universal[0, 0], 3 * k[0].abs().amax((1, 2)) / 119)
-    assert torch.equal(cache._universal[0, 1], peaks[1])
+    assert torch.equal(cache.universal[0, 0], 3 * k[0].abs().amax((1, 2)) / 119)
+    assert torch.equal(cache.universal[0, 1], peaks[1])
 
 
 def test_a_block_that_fills_up_in_pieces_is_stored_under_the_universal_scale():
@@ -201,6 +201,6 @@ def test_a_block_that_fills_up_in_pieces_is_stored_under_the_universal_scale():
     k, v = tokens(1, 1, 100, 16)
     cache = ta.KVCache(1, 1, 16, config=PAPER)
     cache.append(k[:, :, :40], v[:, :, :40])
-    got = cache.stage(k[:, :, 40:], v[:, :, 40:])
+    got = stage_of(cache, k[:, :, 40:], v[:, :, 40:])
     assert len(got.stored.k_scale[0, 0, :64].unique()) == 1
-    assert got.stored.k_scale[0, 0, 0] == cache._universal[0, 0, 0]
+    assert got.stored.k_scale[0, 0, 0] == cache.universal[0, 0, 0]

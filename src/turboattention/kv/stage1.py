@@ -64,13 +64,23 @@ class Stage:
 
 
 def fresh_state(
-    config: TurboConfig, batch: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
+    config: TurboConfig,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    given_mean: Tensor | None = None,
 ) -> SequenceState:
-    """The state of empty sequences; `dtype` (float32 or float64) is the precision of stage 1."""
+    """The state of empty sequences; `dtype` (float32 or float64) is the precision of stage 1. given_mean: float
+    [H, D], the calibrated mean of K in the model's space, or None."""
     lengths = torch.zeros(batch, dtype=torch.int64)
     mean = torch.zeros(batch, heads, head_dim, dtype=dtype, device=device) if config.smooth_k else None
+    if given_mean is not None:
+        mean = given_mean.to(device, dtype)
+        mean = (rotate(mean) if config.rotate else mean).expand(batch, -1, -1).contiguous()
     universal = None if config.token_scales else torch.zeros(2, batch, heads, dtype=dtype, device=device)
-    return SequenceState(lengths, lengths, None, mean, False, universal)
+    return SequenceState(lengths, lengths, None, mean, given_mean is not None, universal)
 
 
 def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, counts: Tensor) -> Stage:

@@ -9,7 +9,7 @@ import torch
 
 import turboattention as ta
 from turboattention.errors import FormatError
-from turboattention.kv.storage import cache_from_tensors, cache_metadata, cache_tensors
+from turboattention.kv.serialization import cache_from_tensors, cache_metadata, cache_tensors
 
 from .tools import filled
 

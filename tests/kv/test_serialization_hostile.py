@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import turboattention as ta
 from turboattention.errors import FormatError
-from turboattention.kv.storage import _digest, read_file, write_file
+from turboattention.kv.serialization import _digest, read_file, write_file
 
 from .tools import filled
 

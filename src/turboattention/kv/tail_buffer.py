@@ -1,4 +1,4 @@
-"""The INT8 buffer: the tokens of each sequence that are not compressed into pages yet."""
+"""The tail buffer: the INT8 tokens of each sequence that are not compressed into pages yet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STEP = 16
 _SPARE = 256
 
 
-class Int8Buffer:
+class TailBuffer:
     """Up to `capacity` INT8 tokens per sequence, left-aligned, with a scale per token.
 
     Codes are int8 [B, H, rows, D or Dv], scales [B, H, rows]: bfloat16 with token scales, which have 4 mantissa bits
@@ -61,8 +61,10 @@ class Int8Buffer:
         step = max(_STEP, held // _SPARE // _STEP * _STEP)
         return min(max(1, -(-tokens // step)) * step, self.capacity)
 
-    def memory(self, rows: int) -> tuple[Tensor, ...]:
-        """The tensors of `TENSORS`, contiguous, with `rows` rows per head; the first `capacity` are the buffer.
+    @in_own_modes
+    def memory(self, rows: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Codes int8 [B, H, rows, D or Dv] and scales [B, H, rows] of K and V, contiguous; the first `capacity` rows
+        are the buffer.
 
         `rows` may exceed `capacity`, since some kernels need a row for the token that fills a block. Tensors are moved
         only if the number of rows changes; new rows are zero.
@@ -79,7 +81,8 @@ class Int8Buffer:
                 whole.append(moved)
             else:
                 whole.append(held.as_strided(size, (size[1] * stride, stride, *held.stride()[2:])))
-        return tuple(whole)
+        k8, v8, k_scale, v_scale = whole
+        return (k8, v8), (k_scale, v_scale)
 
     def tiles(self) -> Tiles:
         """The buffered rows, with scales as float32."""
@@ -108,9 +111,9 @@ class Int8Buffer:
             if (held := getattr(self, name)).is_inference():
                 setattr(self, name, held.clone())
 
-    def select(self, index: Tensor) -> Int8Buffer:
+    def select(self, index: Tensor) -> TailBuffer:
         """A copy of the sequences `index` int64 [B']."""
-        copy = object.__new__(Int8Buffer)
+        copy = object.__new__(TailBuffer)
         copy.capacity = self.capacity
         for name in self.TENSORS:
             setattr(copy, name, getattr(self, name).index_select(0, index.to(self.k8.device)))

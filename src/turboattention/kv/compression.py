@@ -1,0 +1,110 @@
+"""Full blocks on their way into pages: which blocks of a stage are compressed, and with which widths and order of K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from .channel_order import ChannelOrder, channel_order, restore_keys
+from .layout import PageLayout
+from .pages import Tiles, decode_pages
+from .stage1 import Stage
+from .widths import mixed_head_bits
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+
+
+@dataclass(frozen=True)
+class Flush:
+    """Full blocks to be compressed into pages.
+
+    batch, block: int64 [N] (CPU), sequence and block index of each row of `tiles` [N, H, B, D], ordered by sequence,
+    then block.
+    """
+
+    batch: Tensor
+    block: Tensor
+    tiles: Tiles
+
+    def where(self, chosen: Tensor) -> Flush:
+        """The rows selected by a bool [N]."""
+        rows = chosen.to(self.tiles.k8.device)
+        return Flush(self.batch[chosen], self.block[chosen], self.tiles.map(lambda x: x[rows]))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded blocks: `pages` uint8 [N, page_bytes] in `layout`, one for each of the N rows of `flush`.
+
+    order: the order of K's channels in `pages`, or None; rotated: whether INT8 rows are.
+    """
+
+    layout: PageLayout
+    flush: Flush
+    pages: Tensor
+    order: ChannelOrder | None
+    rotated: bool
+
+    def decoded(self) -> Tiles:
+        """Decode the pages: int8 [N, H, B, D] and scales, as stored."""
+        return decode_pages(self.layout, self.pages)
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        """The dequantized k (without its mean) and v [N, H, B, D] in the model's space."""
+        k, v = self.decoded().floats()
+        return restore_keys(k, self.order, self.rotated), restore_keys(v, None, self.rotated)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What committing a stage compresses.
+
+    head_bits: int64 [2, Hkv], the widths of blocks after the sinks; None while no such block is full. order: the order
+    of K's channels in them, or None. decides: whether the cache's first such block is among them, so that committing
+    fixes widths and order for all later ones.
+    """
+
+    flush: Flush
+    head_bits: Tensor | None
+    order: ChannelOrder | None
+    decides: bool
+
+    def of(self, flush: Flush, head_bits: Tensor | None = None) -> Compression:
+        """The same for other blocks, or at other widths."""
+        return replace(self, flush=flush, head_bits=self.head_bits if head_bits is None else head_bits)
+
+
+def compression_of(cache: KVCache, staged: Stage, head_bits: Tensor | None = None) -> Compression:
+    """What committing `staged` compresses. Widths and order that are fixed stay; else `head_bits` int64 [2, Hkv], or
+    without it what the user gave or the tokens decide, and the order that tokens and queries decide."""
+    flush, sink_blocks = _full_blocks(cache.config, staged), cache.sink_blocks
+    assert cache.page_table is not None  # allocated by staging
+    pools = cache.page_table.pools
+    if cache.frozen or not bool((flush.block >= sink_blocks).any()):
+        return Compression(flush, pools.head_bits, pools.order, False)
+    k, v = flush.where(flush.block == sink_blocks).tiles.floats()
+    order = channel_order(cache.restore(k), staged.query_energy) if cache.learns_order else None
+    bits = cache.configured_bits if head_bits is None else head_bits
+    if bits is None:
+        if staged.k_mean is not None and sink_blocks * cache.config.block_size >= cache.mean_from:
+            first = flush.batch[flush.block == sink_blocks].to(k.device)
+            k = k + staged.k_mean.to(k.dtype)[first][:, :, None]
+        bits = mixed_head_bits(cache.config, cache.restore(k), cache.restore(v))
+    return Compression(flush, bits, order, True)
+
+
+def _full_blocks(config: TurboConfig, staged: Stage) -> Flush:
+    """The blocks of a stage that are full and followed by at least `flush_lag` tokens."""
+    size, tiles = config.block_size, staged.stored
+    full = (staged.lengths - staged.start - config.flush_lag).clamp(min=0) // size
+    width = tiles.k8.shape[2] // size
+    batch, block = (torch.arange(width) < full[:, None]).nonzero(as_tuple=True)
+    at = batch.to(tiles.k8.device), slice(None), block.to(tiles.k8.device)
+    picked = tiles.map(lambda x: x.unflatten(2, (width, size))[at])
+    single = replace(picked, k_scale=picked.k_scale.float(), v_scale=picked.v_scale.float())
+    return Flush(batch, block + staged.start[batch] // size, single)

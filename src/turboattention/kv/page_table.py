@@ -1,0 +1,234 @@
+"""Page tables of a batch of sequences over shared page pools."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TurboConfig
+from .channel_order import ChannelOrder, unordered_rows
+from .compaction import leave_sparse_slabs, move_to_own_pools
+from .compression import Encoded
+from .page_pools import PagePools
+from .pages import Tiles
+from .quantizer import quantizer_for
+from .window import blocks_seen
+
+EVICTED = -1
+_SPARE_COLUMNS = 64
+
+
+class PageTable:
+    """pages: for each sequence, the page number of every block, sink pages first; `EVICTED` where a sliding window has
+    released the page. pools: the memory behind the numbers."""
+
+    def __init__(
+        self,
+        config: TurboConfig,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        device: torch.device,
+        windowed: bool = False,
+        v_head_dim: int = 0,
+    ):
+        self.config, self.device, self.windowed = config, device, windowed
+        self.pools = PagePools(config, heads, head_dim, device, v_head_dim)
+        self.pages: list[list[int]] = [[] for _ in range(batch)]
+        self._addresses: Tensor | None = None
+        self._pending = {True: 0, False: 0}
+        """Number of pages from `fresh_pages` that were not adopted or discarded yet, by `sinks`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages of these sequences, unused reserved memory of both pools, widths and channel order."""
+        return self.pools.nbytes(self.pages, self._pending)
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [B]: blocks of each sequence that are pages, including evicted ones."""
+        return torch.tensor([len(table) for table in self.pages], dtype=torch.int64)
+
+    @property
+    def sink_blocks(self) -> int:
+        return self.pools.sink_blocks
+
+    def reserve(self, tokens: int, window: int | None) -> None:
+        """Reserve memory for `tokens` tokens, or a `window`, of each sequence; only sinks until widths are frozen."""
+        self.pools.reserve(*self._needed(tokens, window), self.windowed)
+
+    def _needed(self, tokens: int, window: int | None) -> tuple[int, int]:
+        """Sink pages and compressed pages for `tokens` tokens per sequence."""
+        blocks = tokens // self.config.block_size
+        sinks = min(blocks, self.sink_blocks)
+        others = blocks - sinks
+        # With a window also a block that fills before an eviction.
+        seen = None if window is None else blocks_seen(window, self.config.block_size)
+        if seen is not None and blocks > seen + 1:
+            sinks, others = 0, seen + 1
+        return len(self.pages) * sinks, len(self.pages) * others
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def append(self, parts: list[Encoded], before: Sequence[int] = (), skipped: Sequence[int] = ()) -> None:
+        """Append encoded blocks to the page tables and `evict` the blocks before `before[b]`.
+
+        skipped: sequences whose next block was evicted before it was written, once per block.
+        """
+        written: list[list[int]] = []
+        try:
+            for part in parts:
+                pool = self.pools.of_block(int(part.flush.block[0]))
+                pages = pool.allocate(self.runs(part.flush.batch))
+                written.append(pages)
+                pool.write(pages, part.pages)
+        except BaseException:  # no memory
+            for part, pages in zip(parts, written, strict=False):
+                self.pools.of_block(int(part.flush.block[0])).release(pages)
+            raise
+        if parts or len(skipped):
+            self._addresses = None
+        self.evict(before)
+        for sequence in skipped:
+            self.pages[sequence].append(EVICTED)
+        for part, pages in zip(parts, written, strict=True):
+            for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
+                self.pages[sequence].append(page)
+
+    def runs(self, batch: Tensor) -> list[int]:
+        """Allocation runs for pages of sequences `batch` int64 [N]: one run per sequence, or one per page if a window
+        releases pages one at a time."""
+        return [1] * len(batch) if self.windowed else batch.unique_consecutive(return_counts=True)[1].tolist()
+
+    def fresh_pages(self, count: int, sinks: bool = False) -> list[int]:
+        """Allocate `count` compressed pages (or sink pages); the caller passes each to `adopt` or `discard`."""
+        pages = self.pools.of(sinks).allocate([1] * count)
+        self._pending[sinks] += count
+        return pages
+
+    def discard(self, pages: list[int], sinks: bool = False) -> None:
+        """Release pages that were not adopted."""
+        self.pools.of(sinks).release(pages)
+        self._pending[sinks] -= len(pages)
+
+    def page_address(self, page: int, sinks: bool = False) -> int:
+        """Memory address of a page from `fresh_pages`."""
+        return self.pools.of(sinks).address(page)
+
+    def adopt(self, sequences: Sequence[int], pages: Sequence[int]) -> None:
+        """Append one written page to the table of each of `sequences`."""
+        addresses = self._addresses
+        for sequence, page in zip(sequences, pages, strict=True):
+            table = self.pages[sequence]
+            if addresses is not None and len(table) < addresses.shape[1]:
+                addresses[sequence, len(table)] = self.pools.of_block(len(table)).address(page)
+            else:
+                addresses = None
+            self._pending[len(table) < self.sink_blocks] -= 1
+            table.append(page)
+        self._addresses = addresses
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def tiles(self, first: int, last: int) -> Tiles:
+        """INT8 tiles [B, n, H, block, D] of blocks `first` to `last` (exclusive), as stored; scale 0 where there is no
+        page."""
+        split, pools = min(max(self.sink_blocks, first), last), self.pools
+        parts = []
+        for pool, begin, end in ((pools.sinks, first, split), (pools.compressed or pools.sinks, split, last)):
+            if begin < end:
+                pages = [page for table in self.pages for page in _entries(table, begin, end)]
+                tiles = Tiles(*quantizer_for(self.device).decode_pages(pool.layout, pool.gather(pages)))
+                parts.append(tiles.map(lambda x: x.unflatten(0, (len(self.pages), -1))))
+        return parts[0] if len(parts) == 1 else Tiles.cat(parts, 1)
+
+    def order_of(self, block: int) -> ChannelOrder | None:
+        """The order of K's channels in the pages of a block; sinks have none."""
+        return None if block < self.sink_blocks else self.pools.order
+
+    def rows(self, block: int) -> Tiles:
+        """The pages of a block as INT8 rows like the tail buffer's, [B, H, block, D]; scale 0 where there is no
+        page."""
+        tiles, order = self.tiles(block, block + 1).map(lambda x: x[:, 0]), self.order_of(block)
+        if order is None:
+            return tiles
+        k8, k_scale = unordered_rows(tiles.k8, tiles.k_scale, order, self.config.rotate)
+        return replace(tiles, k8=k8, k_scale=torch.where(tiles.k_scale > 0, k_scale, 0.0))
+
+    def addresses(self) -> Tensor:
+        """int64 [B, P]: memory addresses of all pages, for kernels; 0 for evicted pages and past the last page.
+
+        A new tensor whenever pages have changed otherwise than by `adopt`.
+        """
+        if self._addresses is None:
+            # Spare columns, so that most later blocks need no new table.
+            widest = max(map(len, self.pages), default=0) + _SPARE_COLUMNS
+            rows = [[self.pools.of_block(j).address(page) for j, page in enumerate(table)] for table in self.pages]
+            padded = [row + [0] * (widest - len(row)) for row in rows]
+            self._addresses = torch.tensor(padded, dtype=torch.int64).view(len(self.pages), widest)
+        return self._addresses
+
+    def evicted(self) -> list[int]:
+        """Number of evicted blocks at the start of each sequence."""
+        return [bisect_left(table, True, key=lambda page: page != EVICTED) for table in self.pages]
+
+    def present(self, blocks: int) -> Tensor:
+        """bool [B, blocks]: which blocks are pages that were not evicted."""
+        rows = [[page != EVICTED for page in _entries(table, 0, blocks)] for table in self.pages]
+        return torch.tensor(rows, dtype=torch.bool).view(len(self.pages), blocks)
+
+    # -- changing -----------------------------------------------------------------------------
+
+    def truncate(self, counts: list[int]) -> None:
+        """Keep the first `counts[b]` blocks of each sequence and free the memory of the others."""
+        for sinks in (True, False):
+            leave_sparse_slabs(self.pools, self.pages, counts, sinks, self.windowed)
+        self._addresses = None
+        for table, count in zip(self.pages, counts, strict=True):
+            self.pools.release(table[count:], count)
+            del table[count:]
+
+    def evict(self, before: Sequence[int]) -> None:
+        """Release the blocks before block `before[b]`; their table entries become `EVICTED`."""
+        for table, end in zip(self.pages, before, strict=False):
+            end = min(end, len(table))
+            # Blocks are released from the front, so if the last one is evicted, all are.
+            if end > 0 and table[end - 1] != EVICTED:
+                self._addresses = None
+                self.pools.release(table[:end])
+                table[:end] = [EVICTED] * end
+
+    def leave_pools(self, tokens: int, window: int | None) -> None:
+        """Copy all pages into new pools, which reserve memory only for these sequences (as `reserve`)."""
+        new = self.pools.empty()
+        new.reserve(*self._needed(tokens, window), self.windowed)
+        move_to_own_pools(self.pools, new, self.pages, self.windowed)
+        self.pools, self._addresses = new, None
+
+    def select(self, index: list[int]) -> PageTable:
+        """A table of the sequences `index[0], index[1], ...` over the same pools; no page is copied."""
+        chosen = object.__new__(PageTable)
+        own = {"pages": [list(self.pages[i]) for i in index], "pools": self.pools.shared()}
+        chosen.__dict__ = {**self.__getstate__(), **own}
+        for table in chosen.pages:
+            self.pools.retain(table)
+        return chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In a copy, pages have other addresses, and pages from `fresh_pages` are not pending."""
+        return {**self.__dict__, "_addresses": None, "_pending": {True: 0, False: 0}}
+
+    def __del__(self) -> None:
+        for table in self.__dict__.get("pages", ()):
+            self.pools.release(table)
+
+
+def _entries(table: list[int], begin: int, end: int) -> list[int]:
+    """`table[begin:end]`, padded with `EVICTED` where the table is shorter."""
+    entries = table[begin:end]
+    return entries + [EVICTED] * (end - begin - len(entries))
