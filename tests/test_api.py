@@ -136,11 +136,8 @@ def test_the_reference_can_be_named():
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_a_named_backend_that_cannot_run_raises(name, monkeypatch):
-    monkeypatch.setattr(
-        dispatch,
-        "backends",
-        lambda: {name: Availability(name, False, "not here"), "reference": Availability("reference", True, "always")},
-    )
+    missing = Availability(name, False, "not here")
+    monkeypatch.setattr(type(dispatch.TABLE[name]), "availability", lambda self: missing)
     q, k, v = qkv(1, 2, 2, 5, 5, 16)
     cache = ta.KVCache(1, 2, 16)
     with pytest.raises(BackendError, match=rf"^backend: expected one that can run here, got '{name}' \(not here\)$"):

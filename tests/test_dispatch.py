@@ -49,8 +49,9 @@ def test_the_list_cannot_be_changed_from_outside():
 
 
 def set_backends(monkeypatch, **usable: bool) -> None:
-    found = {name: Availability(name, ok, f"reason of {name}") for name, ok in usable.items()}
-    monkeypatch.setattr(dispatch, "backends", lambda: found)
+    for name, ok in usable.items():
+        state = Availability(name, ok, f"reason of {name}")
+        monkeypatch.setattr(type(dispatch.TABLE[name]), "availability", lambda self, state=state: state)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,15 @@ def test_a_backend_named_explicitly_never_falls_back(monkeypatch):
         BackendError, match=r"^backend: expected one that can run here, got 'triton' \(reason of triton\)$"
     ):
         dispatch.choose("triton")
+
+
+def test_only_the_named_backend_is_asked(monkeypatch):
+    def asked(self):
+        raise AssertionError("asked")
+
+    for name in ("triton", "cpu"):
+        monkeypatch.setattr(type(dispatch.TABLE[name]), "availability", asked)
+    assert dispatch.choose("reference").name == "reference"
 
 
 def test_unknown_names():

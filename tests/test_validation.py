@@ -252,7 +252,6 @@ def test_lengths_are_copied():
     checked = check_lengths(lengths, 2, 3)
     lengths[0] = 3
     assert checked.tolist() == [1, 2]
-    assert check_lengths(None, 2, 3).tolist() == [3, 3]
     assert check_lengths(torch.tensor([1, 2], dtype=torch.int32), 2, 3).dtype == torch.int64
 
 

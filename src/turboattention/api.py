@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dispatch, ops
-from .cached_call import new_tokens
+from .checked_call import check_call
 from .config import TurboConfig
-from .errors import InputError
 from .guard import guarded_bits
-from .impl.contract import AttentionParams, Availability, Backend
+from .impl.contract import AttentionParams, Availability, Backend, CheckedCall, Result
 from .kv.cache import KVCache
 from .kv.channel_order import query_energy
 from .kv.growth import commit, observe, stage
-from .kv.window import check_pages_kept, check_window_kept
+from .kv.window import check_pages_kept
 from .modes import in_own_modes
 from .softmax import logit_scale
 from .validation import (
     check_causal,
     check_config,
     check_finite,
-    check_floats,
-    check_lengths,
     check_mask,
+    check_mask_values,
     check_qkv,
-    check_query,
     check_softmax,
-    check_tokens,
     check_window,
     refuse_gradients,
 )
@@ -93,6 +88,7 @@ def turbo_attention(
     check_softmax(scale, softcap)
     window_size = check_window(window_size)
     mask = check_mask(attn_mask, q, k.shape[2])
+    check_mask_values(mask)
     chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3])))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if name not in chosen.checks_finite:
@@ -162,77 +158,58 @@ def turbo_attention_with_kvcache(
             cache.v_head_dim,
         )
         return result if return_lse else result[0]
-    if (k_new is None) != (v_new is None):
-        want, have = ("a tensor", "None") if v_new is None else ("None", "a tensor")
-        raise InputError(f"v_new: expected {want}, as k_new is, got {have}")
-    check_floats(q=q, **({} if k_new is None else {"k_new": k_new, "v_new": v_new}))
-    check_query((cache.batch_size, cache.num_kv_heads, cache.head_dim), q)
-    check_softmax(scale, softcap)
-    window_size = check_window(cache.window_size if window_size is None else window_size)
-    check_window_kept(cache, window_size)
+    call = check_call(q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
     head_dims = cache.head_dim, cache.v_head_dim
     chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2], head_dims))
-    params = AttentionParams(is_causal, logit_scale(scale, q.shape[3]), window_size, softcap)
-    # Queries alone may reach back behind what a window has kept: that is looked at below.
-    plain = lengths is None or (k_new is not None and k_new.dim() == 4 and q.shape[2] == k_new.shape[2])
-    if chosen.name != "reference" and plain and (k_new is not None or cache.window_size is None):
-        stepped = _step(chosen, q, cache, k_new, v_new, lengths, attn_mask, params)
-        if stepped is not None:
-            if cache.learns_order and k_new is not None:
-                counts, row = new_tokens(q, k_new, lengths)[:, None], torch.arange(q.shape[2])
-                observe(cache, _energy(q, cache, cache.lengths[:, None] - counts + row, row < counts))
-            return stepped if return_lse else stepped[0]
-    counts = new_tokens(q, k_new, lengths)
-    ends = cache.seq_lens + counts
-    mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0)
-    row = torch.arange(q.shape[2]).expand(q.shape[0], -1)
-    # With lengths, query i is token i; otherwise the last query stands at the last key.
-    positions = row + (cache.seq_lens if lengths is not None else ends - q.shape[2])[:, None]
-    valid = row < counts[:, None] if lengths is not None else torch.ones_like(row, dtype=torch.bool)
+    # Queries alone may reach back behind what a window has kept, which the general path looks at.
+    result = chosen.step(call, cache) if k_new is not None or cache.window_size is None else None
+    if result is None:
+        result = _attend_and_store(chosen, call, cache)
+    elif k_new is not None and cache.learns_order:
+        positions, valid = _rows(call, cache.lengths - _counts(call), cache.lengths)
+        observe(cache, _energy(q, cache, positions, valid))
+    return result if return_lse else result[0]
+
+
+def _attend_and_store(backend: Backend, call: CheckedCall, cache: KVCache) -> Result:
+    """Attention over INT8 rows and pages, and then the new tokens into the cache."""
+    q, params = call.q, call.params
+    counts = _counts(call)
+    positions, valid = _rows(call, cache.lengths, cache.lengths + counts)
+    check_mask_values(params.attn_mask)
     check_finite("q", q, valid.sum(1))
-    check_pages_kept(cache, positions, valid, window_size)
+    check_pages_kept(cache, positions, valid, params.window_size)
     staged, bits = None, None
-    if k_new is not None and v_new is not None:
+    if call.k is not None and call.v is not None:
         energy = _energy(q, cache, positions, valid) if cache.learns_order else None
-        check_tokens(cache.token_shape, cache.device, k_new, v_new, ("k_new", "v_new"))
-        check_finite("k_new", k_new, counts)
-        check_finite("v_new", v_new, counts)
-        staged = stage(cache, k_new, v_new, counts, energy)
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window_size": window_size}
-        bits = guarded_bits(cache, staged, q, positions, valid, (k_new, v_new), **options)
-    params = replace(params, attn_mask=mask)
-    out, lse = chosen.attend_cache(q, cache, staged, params, head_bits=bits, positions=positions, valid=valid)
+        staged = stage(cache, call.k, call.v, counts, energy, ("k_new", "v_new"))
+        bits = guarded_bits(cache, staged, q, positions, valid, (call.k, call.v), params)
+    result = backend.attend_cache(call, cache, staged, head_bits=bits, positions=positions, valid=valid)
     if staged is not None:
         commit(cache, staged, bits)
-    return (out, lse) if return_lse else out
+    return result
+
+
+def _counts(call: CheckedCall) -> Tensor:
+    """int64 [B]: the tokens that each sequence takes."""
+    return torch.full((len(call.q),), 0 if call.k is None else call.k.shape[2]) if call.counts is None else call.counts
+
+
+def _rows(call: CheckedCall, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions int64 [B, Lq] of the query rows in sequences of `before` and `after` tokens (int64 [B]), and which rows
+    are none of padding, bool [B, Lq]."""
+    row = torch.arange(call.q.shape[2]).expand(len(before), -1)
+    if call.counts is not None:  # row i is token i
+        return row + before[:, None], row < call.counts[:, None]
+    first = after - call.q.shape[2]  # the last row is at the end
+    return row + first[:, None], torch.ones_like(row, dtype=torch.bool)
 
 
 def _energy(q: Tensor, cache: KVCache, positions: Tensor, valid: Tensor) -> Tensor:
-    """`query_energy` of the rows at positions that the order of K's channels is learned from: however a prompt is cut
-    into calls, they are the same."""
-    return query_energy(q, valid & (positions < (cache.sink_blocks + 1) * cache.config.block_size), cache.num_kv_heads)
-
-
-def _step(
-    backend: Backend,
-    q: Tensor,
-    cache: KVCache,
-    k: Tensor | None,
-    v: Tensor | None,
-    lengths: Tensor | None,
-    attn_mask: Tensor | None,
-    params: AttentionParams,
-) -> tuple[Tensor, Tensor] | None:
-    """A decode step in one call of the kernels, where it is one; else None."""
-    counts = None
-    if k is not None and v is not None:
-        check_tokens(cache.token_shape, cache.device, k, v, ("k_new", "v_new"))
-        counts = None if lengths is None else check_lengths(lengths, cache.batch_size, k.shape[2])
-    mask = None
-    if attn_mask is not None:
-        ends = cache.lengths + (counts if counts is not None else 0 if k is None else k.shape[2])
-        mask = check_mask(attn_mask, q, int(ends.max()) if len(ends) else 0, finite=False)
-    return backend.step(q, cache, k, v, params if mask is None else replace(params, attn_mask=mask), counts)
+    """`query_energy` of the rows before the end of the first compressed block, from which the order of K's channels is
+    learned: however a prompt is cut into calls, they are the same."""
+    end = (cache.sink_blocks + 1) * cache.config.block_size
+    return query_energy(q, valid & (positions < end), cache.num_kv_heads)
 
 
 def backends() -> dict[str, Availability]:
@@ -263,6 +240,6 @@ def explain(
     check_qkv(q, k, v)
     check_softmax(scale, softcap)
     check_window(window_size)
-    check_mask(attn_mask, q, k.shape[2])
+    check_mask_values(check_mask(attn_mask, q, k.shape[2]))
     call = dispatch.Call(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3]))
     return dispatch.explain_choice(backend, call)

@@ -46,14 +46,16 @@ def choose(name: str, call: Call | None = None) -> Backend:
         InputError: an unknown name. BackendError: a backend named explicitly that cannot run here.
         UnsupportedError: one that does not compute this call. Only "auto" ever falls back.
     """
-    found = backends()
     if name == "auto":
-        usable = (TABLE[each] for each, state in found.items() if state.usable)
-        return next(backend for backend in usable if not _refusal(backend, call) and not backend.slower(call))
-    if name not in found:
-        raise InputError(f'backend: expected "auto" or one of {", ".join(sorted(found))}, got {name!r}')
-    if not found[name].usable:
-        raise BackendError(f"backend: expected one that can run here, got {name!r} ({found[name].reason})")
+        for backend in TABLE.values():
+            if backend.availability().usable and not _refusal(backend, call) and not backend.slower(call):
+                return backend
+        raise BackendError("backend: expected one that can run here, got none")
+    if name not in TABLE:
+        raise InputError(f'backend: expected "auto" or one of {", ".join(sorted(TABLE))}, got {name!r}')
+    state = TABLE[name].availability()
+    if not state.usable:
+        raise BackendError(f"backend: expected one that can run here, got {name!r} ({state.reason})")
     refusal = _refusal(TABLE[name], call)
     if refusal:
         raise UnsupportedError(f"backend: expected one that computes this call, got {name!r} ({refusal})")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import TurboConfig
 from .errors import GuardWarning
+from .impl.contract import AttentionParams
 from .kv.cache import KVCache
 from .kv.compression import Compression, compression_of
 from .kv.growth import encode
@@ -50,10 +51,7 @@ def guarded_bits(
     positions: Tensor,
     valid: Tensor,
     new: tuple[Tensor, Tensor],
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window_size: int | None = None,
+    params: AttentionParams,
 ) -> Tensor | None:
     """Widths int64 [2, Hkv] for the blocks that committing `staged` compresses first; None where it
     compresses none, or the guard is off.
@@ -63,7 +61,7 @@ def guarded_bits(
     Args:
         q: [B, Hq, Lq, D], at `positions` (int64 [B, Lq]), of which rows marked in `valid` (bool [B, Lq]) are real.
         new: the call's k and v, each [B, Hkv, T, D].
-        scale, softcap, window_size: as in `turbo_attention`.
+        params: of the call; its mask is not applied.
 
     Raises:
         BeyondInt8Error: the cache has `exact_past`, widths may change, and 8 bits are not enough.
@@ -74,7 +72,7 @@ def guarded_bits(
     planned = compression.head_bits
     if not compression.decides or planned is None:
         return None
-    sample = _Sample(cache, staged, compression, q, positions, valid, new, scale, softcap, window_size)
+    sample = _Sample(cache, staged, compression, q, positions, valid, new, params)
     first = errors = sample.errors(planned)
     bits, beyond = planned, _beyond(errors, planned)
     failing = beyond.clone()
@@ -88,7 +86,7 @@ def guarded_bits(
     if bool(failing.any()):
         message = _message(cache.first_head, failing, beyond, first, planned, bits)
         advice = _advice(sample, planned, failing)
-        warnings.warn(f"{cache.label or 'cache'}: {message}; {advice}", GuardWarning, stacklevel=4)
+        warnings.warn(f"{cache.label or 'cache'}: {message}; {advice}", GuardWarning, stacklevel=5)
     return bits
 
 
@@ -232,11 +230,9 @@ class _Sample:
         positions: Tensor,
         valid: Tensor,
         new: tuple[Tensor, Tensor],
-        scale: float | None,
-        softcap: float | None,
-        window_size: int | None,
+        params: AttentionParams,
     ):
-        self.scale, self.softcap, self.window_size = scale, softcap, window_size
+        self.params = params
         # Sequences whose first compressed block is in this flush; in a ragged batch, those with the start of the first.
         flush = compression.flush
         batch = flush.batch[flush.block == cache.sink_blocks].unique()
@@ -340,6 +336,7 @@ class _Sample:
         keys = torch.arange(k.shape[2])
         behind = self.positions[..., None] - keys
         mask = (behind >= 0) & (keys < self.length[:, None, None])
-        if self.window_size is not None:
-            mask &= behind < self.window_size
-        return exact_attention(self.q, k, v, mask[:, None], scale=self.scale, softcap=self.softcap)[0]
+        if self.params.window_size is not None:
+            mask &= behind < self.params.window_size
+        scale, softcap = self.params.scale, self.params.softcap
+        return exact_attention(self.q, k, v, mask[:, None], scale=scale, softcap=softcap)[0]

@@ -24,16 +24,16 @@ def in_own_modes(function: F) -> F:
     def outside(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
-        cast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
         inference = torch.is_inference_mode_enabled()
-        if not cast and not inference:
+        if not inference and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
             return function(*args, **kwargs)
         with ExitStack() as modes:
             if inference:
                 modes.enter_context(torch.inference_mode(False))
                 modes.enter_context(torch.no_grad())
-            for device in cast:
-                modes.enter_context(torch.autocast(device, enabled=False))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    modes.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return outside  # type: ignore[return-value]

@@ -8,7 +8,6 @@ depend on how tokens were scheduled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from .config import TurboConfig
 from .dispatch import TABLE, Call, choose
 from .errors import InputError, ShapeError
+from .impl.contract import PagedAttention
 from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, OpenBlocks, PagedBatch, PagedFormat, reserved_bytes
 from .softmax import logit_scale
 
@@ -31,8 +31,6 @@ __all__ = [
     "paged_attention",
     "reserved_bytes",
 ]
-
-_WITH_PAGES = ("cpu", "triton")
 
 
 def paged_attention(
@@ -70,13 +68,10 @@ def paged_attention(
     """
     _check(fmt, q, k, v, out, pages)
     _check_place(fmt, layer, open_blocks, window)
-    run = batch.once((fmt.config, q.dtype, q.device, backend), lambda: _kernels(fmt.config, q, backend))
+    which = fmt.config, q.dtype, q.device, backend
+    run = batch.once(which, lambda: _chosen(*which)[1])
     factor = logit_scale(scale, fmt.head_dim)
     return run(fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap)
-
-
-def _kernels(config: TurboConfig, q: Tensor, backend: str) -> Callable[..., bool]:
-    return TABLE[backend_for(config, q.dtype, q.device, backend)].paged_attention
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
@@ -85,10 +80,15 @@ def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, b
     Raises:
         InputError: the backend does not support pages. BackendError, UnsupportedError: as in `turbo_attention`.
     """
-    chosen = choose(backend, Call(_over_caches(config), dtype, device, queries=1)).name
-    if chosen not in _WITH_PAGES:
-        raise InputError(f"backend: expected one of {', '.join(_WITH_PAGES)} for pages, got {chosen!r}")
-    return chosen
+    return _chosen(config, dtype, device, backend)[0]
+
+
+def _chosen(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str) -> tuple[str, PagedAttention]:
+    chosen = choose(backend, Call(_over_caches(config), dtype, device, queries=1))
+    if chosen.paged_attention is None:
+        able = sorted(each.name for each in TABLE.values() if each.paged_attention is not None)
+        raise InputError(f"backend: expected one of {', '.join(able)} for pages, got {chosen.name!r}")
+    return chosen.name, chosen.paged_attention
 
 
 @cache

@@ -73,38 +73,23 @@ def check_mean(k_mean: Tensor | None, config: TurboConfig, heads: int, head_dim:
     return k_mean.detach().clone()
 
 
-def check_new(
+def check_new(expected: tuple[int, int, int, int], device: torch.device | None, k: Tensor, v: Tensor) -> None:
+    """New tokens k, v of a cache of (batch, heads, head_dim, v_head_dim) on a device; not their values."""
+    check_floats(k=k, v=v)
+    check_token_shapes(expected, device, k, v, ("k", "v"))
+
+
+def check_token_shapes(
     expected: tuple[int, int, int, int],
     device: torch.device | None,
     k: Tensor,
     v: Tensor,
-    lengths: Tensor | None,
-    names: tuple[str, str] = ("k", "v"),
-    finite: bool = True,
-) -> Tensor:
-    """New tokens of a cache of (batch, heads, head_dim, v_head_dim); returns how many each sequence takes, int64 [B].
-
-    `names` is what messages call k and v. Without `finite` values are not looked at."""
-    check_tokens(expected, device, k, v, names)
-    counts = check_lengths(lengths, expected[0], k.shape[2])
-    if finite:
-        for name, x in zip(names, (k, v), strict=True):
-            check_finite(name, x, counts)
-    return counts
-
-
-def check_tokens(
-    expected: tuple[int, int, int, int],
-    device: torch.device | None,
-    k: Tensor,
-    v: Tensor,
-    names: tuple[str, str] = ("k", "v"),
+    names: tuple[str, str],
 ) -> None:
-    """Shapes, dtype and device of new tokens of a cache of (batch, heads, head_dim, v_head_dim)."""
+    """Shapes and device of new tokens of a cache of (batch, heads, head_dim, v_head_dim), which `check_floats` passed.
+    names: what messages call k and v."""
     batch, heads, *head_dims = expected
-    sides = dict(zip(names, (k, v), strict=True))
-    check_floats(**sides)
-    for (name, x), head_dim in zip(sides.items(), head_dims, strict=True):
+    for name, x, head_dim in zip(names, (k, v), head_dims, strict=True):
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
             raise ShapeError(f"{name}: expected shape ({batch}, {heads}, tokens, {head_dim}), got {tuple(x.shape)}")
     if k.shape[2] != v.shape[2]:
@@ -113,10 +98,8 @@ def check_tokens(
         raise DtypeError(f"{names[0]}: expected a tensor on {device}, as the cache is, got {k.device}")
 
 
-def check_lengths(lengths: Tensor | None, batch: int, tokens: int) -> Tensor:
-    """int64 [B] on the CPU, each from 0 to `tokens`; None means all of them."""
-    if lengths is None:
-        return torch.full((batch,), tokens, dtype=torch.int64)
+def check_lengths(lengths: Tensor, batch: int, tokens: int) -> Tensor:
+    """int64 [B] on the CPU, each from 0 to `tokens`."""
     lengths = torch.as_tensor(lengths)
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise DtypeError(f"lengths: expected integers, got {lengths.dtype}")
@@ -138,17 +121,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         batch, heads, tokens = k.shape[:3]
         raise ShapeError(f"v: expected shape ({batch}, {heads}, {tokens}, head_dim), as k has it, got {tuple(v.shape)}")
     check_query((k.shape[0], k.shape[1], k.shape[3]), q)
+    check_head_dim("q", q.shape[3])
     check_head_dim("v", v.shape[3])
 
 
 def check_query(expected: tuple[int, int, int], q: Tensor) -> None:
-    """A query against keys of (batch, KV heads, head_dim)."""
+    """A query against keys of (batch, KV heads, head_dim), of which head_dim is not checked."""
     batch, heads, head_dim = expected
     if q.dim() != 4 or (q.shape[0], q.shape[3]) != (batch, head_dim):
         raise ShapeError(
             f"q: expected shape ({batch}, heads, tokens, {head_dim}), as the keys have, got {tuple(q.shape)}"
         )
-    check_head_dim("q", head_dim)
     if not heads or not q.shape[1] or q.shape[1] % heads:
         raise ShapeError(f"q: expected a number of heads that is a multiple of the {heads} KV heads, got {q.shape[1]}")
 
@@ -180,10 +163,9 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
             )
 
 
-def check_mask(mask: Tensor | None, q: Tensor, keys: int, finite: bool = True) -> Tensor | None:
-    """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk], where q is; returned with four dimensions.
-
-    Without `finite` values are not looked at."""
+def check_mask(mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
+    """A boolean or additive mask that broadcasts to [B, Hq, Lq, Lk], where q is; returned with four dimensions. Its
+    values are not looked at."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -198,10 +180,14 @@ def check_mask(mask: Tensor | None, q: Tensor, keys: int, finite: bool = True) -
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
         raise ShapeError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
-    # NaN if any is, in one pass and without a copy.
-    if finite and mask.is_floating_point() and mask.numel() and not bool(mask.amax() < torch.inf):
-        raise NonFiniteError("attn_mask: expected finite values or -inf, got NaN or +inf")
     return mask.reshape(shape)
+
+
+def check_mask_values(mask: Tensor | None) -> None:
+    """No NaN and no +inf in an additive mask."""
+    # NaN if any is, in one pass and without a copy.
+    if mask is not None and mask.is_floating_point() and mask.numel() and not bool(mask.amax() < torch.inf):
+        raise NonFiniteError("attn_mask: expected finite values or -inf, got NaN or +inf")
 
 
 def check_causal(is_causal: bool) -> None:

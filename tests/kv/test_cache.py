@@ -190,4 +190,4 @@ def test_a_device_without_a_number_is_that_of_its_tensors():
         cache = ta.KVCache(1, 2, 16, device="cuda")
         k = torch.empty(1, 2, 3, 16, device="cuda")
         assert cache.device == k.device
-        check_new((1, 2, 16, 16), cache.device, k, k, None, finite=False)
+        check_new((1, 2, 16, 16), cache.device, k, k)

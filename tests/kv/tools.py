@@ -10,7 +10,6 @@ from torch import Tensor
 import turboattention as ta
 from turboattention.kv.growth import commit, stage
 from turboattention.kv.stage1 import Stage
-from turboattention.validation import check_new
 
 from ..helpers import normals
 
@@ -116,7 +115,7 @@ def attend(cache: ta.KVCache, heads: int = 4, rows: int = 3, seed: int = 9, **op
 
 def stage_of(cache: ta.KVCache, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Stage:
     """A stage of the cache's next tokens, of which `lengths` (int64 [B]) belong to each sequence, or all."""
-    return stage(cache, k, v, check_new(cache.token_shape, cache.device, k, v, lengths))
+    return stage(cache, k, v, lengths)
 
 
 def append_by_stages(cache: ta.KVCache, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..config import TurboConfig
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
+    from ..kv.paged import OpenBlocks, PagedBatch, PagedFormat
     from ..kv.quantizer import Quantizer
     from ..kv.stage1 import Stage
 
@@ -29,6 +30,22 @@ class AttentionParams:
     window_size: int | None = None
     softcap: float | None = None
     attn_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CheckedCall:
+    """A call of attention over a cache. Everything but values is checked, against each other and the cache.
+
+    q: [B, Hq, Lq, D]. k, v: new tokens [B, Hkv, T, D] and [B, Hkv, T, Dv], or None. counts: int64 [B] (CPU), how many
+    of the T tokens each sequence takes (row i of q is then token i, and rows from `counts[b]` on are padding), or None
+    for all. The mask of `params` is for as many keys as the longest sequence has with the new tokens.
+    """
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    counts: Tensor | None
+    params: AttentionParams
 
 
 @dataclass(frozen=True)
@@ -56,8 +73,31 @@ Result = tuple[Tensor, Tensor]
 """out [B, Hq, Lq, D] in q's dtype, and lse [B, Hq, Lq], natural logarithm."""
 
 
+class PagedAttention(Protocol):
+    """`turboattention.paged.paged_attention` with checked arguments."""
+
+    def __call__(
+        self,
+        fmt: PagedFormat,
+        layer: int,
+        batch: PagedBatch,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        pages: Tensor,
+        open_blocks: OpenBlocks,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> bool:
+        """False if values were not finite, where that is known without waiting."""
+        ...
+
+
 class Backend(Protocol):
-    """Attention on one kind of device. Arguments of calls are checked; `call` was not refused.
+    """Attention on one kind of device. Arguments of calls are checked, and the call was not refused.
 
     Importing a backend imports no kernels: its methods do.
     """
@@ -90,34 +130,26 @@ class Backend(Protocol):
 
     def attend_cache(
         self,
-        q: Tensor,
+        call: CheckedCall,
         cache: KVCache,
         staged: Stage | None,
-        params: AttentionParams,
         *,
         head_bits: Tensor | None,
         positions: Tensor,
         valid: Tensor,
     ) -> Result:
-        """Attention over a cache and the new tokens in `staged`; the cache is not changed.
+        """Attention over a cache and the call's new tokens, which are `staged`; the cache is not changed.
 
         positions, valid: int64 and bool [B, Lq]; rows that are not valid give 0 and -inf. head_bits: int64 [2, Hkv],
         the widths that committing `staged` would freeze; used only with `stored_prefill`."""
         ...
 
-    def step(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        k: Tensor | None,
-        v: Tensor | None,
-        params: AttentionParams,
-        counts: Tensor | None,
-    ) -> Result | None:
-        """Attend and append at once, k and v [B, Hkv, T, D] of which sequence b takes `counts[b]` tokens (int64 [B],
-        default all). None, with the cache unchanged, if the call needs `attend_cache`."""
+    def step(self, call: CheckedCall, cache: KVCache) -> Result | None:
+        """Attend and append the call's new tokens at once. None, with the cache unchanged, if the call needs
+        `attend_cache`."""
         ...
 
-    def paged_attention(self, *arguments: Any, **options: Any) -> bool:
-        """`paged.paged_attention` with checked arguments. Raises NotImplementedError if the backend has none."""
+    @property
+    def paged_attention(self) -> PagedAttention | None:
+        """Attention over the pages of a server, or None if the backend has no kernels for that."""
         ...

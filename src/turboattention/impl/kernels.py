@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..config import TurboConfig
-from .contract import AttentionParams, Result
+from .contract import AttentionParams, CheckedCall, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
+    from ..kv.paged import OpenBlocks, PagedBatch, PagedFormat
     from ..kv.stage1 import Stage
 
 
@@ -30,21 +31,28 @@ class KernelBackend(ABC):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
         return self._attention.prefill(q, k, v, config, params)
 
-    def attend_cache(
-        self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
-    ) -> Result:
-        return self._attention.attend_cache(q, cache, staged, params, **rows)
+    def attend_cache(self, call: CheckedCall, cache: KVCache, staged: Stage | None, **rows: Any) -> Result:
+        return self._attention.attend_cache(call.q, cache, staged, call.params, **rows)
 
-    def step(
+    def step(self, call: CheckedCall, cache: KVCache) -> Result | None:
+        return self._attention.step(call.q, cache, call.k, call.v, call.params, call.counts)
+
+    def paged_attention(
         self,
+        fmt: PagedFormat,
+        layer: int,
+        batch: PagedBatch,
         q: Tensor,
-        cache: KVCache,
-        k: Tensor | None,
-        v: Tensor | None,
-        params: AttentionParams,
-        counts: Tensor | None,
-    ) -> Result | None:
-        return self._attention.step(q, cache, k, v, params, counts)
-
-    def paged_attention(self, *arguments: Any, **options: Any) -> bool:
-        return self._paged.paged_attention(*arguments, **options)
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        pages: Tensor,
+        open_blocks: OpenBlocks,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> bool:
+        return self._paged.paged_attention(
+            fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=scale, window=window, softcap=softcap
+        )

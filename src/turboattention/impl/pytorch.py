@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from .contract import AttentionParams, Availability, Call, Result
+from .contract import AttentionParams, Availability, Call, CheckedCall, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -20,6 +20,7 @@ class ReferenceBackend:
 
     name = "reference"
     checks_finite = ()
+    paged_attention = None
 
     def availability(self) -> Availability:
         return Availability("reference", True, "plain PyTorch, runs on any device")
@@ -38,23 +39,10 @@ class ReferenceBackend:
 
         return prefill(q, k, v, config=config, **vars(params))
 
-    def attend_cache(
-        self, q: Tensor, cache: KVCache, staged: Stage | None, params: AttentionParams, **rows: Any
-    ) -> Result:
+    def attend_cache(self, call: CheckedCall, cache: KVCache, staged: Stage | None, **rows: Any) -> Result:
         from ..reference.decode import attend_cache
 
-        return attend_cache(q, cache, staged, **rows, **vars(params))
+        return attend_cache(call.q, cache, staged, **rows, **vars(call.params))
 
-    def step(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        k: Tensor | None,
-        v: Tensor | None,
-        params: AttentionParams,
-        counts: Tensor | None,
-    ) -> None:
+    def step(self, call: CheckedCall, cache: KVCache) -> None:
         return None
-
-    def paged_attention(self, *arguments: Any, **options: Any) -> bool:
-        raise NotImplementedError

@@ -12,7 +12,7 @@ from ..config import TurboConfig
 from ..errors import InputError, ShapeError
 from ..flashq import rotate
 from ..modes import in_own_modes
-from ..validation import check_config, check_finite, check_mean, check_new, check_sizes, refuse_gradients
+from ..validation import check_config, check_lengths, check_mean, check_new, check_sizes, refuse_gradients
 from .attachments import BackendState, DeferredError, ExactPast
 from .channel_order import ChannelOrder
 from .crop import crop, crop_target
@@ -273,10 +273,9 @@ class KVCache:
             refuse_gradients(k=k, v=v)
             torch.ops.turboattention.append(self.handle, k, v, lengths)
             return
-        counts = check_new(self.token_shape, self.device, k, v, lengths, finite=False)
-        if not quantizer_for(k.device, k.dtype).append(self, k, v, None if lengths is None else counts):
-            check_finite("k", k, counts)
-            check_finite("v", v, counts)
+        check_new(self.token_shape, self.device, k, v)
+        counts = None if lengths is None else check_lengths(lengths, self.batch_size, k.shape[2])
+        if not quantizer_for(k.device, k.dtype).append(self, k, v, counts):
             commit(self, stage(self, k, v, counts))
 
     @in_own_modes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..modes import in_own_modes
+from ..validation import check_finite
 from .compression import Compression, Encoded, compression_of
 from .page_table import PageTable
 from .stage1 import Stage
@@ -24,12 +25,24 @@ if TYPE_CHECKING:
 
 
 @in_own_modes
-def stage(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor, query_energy: Tensor | None = None) -> Stage:
-    """Quantize the first `counts[b]` new tokens (int64 [B], CPU) of k [B, Hkv, T, D] and v [B, Hkv, T, Dv] to INT8. All
-    inputs are checked.
+def stage(
+    cache: KVCache,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor | None,
+    query_energy: Tensor | None = None,
+    names: tuple[str, str] = ("k", "v"),
+) -> Stage:
+    """Quantize the first `counts[b]` new tokens (int64 [B], CPU; None for all) of k [B, Hkv, T, D] and v [B, Hkv, T,
+    Dv] to INT8. Shapes are checked.
 
-    query_energy: float64 [Hkv, D] of the queries of this call (`channel_order`).
+    query_energy: float64 [Hkv, D] of the queries of this call (`channel_order`). names: of k and v in messages. Raises
+    NonFiniteError.
     """
+    if counts is None:
+        counts = torch.full((cache.batch_size,), k.shape[2])
+    for name, x in zip(names, (k, v), strict=True):
+        check_finite(name, x, counts)
     cache.look()
     allocate(cache, k.device)
     if cache.dtype is None:

@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..modes import in_own_modes
 from .cache import KVCache
 from .window import first_kept_blocks, tokens_seen
 
@@ -55,7 +54,6 @@ def tail_rows(cache: KVCache, tokens: int) -> int:
     return cache.tail.rows_for(tokens, tokens_seen(cache.lengths, cache.window_size))
 
 
-@in_own_modes
 def extend(
     cache: KVCache,
     tokens: int | Tensor,
@@ -63,7 +61,8 @@ def extend(
     pages: Sequence[int] = (),
     k_mean: Tensor | None = None,
 ) -> None:
-    """Count tokens whose rows the caller wrote behind those in the tail buffer.
+    """Count tokens whose rows the caller wrote behind those in the tail buffer. To be called in the package's own modes
+    (`turboattention.modes`).
 
     tokens: per sequence, int64 [B] (CPU) or one int for all; at most `room`, except in sequences that filled a block.
     filled, pages: those sequences, and the page (`PageTable.fresh_pages`) into which the caller compressed each one's

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ...kernels.inputs import gpu_refusal
 from ..contract import Availability, Call
 from ..kernels import KernelBackend
 
@@ -27,11 +28,14 @@ class TritonBackend(KernelBackend):
     def refusal(self, call: Call) -> str | None:
         if call.device.type != "cuda" and not _interpreted():
             return f"the tensors are on {call.device}, its kernels run on GPUs"
-        from ...kernels.inputs import gpu_refusal
+        widths = gpu_refusal(call.head_dims) if call.head_dims else None
+        return _device_refusal(call.device) or widths or self._refusal(call.config, call.dtype)
+
+    @functools.cached_property
+    def _refusal(self) -> Any:
         from ...kernels.triton.attention import refusal
 
-        widths = gpu_refusal(call.head_dims) if call.head_dims else None
-        return _device_refusal(call.device) or widths or refusal(call.config, call.dtype)
+        return refusal
 
     def slower(self, call: Call | None) -> str | None:
         on_gpu = call.device.type == "cuda" if call else not _interpreted()
@@ -72,9 +76,14 @@ def _availability(interpreted: bool) -> Availability:
 
 def _device_refusal(device: torch.device) -> str | None:
     """Why the GPU kernels do not run on a device, or None."""
-    from ...kernels.triton.configs import refusal
+    return _configs().refusal(device)
 
-    return refusal(device)
+
+@functools.cache
+def _configs() -> Any:
+    from ...kernels.triton import configs
+
+    return configs
 
 
 def _interpreted() -> bool:

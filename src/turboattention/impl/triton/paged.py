@@ -35,7 +35,7 @@ def paged_attention(
     Always returns True: `OpenBlocks.notice` reports values that are not finite.
     """
     ragged = _ragged(batch, q)
-    _check(pages, out)
+    _check_alignment(pages)
     if not ragged.tokens or not ragged.sequences:
         return True
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
@@ -67,9 +67,7 @@ def _ragged(batch: PagedBatch, q: Tensor) -> Ragged:
     return Ragged(batch.query_start, batch.seq_lens, batch.slots, batch.block_table, tokens, most)
 
 
-def _check(pages: Tensor, out: Tensor) -> None:
+def _check_alignment(pages: Tensor) -> None:
     if pages.data_ptr() % 16 or pages.stride(0) % 16:
         raise ShapeError(f"pages: expected addresses that are multiples of 16, got {pages.data_ptr():#x} and strides "
                          f"{pages.stride()}")  # fmt: skip
-    if out.stride(-1) != 1:
-        raise ShapeError(f"out: expected channels side by side, got strides {out.stride()}")

@@ -213,7 +213,9 @@ def test_devices(monkeypatch) -> None:
 
     where = TurboConfig.serving(), torch.float32, torch.device("cpu")
     refuse_device(*where)
-    monkeypatch.setattr(dispatch, "backends", lambda: {"reference": dispatch.Availability("reference", True, "")})
+    for name in ("cpu", "triton"):
+        missing = dispatch.Availability(name, False, "")
+        monkeypatch.setattr(type(dispatch.TABLE[name]), "availability", lambda self, missing=missing: missing)
     named = "does not support cpu here (backend: expected one of cpu, triton for pages, got 'reference')"
     with pytest.raises(UnsupportedError, match=re.escape(named)):
         refuse_device(*where)
