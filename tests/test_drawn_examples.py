@@ -29,7 +29,7 @@ def drawings(function: Callable[..., Any]) -> dict[str, list[Matrix]]:
     """Of each heading `name=value, ...` the matrices below it, side by side; None where a row is padding."""
     found: dict[str, list[Matrix]] = {}
     heading = ""
-    for line in inspect.getdoc(function).split("Examples:")[1].splitlines():
+    for line in (inspect.getdoc(function) or "").split("Examples:")[1].splitlines():
         line = line.split("#")[0].strip()
         if "=" in line and ROW.match(line) is None:
             heading = line

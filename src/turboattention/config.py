@@ -53,9 +53,9 @@ class TurboConfig:
 
     p_scale: Literal["row", "static", "tile"] = "row"
     """INT8 scale of the weights. ``"row"``: for each row and block, the largest product of a weight and V's token
-    scale, / 127. ``"static"``: 1/127. ``"tile"``: the largest weight of the tile / 119. The normalizer is the sum of weights
-    rounded to 1/256 of a code (row), of quantized weights (static) or of unquantized weights (tile). Static is faster,
-    by 2 % in decode and about a tenth in prefill on an H100, and less accurate."""
+    scale, / 127. ``"static"``: 1/127. ``"tile"``: the largest weight of the tile / 119. The normalizer is the sum of
+    weights rounded to 1/256 of a code (row), of quantized weights (static) or of unquantized weights (tile). Static is
+    faster, by 2 % in decode and about a tenth in prefill on an H100, and less accurate."""
 
     rescale: Literal["exact", "sas"] = "exact"
     """Exponential used when partial results are rescaled to a new maximum."""
@@ -149,8 +149,8 @@ class TurboConfig:
 
     @classmethod
     def serving(cls, **overrides: Any) -> TurboConfig:
-        """The configuration for paged serving (`turboattention.paged`), where all pages have the same size and the bytes
-        of a page depend only on its tokens, not on how a prompt was split into calls.
+        """The configuration for paged serving (`turboattention.paged`), where all pages have the same size and the
+        bytes of a page depend only on its tokens, not on how a prompt was split into calls.
 
         Complete blocks are read as stored and none stays INT8; keys are rotated but not smoothed (set `smooth_k` with
         calibrated means); the guard only warns.
