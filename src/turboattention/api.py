@@ -46,36 +46,68 @@ def turbo_attention(
     config: TurboConfig | None = None,
     backend: str = "auto",
 ) -> Any:
-    """Attention in INT8 over tensors at hand: FlashQ stage 1 and SAS, never stage 2.
+    """INT8 attention over q, k and v: FlashQ's stage 1 and the softmax of `config`, without compression (stage 2).
 
-    Takes the place of `torch.nn.functional.scaled_dot_product_attention` in inference, with these differences:
+    A replacement for `torch.nn.functional.scaled_dot_product_attention` in inference, with these differences:
 
-    - There is no `dropout_p`: by position, `is_causal` stands in its place.
-    - Causal masks are aligned to the bottom right (SDPA's own flag is top-left; they differ where Lq
-      and Lk do), and combine with `attn_mask`.
-    - Groups of query heads share a KV head by shape, without a flag.
+    - There is no `dropout_p`; the fifth positional argument is `is_causal`.
+    - Causal masks are aligned to the bottom right (SDPA's are aligned to the top left, which differs if Lq and Lk do),
+      and can be combined with `attn_mask`.
+    - Grouped-query attention follows from the shapes, without a flag.
     - Inputs that require gradients are refused while grad mode is on.
 
     Args:
         q: [B, Hq, Lq, D]. float32, bfloat16, float16 (or float64), any strides; D a multiple of 8 up to 512.
         k: [B, Hkv, Lk, D], v: [B, Hkv, Lk, Dv] of the same dtype and device; Hkv divides Hq.
         attn_mask: bool (True attends) or additive float, broadcastable to [B, Hq, Lq, Lk].
-        is_causal: query i sees keys up to `Lk - Lq + i`. May be combined with `attn_mask`.
+        is_causal: query i is at position `Lk - Lq + i` and attends to keys up to that position. May be combined with
+            `attn_mask`.
         scale: factor of the logits, `1 / sqrt(D)` by default.
-        window_size: with `is_causal`, a query sees the last `window_size` keys, its own position
-            included; without, the keys fewer than `window_size` positions away on either side.
+        window_size: in tokens. With `is_causal`, a query attends to the last `window_size` keys up to its own
+            position; without, to the keys less than `window_size` positions away on either side.
         softcap: logits become `softcap * tanh(logits / softcap)`, before masks.
         return_lse: also return the log-sum-exp of the logits.
-        config: `TurboConfig()` by default; its `bits` do not matter here.
-        backend: "auto", or one of `turboattention.backends()`, which then runs or raises.
+        config: `TurboConfig()` by default; its `bits` have no effect here.
+        backend: "auto", or a name from `turboattention.backends()`; a backend that cannot run the call raises.
 
     Returns:
         [B, Hq, Lq, Dv] in the inputs' dtype; with `return_lse` also float32 [B, Hq, Lq] (natural
-        log; float64 for float64 inputs). Rows with nothing to attend give 0 and -inf.
+        log; float64 for float64 inputs). Rows without any key to attend to give 0 and -inf.
 
     Raises:
         ShapeError, DtypeError, ConfigError, InputError, NonFiniteError, UnsupportedError
         (gradients), BackendError.
+
+    Source: TurboAttention (arXiv 2412.08585), algorithm 1; docs/numerics.md lists what the default changes.
+
+    Examples:
+        Rows are queries, columns are keys, 1 is attended to::
+
+            is_causal=True, Lq=2, Lk=5
+            1 1 1 1 0
+            1 1 1 1 1
+
+            is_causal=True, Lq=4, Lk=2
+            0 0
+            0 0
+            1 0
+            1 1
+
+            is_causal=True, Lq=2, Lk=5, attn_mask=[1, 1, 0, 1, 1]
+            1 1 0 1 0
+            1 1 0 1 1
+
+            is_causal=True, Lq=4, Lk=6, window_size=3
+            1 1 1 0 0 0
+            0 1 1 1 0 0
+            0 0 1 1 1 0
+            0 0 0 1 1 1
+
+            Lq=4, Lk=6, window_size=2
+            0 1 1 1 0 0
+            0 0 1 1 1 0
+            0 0 0 1 1 1
+            0 0 0 0 1 1
     """
     check_causal(is_causal)
     if torch.compiler.is_dynamo_compiling():
@@ -114,31 +146,56 @@ def turbo_attention_with_kvcache(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
-    """Attention over a quantized cache, appending new tokens if there are any.
+    """Append new tokens, if any, to a quantized cache, and attend to all of its tokens.
 
-    Compiled code (ops.py) can call this, `cache.append` and `cache.seq_lens`; the rest of a cache is for outside.
-
-    Prefill, chunked prefill and decode alike: compressed blocks are read in their packed form, the
-    buffer and the call's own tokens as INT8; then the tokens are stored.
+    The same call serves prefill, chunked prefill and decode. Compressed blocks are read in their packed form, the
+    buffer and the new tokens as INT8. Code compiled by torch.compile can call this function, `cache.append` and
+    `cache.seq_lens`; other uses of a cache break the graph.
 
     Args:
         q: [B, Hq, Lq, D], dtypes as in `turbo_attention`.
-        cache: where the past is; it takes `k_new`, `v_new`.
+        cache: the previous tokens; `k_new` and `v_new` are appended to it.
         k_new, v_new: [B, Hkv, T, D] and [B, Hkv, T, Dv], or None.
-        lengths: int64 [B], how many of the T tokens each sequence takes (left-aligned); by default
+        lengths: int64 [B], how many of the T tokens to append to each sequence (left-aligned); by default
             all. With lengths, Lq must be T: query row i belongs to token i, and rows from
-            `lengths[b]` on give 0. What stands in padding, of q too, is never read.
-        attn_mask: broadcastable to [B, Hq, Lq, Lk], Lk = `len(cache)` after appending; column j is
-            position j of each sequence.
-        is_causal: bottom-right aligned, per sequence.
+            `lengths[b]` on give 0. Padding is never read, in q either.
+        attn_mask: as in `turbo_attention`, broadcastable to [B, Hq, Lq, Lk] with Lk = `len(cache)` after appending;
+            column j is position j of each sequence.
+        is_causal: the last query is at the last position of its sequence; with `lengths`, query i is at the position
+            of token i.
         scale, softcap, return_lse, backend: as in `turbo_attention`.
-        window_size: as in `turbo_attention`; by default the cache's own.
+        window_size: as in `turbo_attention`; by default that of the cache.
 
     Returns:
-        As `turbo_attention`.
+        [B, Hq, Lq, Dv] in the dtype of q; with `return_lse` also the log-sum-exp, as in `turbo_attention`.
 
     Raises:
         As `turbo_attention`; the cache is then unchanged. Warns `GuardWarning` (see guard.py).
+
+    Source: TurboAttention (arXiv 2412.08585), algorithm 2.
+
+    Examples:
+        Each matrix is a sequence, with queries as rows and positions as columns; 1 is attended to. `past` is the number
+        of tokens that a sequence has before the call::
+
+            past=[3], T=2
+            1 1 1 1 0
+            1 1 1 1 1
+
+            past=[3], T=2, window_size=2
+            0 0 1 1 0
+            0 0 0 1 1
+
+            past=[3, 3], T=2, lengths=[2, 1]
+            1 1 1 1 0    1 1 1 1 0
+            1 1 1 1 1    0 0 0 0 0
+
+            past=[5, 4], T=1
+            1 1 1 1 1 1    1 1 1 1 1 0
+
+            past=[3, 1], T=2, attn_mask=[0, 1, 1, 1, 1]
+            0 1 1 1 0    0 1 0 0 0
+            0 1 1 1 1    0 1 1 0 0
     """
     check_causal(is_causal)
     if torch.compiler.is_dynamo_compiling():
@@ -213,7 +270,7 @@ def _energy(q: Tensor, cache: KVCache, positions: Tensor, valid: Tensor) -> Tens
 
 
 def backends() -> dict[str, Availability]:
-    """What is usable on this machine, and why the others are not, by name."""
+    """All backends by name: whether each can run on this machine and, if not, why."""
     return dispatch.backends()
 
 
@@ -231,9 +288,10 @@ def explain(
     config: TurboConfig | None = None,
     backend: str = "auto",
 ) -> dispatch.Explanation:
-    """Which backend `turbo_attention` would take for this call, and why; printable.
+    """The backend that `turbo_attention` would choose for this call, and why; `print` shows it.
 
-    Takes the arguments of `turbo_attention` and raises what it would raise for all but their values.
+    Takes the arguments of `turbo_attention` and raises the same errors, except those that depend on the values in the
+    tensors (NonFiniteError). Nothing is computed.
     """
     config = check_config(config)
     check_causal(is_causal)

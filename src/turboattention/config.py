@@ -1,4 +1,4 @@
-"""`TurboConfig`: every choice that changes a number, in one frozen value."""
+"""`TurboConfig`: all options that affect results, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -26,73 +26,73 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class TurboConfig:
-    """What is computed. `TurboConfig()` is what users should have; `TurboConfig.paper()` is the paper.
+    """Options of quantization and softmax. `TurboConfig()` is the recommended configuration, `TurboConfig.paper()` the
+    paper's (arXiv 2412.08585); docs/numerics.md measures the differences.
 
-    Every field changes results, none changes speed alone. Raises `ConfigError` for a value out of
-    range.
+    Every field affects results; none affects only speed. Raises `ConfigError` for values out of range.
     """
 
     bits: Bits = 4
-    """Width of stored codes: 8, 4, 3 or 2; ``(k_bits, v_bits)``; or ``"mixed"``: per layer the
-    `low_bit_fraction` of KV heads with the lowest priority take 2 bits, the others 4. A `TurboCache`
-    with a calibration takes that one's widths for ``"mixed"`` instead."""
+    """Bits per stored code: 8, 4, 3 or 2; ``(k_bits, v_bits)``; or ``"mixed"``: in each layer, the
+    `low_bit_fraction` of KV heads with the lowest priority use 2 bits and the others 4. A `TurboCache` with a
+    calibration uses the calibrated widths for ``"mixed"``."""
 
     block_size: int = 64
     """Tokens per tile and per compressed block, B. A multiple of 16 from 16 to 256."""
 
     softmax: Literal["auto", "sas", "sas2", "exp"] = "auto"
     """Exponential of the attention weights: the paper's SAS (table and cubic), its base-2 form
-    (exponent bits and cubic), or exact. ``"auto"``: what is fastest where the tensors are, which is ``"exp"`` on GPUs,
-    with their unit for exponentials, and ``"sas"`` elsewhere."""
+    (exponent bits and cubic), or exact. ``"auto"`` is the fastest for the device of the tensors: ``"exp"`` on GPUs,
+    which have hardware for exponentials, and ``"sas"`` elsewhere."""
 
     sas_threshold: float = -9.0
-    """Weights whose logit lies further than this below the maximum are zero, with SAS. Negative; the paper's is -6."""
+    """With SAS, weights are zero if their logit minus the maximum is below this. Negative; -6 in the paper."""
 
     row_max: Literal["block", "running"] = "block"
-    """Maximum that weights are taken against: of the current block only, or of all blocks so far."""
+    """The maximum that is subtracted from logits: of the current block only, or of all blocks so far."""
 
     p_scale: Literal["row", "static", "tile"] = "row"
-    """INT8 scale of the weights: ``"row"``, for each row and block, its largest product of a weight and V's token scale
-    / 127; ``"static"`` 1/127; ``"tile"`` the tile's largest weight / 119. Row sums the normalizer from weights rounded
-    256 times as finely as their codes, static from the quantized weights, tile from weights as they are. Static is
-    faster, by 2 % of a decode step and a tenth of a prefill on an H100, and errs more."""
+    """INT8 scale of the weights. ``"row"``: for each row and block, the largest product of a weight and V's token
+    scale, / 127. ``"static"``: 1/127. ``"tile"``: the largest weight of the tile / 119. The normalizer is the sum of
+    weights rounded to 1/256 of a code (row), of quantized weights (static) or of unquantized weights (tile). Static is
+    faster, by 2 % in decode and about a tenth in prefill on an H100, and less accurate."""
 
     rescale: Literal["exact", "sas"] = "exact"
     """Exponential used when partial results are rescaled to a new maximum."""
 
     smooth_k: bool = True
-    """Subtract a per-channel mean of K (of the sequence's first block) from every later key."""
+    """Subtract a per-channel mean of K, computed over the sequence's first block, from every later key."""
 
     rotate: bool = True
     """Rotate Q, K and V by a signed block Hadamard matrix before quantizing."""
 
     reorder_k: bool = False
-    """Compress K of 4, 3 and 2 bits unrotated, its channels in the order of their attention energy, the upper half with
-    wider codes than the lower: 4 bits become 5 and 3, 3 bits 4 and 2, 2 bits 3 and 1 (kv/layout.py). Heads whose
+    """Compress K of 4, 3 and 2 bits without rotation, with channels ordered by attention energy and wider codes for the
+    upper half than for the lower: 4 bits become 5 and 3, 3 bits 4 and 2, 2 bits 3 and 1 (kv/layout.py). Heads whose
     channels differ little, and all INT8 rows, are stored as without this option. The order is fixed at the first
-    compressed block, from its keys and from the queries until then (docs/numerics.md). It is that of the cache's first
-    sequences, for all of them: off by default, since a sequence's bytes then depend on its batch."""
+    compressed block, from its keys and all queries up to it (docs/numerics.md). All sequences of a cache share it, so
+    the stored bytes of a sequence depend on its batch; the option is therefore off by default."""
 
     token_scales: bool = True
-    """Stage-1 scales per token (row), not per tile; 8 bits each where stored."""
+    """Use one stage-1 scale per token (row) instead of one per tile; a page stores 8 bits of each."""
 
     sink_tokens: int = 64
-    """The first tokens of each sequence that stay INT8: 0 or a multiple of `block_size` (the default
-    is rounded up to one)."""
+    """How many tokens at the start of each sequence stay INT8: 0 or a multiple of `block_size` (the default is rounded
+    up to a multiple)."""
 
     search: bool = True
     """Below 4 bits, search each channel's range for the least squared error instead of min-max."""
 
     low_bit_fraction: float = 0.5
-    """Share of KV heads that take 2 bits under ``bits="mixed"``."""
+    """The fraction of KV heads that use 2 bits with ``bits="mixed"``."""
 
     stored_prefill: bool = False
-    """Read complete earlier blocks in stored form even where the call's own INT8 tiles are at
-    hand, so that results do not depend on how a prompt was cut into calls."""
+    """Read earlier complete blocks in their stored form even if their INT8 tiles are available in the same call, so
+    that results do not depend on how a prompt is split into calls."""
 
     guard: Literal["adapt", "warn", "off"] = "adapt"
-    """At a cache's first compressed block, compare with exact attention: give heads beyond the
-    bound more bits and warn, only warn, or do nothing."""
+    """When a cache compresses its first block, compare with exact attention and, for heads whose error exceeds the
+    bound: use more bits and warn (adapt), only warn (warn); or skip the comparison (off)."""
 
     flush_lag: int = 0
     """Tokens by which compression lags behind a full buffer, so that rejected speculative tokens
@@ -126,7 +126,7 @@ class TurboConfig:
 
     @classmethod
     def paper(cls, **overrides: Any) -> TurboConfig:
-        """TurboAttention as published (arXiv 2412.08585): the row to compare with.
+        """TurboAttention as published (arXiv 2412.08585), as a baseline for comparisons.
 
         Tile-wide scales for Q, K, V and the weights, running maximum, SAS everywhere, min-max
         stage 2, one universal buffer scale; no smoothing, rotation, sink block, search or guard. Only
@@ -149,11 +149,11 @@ class TurboConfig:
 
     @classmethod
     def serving(cls, **overrides: Any) -> TurboConfig:
-        """What paged serving computes (`turboattention.paged`): pages are of one size, and a page's bytes depend on
-        its tokens alone, never on how a prompt was cut into calls.
+        """The configuration for paged serving (`turboattention.paged`), where all pages have the same size and the
+        bytes of a page depend only on its tokens, not on how a prompt was split into calls.
 
-        Complete blocks are read as stored, none stays INT8, keys are rotated and not smoothed (set `smooth_k` where
-        means are calibrated), and the guard only warns.
+        Complete blocks are read as stored and none stays INT8; keys are rotated but not smoothed (set `smooth_k` with
+        calibrated means); the guard only warns.
         """
         fixed: dict[str, Any] = {
             "stored_prefill": True,
@@ -168,7 +168,7 @@ class TurboConfig:
         return replace(self, **changes)
 
     def softmax_on(self, device: torch.device) -> str:
-        """The form that `softmax` names for tensors on a device: "sas", "sas2" or "exp"."""
+        """`softmax` with "auto" resolved for tensors on a device: "sas", "sas2" or "exp"."""
         if self.softmax != "auto":
             return self.softmax
         return "exp" if device.type == "cuda" else "sas"

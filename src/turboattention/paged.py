@@ -54,8 +54,12 @@ def paged_attention(
     Args:
         q, out: [T, Hq, D]; k, v: [T, H, D]. float32, bfloat16 or float16.
         pages: uint8 [N, page_bytes or more] with last stride 1, the pages of this layer; blocks that fill are written.
-        scale: of the logits, default `1 / sqrt(D)`. window: a query at position p attends to keys `p - window + 1` to
-            p. Pages before every window are not read.
+        fmt: the page format of all layers. layer: index into its layouts and into `open_blocks`.
+        batch: the sequences of this step: their query rows, lengths, pages and slots.
+        open_blocks: INT8 rows of incomplete blocks; this layer's slots are written.
+        scale: of the logits, default `1 / sqrt(D)`. window: in tokens; a query at position p attends to keys
+            `p - window + 1` to p. Pages before every window are not read.
+        softcap, backend: as in `turbo_attention`.
 
     Returns:
         Whether all values of q, k and v were finite. Others are read as zeros; on a GPU their whole row is. A GPU
@@ -65,6 +69,22 @@ def paged_attention(
         ShapeError: shapes do not match. InputError: layer or window is out of range; on a CPU also lengths, slots or
             page numbers (a GPU does not check them). Nothing is stored then. BackendError, UnsupportedError: as in
             `turbo_attention`.
+
+    Examples:
+        Rows are the flat query tokens, columns the positions of the token's own sequence; 1 is attended to. Tokens from
+        `query_start[R]` on are padding (-), whose output is unspecified::
+
+            query_start=[0, 2, 3], seq_lens=[5, 1], tokens=4
+            1 1 1 1 0    # sequence 0, which has 3 earlier tokens
+            1 1 1 1 1
+            1 0 0 0 0    # sequence 1, its first token
+            - - - - -
+
+            query_start=[0, 3, 3, 4], seq_lens=[3, 0, 5], tokens=4, window=2
+            1 0 0 0 0    # sequence 0
+            1 1 0 0 0
+            0 1 1 0 0
+            0 0 0 1 1    # sequence 2; sequence 1 has no tokens in this step
     """
     _check(fmt, q, k, v, out, pages)
     _check_place(fmt, layer, open_blocks, window)

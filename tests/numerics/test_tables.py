@@ -30,7 +30,7 @@ def recorded(title: str) -> dict[str, dict[str, tuple[float, ...]]]:
     return table
 
 
-STORAGE = recorded("Storage alone")
+STORAGE = recorded("Storage only")
 WHOLE = recorded("The whole path")
 
 measure = functools.lru_cache(maxsize=None)(preset_error)
