@@ -228,6 +228,9 @@ def _restore_pages(store: PageStore, own: dict[str, Tensor]) -> None:
         heads, head_dim = store.sinks.layout.num_kv_heads, store.sinks.layout.head_dim
         store.freeze(own["frozen_bits"], _order(own, heads, head_dim) if store.config.reorders_k else None)
     table, split = own["table"], store.sink_blocks
+    ended = table < EVICTED
+    if bool((ended[:, :-1] & ~ended[:, 1:]).any()):  # what follows would move to the places of other blocks
+        raise FormatError(f"table: expected rows without gaps, got {table.tolist()}")
     numbers = []
     for name, pool, part in (("sinks", store.sinks, table[:, :split]), ("pages", store.compressed, table[:, split:])):
         content, used = own.get(name), part[part >= 0].unique()

@@ -335,6 +335,7 @@ class TurboCache(Cache):
         this."""
         other = type(self).from_layers([_copied(layer) for layer in self.layers], self.prompt_ids)
         other.check_prompts, other._fed, other._updated_at = self.check_prompts, self._fed, dict(self._updated_at)
+        other._may_cross = self._may_cross
         return other
 
     def __copy__(self) -> TurboCache:
@@ -402,10 +403,11 @@ class TurboCache(Cache):
             mine, given = (x[:, :shared].cpu() for x in (known, input_ids))
             if len(mine) == len(given) and not torch.equal(mine, given):
                 same = int((mine == given).all(0).long().cumprod(0).sum())
+                keep = f"crop({same}) keeps what they share, " if same else ""
                 raise InputError(
                     f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one "
-                    f"that differs from token {same} on; crop({same}) keeps what they share, reset() empties the "
-                    "cache, and check_prompts=False switches this off"
+                    f"that differs from token {same} on; {keep}reset() empties the cache, and check_prompts=False "
+                    "switches this off"
                 )
         self._fed = input_ids
 
