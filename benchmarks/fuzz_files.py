@@ -5,7 +5,7 @@
 Half of the files have bytes or headers changed; the others have tensors or metadata changed under a digest that fits,
 as someone would forge them. What loads is dequantized and attended: nothing of it may be NaN or infinite. Prints
 counts, the slowest load and the largest memory, and ends with 1 where a file was neither refused by an error of this
-package nor loaded, took too long, or gave what is not finite.
+package nor loaded, took too long, or gave what is not finite, or where an object could not be deleted.
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.manual_seed(options.seed)
     pick, counts, faults = random.Random(options.seed), collections.Counter[str](), []
-    slowest = 0.0
+    slowest, undeleted = 0.0, list[str]()
+    sys.unraisablehook = lambda error: undeleted.append(repr(error.exc_value))
     with tempfile.TemporaryDirectory() as name:
         folder, path = Path(name), Path(name) / "file"
         made = seeds(folder)
@@ -255,6 +256,9 @@ def main() -> int:
                 kind, took = "refused", time.perf_counter() - begun
             except Exception as error:
                 kind, took = f"{type(error).__name__} in {change.__name__} of {seed}: {error}"[:200], 0.0
+            loaded = None
+            if undeleted:
+                kind = f"{undeleted.pop()} at deletion, {change.__name__} of {seed}"
             counts[kind] += 1
             slowest = max(slowest, took)
             if kind not in ("refused", "loaded", "loaded, refused when read") or took > SLOWEST:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from turboattention import TurboConfig, bundled
 from turboattention.cli.document import Document, Ready
 from turboattention.cli.progress import Bars
+from turboattention.cli.stream import write_text
 from turboattention.integrations.transformers import generation
 
 from .conftest import CONTEXT, TEXT, Run
@@ -70,6 +73,51 @@ def test_one_question_gets_the_answer_alone(run: Run, chat_model: Path, chat_lan
 def test_questions_from_stdin(run: Run, chat_model: Path, file: Path, expected) -> None:
     data = call(run, chat_model, file, "--json", stdin="\n".join(QUESTIONS)).json
     assert [answer["tokens"] for answer in data["answers"]] == expected
+
+
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_ctrl_c_ends_an_answer_and_not_the_program(
+    run: Run, chat_model: Path, chat_language, file: Path, expected, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    """Before the first token, or once two pieces of the first answer are written."""
+    written, prefill = [], generation.Run.prefill
+
+    def press() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def write(text: str) -> None:
+        written.append(text)
+        write_text(text)
+        if len(written) == pieces:
+            press()
+
+    def read(self: generation.Run, ids: list[int], *arguments: object) -> None:
+        prefill(self, ids, *arguments)  # type: ignore[arg-type]
+        read_already.append(len(ids))
+        if not pieces and len(read_already) == 2:  # the document comes first
+            press()
+
+    read_already: list[int] = []
+    monkeypatch.setattr("turboattention.cli.ask.write_text", write)
+    monkeypatch.setattr(generation.Run, "prefill", read)
+    ran = call(run, chat_model, file, stdin="\n".join(QUESTIONS))
+    assert ran.code == 0
+    first, second = ran.stdout.splitlines()
+    whole = [chat_language.decode(tokens) for tokens in expected]
+    assert second == whole[1]
+    assert whole[0].startswith(first)
+    assert len(first) < len(whole[0])
+    assert ("stopped before there was an answer" in ran.stderr) == (pieces == 0)
+    assert ("stopped; " in ran.stderr) == (pieces > 0)
+
+
+def test_ctrl_c_ends_the_program_where_the_questions_are_given(
+    run: Run, chat_model: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turboattention.cli.ask.write_text", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    ran = call(run, chat_model, file)
+    assert ran.code == 130
+    assert QUESTIONS[1] not in ran.stdout
 
 
 def test_a_kept_document(run: Run, chat_model: Path, file: Path, expected, tmp_path: Path) -> None:

@@ -66,6 +66,18 @@ def test_scales_of_pages_that_tokens_would_take_out_of_range(forged, side, scale
         ta.KVCache.load(forged(change))
 
 
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_table_with_a_gap(forged, column):
+    """The pages behind it would take the places of others, also of the first ones, which another pool holds."""
+
+    def change(tensors):
+        before, after = tensors["table"].split([column, tensors["table"].shape[1] - column], 1)
+        return {"table": torch.cat([before, after.new_full((2, 1), -2), after], 1)}
+
+    with pytest.raises(FormatError, match=r"^table: expected "):
+        ta.KVCache.load(forged(change))
+
+
 def test_no_memory_is_taken_for_an_empty_cache_of_many_heads(tmp_path):
     ta.KVCache(1, 1, 16).save(tmp_path / "cache")
     tensors, about = read_file(tmp_path / "cache")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from .descriptors import check_input
 from .device import Dtype
 from .document import Document, Ready
 from .facts import facts, slower_than_kernels
+from .interrupt import Interrupt
 from .lines import Lines
 from .model import check_model, load_model
 from .options import (
@@ -113,6 +114,8 @@ def ask(
 ) -> None:
     """Ask a model about a document. The document is read once, and every question starts from its cache.
 
+    Where questions come from stdin, Ctrl-C ends an answer, and the next question follows.
+
     Example: turboattention ask --model model.gguf --file report.txt -q "Who wrote this?" -q "What is it about?"
     """
     if load_cache is not None and (bits or preset or guard or calibration):
@@ -207,13 +210,18 @@ def _answer(request: Request, language: LanguageModel) -> None:
     slower = slower_than_kernels(language, config)
     if slower is not None and not request.json:
         note(slower, "warning")
+    several = request.questions is not None and len(request.questions) > 1
     answered = []
-    for question, result in _answers(request, ready, bars):
+    for question in _asked(request):
+        ids = document.check_length(question, request.limit)
+        if several and not request.json:
+            typer.echo(f"> {question}")
         if request.json:
-            answered.append({"question": question} | result.as_json())
-            continue
-        typer.echo()
-        result.show_cost()
+            answered.append({"question": question} | _continued(request, ready, ids, bars).as_json())
+        elif request.questions is None:
+            _until_stopped(request, ready, ids, bars)
+        else:
+            _show(_continued(request, ready, ids, bars))
     if request.json:
         read = {"document_tokens": len(document.prefix), "document_seconds": ready.seconds}
         warnings = {"warnings": [] if slower is None else [slower]}
@@ -237,18 +245,30 @@ def _ready(request: Request, document: Document, language: LanguageModel, bars: 
     return ready
 
 
-def _answers(request: Request, ready: Ready, bars: Bars) -> Iterator[tuple[str, Result]]:
+def _until_stopped(request: Request, ready: Ready, ids: list[int], bars: Bars) -> None:
+    """Answer a question of stdin. Ctrl-C ends the answer: the next question follows."""
+    with Interrupt() as interrupt:
+        try:
+            result = _continued(request, ready, ids, bars, interrupt.enough)
+        except KeyboardInterrupt:
+            typer.echo()
+            note("stopped before there was an answer")
+            return
+    _show(result, "stopped; " if interrupt.asked else "")
+
+
+def _show(result: Result, stopped: str = "") -> None:
+    typer.echo()
+    result.show_cost(stopped)
+
+
+def _continued(
+    request: Request, ready: Ready, ids: list[int], bars: Bars, enough: Callable[[], bool] | None = None
+) -> Result:
+    """The answer to the question at the end of `ids`, written on stdout except with --json."""
     from ..integrations.transformers.generation import Sampler
 
-    several = request.questions is not None and len(request.questions) > 1
-    for question in _asked(request):
-        ids = ready.document.check_length(question, request.limit)
-        run, shared = ready.ask(ids)
-        if several and not request.json:
-            typer.echo(f"> {question}")
-        start = Start(ids, run.cache, shared)  # type: ignore[arg-type]
-        write = None if request.json else write_text
-        yield (
-            question,
-            continue_text(run.language, start, request.limit, Sampler(), bars, write=write, stop=ready.document.stop),
-        )
+    run, shared = ready.ask(ids)
+    start = Start(ids, run.cache, shared)  # type: ignore[arg-type]
+    write, stop = None if request.json else write_text, ready.document.stop
+    return continue_text(run.language, start, request.limit, Sampler(), bars, write=write, stop=stop, enough=enough)

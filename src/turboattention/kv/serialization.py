@@ -230,6 +230,9 @@ def _restore_pages(page_table: PageTable, own: dict[str, Tensor]) -> None:
         layout, reorders = pools.sinks.layout, pools.config.reorders_k
         pools.freeze(own["frozen_bits"], _order(own, layout.num_kv_heads, layout.head_dim) if reorders else None)
     table, split = own["table"], pools.sink_blocks
+    ended = table < EVICTED
+    if bool((ended[:, :-1] & ~ended[:, 1:]).any()):  # what follows would move to the places of other blocks
+        raise FormatError(f"table: expected rows without gaps, got {table.tolist()}")
     numbers = []
     for name, pool, part in (("sinks", pools.sinks, table[:, :split]), ("pages", pools.compressed, table[:, split:])):
         content, used = own.get(name), part[part >= 0].unique()

@@ -335,6 +335,7 @@ class TurboCache(Cache):
         this."""
         other = type(self).from_layers([_copied(layer) for layer in self.layers], self.prompt_ids)
         other.check_prompts, other._fed, other._updated_at = self.check_prompts, self._fed, dict(self._updated_at)
+        other._may_cross = self._may_cross
         return other
 
     def __copy__(self) -> TurboCache:
