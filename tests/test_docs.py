@@ -34,6 +34,7 @@ def test_prose_fits_into_120_columns(page):
 
 
 def test_what_counts_as_prose():
-    text = "<!-- a:begin -->\nwritten\n<!-- a:end -->\none line\n| a | table |\n```\nsome code\n```\n    more code\nanother one\n"
+    lines = "<!-- a:begin -->", "written", "<!-- a:end -->", "one line", "| a | table |", "```", "some code", "```"
+    text = "\n".join([*lines, "    more code", "another one"])
     assert prose(text) == [(4, "one line"), (10, "another one")]
     assert len(PAGES) > 12
