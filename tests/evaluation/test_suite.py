@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from turboattention.evaluation.subject import attending
 
 from .subject import ScriptedSubject, no_progress
 
-METHOD_LIST = [METHODS["fp16"], METHODS["turbo-4"]]
+METHOD_LIST: list[Any] = [METHODS["fp16"], METHODS["turbo-4"]]
 FACTS = {"model": "scripted"}
 
 
@@ -77,6 +78,15 @@ def test_a_second_run_measures_nothing(tmp_path: Path) -> None:
     assert [unit["warnings"] for unit in first] == [["layer 1: raised"]] * 2
 
 
+def test_other_numerics_are_measured_again(tmp_path: Path) -> None:
+    task, (own, ours) = CountedTask(), METHOD_LIST
+    subject = ScriptedSubject({"": lambda text: "?"})
+    run(task, tmp_path)
+    methods = [own, replace(ours, numerics=ours.numerics + 1)]
+    units = list(suite.run(subject, methods, [task], Records(tmp_path), FACTS, silently))
+    assert [bool(unit.get("reused")) for unit in units] == [True, False]
+
+
 def test_a_run_that_was_ended_goes_on(tmp_path: Path) -> None:
     task = CountedTask()
     run(task, tmp_path)
@@ -108,7 +118,8 @@ def test_parts_that_hold_for_other_units_stay(tmp_path: Path) -> None:
     task = JointTask({"limit": 1})
     task.part_settings = {"set": "questions"}
     run(task, tmp_path)
-    settings = {"facts": FACTS, "method": METHOD_LIST[1].settings, "task": {"set": "questions"}}
+    ours = METHOD_LIST[1]
+    settings = {"facts": FACTS, "method": ours.settings, "task": {"set": "questions"}, "numerics": ours.numerics}
     parts = Records(tmp_path).parts(task.name, {"turbo-4": settings})
     assert parts.get("turbo-4", "0") == "begun"
 

@@ -134,7 +134,7 @@ def run(
     A unit that fails with an error of this package has the message in `failed` and is not saved.
     """
     for number, task in enumerate(chosen, 1):
-        settings = {m.name: {"facts": facts, "method": m.settings, "task": task.settings} for m in methods}
+        settings = {m.name: _settings(facts, m, task) for m in methods}
         found = {m.name: records.find(m.name, task.name, settings[m.name]) for m in methods}
         missing = [method for method in methods if found[method.name] is None]
         size, made = task.together(subject), {}
@@ -158,6 +158,12 @@ def run(
                         if "failed" not in one and lasting is None:
                             parts.drop(one["method"])
             yield made[method.name]
+
+
+def _settings(facts: dict[str, Any], method: CacheMethod, task: Task) -> dict[str, Any]:
+    """All that a result depends on."""
+    numerics = {"numerics": method.numerics} if method.numerics else {}
+    return {"facts": facts, "method": method.settings, "task": task.settings} | numerics
 
 
 def _measure(

@@ -34,6 +34,11 @@ class CacheMethod(Protocol):
         ...
 
     @property
+    def numerics(self) -> int:
+        """The version of the method's numerics, raised with every change of its results; 0 if they never change."""
+        ...
+
+    @property
     def attention(self) -> str | None:
         """``attn_implementation`` that the model must have; None for its own (sdpa, eager, ...)."""
         ...

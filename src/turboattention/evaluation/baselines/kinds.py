@@ -18,6 +18,10 @@ from .stream import FLOAT_BITS, Quantizer
 if TYPE_CHECKING:
     from ...calibration import Calibration
 
+NUMERICS = 1
+"""The version of TurboAttention's numerics. Raised with every change of what a configuration computes, so that saved
+results are measured again (tests/evaluation/test_numerics_version.py)."""
+
 
 @dataclass(frozen=True)
 class OwnCache:
@@ -28,6 +32,7 @@ class OwnCache:
     source: str = "transformers, DynamicCache"
     settings: str = "keys and values in the model's dtype"
     attention: str | None = None
+    numerics: int = 0
 
     def unavailable(self) -> str | None:
         return None
@@ -52,6 +57,7 @@ class QuantizerMethod:
     keys: Quantizer | Sequence[Quantizer]
     values: Quantizer | Sequence[Quantizer]
     attention: str | None = None
+    numerics: int = 0
 
     def unavailable(self) -> str | None:
         return None
@@ -75,6 +81,7 @@ class FittedMethod:
     settings: str
     fit: Callable[[Sequence[Moments]], tuple[Sequence[Quantizer], Sequence[Quantizer]]]
     attention: str | None = None
+    numerics: int = 0
 
     def unavailable(self) -> str | None:
         return None
@@ -101,6 +108,7 @@ class HubMethod:
     options: dict[str, int] = field(hash=False)
     source: str = "transformers, QuantizedCache"
     attention: str | None = None
+    numerics: int = 0
 
     @property
     def settings(self) -> str:
@@ -140,6 +148,7 @@ class TurboMethod:
     calibration: Calibration | None = field(default=None, hash=False)
     source: str = "Kang et al., TurboAttention, arXiv 2412.08585"
     attention: str | None = "turbo"
+    numerics: int = NUMERICS
 
     def unavailable(self) -> str | None:
         return None

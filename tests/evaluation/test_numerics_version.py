@@ -1,0 +1,54 @@
+"""Saved results are only reused while the numerics are what they were: changed outputs need another `NUMERICS`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turboattention import KVCache, TurboConfig, turbo_attention_with_kvcache
+from turboattention.evaluation.baselines import METHODS
+from turboattention.evaluation.baselines.kinds import NUMERICS
+
+VERSION = 1
+OUTPUTS = {
+    "turbo-8": 0.16757434565,
+    "turbo-4": 0.16817582467,
+    "turbo-4-reordered": 0.16858599851,
+    "turbo-3": 0.16681012012,
+    "turbo-3-reordered": 0.17176249134,
+    "turbo-2": 0.16071511072,
+    "turbo-2-reordered": 0.16854503697,
+    "turbo-mixed": 0.16435979609,
+    "turbo-paper-4": 0.17091549437,
+}
+"""Mean magnitude of the outputs below, by method."""
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_other_outputs_need_another_version_of_the_numerics(name: str) -> None:
+    found = _mean_output(METHODS[name].config)  # pyright: ignore
+    assert found == pytest.approx(OUTPUTS[name], rel=1e-5), (
+        "The numerics changed: raise NUMERICS in evaluation/baselines/kinds.py, and give VERSION and OUTPUTS of this "
+        "test their new values."
+    )
+
+
+def test_the_outputs_are_those_of_this_version() -> None:
+    assert NUMERICS == VERSION
+    assert all(method.numerics == (NUMERICS if name.startswith("turbo-") else 0) for name, method in METHODS.items())
+
+
+def _mean_output(config: TurboConfig) -> float:
+    """A prompt of 200 tokens, then 70 tokens, over channels of two magnitudes, by the reference."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, tokens, 64, generator=generator, dtype=torch.float64)
+        for heads, tokens in ((4, 70), (2, 270), (2, 270))
+    )
+    first = torch.randn(1, 4, 200, 64, generator=generator, dtype=torch.float64)
+    k[..., ::9] *= 4
+    cache = KVCache(1, 2, 64, config=config)
+    turbo_attention_with_kvcache(first, cache, k[:, :, :200], v[:, :, :200], backend="reference")
+    out = turbo_attention_with_kvcache(q, cache, k[:, :, 200:], v[:, :, 200:], backend="reference")
+    assert isinstance(out, torch.Tensor)
+    return float(out.abs().mean())
