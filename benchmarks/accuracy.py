@@ -42,6 +42,8 @@ def main() -> int:
     for stage in stages:  # stage by stage, so that every model has the first ones before any has the last
         for label, folder in models.items():
             if not options.collect and not options.table and _is_for(stage, label, Path(folder), options):
+                if stage.calibrated and not _calibration(label).exists():
+                    subprocess.run(_calibrate(label, folder, options), check=True, env=_environment())
                 subprocess.run(_call(stage, label, folder, options), check=True, env=_environment())
                 collect(label)
     for label in models:
@@ -68,6 +70,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="*", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument("--methods", help="in place of the plan's")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
+    parser.add_argument("--calibration-tokens", type=int, default=8192, help="of the book, where a stage needs them")
     parser.add_argument("--collect", action="store_true", help="measure nothing; take what there is")
     parser.add_argument("--table", action="store_true", help="only write the pages")
     parser.add_argument("--check", action="store_true", help="fail where a page differs")
@@ -80,7 +84,7 @@ def _is_for(stage: Stage, label: str, folder: Path, options: argparse.Namespace)
         return False
     if stage.wants_data:
         return options.data is not None and label == options.questioned
-    if stage.with_bos and _bos(folder) is None:
+    if (stage.with_bos and _bos(folder) is None) or (stage.calibrated and options.book is None):
         return False
     return getattr(options, stage.text or "book") is not None
 
@@ -89,12 +93,25 @@ def _call(stage: Stage, label: str, folder: str, options: argparse.Namespace) ->
     out = BUILD / label / stage.name
     call = [sys.executable, "-m", "turboattention", "eval", "--model", folder, "--out", str(out)]
     call += ["--tasks", stage.tasks, "--methods", options.methods or stage.methods, "--dtype", options.dtype]
+    call += ["--threads", str(options.threads)]
     call += [*stage.options(), "--piece", "64"]
     if stage.wants_data:
         limit = ["--limit", str(options.questions)] if options.questions else []
         return [*call, "--data", str(options.data), *limit]
     begin = ["--begin", str(_bos(Path(folder)))] if stage.with_bos else []
-    return [*call, "--text", str(getattr(options, stage.text or "book")), *begin]
+    calibration = ["--calibration", str(_calibration(label).parent)] if stage.calibrated else []
+    return [*call, "--text", str(getattr(options, stage.text or "book")), *begin, *calibration]
+
+
+def _calibration(label: str) -> Path:
+    return BUILD / label / "calibration" / "calibration.json"
+
+
+def _calibrate(label: str, folder: str, options: argparse.Namespace) -> list[str]:
+    """Measure the widths of a model's heads on the book, which no calibrated stage reads."""
+    call = [sys.executable, "-m", "turboattention", "calibrate", "--model", folder, "--text", str(options.book)]
+    call += ["--tokens", str(options.calibration_tokens), "--dtype", options.dtype, "--threads", str(options.threads)]
+    return [*call, "--out", str(_calibration(label).parent)]
 
 
 def _bos(folder: Path) -> str | None:
@@ -117,7 +134,7 @@ def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
         if units:
             facts = units[0]["settings"]["facts"] | {"model": TITLES.get(label, label)}
             facts.pop("begin", None)
-            name = stage.name.removesuffix("-more")  # the same questions through more methods
+            name = stage.name.removesuffix("-more").removesuffix("-calibrated")  # the same text or questions
             stages[name] = stages.get(name, []) + [_short(unit) for unit in units]
     if not stages:
         return None

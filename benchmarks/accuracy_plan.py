@@ -12,6 +12,8 @@ MAIN = (
 ASKED = "fp16,turbo-4-reordered,turbo-3-reordered,turbo-2-reordered,turbo-mixed,kivi-4,kivi-2,gear-l-4"
 """Methods that questions are asked through first."""
 ASKED_LATER = "turbo-paper-4,turbo-4,turbo-3,turbo-2"
+CALIBRATED = "turbo-calibrated-4,turbo-calibrated,turbo-calibrated-2.5"
+"""Widths chosen for averages of 4, 3 and 2.5 bits."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Stage:
 
     text: which of the given texts. least_context: models made for fewer tokens are left out. wants_data: questions from
     files, for the models that are told to answer them. with_bos: behind the token that the tokenizer names BOS, for
-    models whose tokenizer puts none.
+    models whose tokenizer puts none. calibrated: with a calibration of the model on the book.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Stage:
     least_context: int = 0
     wants_data: bool = False
     with_bos: bool = False
+    calibrated: bool = False
 
     def options(self) -> list[str]:
         given = {"--context": self.context, "--lengths": self.lengths, "--limit": self.limit}
@@ -41,6 +44,7 @@ class Stage:
 
 STAGES = (
     Stage("wikitext2-2048", "perplexity", "all", "wikitext2", 2048, limit=1),
+    Stage("wikitext2-2048-calibrated", "perplexity", CALIBRATED, "wikitext2", 2048, limit=1, calibrated=True),
     Stage("book-2048", "perplexity", "all", "book", 2048, limit=1),
     Stage("wikitext2-8192", "perplexity", MAIN, "wikitext2", 8192, limit=1, least_context=8192),
     Stage("gsm8k", "gsm8k", ASKED, limit=500, wants_data=True),

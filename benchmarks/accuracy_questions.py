@@ -7,7 +7,7 @@ from typing import Any
 from turboattention.evaluation.intervals import mcnemar, share
 from turboattention.evaluation.report import summary
 
-RIVALS = ("fp16", "kivi-4", "kivi-2", "gear-l-4")
+RIVALS = ("fp16", "turbo-4-reordered", "kivi-4", "kivi-2", "gear-l-4")
 """Whom each method is compared with."""
 Table = tuple[list[str], list[list[str]]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -151,7 +152,10 @@ def test_collects_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_plan_names_methods_and_tasks_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = module("accuracy_plan", monkeypatch)
     for stage in plan.STAGES:
-        parse_methods(stage.methods)
+        if stage.calibrated:
+            assert all(re.fullmatch(r"turbo-calibrated(-\d+(\.\d+)?)?", name) for name in stage.methods.split(","))
+        else:
+            parse_methods(stage.methods)
         names = stage.tasks.split(",")
         assert all(is_question_set(name) for name in names) == stage.wants_data
         if not stage.wants_data:
