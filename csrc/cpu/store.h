@@ -1,33 +1,40 @@
-// Stores the new tokens of a step over paged memory in open blocks, and compresses the blocks they fill into pages.
-// This precedes attention of all sequences.
+// Storing the new tokens of a step: as INT8 rows, then the blocks that they fill as pages. A cache attends in between
+// (step.h), a server after both.
 #pragma once
 
-#include "quantize/interface.h"
+#include "attention/arguments.h"
+#include "kernels.h"
 
 namespace turbo {
 
-// B sequences have `tokens` new tokens each, after before[b] stored ones. Open blocks are int8 rows of D with a float32
-// scale per row; those of sequence b start at row open_rows[b], with `head_rows` rows per head. With a ring (a multiple
-// of 64), position p is row p % ring; without, row p - start, where start is before[b] rounded down to a multiple
-// of 64.
+// B sequences have `tokens` new tokens each, after before[b] stored ones.
 struct StoreArgs {
-    std::int64_t batch, heads, head_dim, tokens, rotate;
-    FloatRows k, v;     // with starts
-    const float* mean;  // [H, D] or null, subtracted from every key
+    std::int64_t batch, heads, head_dim, value_dim, tokens, rotate;
+    FloatRows k, v;
+    const float* mean;       // [B, H, D] or null, subtracted from keys
+    std::int64_t mean_from;  // the first position whose key is stored without the mean
     const std::int64_t* before;
-    std::int8_t* codes[2];
-    float* scales[2];
-    const std::int64_t* open_rows;
-    std::int64_t head_rows, ring;
-    // Page addresses [B, page_stride]; pages have the layout `plan`.
-    const std::uint64_t* pages;
-    std::int64_t page_stride, page_bytes, search;
+    Int8Rows open;  // has room for the new tokens
+    // Addresses [B, fresh_blocks] of the pages for the blocks from position open.start[b] on that the step fills, 0
+    // behind the last; null if it fills none. Pages have the layout `plan`, and the channels of K in `order`
+    // (AttendArgs).
+    const std::uint64_t* fresh;
+    std::int64_t fresh_blocks, page_bytes, search;
     PagePlan plan;
+    const std::int32_t* order;
     std::int64_t threads;
 };
 
-// Returns 0, or 1, 2 if k, v has values that are not finite. Then no page is written, and open rows from position
-// before[b] on are invalid.
-int store(const StoreArgs& args);
+// What a step returns: all values were finite and at most 1e18 in magnitude, or where one was not.
+enum Unfit : int { kFine = 0, kUnfitQuery = 1, kUnfitKey = 2, kUnfitValue = 3 };
+
+// Quantizes k and v into their rows, which are not valid where one is unfit.
+Unfit quantize_new(const Kernels& kernels, const StoreArgs& s);
+
+// Compresses the blocks that are full into the pages `fresh`.
+void fill_pages(const Kernels& kernels, const StoreArgs& s);
+
+// Both; without a page written where a key or value is unfit.
+Unfit store(const StoreArgs& s);
 
 }  // namespace turbo

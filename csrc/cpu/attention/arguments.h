@@ -34,6 +34,22 @@ struct PagePlan {
     std::int64_t scales[2];
 };
 
+// INT8 rows of D or Dv behind the pages, with a scale each: those of sequence b from position start[b], a multiple of
+// 64, on. They begin at row first[b], or b batch_rows where that is null, with head_rows rows for each head. With a
+// ring, a multiple of 64, position p is row p % ring of a head; without (0), row p - start[b].
+struct Int8Rows {
+    std::int8_t* codes[2];
+    float* scales[2];
+    const std::int64_t* start;
+    const std::int64_t* first;
+    std::int64_t batch_rows, head_rows, ring;
+
+    std::int64_t row(std::int64_t b, std::int64_t h, std::int64_t position) const {
+        const std::int64_t own = ring ? position % ring : position - start[b];
+        return (first ? first[b] : b * batch_rows) + h * head_rows + own;
+    }
+};
+
 struct AttendArgs {
     std::int64_t batch, heads, group, queries, head_dim, value_dim;
     // Queries [B, H G, Lq]: rotated (if `rotate`) and quantized where they are used, with the logits' factor `scale`;
@@ -59,16 +75,8 @@ struct AttendArgs {
     const std::int64_t* page_counts;
     std::int64_t page_stride, sink_blocks;
     PagePlan sinks, compressed;
-    // Open rows from position start[b] (a multiple of 64) on: int8 rows of D or Dv, one scale a row. Those of sequence
-    // b begin at row open_rows[b], or b open_stride_batch where that is null; with a ring, a multiple of 64, position p
-    // is row p % open_ring of them.
-    const std::int8_t* open[2];
-    const float* open_scale[2];
-    const std::int64_t* start;
-    std::int64_t open_stride_batch, open_stride_head;  // in rows
-    const std::int64_t* open_rows;
-    std::int64_t open_ring;  // 0 for none
-    // Blocks from start[b] on may be pages too: queries behind such a block read the page, those in it its rows.
+    Int8Rows open;  // no codes where there are none
+    // Blocks from open.start[b] on may be pages too: queries behind such a block read the page, those in it its rows.
     // Value scales are then relative to what each row sees.
     std::int64_t stored;
     // Softmax.

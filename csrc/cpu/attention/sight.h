@@ -20,7 +20,7 @@ struct Sight {  // the keys of a block that a row sees: low <= t < high
 inline bool is_page(const AttendArgs& a, std::int64_t b, std::int64_t block) { return block < a.page_counts[b]; }
 
 inline bool is_open(const AttendArgs& a, std::int64_t b, std::int64_t block) {
-    return block >= a.page_counts[b] || (a.stored && a.open[0] && block * kBlock >= a.start[b]);
+    return block >= a.page_counts[b] || (a.stored && a.open.codes[0] && block * kBlock >= a.open.start[b]);
 }
 
 // Of the block's page, or of its open rows.

@@ -27,11 +27,9 @@ inline PageHead page_of(const AttendArgs& a, std::int64_t b, std::int64_t h, std
 }
 
 inline OpenBlock open_block(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t block) {
-    const std::int64_t row = a.open_ring ? block * kBlock % a.open_ring : block * kBlock - a.start[b];
-    const std::int64_t first = a.open_rows ? a.open_rows[b] : b * a.open_stride_batch;
-    const std::int64_t at = first + h * a.open_stride_head + row;
-    return {a.open[0] + at * a.head_dim, a.open[1] + at * a.value_dim, a.open_scale[0] + at, a.open_scale[1] + at,
-            static_cast<int>(std::min<std::int64_t>(kBlock, a.lengths[b] - block * kBlock))};
+    const std::int64_t at = a.open.row(b, h, block * kBlock);
+    return {a.open.codes[0] + at * a.head_dim, a.open.codes[1] + at * a.value_dim, a.open.scales[0] + at,
+            a.open.scales[1] + at, static_cast<int>(std::min<std::int64_t>(kBlock, a.lengths[b] - block * kBlock))};
 }
 
 // Whether a row of the task sees the block's page, or its open rows.

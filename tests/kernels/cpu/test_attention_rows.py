@@ -8,6 +8,7 @@ from torch import Tensor
 
 import turboattention as ta
 from turboattention import flashq
+from turboattention.errors import NonFiniteError
 from turboattention.kernels.inputs import Int8Queries, OpenRows, Pages, Standing
 from turboattention.kv.channel_order import ChannelOrder
 from turboattention.kv.layout import PageLayout
@@ -37,9 +38,7 @@ def attend(config: ta.TurboConfig, q: Tensor, source: OpenRows | Pages, valid: T
     standing = Standing(torch.zeros_like(valid), valid, torch.full_like(valid, length))
     given = {"kv_heads": 2, "v_head_dim": q.shape[-1], "scale": 0.3, "mean": None, "mean_from": 0, **options}
     given |= {"causal": False, "window": None, "softcap": None, "mask": None}
-    result = kernels.attend(config, q, standing, pages, open_rows, **given)
-    assert result is not None
-    return result
+    return kernels.attend(config, q, standing, pages, open_rows, **given)
 
 
 def as_given(queries: Queries) -> Int8Queries:
@@ -72,6 +71,20 @@ def test_queries_become_the_codes_of_the_reference(isa, dtype, head_dim, group, 
         want = as_given(quantize_queries(config, clean, 2, 0.3, mean))
         lse = attend(config, q, source, valid, mean=mean)[1]
         assert torch.allclose(lse, attend(config, q, source, valid, mean=mean, quantized=want)[1], rtol=1e-6, atol=1e-5)
+
+
+@every_isa
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1.1e18, -1.1e18])
+@pytest.mark.parametrize("queries", [2, 9])
+def test_queries_that_are_not_finite_or_too_large_are_refused(isa, bad, queries, monkeypatch):
+    monkeypatch.setenv("TURBOATTENTION_ISA", isa)
+    q, source = rows(2, 6, queries, 24), keys(2, 24)
+    q[1, 5, queries - 1, 7] = bad
+    valid = torch.tensor([queries, queries])
+    for x in (q, q.bfloat16()):
+        with pytest.raises(NonFiniteError, match=r"^q: expected finite values up to 1e18 in magnitude"):
+            attend(ta.TurboConfig(), x, source, valid)
+        attend(ta.TurboConfig(), x, source, valid - torch.tensor([0, 1]))
 
 
 @every_isa

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...config import TurboConfig
+from ...errors import NonFiniteError
 from ...kernels.cpu.attention import attend
 from ...kernels.inputs import Pages, Standing
 from ...kv.cache import KVCache
@@ -85,25 +86,25 @@ def _attend(
     quantized = None
     if not config.token_scales:
         quantized = queries_by_tile(config, q, standing.valid, kv_heads, params.scale, mean)
-    result = attend(
-        config,
-        q,
-        standing,
-        pages,
-        open_rows_of(state, q.device),
-        kv_heads=kv_heads,
-        v_head_dim=v_head_dim,
-        scale=params.scale,
-        mean=mean,
-        mean_from=mean_from,
-        causal=params.is_causal,
-        window=params.window_size,
-        softcap=params.softcap,
-        mask=params.attn_mask,
-        order=order,
-        quantized=quantized,
-    )
-    if result is None:  # a kernel found a query that is not finite; this raises the error
-        check_finite("q", q, standing.valid)
-    assert result is not None
-    return result
+    try:
+        return attend(
+            config,
+            q,
+            standing,
+            pages,
+            open_rows_of(state, q.device),
+            kv_heads=kv_heads,
+            v_head_dim=v_head_dim,
+            scale=params.scale,
+            mean=mean,
+            mean_from=mean_from,
+            causal=params.is_causal,
+            window=params.window_size,
+            softcap=params.softcap,
+            mask=params.attn_mask,
+            order=order,
+            quantized=quantized,
+        )
+    except NonFiniteError:
+        check_finite("q", q, standing.valid)  # says which values
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,19 +14,23 @@ from ...errors import InputError
 from ...kernels.cpu.paged import FlatRows, OpenRows
 from ...kv.paged import BLOCK, OpenBlocks, PagedBatch
 
+Counts = TypeVar("Counts", int, np.ndarray)
+
 
 @dataclass(frozen=True)
 class Group:
     """Sequences with equally many new tokens, which are all stored in their slots, or all in temporary memory.
 
-    rows: their rows of q, k and v. slots: int64 [B]. offsets: int64 [B, P], byte offsets of their pages. first: int64
-    [B], the first row of each slot. in_place: whether new tokens fit in the slots. used: smallest and largest page
-    and slot number that the kernels access.
+    rows: their rows of q, k and v. slots: int64 [B]. offsets: int64 [B, P], byte offsets of their pages. filled: int64
+    [B, F], those of the blocks that the step fills, -1 behind a sequence's last, or None if it fills none. first: int64
+    [B], the first row of each slot. in_place: whether new tokens fit in the slots. used: smallest and largest page and
+    slot number that the kernels access.
     """
 
     rows: FlatRows
     slots: Tensor
     offsets: Tensor
+    filled: Tensor | None
     first: Tensor
     in_place: bool
     used: dict[str, tuple[int, int]]
@@ -36,12 +41,16 @@ class Group:
             if least < 0 or greatest >= count:
                 raise InputError(f"{name}: expected numbers from 0 to {count - 1}, got {least} to {greatest}")
 
+    def fresh(self, base: int) -> Tensor | None:
+        """The addresses of `filled` (`kernels.cpu.store.Store.fill_blocks`); base: address of page 0."""
+        return None if self.filled is None else torch.where(self.filled < 0, 0, self.filled + base)
+
     def open_rows(self, pool: OpenBlocks, layer: int) -> OpenRows:
         """The INT8 rows from the first block that the step extends: the slots, or temporary memory with copies of their
         rows in that block."""
         codes, scales = pool.of(layer)
         if self.in_place:
-            return OpenRows(codes, scales, self.first, pool.ring, pool.ring)
+            return OpenRows(codes, scales, self.rows.open_start, self.first, pool.ring, pool.ring)
         before, (heads, _, head_dim) = self.rows.before, codes[0].shape[1:]
         width = int(((self.rows.after + BLOCK - 1) // BLOCK - before // BLOCK).max()) * BLOCK
         shape = len(before), heads, width
@@ -52,7 +61,8 @@ class Group:
             for side in range(2):
                 opened[side][row, :, :held] = codes[side][slot, :, first : first + held]
                 opened_scales[side][row, :, :held] = scales[side][slot, :, first : first + held]
-        return OpenRows(opened, opened_scales, torch.arange(len(before)) * (heads * width), width, 0)
+        first = torch.arange(len(before)) * (heads * width)
+        return OpenRows(opened, opened_scales, self.rows.open_start, first, width, 0)
 
     def keep_last(self, pool: OpenBlocks, layer: int, opened: OpenRows) -> None:
         """Copy the incomplete block of each sequence from temporary memory to its slot.
@@ -69,6 +79,11 @@ class Group:
             for side in range(2):
                 codes[side][slot, :, ring] = opened.codes[side][row, :, rows]
                 scales[side][slot, :, ring] = opened.scales[side][row, :, rows]
+
+
+def blocks_filled(held: Counts, tokens: int) -> Counts:
+    """Blocks of a sequence that `tokens` more tokens fill, behind `held` ones that are not in pages."""
+    return (held + tokens) // BLOCK
 
 
 def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> list[Group]:
@@ -113,12 +128,24 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
                     rows,
                     slots=torch.from_numpy(slots[at]),
                     offsets=torch.from_numpy(blocks * page_stride),
+                    filled=_filled(blocks, before[at], count, page_stride),
                     first=torch.from_numpy(slots[at] * slot_rows),
                     in_place=in_place,
                     used=used,
                 )
             )
     return groups
+
+
+def _filled(blocks: np.ndarray, before: np.ndarray, tokens: int, page_stride: int) -> Tensor | None:
+    """`Group.filled` of sequences with the pages `blocks` [B, P] and `before` [B] stored tokens."""
+    fills = blocks_filled(before % BLOCK, tokens)
+    if not fills.any():
+        return None
+    column = np.arange(fills.max())
+    behind = column >= fills[:, None]
+    at = np.where(behind, 0, before[:, None] // BLOCK + column)
+    return torch.from_numpy(np.where(behind, -1, np.take_along_axis(blocks, at, 1) * page_stride))
 
 
 def _int64(x: Tensor) -> np.ndarray:

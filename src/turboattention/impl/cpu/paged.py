@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import NonFiniteError
 from ...kernels.cpu.paged import PagedCall
 from ...kv.paged import OpenBlocks, PagedBatch, PagedFormat
 from .groups import grouped
@@ -40,15 +41,16 @@ def paged_attention(
     )
     parts, finite = [], True
     for group, call in zip(groups, calls, strict=True):
-        addresses = group.offsets + base
-        opened = group.open_rows(open_blocks, layer)
-        parts.append((call, addresses, opened))
-        if not call.store(k, v, mean, opened, addresses):
+        opened, fresh = group.open_rows(open_blocks, layer), group.fresh(base)
+        means = None if mean is None else mean.expand(len(group.slots), -1, -1).contiguous()
+        parts.append((call, means, opened, group.offsets + base))
+        try:
+            call.store(k, v, means, opened, fresh)
+        except NonFiniteError:
             finite, k, v = False, _cleaned(k), _cleaned(v)
-            call.store(k, v, mean, opened, addresses)
+            call.store(k, v, means, opened, fresh)
         group.keep_last(open_blocks, layer, opened)
-    for call, addresses, opened in parts:
-        means = None if mean is None else mean.expand(len(addresses), -1, -1).contiguous()
+    for call, means, opened, addresses in parts:
         finite &= call.attend(q, out, means, opened, addresses)
     return finite
 

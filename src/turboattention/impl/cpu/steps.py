@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import NonFiniteError
 from ...kernels.cpu.attention import refusal
 from ...kernels.cpu.step import LARGEST, Step
 from ...kv.cache import KVCache
@@ -12,6 +13,7 @@ from ...kv.in_place import backend_state_of, extend, room, settled, tail_rows
 from ...validation import check_finite
 from ..contract import AttentionParams
 from ..inputs import pages_of
+from .groups import blocks_filled
 
 
 def step(
@@ -25,7 +27,7 @@ def step(
     """Attend and append in one call, if no sequence fills more than one block. Shapes are checked.
 
     q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lq, D] or None. Returns out and lse, or None if the call needs the general path.
-    Raises NonFiniteError. In the last two cases the cache is unchanged.
+    Raises NonFiniteError. In both cases the cache is unchanged.
     """
     tokens = k.shape[2] if k is not None else 0
     if counts is not None or params.attn_mask is not None or (k is not None and q.shape[2] != tokens):
@@ -36,16 +38,17 @@ def step(
         return None
     steps.fit(cache, tokens, filled)
     pages, fresh = steps.fresh(cache, filled)
-    result = steps.step.run(
-        q, k, v, cache.lengths, fresh,
-        scale=params.scale, causal=params.is_causal, window=params.window_size, softcap=params.softcap,
-    )  # fmt: skip
-    if isinstance(result, int):  # which tensor has values that are not finite
+    try:
+        result = steps.step.run(
+            q, k, v, cache.lengths, fresh,
+            scale=params.scale, causal=params.is_causal, window=params.window_size, softcap=params.softcap,
+        )  # fmt: skip
+    except NonFiniteError:
         steps.discard(cache, pages)
-        name, bad = (("q", q), ("k_new", k), ("v_new", v))[result]
-        assert bad is not None
-        check_finite(name, bad)
-        return None
+        for name, x in (("k_new", k), ("v_new", v), ("q", q)):
+            if x is not None:
+                check_finite(name, x)  # says which values
+        raise
     if tokens:
         steps.count(cache, tokens, filled, pages)
     return result
@@ -62,7 +65,9 @@ def append(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None = None) -
         return False
     steps.fit(cache, tokens, filled)
     pages, fresh = steps.fresh(cache, filled)
-    if not steps.step.append(k, v, cache.lengths, fresh):
+    try:
+        steps.step.append(k, v, cache.lengths, fresh)
+    except NonFiniteError:  # the general path names the values
         steps.discard(cache, pages)
         return False
     steps.count(cache, tokens, filled, pages)
@@ -110,18 +115,18 @@ class _Steps:
             return None
         if self._stored and max(self._open) + tokens > self._size:
             return None  # later rows must read the filled block from its page, which a step writes last
-        return [b for b, open_rows in enumerate(self._open) if open_rows + tokens >= self._size]
+        return [b for b, open_rows in enumerate(self._open) if blocks_filled(open_rows, tokens)]
 
     def fresh(self, cache: KVCache, filled: list[int]) -> tuple[list[int], Tensor | None]:
-        """Pages for the blocks that the sequences in `filled` fill, and their addresses int64 [B] (0 for others)."""
+        """Pages for the blocks that the sequences in `filled` fill, and their addresses int64 [B, 1] (0 for others)."""
         if not filled:
             return [], None
         table = cache.page_table
         assert table is not None
         pages = table.fresh_pages(len(filled))
-        addresses = [0] * len(self._open)
+        addresses = [[0]] * len(self._open)
         for sequence, page in zip(filled, pages, strict=True):
-            addresses[sequence] = table.page_address(page)
+            addresses[sequence] = [table.page_address(page)]
         return pages, torch.tensor(addresses)
 
     def discard(self, cache: KVCache, pages: list[int]) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
-from ...errors import UnsupportedError
+from ...errors import NonFiniteError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import WIDEST, PageLayout
 from ..inputs import Int8Queries, OpenRows, Pages, Standing, refusal
-from .rows import FloatRows, float_rows
+from .rows import FloatRows, Int8Rows, float_rows
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
@@ -43,15 +43,14 @@ def attend(
     mask: Tensor | None,
     order: ChannelOrder | None = None,
     quantized: Int8Queries | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq]; None where a
-    valid row of q is not finite or beyond 1e18.
+) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq].
 
     mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from` on are stored without, or
     None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: that of K's channels in compressed pages, or
     None; `quantized` takes the place of q's values.
 
-    Raises UnsupportedError for what `refusal` names.
+    Raises UnsupportedError for what `refusal` names, NonFiniteError if a valid row of q is not finite or beyond 1e18.
     """
     reason = refusal(config, q.dtype)
     if reason:
@@ -70,21 +69,28 @@ def attend(
     a.first_position, a.valid_rows = standing.first.data_ptr(), standing.valid.data_ptr()
     a.lengths, a.mean_from = standing.lengths.data_ptr(), mean_from
     none = torch.zeros(batch, dtype=torch.int64)
-    a.page_counts = a.start = none.data_ptr()
+    a.page_counts = a.open.start = none.data_ptr()
     if pages is not None:
         fill_pages(a, pages)
     if rows is not None:
-        a.open[:] = rows.k8.data_ptr(), rows.v8.data_ptr()
-        a.open_scale[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
-        a.start = rows.start.data_ptr()
-        a.open_stride_batch, a.open_stride_head = kv_heads * rows.k8.shape[2], rows.k8.shape[2]
+        a.open.codes[:] = rows.k8.data_ptr(), rows.v8.data_ptr()
+        a.open.scales[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
+        a.open.start = rows.start.data_ptr()
+        a.open.batch_rows, a.open.head_rows = kv_heads * rows.k8.shape[2], rows.k8.shape[2]
     if mask is not None and mask.dtype not in _MASK_KINDS:
         mask = mask.to(torch.float32)
     fill_call(a, config, causal=causal, window=window, softcap=softcap, mask=mask)
     a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
-    finite = _cpu.attend(ctypes.addressof(a))
+    check_fit(0 if _cpu.attend(ctypes.addressof(a)) else 1)
     del kept, channels
-    return (out, lse) if finite else None
+    return out, lse
+
+
+def check_fit(unfit: int) -> None:
+    """Raise NonFiniteError unless a kernel returned 0; 1, 2, 3: q, k, v has a value that is not finite."""
+    if unfit:
+        name = ("q", "k", "v")[unfit - 1]
+        raise NonFiniteError(f"{name}: expected finite values up to 1e18 in magnitude, got others")
 
 
 def fill_queries(
@@ -100,16 +106,10 @@ def fill_queries(
     tensors given."""
     a.q, kept = float_rows(q)
     a.out, _ = float_rows(out)
-    fill_space(a, config, order)
-    a.scale = scale
+    a.rotate, a.scale = config.rotate, scale
+    a.order = None if order is None else order.data_ptr()
     a.mean = None if mean is None else mean.data_ptr()
     return kept
-
-
-def fill_space(a: Arguments, config: TurboConfig, order: Tensor | None) -> None:
-    """Rotation, and the order of compressed pages, from `channel_table`."""
-    a.rotate = config.rotate
-    a.order = None if order is None else order.data_ptr()
 
 
 def channel_table(order: ChannelOrder | None) -> Tensor | None:
@@ -169,13 +169,7 @@ class Arguments(ctypes.Structure):
         ("sink_blocks", ctypes.c_int64),
         ("sinks", Plan),
         ("compressed", Plan),
-        ("open", ctypes.c_void_p * 2),
-        ("open_scale", ctypes.c_void_p * 2),
-        ("start", ctypes.c_void_p),
-        ("open_stride_batch", ctypes.c_int64),
-        ("open_stride_head", ctypes.c_int64),
-        ("open_rows", ctypes.c_void_p),
-        ("open_ring", ctypes.c_int64),
+        ("open", Int8Rows),
         ("stored", ctypes.c_int64),
         ("softmax", ctypes.c_int64),
         ("threshold", ctypes.c_float),

@@ -13,8 +13,9 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK
-from .attention import Arguments, Plan, fill_call, page_plan
-from .rows import FloatRows, flat_rows
+from .attention import Arguments, check_fit, fill_call, page_plan
+from .rows import Int8Rows, flat_rows
+from .store import Store
 
 _cpu = importlib.import_module("turboattention._cpu")
 
@@ -22,13 +23,29 @@ _cpu = importlib.import_module("turboattention._cpu")
 @dataclass(frozen=True)
 class OpenRows:
     """Open blocks: codes int8 [..., D] and scales float32 [...] of K and V, contiguous. Sequence b's begin at row
-    `first[b]` (int64 [B]), with `head_rows` for each head; `ring`: see csrc/cpu/store.h, 0 for none."""
+    `first[b]`, with position `start[b]` (int64 [B]), and have `head_rows` for each head; `ring`: see `Int8Rows` of
+    csrc/cpu, 0 for none."""
 
     codes: tuple[Tensor, Tensor]
     scales: tuple[Tensor, Tensor]
+    start: Tensor
     first: Tensor
     head_rows: int
     ring: int
+
+    @cached_property
+    def memory(self) -> Int8Rows:
+        """For kernels."""
+        (k8, v8), (k_scale, v_scale) = self.codes, self.scales
+        return Int8Rows(
+            (k8.data_ptr(), v8.data_ptr()),
+            (k_scale.data_ptr(), v_scale.data_ptr()),
+            self.start.data_ptr(),
+            self.first.data_ptr(),
+            0,
+            self.head_rows,
+            self.ring,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,75 +96,47 @@ class PagedCall:
         softcap: float | None,
     ):
         self._rows, batch, heads, plan = rows, len(rows.before), layout.num_kv_heads, page_plan(layout)
-        s = _Store(batch=batch, heads=heads, head_dim=layout.head_dim, tokens=rows.tokens, rotate=config.rotate)
+        s = Store(batch=batch, heads=heads, tokens=rows.tokens, rotate=config.rotate)
+        s.head_dim = s.value_dim = layout.head_dim  # keys and values of servers have one
         s.before, s.page_bytes, s.search, s.plan = rows.before.data_ptr(), layout.page_bytes, config.search, plan
         a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens)
-        a.head_dim = a.value_dim = layout.head_dim  # keys and values of servers have one
+        a.head_dim = a.value_dim = layout.head_dim
         # Pages of servers have no order of channels.
         a.rotate = config.rotate
         a.scale, a.sinks, a.compressed = scale, plan, plan
         a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
-        a.page_counts, a.start = rows.full.data_ptr(), rows.open_start.data_ptr()
+        a.page_counts = rows.full.data_ptr()
         fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
         s.threads = a.threads = torch.get_num_threads()
         self._store, self._attend = s, a
 
-    def store(self, k: Tensor, v: Tensor, mean: Tensor | None, opened: OpenRows, addresses: Tensor) -> bool:
-        """k, v [T, H, D] into open rows, and blocks that are full then into the pages at `addresses` (int64 [B, P]).
+    def store(self, k: Tensor, v: Tensor, mean: Tensor | None, opened: OpenRows, fresh: Tensor | None) -> None:
+        """k, v [T, H, D] into open rows, and blocks that are full then into pages; `fresh` as for `Store.fill_blocks`.
 
-        mean: float32 [H, D] in the stored space, or None. False where k or v is not finite: no page is written then,
-        and open rows from `before` on are to be written anew.
+        mean: float32 [B, H, D] in the stored space, or None. Raises NonFiniteError where k or v is not finite: no page
+        is written then, and open rows from `before` on are to be written anew.
         """
         s, starts = self._store, self._rows.starts
         s.k, kept_k = flat_rows(k, starts)
         s.v, kept_v = flat_rows(v, starts)
         s.mean = None if mean is None else mean.data_ptr()
-        s.codes[:] = [x.data_ptr() for x in opened.codes]
-        s.scales[:] = [x.data_ptr() for x in opened.scales]
-        s.open_rows, s.head_rows, s.ring = opened.first.data_ptr(), opened.head_rows, opened.ring
-        s.pages, s.page_stride = addresses.data_ptr(), addresses.shape[1]
-        bad = _cpu.store(ctypes.addressof(s))
+        s.open = opened.memory
+        s.fill_blocks(fresh)
+        check_fit(_cpu.store(ctypes.addressof(s)))
         del kept_k, kept_v
-        return not bad
 
     def attend(self, q: Tensor, out: Tensor, mean: Tensor | None, opened: OpenRows, addresses: Tensor) -> bool:
         """q [T, Hq, D] of these rows, causally, over pages and open rows, which hold their own tokens -> out, likewise.
 
-        mean: as for `store`, [B, H, D]. False where q is not finite: what is not counts as zeros.
+        mean: as for `store`. addresses: int64 [B, P], of the pages. False where q is not finite: what is not counts as
+        zeros.
         """
         a, starts = self._attend, self._rows.starts
         a.q, kept = flat_rows(q, starts)
         a.out, _ = flat_rows(out, starts)
         a.mean = None if mean is None else mean.data_ptr()
-        a.open[:] = [x.data_ptr() for x in opened.codes]
-        a.open_scale[:] = [x.data_ptr() for x in opened.scales]
-        a.open_rows, a.open_stride_head, a.open_ring = opened.first.data_ptr(), opened.head_rows, opened.ring
+        a.open = opened.memory
         a.pages, a.page_stride = addresses.data_ptr(), addresses.shape[1]
         finite = _cpu.attend(ctypes.addressof(a))
         del kept
         return finite
-
-
-class _Store(ctypes.Structure):
-    """`StoreArgs` of csrc/cpu/store.h, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "head_dim", "tokens", "rotate")),
-        ("k", FloatRows),
-        ("v", FloatRows),
-        ("mean", ctypes.c_void_p),
-        ("before", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p * 2),
-        ("scales", ctypes.c_void_p * 2),
-        ("open_rows", ctypes.c_void_p),
-        ("head_rows", ctypes.c_int64),
-        ("ring", ctypes.c_int64),
-        ("pages", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("page_stride", "page_bytes", "search")),
-        ("plan", Plan),
-        ("threads", ctypes.c_int64),
-    ]
-
-
-if ctypes.sizeof(_Store) != _cpu.store_bytes:
-    raise ImportError("turboattention._cpu: expected the build of this version, got another: build it anew")

@@ -1,4 +1,4 @@
-"""Float rows as the kernels take them: any strides, channels side by side."""
+"""Rows as the kernels take them: float rows of any strides, channels side by side; INT8 rows with a scale each."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ class FloatRows(ctypes.Structure):
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("kind", "batch_stride", "head_stride", "token_stride")),
         ("starts", ctypes.c_void_p),
+    ]
+
+
+class Int8Rows(ctypes.Structure):
+    """`Int8Rows` of csrc/cpu/attention/arguments.h, field by field."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p * 2),
+        ("scales", ctypes.c_void_p * 2),
+        ("start", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch_rows", "head_rows", "ring")),
     ]
 
 

@@ -1,0 +1,42 @@
+"""`StoreArgs` of csrc/cpu/store.h: the new tokens of a step, for caches and for pages that a server manages."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+
+from torch import Tensor
+
+from .attention import Plan
+from .rows import FloatRows, Int8Rows
+
+_cpu = importlib.import_module("turboattention._cpu")
+
+
+class Store(ctypes.Structure):
+    """Field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "head_dim", "value_dim", "tokens", "rotate")),
+        ("k", FloatRows),
+        ("v", FloatRows),
+        ("mean", ctypes.c_void_p),
+        ("mean_from", ctypes.c_int64),
+        ("before", ctypes.c_void_p),
+        ("open", Int8Rows),
+        ("fresh", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("fresh_blocks", "page_bytes", "search")),
+        ("plan", Plan),
+        ("order", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    ]
+
+    def fill_blocks(self, fresh: Tensor | None) -> None:
+        """fresh: int64 [B, F], addresses of the pages for the blocks that the step fills, from the one on where a
+        sequence's open rows begin; 0 behind the last. None if it fills none. It must outlive the call."""
+        self.fresh = None if fresh is None else fresh.data_ptr()
+        self.fresh_blocks = 0 if fresh is None else fresh.shape[1]
+
+
+if ctypes.sizeof(Store) != _cpu.store_bytes:
+    raise ImportError("turboattention._cpu: expected the build of this version, got another: build it anew")
