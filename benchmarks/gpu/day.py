@@ -28,7 +28,7 @@ from supervising import CRASHED, DONE, SKIPPED, TIMED_OUT, WRONG, Results, run_s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-day", help="folder of the results")
-    parser.add_argument("--budget", type=float, help="seconds in all (540, rehearsed 3600); what does not fit is skipped")
+    parser.add_argument("--budget", type=float, help="seconds in all (540; 3600 to rehearse); other steps are skipped")
     parser.add_argument("--only", action="append", default=[], help="a step to run; again for more")
     parser.add_argument("--skip", action="append", default=[], help="a step to leave out; again for more")
     parser.add_argument("--again", action="store_true", help="also what earlier results say is done")
