@@ -80,12 +80,12 @@ def main() -> None:
         "logits and maximum, ns": [f"{t[1]:.0f}" for t in times],
         "weights, ns": [f"{t[2]:.0f}" for t in times],
         "outputs, ns": [f"{t[4]:.0f}" for t in times],
-        "softmax's share": [f"{100 * s / (s + p):.0f} %" for s, p in zip(softmax, products, strict=True)],
-        "at most to gain": [f"{(s + p) / p:.2f}x" for s, p in zip(softmax, products, strict=True)],
+        "softmax, share": [f"{100 * s / (s + p):.0f} %" for s, p in zip(softmax, products, strict=True)],
+        "upper bound of the speedup": [f"{(s + p) / p:.2f}x" for s, p in zip(softmax, products, strict=True)],
         "logits and weights with a scale per row, ns": [f"{t[3]:.0f}" for t in times],
-        "logits and weights in 16 bits, square, ns": [f"{t[5]:.0f}" for t in times],
+        "logits and weights in 16 bits, quadratic, ns": [f"{t[5]:.0f}" for t in times],
         "the same, cubic, ns": [f"{t[6]:.0f}" for t in times],
-        "gained by 16 bits, cubic": [
+        "speedup from 16 bits, cubic": [
             f"{(s + p) / (t[6] + p):.2f}x" for t, s, p in zip(times, softmax, products, strict=True)
         ],
     }

@@ -34,7 +34,6 @@ def test_prose_fits_into_120_columns(page):
 
 
 def test_what_counts_as_prose():
-    lines = "<!-- a:begin -->", "written", "<!-- a:end -->", "one line", "| a | table |", "```", "some code", "```"
-    text = "\n".join([*lines, "    more code", "another one"])
-    assert prose(text) == [(4, "one line"), (10, "another one")]
+    written, code = "<!-- a:begin -->\nby a script\n<!-- a:end -->\n", "```\nsome code\n```\n    more code\n"
+    assert prose(f"{written}one line\n| a | table |\n{code}another one\n") == [(4, "one line"), (10, "another one")]
     assert len(PAGES) > 12

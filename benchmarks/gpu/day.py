@@ -28,7 +28,7 @@ from supervising import CRASHED, DONE, SKIPPED, TIMED_OUT, WRONG, Results, run_s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-day", help="folder of the results")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all; steps that do not fit are skipped")
+    parser.add_argument("--budget", type=float, help="seconds in all (540; 3600 to rehearse); other steps are skipped")
     parser.add_argument("--only", action="append", default=[], help="a step to run; again for more")
     parser.add_argument("--skip", action="append", default=[], help="a step to leave out; again for more")
     parser.add_argument("--again", action="store_true", help="also what earlier results say is done")
@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the steps, and end")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.budget is None:
+        options.budget = 3600.0 if options.rehearse else 540.0  # the interpreter is slow
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if options.device_check:

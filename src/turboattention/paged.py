@@ -1,7 +1,7 @@
 """Paged attention for servers, which own the memory: block tables, slots of INT8 rows, ragged batches.
 
 A page holds a full block of 64 tokens in the packed format (`kv/layout.py`) and is never modified. Incomplete blocks
-are INT8 rows in `OpenBlocks`, one slot per running sequence. Attention is `stored_prefill` (numerics.md section 6): a
+are INT8 rows in `OpenBlocks`, one slot per running sequence. Attention follows `TurboConfig.stored_prefill`: a
 query in block j reads the blocks before j from their pages, and block j as INT8, so that the bytes of a page do not
 depend on how tokens were scheduled.
 """

@@ -25,7 +25,7 @@ _PLACES = 8  # blocks of a text whose queries are used
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Measurements per KV head; row 0 is K, row 1 is V, and W = len(WIDTHS) stands for 2, 3, 4 and 8 bits.
+    """Measurements per KV head; row 0 is K, row 1 is V, and W = len(WIDTHS): 2, 3, 4 and 8 bits.
 
     errors: float64 [2, Hkv, W], relative error of the head's attention output (Frobenius norm) with only K, or only V,
         quantized.

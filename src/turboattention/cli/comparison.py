@@ -132,7 +132,7 @@ def new_run(language: LanguageModel, setting: Setting | None) -> Run:
 
 
 def warm_up(language: LanguageModel, ids: Sequence[int], setting: Setting | None, label: str, bars: Bars) -> None:
-    """A few tokens through a cache of its own, so that none of what follows is the first of its kind."""
+    """Run a few tokens through a separate cache to warm up."""
     from ..integrations.transformers.generation import generate
 
     with bars.task(f"{label}: warming up"), guard_warnings(show=False):

@@ -17,7 +17,7 @@ from .stream import printable
 
 MARK = "▶"
 _NARROWEST = 34
-"""Columns of text narrower than this are hard to read; then each setting gets a table of its own."""
+"""Columns of text narrower than this are hard to read; each setting then gets a separate table."""
 
 
 _FIGURES_WIDTH = 78
@@ -100,7 +100,7 @@ def _texts(own: Outcome, rows: Sequence[Row]) -> Table:
     table.add_column(own.label, ratio=1, overflow="fold")
     for row in rows:
         table.add_column(row.outcome.label, ratio=1, overflow="fold")
-    # Beside several settings the model's own text has no single place of difference.
+    # With several settings, there is no single position at which the model's own text differs.
     shared = rows[0].agreement.same_text_chars if len(rows) == 1 else None
     own_cell = marked(own, shared)
     table.add_row(own_cell, *(marked(row.outcome, row.agreement.same_text_chars) for row in rows))

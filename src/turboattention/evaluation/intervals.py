@@ -58,7 +58,7 @@ def mcnemar(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
     binomial distribution in place of its approximation.
     """
     pairs = list(zip(one, other, strict=True))
-    alone, beside = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    differing = alone + beside
-    tail = sum(math.comb(differing, k) for k in range(min(alone, beside) + 1)) / 2**differing
-    return {"one": alone, "other": beside, "p": min(1.0, 2 * tail)}
+    only_one, only_other = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    differing = only_one + only_other
+    tail = sum(math.comb(differing, k) for k in range(min(only_one, only_other) + 1)) / 2**differing
+    return {"one": only_one, "other": only_other, "p": min(1.0, 2 * tail)}

@@ -5,7 +5,7 @@ by their largest magnitude, stored in float16. What is left, in [-1, 1], goes th
 
     f(t) = a t + (1 - a) t^3,  a = 0.65
 
-and is rounded to the middles of 2^bits equal steps in t: levels lie denser near zero. bits + 0.5 per element, no
+and is rounded to the middles of 2^bits equal steps in t: levels are denser near zero. bits + 0.5 per element, no
 window.
 """
 

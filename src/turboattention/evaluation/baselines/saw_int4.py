@@ -1,7 +1,7 @@
 """SAW-INT4 (Jia et al., arXiv 2604.19157): token-wise INT4 after a block-diagonal Hadamard rotation (BDR).
 
 Each token of each head: rotate blocks of channels, then asymmetric min-max INT4. The authors' default rotates keys
-alone, with blocks of 128 (of head_dim where that is smaller); values may be rotated too. No window, no signs.
+only, with blocks of 128 (of head_dim if that is smaller); values may be rotated too. No window, no signs.
 Assumed: scale and zero are 16 bits each, which gives the published 4.25 bits at head_dim 128.
 """
 

@@ -51,7 +51,7 @@ def codebook(head_dim: int, bits: int) -> Tensor:
 
     Lloyd-Max on the density: boundaries halfway between centroids, centroids at the means between boundaries.
     """
-    # Sums over a fine grid stand for the integrals; beyond 12 standard deviations there is nothing.
+    # Integrals are sums over a fine grid up to 12 standard deviations, beyond which the density is negligible.
     reach = min(1.0, 12 * head_dim**-0.5)
     at = torch.linspace(-reach, reach, 200_001, dtype=torch.float64)
     density = (1 - at**2).clamp(min=0) ** ((head_dim - 3) / 2)

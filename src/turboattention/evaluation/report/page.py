@@ -34,7 +34,7 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #eee
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; border-bottom: 2px solid #ccc; vertical-align: bottom; }
 tr.strong td { font-weight: 600; background: #f2f7ff; }
-/* Small figures stand side by side. */
+/* Small figures are placed side by side. */
 figure { margin: .8rem .8rem .8rem 0; display: inline-block; vertical-align: top; max-width: 100%; }
 figure img { max-width: 100%; height: auto; }
 figcaption, .note, .below { font-size: .87rem; }

@@ -271,7 +271,7 @@ class TurboCache(Cache):
         return False
 
     def check_level(self) -> None:
-        """All layers stand at the same length: no forward was broken off."""
+        """Whether all layers have the same length, i.e. no forward call was interrupted."""
         layers = self.attention_layers
         lengths = {layer.get_seq_length() for layer in layers if layer.is_initialized or not layer.may_stay_empty}
         for layer in layers:
@@ -346,7 +346,7 @@ class TurboCache(Cache):
 
     def save(self, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
         """Write the whole cache to one safetensors file; under tensor parallelism each process writes its heads, to
-        `path` with ``.rank0of2`` and so on behind it.
+        `path` with the suffix ``.rank0of2`` and so on.
 
         Args:
             input_ids: the tokens it holds, integers [B, L] with L its length, padding included; kept as
@@ -422,7 +422,7 @@ class TurboCache(Cache):
     def check_prompt(self, input_ids: Tensor) -> int:
         """How many tokens of the prompt `input_ids` [B, L] this cache already holds: all its own, fewer than L.
 
-        `generate` goes on from there, given the whole prompt; the model itself takes what is left of it.
+        `generate` continues from there and takes the whole prompt; the model itself takes the rest of it.
 
         Raises:
             InputError: the prompt does not begin with the cache's tokens, or ends with them; or the ids

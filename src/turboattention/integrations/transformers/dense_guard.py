@@ -1,6 +1,6 @@
 """The guard without a `TurboCache`: a layer's first prompt against exact attention, on a few rows.
 
-INT8 keys and queries alone lose layers whose logits are far beyond a hundred, and nothing shows it. So the first call
+INT8 keys and queries cannot represent layers whose logits are far beyond 100, without any sign of it. The first call
 of a layer that reads a whole prompt compares sampled rows of one sequence, and warns once of heads beyond the
 bound of 8 bits (numerics.md, The guard). Nothing is changed: there is no width to raise.
 """

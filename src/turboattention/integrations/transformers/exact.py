@@ -54,7 +54,7 @@ class ExactKV:
         return sum(x.untyped_storage().nbytes() for x in self.tensors)
 
     def extended(self, key: Tensor, value: Tensor, query: Tensor | None = None) -> ExactKV:
-        """With new tokens behind; `queries` are forgotten without a `query`."""
+        """A copy with new tokens appended; without a `query`, `queries` are dropped."""
         if query is not None:
             query = query if self.queries is None else torch.cat((self.queries, query), 2)
             query = query[:, :, -QUERIES:].clone()

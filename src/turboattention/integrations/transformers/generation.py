@@ -1,6 +1,6 @@
 """Running a causal language model token by token, on its own cache or on a quantized one.
 
-`model.generate` does the same for users; here prefill and decode are apart, so that they can be
+`model.generate` does the same for users; here prefill and decode are separate, so that they can be
 timed, watched, forked and fed with given tokens.
 """
 
@@ -62,7 +62,7 @@ class LanguageModel:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def fingerprint(self) -> str:
-        """Eight hex digits that tell other weights apart: the beginning of every parameter, not all of it."""
+        """Eight hex digits that identify the weights, computed from the beginning of every parameter."""
         crc = 0
         for parameter in self.model.parameters():
             crc = zlib.crc32(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes(), crc)
@@ -106,7 +106,7 @@ def load(name: str, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
             model, info, tokenizer = _load_named(name, dtype) if file is None else load_gguf(file, dtype)
         except InputError:
             raise
-        except Exception as error:  # every library below raises kinds of its own
+        except Exception as error:  # the libraries below raise different types
             raise InputError(_why_not(name, error)) from error
     if info["missing_keys"]:
         raise InputError(f"model: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
@@ -190,7 +190,7 @@ class Sampler:
         if self.temperature == 0:
             return int(logits.argmax())
         odds, order = torch.softmax(logits / self.temperature, -1).sort(descending=True)
-        # The first token that reaches top_p still counts: what stands before it is below.
+        # The token that reaches top_p is kept: the sum before it is below top_p.
         odds = odds.where(odds.cumsum(-1) - odds < self.top_p, 0.0)
         return int(order[torch.multinomial(odds, 1, generator=self.generator)])
 
@@ -242,7 +242,7 @@ def _own_tensors(cache: DynamicCache) -> list[Tensor]:
 
 
 def _local_only(name: str) -> bool:
-    """Whether to look at this machine alone. Asks the hub once, where loading would retry for long."""
+    """Whether to load only from this machine. Asks the hub once, since loading would retry for a long time."""
     if Path(name).is_dir():
         return True
     from huggingface_hub import HfApi
@@ -263,7 +263,7 @@ def _local_only(name: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers loads without log lines and progress bars of its own."""
+    """Load without the log lines and progress bars of transformers."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -39,7 +39,7 @@ def layer_of(key: Tensor) -> TurboLayer | None:
 
 
 class TurboLayer(HeldTokens, CacheLayerMixin):
-    """A quantized `KVCache` behind transformers' cache layer interface.
+    """A quantized `KVCache` with the interface of a transformers cache layer.
 
     Lengths towards transformers count every position, padding included, also in sliding layers;
     the `KVCache` holds tokens only. `valid` (bool [B, length] on the CPU, None while there is no

@@ -74,7 +74,7 @@ def select_states(layer: LinearAttentionLayer, index: Tensor) -> None:
 
 
 def copied(layer: LinearAttentionLayer) -> LinearAttentionLayer:
-    """A copy with memory of its own: states are written in place."""
+    """A copy that shares no memory, because states are written in place."""
     return _own_states(copy.copy(layer))
 
 

@@ -87,5 +87,5 @@ class StaticCache(TurboCache):
         )
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """For masks, of which attention here reads the kind alone."""
+        """For masks; attention here only reads their kind."""
         return self.layers[layer_idx].get_seq_length()

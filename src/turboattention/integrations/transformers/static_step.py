@@ -68,7 +68,7 @@ class StaticStep:
             torch.cuda.current_stream().wait_stream(stream)
             self._try(False)
             graph = torch.cuda.CUDAGraph()
-            # Threads beside, such as a streamer's reader, may use the device.
+            # Other threads, such as the reader of a streamer, may use the device.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._work()
             self._graph = graph
@@ -93,7 +93,7 @@ class StaticStep:
         return out
 
     def close(self) -> None:
-        """Give back what was not filled. The cache goes on without."""
+        """Release the pages that were not filled. The cache can be used further without the graph."""
         self._graph = self._out = self._flag = None
         for graph in self._static.graphs:
             graph.send()
