@@ -68,7 +68,8 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
-  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-day \
+  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml \
+  bench-peers peers-onnxruntime peers-openvino build-arm test-triton-oldest gpu-day \
   accuracy architectures clean
 
 help: ## list the targets
@@ -201,6 +202,25 @@ $(GGML)/ready:
 bench-ggml: $(BUILT) $(GGML)/ready ## time attention and memory beside PyTorch and ggml
 	TURBOATTENTION_GGML="$$($(GGML)/bin/python -c 'from importlib.util import find_spec as f; print(f("llama_cpp").submodule_search_locations[0] + "/lib")')" \
 	  $(BIN)/turboattention bench --out build/bench.json
+
+# The other engines, each in an environment of its own: they want NumPy and protobuf releases of their own choice.
+PEERS := onnxruntime openvino
+ONNXRUNTIME := onnxruntime==1.32.0 onnx==1.23.2
+OPENVINO := openvino==2026.4.1
+
+build/peers-%/ready:
+	$(PYTHON) -m venv build/peers-$*
+	build/peers-$*/bin/python -m pip install --quiet --disable-pip-version-check numpy $(REQUIRED)
+	@touch $@
+
+build/peers-onnxruntime/ready: REQUIRED = $(ONNXRUNTIME)
+build/peers-openvino/ready: REQUIRED = $(OPENVINO)
+peers-onnxruntime: build/peers-onnxruntime/ready ## ONNX Runtime, which `bench` then takes as a peer
+peers-openvino: build/peers-openvino/ready ## OpenVINO, which `bench` then takes as a peer
+
+bench-peers: $(BUILT) $(PEERS:%=build/peers-%/ready) ## time decode beside ONNX Runtime and OpenVINO, storing one token a call
+	$(BIN)/turboattention bench decode --out build/bench-peers.json \
+	  --peers ort-f32,ort-int8,ort-int4,openvino-f32,openvino-u8,openvino-u4
 
 # A compiler for any processor, from a package; in an environment of its own, too.
 $(ARM)/ready:

@@ -80,7 +80,8 @@ def bench(
         typer.Option(
             metavar="NAME,NAME,...",
             help="Some of sdpa, sdpa-folded, sdpa-bf16, sdpa-bf16-folded, dequantize, int4, ggml-f16, ggml-q8_0, "
-            "ggml-q4_0; or none. By default all that are available.",
+            "ggml-q4_0, ort-f32, ort-int8, ort-int4, openvino-f32, openvino-u8, openvino-u4; or none. By default all "
+            "that are available.",
             rich_help_panel=AGAINST,
             show_default=False,
         ),
