@@ -155,6 +155,7 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
     from dataclasses import asdict
 
     from ..benchmarking import peak
+    from ..benchmarking.limits import named
     from ..benchmarking.plan import run
     from ..benchmarking.records import as_document
     from .bench_facts import bench_facts
@@ -166,6 +167,7 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
         }
         rows = list(run(plan, say))
     facts = bench_facts(plan.backend, peaks=peaks, effort=asdict(plan.effort), seed=plan.seed)
+    rows = [named(row, facts) for row in rows]
     document = as_document(rows, facts)
     if out is not None:
         write_json(out, document)
