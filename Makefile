@@ -68,7 +68,8 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
-  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml build-arm test-triton-oldest gpu-day \
+  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml \
+  bench-peers peers-onnxruntime peers-openvino bench-here build-arm test-triton-oldest gpu-day \
   accuracy architectures clean
 
 help: ## list the targets
@@ -212,9 +213,34 @@ $(GGML)/ready:
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(GGML)/bin/python -m pip install --quiet llama-cpp-python
 	@touch $@
 
+GGML_LIBRARIES = $$($(GGML)/bin/python -c 'from importlib.util import find_spec as f; print(f("llama_cpp").submodule_search_locations[0] + "/lib")')
+
 bench-ggml: $(BUILT) $(GGML)/ready ## time attention and memory beside PyTorch and ggml
-	TURBOATTENTION_GGML="$$($(GGML)/bin/python -c 'from importlib.util import find_spec as f; print(f("llama_cpp").submodule_search_locations[0] + "/lib")')" \
-	  $(BIN)/turboattention bench --out build/bench.json
+	TURBOATTENTION_GGML="$(GGML_LIBRARIES)" $(BIN)/turboattention bench --out build/bench.json
+
+# The other engines, each in an environment of its own: they want NumPy and protobuf releases of their own choice.
+PEERS := onnxruntime openvino
+ONNXRUNTIME := onnxruntime==1.32.0 onnx==1.23.2
+OPENVINO := openvino==2026.4.1
+
+build/peers-%/ready:
+	$(PYTHON) -m venv build/peers-$*
+	build/peers-$*/bin/python -m pip install --quiet --disable-pip-version-check numpy $(REQUIRED)
+	@touch $@
+
+build/peers-onnxruntime/ready: REQUIRED = $(ONNXRUNTIME)
+build/peers-openvino/ready: REQUIRED = $(OPENVINO)
+peers-onnxruntime: build/peers-onnxruntime/ready ## ONNX Runtime, which `bench` then takes as a peer
+peers-openvino: build/peers-openvino/ready ## OpenVINO, which `bench` then takes as a peer
+
+bench-peers: $(BUILT) $(PEERS:%=build/peers-%/ready) ## time decode beside ONNX Runtime and OpenVINO, storing one token a call
+	$(BIN)/turboattention bench decode --out build/bench-peers.json \
+	  --peers ort-f32,ort-int8,ort-int4,openvino-f32,openvino-u8,openvino-u4
+
+# On a quiet machine only: it says so otherwise.
+bench-here: $(BUILT) $(GGML)/ready $(PEERS:%=build/peers-%/ready) ## measure this processor beside every peer, into benchmarks/results/cpu (an hour)
+	TURBOATTENTION_GGML="$(GGML_LIBRARIES)" $(BIN)/python benchmarks/this_processor.py $(BENCH_HERE)
+	$(BIN)/python benchmarks/report.py
 
 # A compiler for any processor, from a package; in an environment of its own, too.
 $(ARM)/ready:

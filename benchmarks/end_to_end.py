@@ -1,6 +1,6 @@
 """Tokens per second of a whole model over a long context, TurboCache in comparison with transformers' own cache.
 
-`python benchmarks/end_to_end.py --out benchmarks/results/end_to_end.json`
+`python benchmarks/end_to_end.py --out benchmarks/results/cpu/PROCESSOR/end-to-end.json`
 
 The model has the shape of Llama 3.2 1B and random weights, which take the same time as trained ones. Both caches are
 filled with the same random keys and values, in their stored form, instead of by a prompt. Steps are taken in turns, one

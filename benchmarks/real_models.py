@@ -1,6 +1,7 @@
 """Prompt time, tokens per second and memory of real models, over their own cache and over TurboCaches.
 
-`python benchmarks/real_models.py --models smollm2=FOLDER qwen=FOLDER --text FILE --out benchmarks/results/NAME.json`
+`python benchmarks/real_models.py --models smollm2=FOLDER qwen=FOLDER --text FILE \\
+    --out benchmarks/results/cpu/PROCESSOR/NAME.json`
 
 Each model and context runs in a process of its own. The caches read the same text and continue with the same tokens, in
 turns, so that disturbances of the machine affect all of them. Peak memory comes from further processes with one cache

@@ -1,7 +1,7 @@
 """Writes measured figures into the documentation: `python benchmarks/report.py`, with --check to only compare.
 
-Reads every JSON file under benchmarks/results/, and replaces the text between the markers of README.md and
-docs/performance.md. Plots are written to docs/ as PNG. No figure is entered by hand.
+Reads benchmarks/results/cpu, where a processor has one file or a folder of files, and replaces the text between the
+markers of README.md and docs/performance.md. Plots are written to docs/ as PNG. No figure is entered by hand.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ def main() -> int:
 
 
 def load(folder: Path) -> list[Result]:
-    """Results by file name. Those of GPUs, accuracy, serving and architectures have pages and scripts of their own."""
-    others = ("gpu-", "accuracy-", "serving-", "architectures")
-    paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others))
-    return [result_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    """The results under `folder`/cpu, the processor measured last first; those of one processor by file name."""
+    paths = sorted((folder / "cpu").glob("*.json")) + sorted((folder / "cpu").glob("*/*.json"))
+    found = [result_of(folder, path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    latest: dict[str, str] = {}
+    for result in found:
+        latest[result.processor] = max(latest.get(result.processor, ""), result.facts.get("time", ""))
+    # Stable: files keep their order.
+    return sorted(found, key=lambda result: (latest[result.processor], result.processor), reverse=True)
 
 
 def section(name: str, results: Sequence[Result]) -> str:
@@ -76,7 +80,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     """One plot a file: causal prefill and INT4 decode at head_dim 128."""
     drawn = []
     for result in results:
-        if result.path.stem.startswith(OTHER_ISAS):
+        if result.place.stem.startswith(OTHER_ISAS):
             continue
         rows = [
             replace(row, rivals=[rival for rival in row.rivals if rival.peer in DRAWN])
@@ -84,7 +88,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
             if row.shape["head_dim"] == 128
             and ((row.work == "prefill" and row.shape["causal"]) or (row.work == "decode" and row.bits == "4 bits"))
         ]
-        path = folder / f"performance-{result.path.stem}.png"
+        path = folder / f"performance-{result.place.stem}.png"
         if write_plot(path, rows, facts_line(result.facts)):
             drawn.append(path)
     return drawn

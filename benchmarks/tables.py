@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from targets import TARGETS
 
+from turboattention.benchmarking.limits import named
 from turboattention.benchmarking.records import Row, rows_of
 from turboattention.cli.bench_view import time_text
 
@@ -22,33 +23,53 @@ PEERS = {
     "ggml-f16": "ggml f16",
     "ggml-q8_0": "ggml q8_0",
     "ggml-q4_0": "ggml q4_0",
+    "ort-f32": "ONNX Runtime fp32, storing",
+    "ort-int8": "ONNX Runtime INT8, storing",
+    "ort-int4": "ONNX Runtime INT4, storing",
+    "openvino-f32": "OpenVINO fp32, storing",
+    "openvino-u8": "OpenVINO u8, storing",
+    "openvino-u4": "OpenVINO u4, storing",
 }
-SHORT = ("sdpa", "sdpa-folded", "sdpa-bf16", "sdpa-bf16-folded", "ggml-f16", "ggml-q8_0", "ggml-q4_0")
+STORING = "Storing: a call of such a peer stores one token, too, and so does TurboAttention's beside it."
+SHORT = tuple(name for name in PEERS if name not in ("dequantize", "int4", "ort-f32", "openvino-f32"))
 """Peers that the summary shows."""
 OTHER_ISAS = "isa-"
 """What files are called that measure an instruction set other than the best: the summary leaves them out."""
 
 
 class Result(NamedTuple):
-    """One file: `rows` of attention, `models` of whole models of random weights, `real` of trained ones."""
+    """One file: `rows` of attention, `models` of whole models of random weights, `real` of trained ones.
 
-    path: Path
+    place: its path under benchmarks/results. processor: the file's name, or that of the folder it is in."""
+
+    place: Path
+    processor: str
     facts: dict[str, Any]
     rows: list[Row]
     models: list[dict[str, Any]]
     real: list[dict[str, Any]]
 
 
-def result_of(path: Path, document: dict[str, Any]) -> Result:
-    rows = rows_of(document)
-    return Result(path, document["facts"], rows, document.get("end_to_end", []), document.get("real_models", []))
+def result_of(root: Path, path: Path, document: dict[str, Any]) -> Result:
+    place, facts = path.relative_to(root), document["facts"]
+    rows = [named(row, facts) for row in rows_of(document)]
+    models, real = document.get("end_to_end", []), document.get("real_models", [])
+    return Result(place, place.with_suffix("").parts[1], facts, rows, models, real)
 
 
 def summary(results: Sequence[Result]) -> str:
-    """The README's section: prefill and decode at head_dim 128, memory, and whole models."""
+    """The README's section: prefill and decode at head_dim 128, memory, and whole models, of the processor measured
+    last; the others below it."""
+    first = results[0].processor if results else ""
+    own = _summary([result for result in results if result.processor == first])
+    others = _summary([result for result in results if result.processor != first])
+    return "\n\n".join(own + (["Other processors:"] if others else []) + others) or NOTHING
+
+
+def _summary(results: Sequence[Result]) -> list[str]:
     parts, said = [], ""
     for result in results:
-        if result.path.stem.startswith(OTHER_ISAS):
+        if result.place.stem.startswith(OTHER_ISAS):
             continue
         rows = [row for row in result.rows if row.shape["head_dim"] == 128]
         longest = _longest(rows)
@@ -64,7 +85,7 @@ def summary(results: Sequence[Result]) -> str:
             parts.append(machine)
             said = machine
         parts += tables
-    return "\n\n".join(part for part in parts if part) or NOTHING
+    return [part for part in parts if part]
 
 
 def full(results: Sequence[Result]) -> str:
@@ -92,7 +113,7 @@ def heading(result: Result) -> str:
     ggml = f", ggml {facts['ggml']}" if facts.get("ggml") else ""
     commit = f", commit {facts['commit'][:12]}" if facts.get("commit") else ""
     peaks = "".join(f", {name} {value:,.0f}" for name, value in facts.get("peaks", {}).items())
-    return f"{machine_of(result)}{ggml}{commit}{peaks} ([{result.path.name}](RESULTS/{result.path.name}))"
+    return f"{machine_of(result)}{ggml}{commit}{peaks} ([{result.place.name}](RESULTS/{result.place.as_posix()}))"
 
 
 def targets(results: Sequence[Result]) -> str:
@@ -100,7 +121,7 @@ def targets(results: Sequence[Result]) -> str:
     for target in TARGETS:
         cells = []
         for result in results:
-            if result.path.stem.startswith(OTHER_ISAS):
+            if result.place.stem.startswith(OTHER_ISAS):
                 continue
             found = target.measured(result.rows)
             if found is not None:
@@ -142,7 +163,7 @@ def ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
     heads = f"{rows[0].shape['heads']}/{rows[0].shape['kv_heads']} heads"
     reached = any("cache_bytes" in row.figures for row in rows)
     work = {"chunk": "256 queries over a cache"}.get(work, work)
-    columns = [f"{work}, {heads}", "head_dim", "time", "GOPS", *(["GB/s"] if reached else [])]
+    columns = [f"{work}, {heads}", "head_dim", "time", "GOPS", *(["GB/s"] if reached else []), "nearest limit"]
     columns += [f"× {PEERS[name]}" for name in present]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows:
@@ -151,8 +172,10 @@ def ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
         cells = [f"{what}, {row.shape['keys']:,}", str(row.shape["head_dim"])]
         cells += [time_text(row.seconds.median), f"{row.gops:,.0f}"]
         cells += [f"{row.figures['cache_bytes'] / row.seconds.median / 1e9:.1f}"] if reached else []
+        cells += [f"{row.limit} {row.limit_share:.0%}" if row.limit and row.limit_share is not None else "–"]
         lines.append(_line(cells + [_ratio(row, name) for name in present]))
-    return "\n".join(lines)
+    storing = any(name.startswith(("ort-", "openvino-")) for name in present) and reached
+    return "\n".join(lines + (["", STORING] if storing else []))
 
 
 def _ratio(row: Row, name: str) -> str:

@@ -95,8 +95,8 @@ REAL = {
 def tree(tmp_path: Path) -> Path:
     """A copy of the project with one results file."""
     document = json.loads(json.dumps(as_document(ROWS, FACTS))) | {"end_to_end": [MODEL], "real_models": [REAL]}
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "box.json").write_text(json.dumps(document))
+    (tmp_path / "results" / "cpu").mkdir(parents=True)
+    (tmp_path / "results" / "cpu" / "box.json").write_text(json.dumps(document))
     (tmp_path / "docs").mkdir()
     for name in ("README.md", "docs/performance.md"):
         (tmp_path / name).write_text("before\n<!-- performance:begin -->\nold\n<!-- performance:end -->\nafter\n")
@@ -121,15 +121,47 @@ def test_sections(report: ModuleType, tree: Path) -> None:
         assert text.startswith("before\n<!-- performance:begin -->\n")
         assert text.endswith("\n<!-- performance:end -->\nafter\n")
         assert "**Some CPU**, 2 threads, backend `cpu`" in text
-        assert "| causal, 1,024 | 128 | 1.00 ms | 100 | 1.70 (1.53 to 1.87) |" in text
-        assert "| 4 bits, 8,192 | 128 | 1.00 ms | 100 | 12.00 (10.80 to 13.20) |" in text
+        assert "| causal, 1,024 | 128 | 1.00 ms | 100 | FP32 products 67% | 1.70 (1.53 to 1.87) |" in text
+        assert "| 4 bits, 8,192 | 128 | 1.00 ms | 100 | FP32 products 67% | 12.00 (10.80 to 13.20) |" in text
         assert "| 4 bits | 8,192 | 3.70x | 4.30 |" in text
         assert "| 4,096 | 4 bits | 4.00 | 5.00 | 1.25x (1.12 to 1.38) | 3.60x |" in text
         speeds = "2.00 | 1.50 (1.35 to 1.65) | 10.0 | 2.50 (2.25 to 2.75)"
         assert f"| small, 1,024 | 4 bits | {speeds} | 25% | 1.0 | 3.0 | 0.0123 |" in text
         assert "| small, 1,024 | llama.cpp q8_0 | 3.00 | – | 5.0 | – | – | – | – | – |" in text
     assert "commit 0123456789ab, float32 GFLOPS 150" in (tree / "docs/performance.md").read_text()
-    assert "(../benchmarks/results/box.json)" in (tree / "docs/performance.md").read_text()
+    assert "(../benchmarks/results/cpu/box.json)" in (tree / "docs/performance.md").read_text()
+
+
+def test_the_processor_measured_last_comes_first(report: ModuleType, tree: Path) -> None:
+    folder = tree / "results" / "cpu"
+    newest = json.loads((folder / "box.json").read_text())
+    newest["facts"] |= {"cpu": "New CPU", "time": "2031"}
+    (folder / "new").mkdir()
+    for name, share in (("a", 1.0), ("b", 2.0)):
+        newest["rows"][2]["rivals"][0]["ratio"]["median"] = share
+        (folder / "new" / f"{name}.json").write_text(json.dumps(newest))
+    results = report.load(tree / "results")
+    assert [(result.processor, result.place.name) for result in results] == [
+        ("new", "a.json"), ("new", "b.json"), ("box", "box.json"),
+    ]  # fmt: skip
+    text = report.section("README.md", results)
+    order = [text.index(part) for part in ("New CPU", "Other processors:", "Some CPU")]
+    assert order == sorted(order)
+    assert "(RESULTS" not in text
+    assert "(../benchmarks/results/cpu/new/b.json)" in report.section("docs/performance.md", results)
+
+
+def test_peers_that_store_are_said_to(report: ModuleType, tree: Path) -> None:
+    path = tree / "results" / "cpu" / "box.json"
+    document = json.loads(path.read_text())
+    assert "Storing:" not in report.full(report.load(tree / "results"))
+    for row in document["rows"][2:4]:
+        row["figures"] = {"cache_bytes": 1}
+    document["rows"][2]["rivals"][0] |= {"peer": "ort-int8"}
+    path.write_text(json.dumps(document))
+    text = report.full(report.load(tree / "results"))
+    assert "× ONNX Runtime INT8, storing" in text
+    assert "Storing: a call of such a peer stores one token, too" in text
 
 
 def test_targets_say_where_the_floor_is_missed(report: ModuleType, tree: Path) -> None:

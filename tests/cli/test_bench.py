@@ -43,9 +43,12 @@ def test_schema(document) -> None:
     for row in document["rows"]:
         assert set(row) == {
             *("work", "shape", "bits", "subject", "dtype", "error"),
-            *("seconds", "gops", "rivals", "figures", "refused"),
+            *("seconds", "gops", "rivals", "figures", "refused", "limit", "limit_share"),
         }
         assert row["refused"] is None
+        # Reading of caches that fit into the processor's own can be faster than memory: no bound from above.
+        assert (row["limit"] is not None) == (row["work"] in ("prefill", "chunk", "decode"))
+        assert row["limit"] is None or row["limit_share"] > 0
         assert set(row["shape"]) == {"heads", "kv_heads", "head_dim", "queries", "keys", "causal", "batch"}
 
 
@@ -91,7 +94,18 @@ def test_tables(run) -> None:
     ran = run("bench", *TINY, "--lengths", "70", "--bits", "4", "--mask", "causal", "--peers", "sdpa", columns=80)
     assert (ran.code, ran.stderr) == (0, "")
     assert max(len(line) for line in ran.stdout.splitlines()) <= 80
-    for word in ("Prefill", "Decode", "Memory", "causal", "4 bits", "sdpa", "faster", "below FP16", "[p20 p80]"):
+    for word in (
+        "Prefill",
+        "Decode",
+        "Memory",
+        "causal",
+        "4 bits",
+        "sdpa",
+        "faster",
+        "below FP16",
+        "[p20 p80]",
+        "limit:",
+    ):
         assert word in ran.stdout
 
 

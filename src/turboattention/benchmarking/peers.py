@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from . import ggml, sdpa
+from . import ggml, remote, sdpa
 from .contenders import Contender, turbo
 from .problem import Problem, fill
 
@@ -17,13 +17,14 @@ from .problem import Problem, fill
 @dataclass(frozen=True)
 class Peer:
     """`make(problem, backend)` builds the contender, `missing()` returns why it cannot run here or None, and `fits`
-    whether it applies to a problem."""
+    whether it applies to a problem. `stores`: over a cache its call stores a token, so TurboAttention's does too."""
 
     name: str
     about: str
     make: Callable[[Problem, str], Contender]
     missing: Callable[[], str | None] = lambda: None
     fits: Callable[[Problem, TurboConfig], bool] = lambda problem, config: True
+    stores: bool = False
 
 
 def _int4(problem: Problem, backend: str) -> Contender:
@@ -79,6 +80,33 @@ def _dequantize(problem: Problem, backend: str) -> Contender:
     )
 
 
+def _engine(name: str, label: str, kind: str, bound: float) -> Callable[[Problem, str], Contender]:
+    def make(problem: Problem, backend: str) -> Contender:
+        call = remote.Remote(name, problem, kind, torch.get_num_threads())
+        return Contender(f"{label} {kind}", call, problem.expected, bound, detail=call.detail)
+
+    return make
+
+
+def _of_engine(environment: str, label: str, name: str, kind: str, bound: float, *, prompts: bool = False) -> Peer:
+    return Peer(
+        name,
+        f"{label}, {kind} cache, each call storing a token",
+        _engine(environment, label, kind, bound),
+        lambda: remote.missing(environment),
+        lambda problem, config: _decodes(problem) or (prompts and _is_prompt(problem)),
+        stores=True,
+    )
+
+
+def _decodes(problem: Problem) -> bool:
+    return problem.cache is not None and problem.shape.queries == 1
+
+
+def _is_prompt(problem: Problem) -> bool:
+    return problem.cache is None and problem.shape.causal and problem.shape.queries == problem.shape.keys
+
+
 def _reads_cache(problem: Problem, config: TurboConfig) -> bool:
     return problem.cache is not None
 
@@ -118,6 +146,12 @@ _LIST = (
     Peer("ggml-f16", "ggml flash_attn_ext, f16 cache", _ggml("f16", _GGML_F16_BOUND), ggml.missing),
     Peer("ggml-q8_0", "ggml flash_attn_ext, q8_0 cache", _ggml("q8_0", 0.05), ggml.missing, _whole_blocks),
     Peer("ggml-q4_0", "ggml flash_attn_ext, q4_0 cache", _ggml("q4_0", 0.3), ggml.missing, _whole_blocks),
+    _of_engine("onnxruntime", "ORT GQA", "ort-f32", "float32", 1e-4, prompts=True),
+    _of_engine("onnxruntime", "ORT GQA", "ort-int8", "int8", 0.05),
+    _of_engine("onnxruntime", "ORT GQA", "ort-int4", "int4", 0.4),
+    _of_engine("openvino", "OpenVINO", "openvino-f32", "f32", 1e-3),
+    _of_engine("openvino", "OpenVINO", "openvino-u8", "u8", 0.05),
+    _of_engine("openvino", "OpenVINO", "openvino-u4", "u4", 0.4),
 )
 
 PEERS = {peer.name: peer for peer in _LIST}

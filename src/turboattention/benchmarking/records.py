@@ -37,6 +37,7 @@ class Row:
     error: relative error of the subject against exact attention (decode: over the stored keys and values).
     refused: why the subject was not timed; then there are no rivals.
     figures: further measurements of this kind of work.
+    limit: the limit of the processor that the subject comes nearest, and the share of it that it reaches.
     """
 
     work: str
@@ -50,6 +51,8 @@ class Row:
     rivals: list[Rival] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
+    limit: str | None = None
+    limit_share: float | None = None
 
 
 def rows_of(document: dict[str, Any]) -> list[Row]:

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 Call = Callable[[], Any]
 Clock = Callable[[], float]
+
+
+class Measured(ABC):
+    """A call that measures itself: in another process, or with something before each sample that must not count.
+
+    least: the calls that a sample must have, which the contender beside it then has as well.
+    """
+
+    least: int = 1
+
+    @abstractmethod
+    def __call__(self) -> Any: ...
+
+    @abstractmethod
+    def seconds(self, count: int) -> float:
+        """Seconds that `count` calls take."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +59,32 @@ class Pairs:
 
 def alternate(a: Call, b: Call, effort: Effort, clock: Clock = time.perf_counter, pause: float = _PAUSE) -> Pairs:
     """Time A and B alternately until the time is up; each sample is the mean of the calls that fit into it."""
-    counts = [_warm_up(call, effort, clock) for call in (a, b)]
+    least = max(call.least if isinstance(call, Measured) else 1 for call in (a, b))
+    counts = [(max(count, least), short) for count, short in (_warm_up(call, effort, clock) for call in (a, b))]
     pairs = Pairs([], [])
     start = clock()
     while len(pairs.a) < effort.least or (len(pairs.a) < effort.most and clock() - start < effort.seconds):
         for call, (count, short), samples in zip((a, b), counts, (pairs.a, pairs.b), strict=True):
             time.sleep(pause)
             if short:
-                call()
-            begun = clock()
-            for _ in range(count):
-                call()
-            samples.append((clock() - begun) / count)
+                _seconds(call, 1, clock)
+            samples.append(_seconds(call, count, clock) / count)
     return pairs
+
+
+def _seconds(call: Call, count: int, clock: Clock) -> float:
+    if isinstance(call, Measured):
+        return call.seconds(count)
+    begun = clock()
+    for _ in range(count):
+        call()
+    return clock() - begun
 
 
 def _warm_up(call: Call, effort: Effort, clock: Clock) -> tuple[int, bool]:
     """The number of calls per sample, and whether they are short."""
-    call()
-    begun = clock()
-    call()
-    seconds = max(clock() - begun, 1e-9)
+    _seconds(call, 1, clock)
+    seconds = max(_seconds(call, 1, clock), 1e-9)
     return max(1, min(round(effort.sample / seconds), 10_000)), seconds < _SHORT
 
 

@@ -80,7 +80,8 @@ def bench(
         typer.Option(
             metavar="NAME,NAME,...",
             help="Some of sdpa, sdpa-folded, sdpa-bf16, sdpa-bf16-folded, dequantize, int4, ggml-f16, ggml-q8_0, "
-            "ggml-q4_0; or none. By default all that are available.",
+            "ggml-q4_0, ort-f32, ort-int8, ort-int4, openvino-f32, openvino-u8, openvino-u4; or none. By default all "
+            "that are available.",
             rich_help_panel=AGAINST,
             show_default=False,
         ),
@@ -154,6 +155,7 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
     from dataclasses import asdict
 
     from ..benchmarking import peak
+    from ..benchmarking.limits import named
     from ..benchmarking.plan import run
     from ..benchmarking.records import as_document
     from .bench_facts import bench_facts
@@ -165,6 +167,7 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
         }
         rows = list(run(plan, say))
     facts = bench_facts(plan.backend, peaks=peaks, effort=asdict(plan.effort), seed=plan.seed)
+    rows = [named(row, facts) for row in rows]
     document = as_document(rows, facts)
     if out is not None:
         write_json(out, document)

@@ -15,7 +15,7 @@ from .machine import cpu_name, package_version
 def bench_facts(backend: str, **more: Any) -> dict[str, Any]:
     import torch
 
-    from ..benchmarking import ggml, peak
+    from ..benchmarking import ggml, peak, remote
 
     cpuinfo = Path("/proc/cpuinfo")
     return {
@@ -29,6 +29,7 @@ def bench_facts(backend: str, **more: Any) -> dict[str, Any]:
         "transformers": package_version("transformers"),
         "llama_cpp_python": package_version("llama-cpp-python"),
         "ggml": ggml.version(),
+        "peers": remote.versions(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -40,6 +40,12 @@ def show(rows: Sequence[Row], facts: dict[str, Any], console: Console) -> None:
         table.title, table.title_justify, table.title_style = TITLES[work], "left", "bold"
         table.caption, table.caption_justify = captions.get(work), "left"
         console.print(table)
+    if any(row.limit for row in rows):
+        console.print(
+            "limit: the one of the processor's that TurboAttention comes nearest, and the share reached",
+            style="dim",
+            markup=False,
+        )
     if any(rival.ratio for row in rows for rival in row.rivals):
         console.print("faster: the peer's time over TurboAttention's, in pairs [p20 p80]", style="dim", markup=False)
 
@@ -66,6 +72,11 @@ def ratio_text(spread: Spread) -> str:
     return f"{spread.median:.2f}x [{spread.p20:.2f} {spread.p80:.2f}]"
 
 
+def limit_text(row: Row) -> str:
+    """E.g. "limit: memory bandwidth 71%"; empty for a row without one."""
+    return "" if row.limit is None or row.limit_share is None else f"limit: {row.limit} {row.limit_share:.0%}"
+
+
 def shape_text(row: Row) -> str:
     return f"{row.shape['keys']:,} d{row.shape['head_dim']}"
 
@@ -86,7 +97,7 @@ def _speed(rows: Sequence[Row]) -> Table:
         if row.refused is not None:
             table.add_row(shape_text(row), own, "", "", "", Text(row.refused, style="red"))
             continue
-        table.add_row(shape_text(row), own, *_cells(row), "")
+        table.add_row(shape_text(row), own, *_cells(row), Text(limit_text(row), style="dim"))
         beside = row.bits or ("causal" if row.shape["causal"] else "full")
         for index, rival in enumerate(row.rivals):
             table.add_row("" if index else beside, *_rival(rival), end_section=index == len(row.rivals) - 1)
