@@ -8,10 +8,10 @@ and is set back to its first length before a sample.
 from __future__ import annotations
 
 import numpy as np
-import openvino as ov
-from openvino import opset13 as ops
-from openvino.op import assign, read_value
-from openvino.op.util import Variable, VariableInfo
+import openvino as ov  # pyright: ignore[reportMissingImports]
+from openvino import opset13 as ops  # pyright: ignore[reportMissingImports]
+from openvino.op import assign, read_value  # pyright: ignore[reportMissingImports]
+from openvino.op.util import Variable, VariableInfo  # pyright: ignore[reportMissingImports]
 from serve import serve
 
 GROWTH = 16

@@ -7,8 +7,8 @@ quantized caches have one scale per channel, which the caller has to know before
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime as ort
-from onnx import TensorProto, helper
+import onnxruntime as ort  # pyright: ignore[reportMissingImports]
+from onnx import TensorProto, helper  # pyright: ignore[reportMissingImports]
 from serve import serve
 
 LEVELS = {"int8": 127, "int4": 7}
