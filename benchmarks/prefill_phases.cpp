@@ -1,5 +1,7 @@
 // Times the phases of a prefill on the kernels' own code: a group of queries over one block of 64 keys; and what the
 // softmax among them takes in 16-bit integers. Built and called by prefill_phases.py.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -9,8 +11,6 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
-
-#include <immintrin.h>
 
 #define TURBO_ISA bench
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
@@ -138,8 +138,8 @@ inline void integer_weights(const Integers& s, Group& g, GroupWork& w, float val
     interleaved(set(0), top, tops);
     bool shrinks = false;
     for (int n = 0; n < kQueryVectors; ++n) {
-        const F peak = f_from_int(i_load(tops + 16 * n)) * f_load(g.form[0].unit + 16 * n);
-        shrinks |= fold_lanes(g, w, n, peak, f_from_int(i_load(sums + 16 * n)) / f_set(kLevels), f_set(value_unit));
+        const F row_max = f_from_int(i_load(tops + 16 * n)) * f_load(g.form[0].unit + 16 * n);
+        shrinks |= fold_lanes(g, w, n, row_max, f_from_int(i_load(sums + 16 * n)) / f_set(kLevels), f_set(value_unit));
     }
     w.shrinks = shrinks;
 }
@@ -197,15 +197,15 @@ extern "C" void time_phases(int head_dim, const int* square, const int* cubic, i
     set_value_scales(scales, value);
     std::fill(g.form[0].unit, g.form[0].unit + kQueryLanes, 5e-4f);
     const Exponential coarse(-6.0f, false), fine(-6.0f, true);
-    F peak[kQueryVectors];
+    F row_max[kQueryVectors];
     out[0] = best(repeats, [&] { lane_scores(block, g.form[0], head_dim, w); });
-    const auto logits = [&] { group_logits(job, 0, 0, scales, g, w, false, peak); };
+    const auto logits = [&] { group_logits(job, 0, 0, scales, g, w, false, row_max); };
     out[1] = best(repeats, logits);
-    out[2] = best(repeats, [&] { group_weights<false>(Levels<Softmax::sas, false>{coarse}, scales, g, w, peak); });
+    out[2] = best(repeats, [&] { group_weights<false>(Levels<Softmax::sas, false>{coarse}, scales, g, w, row_max); });
     // These write over the logits, so that both are timed.
     out[3] = best(repeats, [&] {
         logits();
-        group_scaled_weights(Levels<Softmax::sas, true>{fine}, scales, g, w, peak);
+        group_scaled_weights(Levels<Softmax::sas, true>{fine}, scales, g, w, row_max);
     });
     out[4] = best(repeats, [&] { lane_outputs(block, g, head_dim, w, false); });
     out[5] = best(repeats, [&] { integer_weights<false>(integers, g, w, scales.value_unit); });

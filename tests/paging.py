@@ -8,7 +8,7 @@ import torch
 
 import turboattention as ta
 from turboattention.kv.cache import KVCache
-from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat, paged_attention
+from turboattention.paged import BLOCK, PagedBatch, PagedFormat, TailBlocks, paged_attention
 
 from .helpers import normals
 
@@ -37,8 +37,8 @@ class Server:
         self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers, means=(mean,) * layers)
         self.pages = torch.full((64, self.fmt.page_bytes + 64), 0xAB, dtype=torch.uint8)
         self.free = self.random.sample(range(64), 64)
-        self.open_blocks = OpenBlocks(layers, slots, HEADS, head_dim, ring=ring)
-        self.open_blocks.codes[0].fill_(77)
+        self.tail_blocks = TailBlocks(layers, slots, HEADS, head_dim, ring=ring)
+        self.tail_blocks.codes[0].fill_(77)
         self.backend = backend
         self.blocks: dict[int, list[int]] = {}
         self.slots: dict[int, int] = {}
@@ -65,7 +65,7 @@ class Server:
         )
         out = torch.full_like(flat[0], torch.nan)
         options.setdefault("backend", self.backend)
-        self.finite = paged_attention(self.fmt, 0, batch, *flat, out, self.pages, self.open_blocks, **options)
+        self.finite = paged_attention(self.fmt, 0, batch, *flat, out, self.pages, self.tail_blocks, **options)
         return dict(zip(new, (x.transpose(0, 1) for x in out.split(counts)), strict=True))
 
     def holds(self, key: int, cache: KVCache, blocks: int) -> bool:

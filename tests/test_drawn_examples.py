@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import turboattention as ta
-from turboattention.paged import OpenBlocks, PagedBatch, PagedFormat, paged_attention
+from turboattention.paged import PagedBatch, PagedFormat, TailBlocks, paged_attention
 
 OFF = ta.TurboConfig(guard="off")
 CHANNELS = 8
@@ -108,7 +108,7 @@ def test_paged_attention(heading, matrices):
     starts, ends, tokens = (options.pop(name) for name in ("query_start", "seq_lens", "tokens"))
     fmt = PagedFormat.of(ta.TurboConfig.serving(guard="off"), CHANNELS, [((4,), (4,))])
     pages = torch.zeros(len(ends), fmt.page_bytes, dtype=torch.uint8)
-    slots = OpenBlocks(1, len(ends), 1, CHANNELS)
+    slots = TailBlocks(1, len(ends), 1, CHANNELS)
     counts = [stop - start for start, stop in itertools.pairwise(starts)]
 
     def step(begins: list[int], counts: list[int], padding: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import turboattention as ta
 from turboattention.errors import ConfigError, InputError, ShapeError
 from turboattention.kv.cache import KVCache
-from turboattention.paged import BLOCK, PAGE_UNIT, OpenBlocks, PagedBatch, PagedFormat, paged_attention
+from turboattention.paged import BLOCK, PAGE_UNIT, PagedBatch, PagedFormat, TailBlocks, paged_attention
 
 from .helpers import relative_error
 from .kernels.cpu import tools  # noqa: F401
@@ -93,7 +93,7 @@ def test_what_is_not_finite_counts_as_zero_and_is_told(name):
         assert not server.finite
         assert other.finite
         assert torch.equal(got, want)
-        assert all(torch.equal(x, y) for x, y in zip(server.open_blocks.codes, other.open_blocks.codes, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(server.tail_blocks.codes, other.tail_blocks.codes, strict=True))
 
 
 def test_calibrated_means():
@@ -125,7 +125,7 @@ def test_layers_of_one_batch_with_other_pools_and_pages():
         batch = PagedBatch(start, length, torch.tensor([[7, 9]]), torch.tensor([2]), last - first)
         for server, wanted in zip(layers, want, strict=True):
             out = torch.empty_like(rows[0])
-            paged_attention(server.fmt, 0, batch, *rows, out, server.pages, server.open_blocks)
+            paged_attention(server.fmt, 0, batch, *rows, out, server.pages, server.tail_blocks)
             assert torch.equal(out.transpose(0, 1), wanted[:, first:last])
     for server, other in zip(layers, alone, strict=True):
         server.blocks = {0: [7, 9]}
@@ -141,7 +141,7 @@ def test_refusals():
     with pytest.raises(ShapeError, match=r"^means: expected \[2, 16\] each, got \[2, 8\]$"):
         PagedFormat.of(CONFIG, 16, [UNIFORM[4]], means=(torch.zeros(2, 8),))
     with pytest.raises(InputError, match=r"^ring: expected 64 or 128, got 65$"):
-        OpenBlocks(1, 1, 1, 16, ring=65)
+        TailBlocks(1, 1, 1, 16, ring=65)
     server, sequence = Server(), tokens(1, 3)
     for index, name in ((0, "q, out"), (1, "k"), (2, "v")):
         broken = [x if i != index else x[:, :, :8] for i, x in enumerate(sequence)]
@@ -168,27 +168,27 @@ def test_places_out_of_range_are_refused_before_anything_is_written(change, mess
     server, (q, k, v) = Server(), (x.transpose(0, 1).contiguous() for x in tokens(1, 3))
     batch = PagedBatch(*(torch.tensor(x) for x in ([0, 3], [3], [[5]], [1])))
     change(batch)
-    pages, codes = server.pages.clone(), server.open_blocks.codes[0].clone()
+    pages, codes = server.pages.clone(), server.tail_blocks.codes[0].clone()
     with pytest.raises(InputError) as caught:
-        paged_attention(server.fmt, 0, batch, q, k, v, q.clone(), server.pages, server.open_blocks)
+        paged_attention(server.fmt, 0, batch, q, k, v, q.clone(), server.pages, server.tail_blocks)
     assert str(caught.value) == message
     assert torch.equal(server.pages, pages)
-    assert torch.equal(server.open_blocks.codes[0], codes)
+    assert torch.equal(server.tail_blocks.codes[0], codes)
 
 
 def test_places_that_do_not_fit_are_refused():
     server, (q, k, v) = Server(), (x.transpose(0, 1).contiguous() for x in tokens(1, 3))
     batch = PagedBatch(*(torch.tensor(x) for x in ([0, 3], [3], [[5]], [1])))
 
-    def call(layer=0, out=None, opened=server.open_blocks, window=None):
+    def call(layer=0, out=None, opened=server.tail_blocks, window=None):
         out = torch.empty_like(q) if out is None else out
         paged_attention(server.fmt, layer, batch, q, k, v, out, server.pages, opened, window=window)
 
     apart = torch.empty(*q.shape, 2)[..., 0]
     with pytest.raises(ShapeError, match=r"^out: expected channels side by side, got strides"):
         call(out=apart)
-    with pytest.raises(ShapeError, match=r"^open_blocks: expected 2 heads of 16 channels, got 2 of 8$"):
-        call(opened=OpenBlocks(1, 4, 2, 8))
+    with pytest.raises(ShapeError, match=r"^tail_blocks: expected 2 heads of 16 channels, got 2 of 8$"):
+        call(opened=TailBlocks(1, 4, 2, 8))
     with pytest.raises(InputError, match=r"^layer: expected one of 1, got 1$"):
         call(layer=1)
     with pytest.raises(InputError, match=r"^window: expected at least 1, or None, got 0$"):

@@ -70,4 +70,4 @@ def test_a_star_import_works_without_triton():
 
 
 def test_paged_exports_what_a_server_uses():
-    assert {"BLOCK", "OpenBlocks", "PagedBatch", "PagedFormat", "paged_attention"} <= set(ta.paged.__all__)
+    assert {"BLOCK", "TailBlocks", "PagedBatch", "PagedFormat", "paged_attention"} <= set(ta.paged.__all__)

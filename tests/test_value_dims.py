@@ -208,5 +208,5 @@ def test_tokens_of_other_widths_are_refused():
 )
 def test_gpu_kernels_refuse_them_by_name(dims, reason, monkeypatch):
     monkeypatch.setattr("turboattention.impl.triton._device_refusal", lambda device: None)
-    call = dispatch.Call(OFF, torch.float32, torch.device("cuda"), 1, dims)
+    call = dispatch.CallTraits(OFF, torch.float32, torch.device("cuda"), 1, dims)
     assert dispatch.TABLE["triton"].refusal(call) == reason

@@ -10,7 +10,7 @@ import paged_kernels
 import torch
 
 from turboattention.config import TurboConfig
-from turboattention.kernels.inputs import OpenRows, Pages, Standing
+from turboattention.kernels.inputs import Pages, QueryPositions, TailRows
 from turboattention.kernels.triton import append, attention, fresh, pages, quantize, smoothing
 from turboattention.kernels.triton.call import Fresh, padded
 from turboattention.kernels.triton.ordering import Order
@@ -162,15 +162,15 @@ def _codec(head_dim: int) -> Work:
     return work
 
 
-def _standing(queries: int, before: int) -> Standing:
+def _standing(queries: int, before: int) -> QueryPositions:
     first = torch.full((BATCH,), before)
-    return Standing(first, torch.full((BATCH,), queries), first + queries)
+    return QueryPositions(first, torch.full((BATCH,), queries), first + queries)
 
 
-def _rows(head_dim: int, tokens: int, dtype: torch.dtype) -> OpenRows:
+def _rows(head_dim: int, tokens: int, dtype: torch.dtype) -> TailRows:
     codes = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.int8)
     scales = torch.ones(BATCH, KV_HEADS, tokens, dtype=dtype)
-    return OpenRows(codes, codes.clone(), scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
+    return TailRows(codes, codes.clone(), scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
 
 
 def _table(head_dim: int, bits: tuple[int, ...], halves: tuple[bool, ...]) -> Pages:
@@ -190,4 +190,5 @@ def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Te
 
 def _options(head_dim: int) -> dict[str, Any]:
     mean = torch.zeros(BATCH, KV_HEADS, head_dim)
-    return dict(kv_heads=KV_HEADS, scale=0.1, mean=mean, mean_from=1, causal=True, window=None, softcap=None, mask=None)
+    more = dict(causal=True, window=None, softcap=None, mask=None)
+    return dict(kv_heads=KV_HEADS, scale=0.1, mean=mean, mean_from_block=1, **more)

@@ -11,7 +11,7 @@ from timing import on_gpu, relative_error
 from torch import Tensor
 
 import turboattention as ta
-from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat, paged_attention
+from turboattention.paged import BLOCK, PagedBatch, PagedFormat, TailBlocks, paged_attention
 
 CONFIG = ta.TurboConfig.serving(guard="off")
 
@@ -26,7 +26,7 @@ def paged(plan: Plan, width: int) -> float:
     wide = max(prompts) // BLOCK + 2
     table = torch.randperm(2 * wide).view(2, wide).to(device(), torch.int32)
     pages = torch.full((2 * wide, fmt.page_bytes), 0xAB, dtype=torch.uint8, device=device())
-    opened = OpenBlocks(1, 2, plan.kv_heads, plan.head_dim, device())
+    opened = TailBlocks(1, 2, plan.kv_heads, plan.head_dim, device())
     slots, results = torch.tensor([1, 0], device=device()), [[], []]
 
     def attend(rows: list[Tensor], starts: Tensor, lengths: Tensor, most: int) -> Tensor:

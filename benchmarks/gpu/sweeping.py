@@ -18,9 +18,9 @@ from problem import device, exact, filled_cache, normals
 from timing import WRONG, graphed, on_gpu, once, relative_error, said
 
 import turboattention as ta
-from turboattention.impl.triton.state import Call
+from turboattention.impl.triton.host_lengths import Fills
+from turboattention.impl.triton.state import StepCall
 from turboattention.impl.triton.steps import steps_of
-from turboattention.impl.triton.tally import Fills
 from turboattention.kernels.triton import configs
 from turboattention.kernels.triton.configs import Launch
 
@@ -161,7 +161,7 @@ def best(rows: list[Row], **wanted: Any) -> Launch | None:
 def _attended(cache: ta.KVCache, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     steps = steps_of(cache)
     assert steps is not None
-    return steps.run(q, None, None, Call(q.shape[3] ** -0.5), fills=Fills())
+    return steps.run(q, None, None, StepCall(q.shape[3] ** -0.5), fills=Fills())
 
 
 def _of(launch: Launch) -> Row:

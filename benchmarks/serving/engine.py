@@ -27,7 +27,7 @@ def cache_facts(llm: LLM) -> dict[str, int]:
     """blocks and tokens that the scheduler has, bytes of the layers' own tensors, and of the pool beside them."""
     config = llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context.values()
-    pools = [layer.impl.open_blocks.nbytes for layer in layers if hasattr(layer.impl, "open_blocks")]
+    pools = [layer.impl.tail_blocks.nbytes for layer in layers if hasattr(layer.impl, "tail_blocks")]
     blocks, size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
     assert blocks is not None
     return {

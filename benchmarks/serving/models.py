@@ -11,7 +11,7 @@ import torch
 from turboattention import __version__, bundled
 from turboattention.calibration import Calibration, LayerStatistics, Provenance
 from turboattention.config import WIDTHS
-from turboattention.paged import OpenBlocks
+from turboattention.paged import TailBlocks
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Model:
 
     def side_pool(self, sequences: int) -> int:
         """Bytes beside the pages: a slot for each sequence that may run, and a spare one."""
-        return OpenBlocks(self.layers, sequences + 1, self.kv_heads, self.head_dim, device="meta").nbytes
+        return TailBlocks(self.layers, sequences + 1, self.kv_heads, self.head_dim, device="meta").nbytes
 
     def mixed(self, folder: Path) -> Path:
         """A calibration with the paper's widths: half of the KV heads at 2 bits, the others at 4. Its statistics are

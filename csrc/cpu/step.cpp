@@ -39,7 +39,7 @@ std::uint16_t narrowed(float scale) {  // 4 mantissa bits: exact
 std::int64_t channels(const StoreArgs& s, int side) { return side ? s.value_dim : s.head_dim; }
 
 // The buffer as rows with scales in float32. Where a block fills, a copy, which has room for all new tokens.
-Int8Rows open_rows(const StepArgs& step, Workspace& w) {
+Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
     const StoreArgs& s = step.store;
     Int8Rows rows = s.open;
     rows.head_rows = s.fresh ? step.capacity + s.tokens : step.capacity, rows.batch_rows = s.heads * rows.head_rows;
@@ -108,7 +108,7 @@ Unfit run_step(const StepArgs& step) {
     AttendArgs a = step.attend;
     StoreArgs s = step.store;
     stand(s, a, w);
-    a.open = s.open = open_rows(step, w);
+    a.open = s.open = tail_rows(step, w);
     Unfit unfit = s.tokens ? quantize_new(kernels, s) : kFine;
     if (unfit == kFine && a.queries) {
         std::atomic<std::int32_t> queries{0};

@@ -27,13 +27,13 @@ inline void with_width(std::int64_t bits, const Body& body) {
 
 // Calls body(wide, narrow): the widths of the two halves of a head's K, which are equal or differ by 2 bits.
 template <class Body>
-inline void with_key_widths(const HeadPlace& place, const Body& body) {
-    with_width<8, 5, 4, 3, 2>(place.bits[0], [&](auto wide) {
+inline void with_key_widths(const HeadOffsets& offsets, const Body& body) {
+    with_width<8, 5, 4, 3, 2>(offsets.bits[0], [&](auto wide) {
         constexpr int kWide = decltype(wide)::value;
         if constexpr (kWide == 5) {
             body(wide, Width<3>{});
         } else if constexpr (kWide == 4 || kWide == 3) {
-            if (place.bits[1] == kWide) return body(wide, wide);
+            if (offsets.bits[1] == kWide) return body(wide, wide);
             body(wide, Width<kWide - 2>{});
         } else {
             body(wide, wide);
@@ -49,11 +49,11 @@ struct Run {
 };
 
 template <class Body>
-inline void over_runs(const HeadPlace& place, int octets, int tokens, const Body& body) {
-    if (place.bits[0] == place.bits[1]) return body(Run{place.bits[0], 0, octets, 0});
+inline void over_runs(const HeadOffsets& offsets, int octets, int tokens, const Body& body) {
+    if (offsets.bits[0] == offsets.bits[1]) return body(Run{offsets.bits[0], 0, octets, 0});
     const int half = octets / 2;
-    body(Run{place.bits[0], 0, half, 0});
-    body(Run{place.bits[1], half, octets, place.bits[0] * half * tokens});
+    body(Run{offsets.bits[0], 0, half, 0});
+    body(Run{offsets.bits[1], half, octets, offsets.bits[0] * half * tokens});
 }
 
 }  // namespace turbo::TURBO_ISA

@@ -121,7 +121,9 @@ def turbo_attention(
     window_size = check_window(window_size)
     mask = check_mask(attn_mask, q, k.shape[2])
     check_mask_values(mask)
-    chosen = dispatch.choose(backend, dispatch.Call(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3])))
+    chosen = dispatch.choose(
+        backend, dispatch.CallTraits(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3]))
+    )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if name not in chosen.checks_finite:
             check_finite(name, x)
@@ -217,7 +219,7 @@ def turbo_attention_with_kvcache(
         return result if return_lse else result[0]
     call = check_call(q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
     head_dims = cache.head_dim, cache.v_head_dim
-    chosen = dispatch.choose(backend, dispatch.Call(cache.config, q.dtype, q.device, q.shape[2], head_dims))
+    chosen = dispatch.choose(backend, dispatch.CallTraits(cache.config, q.dtype, q.device, q.shape[2], head_dims))
     # Queries alone may reach back behind what a window has kept, which the general path looks at.
     result = chosen.step(call, cache) if k_new is not None or cache.window_size is None else None
     if result is None:
@@ -299,5 +301,5 @@ def explain(
     check_softmax(scale, softcap)
     check_window(window_size)
     check_mask_values(check_mask(attn_mask, q, k.shape[2]))
-    call = dispatch.Call(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3]))
+    call = dispatch.CallTraits(config, q.dtype, q.device, q.shape[2], (q.shape[3], v.shape[3]))
     return dispatch.explain_choice(backend, call)

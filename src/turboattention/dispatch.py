@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from .errors import BackendError, InputError, UnsupportedError
-from .impl.contract import Availability, Backend, Call
+from .impl.contract import Availability, Backend, CallTraits
 from .impl.cpu import CpuBackend
 from .impl.pytorch import ReferenceBackend
 from .impl.triton import TritonBackend
 from .kv.quantizer import Quantizer
 
-__all__ = ["TABLE", "Availability", "Call", "Explanation", "backends", "choose", "explain_choice", "quantizer_on"]
+__all__ = ["TABLE", "Availability", "CallTraits", "Explanation", "backends", "choose", "explain_choice", "quantizer_on"]
 
 _ALL: tuple[Backend, ...] = (TritonBackend(), CpuBackend(), ReferenceBackend())
 
@@ -39,7 +39,7 @@ def backends() -> dict[str, Availability]:
     return {name: backend.availability() for name, backend in TABLE.items()}
 
 
-def choose(name: str, call: Call | None = None) -> Backend:
+def choose(name: str, call: CallTraits | None = None) -> Backend:
     """The backend for `name`; "auto" is the fastest usable one that computes `call`.
 
     Raises:
@@ -62,7 +62,7 @@ def choose(name: str, call: Call | None = None) -> Backend:
     return TABLE[name]
 
 
-def explain_choice(name: str, call: Call | None = None) -> Explanation:
+def explain_choice(name: str, call: CallTraits | None = None) -> Explanation:
     """What `choose` decides, in words."""
     chosen, found = choose(name, call).name, backends()
     others = {}
@@ -75,7 +75,7 @@ def explain_choice(name: str, call: Call | None = None) -> Explanation:
     return Explanation(chosen, found[chosen].reason, others)
 
 
-def _refusal(backend: Backend, call: Call | None) -> str | None:
+def _refusal(backend: Backend, call: CallTraits | None) -> str | None:
     return None if call is None else backend.refusal(call)
 
 

@@ -68,7 +68,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object], a
 
 
 @contextmanager
-def standing_file(path: str | os.PathLike[str]) -> Iterator[str]:
+def open_regular(path: str | os.PathLike[str]) -> Iterator[str]:
     """Yield a name under which the current file at `path` can be opened repeatedly, even if it is replaced meanwhile.
 
     Raises OSError, without blocking, also if `path` is a folder, device or pipe.

@@ -1,7 +1,7 @@
 """Paged attention for servers, which own the memory: block tables, slots of INT8 rows, ragged batches.
 
 A page holds a full block of 64 tokens in the packed format (`kv/layout.py`) and is never modified. Incomplete blocks
-are INT8 rows in `OpenBlocks`, one slot per running sequence. Attention follows `TurboConfig.stored_prefill`: a
+are INT8 rows in `TailBlocks`, one slot per running sequence. Attention follows `TurboConfig.stored_prefill`: a
 query in block j reads the blocks before j from their pages, and block j as INT8, so that the bytes of a page do not
 depend on how tokens were scheduled.
 """
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from .config import TurboConfig
-from .dispatch import TABLE, Call, choose
+from .dispatch import TABLE, CallTraits, choose
 from .errors import InputError, ShapeError
 from .impl.contract import PagedAttention
-from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, OpenBlocks, PagedBatch, PagedFormat, reserved_bytes
+from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, PagedBatch, PagedFormat, TailBlocks, reserved_bytes
 from .softmax import logit_scale
 
 __all__ = [
     "BLOCK",
     "PAGE_UNIT",
     "HeadBits",
-    "OpenBlocks",
     "PagedBatch",
     "PagedFormat",
+    "TailBlocks",
     "backend_for",
     "paged_attention",
     "reserved_bytes",
@@ -42,7 +42,7 @@ def paged_attention(
     v: Tensor,
     out: Tensor,
     pages: Tensor,
-    open_blocks: OpenBlocks,
+    tail_blocks: TailBlocks,
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -54,16 +54,16 @@ def paged_attention(
     Args:
         q, out: [T, Hq, D]; k, v: [T, H, D]. float32, bfloat16 or float16.
         pages: uint8 [N, page_bytes or more] with last stride 1, the pages of this layer; blocks that fill are written.
-        fmt: the page format of all layers. layer: index into its layouts and into `open_blocks`.
+        fmt: the page format of all layers. layer: index into its layouts and into `tail_blocks`.
         batch: the sequences of this step: their query rows, lengths, pages and slots.
-        open_blocks: INT8 rows of incomplete blocks; this layer's slots are written.
+        tail_blocks: INT8 rows of incomplete blocks; this layer's slots are written.
         scale: of the logits, default `1 / sqrt(D)`. window: in tokens; a query at position p attends to keys
             `p - window + 1` to p. Pages before every window are not read.
         softcap, backend: as in `turbo_attention`.
 
     Returns:
         Whether all values of q, k and v were finite. Others are read as zeros; on a GPU their whole row is. A GPU
-        always returns True, without waiting: `OpenBlocks.notice` reports such values later.
+        always returns True, without waiting: `TailBlocks.notice` reports such values later.
 
     Raises:
         ShapeError: shapes do not match. InputError: layer or window is out of range; on a CPU also lengths, slots or
@@ -87,11 +87,11 @@ def paged_attention(
             0 0 0 1 1    # sequence 2; sequence 1 has no tokens in this step
     """
     _check(fmt, q, k, v, out, pages)
-    _check_place(fmt, layer, open_blocks, window)
+    _check_place(fmt, layer, tail_blocks, window)
     which = fmt.config, q.dtype, q.device, backend
     run = batch.once(which, lambda: _chosen(*which)[1])
     factor = logit_scale(scale, fmt.head_dim)
-    return run(fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=factor, window=window, softcap=softcap)
+    return run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, scale=factor, window=window, softcap=softcap)
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
@@ -104,7 +104,7 @@ def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, b
 
 
 def _chosen(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str) -> tuple[str, PagedAttention]:
-    chosen = choose(backend, Call(_over_caches(config), dtype, device, queries=1))
+    chosen = choose(backend, CallTraits(_over_caches(config), dtype, device, queries=1))
     if chosen.paged_attention is None:
         able = sorted(each.name for each in TABLE.values() if each.paged_attention is not None)
         raise InputError(f"backend: expected one of {', '.join(able)} for pages, got {chosen.name!r}")
@@ -136,11 +136,11 @@ def _check(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages
         )
 
 
-def _check_place(fmt: PagedFormat, layer: int, open_blocks: OpenBlocks, window: int | None) -> None:
-    shape = open_blocks.codes[0].shape
+def _check_place(fmt: PagedFormat, layer: int, tail_blocks: TailBlocks, window: int | None) -> None:
+    shape = tail_blocks.codes[0].shape
     if (shape[2], shape[4]) != (fmt.kv_heads, fmt.head_dim):
         raise ShapeError(
-            f"open_blocks: expected {fmt.kv_heads} heads of {fmt.head_dim} channels, got {shape[2]} of {shape[4]}"
+            f"tail_blocks: expected {fmt.kv_heads} heads of {fmt.head_dim} channels, got {shape[2]} of {shape[4]}"
         )
     if not 0 <= layer < min(shape[0], len(fmt.layouts)):
         raise InputError(f"layer: expected one of {min(shape[0], len(fmt.layouts))}, got {layer}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from turboattention.calibration import Calibration
-from turboattention.cli.heads_view import LEGEND, cells_of, standing_out, summary
+from turboattention.cli.heads_view import LEGEND, cells_of, summary, unusual_layers
 
 from ..calibration.samples import calibration, layer
 from .conftest import TEXT, Run
@@ -184,9 +184,9 @@ def test_generate_refuses_another_models(run: Run, model, saved):
 def test_a_layer_that_stands_out_is_named(run: Run, tmp_path):
     """Also in the picture, which is a picture."""
     found = calibration(0.1, 0.1, 0.1, 0.1)
-    assert standing_out(found) == {}
+    assert unusual_layers(found) == {}
     found.layers[2].errors[0, :, -1] *= 30
-    assert list(standing_out(found)) == [2]
+    assert list(unusual_layers(found)) == [2]
     assert "Unusual: layer 2: K at 8 bits loses" in summary(found)
     found.save(tmp_path / "kept")
     said = run("inspect", "--calibration", tmp_path / "kept", "--picture", tmp_path / "keys.png")

@@ -105,7 +105,7 @@ def test_int8_rows_are_those_of_a_cache_without_order(config):
         assert torch.equal(x, y)
     state, wanted = (cache.state(torch.device("cpu")) for cache in (ordered, plain))
     for name in ("k8", "v8", "k_scale", "v_scale"):
-        assert torch.equal(getattr(state.open_tiles, name), getattr(wanted.open_tiles, name))
+        assert torch.equal(getattr(state.tail_tiles, name), getattr(wanted.tail_tiles, name))
     assert torch.equal(state.k_mean, wanted.k_mean)
     assert not torch.equal(both(ordered, 1, 2)[0], both(plain, 1, 2)[0])
     assert torch.equal(both(ordered, 1, 4)[1], both(plain, 1, 4)[1])

@@ -23,13 +23,13 @@ struct FloatRows {
 
 // One head's half (K or V) of a page: widths of the codes of its first D / 2 channels and of the others, and byte
 // offsets; step and zero are -1 at 8 bits.
-struct HeadPlace {
+struct HeadOffsets {
     std::int64_t bits[2], codes, step, zero;
 };
 
-// A page's layout: places [H][2] (K, V), sections of scales. token_scales is -1 without them.
+// A page's layout: offsets [H][2] (K, V), sections of scales. token_scales is -1 without them.
 struct PagePlan {
-    const HeadPlace* places;
+    const HeadOffsets* offsets;
     std::int64_t token_scales[2];
     std::int64_t scales[2];
 };
@@ -69,7 +69,7 @@ struct AttendArgs {
     const std::int64_t* first_position;  // [B], where query row 0 stands
     const std::int64_t* valid_rows;      // [B], rows behind are left alone: 0 and -inf
     const std::int64_t* lengths;         // [B], keys of each sequence
-    std::int64_t mean_from;              // first block whose keys are stored without the mean
+    std::int64_t mean_from_block;        // first block whose keys are stored without the mean
     // Pages: addresses [B, page_stride] (0 where evicted), counts [B].
     const std::uint64_t* pages;
     const std::int64_t* page_counts;

@@ -10,8 +10,8 @@
 #include "../memory.h"
 #include "../quantize/rotate.h"
 #include "../threads.h"
-#include "few_rows.h"
-#include "many_rows.h"
+#include "decode_rows.h"
+#include "prefill_rows.h"
 #include "rows.h"
 #include "softmax.h"
 #include "task.h"
@@ -47,36 +47,36 @@ inline Plan plan_of(const AttendArgs& a) {
 
 // Writes query i of a query head: normalized, rotated back, with its log-sum-exp; 0 and -inf where
 // nothing was seen.
-inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t i, float peak, float total,
-                       const float* out) {
+inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t i, float row_max,
+                       float row_sum, const float* out) {
     static const Signs signs;
     const int value_dim = static_cast<int>(a.value_dim);
-    const bool seen = total > 0;
+    const bool seen = row_sum > 0;
     alignas(64) float x[kMaxHeadDim] = {};
     if (seen) {
-        const float over = 1.0f / total;
+        const float over = 1.0f / row_sum;
         for (int c = 0; c < value_dim; ++c) x[c] = out[c] * over;
         if (a.rotate) unrotate_row(x, value_dim, signs);
     }
     store_row(a.out, row_offset(a.out, b, head, i), value_dim, x);
     if (!a.lse) return;
     a.lse[(b * a.heads * a.group + head) * a.queries + i] =
-        seen ? peak + std::log(total) : -std::numeric_limits<float>::infinity();
+        seen ? row_max + std::log(row_sum) : -std::numeric_limits<float>::infinity();
 }
 
 // Adds the runs of blocks of a row up, in their order.
-inline void merge_row(const Running* parts, std::int64_t count, int row, int wide, float& peak, float& total,
+inline void merge_row(const Running* parts, std::int64_t count, int row, int wide, float& row_max, float& row_sum,
                       float* out) {
-    peak = -std::numeric_limits<float>::infinity(), total = 0.0f;
-    for (std::int64_t s = 0; s < count; ++s) peak = std::max(peak, parts[s].peak[row]);
+    row_max = -std::numeric_limits<float>::infinity(), row_sum = 0.0f;
+    for (std::int64_t s = 0; s < count; ++s) row_max = std::max(row_max, parts[s].row_max[row]);
     fill(out, wide, 0.0f);
-    if (peak == -std::numeric_limits<float>::infinity()) return;
+    if (row_max == -std::numeric_limits<float>::infinity()) return;
     for (std::int64_t s = 0; s < count; ++s) {
         const Running& part = parts[s];
         alignas(64) float factor[16];
-        f_store(factor, f_exp(f_set(part.peak[row] - peak)));
+        f_store(factor, f_exp(f_set(part.row_max[row] - row_max)));
         if (factor[0] == 0.0f) continue;
-        total += part.total[row] * factor[0];
+        row_sum += part.row_sum[row] * factor[0];
         const float* from = part.out + static_cast<std::size_t>(row) * wide;
         for (int c = 0; c < wide; c += 16) f_store(out + c, f_fma(f_load(from + c), f_set(factor[0]), f_load(out + c)));
     }
@@ -90,15 +90,15 @@ struct Scratch {
 template <class Level>
 inline void run_task(const AttendArgs& a, const Task& task, const Level& level, Scratch& scratch, Running& state) {
     const std::int64_t rows = (task.last_query - task.first_query) * a.group;
-    fill(state.peak, rows, -std::numeric_limits<float>::infinity());
-    fill(state.total, rows, 0.0f);
+    fill(state.row_max, rows, -std::numeric_limits<float>::infinity());
+    fill(state.row_sum, rows, 0.0f);
     fill(state.out, rows * state.wide, 0.0f);
     if (!rows) return;
     // By the task's full size, so that a ragged batch takes one path.
     if (std::min<std::int64_t>(a.queries, kRowsATask) * a.group <= kFewRows)
-        run_few_rows(a, task, level, scratch.few, state);
+        run_decode_rows(a, task, level, scratch.few, state);
     else
-        run_many_rows(a, task, level, scratch.many, state);
+        run_prefill_rows(a, task, level, scratch.many, state);
 }
 
 template <class Level>
@@ -147,7 +147,7 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
         Running state = place(&own[0]);
         run_task(a, task, level, scratch[0], state);
         for_rows(task, [&](int row, std::int64_t head, std::int64_t i) {
-            finish_row(a, task.b, head, i, state.peak[row], state.total[row],
+            finish_row(a, task.b, head, i, state.row_max[row], state.row_sum[row],
                        state.out + static_cast<std::size_t>(row) * wide);
         });
     });
@@ -155,9 +155,9 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
         parallel_for(a.batch * a.heads, static_cast<int>(a.threads), [&](std::int64_t bh) {
             alignas(64) float out[kMaxHeadDim];
             for_rows(task_of(bh * plan.splits), [&](int row, std::int64_t head, std::int64_t i) {
-                float peak, total;
-                merge_row(&parts[bh * plan.splits], plan.splits, row, wide, peak, total, out);
-                finish_row(a, bh / a.heads, head, i, peak, total, out);
+                float row_max, row_sum;
+                merge_row(&parts[bh * plan.splits], plan.splits, row, wide, row_max, row_sum, out);
+                finish_row(a, bh / a.heads, head, i, row_max, row_sum, out);
             });
         });
     // Rows of padding: zero, and nothing seen. Where sequences stand behind each other there is none.

@@ -40,9 +40,9 @@ inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim
 
 template <bool Shrinks>
 inline void lane_outputs_as(const Operand& block, Group& g, int value_dim, const GroupWork& w) {
-    F keep[kQueryVectors], factor[kQueryVectors];
+    F rescale[kQueryVectors], factor[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
-        keep[n] = f_load(w.keep + 16 * n), factor[n] = f_load(w.factor + 16 * n);
+        rescale[n] = f_load(w.rescale + 16 * n), factor[n] = f_load(w.factor + 16 * n);
     }
     for (int c = 0; c < value_dim; c += kAcross) {
         I acc[kAcross][kQueryVectors];
@@ -61,7 +61,7 @@ inline void lane_outputs_as(const Operand& block, Group& g, int value_dim, const
         for (int k = 0; k < kAcross; ++k)
             for (int n = 0; n < kQueryVectors; ++n) {
                 float* at = g.out[c + k] + 16 * n;
-                const F before = Shrinks ? f_load(at) * keep[n] : f_load(at);
+                const F before = Shrinks ? f_load(at) * rescale[n] : f_load(at);
                 f_store(at, f_fma(f_from_int(acc[k][n]), factor[n], before));
             }
     }

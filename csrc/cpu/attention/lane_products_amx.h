@@ -121,14 +121,14 @@ inline void output_tiles(const Operand& block, int c, std::int32_t (*sums)[kQuer
 
 template <bool Shrinks>
 inline void add_outputs(Group& g, const GroupWork& w, int c, int channels, const std::int32_t (*sums)[kQueryLanes]) {
-    F keep[kQueryVectors], factor[kQueryVectors];
+    F rescale[kQueryVectors], factor[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
-        keep[n] = f_load(w.keep + 16 * n), factor[n] = f_load(w.factor + 16 * n);
+        rescale[n] = f_load(w.rescale + 16 * n), factor[n] = f_load(w.factor + 16 * n);
     }
     for (int k = 0; k < channels; ++k)
         for (int n = 0; n < kQueryVectors; ++n) {
             float* at = g.out[c + k] + 16 * n;
-            const F before = Shrinks ? f_load(at) * keep[n] : f_load(at);
+            const F before = Shrinks ? f_load(at) * rescale[n] : f_load(at);
             f_store(at, f_fma(f_from_int(i_load(sums[k] + 16 * n)), factor[n], before));
         }
 }

@@ -12,8 +12,8 @@
 #include "../vectors.h"
 #include "arguments.h"
 #include "queries.h"
-#include "sight.h"
 #include "softmax.h"
+#include "visibility.h"
 
 namespace turbo::TURBO_ISA {
 
@@ -66,7 +66,7 @@ struct LaneQueries {
 struct Group {
     LaneQueries form[2];  // for INT8 rows, and for pages in order (queries.h)
     alignas(64) float mean[kQueryLanes];
-    alignas(64) float peak[kQueryLanes], total[kQueryLanes];
+    alignas(64) float row_max[kQueryLanes], row_sum[kQueryLanes];
     alignas(64) float out[kMaxHeadDim][kQueryLanes];
     std::int64_t position[kQueryLanes], query[kQueryLanes];
     int head[kQueryLanes];  // of the group of query heads
@@ -78,7 +78,7 @@ struct GroupWork {
     alignas(64) std::int32_t scores[kBlock][kQueryLanes];
     alignas(64) float x[kBlock][kQueryLanes];
     alignas(64) std::uint8_t p[kBlock / 4][kQueryLanes][4];
-    alignas(64) float keep[kQueryLanes], factor[kQueryLanes];
+    alignas(64) float rescale[kQueryLanes], factor[kQueryLanes];
     alignas(64) std::int32_t low[kQueryLanes], high[kQueryLanes];
     bool all, shrinks;
 };
@@ -96,20 +96,20 @@ inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bo
     if (all) return true;
     none = true;
     for (int lane = 0; lane < kQueryLanes; ++lane) {
-        Sight sight{0, 0};
-        if (lane < g.used) sight = sight_at(a, b, g.position[lane], block, page);
-        w.low[lane] = sight.low, w.high[lane] = sight.high;
-        none = none && sight.none();
+        VisibleKeys visible{0, 0};
+        if (lane < g.used) visible = visible_keys(a, b, g.position[lane], block, page);
+        w.low[lane] = visible.low, w.high[lane] = visible.high;
+        none = none && visible.none();
     }
     return false;
 }
 
-// Logits of all lanes into w.x, their maximum over the block into `peak`.
+// Logits of all lanes into w.x, their maximum over the block into `row_max`.
 inline void group_logits(const Job& job, std::int64_t block, int form, const BlockScales& scales, const Group& g,
-                         GroupWork& w, bool partial, F* peak) {
+                         GroupWork& w, bool partial, F* row_max) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
-    const bool with_mean = has_mean(a) && block >= a.mean_from;
+    const bool with_mean = has_mean(a) && block >= a.mean_from_block;
     F unit[kQueryVectors], mean[kQueryVectors], top[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
         unit[n] = f_load(g.form[form].unit + 16 * n), top[n] = lowest;
@@ -121,7 +121,7 @@ inline void group_logits(const Job& job, std::int64_t block, int form, const Blo
             f_store(w.x[t] + 16 * n, x);
             top[n] = f_max(top[n], x);
         }
-    for (int n = 0; n < kQueryVectors; ++n) peak[n] = top[n];
+    for (int n = 0; n < kQueryVectors; ++n) row_max[n] = top[n];
     if (a.softcap > 0)
         for (int t = 0; t < kBlock; ++t)
             for (int n = 0; n < kQueryVectors; ++n) {
@@ -145,7 +145,7 @@ inline void group_logits(const Job& job, std::int64_t block, int form, const Blo
             f_store(w.x[t] + 16 * n, x);
             top[n] = f_max(top[n], x);
         }
-        peak[n] = top[n];
+        row_max[n] = top[n];
     }
 }
 
@@ -157,46 +157,46 @@ inline void store_codes(GroupWork& w, int quad, int n, const I* code) {
 
 // Folds the maximum and the sum of weights of 16 lanes over a block into the running ones. `unit`: what one of the
 // block's products counts. Returns whether any result shrinks.
-inline bool fold_lanes(Group& g, GroupWork& w, int n, F peak, F total, F unit) {
+inline bool fold_lanes(Group& g, GroupWork& w, int n, F row_max, F row_sum, F unit) {
     const F none = f_set(-std::numeric_limits<float>::infinity());
-    const F old = f_load(g.peak + 16 * n), top = f_max(old, peak);
+    const F old = f_load(g.row_max + 16 * n), top = f_max(old, row_max);
     const F base = f_keep_gt(top, none, top);
-    const F keep = f_exp(old - base), each = f_exp(peak - base);
-    f_store(g.peak + 16 * n, top);
-    f_store(g.total + 16 * n, f_fma(total, each, f_load(g.total + 16 * n) * keep));
-    f_store(w.keep + 16 * n, keep);
+    const F rescale = f_exp(old - base), each = f_exp(row_max - base);
+    f_store(g.row_max + 16 * n, top);
+    f_store(g.row_sum + 16 * n, f_fma(row_sum, each, f_load(g.row_sum + 16 * n) * rescale));
+    f_store(w.rescale + 16 * n, rescale);
     f_store(w.factor + 16 * n, unit * each);
-    return f_any_lt(keep, f_set(1.0f));
+    return f_any_lt(rescale, f_set(1.0f));
 }
 
-// Weights of all lanes: INT8 codes into w.p, by how much results shrink into w.keep, and what a
+// Weights of all lanes: INT8 codes into w.p, by how much results shrink into w.rescale, and what a
 // product of this block counts into w.factor. `Own`: value scales relative to the largest that a lane sees. Returns
 // whether any result shrinks.
 template <bool Own, class Levels>
-inline bool group_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w, const F* peak) {
+inline bool group_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w, const F* row_max) {
     const F none = f_set(-std::numeric_limits<float>::infinity());
     bool shrinks = false;
     for (int n = 0; n < kQueryVectors; ++n) {
-        const F against = f_keep_gt(peak[n], none, peak[n]);
+        const F against = f_keep_gt(row_max[n], none, row_max[n]);
         F largest = f_set(0.0f), divisor = f_set(1.0f);
         if constexpr (Own) {
             for (int t = 0; t < kBlock; ++t)
                 largest = f_max(largest, f_keep_gt(f_load(w.x[t] + 16 * n), none, f_set(scales.own[t])));
             divisor = largest + f_keep_ge(f_set(0.0f), largest, divisor);
         }
-        I total = i_set(0);
+        I row_sum = i_set(0);
         for (int t = 0; t < kBlock; t += 4) {
             I code[4];
             for (int k = 0; k < 4; ++k) {
                 const F level = levels(against - f_load(w.x[t + k] + 16 * n));
-                total = total + i_from_float(level);
+                row_sum = row_sum + i_from_float(level);
                 const F value = Own ? f_set(scales.own[t + k]) / divisor : f_set(scales.value[t + k]);
                 code[k] = i_from_float(level * value);
             }
             store_codes(w, t / 4, n, code);
         }
         const F unit = Own ? largest / f_set(kLevels) : f_set(scales.value_unit);
-        shrinks = fold_lanes(g, w, n, peak[n], f_from_int(total) / f_set(kLevels), unit) || shrinks;
+        shrinks = fold_lanes(g, w, n, row_max[n], f_from_int(row_sum) / f_set(kLevels), unit) || shrinks;
     }
     return shrinks;
 }
@@ -204,16 +204,16 @@ inline bool group_weights(const Levels& levels, const BlockScales& scales, Group
 // The same with a scale per lane: its largest product of a weight and its value's scale is the code 127.
 template <class Levels>
 inline bool group_scaled_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w,
-                                 const F* peak) {
+                                 const F* row_max) {
     const F none = f_set(-std::numeric_limits<float>::infinity());
     bool shrinks = false;
     for (int n = 0; n < kQueryVectors; ++n) {
-        const F against = f_keep_gt(peak[n], none, peak[n]);
+        const F against = f_keep_gt(row_max[n], none, row_max[n]);
         F top = f_set(0.0f);
-        I total = i_set(0);
+        I row_sum = i_set(0);
         for (int t = 0; t < kBlock; ++t) {
             const F weight = levels(against - f_load(w.x[t] + 16 * n));
-            total = total + i_from_float(weight);
+            row_sum = row_sum + i_from_float(weight);
             const F product = weight * f_set(scales.own[t]);
             top = f_max(top, product);
             f_store(w.x[t] + 16 * n, product);
@@ -225,7 +225,7 @@ inline bool group_scaled_weights(const Levels& levels, const BlockScales& scales
             store_codes(w, t / 4, n, code);
         }
         const F unit = top / f_set(kRowLargest * kFineLevels);
-        shrinks = fold_lanes(g, w, n, peak[n], f_from_int(total) / f_set(kFineLevels), unit) || shrinks;
+        shrinks = fold_lanes(g, w, n, row_max[n], f_from_int(row_sum) / f_set(kFineLevels), unit) || shrinks;
     }
     return shrinks;
 }

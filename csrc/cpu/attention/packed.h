@@ -149,11 +149,11 @@ inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*
 
 #endif
 
-// acc[r][c] = acc[r][c] * keep[r] + unit[r] * sum_t p[r][t] X8[t][c], from codes. The integers stay
+// acc[r][c] = acc[r][c] * rescale[r] + unit[r] * sum_t p[r][t] X8[t][c], from codes. The integers stay
 // below 2^24, so that the floats they pass through hold them exactly.
 template <int Bits, int R>
 inline void packed_value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const PageHead& source,
-                                  int head_dim, float* const* out, const float* keep, const float* unit) {
+                                  int head_dim, float* const* out, const float* rescale, const float* unit) {
     alignas(64) std::uint8_t words[R][8][64];
     for (int r = 0; r < R; ++r)
         for (int i = 0; i < 8; ++i) b_store(words[r][i], b_word_pair(p[r], i));
@@ -193,7 +193,7 @@ inline void packed_value_products(const std::uint8_t (*p)[kBlock], const std::in
             const F offset = Bits == 8 ? f_set(static_cast<float>(-kOffset * sums[r])) : zeros * sum;
             const F exact = f_fma(f_from_int(i_fold_halves(acc[r][0], acc[r][1])), steps, offset);
             float* at = out[r] + 8 * o;
-            f_store(at, f_fma(exact, f_set(unit[r]), f_load(at) * f_set(keep[r])));
+            f_store(at, f_fma(exact, f_set(unit[r]), f_load(at) * f_set(rescale[r])));
         }
     }
 }

@@ -12,7 +12,7 @@
 
 namespace turbo::TURBO_ISA {
 
-// `low`, and of every byte of `plane` the bits that stand `n` places above `mask` (below it, where n is negative).
+// `low`, and of every byte of `plane` the bits that are `n` positions above `mask` (below it, where n is negative).
 // Inlined, since unrolled loops know n.
 TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
     switch (n) {
@@ -54,10 +54,10 @@ struct PageHead {
     const PagePlan* plan;
     std::int64_t head;
 
-    const HeadPlace& place(int side) const { return plan->places[2 * head + side]; }
-    const std::uint8_t* codes(int side) const { return page + place(side).codes; }
-    const std::int8_t* steps(int side) const { return reinterpret_cast<const std::int8_t*>(page + place(side).step); }
-    const std::int8_t* zeros(int side) const { return reinterpret_cast<const std::int8_t*>(page + place(side).zero); }
+    const HeadOffsets& offsets(int side) const { return plan->offsets[2 * head + side]; }
+    const std::uint8_t* codes(int side) const { return page + offsets(side).codes; }
+    const std::int8_t* steps(int side) const { return reinterpret_cast<const std::int8_t*>(page + offsets(side).step); }
+    const std::int8_t* zeros(int side) const { return reinterpret_cast<const std::int8_t*>(page + offsets(side).zero); }
 
     // The 64 tokens' scales: bits(S) - (e << 19), or S itself without token scales.
     void scales(int side, float* out) const {
@@ -145,11 +145,11 @@ inline void lane_values(Operand& out, const PageHead& source, int value_dim) {
 
 // The page's INT8 values, for many rows of queries.
 inline void lane_operand(Operand& out, const PageHead& source, int head_dim, int value_dim) {
-    over_runs(source.place(0), head_dim / 8, kBlock, [&](const Run& run) {
+    over_runs(source.offsets(0), head_dim / 8, kBlock, [&](const Run& run) {
         with_width<8, 5, 4, 3, 2, 1>(run.bits,
                                      [&](auto bits) { lane_keys<decltype(bits)::value>(out, source, head_dim, run); });
     });
-    with_width<8, 4, 3, 2>(source.place(1).bits[0],
+    with_width<8, 4, 3, 2>(source.offsets(1).bits[0],
                            [&](auto bits) { lane_values<decltype(bits)::value>(out, source, value_dim); });
 }
 

@@ -32,10 +32,10 @@ inline void key_products(const std::int8_t* const* q, const std::int32_t* sums, 
     }
 }
 
-// acc[r][c] = acc[r][c] * keep[r] + unit[r] * sum_t p[r][t] X8[t][c] for N vectors of channels.
+// acc[r][c] = acc[r][c] * rescale[r] + unit[r] * sum_t p[r][t] X8[t][c] for N vectors of channels.
 template <int R, int N>
 inline void value_products_at(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const std::uint8_t* values,
-                              int wide, int channel, float* const* out, const float* keep, const float* unit) {
+                              int wide, int channel, float* const* out, const float* rescale, const float* unit) {
     I acc[R][N];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) acc[r][n] = i_set(-kOffset * sums[r]);
@@ -51,17 +51,17 @@ inline void value_products_at(const std::uint8_t (*p)[kBlock], const std::int32_
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) {
             float* at = out[r] + channel + 16 * n;
-            f_store(at, f_fma(f_from_int(acc[r][n]), f_set(unit[r]), f_load(at) * f_set(keep[r])));
+            f_store(at, f_fma(f_from_int(acc[r][n]), f_set(unit[r]), f_load(at) * f_set(rescale[r])));
         }
 }
 
 template <int R>
 inline void value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const std::uint8_t* values,
-                           int wide, float* const* out, const float* keep, const float* unit) {
+                           int wide, float* const* out, const float* rescale, const float* unit) {
     int channel = 0;
     for (; channel + 16 * kVectors <= wide; channel += 16 * kVectors)
-        value_products_at<R, kVectors>(p, sums, values, wide, channel, out, keep, unit);
-    for (; channel < wide; channel += 16) value_products_at<R, 1>(p, sums, values, wide, channel, out, keep, unit);
+        value_products_at<R, kVectors>(p, sums, values, wide, channel, out, rescale, unit);
+    for (; channel < wide; channel += 16) value_products_at<R, 1>(p, sums, values, wide, channel, out, rescale, unit);
 }
 
 }  // namespace turbo::TURBO_ISA

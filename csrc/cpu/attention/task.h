@@ -8,7 +8,7 @@
 #include "arguments.h"
 #include "operand.h"
 #include "page.h"
-#include "sight.h"
+#include "visibility.h"
 
 namespace turbo::TURBO_ISA {
 
@@ -39,7 +39,7 @@ inline bool task_sees(const AttendArgs& a, const Task& task, std::int64_t block,
     const std::int64_t first = a.first_position[task.b] + task.first_query;
     const std::int64_t last = a.first_position[task.b] + task.last_query - 1;
     for (std::int64_t position = first; position <= last; ++position)
-        if (!sight_at(a, task.b, position, block, page).none()) return true;
+        if (!visible_keys(a, task.b, position, block, page).none()) return true;
     return false;
 }
 

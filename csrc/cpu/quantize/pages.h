@@ -93,19 +93,19 @@ inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
         values = &moved[0];
     }
 
-    const HeadPlace& place = a.plan.places[2 * head + side];
+    const HeadOffsets& offsets = a.plan.offsets[2 * head + side];
     const int count = tokens * head_dim;
     Buffer<std::uint8_t> codes(count);
-    over_runs(place, head_dim / 8, tokens, [&](const Run& run) {
+    over_runs(offsets, head_dim / 8, tokens, [&](const Run& run) {
         const int channel = 8 * run.first, channels = 8 * (run.last - run.first);
         if (run.bits == 8) {
             for (int i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(values[i] + 128);
         } else {
             progressive_quantize(values + channel, tokens, head_dim, channels, run.bits, a.search != 0, &codes[channel],
-                                 bytes + place.step + channel, bytes + place.zero + channel);
+                                 bytes + offsets.step + channel, bytes + offsets.zero + channel);
         }
         std::uint8_t line[8 * kMaxBlock];
-        std::uint8_t* at = bytes + place.codes + run.offset;
+        std::uint8_t* at = bytes + offsets.codes + run.offset;
         for (int octet = run.first; octet < run.last; ++octet, at += tokens * run.bits) {
             (side == 0 ? key_line : value_line)(&codes[8 * octet], head_dim, tokens, line);
             pack_line(line, 8 * tokens, run.bits, at);
@@ -126,10 +126,10 @@ inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
         a.scales[side][first_row + t] = float_of(head_scale - (exponent << kTokenScaleShift));
     }
 
-    const HeadPlace& place = a.plan.places[2 * head + side];
-    over_runs(place, head_dim / 8, tokens, [&](const Run& run) {
+    const HeadOffsets& offsets = a.plan.offsets[2 * head + side];
+    over_runs(offsets, head_dim / 8, tokens, [&](const Run& run) {
         std::uint8_t line[8 * kMaxBlock];
-        const std::uint8_t* at = bytes + place.codes + run.offset;
+        const std::uint8_t* at = bytes + offsets.codes + run.offset;
         for (int octet = run.first; octet < run.last; ++octet, at += tokens * run.bits) {
             unpack_line(at, 8 * tokens, run.bits, line);
             (side == 0 ? keys_from_line : values_from_line)(line, head_dim, tokens, values + 8 * octet);
@@ -138,10 +138,10 @@ inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
     // Modulo 256: code * step + zero fits in int8, but the product may not.
     for (int t = 0; t < tokens; ++t) {
         std::uint8_t* row = values + static_cast<std::int64_t>(t) * head_dim;
-        if (place.bits[0] == 8) {
+        if (offsets.bits[0] == 8) {
             for (int c = 0; c < head_dim; ++c) row[c] = static_cast<std::uint8_t>(row[c] - 128);
         } else {
-            const std::uint8_t *step = bytes + place.step, *zero = bytes + place.zero;
+            const std::uint8_t *step = bytes + offsets.step, *zero = bytes + offsets.zero;
             for (int c = 0; c < head_dim; ++c) row[c] = static_cast<std::uint8_t>(row[c] * step[c] + zero[c]);
         }
     }

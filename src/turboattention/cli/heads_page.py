@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.report.charts import by_layer, heat_map
 from ..evaluation.report.page import Page
-from .heads_view import COLUMNS, LEGEND, cells_of, heads, k_errors, standing_out, summary
+from .heads_view import COLUMNS, LEGEND, cells_of, heads, k_errors, summary, unusual_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def keys_by_layer(calibration: Calibration) -> Figure:
     return by_layer(
         {f"K at {width} bits": k_errors(calibration, width) for width in (2, 4, 8)},
         ylabel="relative error of the head's output",
-        emphasized=standing_out(calibration),
+        emphasized=unusual_layers(calibration),
     )
 
 

@@ -91,7 +91,7 @@ def summary(calibration: Calibration) -> str:
         text = f"{text} 8 bits are not enough for layers {layers}: a TurboCache keeps them in the model's own dtype."
     if beyond:
         text = f"{text} Beyond their bound (layer.head): {', '.join(beyond)}."
-    found = standing_out(calibration)
+    found = unusual_layers(calibration)
     return f"{text} Unusual: {'; '.join(found.values())}." if found else text
 
 
@@ -104,7 +104,7 @@ def k_errors(calibration: Calibration, width: int) -> list[list[float]]:
     return [layer.errors[0, :, WIDTHS.index(width)].tolist() for layer in calibration.layers]
 
 
-def standing_out(calibration: Calibration) -> dict[int, str]:
+def unusual_layers(calibration: Calibration) -> dict[int, str]:
     """Layers whose keys have a much larger error than others even at 8 bits, and a message about each."""
     worst = [max(heads) for heads in k_errors(calibration, 8)]
     usual = median(worst)

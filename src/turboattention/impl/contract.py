@@ -12,7 +12,7 @@ from ..config import TurboConfig
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
-    from ..kv.paged import OpenBlocks, PagedBatch, PagedFormat
+    from ..kv.paged import PagedBatch, PagedFormat, TailBlocks
     from ..kv.quantizer import Quantizer
     from ..kv.stage1 import Stage
 
@@ -49,7 +49,7 @@ class CheckedCall:
 
 
 @dataclass(frozen=True)
-class Call:
+class CallTraits:
     """The properties of a call that determine who can run it."""
 
     config: TurboConfig
@@ -86,7 +86,7 @@ class PagedAttention(Protocol):
         v: Tensor,
         out: Tensor,
         pages: Tensor,
-        open_blocks: OpenBlocks,
+        tail_blocks: TailBlocks,
         *,
         scale: float,
         window: int | None,
@@ -112,11 +112,11 @@ class Backend(Protocol):
 
     def availability(self) -> Availability: ...
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: CallTraits) -> str | None:
         """Why this backend, if it is usable, does not compute a call; None if it does."""
         ...
 
-    def slower(self, call: Call | None) -> str | None:
+    def slower(self, call: CallTraits | None) -> str | None:
         """Why "auto" leaves a call that this backend computes to the next one, or None."""
         ...
 

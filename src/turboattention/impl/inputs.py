@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..kernels.inputs import Int8Queries, OpenRows, Pages, Standing
+from ..kernels.inputs import Int8Queries, Pages, QueryPositions, TailRows
 from ..kv.cache import KVCache
 from ..kv.page_table import PageTable
 from ..kv.queries import quantize_queries
 from ..kv.stage1 import SequenceState, Stage, fresh_state, stage
 
 
-def prefill_of(config: TurboConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[Standing, Stage]:
+def prefill_of(config: TurboConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[QueryPositions, Stage]:
     """Query positions (on the CPU) and staged keys of q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] without a cache."""
     batch, queries = q.shape[0], q.shape[2]
     kv_heads, keys, head_dim = k.shape[1:]
     empty = fresh_state(config, batch, kv_heads, head_dim, k.device)
     staged = stage(config, empty, k, v, torch.full((batch,), keys))
-    return Standing(torch.full((batch,), keys - queries), torch.full((batch,), queries), staged.lengths), staged
+    return QueryPositions(torch.full((batch,), keys - queries), torch.full((batch,), queries), staged.lengths), staged
 
 
-def standing_of(positions: Tensor, valid: Tensor, state: Stage | SequenceState) -> Standing:
+def query_positions_of(positions: Tensor, valid: Tensor, state: Stage | SequenceState) -> QueryPositions:
     """Query positions (on the CPU) from `positions` int64 [B, Lq] and `valid` bool [B, Lq].
 
     The positions of a sequence must be consecutive, and its padding rows must come last.
     """
     first = positions[:, 0].contiguous() if positions.shape[1] else torch.zeros(len(positions), dtype=torch.int64)
-    return Standing(first, valid.sum(1), state.lengths.contiguous())
+    return QueryPositions(first, valid.sum(1), state.lengths.contiguous())
 
 
 def pages_of(cache: KVCache) -> Pages | None:
@@ -44,13 +44,13 @@ def tables_of(table: PageTable) -> Pages:
     return Pages(table.addresses(), table.counts, pools.sink_blocks, pools.sinks.layout, compressed)
 
 
-def open_rows_of(state: Stage | SequenceState, device: torch.device) -> OpenRows | None:
+def tail_rows_of(state: Stage | SequenceState, device: torch.device) -> TailRows | None:
     """The INT8 rows after the pages; None without a buffer."""
-    tiles = state.tiles if isinstance(state, Stage) else state.open_tiles
+    tiles = state.tiles if isinstance(state, Stage) else state.tail_tiles
     if tiles is None:
         return None
     tiles = tiles.map(lambda x: x.contiguous())
-    return OpenRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start.to(device).contiguous())
+    return TailRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start.to(device).contiguous())
 
 
 def queries_by_tile(

@@ -13,7 +13,7 @@ from .contract import AttentionParams, CheckedCall, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
-    from ..kv.paged import OpenBlocks, PagedBatch, PagedFormat
+    from ..kv.paged import PagedBatch, PagedFormat, TailBlocks
     from ..kv.stage1 import Stage
 
 
@@ -47,12 +47,12 @@ class KernelBackend(ABC):
         v: Tensor,
         out: Tensor,
         pages: Tensor,
-        open_blocks: OpenBlocks,
+        tail_blocks: TailBlocks,
         *,
         scale: float,
         window: int | None,
         softcap: float | None,
     ) -> bool:
         return self._paged.paged_attention(
-            fmt, layer, batch, q, k, v, out, pages, open_blocks, scale=scale, window=window, softcap=softcap
+            fmt, layer, batch, q, k, v, out, pages, tail_blocks, scale=scale, window=window, softcap=softcap
         )

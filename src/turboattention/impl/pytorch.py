@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from .contract import AttentionParams, Availability, Call, CheckedCall, Result
+from .contract import AttentionParams, Availability, CallTraits, CheckedCall, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -25,10 +25,10 @@ class ReferenceBackend:
     def availability(self) -> Availability:
         return Availability("reference", True, "plain PyTorch, runs on any device")
 
-    def refusal(self, call: Call) -> None:
+    def refusal(self, call: CallTraits) -> None:
         return None
 
-    def slower(self, call: Call | None) -> None:
+    def slower(self, call: CallTraits | None) -> None:
         return None
 
     def quantizer(self, device: torch.device) -> None:

@@ -29,7 +29,7 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class OpenRows:
+class TailRows:
     """INT8 rows behind the pages: k8 int8 [B, H, W, D], v8 int8 [B, H, W, Dv], scales float32 [B, H, W] (on GPUs of any
     float dtype), all contiguous; row 0 is position `start[b]` (int64 [B], multiples of 64)."""
 
@@ -54,7 +54,7 @@ class Int8Queries:
 
 
 @dataclass(frozen=True)
-class Standing:
+class QueryPositions:
     """Where query rows stand: row i of sequence b at position `first[b] + i` of its `lengths[b]` keys;
     rows from `valid[b]` on are not read and give 0 and -inf. int64 [B] each, contiguous."""
 

@@ -24,7 +24,7 @@ from .quantizer import quantizer_for
 from .sequences import take_sequences
 from .stage1 import SequenceState, fresh_state
 from .tail_buffer import TailBuffer
-from .widths import HeadBits, parse_head_bits, uniform_head_bits
+from .widths import GivenBits, parse_head_bits, uniform_head_bits
 
 
 class KVCache:
@@ -61,7 +61,7 @@ class KVCache:
         head_dim: int,
         *,
         config: TurboConfig | None = None,
-        head_bits: HeadBits | None = None,
+        head_bits: GivenBits | None = None,
         max_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -214,7 +214,7 @@ class KVCache:
         return SequenceState(
             lengths=self.lengths,
             start=self.page_counts * self.config.block_size,
-            open_tiles=self.tail.tiles(),
+            tail_tiles=self.tail.tiles(),
             k_mean=self.k_mean,
             k_mean_fixed=self.given_mean is not None,
             universal=self.universal,

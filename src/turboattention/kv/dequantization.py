@@ -33,11 +33,11 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
             target[:, :, : pages * size] = values.transpose(1, 2).flatten(2, 3)
     positions = torch.arange(blocks * size)
     known = cache.readable_pages(blocks).repeat_interleave(size, 1)
-    if state.open_tiles is not None:
+    if state.tail_tiles is not None:
         is_open = (positions >= state.start[:, None]) & (positions < state.lengths[:, None])
         batch, position = is_open.nonzero(as_tuple=True)
         row = position - state.start[batch]
-        for target, values in zip((k, v), state.open_tiles.floats(), strict=True):
+        for target, values in zip((k, v), state.tail_tiles.floats(), strict=True):
             target[batch, :, position] = cache.restore(values)[batch, :, row]
         known |= is_open
     if state.k_mean is not None:

@@ -108,7 +108,7 @@ def _layout(head_dim: int, bits: HeadBits) -> PageLayout:
     return PageLayout(head_dim, BLOCK, *bits, token_scales=True)
 
 
-class OpenBlocks:
+class TailBlocks:
     """INT8 rows of incomplete blocks: one slot per running sequence, in all layers.
 
     codes: int8 [layers, slots, H, ring, D] of K and V; scales: float32 [layers, slots, H, ring]. Position p of a
@@ -172,7 +172,7 @@ class PagedBatch:
 
     query_start: [R + 1], sequence r has rows `query_start[r]` to `query_start[r + 1]` (exclusive) of the flat tokens.
     seq_lens: [R], tokens of each sequence, including this step's. block_table: [R, P], page numbers. slots: [R], slots
-    in the `OpenBlocks`. All are int32 or int64, on the device of the tokens.
+    in the `TailBlocks`. All are int32 or int64, on the device of the tokens.
 
     max_query_len: an upper bound of the tokens per sequence in this step, or None. On a GPU, it and the shapes
     determine which kernels run: steps of one token, or of up to 64 with a ring of 128, need no temporary memory.

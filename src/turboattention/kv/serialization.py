@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..errors import FormatError, TurboError
-from ..files import standing_file, write_whole
+from ..files import open_regular, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .cache import KVCache
@@ -74,7 +74,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist")
     try:
         # safetensors opens a file twice, for its header and its data; both must see the same file.
-        with standing_file(name) as opened, safe_open(opened, framework="pt") as file:
+        with open_regular(name) as opened, safe_open(opened, framework="pt") as file:
             header = file.metadata() or {}
             _check_header(header, name)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

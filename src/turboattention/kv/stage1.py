@@ -27,7 +27,7 @@ class SequenceState:
 
     lengths: int64 [B] (CPU), tokens so far.
     start: int64 [B] (CPU), position of the first block that is not a page.
-    open_tiles: the buffered rows from there on, [B, H, rows, D]; None without a buffer.
+    tail_tiles: the buffered rows from there on, [B, H, rows, D]; None without a buffer.
     k_mean: float32 [B, H, D] in the space of INT8 rows (rotated), zero until it is known; None without smoothing.
     k_mean_fixed: whether k_mean is calibrated and applies from the first token on.
     universal: float32 [2, B, H], the paper's buffer scales of K and V, zero before the first append; None with token
@@ -36,7 +36,7 @@ class SequenceState:
 
     lengths: Tensor
     start: Tensor
-    open_tiles: Tiles | None
+    tail_tiles: Tiles | None
     k_mean: Tensor | None
     k_mean_fixed: bool
     universal: Tensor | None
@@ -94,7 +94,7 @@ def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, count
     place = _Placement(state, counts, width, k.device)
     if not config.token_scales:
         return _stage_by_tile(config, state, k, v, counts, after, place)
-    quantizer, tiles = quantizer_for(k.device, k.dtype), place.opened(k, v)
+    quantizer, tiles = quantizer_for(k.device, k.dtype), place.with_buffered(k, v)
     values = _Side(quantizer, state, v, config.rotate, tiles.v8, tiles.v_scale)
     values.quantize(torch.zeros_like(counts), counts, None, 0)
     keys = _Side(quantizer, state, k, config.rotate, tiles.k8, tiles.k_scale)
@@ -165,7 +165,7 @@ def _stage_by_tile(
     mean, size = state.k_mean, config.block_size
     if config.smooth_k:
         # Quantized per token only to compute the mean.
-        rows = place.opened(k, v)
+        rows = place.with_buffered(k, v)
         keys = _Side(quantizer_for(k.device, k.dtype), state, k, False, rows.k8, rows.k_scale)
         mean = _quantize_keys(config, keys, counts, after)
         assert mean is not None
@@ -185,9 +185,9 @@ def _stage_by_tile(
     own_attended = starts_here & (complete | (state.lengths == 0)[:, None])
     sides = []
     for x, scale, names in ((k, universal[0], ("k8", "k_scale")), (v, universal[1], ("v8", "v_scale"))):
-        open_rows = place.open(*names)
+        buffered = place.open(*names)
         codes = (x / scale[:, :, None, None]).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8)
-        general = place.fill(open_rows, codes, scale[:, :, None].expand(codes.shape[:3]))
+        general = place.fill(buffered, codes, scale[:, :, None].expand(codes.shape[:3]))
         (floats,) = place.scatter([x.new_zeros(*x.shape[:2], place.width, x.shape[3])], [x])
         tile_codes, tile_scales = quantize_int8(floats, size)
         by_tile = tile_codes, tile_scales.repeat_interleave(size, -1)
@@ -217,18 +217,18 @@ class _Placement:
 
     def open(self, codes: str, scales: str) -> tuple[Tensor, Tensor] | None:
         """The buffered codes and scales with these names, or None."""
-        tiles = self.state.open_tiles
+        tiles = self.state.tail_tiles
         return None if tiles is None else (getattr(tiles, codes), getattr(tiles, scales))
 
-    def fill(self, open_rows: tuple[Tensor, Tensor] | None, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    def fill(self, buffered: tuple[Tensor, Tensor] | None, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Buffered rows followed by new ones: codes [B, H, W, D] and scales [B, H, W]."""
         batch, heads, _, head_dim = codes.shape
         out_codes = codes.new_zeros(batch, heads, self.width, head_dim)
         out_scales = scales.new_zeros(batch, heads, self.width)
-        if open_rows is not None:
-            rows = min(self.width, open_rows[0].shape[2])
-            out_codes[:, :, :rows] = open_rows[0][:, :, :rows]
-            out_scales[:, :, :rows] = open_rows[1][:, :, :rows].to(scales.dtype)
+        if buffered is not None:
+            rows = min(self.width, buffered[0].shape[2])
+            out_codes[:, :, :rows] = buffered[0][:, :, :rows]
+            out_scales[:, :, :rows] = buffered[1][:, :, :rows].to(scales.dtype)
         out_codes, out_scales = self.scatter([out_codes, out_scales], [codes, scales])
         return out_codes, out_scales
 
@@ -237,13 +237,13 @@ class _Placement:
             target[self._batch, :, self._row] = source[self._batch, :, self._token]
         return targets
 
-    def opened(self, k: Tensor, v: Tensor) -> Tiles:
+    def with_buffered(self, k: Tensor, v: Tensor) -> Tiles:
         """Buffered rows followed by zeros; k and v [B, H, T, D or Dv] give shape, dtype and device."""
         rows, device = (*k.shape[:2], self.width), k.device
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         k8, v8 = (torch.zeros(*rows, x.shape[3], dtype=torch.int8, device=device) for x in (k, v))
         k_scale, v_scale = (torch.zeros(rows, dtype=dtype, device=device) for _ in "kv")
-        tiles, buffered = Tiles(k8, v8, k_scale, v_scale), self.state.open_tiles
+        tiles, buffered = Tiles(k8, v8, k_scale, v_scale), self.state.tail_tiles
         if buffered is not None:
             rows = min(self.width, buffered.k8.shape[2])
             for name in ("k8", "v8", "k_scale", "v_scale"):

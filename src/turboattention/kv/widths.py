@@ -11,10 +11,10 @@ from ..config import WIDTHS, TurboConfig
 from ..errors import ConfigError
 from ..flashq import assign_head_bits, head_priority
 
-HeadBits = Tensor | Sequence[int] | Sequence[Sequence[int]]
+GivenBits = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
-def parse_head_bits(head_bits: HeadBits | None, heads: int) -> Tensor | None:
+def parse_head_bits(head_bits: GivenBits | None, heads: int) -> Tensor | None:
     """int64 [2, Hkv] (K, V) from widths [Hkv], for both, or [2, Hkv]. Raises ConfigError."""
     if head_bits is None:
         return None

@@ -24,7 +24,7 @@ class Source:
     """
 
     def __init__(self, stage: Stage | SequenceState, cache: KVCache | None, size: int, mean_from: int):
-        tiles = stage.tiles if isinstance(stage, Stage) else stage.open_tiles
+        tiles = stage.tiles if isinstance(stage, Stage) else stage.tail_tiles
         self.lengths, self.k_mean = stage.lengths, stage.k_mean
         self.mean_from = mean_from
         self._cache, self._size = cache, size
@@ -83,19 +83,19 @@ class Source:
         block = torch.arange(first, last)
         return (block >= self._sinks) & (block < pages[:, None]) & (self.k_order is not None)
 
-    def _tiles(self, first: int, last: int, opened: Tiles | None) -> Tiles:
+    def _tiles(self, first: int, last: int, tail: Tiles | None) -> Tiles:
         lowest, highest = int(self._first_open.min()), int(self._first_open.max())
-        if self._cache is not None and (last <= lowest or opened is None):
+        if self._cache is not None and (last <= lowest or tail is None):
             return self._cache.page_tiles(first, last)
-        assert opened is not None
+        assert tail is not None
         if lowest == highest and first >= lowest:
-            return opened.map(lambda x: x[:, first - lowest : last - lowest])
+            return tail.map(lambda x: x[:, first - lowest : last - lowest])
         assert self._cache is not None
-        count = opened.k8.shape[1]
+        count = tail.k8.shape[1]
         index = torch.arange(first, last) - self._first_open[:, None]
-        is_open = ((index >= 0) & (index < count)).to(opened.k8.device)
+        is_open = ((index >= 0) & (index < count)).to(tail.k8.device)
         rows = torch.arange(len(index))[:, None], index.clamp(0, count - 1)
-        picked, pages = opened.map(lambda x: x[rows]), self._cache.page_tiles(first, last)
+        picked, pages = tail.map(lambda x: x[rows]), self._cache.page_tiles(first, last)
         return Tiles(
             torch.where(is_open[:, :, None, None, None], picked.k8, pages.k8),
             torch.where(is_open[:, :, None, None, None], picked.v8, pages.v8),

@@ -45,7 +45,7 @@ def test_a_named_backend_says_what_it_does_not_compute(why):
 def test_auto_leaves_it_to_the_reference(why):
     config, dtype = REFUSED[why]
     q, k, v = qkv(1, 2, 1, 5, 70, 16, dtype=dtype)
-    call = dispatch.Call(config, dtype, q.device)
+    call = dispatch.CallTraits(config, dtype, q.device)
     assert dispatch.choose("auto", call).name == "reference"
     assert dispatch.explain_choice("auto", call).others["cpu"] == why
     want = ta.turbo_attention(q, k, v, config=config, return_lse=True, backend="reference")
@@ -64,7 +64,7 @@ def test_auto_leaves_it_to_the_reference(why):
 def test_auto_takes_the_kernels_for_everything_else():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for fields in ({}, {"softmax": "exp"}, {"bits": 2}, {"token_scales": False}, {"rotate": False}):
-            call = dispatch.Call(ta.TurboConfig(**fields), dtype, torch.device("cpu"))
+            call = dispatch.CallTraits(ta.TurboConfig(**fields), dtype, torch.device("cpu"))
             assert dispatch.choose("auto", call).name == "cpu"
 
 
@@ -80,7 +80,7 @@ def test_tensors_elsewhere_are_refused():
     meta = [x.to("meta") for x in qkv(1, 2, 1, 5, 70, 16)]
     with pytest.raises(UnsupportedError, match=r"got 'cpu' \(the tensors are on meta\)$"):
         ta.turbo_attention(*meta, backend="cpu")
-    call = dispatch.Call(ta.TurboConfig(), torch.float32, torch.device("meta"))
+    call = dispatch.CallTraits(ta.TurboConfig(), torch.float32, torch.device("meta"))
     assert dispatch.choose("auto", call).name == "reference"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import turboattention as ta
 from turboattention import flashq
 from turboattention.errors import NonFiniteError
-from turboattention.kernels.inputs import Int8Queries, OpenRows, Pages, Standing
+from turboattention.kernels.inputs import Int8Queries, Pages, QueryPositions, TailRows
 from turboattention.kv.channel_order import ChannelOrder
 from turboattention.kv.layout import PageLayout
 from turboattention.kv.queries import Queries, ordered_queries, quantize_queries
@@ -25,20 +25,20 @@ PLAIN = ta.TurboConfig(rotate=False)
 KEYS = 64
 
 
-def keys(batch: int, head_dim: int) -> OpenRows:
+def keys(batch: int, head_dim: int) -> TailRows:
     """A block of INT8 rows of two heads."""
     (k8, k_scale), (v8, v_scale) = (flashq.quantize_tokens(x) for x in normals(2, batch, 2, KEYS, head_dim, seed=2))
-    return OpenRows(k8, v8, k_scale, v_scale, torch.zeros(batch, dtype=torch.int64))
+    return TailRows(k8, v8, k_scale, v_scale, torch.zeros(batch, dtype=torch.int64))
 
 
-def attend(config: ta.TurboConfig, q: Tensor, source: OpenRows | Pages, valid: Tensor, **options) -> tuple:
+def attend(config: ta.TurboConfig, q: Tensor, source: TailRows | Pages, valid: Tensor, **options) -> tuple:
     """q [B, Hq, Lq, D] over one block, not causally."""
-    pages, open_rows = (source, None) if isinstance(source, Pages) else (None, source)
-    length = KEYS if open_rows is None else open_rows.k8.shape[2]
-    standing = Standing(torch.zeros_like(valid), valid, torch.full_like(valid, length))
-    given = {"kv_heads": 2, "v_head_dim": q.shape[-1], "scale": 0.3, "mean": None, "mean_from": 0, **options}
+    pages, tail_rows = (source, None) if isinstance(source, Pages) else (None, source)
+    length = KEYS if tail_rows is None else tail_rows.k8.shape[2]
+    query_positions = QueryPositions(torch.zeros_like(valid), valid, torch.full_like(valid, length))
+    given = {"kv_heads": 2, "v_head_dim": q.shape[-1], "scale": 0.3, "mean": None, "mean_from_block": 0, **options}
     given |= {"causal": False, "window": None, "softcap": None, "mask": None}
-    return kernels.attend(config, q, standing, pages, open_rows, **given)
+    return kernels.attend(config, q, query_positions, pages, tail_rows, **given)
 
 
 def as_given(queries: Queries) -> Int8Queries:
@@ -133,7 +133,7 @@ def test_results_are_rounded_to_even(isa, dtype, monkeypatch):
     count = len(scale) // 2 * 2
     scale = scale[:count].view(-1, 2, 1)
     codes = torch.tensor([1, -2, 4, 8, 16, -32, 64, 127], dtype=torch.int8).expand(len(scale), 2, 1, 8).contiguous()
-    source = OpenRows(codes, codes, torch.ones_like(scale), scale, torch.zeros(len(scale), dtype=torch.int64))
+    source = TailRows(codes, codes, torch.ones_like(scale), scale, torch.zeros(len(scale), dtype=torch.int64))
     q, valid = torch.zeros(len(scale), 2, 1, 8), torch.ones(len(scale), dtype=torch.int64)
     exact = attend(config, q, source, valid)[0]
     assert torch.allclose(exact, codes * scale[..., None], rtol=1e-6, atol=0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import turboattention as ta
 from turboattention.impl.inputs import pages_of
-from turboattention.kernels.inputs import Int8Queries, OpenRows, Standing
+from turboattention.kernels.inputs import Int8Queries, QueryPositions, TailRows
 from turboattention.kv.cache import KVCache
 from turboattention.kv.queries import Queries, ordered_queries, quantize_queries
 from turboattention.kv.stage1 import stage
@@ -62,7 +62,7 @@ def kernels_and_reference(
     state = cache.state(q.device)
     staged = None if new is None else stage(config, state, *new, valid)
     lengths = state.lengths if staged is None else staged.lengths
-    tiles = state.open_tiles if staged is None else staged.tiles
+    tiles = state.tail_tiles if staged is None else staged.tiles
     first = lengths - valid if first is None else first
     factor = q.shape[3] ** -0.5 if scale is None else scale
     rows = torch.arange(queries) < valid[:, None]
@@ -76,13 +76,13 @@ def kernels_and_reference(
     got = attend(
         config,
         q,
-        Standing(first, valid, lengths),
+        QueryPositions(first, valid, lengths),
         pages_of(cache),
-        None if tiles is None else OpenRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start),
+        None if tiles is None else TailRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start),
         kv_heads=cache.num_kv_heads,
         scale=factor,
         mean=mean,
-        mean_from=cache.mean_from // config.block_size,
+        mean_from_block=cache.mean_from // config.block_size,
         causal=causal,
         quantized=Int8Queries(*_int8(codes), codes.mean_logit, *_int8(ordered)),
         **options,

@@ -21,8 +21,8 @@ from turboattention.impl import triton as backend
 from turboattention.impl.triton import TritonBackend
 from turboattention.impl.triton import quantizer as triton_quantizer
 from turboattention.impl.triton import steps as triton_steps
-from turboattention.impl.triton.state import Call
-from turboattention.impl.triton.tally import Fills
+from turboattention.impl.triton.host_lengths import Fills
+from turboattention.impl.triton.state import StepCall
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_range, content
@@ -95,7 +95,7 @@ def test_gpus_without_the_instructions_are_refused(capability, monkeypatch):
     reason = "cuda:0 has compute capability 7.5, its kernels need 8.0"
     assert configs.refusal(GPU) == reason
     assert configs.refusal(torch.device("cpu")) is None
-    assert TritonBackend().refusal(dispatch.Call(TurboConfig(), torch.float32, GPU)) == reason
+    assert TritonBackend().refusal(dispatch.CallTraits(TurboConfig(), torch.float32, GPU)) == reason
     monkeypatch.setattr(backend, "_interpreted", lambda: False)
     monkeypatch.setattr(backend, "_availability", lambda interpreted: dispatch.Availability("triton", True, ""))
     assert dispatch.quantizer_on(GPU) is None
@@ -179,11 +179,11 @@ def test_the_devices_work_of_a_step_reads_nothing_in_any_way(lengths, fills, mon
     cache, *_ = filled_with(lengths, config=NO_SINKS)
     q, k, v = qkv(2, 4, 2, 1, 1, 16, seed=7)
     steps = triton_steps.steps_of(cache)
-    plan = steps.tally.plan([1, 1])
+    plan = steps.host_lengths.plan([1, 1])
     assert plan.fills == Fills(pages=fills)
     steps.tables.take(plan)
     with nothing_read(monkeypatch):
-        steps.copied().run(q, k, v, Call(0.25), fills=plan.fills)
+        steps.copied().run(q, k, v, StepCall(0.25), fills=plan.fills)
         steps.store(k, v, fills=plan.fills)
 
 

@@ -18,7 +18,7 @@ from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.kernels.triton import decode_rows, page_offsets
 from turboattention.kv.layout import PageLayout
-from turboattention.paged import OpenBlocks
+from turboattention.paged import TailBlocks
 
 from ...helpers import qkv
 from ...kv.tools import append_by_stages, content, filled
@@ -141,10 +141,10 @@ def test_what_was_not_finite_is_told_in_any_mode(graph, modes):
 
 
 @in_every_order(2)
-def test_open_blocks_of_a_server(modes):
+def test_tail_blocks_of_a_server(modes):
     make, told = modes
     with make():
-        blocks = OpenBlocks(1, 2, 2, 16)
+        blocks = TailBlocks(1, 2, 2, 16)
     with torch.inference_mode():
         blocks.flag.fill_(1)
     with told():

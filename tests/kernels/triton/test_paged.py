@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from turboattention.errors import ShapeError
-from turboattention.paged import BLOCK, OpenBlocks, PagedBatch, paged_attention
+from turboattention.paged import BLOCK, PagedBatch, TailBlocks, paged_attention
 
 from ...helpers import relative_error
 from ...paging import CONFIG, HEADS, MIXED, UNIFORM, Server, draft, expected, serve, tokens
@@ -25,7 +25,7 @@ def served(head_bits, given: dict, schedule: list[dict[int, int]], config=CONFIG
         want, cache = expected(sequence, head_bits, config, **options)
         assert relative_error(got[key], want) < 1e-3
         assert server.holds(key, cache, sequence[0].shape[1] // BLOCK)
-    assert not server.open_blocks.notice()
+    assert not server.tail_blocks.notice()
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 90}, {"softcap": 3.0, "scale": -0.5}], ids=str)
@@ -102,20 +102,20 @@ def test_what_is_not_finite_counts_as_zero_and_raises_a_flag(name):
     server, other = Server(backend="triton"), Server(backend="triton")
     got, want = serve(server, {0: sequence}, [{0: 1}] * 2)[0], serve(other, {0: clean}, [{0: 1}] * 2)[0]
     assert server.finite
-    assert [server.open_blocks.notice(), server.open_blocks.notice(), other.open_blocks.notice()] == [
+    assert [server.tail_blocks.notice(), server.tail_blocks.notice(), other.tail_blocks.notice()] == [
         True,
         False,
         False,
     ]
     assert torch.equal(got, want)
-    assert all(map(torch.equal, server.open_blocks.codes, other.open_blocks.codes))
+    assert all(map(torch.equal, server.tail_blocks.codes, other.tail_blocks.codes))
 
 
 def test_padding_is_left_alone():
     """As in a captured graph: sequences of no tokens, tokens of no sequence, wide tables of int32."""
     sequence, server = tokens(1, 66), Server(backend="triton")
     server.step({0: tuple(x[:, :65] for x in sequence)})
-    before = [x.clone() for x in server.open_blocks.codes]
+    before = [x.clone() for x in server.tail_blocks.codes]
     table = torch.full((3, 9), 10**6, dtype=torch.int32)
     table[0, :2] = torch.tensor(server.blocks[0])
     batch = PagedBatch(
@@ -126,11 +126,11 @@ def test_padding_is_left_alone():
     for x, new in zip((q, k, v), sequence, strict=True):
         x[0] = new[:, 65]
     out = torch.full_like(q, 7.0)
-    paged_attention(server.fmt, 0, batch, q, k, v, out, server.pages, server.open_blocks, backend="triton")
+    paged_attention(server.fmt, 0, batch, q, k, v, out, server.pages, server.tail_blocks, backend="triton")
     assert relative_error(out[0], expected(sequence, UNIFORM[4])[0][:, 65]) < 1e-3
     assert bool((out[1:] == 7.0).all())
-    assert not server.open_blocks.notice()
-    after = server.open_blocks.codes
+    assert not server.tail_blocks.notice()
+    after = server.tail_blocks.codes
     assert all(int((x != y).any(-1).sum()) <= HEADS for x, y in zip(before, after, strict=True))
 
 
@@ -155,7 +155,7 @@ def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
     monkeypatch.setattr(configs, "architecture_of", lambda device: configs.ARCHITECTURES["sm_90"])
     monkeypatch.setattr(configs, "_processors", lambda device: 132)
     with torch.device("meta"):
-        server_blocks = OpenBlocks(1, 4, HEADS, 16)
+        server_blocks = TailBlocks(1, 4, HEADS, 16)
         index = torch.zeros(4, dtype=torch.int32)
         batch = PagedBatch(index, index[1:], torch.zeros(3, 999, dtype=torch.int32), index[1:], most)
         q, k, v = (torch.zeros(100, heads, 16, dtype=torch.bfloat16) for heads in (4, HEADS, HEADS))
@@ -176,4 +176,4 @@ def test_refusals():
     batch = PagedBatch(*(torch.zeros(2, 2, dtype=torch.int16) for _ in range(4)))
     q, k, v = (x.transpose(0, 1).contiguous() for x in sequence)
     with pytest.raises(ShapeError, match=r"^query_start: expected int32 or int64"):
-        paged_attention(server.fmt, 0, batch, q, k, v, q, server.pages, server.open_blocks, backend="triton")
+        paged_attention(server.fmt, 0, batch, q, k, v, q, server.pages, server.tail_blocks, backend="triton")

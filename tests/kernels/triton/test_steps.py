@@ -15,8 +15,8 @@ import turboattention as ta
 from turboattention.errors import InputError, NonFiniteError
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.graph import DecodeGraph
-from turboattention.impl.triton.state import Call, Steps
-from turboattention.impl.triton.tally import Fills
+from turboattention.impl.triton.host_lengths import Fills
+from turboattention.impl.triton.state import StepCall, Steps
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content, filled
@@ -127,12 +127,12 @@ def test_counts_and_masks_are_not_read_back(monkeypatch):
     cache, *_ = filled([190, 130], config=NO_SINKS)
     q, k, v = new(2, 2, 0)
     steps, counts = triton_steps.steps_of(cache), torch.tensor([2, 1])
-    plan = steps.tally.plan([2, 1])
+    plan = steps.host_lengths.plan([2, 1])
     steps.tables.take(plan)
     masks = normals(1, 1, 2, 192, seed=1), normals(2, 1, 1, 192, seed=2) > 0
     with nothing_read(monkeypatch):
         for mask in masks:
-            steps.copied().run(q, k, v, Call(0.25), fills=plan.fills, counts=counts, mask=mask)
+            steps.copied().run(q, k, v, StepCall(0.25), fills=plan.fills, counts=counts, mask=mask)
         steps.store(k, v, fills=plan.fills, counts=counts)
 
 
@@ -332,7 +332,7 @@ def test_evicted_pages_leave_the_devices_table(graph, stepping):
 def test_pages_behind_a_window_are_not_read(rows):
     """By few rows or many: whatever they hold, the result is the same to the last bit."""
     cache, *_ = filled([300, 250], config=NO_SINKS)
-    steps, call = triton_steps.steps_of(cache), Call(0.25, window=70)
+    steps, call = triton_steps.steps_of(cache), StepCall(0.25, window=70)
     q = normals(2, 4, rows, 16, seed=1)
     want = steps.copied().run(q, None, None, call, fills=Fills())
     size, compressed = cache.config.block_size, cache.page_table.pools.compressed

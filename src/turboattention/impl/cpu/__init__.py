@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..contract import Availability, Call
+from ..contract import Availability, CallTraits
 from ..kernels import KernelBackend
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class CpuBackend(KernelBackend):
         except ValueError as error:  # an instruction set that is not here
             return Availability("cpu", False, str(error))
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: CallTraits) -> str | None:
         if call.device.type != "cpu":
             return f"the tensors are on {call.device}"
         return self._refusal(call.config, call.dtype)
@@ -41,7 +41,7 @@ class CpuBackend(KernelBackend):
 
         return refusal
 
-    def slower(self, call: Call | None) -> str | None:
+    def slower(self, call: CallTraits | None) -> str | None:
         if call is None or call.queries <= SERIAL_QUERIES:
             return None
         from ...kernels.cpu import in_use

@@ -7,13 +7,13 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import NonFiniteError
 from ...kernels.cpu.attention import attend
-from ...kernels.inputs import Pages, Standing
+from ...kernels.inputs import Pages, QueryPositions
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
 from ...kv.stage1 import SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
-from ..inputs import open_rows_of, pages_of, prefill_of, queries_by_tile, standing_of
+from ..inputs import pages_of, prefill_of, queries_by_tile, query_positions_of, tail_rows_of
 from .filled import with_filled
 from .steps import step
 
@@ -29,9 +29,18 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Attention without a cache: q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv] in q's
     dtype, lse float32 [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
-    standing, staged = prefill_of(config, q, k, v)
+    query_positions, staged = prefill_of(config, q, k, v)
     return _attend(
-        config, q, standing, None, staged, None, params, kv_heads=k.shape[1], v_head_dim=v.shape[3], mean_from=1
+        config,
+        q,
+        query_positions,
+        None,
+        staged,
+        None,
+        params,
+        kv_heads=k.shape[1],
+        v_head_dim=v.shape[3],
+        mean_from_block=1,
     )
 
 
@@ -47,8 +56,8 @@ def attend_cache(
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache: out [B, Hq, Lq, Dv] in q's dtype, lse float32 [B, Hq, Lq].
 
-    Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `standing_of`. `head_bits`
-    int64 [2, Hkv] are the widths that committing `staged` would freeze; used only with `stored_prefill`.
+    Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `query_positions_of`.
+    `head_bits` int64 [2, Hkv] are the widths that committing `staged` would freeze; used only with `stored_prefill`.
     """
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
@@ -58,21 +67,21 @@ def attend_cache(
     return _attend(
         config,
         q,
-        standing_of(positions, valid, state),
+        query_positions_of(positions, valid, state),
         pages,
         state,
         order,
         params,
         kv_heads=cache.num_kv_heads,
         v_head_dim=cache.v_head_dim,
-        mean_from=cache.mean_from // config.block_size,
+        mean_from_block=cache.mean_from // config.block_size,
     )
 
 
 def _attend(
     config: TurboConfig,
     q: Tensor,
-    standing: Standing,
+    query_positions: QueryPositions,
     pages: Pages | None,
     state: Stage | SequenceState,
     order: ChannelOrder | None,
@@ -80,24 +89,24 @@ def _attend(
     *,
     kv_heads: int,
     v_head_dim: int,
-    mean_from: int,
+    mean_from_block: int,
 ) -> tuple[Tensor, Tensor]:
     mean = None if state.k_mean is None else state.k_mean.contiguous()
     quantized = None
     if not config.token_scales:
-        quantized = queries_by_tile(config, q, standing.valid, kv_heads, params.scale, mean)
+        quantized = queries_by_tile(config, q, query_positions.valid, kv_heads, params.scale, mean)
     try:
         return attend(
             config,
             q,
-            standing,
+            query_positions,
             pages,
-            open_rows_of(state, q.device),
+            tail_rows_of(state, q.device),
             kv_heads=kv_heads,
             v_head_dim=v_head_dim,
             scale=params.scale,
             mean=mean,
-            mean_from=mean_from,
+            mean_from_block=mean_from_block,
             causal=params.is_causal,
             window=params.window_size,
             softcap=params.softcap,
@@ -106,5 +115,5 @@ def _attend(
             quantized=quantized,
         )
     except NonFiniteError:
-        check_finite("q", q, standing.valid)  # says which values
+        check_finite("q", q, query_positions.valid)  # says which values
         raise

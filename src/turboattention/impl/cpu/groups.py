@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.cpu.paged import FlatRows, OpenRows
-from ...kv.paged import BLOCK, OpenBlocks, PagedBatch
+from ...kernels.cpu.paged import FlatRows, TailSlots
+from ...kv.paged import BLOCK, PagedBatch, TailBlocks
 
 Counts = TypeVar("Counts", int, np.ndarray)
 
@@ -45,26 +45,26 @@ class Group:
         """The addresses of `filled` (`kernels.cpu.store.Store.fill_blocks`); base: address of page 0."""
         return None if self.filled is None else torch.where(self.filled < 0, 0, self.filled + base)
 
-    def open_rows(self, pool: OpenBlocks, layer: int) -> OpenRows:
+    def tail_rows(self, pool: TailBlocks, layer: int) -> TailSlots:
         """The INT8 rows from the first block that the step extends: the slots, or temporary memory with copies of their
         rows in that block."""
         codes, scales = pool.of(layer)
         if self.in_place:
-            return OpenRows(codes, scales, self.rows.open_start, self.first, pool.ring, pool.ring)
+            return TailSlots(codes, scales, self.rows.open_start, self.first, pool.ring, pool.ring)
         before, (heads, _, head_dim) = self.rows.before, codes[0].shape[1:]
         width = int(((self.rows.after + BLOCK - 1) // BLOCK - before // BLOCK).max()) * BLOCK
         shape = len(before), heads, width
-        opened = torch.empty(*shape, head_dim, dtype=torch.int8), torch.empty(*shape, head_dim, dtype=torch.int8)
-        opened_scales = torch.empty(shape), torch.empty(shape)
+        tail = torch.empty(*shape, head_dim, dtype=torch.int8), torch.empty(*shape, head_dim, dtype=torch.int8)
+        tail_scales = torch.empty(shape), torch.empty(shape)
         for row, (slot, position) in enumerate(zip(self.slots.tolist(), before.tolist(), strict=True)):
             held, first = position % BLOCK, position // BLOCK * BLOCK % pool.ring
             for side in range(2):
-                opened[side][row, :, :held] = codes[side][slot, :, first : first + held]
-                opened_scales[side][row, :, :held] = scales[side][slot, :, first : first + held]
+                tail[side][row, :, :held] = codes[side][slot, :, first : first + held]
+                tail_scales[side][row, :, :held] = scales[side][slot, :, first : first + held]
         first = torch.arange(len(before)) * (heads * width)
-        return OpenRows(opened, opened_scales, self.rows.open_start, first, width, 0)
+        return TailSlots(tail, tail_scales, self.rows.open_start, first, width, 0)
 
-    def keep_last(self, pool: OpenBlocks, layer: int, opened: OpenRows) -> None:
+    def keep_last(self, pool: TailBlocks, layer: int, tail: TailSlots) -> None:
         """Copy the incomplete block of each sequence from temporary memory to its slot.
 
         With a ring of two blocks, the full block before it is copied too, since rejected tokens may reopen it.
@@ -77,8 +77,8 @@ class Group:
             kept = np.arange(max(start, end // BLOCK * BLOCK - (pool.ring - BLOCK)), end)
             rows, ring = torch.from_numpy(kept - start), torch.from_numpy(kept % pool.ring)
             for side in range(2):
-                codes[side][slot, :, ring] = opened.codes[side][row, :, rows]
-                scales[side][slot, :, ring] = opened.scales[side][row, :, rows]
+                codes[side][slot, :, ring] = tail.codes[side][row, :, rows]
+                scales[side][slot, :, ring] = tail.scales[side][row, :, rows]
 
 
 def blocks_filled(held: Counts, tokens: int) -> Counts:

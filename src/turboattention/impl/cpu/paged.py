@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import NonFiniteError
 from ...kernels.cpu.paged import PagedCall
-from ...kv.paged import OpenBlocks, PagedBatch, PagedFormat
+from ...kv.paged import PagedBatch, PagedFormat, TailBlocks
 from .groups import grouped
 
 
@@ -20,7 +20,7 @@ def paged_attention(
     v: Tensor,
     out: Tensor,
     pages: Tensor,
-    open_blocks: OpenBlocks,
+    tail_blocks: TailBlocks,
     *,
     scale: float,
     window: int | None,
@@ -30,10 +30,10 @@ def paged_attention(
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
     base, stride = pages.data_ptr(), pages.stride(0)
     # Layers with equal shapes of slots and pages share the groups.
-    alike = layout.num_kv_heads * open_blocks.ring, open_blocks.ring, stride
+    alike = layout.num_kv_heads * tail_blocks.ring, tail_blocks.ring, stride
     groups = batch.once(alike, lambda: grouped(batch, *alike))
     for group in groups:
-        group.check(len(pages), open_blocks.slots)
+        group.check(len(pages), tail_blocks.slots)
     options = {"group": q.shape[1] // layout.num_kv_heads, "scale": scale, "window": window, "softcap": softcap}
     calls = batch.once(
         (alike, config, layout, *options.values()),
@@ -41,17 +41,17 @@ def paged_attention(
     )
     parts, finite = [], True
     for group, call in zip(groups, calls, strict=True):
-        opened, fresh = group.open_rows(open_blocks, layer), group.fresh(base)
+        tail, fresh = group.tail_rows(tail_blocks, layer), group.fresh(base)
         means = None if mean is None else mean.expand(len(group.slots), -1, -1).contiguous()
-        parts.append((call, means, opened, group.offsets + base))
+        parts.append((call, means, tail, group.offsets + base))
         try:
-            call.store(k, v, means, opened, fresh)
+            call.store(k, v, means, tail, fresh)
         except NonFiniteError:
             finite, k, v = False, _cleaned(k), _cleaned(v)
-            call.store(k, v, means, opened, fresh)
-        group.keep_last(open_blocks, layer, opened)
-    for call, means, opened, addresses in parts:
-        finite &= call.attend(q, out, means, opened, addresses)
+            call.store(k, v, means, tail, fresh)
+        group.keep_last(tail_blocks, layer, tail)
+    for call, means, tail, addresses in parts:
+        finite &= call.attend(q, out, means, tail, addresses)
     return finite
 
 

@@ -115,7 +115,7 @@ class _Steps:
             return None
         if self._stored and max(self._open) + tokens > self._size:
             return None  # later rows must read the filled block from its page, which a step writes last
-        return [b for b, open_rows in enumerate(self._open) if blocks_filled(open_rows, tokens)]
+        return [b for b, rows in enumerate(self._open) if blocks_filled(rows, tokens)]
 
     def fresh(self, cache: KVCache, filled: list[int]) -> tuple[list[int], Tensor | None]:
         """Pages for the blocks that the sequences in `filled` fill, and their addresses int64 [B, 1] (0 for others)."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ...kernels.inputs import gpu_refusal
-from ..contract import Availability, Call
+from ..contract import Availability, CallTraits
 from ..kernels import KernelBackend
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TritonBackend(KernelBackend):
     def availability(self) -> Availability:
         return _availability(_interpreted())
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: CallTraits) -> str | None:
         if call.device.type != "cuda" and not _interpreted():
             return f"the tensors are on {call.device}, its kernels run on GPUs"
         widths = gpu_refusal(call.head_dims) if call.head_dims else None
@@ -37,7 +37,7 @@ class TritonBackend(KernelBackend):
 
         return refusal
 
-    def slower(self, call: Call | None) -> str | None:
+    def slower(self, call: CallTraits | None) -> str | None:
         on_gpu = call.device.type == "cuda" if call else not _interpreted()
         return None if on_gpu else "Triton's interpreter is for tests"
 

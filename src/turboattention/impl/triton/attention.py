@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
-from ...kernels.inputs import BLOCK, Pages, Standing
+from ...kernels.inputs import BLOCK, Pages, QueryPositions
 from ...kernels.triton.attention import attend, takes_prefill_rows
 from ...kernels.triton.call import Fresh, padded
 from ...kernels.triton.fresh import mean_of_first_block
@@ -19,7 +19,7 @@ from ...kv.channel_order import ChannelOrder
 from ...kv.stage1 import MEAN_SKIPS, SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
-from ..inputs import open_rows_of, prefill_of, queries_by_tile, standing_of
+from ..inputs import prefill_of, queries_by_tile, query_positions_of, tail_rows_of
 from .device import on_own_device
 from .steps import step
 from .tables import pages_of
@@ -42,8 +42,8 @@ def prefill(
         return _prefill_at_once(config, q, k, v, params)
     for name, x in (("k", k), ("v", v)):
         check_finite(name, x)
-    standing, staged = prefill_of(config, q, k, v)
-    return _attend(config, q, standing, None, staged, None, params, kv_heads=kv_heads, mean_from=1)
+    query_positions, staged = prefill_of(config, q, k, v)
+    return _attend(config, q, query_positions, None, staged, None, params, kv_heads=kv_heads, mean_from_block=1)
 
 
 def _prefill_at_once(
@@ -59,7 +59,7 @@ def _prefill_at_once(
     first, valid, lengths = (torch.full((batch,), n, device=q.device) for n in (keys - queries, queries, keys))
     quantized, _ = quantize_queries(q, kv_heads, valid, mean, params.scale, config.rotate, flag=flag)
     result = attend(
-        config, q, Standing(first, valid, lengths), None, None, kv_heads=kv_heads, mean=mean, mean_from=1,
+        config, q, QueryPositions(first, valid, lengths), None, None, kv_heads=kv_heads, mean=mean, mean_from_block=1,
         quantized=quantized, fresh=Fresh(k, v, mean, flag), **_options(params),
     )  # fmt: skip
     if q.device.type == "cpu" and bool(flag):
@@ -81,21 +81,21 @@ def attend_cache(
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
 
-    Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `standing_of`. `head_bits`
-    is unused: it matters only with `stored_prefill`, which this backend refuses.
+    Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `query_positions_of`.
+    `head_bits` is unused: it matters only with `stored_prefill`, which this backend refuses.
     """
     cache.look()
     state = staged if staged is not None else cache.state(q.device)
     return _attend(
         cache.config,
         q,
-        standing_of(positions, valid, state),
+        query_positions_of(positions, valid, state),
         pages_of(cache),
         state,
         cache.k_order,
         params,
         kv_heads=cache.num_kv_heads,
-        mean_from=cache.mean_from // cache.config.block_size,
+        mean_from_block=cache.mean_from // cache.config.block_size,
     )
 
 
@@ -113,33 +113,35 @@ def _options(params: AttentionParams) -> dict[str, Any]:
 def _attend(
     config: TurboConfig,
     q: Tensor,
-    standing: Standing,
+    query_positions: QueryPositions,
     pages: Pages | None,
     state: Stage | SequenceState,
     order: ChannelOrder | None,
     params: AttentionParams,
     *,
     kv_heads: int,
-    mean_from: int,
+    mean_from_block: int,
 ) -> tuple[Tensor, Tensor]:
     mean = None if state.k_mean is None else state.k_mean.contiguous()
-    first, rows, lengths = (x.to(q.device) for x in (standing.first, standing.valid, standing.lengths))
+    first, rows, lengths = (
+        x.to(q.device) for x in (query_positions.first, query_positions.valid, query_positions.lengths)
+    )
     if config.token_scales:
         quantized, flag = quantize_queries(q, kv_heads, rows, mean, params.scale, config.rotate, Order.of(order, q))
     else:
-        quantized, flag = queries_by_tile(config, q, standing.valid, kv_heads, params.scale, mean), None
+        quantized, flag = queries_by_tile(config, q, query_positions.valid, kv_heads, params.scale, mean), None
     result = attend(
         config,
         q,
-        Standing(first, rows, lengths),
+        QueryPositions(first, rows, lengths),
         pages,
-        open_rows_of(state, q.device),
+        tail_rows_of(state, q.device),
         kv_heads=kv_heads,
         mean=mean,
-        mean_from=mean_from,
+        mean_from_block=mean_from_block,
         quantized=quantized,
         **_options(params),
     )
     if flag is not None and bool(flag):  # waits for the device, which is acceptable outside decode steps
-        check_finite("q", q, standing.valid)
+        check_finite("q", q, query_positions.valid)
     return result

@@ -14,9 +14,9 @@ from ...softmax import logit_scale
 from ...validation import check_floats, check_softmax, check_window
 from .deferred_error import flag_of
 from .device import guard
-from .state import Call
+from .host_lengths import Fills
+from .state import StepCall
 from .steps import new_steps, steps_of
-from .tally import Fills
 
 _FILLS = Fills(pages=True)
 
@@ -73,7 +73,7 @@ class DecodeGraph:
         cache.backend_state = self._steps = new_steps(cache)
         self._cache = cache
         self._steps.tables.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
-        self._call = Call(logit_scale(scale, cache.head_dim), True, window, softcap)
+        self._call = StepCall(logit_scale(scale, cache.head_dim), True, window, softcap)
         self._inputs = tuple(
             torch.zeros(cache.batch_size, heads, 1, cache.head_dim, dtype=cache.dtype, device=cache.device)
             for heads in (num_heads, kv_heads, kv_heads)
@@ -147,7 +147,7 @@ class DecodeGraph:
     @in_own_modes
     def count(self) -> None:
         """Count a step on the host, after `ready`. Not part of the step's device work."""
-        plan = self._steps.tally.plan([1] * self._cache.batch_size)
+        plan = self._steps.host_lengths.plan([1] * self._cache.batch_size)
         assert plan is not None
         self._steps.count(self._cache, plan, self._steps.tables.take(plan))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...errors import ShapeError, UnsupportedError
 from ...kernels.triton.configs import LARGEST_GRID
 from ...kernels.triton.paged import Ragged, Slots, attend, store
-from ...kv.paged import BLOCK, OpenBlocks, PagedBatch, PagedFormat
+from ...kv.paged import BLOCK, PagedBatch, PagedFormat, TailBlocks
 from .device import on_own_device
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -24,7 +24,7 @@ def paged_attention(
     v: Tensor,
     out: Tensor,
     pages: Tensor,
-    open_blocks: OpenBlocks,
+    tail_blocks: TailBlocks,
     *,
     scale: float,
     window: int | None,
@@ -32,17 +32,17 @@ def paged_attention(
 ) -> bool:
     """`turboattention.paged.paged_attention` with checked arguments.
 
-    Always returns True: `OpenBlocks.notice` reports values that are not finite.
+    Always returns True: `TailBlocks.notice` reports values that are not finite.
     """
     ragged = _ragged(batch, q)
     _check_alignment(pages)
     if not ragged.tokens or not ragged.sequences:
         return True
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
-    slots, flag = Slots(*open_blocks.of(layer), open_blocks.ring), open_blocks.flag
-    opened = store(config, layout, ragged, k, v, mean, pages, slots, flag)
+    slots, flag = Slots(*tail_blocks.of(layer), tail_blocks.ring), tail_blocks.flag
+    tail = store(config, layout, ragged, k, v, mean, pages, slots, flag)
     attend(
-        config, layout, ragged, q, out, mean, pages, slots, opened, flag,
+        config, layout, ragged, q, out, mean, pages, slots, tail, flag,
         scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
     return True

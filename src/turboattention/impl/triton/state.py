@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.inputs import BLOCK, OpenRows, Standing
+from ...kernels.inputs import BLOCK, QueryPositions, TailRows
 from ...kernels.triton.append import flush_blocks, store_tokens
 from ...kernels.triton.attention import attend
 from ...kernels.triton.lengths import advance, stand
@@ -21,12 +21,12 @@ from ...kv.stage1 import MEAN_SKIPS
 from ...modes import in_own_modes
 from .deferred_error import flag_of
 from .device import on_own_device, upload
+from .host_lengths import Fills, HostLengths, Plan
 from .tables import PageTables
-from .tally import Fills, Plan, Tally
 
 
 @dataclass(frozen=True)
-class Call:
+class StepCall:
     """Attention arguments that are constant over the steps of a layer."""
 
     scale: float
@@ -48,7 +48,7 @@ class Steps:
         self._config, self._mean_from = cache.config, cache.mean_from
         # Whole blocks: room for the token that fills a block, until it is compressed, and for flush_lag tokens.
         rows = BLOCK * (1 + -(-cache.config.flush_lag // BLOCK))
-        self.tally, self.tables = Tally(cache, rows), PageTables(cache)
+        self.host_lengths, self.tables = HostLengths(cache, rows), PageTables(cache)
         self._codes, self._scales = cache.tail.memory(rows)
         mean = cache.state(device).k_mean
         self._mean = None if mean is None else mean.contiguous()
@@ -77,7 +77,7 @@ class Steps:
         alike = len(set(plan.counts)) == 1
         tokens = plan.counts[0] if alike else torch.tensor(plan.counts)
         extend(cache, tokens, plan.filled, pages, self._mean if plan.learned else None)
-        self.tally.count(plan)
+        self.host_lengths.count(plan)
         self.tables.follow()
 
     @in_own_modes
@@ -87,7 +87,7 @@ class Steps:
         q: Tensor,
         k: Tensor | None,
         v: Tensor | None,
-        call: Call,
+        call: StepCall,
         *,
         fills: Fills,
         counts: Tensor | None = None,
@@ -104,7 +104,7 @@ class Steps:
         taken = stand(self._lengths, tokens, q.shape[2], self._uploaded(counts))
         if k is not None and v is not None:
             self._write(k, v, taken.tokens)
-        result = self._attend(q, taken.standing, call, self._cleaned(mask))
+        result = self._attend(q, taken.query_positions, call, self._cleaned(mask))
         if tokens:
             self._advance(taken.tokens, fills)
         return result
@@ -128,21 +128,23 @@ class Steps:
         self.flag.bitwise_or_(bad.any().to(self.flag.dtype))
         return mask.masked_fill(bad, 0)
 
-    def _attend(self, q: Tensor, standing: Standing, call: Call, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, q: Tensor, query_positions: QueryPositions, call: StepCall, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         kv_heads = self._codes[0].shape[1]
         quantized, _ = quantize_queries(
-            q, kv_heads, standing.valid, self._mean, call.scale, self._config.rotate, self._order, self.flag
+            q, kv_heads, query_positions.valid, self._mean, call.scale, self._config.rotate, self._order, self.flag
         )
         return attend(
             self._config,
             q,
-            standing,
-            self.tables.on_device if self.tally.paged else None,
-            OpenRows(*self._codes, *self._scales, self._start),
+            query_positions,
+            self.tables.on_device if self.host_lengths.paged else None,
+            TailRows(*self._codes, *self._scales, self._start),
             kv_heads=kv_heads,
             scale=call.scale,
             mean=self._mean,
-            mean_from=self._mean_from // BLOCK,
+            mean_from_block=self._mean_from // BLOCK,
             causal=call.causal,
             window=call.window,
             softcap=call.softcap,

@@ -18,8 +18,8 @@ from ...kv.in_place import backend_state_of
 from ...modes import in_own_modes
 from ..contract import AttentionParams
 from .deferred_error import flag_of
-from .state import Call, Steps
-from .tally import Plan
+from .host_lengths import Plan
+from .state import StepCall, Steps
 
 
 @in_own_modes
@@ -45,7 +45,7 @@ def step(
     if found is None:
         return None
     steps, plan = found
-    call = Call(params.scale, params.is_causal, params.window_size, params.softcap)
+    call = StepCall(params.scale, params.is_causal, params.window_size, params.softcap)
     with _taken(steps, cache, plan):
         return steps.run(q, k, v, call, fills=plan.fills, counts=counts, mask=params.attn_mask)
 
@@ -70,7 +70,7 @@ def _planned(cache: KVCache, tokens: int, counts: Tensor | None, attends: bool) 
     steps = steps_of(cache)
     if steps is None:
         return None
-    plan = steps.tally.plan([tokens] * cache.batch_size if counts is None else counts.tolist())
+    plan = steps.host_lengths.plan([tokens] * cache.batch_size if counts is None else counts.tolist())
     if plan is None or not plan.freezes:
         return None if plan is None else (steps, plan)
     # The general path decides widths and channel orders that depend on tokens, and runs the guard, which compares the

@@ -13,7 +13,7 @@ from ...kv.cache import KVCache
 from ...modes import in_own_modes
 from .. import inputs
 from .device import upload
-from .tally import Plan
+from .host_lengths import Plan
 
 _SPARE_COLUMNS = 64  # added to a table that is full
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...config import TurboConfig
 from ...errors import UnsupportedError
-from .call import Call, aligned
+from .call import LayerCall, aligned
 from .compiled import attend_in_graph
 from .dense import attend_dense
 from .dense_guard import check_first_prompt
@@ -52,7 +52,7 @@ def turbo_attention_forward(
     tracing = torch.compiler.is_dynamo_compiling()
     if layer is None:
         query, key, value = aligned(query, key, value)
-        call = Call(scaling, softcap, window, s_aux, config, backend)
+        call = LayerCall(scaling, softcap, window, s_aux, config, backend)
         out = (attend_in_graph if tracing else attend_dense)(query, key, value, plan, causal, call)
         if not tracing:
             check_first_prompt(module, out, (query, key, value), plan, causal, call)
@@ -77,7 +77,7 @@ def _attend_layer(
 ) -> Tensor:
     layer = layer_of(key)
     assert layer is not None
-    call = Call(scaling, softcap, window, s_aux, backend=layer.backend)
+    call = LayerCall(scaling, softcap, window, s_aux, backend=layer.backend)
     return layer.attend(module, query, plan, causal, call, positions)
 
 

@@ -22,7 +22,7 @@ def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """The options of one attention call.
 
     scale: factor of the logits. softcap: cap of the logits. window: tokens visible to a query, including its own.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...kv.handle import LIBRARY
 from ...ops import config_of
-from .call import Call
+from .call import LayerCall
 from .dense import attend_dense
 from .masks import MaskPlan
 
 
 def attend_in_graph(
-    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None, is_causal: bool, call: Call
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None, is_causal: bool, call: LayerCall
 ) -> Tensor:
     """`attend_dense` for code that is traced by Dynamo."""
     mask, mask_window, made_here = (None, None, False) if plan is None else (plan.mask, plan.window, plan.from_function)
@@ -53,7 +53,7 @@ def _attend(
     backend: str,
 ) -> Tensor:
     plan = None if mask is None else MaskPlan(mask, mask_window, from_function)
-    call = Call(scale, softcap, window, sinks, config_of(config), backend)
+    call = LayerCall(scale, softcap, window, sinks, config_of(config), backend)
     return attend_dense(query, key, value, plan, is_causal, call).contiguous()
 
 

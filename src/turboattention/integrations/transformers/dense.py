@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import ShapeError
-from .call import Call
+from .call import LayerCall
 from .masks import MaskPlan
 from .ragged import alike
 
 
 def attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None, is_causal: bool, call: Call
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None, is_causal: bool, call: LayerCall
 ) -> Tensor:
     """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> [B, Hq, Lq, Dv].
 

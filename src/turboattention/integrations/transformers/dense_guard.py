@@ -18,7 +18,7 @@ from ...errors import GuardWarning
 from ...guard import BOUNDS
 from ...modes import in_own_modes
 from ...reference.exact import exact_attention
-from .call import Call
+from .call import LayerCall
 from .masks import MaskPlan
 
 _ROWS = 32
@@ -31,7 +31,12 @@ _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @in_own_modes
 def check_first_prompt(
-    module: nn.Module, out: Tensor, qkv: tuple[Tensor, Tensor, Tensor], plan: MaskPlan | None, causal: bool, call: Call
+    module: nn.Module,
+    out: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    plan: MaskPlan | None,
+    causal: bool,
+    call: LayerCall,
 ) -> None:
     """`out` [B, Hq, Lq, D] as `attend_dense` gave it for q, k, v. Warns `GuardWarning`, once for each module."""
     q, k, v = qkv

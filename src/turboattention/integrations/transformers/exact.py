@@ -18,7 +18,7 @@ from ...errors import InputError, UnsupportedError
 from ...guard import QUERIES
 from ...kv.attachments import ExactPast
 from ...kv.window import CROPPED
-from .call import Call
+from .call import LayerCall
 from .masks import MaskPlan
 from .ragged import pack_index, take
 
@@ -108,7 +108,7 @@ def attend_exactly(
     plan: MaskPlan | None,
     valid: Tensor | None,
     is_causal: bool,
-    call: Call,
+    call: LayerCall,
 ) -> Tensor:
     """query [B, Hq, Lq, D], the last positions of `held` -> [B, Hq, Lq, Dv], by the model's own attention.
 

@@ -197,7 +197,7 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     if any(layer.parallel.size > 1 for layer in cache.layers):
         raise UnsupportedError("model: tensor parallelism is not supported in a graph")
     layer = cache.layers[0]
-    call = dispatch.Call(layer.config, model.dtype, model.device)
+    call = dispatch.CallTraits(layer.config, model.dtype, model.device)
     chosen = dispatch.choose(layer.backend, call)
     if chosen.name != "triton":
         raise UnsupportedError(f'backend: expected "triton", whose steps a graph holds, got "{chosen.name}"')

@@ -15,7 +15,7 @@ from ...guard import BeyondInt8Error, early_int8_message
 from ...kv.cache import KVCache
 from ...validation import check_finite
 from ..model_shape import ModelShape
-from .call import Call, aligned
+from .call import LayerCall, aligned
 from .exact import ExactKV, attend_exactly, without_padding
 from .held import HeldTokens
 from .masks import MaskPlan
@@ -194,7 +194,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         query: Tensor,
         plan: MaskPlan | None,
         is_causal: bool,
-        call: Call,
+        call: LayerCall,
         positions: Tensor | None = None,
     ) -> Tensor:
         """query [B, Hq, Lq, D] over what is stored and what `update` brought, which is then stored.
@@ -234,7 +234,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         plan: MaskPlan | None,
         valid: Tensor | None,
         is_causal: bool,
-        call: Call,
+        call: LayerCall,
     ) -> Tensor:
         """Over the `KVCache`; if the guard finds that it cannot carry this layer, exactly."""
         kv, floats = self.kv, self.floats
@@ -284,7 +284,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         plan: MaskPlan | None,
         valid: Tensor | None,
         is_causal: bool,
-        call: Call,
+        call: LayerCall,
     ) -> Tensor:
         """Over `floats`, which then hold the new tokens."""
         held = self.floats

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...kv.cache import KVCache
-from .call import Call
+from .call import LayerCall
 from .masks import MaskPlan
 from .ragged import pack_index, put_back, take, take_columns, take_rows
 
@@ -56,7 +56,7 @@ def attend_tokens(
     plan: MaskPlan | None,
     valid: Tensor | None,
     is_causal: bool,
-    call: Call,
+    call: LayerCall,
 ) -> Tensor:
     """query [B, Hq, Lq, D] over `kv` and the `new` keys and values, which are then appended.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError
 from ...impl.triton.graph import DecodeGraph
 from .cache import TurboCache
-from .call import Call
+from .call import LayerCall
 from .layer import TurboLayer
 from .masks import MaskPlan
 
@@ -31,7 +31,7 @@ class StaticLayer(TurboLayer):
         query: Tensor,
         plan: MaskPlan | None,
         is_causal: bool,
-        call: Call,
+        call: LayerCall,
         positions: Tensor | None = None,
     ) -> Tensor:
         """query [B, Hq, 1, D] over what is stored and the token that `update` brought; on copies while `trying`.

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from ...guard import fixed_widths_message
-from ...paged import OpenBlocks, PagedFormat, paged_attention
+from ...paged import PagedFormat, TailBlocks, paged_attention
 from ..model_shape import ModelShape
 from .metadata import TurboMetadata
 from .refusals import refuse, refuse_device, refuse_engine, refuse_layer
@@ -51,7 +51,7 @@ def latest_widths() -> Widths:
 class TurboImpl(AttentionImpl[TurboMetadata]):
     """Attention of one layer on one tensor-parallel rank.
 
-    The pool of INT8 rows (`open_blocks`) is allocated with the layer, so that vLLM counts it with the weights. `bind`
+    The pool of INT8 rows (`tail_blocks`) is allocated with the layer, so that vLLM counts it with the weights. `bind`
     sets what depends on the layer's index in the model, which is not known to the constructor.
     """
 
@@ -94,7 +94,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.device = torch.get_default_device()
         refuse_device(self.widths.config, config.model_config.dtype, self.device)
         # One spare slot, for runs without a sequence (warm-up, profiling).
-        self.open_blocks = OpenBlocks(
+        self.tail_blocks = TailBlocks(
             layers=1,
             slots=config.scheduler_config.max_num_seqs + 1,
             kv_heads=self.num_kv_heads,
@@ -154,7 +154,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             v,
             out,
             kv_cache.view(kv_cache.shape[0], -1),
-            self.open_blocks,
+            self.tail_blocks,
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,

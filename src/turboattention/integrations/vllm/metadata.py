@@ -64,7 +64,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
             impls[0].widths.settings.name,
             impls[0].format.page_bytes,
             BLOCK,
-            sum(impl.open_blocks.nbytes for impl in impls) / 2**20,
+            sum(impl.tail_blocks.nbytes for impl in impls) / 2**20,
             self.spare_slot,
             len(impls),
         )
@@ -114,7 +114,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         self._builds += 1
         if self.device.type != "cpu" and self._builds % _POLL_INTERVAL == 0:
             for impl in self._impls:
-                impl.report_nonfinite(not impl.open_blocks.notice())
+                impl.report_nonfinite(not impl.tail_blocks.notice())
 
     def _first_prompt(self, common: CommonAttentionMetadata) -> slice | None:
         """Lengths are read on the host. They are upper bounds that are exact for prompts."""

@@ -23,7 +23,7 @@ class Slots:
 
     Args:
         count: the largest number of concurrent requests.
-        ring: rows of a slot, as in `OpenBlocks`. With 64 rows, a new block overwrites the previous one.
+        ring: rows of a slot, as in `TailBlocks`. With 64 rows, a new block overwrites the previous one.
     """
 
     def __init__(self, count: int, ring: int = BLOCK):

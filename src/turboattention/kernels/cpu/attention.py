@@ -14,7 +14,7 @@ from ...config import TurboConfig
 from ...errors import NonFiniteError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import WIDEST, PageLayout
-from ..inputs import Int8Queries, OpenRows, Pages, Standing, refusal
+from ..inputs import Int8Queries, Pages, QueryPositions, TailRows, refusal
 from .rows import FloatRows, Int8Rows, float_rows
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
@@ -28,15 +28,15 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16
 def attend(
     config: TurboConfig,
     q: Tensor,
-    standing: Standing,
+    query_positions: QueryPositions,
     pages: Pages | None,
-    rows: OpenRows | None,
+    rows: TailRows | None,
     *,
     kv_heads: int,
     v_head_dim: int,
     scale: float,
     mean: Tensor | None,
-    mean_from: int,
+    mean_from_block: int,
     causal: bool,
     window: int | None,
     softcap: float | None,
@@ -46,9 +46,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq].
 
-    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from` on are stored without, or
-    None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: that of K's channels in compressed pages, or
-    None; `quantized` takes the place of q's values.
+    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
+    or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: that of K's channels in compressed pages,
+    or None; `quantized` takes the place of q's values.
 
     Raises UnsupportedError for what `refusal` names, NonFiniteError if a valid row of q is not finite or beyond 1e18.
     """
@@ -66,8 +66,8 @@ def attend(
         a.q.data = None
         a.q_codes, a.q_unit = quantized.codes.data_ptr(), quantized.unit.data_ptr()
         a.q_mean_logit = quantized.mean_logit.data_ptr() if quantized.mean_logit is not None else None
-    a.first_position, a.valid_rows = standing.first.data_ptr(), standing.valid.data_ptr()
-    a.lengths, a.mean_from = standing.lengths.data_ptr(), mean_from
+    a.first_position, a.valid_rows = query_positions.first.data_ptr(), query_positions.valid.data_ptr()
+    a.lengths, a.mean_from_block = query_positions.lengths.data_ptr(), mean_from_block
     none = torch.zeros(batch, dtype=torch.int64)
     a.page_counts = a.open.start = none.data_ptr()
     if pages is not None:
@@ -162,7 +162,7 @@ class Arguments(ctypes.Structure):
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("mean", "unfit", "q_codes", "q_unit", "q_mean_logit")),
         *((name, ctypes.c_void_p) for name in ("first_position", "valid_rows", "lengths")),
-        ("mean_from", ctypes.c_int64),
+        ("mean_from_block", ctypes.c_int64),
         ("pages", ctypes.c_void_p),
         ("page_counts", ctypes.c_void_p),
         ("page_stride", ctypes.c_int64),
@@ -194,7 +194,7 @@ if ctypes.sizeof(Arguments) != _cpu.attend_bytes:
 @functools.cache
 def page_plan(layout: PageLayout) -> Plan:
     """Kept for good, with the table that it points into: there are no more than models have kinds of layers."""
-    table = _places(layout)
+    table = _page_offsets(layout)
     plan = Plan(
         table.ctypes.data,
         (layout.k_token_scales, layout.v_token_scales) if layout.token_scales else (-1, -1),
@@ -204,7 +204,7 @@ def page_plan(layout: PageLayout) -> Plan:
     return plan
 
 
-def _places(layout: PageLayout) -> np.ndarray:
+def _page_offsets(layout: PageLayout) -> np.ndarray:
     """int64 [H, 2, 5]: widths of both halves of the channels and offsets of codes, steps and zeros of each head's K
     and V."""
     table = np.full((layout.num_kv_heads, 2, 5), -1, np.int64)

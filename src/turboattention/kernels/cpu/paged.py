@@ -21,7 +21,7 @@ _cpu = importlib.import_module("turboattention._cpu")
 
 
 @dataclass(frozen=True)
-class OpenRows:
+class TailSlots:
     """Open blocks: codes int8 [..., D] and scales float32 [...] of K and V, contiguous. Sequence b's begin at row
     `first[b]`, with position `start[b]` (int64 [B]), and have `head_rows` for each head; `ring`: see `Int8Rows` of
     csrc/cpu, 0 for none."""
@@ -110,7 +110,7 @@ class PagedCall:
         s.threads = a.threads = torch.get_num_threads()
         self._store, self._attend = s, a
 
-    def store(self, k: Tensor, v: Tensor, mean: Tensor | None, opened: OpenRows, fresh: Tensor | None) -> None:
+    def store(self, k: Tensor, v: Tensor, mean: Tensor | None, tail: TailSlots, fresh: Tensor | None) -> None:
         """k, v [T, H, D] into open rows, and blocks that are full then into pages; `fresh` as for `Store.fill_blocks`.
 
         mean: float32 [B, H, D] in the stored space, or None. Raises NonFiniteError where k or v is not finite: no page
@@ -120,12 +120,12 @@ class PagedCall:
         s.k, kept_k = flat_rows(k, starts)
         s.v, kept_v = flat_rows(v, starts)
         s.mean = None if mean is None else mean.data_ptr()
-        s.open = opened.memory
+        s.open = tail.memory
         s.fill_blocks(fresh)
         check_fit(_cpu.store(ctypes.addressof(s)))
         del kept_k, kept_v
 
-    def attend(self, q: Tensor, out: Tensor, mean: Tensor | None, opened: OpenRows, addresses: Tensor) -> bool:
+    def attend(self, q: Tensor, out: Tensor, mean: Tensor | None, tail: TailSlots, addresses: Tensor) -> bool:
         """q [T, Hq, D] of these rows, causally, over pages and open rows, which hold their own tokens -> out, likewise.
 
         mean: as for `store`. addresses: int64 [B, P], of the pages. False where q is not finite: what is not counts as
@@ -135,7 +135,7 @@ class PagedCall:
         a.q, kept = flat_rows(q, starts)
         a.out, _ = flat_rows(out, starts)
         a.mean = None if mean is None else mean.data_ptr()
-        a.open = opened.memory
+        a.open = tail.memory
         a.pages, a.page_stride = addresses.data_ptr(), addresses.shape[1]
         finite = _cpu.attend(ctypes.addressof(a))
         del kept

@@ -58,7 +58,7 @@ class Step:
         s.open.start, s.rotate = start.data_ptr(), config.rotate
         s.mean, s.mean_from = None if mean is None else mean.data_ptr(), mean_from
         s.order = None if self._order is None else self._order.data_ptr()
-        a.mean_from = mean_from // config.block_size
+        a.mean_from_block = mean_from // config.block_size
         args.codes[:] = [x.data_ptr() for x in codes]
         args.scales[:] = [x.data_ptr() for x in scales]
 

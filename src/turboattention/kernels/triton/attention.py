@@ -11,9 +11,9 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from .. import inputs
-from ..inputs import BLOCK, Int8Queries, OpenRows, Pages, Standing
+from ..inputs import BLOCK, Int8Queries, Pages, QueryPositions, TailRows
 from . import configs
-from .call import Call, Fresh, with_positive_unit
+from .call import AttentionCall, Fresh, with_positive_unit
 from .decode_rows import attend_decode_rows
 from .ordering import Order
 from .prefill_rows import attend_prefill_rows
@@ -28,14 +28,14 @@ def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
 def attend(
     config: TurboConfig,
     q: Tensor,
-    standing: Standing,
+    query_positions: QueryPositions,
     pages: Pages | None,
-    rows: OpenRows | None,
+    rows: TailRows | None,
     *,
     kv_heads: int,
     scale: float,
     mean: Tensor | None,
-    mean_from: int,
+    mean_from_block: int,
     order: Order | None = None,
     causal: bool,
     window: int | None,
@@ -48,8 +48,8 @@ def attend(
 
     `fresh`: keys and values in place of pages and rows, for calls that `takes_prefill_rows` names.
 
-    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from` on are stored without, or
-    None; order: that of K's channels in compressed pages, or None; mask: bool or float,
+    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
+    or None; order: that of K's channels in compressed pages, or None; mask: bool or float,
     [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place of q's values. All tensors on one device. Whether q
     is finite is told by `quantize_queries` alone.
 
@@ -63,13 +63,13 @@ def attend(
     if not lse.numel():
         return out, lse
     if quantized is None:
-        quantized, _ = quantize_queries(q, kv_heads, standing.valid, mean, scale, config.rotate, order)
+        quantized, _ = quantize_queries(q, kv_heads, query_positions.valid, mean, scale, config.rotate, order)
     blocks = (pages.addresses.shape[1] if pages else 0) + (-(-rows.k8.shape[2] // BLOCK) if rows else 0)
     if fresh is not None:
         blocks = -(-fresh.k.shape[2] // BLOCK)
-    call = Call(
-        config, with_positive_unit(quantized, scale), standing, pages, rows, fresh, kv_heads, blocks, mean_from,
-        causal, window, softcap, mask, out, lse,
+    call = AttentionCall(
+        config, with_positive_unit(quantized, scale), query_positions, pages, rows, fresh, kv_heads, blocks,
+        mean_from_block, causal, window, softcap, mask, out, lse,
     )  # fmt: skip
     if takes_prefill_rows(call.group, call.queries):
         attend_prefill_rows(call)

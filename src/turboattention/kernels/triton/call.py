@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
-from ..inputs import Int8Queries, OpenRows, Pages, Standing
+from ..inputs import Int8Queries, Pages, QueryPositions, TailRows
 from . import configs
 from .softmax import LOG2_E
 
@@ -81,19 +81,19 @@ class Fresh:
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """A call of `attention.attend`, made ready; `blocks` is the most that a sequence may have. Keys are in pages and
     open rows, or fresh."""
 
     config: TurboConfig
     quantized: Int8Queries
-    standing: Standing
+    query_positions: QueryPositions
     pages: Pages | None
-    open: OpenRows | None
+    open: TailRows | None
     fresh: Fresh | None
     kv_heads: int
     blocks: int
-    mean_from: int
+    mean_from_block: int
     causal: bool
     window: int | None
     softcap: float | None
@@ -113,7 +113,7 @@ class Call:
     def group(self) -> int:
         return self.out.shape[1] // self.kv_heads
 
-    def parts(self, largest: int) -> Iterator[Call]:
+    def parts(self, largest: int) -> Iterator[AttentionCall]:
         """The same of at most so many sequences at a time. Not of fresh keys."""
         if self.batch <= largest:
             yield self
@@ -130,7 +130,7 @@ class Call:
 
             mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[some]
             yield replace(
-                self, quantized=of(self.quantized), standing=of(self.standing), pages=of(self.pages),
+                self, quantized=of(self.quantized), query_positions=of(self.query_positions), pages=of(self.pages),
                 open=of(self.open), mask=mask, out=self.out[some], lse=self.lse[some],
             )  # fmt: skip
 
@@ -153,7 +153,7 @@ class Call:
 
     def row_arguments(self) -> dict[str, Any]:
         """Of queries, and where they stand."""
-        s = self.standing
+        s = self.query_positions
         where = {"first_ptr": s.first, "valid_ptr": s.valid, "lengths_ptr": s.lengths}
         return query_arguments(self.quantized) | where
 
@@ -171,7 +171,7 @@ class Call:
             **dict(zip(("mask_b", "mask_h", "mask_q", "mask_k"), strides, strict=True)),
             # One key's stands for all.
             "mask_keys": mask.shape[3] if mask.shape[3] > 1 else _LARGEST_WINDOW,
-            "mean_from": self.mean_from,
+            "mean_from_block": self.mean_from_block,
             "CAUSAL": self.causal,
             "MASK": kind,
             **softmax_arguments(self.config, self.out.device, self.window, self.softcap),

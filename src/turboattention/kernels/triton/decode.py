@@ -46,7 +46,7 @@ def _over_pages(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` of one layout in."""
-    q_first, q_second, is_high, unit, mean, mean_from = queries
+    q_first, q_second, is_high, unit, mean, mean_from_block = queries
     k_offsets, v_offsets = section_offsets(head_ptr, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
@@ -66,7 +66,7 @@ def _over_pages(
         v_scale = scales_of(of_values[2], of_values[3])
         largest = largest_of(v_scale)
         p, block_sum, block_max, share = weigh(
-            s, unit, tl.where(block >= mean_from, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
+            s, unit, tl.where(block >= mean_from_block, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
             visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
         o = value_products(page, v_offsets, of_values, p, WIDE, D, V_BITS, ASM)
@@ -82,7 +82,7 @@ def _over_pages(
 
 @triton.jit
 def _over_rows(
-    acc, row_sum, row_max, rows, begin, end, q, unit, mean, mean_from, visible, cap, threshold,
+    acc, row_sum, row_max, rows, begin, end, q, unit, mean, mean_from_block, visible, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,7 @@ def _over_rows(
         v_scale = tl.load(vs_ptr + at, mask=there, other=0.0).to(tl.float32)
         largest = largest_of(v_scale)
         p, block_sum, block_max, share = weigh(
-            s, unit, tl.where(block >= mean_from, mean, 0.0), key, v_scale / largest * LEVELS,
+            s, unit, tl.where(block >= mean_from_block, mean, 0.0), key, v_scale / largest * LEVELS,
             visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
         v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
@@ -115,14 +115,14 @@ def _over_rows(
     return acc, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from", "mask_keys"])
+@triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from_block", "mask_keys"])
 def decode(
     q_ptr, unit_ptr, mean_ptr, ordered_q_ptr, ordered_unit_ptr, first_ptr, valid_ptr, lengths_ptr,
     table_ptr, counts_ptr, table_stride, blank_ptr, sink_blocks, sink_page_offsets_ptr, page_offsets_ptr,
     k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, width,
     acc_ptr, row_max_ptr, row_sum_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
-    kv_heads, group, queries, tiles, window, mean_from, cap, threshold,
+    kv_heads, group, queries, tiles, window, mean_from_block, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, OPEN: tl.constexpr,
     BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr, ASM: tl.constexpr,
@@ -173,7 +173,7 @@ def decode(
         mean = tl.zeros_like(unit)
         if MEAN:
             mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
-        rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
+        rows_seen = (q_first, q_second, is_high, unit, mean, mean_from_block)
         mask_row = tl.minimum(row, rows - 1)
         mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
         visible = (begin, end, mask)
@@ -199,7 +199,7 @@ def decode(
         if ordered_q_ptr is not None and (SINKS or OPEN):
             q_first, q_second, is_high = _queries(q_ptr, tile, base, group, queries, rows, WIDE, D, R)
             unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
-            rows_seen = (q_first, q_second, is_high, unit, mean, mean_from)
+            rows_seen = (q_first, q_second, is_high, unit, mean, mean_from_block)
         if SINKS:
             acc, row_sum, row_max = _over_pages(
                 acc, row_sum, row_max, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_head_ptr,
@@ -207,11 +207,11 @@ def decode(
             )  # fmt: skip
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)
-            open_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
+            tail_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
             d = tl.arange(0, WIDE)[:, None]
             q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
             acc, row_sum, row_max = _over_rows(
-                acc, row_sum, row_max, open_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from,
+                acc, row_sum, row_max, tail_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from_block,
                 visible, cap, threshold,
                 WIDE, D, FORM, CUT, ROW, CAP, MASK,
             )  # fmt: skip

@@ -11,23 +11,23 @@ from ...kv.layout import WIDEST, PageLayout
 from ...modes import in_own_modes
 from ..inputs import BLOCK
 from . import configs
-from .call import Call, ordered_arguments
+from .call import AttentionCall, ordered_arguments
 from .combine import combine
 from .decode import decode
 from .page_offsets import all_page_offsets, pairs_mask
 
 
-def attend_decode_rows(call: Call) -> None:
+def attend_decode_rows(call: AttentionCall) -> None:
     """Split-KV attention over packed pages, then `combine`."""
     for part in call.parts(configs.LARGEST_GRID):
         _attend(part)
 
 
-def _attend(call: Call) -> None:
+def _attend(call: AttentionCall) -> None:
     adjusted = call.mask is not None or call.softcap is not None
     launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
     tiles = -(-call.rows // launch.rows)
-    device, pages, opened = call.out.device, call.pages, call.open
+    device, pages, tail = call.out.device, call.pages, call.open
     splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, launch, device)
     shape = call.batch, call.kv_heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, call.wide, dtype=torch.float32, device=device)
@@ -43,12 +43,12 @@ def _attend(call: Call) -> None:
         "table_stride": pages.addresses.stride(0) if pages else 0,
         "blank_ptr": _blank(max(sizes), device) if pages else None,
         "sink_blocks": pages.sink_blocks if pages else 0,
-        "k8_ptr": opened.k8 if opened else None,
-        "v8_ptr": opened.v8 if opened else None,
-        "ks_ptr": opened.k_scale if opened else None,
-        "vs_ptr": opened.v_scale if opened else None,
-        "start_ptr": opened.start if opened else None,
-        "width": opened.k8.shape[2] if opened else 0,
+        "k8_ptr": tail.k8 if tail else None,
+        "v8_ptr": tail.v8 if tail else None,
+        "ks_ptr": tail.k_scale if tail else None,
+        "vs_ptr": tail.v_scale if tail else None,
+        "start_ptr": tail.start if tail else None,
+        "width": tail.k8.shape[2] if tail else 0,
         "acc_ptr": acc,
         "row_max_ptr": row_max,
         "row_sum_ptr": row_sum,
@@ -61,7 +61,7 @@ def _attend(call: Call) -> None:
         "R": launch.rows,
         "ASM": call.architecture.assembly,
         "SINKS": pages is not None and pages.sink_blocks > 0,
-        "OPEN": opened is not None,
+        "OPEN": tail is not None,
         "BY_TOKEN": sinks.token_scales,
         **call.visibility_arguments(),
         **launch.options,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Pages, Standing
+from ..inputs import Pages, QueryPositions
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "queries"])
@@ -58,7 +58,7 @@ class Taken:
     """New tokens of each sequence in a step (int64 [B]), and the positions of its queries."""
 
     tokens: Tensor
-    standing: Standing
+    query_positions: QueryPositions
 
 
 def stand(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> Taken:
@@ -70,7 +70,7 @@ def stand(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> 
     taken, first, valid, after = torch.empty(4, batch, dtype=torch.int64, device=lengths.device)
     if batch:
         _stand[(1,)](lengths, counts, taken, first, valid, after, batch, tokens, queries, **_shape(batch))
-    return Taken(taken, Standing(first, valid, after))
+    return Taken(taken, QueryPositions(first, valid, after))
 
 
 def advance(lengths: Tensor, taken: Tensor, start: Tensor, pages: Pages | None, lag: int) -> tuple[Tensor, Tensor]:

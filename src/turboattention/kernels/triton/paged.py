@@ -59,7 +59,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Opened:
+class Tail:
     """Where a step's open blocks are: in slots, or (in_place false) in rows of its own, [H, room, D] and [H, room]."""
 
     codes: tuple[Tensor, Tensor]
@@ -78,7 +78,7 @@ def store(
     pages: Tensor,
     slots: Slots,
     flag: Tensor,
-) -> Opened:
+) -> Tail:
     """k, v [T, H, D] into open blocks, and blocks that are full then into `pages` uint8 [N, bytes].
 
     mean: float32 [H, D] in the stored space, or None. flag: as in `append.store_tokens`. Beside the slots a step
@@ -87,30 +87,30 @@ def store(
     heads, head_dim = k.shape[1:]
     # What a slot has room for beside the rows that the step's queries still read.
     in_place = batch.most == 1 or (slots.ring > BLOCK and batch.most <= BLOCK)
-    opened = Opened(slots.codes, slots.scales, 0, True)
+    tail = Tail(slots.codes, slots.scales, 0, True)
     rows = batch.tokens * heads
     shape = row_shape(rows, head_dim)
     if not in_place:
         room = batch.tokens + BLOCK * batch.sequences
         codes = tuple(torch.empty(heads, room, head_dim, dtype=torch.int8, device=k.device) for _ in range(2))
         scales = tuple(torch.empty(heads, room, dtype=torch.float32, device=k.device) for _ in range(2))
-        opened = Opened(codes, scales, room, False)
+        tail = Tail(codes, scales, room, False)
         hold_rows[batch.sequences, heads, 2](
             batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales, *codes, *scales,
             slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **configs.EXACT,
         )  # fmt: skip
     store_rows[triton.cdiv(rows, shape["ROWS"]), 2](
         k, v, means(mean), batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales,
-        *opened.codes, *opened.scales, flag, rows, heads, batch.sequences, batch.steps, slots.ring, opened.room,
+        *tail.codes, *tail.scales, flag, rows, heads, batch.sequences, batch.steps, slots.ring, tail.room,
         *k.stride()[:2], *v.stride()[:2], D=head_dim, ROTATE=config.rotate, RING=in_place, **shape,
     )  # fmt: skip
     blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
     fill_pages[heads, 2, blocks](
-        batch.starts, batch.lengths, batch.slots, *opened.codes, *opened.scales, batch.table, pages,
-        all_page_offsets(layout, k.device), batch.sequences, batch.steps, slots.ring, opened.room,
+        batch.starts, batch.lengths, batch.slots, *tail.codes, *tail.scales, batch.table, pages,
+        all_page_offsets(layout, k.device), batch.sequences, batch.steps, slots.ring, tail.room,
         batch.table.stride(0), pages.stride(0), SEARCH=config.search, RING=in_place, **layout_facts(layout),
     )  # fmt: skip
-    return opened
+    return tail
 
 
 def attend(
@@ -122,7 +122,7 @@ def attend(
     mean: Tensor | None,
     pages: Tensor,
     slots: Slots,
-    opened: Opened,
+    tail: Tail,
     flag: Tensor,
     *,
     scale: float,
@@ -142,8 +142,8 @@ def attend(
         **query_arguments(x),
         "starts": batch.starts, "lengths": batch.lengths, "slots": batch.slots,
         "table": batch.table, "table_stride": batch.table.stride(0), "pages": pages, "page_stride": pages.stride(0),
-        "k8": opened.codes[0], "v8": opened.codes[1], "k_scales": opened.scales[0], "v_scales": opened.scales[1],
-        "ring": slots.ring, "room": opened.room, "RING": opened.in_place,
+        "k8": tail.codes[0], "v8": tail.codes[1], "k_scales": tail.scales[0], "v_scales": tail.scales[1],
+        "ring": slots.ring, "room": tail.room, "RING": tail.in_place,
         "kv_heads": heads, "group": group, "tokens": batch.tokens, "most": few,
         "D": layout.head_dim, "WIDE": padded(layout.head_dim),
         "BY_TOKEN": layout.token_scales,

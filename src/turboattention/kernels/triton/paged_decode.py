@@ -13,7 +13,7 @@ from .combine import merged
 from .metadata import key_metadata, scales_of, value_metadata
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, section_offsets
 from .products import first_half, key_channels, key_products, value_products
-from .ragged import open_rows_of, standing
+from .ragged import span_of, tail_rows_of
 from .rotation import rotate_back
 from .softmax import rescaled
 from .stored import weigh_stored
@@ -103,7 +103,7 @@ def paged_decode(
     b = tl.program_id(2)
     head_ptr = page_offsets_ptr + tl.program_id(1) // tiles * OFFSETS
     h = tl.load(head_ptr)
-    start, count, length = standing(starts, lengths, b)
+    start, count, length = span_of(starts, lengths, b)
     rows = tl.where(count * group <= most, count * group, 0)
     row = tile * R + tl.arange(0, R)
     there = row < rows
@@ -140,7 +140,7 @@ def paged_decode(
         q = tl.load(q_ptr + at[None, :] * D + d, mask=there[None, :] & (d < D), other=0)
         oldest = tl.min(tl.where(there, position, length), 0) // 64
         for block in tl.range(tl.maximum(begin, oldest), end, num_stages=1):
-            origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
+            origin = tail_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
             acc, row_sum, row_max = _over_rows(
                 acc, row_sum, row_max, (k8, v8, k_scales, v_scales, origin), block, length, q, unit, mean,
                 tl.maximum(sees, own), tl.where(there, position + 1, 0), cap, threshold, WIDE, D, FORM, CUT, ROW, CAP,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .page_offsets import OFFSETS, section_offsets
-from .ragged import open_rows_of, sequence_at, standing
+from .ragged import sequence_at, span_of, tail_rows_of
 from .restoring import halves, page_keys, page_values
 from .rotation import rotate_back
 from .softmax import as_float, rescaled
@@ -99,7 +99,7 @@ def paged_prefill(
     `starts[b] group // M + b <= i`. q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T], out [T, Hkv g, D]."""
     i = tl.program_id(0)
     b = sequence_at(starts, sequences, steps, i, group, M, 1)
-    start, count, length = standing(starts, lengths, b)
+    start, count, length = span_of(starts, lengths, b)
     tile = i - (start * group // M + b)
     if (count * group > most) & (tile * M < count * group):
         # The last rows see most: they go first.
@@ -143,7 +143,7 @@ def paged_prefill(
                 WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM,
             )  # fmt: skip
         for block in tl.range(oldest, newest + 1, num_stages=1):
-            origin = open_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
+            origin = tail_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
             state = _fold_rows(
                 state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
                 tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .codec import clear_padding, encode_head
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
-from .ragged import open_rows_of, sequence_at, standing
+from .ragged import sequence_at, span_of, tail_rows_of
 from .rows import stage_rows, store_codes
 
 
@@ -23,13 +23,13 @@ def hold_rows(
 ):  # fmt: skip
     """Grid (sequences, heads, K or V): rows that are in a slot, of the block where the step begins, into its own."""
     b, h, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    first, count, length = standing(starts, lengths, b)
+    first, count, length = span_of(starts, lengths, b)
     before = length - count
     held = before % 64
     if (count > 0) & (held > 0):
         token = tl.arange(0, 64)
-        at = open_rows_of(slots, b, h, heads, first, before // 64, before // 64, ring, room, True) + token
-        to = open_rows_of(slots, b, h, heads, first, before // 64, before // 64, ring, room, False) + token
+        at = tail_rows_of(slots, b, h, heads, first, before // 64, before // 64, ring, room, True) + token
+        to = tail_rows_of(slots, b, h, heads, first, before // 64, before // 64, ring, room, False) + token
         channel = tl.arange(0, WIDTH)[None, :]
         there = token < held
         if tl.program_id(2) == 0:
@@ -68,16 +68,16 @@ def store_rows(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t, h = row // heads, row % heads
     b = sequence_at(starts, sequences, steps, t, 1, 1, 0)
-    first, count, length = standing(starts, lengths, b)
+    first, count, length = span_of(starts, lengths, b)
     wanted = (row < rows) & (t < first + count)
     before = length - count
     position = before + t - first
     block = position // 64
-    ring_row = open_rows_of(slots, b, h, heads, first, block, block, ring, room, True) + position % 64
+    ring_row = tail_rows_of(slots, b, h, heads, first, block, block, ring, room, True) + position % 64
     own_row = ring_row
     kept = wanted
     if not RING:
-        own_row = open_rows_of(slots, b, h, heads, first, block, before // 64, ring, room, False) + position % 64
+        own_row = tail_rows_of(slots, b, h, heads, first, block, before // 64, ring, room, False) + position % 64
         kept = wanted & (block * 64 + ring > length)
     if tl.program_id(1) == 0:
         offsets = t.to(tl.int64) * k_stride_t + h.to(tl.int64) * k_stride_h
@@ -106,7 +106,7 @@ def fill_pages(
     b = i
     if not RING:
         b = sequence_at(starts, sequences, steps, i, 1, 64, 1)
-    first, count, length = standing(starts, lengths, b)
+    first, count, length = span_of(starts, lengths, b)
     start = (length - count) // 64
     block = start
     if not RING:
@@ -114,7 +114,7 @@ def fill_pages(
     if (count > 0) & (block * 64 + 64 <= length):
         number = tl.load(table + b.to(tl.int64) * table_stride + block).to(tl.int64)
         page = tl.multiple_of(pages + number * page_stride, 16)
-        row = open_rows_of(slots, b, h, HEADS, first, block, start, ring, room, RING)
+        row = tail_rows_of(slots, b, h, HEADS, first, block, start, ring, room, RING)
         if tl.program_id(1) == 0:
             head_ptr = page_offsets + h * OFFSETS + OF_KEYS
             encode_head(k_codes + row * D, k_scales + row, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)

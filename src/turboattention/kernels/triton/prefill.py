@@ -36,7 +36,7 @@ def _by_columns(p):
 
 @triton.jit
 def _fold_block(
-    first, second, row_sum, row_max, q, unit, ordered, mean, mean_from, block, unpacked, visible, cap, threshold,
+    first, second, row_sum, row_max, q, unit, ordered, mean, mean_from_block, block, unpacked, visible, cap, threshold,
     WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def _fold_block(
         unit = tl.where(in_order, ordered[1], unit)
     s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * tl.load(k_scale_ptr + key)[None, :]
     if MEAN:
-        mean = tl.where(block >= mean_from, mean, 0.0)
+        mean = tl.where(block >= mean_from_block, mean, 0.0)
     levels = tl.load(v_level_ptr + key)
     p, block_sum, block_max, share = weigh(
         s, unit, mean, key, levels, visible, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, 1
@@ -70,14 +70,22 @@ def _fold_block(
 
 
 @triton.jit(
-    do_not_specialize=["first_head", "first_sequence", "blocks", "window", "mean_from", "mask_keys", "sink_blocks"]
+    do_not_specialize=[
+        "first_head",
+        "first_sequence",
+        "blocks",
+        "window",
+        "mean_from_block",
+        "mask_keys",
+        "sink_blocks",
+    ]
 )
 def prefill(
     q_ptr, unit_ptr, mean_ptr, ordered_q_ptr, ordered_unit_ptr, counts_ptr, sink_blocks, first_ptr, valid_ptr,
     lengths_ptr,
     k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr, out_ptr, lse_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
-    first_head, first_sequence, kv_heads, group, queries, blocks, window, mean_from, cap, threshold,
+    first_head, first_sequence, kv_heads, group, queries, blocks, window, mean_from_block, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
     ROTATE: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
@@ -139,16 +147,16 @@ def prefill(
     if MASK == "":
         for block in tl.range(clear, clear_end):
             first_half, second_half, row_sum, row_max = _fold_block(
-                first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from, block, unpacked, visible,
-                cap, threshold,
+                first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from_block, block, unpacked,
+                visible, cap, threshold,
                 WIDE, FORM, CUT, ROW, False, CAP, MASK, MEAN, SLOW, SKIP,
             )  # fmt: skip
     before = tl.maximum(tl.minimum(clear, high) - low, 0)
     for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
         block = tl.where(i < before, low + i, clear_end + i - before)
         first_half, second_half, row_sum, row_max = _fold_block(
-            first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from, block, unpacked, visible, cap,
-            threshold,
+            first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from_block, block, unpacked,
+            visible, cap, threshold,
             WIDE, FORM, CUT, ROW, True, CAP, MASK, MEAN, SLOW, SKIP,
         )  # fmt: skip
     row_sum = tl.where(some, row_sum, 0.0)

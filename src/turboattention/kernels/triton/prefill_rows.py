@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..inputs import BLOCK
 from . import configs
-from .call import Call, ordered_arguments
+from .call import AttentionCall, ordered_arguments
 from .fresh import quantize_and_unpack
 from .page_offsets import head_page_offsets, pairs_of_widths
 from .prefill import prefill
@@ -19,7 +19,7 @@ UNPACKED_BYTES = 1 << 28
 """Memory for unpacked blocks; more where a single KV head of one sequence needs it."""
 
 
-def attend_prefill_rows(call: Call) -> None:
+def attend_prefill_rows(call: AttentionCall) -> None:
     """Blocks are unpacked once, for as many heads and sequences at a time as memory allows."""
     launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
     device, parts = call.out.device, list(_parts(call))
@@ -59,7 +59,7 @@ def attend_prefill_rows(call: Call) -> None:
         call.lse.masked_fill_(bad, torch.nan)
 
 
-def _parts(call: Call) -> Iterator[tuple[range, range]]:
+def _parts(call: AttentionCall) -> Iterator[tuple[range, range]]:
     """Sequences and KV heads whose unpacked blocks fit `UNPACKED_BYTES`, one of each at least."""
     fitting = max(1, UNPACKED_BYTES // max(1, call.blocks * bytes_per_block(call.wide)))
     heads = min(fitting, call.kv_heads)
@@ -69,8 +69,8 @@ def _parts(call: Call) -> Iterator[tuple[range, range]]:
             yield range(b, min(b + sequences, call.batch)), range(h, min(h + heads, call.kv_heads))
 
 
-def _unpack(call: Call, sequences: range, heads: range, unpacked: tuple[Tensor, ...]) -> None:
-    pages, opened, device = call.pages, call.open, call.out.device
+def _unpack(call: AttentionCall, sequences: range, heads: range, unpacked: tuple[Tensor, ...]) -> None:
+    pages, tail, device = call.pages, call.open, call.out.device
     if call.fresh is not None:
         x = call.fresh
         quantize_and_unpack((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, call.wide, unpacked)
@@ -91,8 +91,8 @@ def _unpack(call: Call, sequences: range, heads: range, unpacked: tuple[Tensor, 
                         pages.addresses.stride(0), first, heads=len(heads), **sizes, **shape,
                         K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales, **configs.FUSION,
                     )  # fmt: skip
-    if opened is not None:
-        unpack_rows[-(-opened.k8.shape[2] // BLOCK), len(heads), len(sequences)](
-            opened.k8, opened.v8, opened.k_scale, opened.v_scale, opened.start, call.standing.lengths, *unpacked,
-            opened.k8.shape[2], call.kv_heads, **sizes, **shape, **configs.FUSION,
+    if tail is not None:
+        unpack_rows[-(-tail.k8.shape[2] // BLOCK), len(heads), len(sequences)](
+            tail.k8, tail.v8, tail.k_scale, tail.v_scale, tail.start, call.query_positions.lengths, *unpacked,
+            tail.k8.shape[2], call.kv_heads, **sizes, **shape, **configs.FUSION,
         )  # fmt: skip

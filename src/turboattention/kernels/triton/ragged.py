@@ -28,14 +28,14 @@ def sequence_at(starts, sequences, steps, i, times, over, APART: tl.constexpr):
 
 
 @triton.jit
-def standing(starts, lengths, b):
+def span_of(starts, lengths, b):
     """First row, number of rows, and length including them, of sequence b; int32."""
     first = tl.load(starts + b).to(tl.int32)
     return first, tl.load(starts + b + 1).to(tl.int32) - first, tl.load(lengths + b).to(tl.int32)
 
 
 @triton.jit
-def open_rows_of(slots, b, h, heads, first, block, start, ring, room, RING: tl.constexpr):
+def tail_rows_of(slots, b, h, heads, first, block, start, ring, room, RING: tl.constexpr):
     """Row (int64) of the first token of an INT8 block in codes and scales.
 
     With RING, position p is row p % ring of the sequence's slot [slots, heads, ring]. Otherwise rows are temporary,

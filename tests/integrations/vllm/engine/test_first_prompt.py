@@ -67,7 +67,7 @@ def test_values_that_are_not_finite_are_named_once(start, token_ids, logged, tmp
 def test_memory_is_said(start, logged) -> None:
     llm = start(max_num_seqs=3)
     layers = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.layers
-    beside = sum(layer.self_attn.attn.impl.open_blocks.nbytes for layer in layers) / 2**20
+    beside = sum(layer.self_attn.attn.impl.tail_blocks.nbytes for layer in layers) / 2**20
     (line,) = [line for line in logged if line.startswith("INFO TurboAttention")]
     assert line.endswith(
         f"4 bits, 9024 bytes for 64 tokens of a layer; {beside:.1f} MiB in addition for the open blocks of "

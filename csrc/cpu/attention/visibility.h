@@ -11,7 +11,7 @@
 
 namespace turbo::TURBO_ISA {
 
-struct Sight {  // the keys of a block that a row sees: low <= t < high
+struct VisibleKeys {  // the keys of a block that a row sees: low <= t < high
     int low, high;
     bool all() const { return low == 0 && high == kBlock; }
     bool none() const { return low >= high; }
@@ -24,7 +24,8 @@ inline bool is_open(const AttendArgs& a, std::int64_t b, std::int64_t block) {
 }
 
 // Of the block's page, or of its open rows.
-inline Sight sight_at(const AttendArgs& a, std::int64_t b, std::int64_t position, std::int64_t block, bool page) {
+inline VisibleKeys visible_keys(const AttendArgs& a, std::int64_t b, std::int64_t position, std::int64_t block,
+                                bool page) {
     const std::int64_t first = block * kBlock;
     const bool behind = position >= first + kBlock;
     if (page != behind && is_page(a, b, block) && is_open(a, b, block)) return {0, 0};

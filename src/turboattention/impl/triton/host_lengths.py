@@ -41,7 +41,7 @@ class Plan:
         return Fills(len(self.filled) > len(self.sinks), bool(self.sinks), bool(self.learned))
 
 
-class Tally:
+class HostLengths:
     """Lengths and numbers of buffered rows of a cache's sequences; the buffer has `rows` rows per sequence."""
 
     def __init__(self, cache: KVCache, rows: int):

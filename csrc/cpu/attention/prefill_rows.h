@@ -47,7 +47,7 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
             to.unit[lane] = taken[form].unit, to.sum[lane] = taken[form].sum;
             for (int quad = 0; quad < head_dim / 4; ++quad) std::memcpy(to.q[quad][lane], codes[form] + 4 * quad, 4);
         }
-        g.peak[lane] = -std::numeric_limits<float>::infinity(), g.total[lane] = 0.0f;
+        g.row_max[lane] = -std::numeric_limits<float>::infinity(), g.row_sum[lane] = 0.0f;
     }
     fill(g.out[0], a.value_dim * kQueryLanes, 0.0f);
 }
@@ -74,14 +74,14 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
         // The other work's weights are still to be used: only its scores and sights are written.
         const bool shrinks = other.shrinks;
         const int next = next_seen(now + 1, other);
-        F peak[kQueryVectors];
-        group_logits(job, block, form, s.scales, groups[now], w, !w.all, peak);
+        F row_max[kQueryVectors];
+        group_logits(job, block, form, s.scales, groups[now], w, !w.all, row_max);
         if (job.a.row_scale)
-            w.shrinks = group_scaled_weights(level, s.scales, groups[now], w, peak);
+            w.shrinks = group_scaled_weights(level, s.scales, groups[now], w, row_max);
         else if (job.a.stored && (!w.all || job.a.mask_kind))
-            w.shrinks = group_weights<true>(level, s.scales, groups[now], w, peak);
+            w.shrinks = group_weights<true>(level, s.scales, groups[now], w, row_max);
         else
-            w.shrinks = group_weights<false>(level, s.scales, groups[now], w, peak);
+            w.shrinks = group_weights<false>(level, s.scales, groups[now], w, row_max);
         if (behind) lane_outputs(s.block, *behind, value_dim, other, shrinks);
         last = now, now = next;
         if (now >= count) lane_outputs(s.block, groups[last], value_dim, w, w.shrinks);
@@ -89,8 +89,8 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
 }
 
 template <class Level>
-inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& level, ManyScratch& scratch,
-                          Running& state) {
+inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level& level, ManyScratch& scratch,
+                             Running& state) {
     static thread_local Buffer<Group> groups;
     const Job job{a, task.b, task.h};
     const int head_dim = static_cast<int>(a.head_dim), value_dim = static_cast<int>(a.value_dim);
@@ -116,7 +116,7 @@ inline void run_many_rows(const AttendArgs& a, const Task& task, const Level& le
     for (int row = 0; row < rows; ++row) {
         const Group& g = groups[row / kQueryLanes];
         const int lane = row % kQueryLanes;
-        state.peak[row] = g.peak[lane], state.total[row] = g.total[lane];
+        state.row_max[row] = g.row_max[lane], state.row_sum[row] = g.row_sum[lane];
         float* out = state.out + static_cast<std::size_t>(row) * state.wide;
         for (int c = 0; c < value_dim; ++c) out[c] = g.out[c][lane];
     }

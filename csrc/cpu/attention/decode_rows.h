@@ -42,28 +42,29 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         Weights& w = scratch.weights;
         Seen seen[R];
         for (int r = 0; r < used; ++r) {
-            const Sight sight = sight_at(job.a, job.b, job.a.first_position[job.b] + row[r].query, block, page);
-            seen[r] = row_weights(job, level, row[r], block, sight, scratch.scales, w.scores[r], w.p[r], w.p_sum[r]);
+            const VisibleKeys visible =
+                visible_keys(job.a, job.b, job.a.first_position[job.b] + row[r].query, block, page);
+            seen[r] = row_weights(job, level, row[r], block, visible, scratch.scales, w.scores[r], w.p[r], w.p_sum[r]);
         }
         for (int r = std::max(used, 1); r < R; ++r) {
             w.p_sum[r] = w.p_sum[r - 1];
             std::memcpy(w.p[r], w.p[r - 1], kBlock);
         }
         fold(w, state, used, index, seen);
-        for (int r = used; r < R; ++r) w.keep[r] = w.unit[r] = 0.0f;
+        for (int r = used; r < R; ++r) w.rescale[r] = w.unit[r] = 0.0f;
     }
 
     void over_open(std::int64_t block) {
         Weights& w = scratch.weights;
         key_products<R>(q, q_sum, scratch.open.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
         weigh(block, false);
-        value_products<R>(w.p, w.p_sum, scratch.open.values, state.wide, out, w.keep, w.unit);
+        value_products<R>(w.p, w.p_sum, scratch.open.values, state.wide, out, w.rescale, w.unit);
     }
 
     void over_page(const PageHead& page, std::int64_t block) {
         Weights& w = scratch.weights;
         const int d = static_cast<int>(job.a.head_dim);
-        with_key_widths(page.place(0), [&](auto wide, auto narrow) {
+        with_key_widths(page.offsets(0), [&](auto wide, auto narrow) {
             constexpr int kWide = decltype(wide)::value, kNarrow = decltype(narrow)::value;
             if constexpr (kWide == 8)
                 key_products<R>(q, q_sum, page.codes(0), d / 4, w.scores);
@@ -71,17 +72,17 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
                 packed_key_products<kWide, kNarrow, R>(q, q_sum, page, d, w.scores);
         });
         weigh(block, true);
-        with_width<8, 4, 3, 2>(page.place(1).bits[0], [&](auto bits) {
+        with_width<8, 4, 3, 2>(page.offsets(1).bits[0], [&](auto bits) {
             packed_value_products<decltype(bits)::value, R>(w.p, w.p_sum, page, static_cast<int>(job.a.value_dim), out,
-                                                            w.keep, w.unit);
+                                                            w.rescale, w.unit);
         });
     }
 };
 
 // Runs a task of `rows` rows; `state` holds them query head by query head.
 template <class Level>
-inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& level, FewScratch& scratch,
-                         Running& state) {
+inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& level, FewScratch& scratch,
+                            Running& state) {
     constexpr int R = kFewRowsAtOnce;
     const Job job{a, task.b, task.h};
     const int queries = static_cast<int>(task.last_query - task.first_query);
@@ -99,7 +100,7 @@ inline void run_few_rows(const AttendArgs& a, const Task& task, const Level& lev
             Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
             for (; pass.used < R && row < rows; ++row) {
                 const Row& at = scratch.rows[form][row];
-                if (sight_at(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
+                if (visible_keys(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
                 const int r = pass.used++;
                 pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[form][row], pass.q_sum[r] = at.taken.sum;
                 pass.out[r] = state.out + static_cast<std::size_t>(row) * state.wide;
