@@ -68,8 +68,8 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
-  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml \
-  bench-peers peers-onnxruntime peers-openvino bench-here build-arm test-triton-oldest gpu-day \
+  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml bench-peers peers-onnxruntime \
+  peers-openvino bench-here build-arm test-arm test-triton-oldest test-triton-assembly gpu-day \
   accuracy architectures clean
 
 help: ## list the targets
@@ -108,7 +108,7 @@ $(SMOLLM2_MODEL): | $(READY)
 	@$(PIP_INSTALL) --quiet --no-deps --no-compile --only-binary :all: --upgrade --target $(SMOLLM2_FOLDER) '$(SMOLLM2)'
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
-test test-long coverage sanitize test-transformers-oldest test-triton-oldest vllm-test: export OMP_NUM_THREADS ?= 1
+test test-long coverage sanitize test-transformers-oldest test-triton-oldest test-triton-assembly vllm-test: export OMP_NUM_THREADS ?= 1
 
 # Half of the time is Triton's interpreter, in a process beside that of all other tests. Its report comes last.
 test: $(BUILT) ## run the tests, in two processes
@@ -258,12 +258,31 @@ $(OLDEST_TRITON)/ready: pyproject.toml
 test-triton-oldest: $(BUILT) $(OLDEST_TRITON)/ready ## test the GPU kernels with the oldest Triton
 	PYTHONPATH=src $(OLDEST_TRITON)/bin/python -m pytest tests/kernels/triton
 
+ASSEMBLY := -m pytest -q tests/kernels/triton/test_assembly.py
+
+test-triton-assembly: $(BUILT) $(OLDEST_TRITON)/ready ## compile the GPU kernels with the oldest Triton and this one, and check spills, register order and WGMMAs (an hour)
+	TURBOATTENTION_LONG=1 PYTHONPATH=src $(OLDEST_TRITON)/bin/python $(ASSEMBLY)
+	TURBOATTENTION_LONG=1 $(BIN)/python $(ASSEMBLY)
+
 build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64, to see that its portable path builds there
 	@headers=$$($(BIN)/python -c 'import nanobind, sysconfig; print("-I" + sysconfig.get_path("include"), "-I" + nanobind.include_dir())'); \
 	for name in kernels_serial threads dispatch step store bindings bindings_quantize; do \
 	  $(ARM)/bin/python -m ziglang c++ -target aarch64-linux-gnu -std=c++17 -O2 -Wall $$headers -c csrc/cpu/$$name.cpp \
 	    -o $(ARM)/$$name.o || exit 1; echo "aarch64: $$name"; \
 	done
+
+# Multiplications and additions are not contracted, as in CMakeLists.txt: an FMA rounds once where they round twice.
+ARM_SOURCES := tests/kernels/cpu/checksums.cpp csrc/cpu/kernels_serial.cpp csrc/cpu/threads.cpp
+ARM_FLAGS := -std=c++17 -O2 -ffp-contract=off -fno-math-errno -Wall -Icsrc/cpu
+QEMU_AARCH64 ?= $(firstword $(shell command -v qemu-aarch64 qemu-aarch64-static))
+
+test-arm: $(ARM)/ready ## compare the portable kernels on aarch64 (QEMU user emulation) with this machine's, bit by bit
+	@if [ -z '$(QEMU_AARCH64)' ]; then echo 'test-arm: skipped, qemu-aarch64 is not installed'; exit 0; fi; \
+	$(CXX) $(ARM_FLAGS) $(ARM_SOURCES) -o $(ARM)/checksums-here -lpthread -ldl && \
+	$(ARM)/bin/python -m ziglang c++ -target aarch64-linux-musl -static $(ARM_FLAGS) $(ARM_SOURCES) \
+	  -o $(ARM)/checksums-aarch64 && \
+	$(ARM)/checksums-here > $(ARM)/expected.txt && '$(QEMU_AARCH64)' $(ARM)/checksums-aarch64 > $(ARM)/got.txt && \
+	diff $(ARM)/expected.txt $(ARM)/got.txt && echo "test-arm: $$(wc -l < $(ARM)/got.txt) results of aarch64 are equal"
 
 # From the plain source tree, with the Python and the packages that the machine has: nothing is installed or built.
 gpu-day: ## check and measure the GPU kernels, in 9 minutes (GPU_DAY=--rehearse without a GPU, --device-check, --list)
