@@ -29,6 +29,19 @@ def write_text(path: str | os.PathLike[str], text: str, argument: str = "path") 
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), argument)
 
 
+def append_text(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
+    """Append `text` as UTF-8. After an error, the file may end with a part of it.
+
+    Raises:
+        InputError: the file cannot be written. `argument` names it in the message.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"{argument}: {os.fspath(path)} cannot be written: {error.strerror or error}") from error
+
+
 def write_figure(path: str | os.PathLike[str], figure: Any, argument: str = "path", **options: Any) -> None:
     """Write a matplotlib figure in the format of `path`'s suffix, as `write_whole`."""
     kind = Path(path).suffix.removeprefix(".").lower()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, InputError
-from ..files import write_text
+from ..files import append_text, write_text
 
 VERSION = 1
 
@@ -101,12 +101,12 @@ class Part:
         if self._path is None:
             return
         if self._is_whole:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, value]) + "\n")
+            self._is_whole = False  # a full disk can cut the line
+            append_text(self._path, json.dumps([key, value]) + "\n", "--out")
         else:  # the existing file may end with a truncated line
             lines = [self._head, *self.values.items()]
             write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
-            self._is_whole = True
+        self._is_whole = True
 
     def drop(self) -> None:
         self.values = {}
