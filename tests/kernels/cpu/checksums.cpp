@@ -85,19 +85,19 @@ Rows quantized(void* x, int64_t kind, int64_t channels, bool rotate) {
 
 // Pages of one width, with their sections one after another.
 struct Pages {
-    turbo::HeadPlace places[kHeads][2];
+    turbo::HeadOffsets offsets[kHeads][2];
     turbo::PagePlan plan;
     int64_t bytes_a_page;
     std::vector<std::uint8_t> bytes;
 
     Pages(int64_t bits, int64_t channels) : bytes_a_page(0) {
         const auto section = [&](int64_t size) { return bytes_a_page += size, bytes_a_page - size; };
-        for (auto& head : places)
-            for (auto& place : head) place = {{bits, bits}, section(kBlock * channels * bits / 8), -1, -1};
-        for (auto& head : places)
-            for (auto& place : head)
-                if (bits < 8) place.step = section(channels), place.zero = section(channels);
-        plan.places = &places[0][0];
+        for (auto& head : offsets)
+            for (auto& side : head) side = {{bits, bits}, section(kBlock * channels * bits / 8), -1, -1};
+        for (auto& head : offsets)
+            for (auto& side : head)
+                if (bits < 8) side.step = section(channels), side.zero = section(channels);
+        plan.offsets = &offsets[0][0];
         for (int side = 0; side < 2; ++side) plan.token_scales[side] = section(kHeads * kBlock);
         for (int side = 0; side < 2; ++side) plan.scales[side] = section(kHeads * 4);
         bytes_a_page = (bytes_a_page + 15) / 16 * 16;
@@ -133,7 +133,7 @@ void encode(const Rows (&kv)[2], int64_t bits, int64_t channels, Pages& pages) {
     for (const auto& side : tiles) print("decoded", bits, channels, side.codes);
 }
 
-void attend(const Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t queries) {
+void attend(Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t queries) {
     const int64_t first = kTokens - queries, valid = queries, length = kTokens, count = kPages, start = kPages * kBlock;
     std::uint64_t addresses[kPages];
     for (int64_t p = 0; p < kPages; ++p)
@@ -147,14 +147,14 @@ void attend(const Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, i
     args.q = rows_of(q.data(), turbo::kFloat32, queries, channels);
     args.out = rows_of(out.data(), turbo::kFloat32, queries, channels);
     args.lse = lse.data();
-    args.first_position = &first, args.valid_rows = &valid, args.lengths = &length, args.mean_from = kPages + 1;
+    args.first_position = &first, args.valid_rows = &valid, args.lengths = &length, args.mean_from_block = kPages + 1;
     args.pages = addresses, args.page_counts = &count, args.page_stride = kPages, args.sinks = pages.plan;
     args.compressed = pages.plan;
     for (int side = 0; side < 2; ++side) {
-        args.open[side] = kv[side].codes.data() + start * channels;
-        args.open_scale[side] = kv[side].scales.data() + start;
+        args.open.codes[side] = kv[side].codes.data() + start * channels;
+        args.open.scales[side] = kv[side].scales.data() + start;
     }
-    args.start = &start, args.open_stride_batch = kHeads * kTokens, args.open_stride_head = kTokens;
+    args.open.start = &start, args.open.batch_rows = kHeads * kTokens, args.open.head_rows = kTokens;
     args.threshold = -9.0f, args.row_scale = 1, args.causal = 1, args.threads = 1;
     for (args.softmax = 0; args.softmax < 3; ++args.softmax) {
         for (const int64_t window : {int64_t{0}, int64_t{100}}) {
@@ -178,8 +178,8 @@ int main() {
             print("codes", kind, channels, rows.codes);
             print("scales", kind, channels, rows.scales);
         }
-        const Rows kv[2] = {quantized(k.data(), turbo::kFloat32, channels, true),
-                            quantized(v.data(), turbo::kFloat32, channels, true)};
+        Rows kv[2] = {quantized(k.data(), turbo::kFloat32, channels, true),
+                      quantized(v.data(), turbo::kFloat32, channels, true)};
         for (const auto& side : kv) print("codes", 0, channels, side.codes), print("scales", 0, channels, side.scales);
         print("unrotated", 0, channels, quantized(k.data(), turbo::kFloat32, channels, false).codes);
         for (const int64_t bits : {8, 4, 3, 2}) {

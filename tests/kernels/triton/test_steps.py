@@ -15,8 +15,14 @@ import turboattention as ta
 from turboattention.errors import InputError, NonFiniteError
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.graph import DecodeGraph
+<<<<<<< HEAD
 from turboattention.impl.triton.host_lengths import Fills
 from turboattention.impl.triton.state import StepCall, Steps
+=======
+from turboattention.impl.triton.state import Call, Steps
+from turboattention.impl.triton.tally import Fills
+from turboattention.kv import growth
+>>>>>>> kvcache
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content, filled
@@ -34,13 +40,14 @@ def stepping(monkeypatch: pytest.MonkeyPatch):
     """Makes staging of a cache fail: what it takes from then on are steps."""
 
     def make(cache: ta.KVCache) -> ta.KVCache:
-        stage = ta.KVCache.stage
+        stage = growth.stage
 
-        def refused(self: ta.KVCache, *args, **options):
-            assert self is not cache, "staged"
-            return stage(self, *args, **options)
+        def refused(own: ta.KVCache, *args, **options):
+            assert own is not cache, "staged"
+            return stage(own, *args, **options)
 
-        monkeypatch.setattr(ta.KVCache, "stage", refused)
+        for caller in ("api", "kv.cache"):
+            monkeypatch.setattr(f"turboattention.{caller}.stage", refused)
         return cache
 
     return make
