@@ -15,14 +15,9 @@ import turboattention as ta
 from turboattention.errors import InputError, NonFiniteError
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.graph import DecodeGraph
-<<<<<<< HEAD
 from turboattention.impl.triton.host_lengths import Fills
 from turboattention.impl.triton.state import StepCall, Steps
-=======
-from turboattention.impl.triton.state import Call, Steps
-from turboattention.impl.triton.tally import Fills
 from turboattention.kv import growth
->>>>>>> kvcache
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content, filled
