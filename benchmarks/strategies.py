@@ -125,7 +125,7 @@ def table(result: dict[str, Any]) -> str:
     tokens = result["passages"] * result["context"]
     note = (
         f"{result['passages']} passages of {result['context']:,} tokens ({tokens:,} in all) through the cache in "
-        f"pieces of 16, calibrated on {result['calibration_tokens']:,} tokens of other books; 95 % intervals by "
+        f"pieces of 16, calibrated on {result['calibration_tokens']:,} tokens of other\nbooks; 95 % intervals by "
         f"bootstrap over stretches of {STRETCH} tokens."
     )
     return "\n".join([note, "", *lines])
