@@ -53,7 +53,7 @@ def test_scales_of_pages_that_are_not_finite(forged):
 @pytest.mark.parametrize("scale", [1e-38, -1.0, float("nan"), float("inf"), 2e30])
 def test_scales_of_pages_that_tokens_would_take_out_of_range(forged, side, scale):
     """A token's scale is the head's less some of its bits: below the smallest, bits of NaN and infinity."""
-    layout = filled([200])[0]._store.compressed.layout
+    layout = filled([200])[0].page_table.pools.compressed.layout
     at = getattr(layout, side)
 
     def change(tensors):

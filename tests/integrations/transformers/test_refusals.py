@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mistral import modeling_mistral
 
-from turboattention import TurboConfig
+from turboattention import TurboConfig, api
 from turboattention.errors import BackendError, ConfigError, InputError, ShapeError, TurboError, UnsupportedError
 from turboattention.integrations.transformers import TurboCache
 from turboattention.integrations.transformers.attention import turbo_attention_forward
@@ -329,8 +329,15 @@ def test_a_forward_that_broke_off_is_noticed(tiny, forward, tokens, monkeypatch)
     model, ids = tiny("llama"), tokens(1, 30)
     cache = TurboCache(model.config, SMALL)
     forward(model, "turbo", ids, [20], cache)
+    stage = api.stage
+
+    def broken(kv, *arguments):
+        if kv is cache.layers[1].kv:
+            raise ShapeError("k: broken")
+        return stage(kv, *arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(cache.layers[1].kv, "stage", lambda *_: (_ for _ in ()).throw(ShapeError("k: broken")))
+        patch.setattr(api, "stage", broken)
         with pytest.raises(ShapeError, match="broken"):
             forward(model, "turbo", ids, [5], cache)
     with pytest.raises(InputError, match=r"layers of equal length, got \[20, 25\].*crop\(20\)"):

@@ -163,7 +163,9 @@ class TestPrompts:
                     loaded.check_prompt(torch.cat([ids[[0] * len(rows)], more[:, -1:]], 1))
 
     def test_saved_without_one(self, saved, tmp_path):
-        TurboCache.load(saved).save(tmp_path / "other")
+        cache = TurboCache.load(saved)
+        cache.prompt_ids = None
+        cache.save(tmp_path / "other")
         with pytest.raises(InputError, match="saved without"):
             TurboCache.load(tmp_path / "other").check_prompt(torch.ones(1, 50, dtype=torch.int64))
 
