@@ -81,7 +81,7 @@ class Group:
                 scales[side][slot, :, ring] = tail.scales[side][row, :, rows]
 
 
-def blocks_filled(held: Counts, tokens: int) -> Counts:
+def blocks_filled(held: Counts, tokens: Counts) -> Counts:
     """Blocks of a sequence that `tokens` more tokens fill, behind `held` ones that are not in pages."""
     return (held + tokens) // BLOCK
 
@@ -110,7 +110,10 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
             f"block_table: expected a column for each block of up to {lengths.max()} tokens, got {columns}"
         )
     # A ring of one block holds tokens that stay in one block; a ring of two, up to one block of new tokens.
-    fits = counts <= BLOCK if ring > BLOCK else before % BLOCK + counts <= BLOCK
+    held = before % BLOCK
+    fits = counts <= BLOCK if ring > BLOCK else held + counts <= BLOCK
+    fills = blocks_filled(held, counts)
+    filling = bool(fills.any())
     members: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for row, key in enumerate(zip(counts.tolist(), fits.tolist(), strict=True)):
         members[key].append(row)
@@ -128,7 +131,7 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
                     rows,
                     slots=torch.from_numpy(slots[at]),
                     offsets=torch.from_numpy(blocks * page_stride),
-                    filled=_filled(blocks, before[at], count, page_stride),
+                    filled=_filled(blocks * page_stride, before[at], fills[at]) if filling else None,
                     first=torch.from_numpy(slots[at] * slot_rows),
                     in_place=in_place,
                     used=used,
@@ -137,15 +140,14 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
     return groups
 
 
-def _filled(blocks: np.ndarray, before: np.ndarray, tokens: int, page_stride: int) -> Tensor | None:
-    """`Group.filled` of sequences with the pages `blocks` [B, P] and `before` [B] stored tokens."""
-    fills = blocks_filled(before % BLOCK, tokens)
-    if not fills.any():
-        return None
+def _filled(offsets: np.ndarray, before: np.ndarray, fills: np.ndarray) -> Tensor | None:
+    """`Group.filled` of sequences with pages at `offsets` [B, P] and `before` [B] tokens, which fill `fills` [B]."""
     column = np.arange(fills.max())
+    if not len(column):
+        return None
     behind = column >= fills[:, None]
     at = np.where(behind, 0, before[:, None] // BLOCK + column)
-    return torch.from_numpy(np.where(behind, -1, np.take_along_axis(blocks, at, 1) * page_stride))
+    return torch.from_numpy(np.where(behind, -1, np.take_along_axis(offsets, at, 1)))
 
 
 def _int64(x: Tensor) -> np.ndarray:

@@ -20,32 +20,23 @@ from .store import Store
 _cpu = importlib.import_module("turboattention._cpu")
 
 
-@dataclass(frozen=True)
 class TailSlots:
-    """Open blocks: codes int8 [..., D] and scales float32 [...] of K and V, contiguous. Sequence b's begin at row
+    """Tail blocks: codes int8 [..., D] and scales float32 [...] of K and V, contiguous. Sequence b's begin at row
     `first[b]`, with position `start[b]` (int64 [B]), and have `head_rows` for each head; `ring`: see `Int8Rows` of
-    csrc/cpu, 0 for none."""
+    csrc/cpu, 0 for none. `memory`: for kernels."""
 
-    codes: tuple[Tensor, Tensor]
-    scales: tuple[Tensor, Tensor]
-    start: Tensor
-    first: Tensor
-    head_rows: int
-    ring: int
-
-    @cached_property
-    def memory(self) -> Int8Rows:
-        """For kernels."""
-        (k8, v8), (k_scale, v_scale) = self.codes, self.scales
-        return Int8Rows(
-            (k8.data_ptr(), v8.data_ptr()),
-            (k_scale.data_ptr(), v_scale.data_ptr()),
-            self.start.data_ptr(),
-            self.first.data_ptr(),
-            0,
-            self.head_rows,
-            self.ring,
-        )
+    def __init__(
+        self,
+        codes: tuple[Tensor, Tensor],
+        scales: tuple[Tensor, Tensor],
+        start: Tensor,
+        first: Tensor,
+        head_rows: int,
+        ring: int,
+    ):
+        self.codes, self.scales, self._kept = codes, scales, (start, first)
+        sides = [(side[0].data_ptr(), side[1].data_ptr()) for side in (codes, scales)]
+        self.memory = Int8Rows(*sides, start.data_ptr(), first.data_ptr(), 0, head_rows, ring)
 
 
 @dataclass(frozen=True)
