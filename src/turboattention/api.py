@@ -292,8 +292,8 @@ def explain(
 ) -> dispatch.Explanation:
     """The backend that `turbo_attention` would choose for this call, and why; `print` shows it.
 
-    Takes the arguments of `turbo_attention` and raises the same errors, except those that depend on the values in the
-    tensors (NonFiniteError). Nothing is computed.
+    Takes the arguments of `turbo_attention` and raises the same errors, except those that depend on the values in q, k
+    and v (NonFiniteError). Nothing is computed.
     """
     config = check_config(config)
     check_causal(is_causal)

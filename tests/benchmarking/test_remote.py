@@ -132,9 +132,9 @@ def test_a_step_stores_one_token_in_whole_blocks(problem: Problem) -> None:
     assert call.least == 16
     assert len(call.stored()) == 50
     assert call.seconds(17) > 0
-    assert len(call._now) == 49 + 32
+    assert len(call._growing.cache()) == 49 + 32
     call()
-    assert len(call._now) == 49 + 32
+    assert len(call._growing.cache()) == 49 + 32
 
 
 @pytest.mark.parametrize(

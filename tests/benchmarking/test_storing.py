@@ -6,7 +6,7 @@ import pytest
 
 from turboattention.benchmarking.problem import Shape, fill, make_problem
 from turboattention.benchmarking.steps import linearity, measure_steps
-from turboattention.benchmarking.storing import _Growing, measure_compression, measure_memory
+from turboattention.benchmarking.storing import Growing, measure_compression, measure_memory
 from turboattention.benchmarking.timing import Effort
 from turboattention.config import TurboConfig
 
@@ -36,7 +36,7 @@ def test_compression() -> None:
 
 def test_a_growing_cache_starts_again() -> None:
     problem = make_problem(Shape(2, 1, 16, 1, 32))
-    growing = _Growing(fill(problem.k, problem.v, SMALL), limit=64)
+    growing = Growing(fill(problem.k, problem.v, SMALL), limit=64)
     lengths = []
     for _ in range(4):
         growing.cache().append(problem.k[:, :, :16], problem.v[:, :, :16])

@@ -11,6 +11,7 @@ from ..kv.cache import KVCache
 from .contenders import INTEGER_BOUND, Contender
 from .gate import expect
 from .problem import Problem, fill
+from .storing import Growing
 from .timing import Measured
 
 STORES = "one token is stored a call"
@@ -30,19 +31,18 @@ class Step(Measured):
         self.least = self._block
         self._new = problem.k[:, :, -1:], problem.v[:, :, -1:]
         self._start = fill(problem.k[:, :, :-1], problem.v[:, :, :-1], config)
-        self._now = self._start.clone()
+        self._growing = Growing(self._start, limit=len(self._start) + _GROWTH * self._block + 1)
 
     def __call__(self) -> Tensor:
         """The first step over a fresh copy: all tokens of the problem."""
         return self._step(self._start.clone())
 
     def seconds(self, count: int) -> float:
-        if len(self._now) > len(self._start) + _GROWTH * self._block:
-            self._now = self._start.clone()
+        cache = self._growing.cache()
         steps = -(-count // self._block) * self._block
         begun = time.perf_counter()
         for _ in range(steps):
-            self._step(self._now)
+            self._step(cache)
         return (time.perf_counter() - begun) / steps * count
 
     def stored(self) -> KVCache:

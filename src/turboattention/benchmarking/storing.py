@@ -34,7 +34,7 @@ def measure_compression(shape: Shape, config: TurboConfig, backend: str, effort:
     new = [torch.randn(shape.batch, shape.kv_heads, size, shape.head_dim) for _ in range(2)]
     # A separate aligned cache: every append fills exactly one block, and the cache for attention keeps its length.
     aligned = problem.k.shape[2] // size * size
-    into = _Growing(fill(problem.k[:, :, :aligned], problem.v[:, :, :aligned], config), limit=aligned + 256 * size)
+    into = Growing(fill(problem.k[:, :, :aligned], problem.v[:, :, :aligned], config), limit=aligned + 256 * size)
     ones = [(new[0][:, :, i : i + 1], new[1][:, :, i : i + 1]) for i in range(size)]
 
     def block() -> None:
@@ -56,7 +56,7 @@ def measure_compression(shape: Shape, config: TurboConfig, backend: str, effort:
     return Compression(spread(pairs.b), spread(pairs.a), share, spread(single.b).median / size)
 
 
-class _Growing:
+class Growing:
     """A cache for appending, which is reset to a copy of its initial state when it becomes too long."""
 
     def __init__(self, start: KVCache, limit: int):

@@ -113,7 +113,6 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
     held = before % BLOCK
     fits = counts <= BLOCK if ring > BLOCK else held + counts <= BLOCK
     fills = blocks_filled(held, counts)
-    filling = bool(fills.any())
     members: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for row, key in enumerate(zip(counts.tolist(), fits.tolist(), strict=True)):
         members[key].append(row)
@@ -123,6 +122,7 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
             rows = FlatRows(count, *map(torch.from_numpy, (start[at], before[at])))
             last = -(-int(lengths[at].max()) // BLOCK)
             blocks = table[at, :last].astype(np.int64)
+            offsets = blocks * page_stride
             # Columns past a sequence's pages are not checked.
             own = blocks[np.arange(last) * BLOCK < lengths[at, None]]
             used = {"block_table": _range(own), "slots": _range(slots[at])}
@@ -130,8 +130,8 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
                 Group(
                     rows,
                     slots=torch.from_numpy(slots[at]),
-                    offsets=torch.from_numpy(blocks * page_stride),
-                    filled=_filled(blocks * page_stride, before[at], fills[at]) if filling else None,
+                    offsets=torch.from_numpy(offsets),
+                    filled=_filled(offsets, before[at], fills[at]),
                     first=torch.from_numpy(slots[at] * slot_rows),
                     in_place=in_place,
                     used=used,
@@ -142,9 +142,9 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
 
 def _filled(offsets: np.ndarray, before: np.ndarray, fills: np.ndarray) -> Tensor | None:
     """`Group.filled` of sequences with pages at `offsets` [B, P] and `before` [B] tokens, which fill `fills` [B]."""
-    column = np.arange(fills.max())
-    if not len(column):
+    if not fills.any():
         return None
+    column = np.arange(fills.max())
     behind = column >= fills[:, None]
     at = np.where(behind, 0, before[:, None] // BLOCK + column)
     return torch.from_numpy(np.where(behind, -1, np.take_along_axis(offsets, at, 1)))

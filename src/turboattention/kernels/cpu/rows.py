@@ -12,6 +12,12 @@ from ...errors import DtypeError
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def check_size(structure: type[ctypes.Structure], size: int) -> None:
+    """Raises ImportError if a structure has not the `size` in bytes that the extension says."""
+    if ctypes.sizeof(structure) != size:
+        raise ImportError("turboattention._cpu: expected the build of this version, got another: build it anew")
+
+
 class FloatRows(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),

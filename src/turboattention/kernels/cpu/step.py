@@ -12,7 +12,7 @@ from ...config import TurboConfig
 from ...kv.channel_order import ChannelOrder
 from ..inputs import BLOCK, Pages
 from .attention import Arguments, channel_table, check_fit, fill_call, fill_pages, fill_queries
-from .rows import float_rows
+from .rows import check_size, float_rows
 from .store import Store
 
 _cpu = importlib.import_module("turboattention._cpu")
@@ -132,5 +132,4 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-if ctypes.sizeof(_Arguments) != _cpu.step_bytes:
-    raise ImportError("turboattention._cpu: expected the build of this version, got another: build it anew")
+check_size(_Arguments, _cpu.step_bytes)

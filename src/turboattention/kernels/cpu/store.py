@@ -8,7 +8,7 @@ import importlib
 from torch import Tensor
 
 from .attention import Plan
-from .rows import FloatRows, Int8Rows
+from .rows import FloatRows, Int8Rows, check_size
 
 _cpu = importlib.import_module("turboattention._cpu")
 
@@ -38,5 +38,4 @@ class Store(ctypes.Structure):
         self.fresh_blocks = 0 if fresh is None else fresh.shape[1]
 
 
-if ctypes.sizeof(Store) != _cpu.store_bytes:
-    raise ImportError("turboattention._cpu: expected the build of this version, got another: build it anew")
+check_size(Store, _cpu.store_bytes)
