@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from ...errors import FormatError, UnsupportedError
+from ...errors import FormatError, InputError, UnsupportedError
 from ...validation import check_finite
 from .layer import TurboLayer
 
@@ -56,6 +56,46 @@ class HybridLayer(TurboLayer, LinearAttentionLayer):
 
     def clone(self) -> Any:
         return _own_states(super().clone())
+
+
+class StateUpdates:
+    """At which length of the cache each state was last written, by (name, layer, number): a state goes on once a
+    forward."""
+
+    def __init__(self, lengths: dict[tuple[str, int, int], int] | None = None):
+        self._lengths = lengths or {}
+
+    def add(self, name: str, layer: int, number: int, length: int) -> None:
+        """Take note of a write.
+
+        Raises:
+            InputError: it is the second at this length, so the forward before this never came to the end of an
+                attention layer, and the state is ahead.
+        """
+        key = name, layer, number
+        if self._lengths.get(key) == length:
+            raise _ahead(layer, length)
+        self._lengths[key] = length
+
+    def check_level(self, attends: int, length: int) -> None:
+        """Raises `InputError` where the states of a layer before `attends`, the first that attends, are ahead of the
+        cache's tokens, as a forward that failed halfway leaves them."""
+        for (_, layer, _), updated_at in self._lengths.items():
+            if layer < attends and updated_at == length:
+                raise _ahead(layer, length)
+
+    def copy(self) -> StateUpdates:
+        return StateUpdates(dict(self._lengths))
+
+    def clear(self) -> None:
+        self._lengths.clear()
+
+
+def _ahead(layer: int, length: int) -> InputError:
+    return InputError(
+        f"past_key_values: expected states of {length} tokens in layer {layer}, got some that are ahead: an earlier "
+        "forward failed halfway. reset() empties the cache"
+    )
 
 
 def recurrent(layer: LinearAttentionLayer) -> bool:
