@@ -83,7 +83,7 @@ struct GroupWork {
     bool all, shrinks;
 };
 
-// Whether every lane sees the whole block (its page, or its open rows); fills low and high where not. `none`: no lane
+// Whether every lane sees the whole block (its page, or its tail rows); fills low and high where not. `none`: no lane
 // sees any.
 inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bool page, const Group& g, GroupWork& w,
                      bool& none) {

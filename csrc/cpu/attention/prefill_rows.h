@@ -107,9 +107,9 @@ inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level&
             groups_over_block(job, level, block, true, groups, count, scratch);
         }
         if (task_sees(a, task, block, false)) {
-            const OpenBlock open = open_block(a, task.b, task.h, block);
-            read_scales(scratch.scales, open);
-            lane_operand(scratch.block, open, head_dim, value_dim);
+            const TailBlock tail = tail_block(a, task.b, task.h, block);
+            read_scales(scratch.scales, tail);
+            lane_operand(scratch.block, tail, head_dim, value_dim);
             groups_over_block(job, level, block, false, groups, count, scratch);
         }
     }
