@@ -64,7 +64,9 @@ def test_a_name_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> N
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
-    with pytest.raises(InputError, match=r"^model: nobody/nothing is no folder here, and no public model on the hub$"):
+    with pytest.raises(
+        InputError, match=r"^model: nobody/nothing is neither a folder here nor a public model on the hub$"
+    ):
         load("nobody/nothing")
 
 

@@ -164,4 +164,4 @@ class Chat:
             self.session.clear()
             note("a new conversation")
         else:
-            raise InputError(f"{name}: expected a command of /help, got another")
+            raise InputError(f"{name}: expected one of the commands that /help lists, got another")

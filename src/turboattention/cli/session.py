@@ -76,7 +76,7 @@ class Session:
         if context is not None and len(ids) >= context:
             raise InputError(
                 f"conversation: expected less than the model's context of {context:,} tokens, got {len(ids):,}; "
-                "/clear begins anew"
+                "/clear starts over"
             )
         room = limit if context is None else min(limit, context - len(ids))
         start = self._start(ids)

@@ -123,7 +123,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r": a folder$"):
         generation.load(str(tmp_path / "folder.gguf"))
     (tmp_path / "other.gguf").write_bytes(b"not one")
-    with pytest.raises(InputError, match=r"which begins otherwise$"):
+    with pytest.raises(InputError, match=r"which does not begin with GGUF$"):
         generation.load(str(tmp_path / "other.gguf"))
 
 

@@ -80,7 +80,7 @@ class ExactKV:
         """Raises `InputError` where later queries would see positions that are gone."""
         if window is not None and max(length - window + 1, 0) < self.first:
             raise InputError(
-                f"length: expected a crop of at most {CROPPED} tokens behind a window of {window} (older ones were "
+                f"length: expected a crop of at most {CROPPED} tokens with a window of {window} (older ones were "
                 f"released), got {length} of {self.end}"
             )
 

@@ -255,7 +255,7 @@ def _local_only(name: str) -> bool:
             f"model: expected a folder or a name such as org/model, got {name!r}: no such folder"
         ) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"model: {name} is no folder here, and no public model on the hub") from error
+        raise InputError(f"model: {name} is neither a folder here nor a public model on the hub") from error
     except Exception:  # not reachable, by whichever client: the local cache of the hub may have it
         return True
     return False
