@@ -13,7 +13,7 @@ from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.heap import release_large_blocks
 from turboattention.evaluation.records import Records
 from turboattention.evaluation.text_metrics import TextTask
-from turboattention.integrations.transformers import generation
+
 from turboattention.evaluation.hf.subject import TransformersSubject
 import torch, transformers
 
@@ -33,7 +33,7 @@ class Numbers(TransformersSubject):
 names = ["int8", "int4"]
 def quiet(done, total): pass
 text = " ".join(str(number * 211 % {VOCABULARY}) for number in range({TOKENS}))
-subject = Numbers(generation.LanguageModel("tiny", model, None, "sdpa"))
+subject = Numbers(LanguageModel("tiny", model, None, "sdpa"))
 def run(context):
     TextTask(text, "numbers", context, 1, {PIECE}).run(
         subject, [METHODS[name] for name in names], Records(None).parts("", dict.fromkeys(names, dict())), quiet)

@@ -16,7 +16,8 @@ from .settings import Setting, bits_label
 
 if TYPE_CHECKING:
     from ..integrations.transformers.cache import TurboCache
-    from ..integrations.transformers.generation import LanguageModel, Sampler
+    from ..integrations.transformers.generation import Sampler
+    from ..integrations.transformers.language_model import LanguageModel
 
 _KIND = "conversation"
 
