@@ -201,6 +201,11 @@ inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
 inline I dot_small(I acc, Bytes codes, Bytes q) {
     return {dot_half(acc.a, codes.a, q.a), dot_half(acc.b, codes.b, q.b)};
 }
+// acc += the two products of each lane, of 16 bits: quicker where both factors have signs.
+#define TURBO_WIDE_KEYS
+inline I dot_wide(I acc, Bytes x, Bytes y) {
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
+}
 // Sums of dot_small's products that stay in 16 bits: the caller widens them before they can reach kPartialLimit.
 using Partial = Bytes;
 constexpr std::int32_t kPartialLimit = 0x7fff;
