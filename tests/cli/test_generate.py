@@ -411,7 +411,7 @@ def test_a_model_that_is_not_supported(run: Run, model: Path, monkeypatch: pytes
     def refuse(*_: object, **__: object) -> None:
         raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
 
-    monkeypatch.setattr(generation, "TurboCache", refuse)
+    monkeypatch.setattr(language_model, "TurboCache", refuse)
     with pytest.raises(UnsupportedError):
         language_model.TurboCache()
     assert "MLA" in call(run, model, "--prompt", "x").error

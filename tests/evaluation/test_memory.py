@@ -15,6 +15,7 @@ from turboattention.evaluation.records import Records
 from turboattention.evaluation.text_metrics import TextTask
 
 from turboattention.evaluation.hf.subject import TransformersSubject
+from turboattention.integrations.transformers.language_model import LanguageModel
 import torch, transformers
 
 release_large_blocks()
