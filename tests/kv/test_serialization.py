@@ -189,6 +189,30 @@ def test_reordered_keys_of_version_2_are_refused(tmp_path):
         ta.KVCache.load(path)
 
 
+def as_version_3(path, mean):
+    tensors, metadata = parts(path)
+    content = json.loads(metadata["content"])
+    content["cache"]["version"] = 3
+    write_file(path, tensors | {"k_mean": mean(tensors["k_mean"].float())}, content)
+    tensors, metadata = parts(path)
+    save_file(tensors, path, metadata=metadata | {"version": "3"})
+
+
+def test_a_mean_of_version_3_that_bfloat16_rounds_is_refused(tmp_path):
+    """The keys in the file lack the float32 mean, so a rounded one must not be added back."""
+    _, path = saved(tmp_path, lengths=[200])
+    as_version_3(path, lambda mean: mean * (1 + 2**-12))
+    with pytest.raises(FormatError, match=r"^path: expected a saved cache of version 4, .*, got one of version 3"):
+        ta.KVCache.load(path)
+
+
+def test_a_mean_of_version_3_that_bfloat16_holds_is_read(tmp_path):
+    cache, path = saved(tmp_path, lengths=[200])
+    as_version_3(path, lambda mean: mean)
+    loaded = ta.KVCache.load(path)
+    assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
+
+
 @pytest.mark.parametrize("bits", [4, 8, "mixed"])
 def test_keys_of_version_2_that_reorder_k_did_not_reach_are_read(bits, tmp_path):
     cache, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=bits))

@@ -52,6 +52,15 @@ def flat_rows(x: Tensor, starts: Tensor) -> tuple[FloatRows, Tensor]:
     return FloatRows(x.data_ptr(), kind, 0, head, token, starts.data_ptr()), x
 
 
+def mean_address(mean: Tensor | None) -> int | None:
+    """Where a mean of K [B, H, D] stands, or None. Raises DtypeError unless it is bfloat16 and contiguous."""
+    if mean is None:
+        return None
+    if mean.dtype != torch.bfloat16 or not mean.is_contiguous():
+        raise DtypeError(f"mean: expected contiguous bfloat16, got {mean.dtype} with strides {mean.stride()}")
+    return mean.data_ptr()
+
+
 def _kind(x: Tensor) -> int:
     if x.dtype not in _KINDS:
         raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
