@@ -150,7 +150,7 @@ def test_a_foreign_safetensors_file(metadata, tmp_path):
         ta.KVCache.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("key, value", [("version", "4"), ("version", "0"), ("rotation", "7"), ("format", "else")])
+@pytest.mark.parametrize("key, value", [("version", "5"), ("version", "0"), ("rotation", "7"), ("format", "else")])
 def test_another_version(key, value, tmp_path):
     _, path = saved(tmp_path, lengths=[70])
     tensors, metadata = parts(path)
