@@ -85,7 +85,7 @@ def zero_heads(q: Tensor, k: Tensor, v: Tensor) -> QKV:
 
 def sharp_heads(q: Tensor, k: Tensor, v: Tensor) -> QKV:
     """Logits so far apart that a small error of a key changes which token is seen."""
-    q[:, BAD] *= 30
+    q[:, BAD] *= 60
     return q, k, v
 
 
