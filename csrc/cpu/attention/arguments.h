@@ -7,6 +7,9 @@
 
 namespace turbo {
 
+// FORMAT_VERSION of kv/layout.py. Python refuses an extension built for another one.
+constexpr int kFormat = 4;
+
 constexpr int kBlock = 64;
 constexpr int kMaxHeadDim = 512;
 

@@ -15,7 +15,7 @@ from ...errors import NonFiniteError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import WIDEST, PageLayout
 from ..inputs import Int8Queries, Pages, QueryPositions, TailRows, refusal
-from .rows import FloatRows, Int8Rows, check_size, float_rows, mean_address
+from .rows import FloatRows, Int8Rows, check_format, check_size, float_rows, mean_address
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
@@ -187,6 +187,7 @@ class Arguments(ctypes.Structure):
     ]
 
 
+check_format(getattr(_cpu, "format", None))
 check_size(Arguments, _cpu.attend_bytes)
 
 
