@@ -32,8 +32,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 # Half of the interpreter's time would be spent on nothing. It computes at each operation whether integers overflow, but
-# asserts that they do not only in debug mode. And it replaces Triton's language by its own at a launch, and searches all
-# of it again at each call of a jitted function within the launch, where nothing is left to replace.
+# asserts that they do not only in debug mode. And it replaces Triton's language by its own at a launch, and searches
+# all of it again at each call of a jitted function within the launch, where nothing is left to replace.
 _builder = interpreter.interpreter_builder
 _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=_builder.options.debug)
 _patch_language = interpreter._patch_lang
