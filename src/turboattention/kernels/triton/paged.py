@@ -1,4 +1,4 @@
-"""Steps over pages that a server manages: the launchers of `paged_store`, `paged_decode` and `paged_prefill`.
+"""Steps over pages that a server manages: the launchers of `storing`, `paged_decode` and `paged_prefill`.
 
 Nothing here reads a tensor's values: what depends on them is decided by the kernels, and grids follow from
 shapes and from the most tokens that a sequence may take. A CUDA graph may hold these launches.
@@ -22,9 +22,9 @@ from .call import padded, query_arguments, softmax_arguments, with_positive_unit
 from .page_offsets import all_page_offsets, head_page_offsets, pairs_mask, pairs_of_widths
 from .paged_decode import paged_combine, paged_decode
 from .paged_prefill import paged_prefill
-from .paged_store import fill_pages, hold_rows, store_rows
 from .pages import layout_facts
 from .quantize import quantize_queries
+from .storing import fill_pages, hold_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,17 @@ def store(
             batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales, *codes, *scales,
             slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **configs.EXACT,
         )  # fmt: skip
+    own = (None, None, None, None) if in_place else (*tail.codes, *tail.scales)
     store_rows[triton.cdiv(rows, shape["ROWS"]), 2](
-        k, v, means(mean), batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales,
-        *tail.codes, *tail.scales, flag, rows, heads, batch.sequences, batch.steps, slots.ring, tail.room,
-        *k.stride()[:2], *v.stride()[:2], D=head_dim, ROTATE=config.rotate, RING=in_place, **shape,
+        k, v, means(mean), batch.lengths, None, None, batch.starts, batch.slots, *slots.codes, *slots.scales, *own,
+        flag, rows, heads, None, batch.sequences, batch.steps, slots.ring, tail.room, None,
+        None, *k.stride()[:2], None, *v.stride()[:2], D=head_dim, ROTATE=config.rotate, PAGED=True, **shape,
     )  # fmt: skip
     blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
-    fill_pages[heads, 2, blocks](
-        batch.starts, batch.lengths, batch.slots, *tail.codes, *tail.scales, batch.table, pages,
-        all_page_offsets(layout, k.device), batch.sequences, batch.steps, slots.ring, tail.room,
-        batch.table.stride(0), pages.stride(0), SEARCH=config.search, RING=in_place, **layout_facts(layout),
+    fill_pages[blocks, 2, heads](
+        *tail.codes, *tail.scales, all_page_offsets(layout, k.device), None, batch.lengths, batch.starts, batch.slots,
+        batch.table, pages, slots.ring, batch.sequences, batch.steps, tail.room, batch.table.stride(0), pages.stride(0),
+        SEARCH=config.search, RING=in_place, PAGED=True, **layout_facts(layout),
     )  # fmt: skip
     return tail
 
