@@ -19,8 +19,9 @@ from ..inputs import BLOCK
 from . import configs, paged_configs
 from .arguments import float_rows, means, row_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
+from .combine import combine
 from .page_offsets import all_page_offsets, head_page_offsets, pairs_mask, pairs_of_widths
-from .paged_decode import paged_combine, paged_decode
+from .paged_decode import paged_decode
 from .paged_prefill import paged_prefill
 from .pages import layout_facts
 from .quantize import quantize_queries
@@ -176,9 +177,9 @@ def _decode_rows(
         row_sum_ptr=row_sum, tiles=tiles, R=launch.rows, PAIRS=pairs_mask(layout), ASM=architecture.assembly,
         **launch.options,
     )  # fmt: skip
-    paged_combine[rows, heads, batch.sequences](
-        acc, row_max, row_sum, out, batch.starts, splits, tiles, arguments["group"], arguments["most"],
-        *out.stride()[:2], D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),
+    combine[rows, heads, batch.sequences](
+        acc, row_max, row_sum, out, None, batch.starts, splits, tiles, group, None, few, *out.stride()[:2],
+        D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),
         ROTATE=config.rotate, num_warps=1, **configs.FUSION,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Attention of few query rows over pages that a server manages, in splits of a sequence, as in `decode`.
 
 A sequence is here where it has at most `most` rows (tokens times query heads of a KV head); `paged_prefill` takes
-the others. `paged_combine` brings the splits together.
+the others. `combine` brings the splits together.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .combine import merged
 from .metadata import key_metadata, scales_of, value_metadata
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, section_offsets
 from .products import first_half, key_channels, key_products, value_products
 from .ragged import span_of, tail_rows_of
-from .rotation import rotate_back
 from .softmax import rescaled
 from .stored import weigh_stored
 
@@ -170,22 +168,3 @@ def paged_decode(
         tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
         tl.store(row_max_ptr + lane, row_max)
         tl.store(row_sum_ptr + lane, row_sum)
-
-
-@triton.jit(do_not_specialize=["splits", "tiles", "most"])
-def paged_combine(
-    acc_ptr, row_max_ptr, row_sum_ptr, out_ptr, starts, splits, tiles, group, most, out_stride_t, out_stride_h,
-    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Grid (rows, KV heads, sequences): into out [T, Hkv g, D]. SPLITS: a power of two, at least `splits`."""
-    row, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts + b).to(tl.int64)
-    rows = (tl.load(starts + b + 1).to(tl.int64) - start) * group
-    if (rows <= most) & (row < rows):
-        at = ((b * tl.num_programs(1) + h).to(tl.int64) * tiles + row // R) * splits * R + row % R
-        result, _, _ = merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE, R, SPLITS)
-        if ROTATE:
-            result = rotate_back(result, 1, WIDE, D & -D, False)
-        d = tl.arange(0, WIDE)[None, :]
-        to = (start + row // group) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
-        tl.store(out_ptr + to + d, result.to(out_ptr.dtype.element_ty), mask=d < D)
