@@ -12,6 +12,7 @@ from .decode_blocks import fold_rows, over_pages
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
 from .products import first_half, key_channels
 from .visibility import visible_range
+from .widths import K_NUMBERS, V_NUMBERS, pair_of
 
 
 @triton.jit
@@ -97,10 +98,10 @@ def decode(
         if SINKS or PAIRS > 0:
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
-        for K_BITS in tl.static_range(2, 9):
-            for V_BITS in tl.static_range(2, 9):
-                if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
-                    if PAIRS == 1 << (7 * (K_BITS - 2) + V_BITS - 2):
+        for K_BITS in tl.static_range(K_NUMBERS):
+            for V_BITS in tl.static_range(V_NUMBERS):
+                if PAIRS & pair_of(K_BITS, V_BITS):
+                    if PAIRS == pair_of(K_BITS, V_BITS):
                         last = count
                     else:  # another pair's loop has none
                         own = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)

@@ -13,6 +13,7 @@ from .decode_blocks import fold_rows, over_pages
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
 from .products import first_half, key_channels
 from .ragged import span_of, tail_rows_of
+from .widths import K_NUMBERS, V_NUMBERS, pair_of
 
 
 @triton.jit(do_not_specialize=["table_stride", "ring", "room", "tokens", "most", "window"])
@@ -87,11 +88,11 @@ def paged_decode(
         q_at += first_half(D)
         q_second = tl.load(q_ptr + q_at, mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
         is_high = (column % 2 == 1)[None, :]
-        for K_BITS in tl.static_range(2, 9):
-            for V_BITS in tl.static_range(2, 9):
-                if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
+        for K_BITS in tl.static_range(K_NUMBERS):
+            for V_BITS in tl.static_range(V_NUMBERS):
+                if PAIRS & pair_of(K_BITS, V_BITS):
                     last = tl.minimum(end, high - 1)
-                    if PAIRS != 1 << (7 * (K_BITS - 2) + V_BITS - 2):  # another pair's loop has none
+                    if PAIRS != pair_of(K_BITS, V_BITS):  # another pair's loop has none
                         own_pair = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
                         last = tl.where(own_pair, last, 0)
                     acc, row_sum, row_max = over_pages(
