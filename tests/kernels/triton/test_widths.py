@@ -17,8 +17,9 @@ from .attending import OFF, both, filled
 @pytest.fixture(autouse=True)
 def five_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of 5 bits, which the reference and these kernels have, and the CPU's kernels do not."""
+    allowed = (*config.WIDTHS, 5)
     for module in (config, widths):
-        monkeypatch.setattr(module, "WIDTHS", (*config.WIDTHS, 5))
+        monkeypatch.setattr(module, "WIDTHS", allowed)
     monkeypatch.setattr(dispatch, "quantizer_on", lambda device: None)
 
 
