@@ -16,7 +16,7 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK
-from . import configs, paged_configs
+from . import configs
 from .arguments import float_rows, means, row_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
 from .combine import combine
@@ -188,7 +188,7 @@ def _prefill_rows(
     config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]
 ) -> None:
     architecture = configs.architecture_of(out.device)
-    launch = paged_configs.prefill(architecture, layout.head_dim)
+    launch = configs.paged_prefill(architecture, layout.head_dim)
     tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
     for (k_bits, v_bits), chosen in pairs_of_widths(layout):
         paged_prefill[tiles, len(chosen)](
