@@ -101,7 +101,7 @@ def decode(
         for K_BITS in tl.static_range(K_NUMBERS):
             for V_BITS in tl.static_range(V_NUMBERS):
                 if PAIRS & pair_of(K_BITS, V_BITS):
-                    if PAIRS == pair_of(K_BITS, V_BITS):
+                    if pair_of(K_BITS, V_BITS) == PAIRS:
                         last = count
                     else:  # another pair's loop has none
                         own = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)

@@ -92,7 +92,7 @@ def paged_decode(
             for V_BITS in tl.static_range(V_NUMBERS):
                 if PAIRS & pair_of(K_BITS, V_BITS):
                     last = tl.minimum(end, high - 1)
-                    if PAIRS != pair_of(K_BITS, V_BITS):  # another pair's loop has none
+                    if pair_of(K_BITS, V_BITS) != PAIRS:  # another pair's loop has none
                         own_pair = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
                         last = tl.where(own_pair, last, 0)
                     acc, row_sum, row_max = over_pages(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def to_lines(codes, SIDE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """[SIZE, WIDTH] -> [WIDTH / 8, 8 SIZE], octets in the order of `kv.layout`."""
