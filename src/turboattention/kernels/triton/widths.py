@@ -2,7 +2,7 @@
 
 A code has a lower plane of 8, 4, 2 or 1 bits and may have a plane of its highest bit (`flashq.packing.PLANES`). K of a
 head may have two widths (`kv.layout.K_HALVES`). Kernels number a head's K by its width or, if it has two, by
-`TWO_WIDTHS` plus their mean; V by its width. A new width in PLANES or K_HALVES needs no change here.
+`TWO_WIDTHS` plus their mean; V by its width. A new width of such planes in PLANES or K_HALVES needs no change here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ V_NUMBERS = tl.constexpr(WIDEST + 1)
 @triton.constexpr_function
 def lower_plane(bits):
     """Bits of a code in its lower plane; all, or all but the highest."""
-    return _PLANES.value[bits][0]
+    lower, *upper = _PLANES.value[bits]
+    assert upper in ([], [1]), "PLANES: expected at most one upper plane, of 1 bit"
+    return lower
 
 
 @triton.constexpr_function
