@@ -71,10 +71,10 @@ def store_rows(
     """Grid (parts of ROWS of the heads of all tokens, K or V): quantizes new tokens into rows of `width` per sequence
     and head.
 
-    A cache: k, v [B, H, T, D], tokens t < counts[b] behind lengths[b]; the mean [B, H, D] is subtracted from keys from
-    position mean_from on; tokens past the buffer's end are dropped.
-    PAGED: flat k, v [T, H, D], lengths with the step's tokens, mean [H, D]. With temporary rows (k_own is not None),
-    slots get what belongs to blocks that stay open (the last two, if width is two blocks).
+    A cache: k, v [B, H, T, D], tokens t < counts[b] behind lengths[b]; mean bfloat16 [B, H, D], subtracted from keys
+    from position mean_from on; tokens past the buffer's end are dropped.
+    PAGED: flat k, v [T, H, D], lengths with the step's tokens, mean bfloat16 [H, D]. With temporary rows (k_own is not
+    None), slots get what belongs to blocks that stay open (the last two, if width is two blocks).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
