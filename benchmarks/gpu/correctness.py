@@ -249,7 +249,7 @@ def _flagged(plan: Plan) -> None:
 def _stage_one(plan: Plan) -> None:
     count = 512 if on_gpu() else 70
     x = normals(2, plan.kv_heads, count, plan.head_dim, seed=4)
-    none, mean = torch.zeros(2, dtype=torch.int64), normals(2, plan.kv_heads, plan.head_dim, seed=5).float()
+    none, mean = torch.zeros(2, dtype=torch.int64), normals(2, plan.kv_heads, plan.head_dim, seed=5).bfloat16()
     for rotate in (True, False):
         results = []
         for provider in (quantize, quantizer.PYTORCH):

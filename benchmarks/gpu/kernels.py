@@ -118,7 +118,7 @@ def _chunk(head_dim: int) -> Work:
 def _stage_one(head_dim: int) -> Work:
     def work() -> None:
         none = torch.zeros(BATCH, dtype=torch.int64)
-        mean, order = torch.zeros(BATCH, KV_HEADS, head_dim), _order(head_dim)
+        mean, order = torch.zeros(BATCH, KV_HEADS, head_dim, dtype=torch.bfloat16), _order(head_dim)
         for tokens in (1, 4096):
             x = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.bfloat16)
             rows = _rows(head_dim, tokens, torch.float32)
@@ -140,7 +140,8 @@ def _append(head_dim: int, bits: tuple[int, ...]) -> Work:
         rows, none = _rows(head_dim, 64, torch.bfloat16), torch.zeros(BATCH, dtype=torch.int64)
         x = torch.zeros(BATCH, KV_HEADS, 1, head_dim, dtype=torch.bfloat16)
         codes, scales = (rows.k8, rows.v8), (rows.k_scale, rows.v_scale)
-        mean, flag = torch.zeros(BATCH, KV_HEADS, head_dim), torch.zeros(1, dtype=torch.int32)
+        mean = torch.zeros(BATCH, KV_HEADS, head_dim, dtype=torch.bfloat16)
+        flag = torch.zeros(1, dtype=torch.int32)
         order = _order(head_dim)
         append.store_tokens(CONFIG, (x, x), none, none + 1, none, mean, 64, codes, scales, flag)
         append.flush_blocks(layout, codes, scales, none, True)
@@ -189,6 +190,6 @@ def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Te
 
 
 def _options(head_dim: int) -> dict[str, Any]:
-    mean = torch.zeros(BATCH, KV_HEADS, head_dim)
+    mean = torch.zeros(BATCH, KV_HEADS, head_dim, dtype=torch.bfloat16)
     more = dict(causal=True, window=None, softcap=None, mask=None)
     return dict(kv_heads=KV_HEADS, scale=0.1, mean=mean, mean_from_block=1, **more)

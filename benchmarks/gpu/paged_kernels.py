@@ -53,7 +53,7 @@ def _step(
 ) -> Work:
     layout = PageLayout.uniform(KV_HEADS, head_dim, 64, bits, True)
     asked: dict[str, Any] = {"scale": 0.1, "window": None, "softcap": None} | options
-    mean = torch.zeros(KV_HEADS, head_dim)
+    mean = torch.zeros(KV_HEADS, head_dim, dtype=torch.bfloat16)
 
     def work() -> None:
         q, out = (torch.zeros(tokens, KV_HEADS * group, head_dim, dtype=torch.bfloat16) for _ in range(2))

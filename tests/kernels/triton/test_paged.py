@@ -148,7 +148,7 @@ def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((self.name, grid))
 
-    names = {"hold_rows", "store_rows", "fill_pages", "paged_decode", "paged_combine", "paged_prefill"}
+    names = {"hold_rows", "store_rows", "fill_pages", "paged_decode", "combine", "paged_prefill"}
     for name in names:
         monkeypatch.setattr(paged, name, Recorder(name))
     monkeypatch.setattr(quantize, "_queries_kernel", Recorder("queries"))

@@ -45,7 +45,7 @@ def test_mixed_widths(token_scales, search, head_dim, size):
     assert_same(layout, sides(layout), search)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 5, 4, 3, 2])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_one_width(bits, head_dim):
     layout = PageLayout.uniform(1, head_dim, 64, bits, True)

@@ -1,77 +1,21 @@
-"""Stores new tokens in the INT8 buffer during decode, and compresses full blocks into pages.
-
-The kernels read lengths, positions and page addresses from device memory, so the host does not wait, and a CUDA graph
-can replay the same launches in every step.
-"""
+"""Stores new tokens in a cache's INT8 buffer during decode, and compresses full blocks into pages: launchers."""
 
 from __future__ import annotations
 
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
 from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape
-from .codec import clear_padding, encode_head
 from .ordering import Order, order_rows
-from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, all_page_offsets
+from .page_offsets import all_page_offsets
 from .pages import layout_facts, refusal
-from .rows import stage_rows, store_codes
+from .storing import fill_pages, store_rows
 
 Pair = tuple[Tensor, Tensor]
 """A tensor for keys and one for values."""
-
-
-@triton.jit(do_not_specialize=["rows", "heads", "tokens", "width", "mean_from"])
-def _store_kernel(
-    k,
-    v,
-    lengths,
-    counts,
-    start,
-    mean,
-    k_codes,
-    v_codes,
-    k_scales,
-    v_scales,
-    flag,
-    rows,
-    heads,
-    tokens,
-    width,
-    mean_from,
-    k_stride_b,
-    k_stride_h,
-    k_stride_t,
-    v_stride_b,
-    v_stride_h,
-    v_stride_t,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROTATE: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    tile, t = row // tokens, (row % tokens).to(tl.int64)
-    b, h = (tile // heads).to(tl.int64), (tile % heads).to(tl.int64)
-    there &= t < tl.load(counts + b, mask=there, other=0)
-    position = tl.load(lengths + b, mask=there, other=0) + t
-    open_row = position - tl.load(start + b, mask=there, other=0)
-    wanted = there & (open_row >= 0) & (open_row < width)
-    to = tile.to(tl.int64) * width + open_row
-    if tl.program_id(1) == 0:
-        offsets = b * k_stride_b + h * k_stride_h + t * k_stride_t
-        values, scale = stage_rows(k, offsets, wanted, mean, tile, position >= mean_from, flag, D, ROWS, WIDTH, ROTATE)
-        store_codes(k_codes, to, wanted, values, D, WIDTH)
-        tl.store(k_scales + to, scale.to(k_scales.dtype.element_ty), mask=wanted)
-    else:
-        offsets = b * v_stride_b + h * v_stride_h + t * v_stride_t
-        values, scale = stage_rows(v, offsets, wanted, None, tile, wanted, flag, D, ROWS, WIDTH, ROTATE)
-        store_codes(v_codes, to, wanted, values, D, WIDTH)
-        tl.store(v_scales + to, scale.to(v_scales.dtype.element_ty), mask=wanted)
 
 
 def store_tokens(
@@ -103,82 +47,13 @@ def store_tokens(
     rows = batch * heads * tokens
     if rows:
         shape = row_shape(rows, head_dim)
-        _store_kernel[(triton.cdiv(rows, shape["ROWS"]), 2)](
-            k, v, *(indices(x, k) for x in (lengths, counts, start)), means(mean), *codes,
-            *scales, flag, rows, heads, tokens, codes[0].shape[2], mean_from, *k.stride()[:3], *v.stride()[:3],
-            D=head_dim, ROTATE=config.rotate, **shape,
+        lengths, counts, start = (indices(x, k) for x in (lengths, counts, start))
+        strides = (x.stride(dim) for x in (k, v) for dim in (0, 2, 1))
+        store_rows[(triton.cdiv(rows, shape["ROWS"]), 2)](
+            k, v, means(mean), lengths, counts, start, None, None, *codes, *scales, None, None, None, None, flag,
+            rows, heads, tokens, None, None, codes[0].shape[2], None, mean_from, *strides,
+            D=head_dim, ROTATE=config.rotate, PAGED=False, **shape,
         )  # fmt: skip
-
-
-# -- full blocks -------------------------------------------------------------------------------
-
-
-@triton.jit
-def _flush_side(
-    codes,
-    scales,
-    page,
-    head_ptr,
-    width,
-    SIDE: tl.constexpr,
-    D: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-    SEARCH: tl.constexpr,
-):
-    encode_head(codes, scales, page, head_ptr, SIDE, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
-    token = tl.arange(0, SIZE)
-    channel = tl.max_contiguous(tl.arange(0, WIDTH), 4)[None, :]  # the register layout of `encode_head`
-    for at in range(0, width, SIZE):
-        behind = at + SIZE + token
-        moved = tl.load(codes + behind[:, None] * D + channel, mask=(behind < width)[:, None] & (channel < D), other=0)
-        scale = tl.load(scales + behind, mask=behind < width, other=0.0)
-        tl.debug_barrier()  # all loads finish before rows are overwritten
-        here = at + token
-        tl.store(codes + here[:, None] * D + channel, moved, mask=(here < width)[:, None] & (channel < D))
-        tl.store(scales + here, scale, mask=here < width)
-
-
-@triton.jit(do_not_specialize=["width"])
-def _flush_kernel(
-    k_codes,
-    v_codes,
-    k_scales,
-    v_scales,
-    fresh,
-    page_offsets,
-    width,
-    HEADS: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    USED: tl.constexpr,
-    D: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-    SEARCH: tl.constexpr,
-):
-    b, side, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    address = tl.load(fresh + b)
-    if address != 0:
-        page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-        row = (b * HEADS + head) * width
-        if side == 0:
-            head_ptr = page_offsets + head * OFFSETS + OF_KEYS
-            _flush_side(
-                k_codes + row * D, k_scales + row, page, head_ptr, width,
-                0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
-            )  # fmt: skip
-            if head == 0:
-                clear_padding(page, USED, PAGE_BYTES)
-        else:
-            head_ptr = page_offsets + head * OFFSETS + OF_VALUES
-            _flush_side(
-                v_codes + row * D, v_scales + row, page, head_ptr, width,
-                1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH,
-            )  # fmt: skip
 
 
 def flush_blocks(
@@ -199,9 +74,10 @@ def flush_blocks(
         check_tiles(*side, TOKEN_SCALES)
     batch, heads, width, _ = codes[0].shape
     if batch * heads:
+        fresh = indices(fresh, codes[0])
         if order is not None:
-            order_rows(codes[0], scales[0], order, rotated, layout.block_size, indices(fresh, codes[0]))
-        _flush_kernel[(batch, 2, heads)](
-            *codes, *scales, indices(fresh, codes[0]), all_page_offsets(layout, codes[0].device), width,
-            SEARCH=search, **layout_facts(layout),
+            order_rows(codes[0], scales[0], order, rotated, layout.block_size, fresh)
+        fill_pages[(batch, 2, heads)](
+            *codes, *scales, all_page_offsets(layout, codes[0].device), fresh, None, None, None, None, None,
+            width, None, None, None, None, None, SEARCH=search, RING=False, PAGED=False, **layout_facts(layout),
         )  # fmt: skip

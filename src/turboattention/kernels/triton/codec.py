@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .planes import from_lines, has_two_widths, narrower, own_widths, pack, to_lines, unpack, wider
+from .planes import from_lines, pack, to_lines, unpack
 from .rounding import bits_of, float_of, nearest, nearest_int8
 from .search import step_and_zero
+from .widths import K_NUMBERS, has_two_widths, lower_plane, narrower, own_numbers, wider
 
 _TOKEN_SCALE_SHIFT = tl.constexpr(19)
 
@@ -76,11 +77,10 @@ def _encode_run(
         code = _quotient((codes.to(tl.int32) - zero[None, :]).to(tl.float32), step.to(tl.float32))
         code = tl.minimum(tl.maximum(code, 0), (1 << BITS) - 1).to(tl.uint8)
         lines = to_lines(code, SIDE, SIZE, WIDTH)
-        if BITS == 5 or BITS == 3:
-            pack(at, lines, D, SIZE, WIDTH, BITS, BITS - 1)
-            pack(at + (BITS - 1) * SIZE, lines >> (BITS - 1), D, SIZE, WIDTH, BITS, 1)
-        else:
-            pack(at, lines, D, SIZE, WIDTH, BITS, BITS)
+        LOWER: tl.constexpr = lower_plane(BITS)
+        pack(at, lines, D, SIZE, WIDTH, BITS, LOWER)
+        if LOWER < BITS:
+            pack(at + LOWER * SIZE, lines >> LOWER, D, SIZE, WIDTH, BITS, BITS - LOWER)
 
 
 @triton.jit
@@ -97,11 +97,10 @@ def _decode_run(
     STRIDE: tl.constexpr,
 ):
     """Inverse of `_encode_run`, into rows of STRIDE channels at `codes`."""
-    if BITS == 5 or BITS == 3:
-        high = unpack(at + (BITS - 1) * SIZE, D, SIZE, WIDTH, BITS, 1)
-        lines = unpack(at, D, SIZE, WIDTH, BITS, BITS - 1) | (high << (BITS - 1))
-    else:
-        lines = unpack(at, D, SIZE, WIDTH, BITS, BITS)
+    LOWER: tl.constexpr = lower_plane(BITS)
+    lines = unpack(at, D, SIZE, WIDTH, BITS, LOWER)
+    if LOWER < BITS:
+        lines |= unpack(at + LOWER * SIZE, D, SIZE, WIDTH, BITS, BITS - LOWER) << LOWER
     code = from_lines(lines, SIDE, SIZE, WIDTH).to(tl.int32)
     channel = tl.arange(0, WIDTH)[None, :]
     if BITS == 8:
@@ -119,7 +118,7 @@ def _sections(page, head_ptr, BITS: tl.constexpr):
     """Pointers to a head's codes, steps and zeros; at 8 bits there are only codes."""
     at = page + tl.multiple_of(tl.load(head_ptr + 1), 16)
     steps, zeros = at, at
-    if BITS < 8:
+    if BITS != 8:
         steps = page + tl.multiple_of(tl.load(head_ptr + 2), 8)
         zeros = page + tl.multiple_of(tl.load(head_ptr + 3), 8)
     return at, steps, zeros
@@ -144,10 +143,10 @@ def encode_head(
 ):
     """Encode INT8 rows at `codes` [SIZE, D] with `scales` [SIZE] into `page`.
 
-    head_ptr: this head's entries for keys or values (`page_offsets`). WIDTHS: bit b is set if some head has width b,
-    numbered as in `page_offsets`."""
+    head_ptr: this head's entries for keys or values (`page_offsets`). WIDTHS: bit n is set if some head's K or V has
+    number n (`widths`)."""
     HALF: tl.constexpr = D // 2
-    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    OWN: tl.constexpr = own_numbers(WIDTHS, SIDE)
     HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
     # At most four adjacent channels per thread, since the search keeps several values per channel.
@@ -163,7 +162,7 @@ def encode_head(
         tile, scale, page, tl.multiple_of(tl.load(head_ptr + 4), 16), tl.load(head_ptr + 5), SIZE, BY_TOKEN
     )
     bits = tl.load(head_ptr)
-    for BITS in tl.static_range(2, 9):
+    for BITS in tl.static_range(K_NUMBERS):
         if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
                 at, steps, zeros = _sections(page, head_ptr, BITS)
@@ -193,7 +192,7 @@ def decode_head(
 ):
     """Inverse of `encode_head`, up to the error of stage 2."""
     HALF: tl.constexpr = D // 2
-    OWN: tl.constexpr = own_widths(WIDTHS, SIDE)
+    OWN: tl.constexpr = own_numbers(WIDTHS, SIDE)
     HALVES: tl.constexpr = has_two_widths(OWN)
     token = tl.arange(0, SIZE)
     scale = tl.load((page + tl.load(head_ptr + 5)).to(tl.pointer_type(tl.int32))) + tl.zeros((SIZE,), tl.int32)
@@ -201,7 +200,7 @@ def decode_head(
         scale -= tl.load(page + tl.multiple_of(tl.load(head_ptr + 4), 16) + token).to(tl.int32) << _TOKEN_SCALE_SHIFT
     tl.store(scales + token, float_of(scale))
     bits = tl.load(head_ptr)
-    for BITS in tl.static_range(2, 9):
+    for BITS in tl.static_range(K_NUMBERS):
         if OWN >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
             if bits == BITS:
                 at, steps, zeros = _sections(page, head_ptr, BITS)

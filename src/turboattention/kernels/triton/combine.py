@@ -10,7 +10,7 @@ from .softmax import LOG2_E, log_sum_exp
 
 
 @triton.jit
-def merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr):
+def _merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr):
     """A row's output [1, WIDE], row max and row sum from its splits, which are R apart, starting at `at`."""
     s = tl.arange(0, SPLITS)
     row_maxima = tl.load(row_max_ptr + at + s * R, mask=s < splits, other=float("-inf"))
@@ -32,20 +32,35 @@ def merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE: tl.constexpr, R:
     return result, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["splits", "tiles"])
+@triton.jit(do_not_specialize=["splits", "tiles", "most"])
 def combine(
-    acc_ptr, row_max_ptr, row_sum_ptr, out_ptr, lse_ptr, splits, tiles, group, queries,
+    acc_ptr, row_max_ptr, row_sum_ptr, out_ptr, lse_ptr, starts, splits, tiles, group, queries, most,
+    out_stride_t, out_stride_h,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, KV heads, sequences). acc, row_max, row_sum: as written by `decode`. out: [B, Hkv g, Lq, D],
-    contiguous; lse: float32 [B, Hkv g, Lq], natural log. SPLITS: a power of two, at least `splits`."""
-    row = tl.program_id(0)
-    base = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    at = (base * tiles + row // R) * splits * R + row % R
-    result, row_max, row_sum = merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE, R, SPLITS)
-    d = tl.arange(0, WIDE)
-    if ROTATE:
-        result = rotate_back(result, 1, WIDE, D & -D, False)
-    to = (base * group + row % group) * queries + row // group
-    tl.store(out_ptr + to * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
-    tl.store(lse_ptr + to, log_sum_exp(row_max, row_sum))
+    """Grid (rows, KV heads, sequences). acc, row_max, row_sum: as written by `decode` or `paged_decode`. SPLITS: a
+    power of two, at least `splits`.
+
+    Of a cache (starts is None): out [B, Hkv g, Lq, D], contiguous; lse float32 [B, Hkv g, Lq], natural log. Of a
+    server: out [T, Hkv g, D], for sequences of at most `most` rows.
+    """
+    row, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    base = (b * tl.num_programs(1) + h).to(tl.int64)
+    there = True
+    if starts is not None:
+        start = tl.load(starts + b).to(tl.int64)
+        rows = (tl.load(starts + b + 1).to(tl.int64) - start) * group
+        there = (rows <= most) & (row < rows)
+    if there:
+        at = (base * tiles + row // R) * splits * R + row % R
+        result, row_max, row_sum = _merged(acc_ptr, row_max_ptr, row_sum_ptr, at, splits, WIDE, R, SPLITS)
+        if ROTATE:
+            result = rotate_back(result, 1, WIDE, D & -D, False)
+        if starts is not None:
+            to = (start + row // group) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
+        else:
+            of_row = (base * group + row % group) * queries + row // group
+            tl.store(lse_ptr + of_row, log_sum_exp(row_max, row_sum))
+            to = of_row * D
+        d = tl.arange(0, WIDE)[None, :]
+        tl.store(out_ptr + to + d, result.to(out_ptr.dtype.element_ty), mask=d < D)

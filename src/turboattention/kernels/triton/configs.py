@@ -78,6 +78,14 @@ _PREFILL = {
 # With a mask, whose addresses and values need registers; other entries are as without.
 _MASKED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "sm_90": {128: Launch(64, 8, 2)}}
 
+# Over a server's pages, by head_dim as above. Programs are wide: all rows of one share what restoring a page takes.
+_PAGED_PREFILL = {
+    "sm_80": {64: Launch(128, 8, 2), 128: Launch(64, 8, 2), 256: Launch(32, 8, 1)},
+    "sm_90": {128: Launch(128, 8, 2), 256: Launch(64, 8, 3)},
+    "gfx942": {64: Launch(128, 8, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
+    "interpreter": {256: Launch(64, 4, 1)},
+}
+
 # By head_dim, and by columns of the product: query rows per KV head, a power of two.
 _DECODE = {
     "sm_80": {
@@ -123,6 +131,13 @@ def prefill(architecture: Architecture, head_dim: int, masked: bool) -> Launch:
     table = _PREFILL[architecture.name]
     size = min(size for size in table if size >= head_dim)
     return _MASKED_PREFILL.get(architecture.name, {}).get(size, table[size]) if masked else table[size]
+
+
+@functools.cache
+def paged_prefill(architecture: Architecture, head_dim: int) -> Launch:
+    """Configuration of prefill over a server's pages."""
+    table = _PAGED_PREFILL[architecture.name]
+    return table[min(size for size in table if size >= head_dim)]
 
 
 @functools.cache

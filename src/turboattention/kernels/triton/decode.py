@@ -8,19 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .metadata import key_metadata, scales_of, value_metadata
-from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, section_offsets
-from .products import first_half, key_channels, key_products, value_products
-from .softmax import LEVELS, rescaled, weigh
-from .unpacked_kv import largest_of
+from .decode_blocks import fold_rows, over_pages
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
+from .products import first_half, key_channels
 from .visibility import visible_range
-
-
-@triton.jit
-def _page(address, blank_ptr):
-    """A pointer to a page, or to what is read instead of an evicted one."""
-    address = tl.where(address == 0, blank_ptr.to(tl.int64), address)
-    return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+from .widths import K_NUMBERS, V_NUMBERS, pair_of
 
 
 @triton.jit
@@ -36,83 +28,6 @@ def _queries(q_ptr, tile, base, group, queries, rows, WIDE: tl.constexpr, D: tl.
     q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
     is_high = (column % 2 == 1)[None, :]
     return q_first, q_second, is_high
-
-
-@triton.jit
-def _over_pages(
-    acc, row_sum, row_max, table_ptr, begin, end, blank_ptr, head_ptr, queries, visible, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
-    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Folds pages `begin` to `end` of one layout in."""
-    q_first, q_second, is_high, unit, mean, mean_from_block = queries
-    k_offsets, v_offsets = section_offsets(head_ptr, D)
-    t = tl.arange(0, 64)
-    # Loaded a block ahead: or loads of pages could not be.
-    ahead = tl.load(table_ptr + begin, mask=begin < end, other=0)
-    page = _page(ahead, blank_ptr)
-    of_keys = key_metadata(page, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
-    of_values = value_metadata(page, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
-    for block in tl.range(begin, end, num_stages=STAGES):
-        page = _page(ahead, blank_ptr)
-        evicted = ahead == 0
-        ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1))
-        following = _page(ahead, blank_ptr)
-        next_of_keys = key_metadata(following, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
-        next_of_values = value_metadata(following, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_offsets, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
-        s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
-        v_scale = scales_of(of_values[2], of_values[3])
-        largest = largest_of(v_scale)
-        p, block_sum, block_max, share = weigh(
-            s, unit, tl.where(block >= mean_from_block, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
-            visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
-        )  # fmt: skip
-        o = value_products(page, v_offsets, of_values, p, WIDE, D, V_BITS, ASM)
-        row_max, rescale, each = rescaled(row_max, tl.where(evicted, float("-inf"), block_max))
-        row_sum = row_sum * rescale + block_sum * each
-        if ROW:
-            each *= share
-        acc = tl.fma(o, (each * largest)[None, :], acc * rescale[None, :])
-        of_keys = next_of_keys
-        of_values = next_of_values
-    return acc, row_sum, row_max
-
-
-@triton.jit
-def _over_rows(
-    acc, row_sum, row_max, rows, begin, end, q, unit, mean, mean_from_block, visible, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
-    MASK: tl.constexpr,
-):  # fmt: skip
-    """Folds blocks `begin` to `end` of open rows in. rows: (k8, v8, their scales, offset of position 0 in rows,
-    the position behind the last); q int8 [WIDE, R]."""
-    k8_ptr, v8_ptr, ks_ptr, vs_ptr, origin, used = rows
-    t = tl.arange(0, 64)
-    d = tl.arange(0, WIDE)
-    for block in tl.range(begin, end, num_stages=1):
-        key = block * 64 + t
-        there = key < used
-        at = origin + key
-        inside = there[:, None] & (d < D)[None, :]
-        k = tl.load(k8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
-        s = tl.dot(k, q, out_dtype=tl.int32).to(tl.float32)
-        s *= tl.load(ks_ptr + at, mask=there, other=0.0).to(tl.float32)[:, None]
-        v_scale = tl.load(vs_ptr + at, mask=there, other=0.0).to(tl.float32)
-        largest = largest_of(v_scale)
-        p, block_sum, block_max, share = weigh(
-            s, unit, tl.where(block >= mean_from_block, mean, 0.0), key, v_scale / largest * LEVELS,
-            visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
-        )  # fmt: skip
-        v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
-        o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
-        row_max, rescale, each = rescaled(row_max, block_max)
-        row_sum = row_sum * rescale + block_sum * each
-        if ROW:
-            each *= share
-        acc = tl.fma(o, (each * largest)[None, :], acc * rescale[None, :])
-    return acc, row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from_block", "mask_keys"])
@@ -183,38 +98,40 @@ def decode(
         if SINKS or PAIRS > 0:
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
-        for K_BITS in tl.static_range(2, 9):
-            for V_BITS in tl.static_range(2, 9):
-                if PAIRS >> (7 * (K_BITS - 2) + V_BITS - 2) & 1:
-                    if PAIRS == 1 << (7 * (K_BITS - 2) + V_BITS - 2):
+        for K_BITS in tl.static_range(K_NUMBERS):
+            for V_BITS in tl.static_range(V_NUMBERS):
+                if PAIRS & pair_of(K_BITS, V_BITS):
+                    if pair_of(K_BITS, V_BITS) == PAIRS:
                         last = count
                     else:  # another pair's loop has none
                         own = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
                         last = tl.where(own, count, 0)
-                    acc, row_sum, row_max = _over_pages(
-                        acc, row_sum, row_max, table_ptr, tl.maximum(low, sink_blocks), last, blank_ptr, head_ptr,
-                        rows_seen, visible, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, CAP,
-                        MASK, ASM, None,
+                    acc, row_sum, row_max = over_pages(
+                        acc, row_sum, row_max, table_ptr, blank_ptr, None, tl.maximum(low, sink_blocks), last, head_ptr,
+                        rows_seen, visible, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW,
+                        CAP, MASK, ASM, None, False,
                     )  # fmt: skip
         if ordered_q_ptr is not None and (SINKS or OPEN):
             q_first, q_second, is_high = _queries(q_ptr, tile, base, group, queries, rows, WIDE, D, R)
             unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
             rows_seen = (q_first, q_second, is_high, unit, mean, mean_from_block)
         if SINKS:
-            acc, row_sum, row_max = _over_pages(
-                acc, row_sum, row_max, table_ptr, low, tl.minimum(count, sink_blocks), blank_ptr, sink_head_ptr,
-                rows_seen, visible, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, CAP, MASK, ASM, 1,
+            acc, row_sum, row_max = over_pages(
+                acc, row_sum, row_max, table_ptr, blank_ptr, None, low, tl.minimum(count, sink_blocks), sink_head_ptr,
+                rows_seen, visible, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, MASK, ASM, 1,
+                False,
             )  # fmt: skip
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)
-            tail_rows = (k8_ptr, v8_ptr, ks_ptr, vs_ptr, base * width - start, tl.minimum(length, start + width))
+            origin, used = base * width - start, tl.minimum(length, start + width)
             d = tl.arange(0, WIDE)[:, None]
             q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
-            acc, row_sum, row_max = _over_rows(
-                acc, row_sum, row_max, tail_rows, tl.maximum(low, start // 64), high, q, unit, mean, mean_from_block,
-                visible, cap, threshold,
-                WIDE, D, FORM, CUT, ROW, CAP, MASK,
-            )  # fmt: skip
+            for block in tl.range(tl.maximum(low, start // 64), high, num_stages=1):
+                acc, row_sum, row_max = fold_rows(
+                    acc, row_sum, row_max, (k8_ptr, v8_ptr, ks_ptr, vs_ptr), origin + (block * 64 + tl.arange(0, 64)),
+                    block, used, q, unit, mean, mean_from_block, visible, cap, threshold,
+                    WIDE, D, FORM, CUT, ROW, CAP, MASK, False,
+                )  # fmt: skip
         tl.store(acc_ptr + partial[None, :] * WIDE + tl.arange(0, WIDE)[:, None], acc)
         tl.store(row_max_ptr + partial, row_max)
         tl.store(row_sum_ptr + partial, row_sum)

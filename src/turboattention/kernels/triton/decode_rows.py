@@ -73,7 +73,7 @@ def _attend(call: AttentionCall) -> None:
         PAIRS=pairs_mask(compressed) if compressed else 0,
     )
     combine[call.rows, call.kv_heads, call.batch](
-        acc, row_max, row_sum, call.out, call.lse, splits, tiles, call.group, call.queries,
+        acc, row_max, row_sum, call.out, call.lse, None, splits, tiles, call.group, call.queries, None, None, None,
         D=call.head_dim, WIDE=call.wide, R=launch.rows, SPLITS=1 << (splits - 1).bit_length(),
         ROTATE=call.config.rotate, num_warps=1, **configs.FUSION,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
 from ...modes import in_own_modes
-from .planes import TWO_WIDTHS
+from .widths import TWO_WIDTHS, pair_of
 
 # Entries in a head's row, and the first entry of its keys and of its values.
 OFFSETS = tl.constexpr(16)
@@ -59,7 +59,7 @@ def all_page_offsets(layout: PageLayout, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def key_widths(layout: PageLayout) -> tuple[int, ...]:
-    """K's width of each head as numbered in kernels: for K of two widths, their mean plus `TWO_WIDTHS`."""
+    """K's number of each head (`widths`)."""
     halves = layout.k_halves or (False,) * len(layout.k_bits)
     return tuple(bits + TWO_WIDTHS * halved for bits, halved in zip(layout.k_bits, halves, strict=True))
 
@@ -75,8 +75,8 @@ def pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[in
 
 @functools.lru_cache(maxsize=1024)
 def pairs_mask(layout: PageLayout) -> int:
-    """Bit mask of the pairs of widths that occur: bit `7 (K - 2) + V - 2`."""
-    return sum(1 << 7 * (k_bits - 2) + v_bits - 2 for (k_bits, v_bits), _ in pairs_of_widths(layout))
+    """Bit mask of the pairs of widths that occur (`widths.pair_of`)."""
+    return sum(pair_of(k_bits, v_bits) for (k_bits, v_bits), _ in pairs_of_widths(layout))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Steps over pages that a server manages: the launchers of `paged_store`, `paged_decode` and `paged_prefill`.
+"""Steps over pages that a server manages: the launchers of `storing`, `paged_decode` and `paged_prefill`.
 
 Nothing here reads a tensor's values: what depends on them is decided by the kernels, and grids follow from
 shapes and from the most tokens that a sequence may take. A CUDA graph may hold these launches.
@@ -16,15 +16,16 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK
-from . import configs, paged_configs
+from . import configs
 from .arguments import float_rows, means, row_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
+from .combine import combine
 from .page_offsets import all_page_offsets, head_page_offsets, pairs_mask, pairs_of_widths
-from .paged_decode import paged_combine, paged_decode
+from .paged_decode import paged_decode
 from .paged_prefill import paged_prefill
-from .paged_store import fill_pages, hold_rows, store_rows
 from .pages import layout_facts
 from .quantize import quantize_queries
+from .storing import fill_pages, hold_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,17 @@ def store(
             batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales, *codes, *scales,
             slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **configs.EXACT,
         )  # fmt: skip
+    own = (None, None, None, None) if in_place else (*tail.codes, *tail.scales)
     store_rows[triton.cdiv(rows, shape["ROWS"]), 2](
-        k, v, means(mean), batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales,
-        *tail.codes, *tail.scales, flag, rows, heads, batch.sequences, batch.steps, slots.ring, tail.room,
-        *k.stride()[:2], *v.stride()[:2], D=head_dim, ROTATE=config.rotate, RING=in_place, **shape,
+        k, v, means(mean), batch.lengths, None, None, batch.starts, batch.slots, *slots.codes, *slots.scales, *own,
+        flag, rows, heads, None, batch.sequences, batch.steps, slots.ring, tail.room, None,
+        None, *k.stride()[:2], None, *v.stride()[:2], D=head_dim, ROTATE=config.rotate, PAGED=True, **shape,
     )  # fmt: skip
     blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
-    fill_pages[heads, 2, blocks](
-        batch.starts, batch.lengths, batch.slots, *tail.codes, *tail.scales, batch.table, pages,
-        all_page_offsets(layout, k.device), batch.sequences, batch.steps, slots.ring, tail.room,
-        batch.table.stride(0), pages.stride(0), SEARCH=config.search, RING=in_place, **layout_facts(layout),
+    fill_pages[blocks, 2, heads](
+        *tail.codes, *tail.scales, all_page_offsets(layout, k.device), None, batch.lengths, batch.starts, batch.slots,
+        batch.table, pages, slots.ring, batch.sequences, batch.steps, tail.room, batch.table.stride(0), pages.stride(0),
+        SEARCH=config.search, RING=in_place, PAGED=True, **layout_facts(layout),
     )  # fmt: skip
     return tail
 
@@ -175,9 +177,9 @@ def _decode_rows(
         row_sum_ptr=row_sum, tiles=tiles, R=launch.rows, PAIRS=pairs_mask(layout), ASM=architecture.assembly,
         **launch.options,
     )  # fmt: skip
-    paged_combine[rows, heads, batch.sequences](
-        acc, row_max, row_sum, out, batch.starts, splits, tiles, arguments["group"], arguments["most"],
-        *out.stride()[:2], D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),
+    combine[rows, heads, batch.sequences](
+        acc, row_max, row_sum, out, None, batch.starts, splits, tiles, group, None, few, *out.stride()[:2],
+        D=layout.head_dim, WIDE=wide, R=launch.rows, SPLITS=triton.next_power_of_2(splits),
         ROTATE=config.rotate, num_warps=1, **configs.FUSION,
     )  # fmt: skip
 
@@ -186,7 +188,7 @@ def _prefill_rows(
     config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]
 ) -> None:
     architecture = configs.architecture_of(out.device)
-    launch = paged_configs.prefill(architecture, layout.head_dim)
+    launch = configs.paged_prefill(architecture, layout.head_dim)
     tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
     for (k_bits, v_bits), chosen in pairs_of_widths(layout):
         paged_prefill[tiles, len(chosen)](

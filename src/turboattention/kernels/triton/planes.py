@@ -9,32 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TWO_WIDTHS = 3
-"""Kernels number K of two widths by their mean, 3 or 2, plus this: 6 or 5."""
-
-
-@triton.constexpr_function
-def wider(bits):
-    """The width of the first half of a head's channels (`kv.layout.K_HALVES`)."""
-    return bits - 2 if bits in (5, 6, 7) else bits
-
-
-@triton.constexpr_function
-def narrower(bits):
-    """The width of the second half."""
-    return bits - 4 if bits in (5, 6, 7) else bits
-
-
-@triton.constexpr_function
-def own_widths(widths, side):
-    """The widths (a bit mask) that a side can have: only K (side 0) has two widths."""
-    return widths if side == 0 else widths & ~0b11100000
-
-
-@triton.constexpr_function
-def has_two_widths(widths):
-    return widths & 0b11100000 != 0
-
 
 @triton.jit
 def to_lines(codes, SIDE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .planes import narrower, wider
 from .softmax import sum_of_levels
 from .unpacking import bytes_of, code, field, interleave, signed, stack, words_at
+from .widths import lower_plane, narrower, wider
 
 
 @triton.constexpr_function
@@ -74,24 +74,25 @@ def _key_codes(words, OCTETS: tl.constexpr, USED: tl.constexpr, BITS: tl.constex
     octet = tl.arange(0, OCTETS)
     inside = None if USED == OCTETS else (octet < USED)[None, :]
     # A word has four channels; adjacent threads load adjacent tokens.
-    FIELD_TOKENS: tl.constexpr = 64 if BITS >= 4 else 16 if BITS == 1 else 32
+    LOWER: tl.constexpr = lower_plane(BITS)
+    FIELD_TOKENS: tl.constexpr = 64 if LOWER >= 4 else 16 * LOWER
     at = words + (octet * (16 * BITS))[None, :] + tl.arange(0, FIELD_TOKENS)[:, None]
     w = tl.load(at, mask=inside)
     bits = w
-    if BITS == 5 or BITS == 3:
-        bits = words + (octet * (16 * BITS))[None, :] + 16 * (BITS - 1) + tl.arange(0, 16)[:, None]
+    if LOWER < BITS:
+        bits = words + (octet * (16 * BITS))[None, :] + 16 * LOWER + tl.arange(0, 16)[:, None]
         # Tokens 16 apart share a byte; shift so that the bits of a field are adjacent.
         bits = tl.load(bits, mask=inside)
         bits = stack(bits, bits >> 1, True)
     if BITS == 8:
         low = bytes_of(signed(w), ASM)
         high = bytes_of(signed(tl.load(at + 64, mask=inside)), ASM)
-    elif BITS >= 4:
-        if BITS == 5:
+    elif LOWER == 4:
+        if LOWER < BITS:
             bits = stack(bits, bits >> 2, True)
         low = bytes_of(code(w, bits, 0, BITS), ASM)
         high = bytes_of(code(w, bits, 1, BITS), ASM)
-    elif BITS >= 2:
+    elif LOWER == 2:
         low = stack(bytes_of(code(w, bits, 0, BITS), ASM), bytes_of(code(w, bits, 1, BITS), ASM), True)
         high = stack(bytes_of(code(w, bits, 2, BITS), ASM), bytes_of(code(w, bits, 3, BITS), ASM), True)
     else:
@@ -114,26 +115,30 @@ def value_products(page, offsets, held, p, WIDE: tl.constexpr, D: tl.constexpr, 
     d = tl.arange(0, WIDE)
     inside = None if D == WIDE else (d < D)[:, None]
     # A word has four tokens of a channel; lines are [quads of tokens][8 channels].
-    QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
+    LOWER: tl.constexpr = lower_plane(BITS)
+    QUADS: tl.constexpr = 2 * LOWER
+    tl.static_assert(LOWER >= 2)
     quad = tl.arange(0, QUADS)[None, :]
     words = words_at(page, offsets[0]) + (d // 8 * (16 * BITS) + d % 8)[:, None]
     w = tl.load(words + quad * 8, mask=inside)
     weights = p.to(tl.int8)
-    if BITS < 4:
+    if LOWER < 4:
         weights = _by_pairs_of_fields(weights)
     if BITS == 8:
         result = tl.dot(bytes_of(signed(w), ASM), weights, out_dtype=tl.int32).to(tl.float32)
     else:
-        if BITS == 4:
-            v = stack(bytes_of(field(w, 0, BITS), ASM), bytes_of(field(w, 1, BITS), ASM), False)
+        bits = w
+        if LOWER < BITS:
+            # A word of highest bits serves all quads of a field that are two apart, each after a shift by one more.
+            bits = tl.load(words + 16 * LOWER + tl.arange(0, 2)[None, :] * 8, mask=inside)
+            bits = stack(bits, bits >> 1, False)
+            if LOWER == 4:
+                bits = stack(bits, bits >> 2, False)
+        if LOWER == 4:
+            v = stack(bytes_of(code(w, bits, 0, BITS), ASM), bytes_of(code(w, bits, 1, BITS), ASM), False)
         else:
-            thirds = w
-            if BITS == 3:
-                # A word of highest bits serves two quads, the second after a shift by one.
-                thirds = tl.load(words + 32 + tl.arange(0, 2)[None, :] * 8, mask=inside)
-                thirds = stack(thirds, thirds >> 1, False)
-            v = stack(bytes_of(interleave(code(w, thirds, 0, BITS), code(w, thirds, 1, BITS)), ASM),
-                      bytes_of(interleave(code(w, thirds, 2, BITS), code(w, thirds, 3, BITS)), ASM),
+            v = stack(bytes_of(interleave(code(w, bits, 0, BITS), code(w, bits, 1, BITS)), ASM),
+                      bytes_of(interleave(code(w, bits, 2, BITS), code(w, bits, 3, BITS)), ASM),
                       False)  # fmt: skip
         o = tl.dot(v, weights, out_dtype=tl.int32)
         step = held[0].to(tl.float32)[:, None]

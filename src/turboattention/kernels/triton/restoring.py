@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpacking import by_channels, by_rows, bytes_of, field, highest, signed, stack, words_at
+from .unpacking import by_channels, by_rows, bytes_of, code, signed, stack, words_at
+from .widths import lower_plane
 
 
 @triton.jit
@@ -26,7 +27,9 @@ def halves(WIDE: tl.constexpr):
 @triton.jit
 def page_keys(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """A page's keys, int8 [64, WIDE], undefined in octets past D; `offsets`: K's `section_offsets`."""
-    TOKENS: tl.constexpr = 64 if BITS >= 4 else 32
+    LOWER: tl.constexpr = lower_plane(BITS)
+    TOKENS: tl.constexpr = 64 if LOWER >= 4 else 16 * LOWER
+    tl.static_assert(LOWER >= 2)
     octet = tl.arange(0, WIDE // 8)[:, None]
     t = tl.arange(0, TOKENS)[None, :]
     inside = None if D == WIDE else octet < D // 8
@@ -36,29 +39,26 @@ def page_keys(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.const
         low = _rows(signed(w), ASM)
         high = _rows(signed(tl.load(words + 64 + t, mask=inside)), ASM)
     else:
-        thirds = w
-        if BITS == 3:
+        bits = w
+        if LOWER < BITS:
             # Tokens 16 apart share a byte; shift so that the bits of a tile are adjacent.
-            thirds = tl.load(words + 32 + t % 16, mask=inside) >> (t // 16)
+            bits = tl.load(words + 16 * LOWER + t % 16, mask=inside) >> (t // 16)
         step = words_at(page, offsets[1]) + octet * 2
         zero = words_at(page, offsets[2]) + octet * 2
-        low = _half_of_keys(w, thirds, step, zero, inside, 0, BITS, ASM)
-        high = _half_of_keys(w, thirds, step, zero, inside, 1, BITS, ASM)
+        low = _half_of_keys(w, bits, step, zero, inside, 0, BITS, ASM)
+        high = _half_of_keys(w, bits, step, zero, inside, 1, BITS, ASM)
     return stack(low, high, False)
 
 
 @triton.jit
-def _half_of_keys(w, thirds, step, zero, inside, HIGH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def _half_of_keys(w, bits, step, zero, inside, HIGH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     step = tl.load(step + HIGH, mask=inside)
     zero = tl.load(zero + HIGH, mask=inside)
-    if BITS == 4:
-        keys = _rows(by_channels(field(w, HIGH, BITS), step, zero), ASM)
+    if lower_plane(BITS) == 4:
+        keys = _rows(by_channels(code(w, bits, HIGH, BITS), step, zero), ASM)
     else:
-        first = field(w, 2 * HIGH, BITS)
-        second = field(w, 2 * HIGH + 1, BITS)
-        if BITS == 3:
-            first |= highest(thirds, 4 * HIGH, BITS)
-            second |= highest(thirds, 4 * HIGH + 2, BITS)
+        first = code(w, bits, 2 * HIGH, BITS)
+        second = code(w, bits, 2 * HIGH + 1, BITS)
         keys = stack(_rows(by_channels(first, step, zero), ASM), _rows(by_channels(second, step, zero), ASM), True)
     return keys
 
@@ -75,7 +75,9 @@ def _rows(words, ASM: tl.constexpr):
 @triton.jit
 def page_values(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """A page's values, int8 [WIDE, 64], undefined in octets past D; `offsets`: V's `section_offsets`."""
-    QUADS: tl.constexpr = 2 * BITS if BITS >= 4 else 4
+    LOWER: tl.constexpr = lower_plane(BITS)
+    QUADS: tl.constexpr = 2 * LOWER
+    tl.static_assert(LOWER >= 2)
     octet = tl.arange(0, WIDE // 8)[:, None, None]
     quad = tl.arange(0, QUADS)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
@@ -85,30 +87,27 @@ def page_values(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.con
     if BITS == 8:
         values = _columns(signed(w), QUADS, WIDE, ASM)
     else:
-        thirds = w
-        if BITS == 3:
-            thirds = tl.load(words + 32 + quad % 2 * 8, mask=inside) >> (quad // 2)
+        bits = w
+        if LOWER < BITS:
+            bits = tl.load(words + 16 * LOWER + quad % 2 * 8, mask=inside) >> (quad // 2)
         step = tl.load(page + offsets[1] + octet * 8 + c, mask=inside).to(tl.int32)
         zero = tl.load(page + offsets[2] + octet * 8 + c, mask=inside).to(tl.int32)
-        first = _part_of_values(w, thirds, step, zero, 0, WIDE, QUADS, BITS, ASM)
-        second = _part_of_values(w, thirds, step, zero, 1, WIDE, QUADS, BITS, ASM)
+        first = _part_of_values(w, bits, step, zero, 0, WIDE, QUADS, BITS, ASM)
+        second = _part_of_values(w, bits, step, zero, 1, WIDE, QUADS, BITS, ASM)
         values = stack(first, second, False)
-        if BITS < 4:
-            first = _part_of_values(w, thirds, step, zero, 2, WIDE, QUADS, BITS, ASM)
-            last = _part_of_values(w, thirds, step, zero, 3, WIDE, QUADS, BITS, ASM)
+        if LOWER < 4:
+            first = _part_of_values(w, bits, step, zero, 2, WIDE, QUADS, BITS, ASM)
+            last = _part_of_values(w, bits, step, zero, 3, WIDE, QUADS, BITS, ASM)
             values = stack(values, stack(first, last, False), False)
     return values
 
 
 @triton.jit
 def _part_of_values(
-    w, thirds, step, zero, F: tl.constexpr, WIDE: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr,
+    w, bits, step, zero, F: tl.constexpr, WIDE: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    code = field(w, F, BITS)
-    if BITS == 3:
-        code |= highest(thirds, 2 * F, BITS)
-    return _columns(by_rows(code, step, zero), QUADS, WIDE, ASM)
+    return _columns(by_rows(code(w, bits, F, BITS), step, zero), QUADS, WIDE, ASM)
 
 
 @triton.jit

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from .page_offsets import OFFSETS, section_offsets
-from .planes import narrower, wider
 from .softmax import LEVELS
+from .widths import lower_plane, narrower, wider
 
 
 def bytes_per_block(wide: int) -> int:
@@ -50,10 +50,10 @@ def _codes(octets, index, inside, BITS: tl.constexpr):
     if BITS == 8:
         code = tl.load(octets + index, mask=inside, other=128)
     else:
-        LOWER: tl.constexpr = BITS - 1 if BITS == 5 or BITS == 3 else BITS
+        LOWER: tl.constexpr = lower_plane(BITS)
         code = _plane(octets, index, inside, LOWER)
         if LOWER < BITS:
-            code |= _plane(octets + 64 * LOWER, index, inside, 1) << LOWER
+            code |= _plane(octets + 64 * LOWER, index, inside, BITS - LOWER) << LOWER
     return code
 
 

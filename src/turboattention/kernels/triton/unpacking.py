@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .widths import lower_plane
+
 _SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 _OTHERS = tl.constexpr(0x7F7F7F7F)
 _ONES = tl.constexpr(0x01010101)
@@ -23,24 +25,24 @@ def words_at(page, offset):
 
 @triton.jit
 def field(w, F: tl.constexpr, BITS: tl.constexpr):
-    """Field F of a plane's bytes; for 5 and 3 bits, of the lower plane."""
-    WIDTH: tl.constexpr = 4 if BITS >= 4 else 2 if BITS >= 2 else 1
+    """Field F of the bytes of codes' lower plane."""
+    WIDTH: tl.constexpr = lower_plane(BITS)
     return (w >> (WIDTH * F)) & (((1 << WIDTH) - 1) * _ONES)
 
 
 @triton.jit
 def highest(w, F: tl.constexpr, BITS: tl.constexpr):
-    """Bit F of the plane of highest bits, shifted to its position in codes of 3 or 5 bits."""
+    """Bit F of the plane of highest bits, shifted to its position in codes."""
     w = w >> (F - BITS + 1) if F > BITS - 1 else w << (BITS - 1 - F)
     return w & ((1 << BITS - 1) * _ONES)
 
 
 @triton.jit
 def code(w, bits, F: tl.constexpr, BITS: tl.constexpr):
-    """Codes of field F; at 5 and 3 bits including the highest bit, bit 4 F (5 bits) or 2 F (3 bits) of `bits`."""
+    """Codes of field F. The highest bit of those that have two planes is bit `lower_plane F` of `bits`."""
     x = field(w, F, BITS)
-    if BITS == 5 or BITS == 3:
-        x |= highest(bits, (4 if BITS == 5 else 2) * F, BITS)
+    if lower_plane(BITS) < BITS:
+        x |= highest(bits, lower_plane(BITS) * F, BITS)
     return x
 
 
