@@ -124,6 +124,36 @@ def test_without_smoothing_there_are_no_means(tiny, made):
     assert cache.layers[0]._k_mean is None
 
 
+def test_orders_of_channels_come_from_it_where_the_config_reorders(tiny, tokens, forward, made):
+    model = tiny("llama")
+    config = TurboConfig(bits=3, reorder_k=True, guard="off")
+    pages = []
+    for seed in (1, 2):  # another first block
+        cache = TurboCache(model.config, config, calibration=made)
+        forward(model, "turbo", tokens(1, 150, seed=seed), None, cache)
+        pages.append([layer.kv.k_order for layer in cache.layers])
+    assert made.k_order is not None
+    for order, *found in zip(made.k_order, *pages, strict=True):
+        assert all(torch.equal(each.places, order.places) for each in found if each is not None)
+        assert all((each is not None) == bool(order.halved.any()) for each in found)
+    assert any(bool(order.halved.any()) for order in made.k_order)
+    plain = TurboCache(model.config, TurboConfig(bits=3), calibration=made)
+    assert plain.layers[0]._k_order is None
+
+
+def test_a_saved_cache_keeps_the_orders(tiny, tokens, forward, made, tmp_path):
+    model = tiny("llama")
+    cache = TurboCache(model.config, TurboConfig(bits=3, reorder_k=True, guard="off"), calibration=made)
+    forward(model, "turbo", tokens(1, 100), None, cache)
+    cache.save(tmp_path / "cache")
+    loaded = TurboCache.load(tmp_path / "cache", model.config)
+    loaded.reset()
+    forward(model, "turbo", tokens(1, 150), None, loaded)
+    assert made.k_order is not None
+    for layer, order in zip(loaded.layers, made.k_order, strict=True):
+        assert torch.equal(layer.kv.given_order.places, order.places)
+
+
 def test_a_file_does_the_same(tiny, tmp_path, made):
     made.save(tmp_path)
     cache = TurboCache(tiny("llama").config, calibration=Calibration.load(tmp_path))
@@ -145,7 +175,7 @@ def test_what_is_no_calibration(tiny):
         TurboCache(tiny("llama").config, calibration="folder")
 
 
-@pytest.mark.parametrize("name", ["head_bits", "k_mean"])
+@pytest.mark.parametrize("name", ["head_bits", "k_mean", "k_order"])
 def test_both_are_too_much(tiny, made, name):
     with pytest.raises(ConfigError, match=f"{name}: expected None with a calibration"):
         TurboCache(tiny("llama").config, calibration=made, **{name: [None] * 3})
