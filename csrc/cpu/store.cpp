@@ -35,13 +35,13 @@ Unfit quantize_new(const Kernels& kernels, const StoreArgs& s) {
         const std::int64_t before = s.before[b], block = (before / kBlock + part) * kBlock;
         const std::int64_t from = std::max(block, before), to = std::min(block + kBlock, before + s.tokens);
         if (from >= to) return;
-        const std::int64_t begin = from - before, target = s.open.row(b, 0, from) - begin;
+        const std::int64_t begin = from - before, target = s.tail.row(b, 0, from) - begin;
         TokenArgs t{};  // of this sequence
         t.batch = 1, t.heads = s.heads, t.head_dim = side ? s.value_dim : s.head_dim, t.rotate = s.rotate;
         t.x = of_sequence(side ? s.v : s.k, b);
         t.first = &before, t.target = &target;
         t.mean = side || !s.mean ? nullptr : s.mean + b * s.heads * s.head_dim, t.mean_from = s.mean_from;
-        t.codes = s.open.codes[side], t.scales = s.open.scales[side], t.head_rows = s.open.head_rows;
+        t.codes = s.tail.codes[side], t.scales = s.tail.scales[side], t.head_rows = s.tail.head_rows;
         if (!kernels.quantize_tokens(t, 0, h, begin, to - before)) fine[side] = false;
     });
     return fine[0] ? (fine[1] ? kFine : kUnfitValue) : kUnfitKey;
@@ -57,19 +57,19 @@ void fill_pages(const Kernels& kernels, const StoreArgs& s) {
     for (std::int64_t b = 0; b < s.batch; ++b)
         for (std::int64_t block = 0; block < s.fresh_blocks; ++block)
             if (auto* page = reinterpret_cast<std::uint8_t*>(s.fresh[b * s.fresh_blocks + block]))
-                filled.push_back({b, s.open.start[b] + block * kBlock, page});
+                filled.push_back({b, s.tail.start[b] + block * kBlock, page});
     for (const Filled& f : filled) std::memset(f.page, 0, static_cast<std::size_t>(s.page_bytes));
     const std::int64_t each = 2 * s.heads;
     parallel_for(static_cast<std::int64_t>(filled.size()) * each, static_cast<int>(s.threads), [&](std::int64_t i) {
         const Filled& f = filled[i / each];
-        const std::int64_t side = i % 2, h = i / 2 % s.heads, first = s.open.row(f.b, 0, f.position);
+        const std::int64_t side = i % 2, h = i / 2 % s.heads, first = s.tail.row(f.b, 0, f.position);
         PageArgs p{};
         p.pages = 1, p.heads = s.heads, p.head_dim = s.head_dim, p.value_dim = s.value_dim;
-        p.block = kBlock, p.head_rows = s.open.head_rows;
-        p.page_bytes = s.page_bytes, p.search = s.search, p.plan = s.plan, p.bytes = f.page;
+        p.block = kBlock, p.head_rows = s.tail.head_rows;
+        p.page_bytes = s.page_bytes, p.search = s.search, p.layout = s.layout, p.bytes = f.page;
         p.order = s.order, p.rotated = s.rotate;
-        p.codes[side] = s.open.codes[side] + first * (side ? s.value_dim : s.head_dim);
-        p.scales[side] = s.open.scales[side] + first;
+        p.codes[side] = s.tail.codes[side] + first * (side ? s.value_dim : s.head_dim);
+        p.scales[side] = s.tail.scales[side] + first;
         kernels.encode_head(p, 0, h, side);
     });
 }

@@ -14,13 +14,13 @@ struct StoreArgs {
     const float* mean;       // [B, H, D] or null, subtracted from keys
     std::int64_t mean_from;  // the first position whose key is stored without the mean
     const std::int64_t* before;
-    Int8Rows open;  // has room for the new tokens
-    // Addresses [B, fresh_blocks] of the pages for the blocks from position open.start[b] on that the step fills, 0
-    // behind the last; null if it fills none. Pages have the layout `plan`, and the channels of K in `order`
+    Int8Rows tail;  // has room for the new tokens
+    // Addresses [B, fresh_blocks] of the pages for the blocks from position tail.start[b] on that the step fills, 0
+    // behind the last; null if it fills none. Pages have this `layout`, and the channels of K in `order`
     // (AttendArgs).
     const std::uint64_t* fresh;
     std::int64_t fresh_blocks, page_bytes, search;
-    PagePlan plan;
+    PageSections layout;
     const std::int32_t* order;
     std::int64_t threads;
 };

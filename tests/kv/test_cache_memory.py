@@ -211,10 +211,23 @@ def test_a_clone_counts_its_own_pages():
 @pytest.mark.parametrize("pieces", WAYS.values(), ids=WAYS)
 def test_a_window_reserves_no_more_than_it_needs(pieces):
     cache, plain = (appended(pieces, window_size=512, max_tokens=most) for most in (8000, None))
-    assert cache.nbytes <= plain.nbytes + 2 * cache.page_table.pools.compressed.layout.page_bytes
+    assert cache.nbytes <= plain.nbytes + cache.page_table.pools.compressed.layout.page_bytes
     short = appended([200], window_size=512, max_tokens=256)
     pools = short.page_table.pools
     assert pool_bytes(short) == pools.sinks.layout.page_bytes + 3 * pools.compressed.layout.page_bytes
+
+
+@pytest.mark.parametrize("window", [1, 48, 49, 50, 113])
+def test_a_window_never_needs_more_than_it_reserved(window):
+    """Token by token, past several evictions; and at some time it needs all of it."""
+    cache = appended([130], window_size=window, max_tokens=8000)
+    pool, most = cache.page_table.pools.compressed, 0
+    reserved = pool.nbytes
+    for token in range(200):
+        cache.append(*tokens(1, 2, 1, 16, seed=token))
+        assert pool.nbytes == reserved
+        most = max(most, len(pool._counts) * pool.layout.page_bytes)
+    assert most in (reserved, reserved - pool.layout.page_bytes)
 
 
 def test_running_out_of_memory_leaves_the_cache_as_it_was(monkeypatch):

@@ -28,7 +28,7 @@ struct HeadOffsets {
 };
 
 // A page's layout: offsets [H][2] (K, V), sections of scales. token_scales is -1 without them.
-struct PagePlan {
+struct PageSections {
     const HeadOffsets* offsets;
     std::int64_t token_scales[2];
     std::int64_t scales[2];
@@ -74,9 +74,9 @@ struct AttendArgs {
     const std::uint64_t* pages;
     const std::int64_t* page_counts;
     std::int64_t page_stride, sink_blocks;
-    PagePlan sinks, compressed;
-    Int8Rows open;  // no codes where there are none
-    // Blocks from open.start[b] on may be pages too: queries behind such a block read the page, those in it its rows.
+    PageSections sinks, compressed;
+    Int8Rows tail;  // no codes where there are none
+    // Blocks from tail.start[b] on may be pages too: queries behind such a block read the page, those in it its rows.
     // Value scales are then relative to what each row sees.
     std::int64_t stored;
     // Softmax.

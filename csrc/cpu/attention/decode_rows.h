@@ -17,7 +17,7 @@
 namespace turbo::TURBO_ISA {
 
 struct FewScratch {
-    RowOperand open;
+    RowOperand tail;
     Weights weights;
     BlockScales scales;
     alignas(64) std::int8_t q[2][kFewRows][kMaxHeadDim];  // for INT8 rows, and for pages in order (queries.h)
@@ -56,9 +56,9 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
 
     void over_open(std::int64_t block) {
         Weights& w = scratch.weights;
-        key_products<R>(q, q_sum, scratch.open.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
+        key_products<R>(q, q_sum, scratch.tail.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
         weigh(block, false);
-        value_products<R>(w.p, w.p_sum, scratch.open.values, state.wide, out, w.rescale, w.unit);
+        value_products<R>(w.p, w.p_sum, scratch.tail.values, state.wide, out, w.rescale, w.unit);
     }
 
     void over_page(const PageHead& page, std::int64_t block) {
@@ -120,9 +120,9 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
             pass_over(block, true, [&](auto& pass) { pass.over_page(page, block); });
         }
         if (task_sees(a, task, block, false)) {
-            const OpenBlock open = open_block(a, task.b, task.h, block);
-            read_scales(scratch.scales, open);
-            row_operand(scratch.open, open, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
+            const TailBlock tail = tail_block(a, task.b, task.h, block);
+            read_scales(scratch.scales, tail);
+            row_operand(scratch.tail, tail, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
             pass_over(block, false, [&](auto& pass) { pass.over_open(block); });
         }
     }

@@ -20,7 +20,7 @@ struct RowOperand {
 
 inline int padded(std::int64_t head_dim) { return static_cast<int>((head_dim + 15) / 16 * 16); }
 
-struct OpenBlock {  // `rows` rows of D or Dv codes, and their scales
+struct TailBlock {  // `rows` rows of D or Dv codes, and their scales
     const std::int8_t* k;
     const std::int8_t* v;
     const float* k_scale;
@@ -29,7 +29,7 @@ struct OpenBlock {  // `rows` rows of D or Dv codes, and their scales
 };
 
 // The block's other rows have scale zero.
-inline void read_scales(BlockScales& out, const OpenBlock& in) {
+inline void read_scales(BlockScales& out, const TailBlock& in) {
     alignas(64) float scale[kBlock] = {};
     std::memcpy(scale, in.v_scale, in.rows * sizeof(float));
     set_value_scales(out, scale);
@@ -59,7 +59,7 @@ inline void words_from_rows(std::uint8_t* out, const std::uint8_t* rows, int hea
     }
 }
 
-inline void row_operand(RowOperand& out, const OpenBlock& in, int head_dim, int value_dim) {
+inline void row_operand(RowOperand& out, const TailBlock& in, int head_dim, int value_dim) {
     copy_rows(out.work, in.k, in.rows, head_dim, 0x80);
     for (int quad = 0; quad < head_dim / 4; ++quad)
         for (int t = 0; t < kBlock; ++t)
@@ -71,7 +71,7 @@ inline void row_operand(RowOperand& out, const OpenBlock& in, int head_dim, int 
         std::memset(out.values + 4 * (quad * wide + value_dim), 0x80, 4 * static_cast<std::size_t>(wide - value_dim));
 }
 
-inline void lane_operand(Operand& out, const OpenBlock& in, int head_dim, int value_dim) {
+inline void lane_operand(Operand& out, const TailBlock& in, int head_dim, int value_dim) {
     copy_rows(out.keys, in.k, in.rows, head_dim, kFlip);
     alignas(64) static thread_local std::uint8_t rows[kBlock * kMaxHeadDim];
     copy_rows(rows, in.v, in.rows, value_dim, 0);

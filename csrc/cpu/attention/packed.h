@@ -111,20 +111,27 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
     }
 }
 
-// low[r] + 128 high[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, which
-// stand from `octet` on.
+// acc[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, coded from `octet` on.
 template <int Bits, int R>
-TURBO_ALWAYS_INLINE void add_octets(I (&low)[R], I (&high)[R], const ScaledQueries<R>& q, int n,
-                                    const std::uint8_t* octet, int first, int last) {
-    for (int o = first; o < last; ++o, octet += octet_bytes(Bits)) {
+TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R], const ScaledQueries<R>& q, int n, const std::uint8_t* octet, int first,
+                                    int last) {
+    // A lane of 16 bits gets two products of a quad, of a code and at most 118.
+    constexpr int kOctetsARun = kPartialLimit / (2 * 2 * 118 * ((1 << Bits) - 1));
+    while (first < last) {
+        const int end = std::min(last - first, kOctetsARun) + first;
+        Partial low[R], high[R];
+        for (int r = 0; r < R; ++r) low[r] = high[r] = partial_zero();
+        for (; first < end; ++first, octet += octet_bytes(Bits)) {
 #pragma GCC unroll 2
-        for (int quad = 0; quad < 2; ++quad) {
-            const Bytes code = unpack<Bits>(octet, 4 * quad + n);
-            for (int r = 0; r < R; ++r) {
-                low[r] = dot_small(low[r], code, b_broadcast(q.low[r] + 8 * o + 4 * quad));
-                high[r] = dot_small(high[r], code, b_broadcast(q.high[r] + 8 * o + 4 * quad));
+            for (int quad = 0; quad < 2; ++quad) {
+                const Bytes code = unpack<Bits>(octet, 4 * quad + n);
+                for (int r = 0; r < R; ++r) {
+                    low[r] = dot_partial(low[r], code, b_broadcast(q.low[r] + 8 * first + 4 * quad));
+                    high[r] = dot_partial(high[r], code, b_broadcast(q.high[r] + 8 * first + 4 * quad));
+                }
             }
         }
+        for (int r = 0; r < R; ++r) acc[r] = add_partial<7>(add_partial<0>(acc[r], low[r]), high[r]);
     }
 }
 
@@ -138,12 +145,12 @@ inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*
     const int wide = wide_octets<Wide, Narrow>(head_dim);
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) {
-        I low[R], high[R];
-        for (int r = 0; r < R; ++r) low[r] = i_set(scaled.offset[r]), high[r] = i_set(0);
-        add_octets<Wide>(low, high, scaled, n, codes, 0, wide);
+        I acc[R];
+        for (int r = 0; r < R; ++r) acc[r] = i_set(scaled.offset[r]);
+        add_octets<Wide>(acc, scaled, n, codes, 0, wide);
         if constexpr (Wide != Narrow)
-            add_octets<Narrow>(low, high, scaled, n, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
-        for (int r = 0; r < R; ++r) i_store(out[r] + 16 * n, low[r] + i_shl<7>(high[r]));
+            add_octets<Narrow>(acc, scaled, n, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
+        for (int r = 0; r < R; ++r) i_store(out[r] + 16 * n, acc[r]);
     }
 }
 
@@ -165,15 +172,23 @@ inline void packed_value_products(const std::uint8_t (*p)[kBlock], const std::in
         for (int half = 0; half < 2; ++half) {
             const std::uint8_t* octet = source.codes(1) + std::min(o + half, octets - 1) * octet_bytes(Bits);
             for (int r = 0; r < R; ++r) acc[r][half] = i_set(0);
+            if constexpr (Bits == 8) {
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i) {
-                const Bytes code = unpack<Bits>(octet, i);
-                if constexpr (Bits == 8) {
-                    const Prepared ready = prepare(code);
+                for (int i = 0; i < 8; ++i) {
+                    const Prepared ready = prepare(unpack<Bits>(octet, i));
                     for (int r = 0; r < R; ++r) acc[r][half] = dot_full(acc[r][half], ready, b_load(words[r][i]));
-                } else {
-                    for (int r = 0; r < R; ++r) acc[r][half] = dot_small(acc[r][half], code, b_load(words[r][i]));
                 }
+            } else {
+                // A lane of 16 bits gets two products a vector, of a code and a weight of at most 127.
+                static_assert(8 * 2 * 127 * ((1 << Bits) - 1) <= kPartialLimit);
+                Partial sum[R];
+                for (int r = 0; r < R; ++r) sum[r] = partial_zero();
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) {
+                    const Bytes code = unpack<Bits>(octet, i);
+                    for (int r = 0; r < R; ++r) sum[r] = dot_partial(sum[r], code, b_load(words[r][i]));
+                }
+                for (int r = 0; r < R; ++r) acc[r][half] = add_partial<0>(acc[r][half], sum[r]);
             }
         }
         alignas(64) std::int8_t edge[2][16] = {};

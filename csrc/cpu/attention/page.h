@@ -51,10 +51,10 @@ inline int octet_bytes(std::int64_t bits) { return static_cast<int>(kBlock * bit
 
 struct PageHead {
     const std::uint8_t* page;
-    const PagePlan* plan;
+    const PageSections* layout;
     std::int64_t head;
 
-    const HeadOffsets& offsets(int side) const { return plan->offsets[2 * head + side]; }
+    const HeadOffsets& offsets(int side) const { return layout->offsets[2 * head + side]; }
     const std::uint8_t* codes(int side) const { return page + offsets(side).codes; }
     const std::int8_t* steps(int side) const { return reinterpret_cast<const std::int8_t*>(page + offsets(side).step); }
     const std::int8_t* zeros(int side) const { return reinterpret_cast<const std::int8_t*>(page + offsets(side).zero); }
@@ -62,12 +62,12 @@ struct PageHead {
     // The 64 tokens' scales: bits(S) - (e << 19), or S itself without token scales.
     void scales(int side, float* out) const {
         std::int32_t bits;
-        std::memcpy(&bits, page + plan->scales[side] + 4 * head, 4);
-        if (plan->token_scales[side] < 0) {
+        std::memcpy(&bits, page + layout->scales[side] + 4 * head, 4);
+        if (layout->token_scales[side] < 0) {
             for (int t = 0; t < kBlock; t += 16) f_store(out + t, f_from_bits(i_set(bits)));
             return;
         }
-        const std::uint8_t* steps = page + plan->token_scales[side] + kBlock * head;
+        const std::uint8_t* steps = page + layout->token_scales[side] + kBlock * head;
         for (int t = 0; t < kBlock; t += 16)
             f_store(out + t, f_from_bits(i_set(bits) - i_shl<19>(i_from_u8(steps + t))));
     }

@@ -45,7 +45,7 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         for (int form = 0; form < forms; ++form) {
             LaneQueries& to = g.form[form];
             to.unit[lane] = taken[form].unit, to.sum[lane] = taken[form].sum;
-            for (int quad = 0; quad < head_dim / 4; ++quad) std::memcpy(to.q[quad][lane], codes[form] + 4 * quad, 4);
+            for (int c = 0; c < head_dim; ++c) to.q[c / kLaneCodes][lane][c % kLaneCodes] = codes[form][c];
         }
         g.row_max[lane] = -std::numeric_limits<float>::infinity(), g.row_sum[lane] = 0.0f;
     }
@@ -104,12 +104,14 @@ inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level&
             const PageHead page = page_of(a, task.b, task.h, block);
             read_scales(scratch.scales, page);
             lane_operand(scratch.block, page, head_dim, value_dim);
+            finish_keys(scratch.block, head_dim);
             groups_over_block(job, level, block, true, groups, count, scratch);
         }
         if (task_sees(a, task, block, false)) {
-            const OpenBlock open = open_block(a, task.b, task.h, block);
-            read_scales(scratch.scales, open);
-            lane_operand(scratch.block, open, head_dim, value_dim);
+            const TailBlock tail = tail_block(a, task.b, task.h, block);
+            read_scales(scratch.scales, tail);
+            lane_operand(scratch.block, tail, head_dim, value_dim);
+            finish_keys(scratch.block, head_dim);
             groups_over_block(job, level, block, false, groups, count, scratch);
         }
     }

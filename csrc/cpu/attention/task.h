@@ -26,13 +26,13 @@ inline PageHead page_of(const AttendArgs& a, std::int64_t b, std::int64_t h, std
     return {page, block < a.sink_blocks ? &a.sinks : &a.compressed, h};
 }
 
-inline OpenBlock open_block(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t block) {
-    const std::int64_t at = a.open.row(b, h, block * kBlock);
-    return {a.open.codes[0] + at * a.head_dim, a.open.codes[1] + at * a.value_dim, a.open.scales[0] + at,
-            a.open.scales[1] + at, static_cast<int>(std::min<std::int64_t>(kBlock, a.lengths[b] - block * kBlock))};
+inline TailBlock tail_block(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t block) {
+    const std::int64_t at = a.tail.row(b, h, block * kBlock);
+    return {a.tail.codes[0] + at * a.head_dim, a.tail.codes[1] + at * a.value_dim, a.tail.scales[0] + at,
+            a.tail.scales[1] + at, static_cast<int>(std::min<std::int64_t>(kBlock, a.lengths[b] - block * kBlock))};
 }
 
-// Whether a row of the task sees the block's page, or its open rows.
+// Whether a row of the task sees the block's page, or its tail rows.
 inline bool task_sees(const AttendArgs& a, const Task& task, std::int64_t block, bool page) {
     if (page && !(is_page(a, task.b, block) && a.pages[task.b * a.page_stride + block])) return false;  // evicted
     if (!page && !is_open(a, task.b, block)) return false;

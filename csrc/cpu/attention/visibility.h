@@ -20,10 +20,10 @@ struct VisibleKeys {  // the keys of a block that a row sees: low <= t < high
 inline bool is_page(const AttendArgs& a, std::int64_t b, std::int64_t block) { return block < a.page_counts[b]; }
 
 inline bool is_open(const AttendArgs& a, std::int64_t b, std::int64_t block) {
-    return block >= a.page_counts[b] || (a.stored && a.open.codes[0] && block * kBlock >= a.open.start[b]);
+    return block >= a.page_counts[b] || (a.stored && a.tail.codes[0] && block * kBlock >= a.tail.start[b]);
 }
 
-// Of the block's page, or of its open rows.
+// Of the block's page, or of its tail rows.
 inline VisibleKeys visible_keys(const AttendArgs& a, std::int64_t b, std::int64_t position, std::int64_t block,
                                 bool page) {
     const std::int64_t first = block * kBlock;

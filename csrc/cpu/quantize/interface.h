@@ -40,7 +40,7 @@ struct MeanArgs {
 // undoing the rotation if `rotated`; decoding gives rows as stored.
 struct PageArgs {
     std::int64_t pages, heads, head_dim, value_dim, block, head_rows, page_bytes, search;
-    PagePlan plan;
+    PageSections layout;
     std::uint8_t* bytes;
     std::int8_t* codes[2];
     float* scales[2];

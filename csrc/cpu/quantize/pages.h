@@ -73,10 +73,10 @@ inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
     }
     float used[kMaxBlock];
     used_scales(values, row_scales, tokens, head_dim, used);
-    const HeadScales scales = common_scale(used, tokens, a.plan.token_scales[side] >= 0);
-    std::memcpy(bytes + a.plan.scales[side] + 4 * head, &scales.head, 4);
-    if (a.plan.token_scales[side] >= 0) {
-        std::memcpy(bytes + a.plan.token_scales[side] + head * tokens, scales.exponents, tokens);
+    const HeadScales scales = common_scale(used, tokens, a.layout.token_scales[side] >= 0);
+    std::memcpy(bytes + a.layout.scales[side] + 4 * head, &scales.head, 4);
+    if (a.layout.token_scales[side] >= 0) {
+        std::memcpy(bytes + a.layout.token_scales[side] + head * tokens, scales.exponents, tokens);
     }
 
     Buffer<std::int8_t> moved;
@@ -93,7 +93,7 @@ inline void encode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
         values = &moved[0];
     }
 
-    const HeadOffsets& offsets = a.plan.offsets[2 * head + side];
+    const HeadOffsets& offsets = a.layout.offsets[2 * head + side];
     const int count = tokens * head_dim;
     Buffer<std::uint8_t> codes(count);
     over_runs(offsets, head_dim / 8, tokens, [&](const Run& run) {
@@ -119,14 +119,14 @@ inline void decode_head(const PageArgs& a, std::int64_t page, std::int64_t head,
     auto* values = reinterpret_cast<std::uint8_t*>(a.codes[side] + first_row * head_dim);
     const std::uint8_t* bytes = a.bytes + page * a.page_bytes;
     std::uint32_t head_scale;
-    std::memcpy(&head_scale, bytes + a.plan.scales[side] + 4 * head, 4);
-    const bool by_token = a.plan.token_scales[side] >= 0;
+    std::memcpy(&head_scale, bytes + a.layout.scales[side] + 4 * head, 4);
+    const bool by_token = a.layout.token_scales[side] >= 0;
     for (int t = 0; t < tokens; ++t) {
-        const std::uint32_t exponent = by_token ? bytes[a.plan.token_scales[side] + head * tokens + t] : 0;
+        const std::uint32_t exponent = by_token ? bytes[a.layout.token_scales[side] + head * tokens + t] : 0;
         a.scales[side][first_row + t] = float_of(head_scale - (exponent << kTokenScaleShift));
     }
 
-    const HeadOffsets& offsets = a.plan.offsets[2 * head + side];
+    const HeadOffsets& offsets = a.layout.offsets[2 * head + side];
     over_runs(offsets, head_dim / 8, tokens, [&](const Run& run) {
         std::uint8_t line[8 * kMaxBlock];
         const std::uint8_t* at = bytes + offsets.codes + run.offset;

@@ -152,7 +152,8 @@ class LayerMeter:
     def _stored(self, k: Tensor, v: Tensor, width: int, order: ChannelOrder | None) -> tuple[Tensor, Tensor]:
         """k and v after quantization to this width and dequantization."""
         config = self._config.replace(bits=width)
-        cache = KVCache(*k.shape[:2], k.shape[3], config=config, k_order=order, v_head_dim=v.shape[3])
+        batch, heads, _, head_dim = k.shape
+        cache = KVCache(batch, heads, head_dim, config=config, k_order=order, v_head_dim=v.shape[3])
         cache.append(k, v)
         return cache.dequantize()
 

@@ -17,7 +17,7 @@ from .compression import Encoded
 from .page_pools import PagePools
 from .pages import Tiles
 from .quantizer import quantizer_for
-from .window import blocks_seen
+from .window import most_blocks
 
 EVICTED = -1
 _SPARE_COLUMNS = 64
@@ -67,10 +67,9 @@ class PageTable:
         blocks = tokens // self.config.block_size
         sinks = min(blocks, self.sink_blocks)
         others = blocks - sinks
-        # With a window also a block that fills before an eviction.
-        seen = None if window is None else blocks_seen(window, self.config.block_size)
-        if seen is not None and blocks > seen + 1:
-            sinks, others = 0, seen + 1
+        most = None if window is None else most_blocks(window, self.config.block_size)
+        if most is not None and blocks > most:
+            sinks, others = 0, most
         return len(self.pages) * sinks, len(self.pages) * others
 
     # -- writing ------------------------------------------------------------------------------

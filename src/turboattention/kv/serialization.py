@@ -109,7 +109,8 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     tensors = {"lengths": cache.seq_lens}
     optional = {"head_bits": cache.head_bits, "given_mean": cache.given_mean}
     if cache.given_order is not None:
-        optional |= {"given_order": cache.given_order.places, "given_halved": cache.given_order.halved}
+        # Copied: tensors in a file share no memory, and these are also the pages' own places.
+        optional |= {"given_order": cache.given_order.places.clone(), "given_halved": cache.given_order.halved}
     if cache.page_table is not None and cache.tail is not None:
         pools, numbers = cache.page_table.pools, cache.page_table.pages
         tensors |= {f"buffer.{name}": getattr(cache.tail, name) for name in TailBuffer.TENSORS}
@@ -208,7 +209,7 @@ def _config_of_version_2(config: TurboConfig) -> TurboConfig:
     if config.reorders_k and config.bits != "mixed" and config.kv_bits[0] < 4:
         raise FormatError(
             "path: expected a saved cache of version 3 where keys are reordered (reorder_k), got one of version 2, "
-            "whose INT8 rows are not rotated: make the cache anew from its tokens"
+            "whose INT8 rows are not rotated: recreate the cache from its tokens"
         )
     return config.replace(reorder_k=False)
 

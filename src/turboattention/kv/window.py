@@ -24,9 +24,10 @@ def first_kept_blocks(lengths: Tensor, window: int | None, block_size: int) -> T
     return ((lengths - window + 1 - CROPPED) // block_size).clamp(min=0)
 
 
-def blocks_seen(window: int, block_size: int) -> int:
-    """Blocks that the next query may see, also after a crop."""
-    return -(-(window - 1 + CROPPED) // block_size)
+def most_blocks(window: int, block_size: int) -> int:
+    """Pages that a sequence has at most as it grows token by token: when a block fills, before the one that it pushes
+    out of the window is released (`first_kept_blocks`)."""
+    return -(-(window + CROPPED) // block_size)
 
 
 def tokens_seen(lengths: Tensor, window: int | None) -> int:

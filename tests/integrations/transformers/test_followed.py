@@ -68,6 +68,29 @@ def test_it_can_be_switched_off_and_plain_forwards_know_nothing(tiny, tokens, fo
     say(model, tokens(1, 40, seed=1), plain)
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+def test_prompts_in_pieces(exact_core, masked, tiny, tokens):
+    """`prefill_chunk_size`: the same tokens as at once, also on a second turn; and other prompts are refused."""
+    model = tiny("gemma3")
+    model.set_attn_implementation("turbo")
+
+    def say_by(ids, cache, size):
+        options = {"attention_mask": torch.ones_like(ids)} if masked else {}
+        options |= {} if size is None else {"prefill_chunk_size": size}
+        return model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False, **options)
+
+    whole, pieces = TurboCache(model.config, SMALL), TurboCache(model.config, SMALL)
+    said = say_by(tokens(2, 40), whole, None)
+    assert torch.equal(say_by(tokens(2, 40), pieces, 7), said)
+    longer = torch.cat([said, tokens(2, 30, seed=2)], 1)
+    assert torch.equal(say_by(longer, pieces, 16), say_by(longer, whole, None))
+    assert torch.equal(pieces.known_ids, whole.known_ids)
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        say_by(tokens(2, 99, seed=1), pieces, 16)
+    with pytest.raises(InputError, match=r"continues the 79 tokens .* got 70"):
+        say_by(longer[:, :70], pieces, 16)
+
+
 def test_a_loaded_cache_is_followed(tiny, tokens, tmp_path):
     model = tiny("llama")
     cache = TurboCache(model.config, SMALL)
@@ -100,7 +123,8 @@ def test_disable_leaves_generate_as_it_was():
 
     integration.enable()
     integration.disable()
-    assert not hasattr(GenerationMixin.prepare_inputs_for_generation, "_turbo_original")
+    for method in (GenerationMixin.prepare_inputs_for_generation, GenerationMixin._prefill):
+        assert not hasattr(method, "_turbo_original")
 
 
 @pytest.mark.parametrize("padding", [0, 7])
@@ -117,7 +141,7 @@ def test_a_prompt_that_is_there_already_is_said_to_be_too_short(padding, shorter
     ids, mask = ids[:, : 20 - shorter], mask[:, : 20 - shorter]
     with pytest.raises(
         InputError,
-        match=rf"^input_ids: expected a prompt that goes on behind the 24 tokens .* got {20 - shorter}; "
+        match=rf"^input_ids: expected a prompt that continues the 24 tokens .* got {20 - shorter}; "
         rf"crop\({-5 - shorter}\) leaves one",
     ):
         model.generate(ids, attention_mask=mask, **options)

@@ -86,7 +86,7 @@ Rows quantized(void* x, int64_t kind, int64_t channels, bool rotate) {
 // Pages of one width, with their sections one after another.
 struct Pages {
     turbo::HeadOffsets offsets[kHeads][2];
-    turbo::PagePlan plan;
+    turbo::PageOffsets page;
     int64_t bytes_a_page;
     std::vector<std::uint8_t> bytes;
 
@@ -151,10 +151,10 @@ void attend(Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t
     args.pages = addresses, args.page_counts = &count, args.page_stride = kPages, args.sinks = pages.plan;
     args.compressed = pages.plan;
     for (int side = 0; side < 2; ++side) {
-        args.open.codes[side] = kv[side].codes.data() + start * channels;
-        args.open.scales[side] = kv[side].scales.data() + start;
+        args.tail.codes[side] = kv[side].codes.data() + start * channels;
+        args.tail.scales[side] = kv[side].scales.data() + start;
     }
-    args.open.start = &start, args.open.batch_rows = kHeads * kTokens, args.open.head_rows = kTokens;
+    args.tail.start = &start, args.tail.batch_rows = kHeads * kTokens, args.tail.head_rows = kTokens;
     args.threshold = -9.0f, args.row_scale = 1, args.causal = 1, args.threads = 1;
     for (args.softmax = 0; args.softmax < 3; ++args.softmax) {
         for (const int64_t window : {int64_t{0}, int64_t{100}}) {

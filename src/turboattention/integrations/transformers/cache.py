@@ -18,11 +18,21 @@ from ...errors import ConfigError, InputError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...validation import check_config
 from ..model_shape import ModelShape, text_config
+from .known_ids import KnownIds, check_goes_on
 from .layer import BESIDE_AN_ENCODER, TurboLayer
 from .model import LayerKind, layer_kinds, may_cross, shares_keys
 from .parallel import TensorParallel
-from .prompt import check_goes_on
-from .states import EmptyLayer, HybridLayer, check_crop, copied, crop_states, reset_states, select_states, state_nbytes
+from .states import (
+    EmptyLayer,
+    HybridLayer,
+    StateUpdates,
+    check_crop,
+    copied,
+    crop_states,
+    reset_states,
+    select_states,
+    state_nbytes,
+)
 
 
 class TurboCache(Cache):
@@ -55,9 +65,6 @@ class TurboCache(Cache):
         backend: as in `turbo_attention_with_kvcache`.
         check_prompts: whether `generate` refuses a prompt that does not begin with the tokens the cache holds, as far
             as it knows them from earlier calls of `generate` or its file.
-
-    `prompt_ids`, int64 [B, L] or None, are the ids of its tokens as far as they are known: those of the file it
-    was loaded from, as long as they are in the cache.
 
     Raises:
         UnsupportedError: MLA, encoder-decoder models, models without attention.
@@ -117,9 +124,7 @@ class TurboCache(Cache):
         self._hold(layers)
         for layer in self.attention_layers:
             layer.may_stay_empty = shares_keys(text_config(model_config))
-        self.prompt_ids: Tensor | None = None
-        self.check_prompts = check_prompts
-        self._fed: Tensor | None = None
+        self.ids = KnownIds(checked=check_prompts)
         self._may_cross = may_cross(text_config(model_config))
 
     @classmethod
@@ -127,7 +132,7 @@ class TurboCache(Cache):
         """A cache of existing layers."""
         cache = object.__new__(cls)
         cache._hold(layers)
-        cache.prompt_ids, cache.check_prompts, cache._fed, cache._may_cross = prompt_ids, True, None, False
+        cache.ids, cache._may_cross = KnownIds(prompt_ids), False
         return cache
 
     def _hold(self, layers: list[Any]) -> None:
@@ -135,7 +140,7 @@ class TurboCache(Cache):
         self.attention_layers = [layer for layer in layers if isinstance(layer, TurboLayer)]
         for place, layer in enumerate(self.attention_layers):
             layer.leads = place == 0
-        self._updated_at: dict[tuple[str, int, int], int] = {}
+        self._updates = StateUpdates()
 
     @property
     def state_layers(self) -> list[tuple[int, LinearAttentionLayer]]:
@@ -172,36 +177,14 @@ class TurboCache(Cache):
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        self._check_once("conv", layer_idx, state_idx)
+        self._updates.add("conv", layer_idx, state_idx, self.get_seq_length())
         return super().update_conv_state(conv_states, layer_idx, state_idx=state_idx, **kwargs)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        self._check_once("recurrent", layer_idx, state_idx)
+        self._updates.add("recurrent", layer_idx, state_idx, self.get_seq_length())
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx=state_idx, **kwargs)
-
-    def _check_once(self, name: str, layer_idx: int, state_idx: int) -> None:
-        """A state goes on once a forward: a second time at the same length, the forward before this never came to an
-        attention layer's end, and the states are ahead.
-
-        Raises:
-            InputError: they are.
-        """
-        key, length = (name, layer_idx, state_idx), self.get_seq_length()
-        if self._updated_at.get(key) == length:
-            raise _ahead(layer_idx, length)
-        self._updated_at[key] = length
-
-    def _check_states_level(self) -> None:
-        """No layer's states are ahead of another layer's tokens, as a forward that failed halfway leaves them."""
-        if not self.state_layers:
-            return
-        self.check_level()
-        first, length = self.attention_layers[0].index, self.get_seq_length()
-        for (_, index, _), updated_at in self._updated_at.items():
-            if index < first and updated_at == length:
-                raise _ahead(index, length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `i` what row `beam_idx[i]` was; compressed blocks are shared."""
@@ -213,9 +196,7 @@ class TurboCache(Cache):
                 layer.reorder_cache(index)
             elif isinstance(layer, LinearAttentionLayer):
                 select_states(layer, index)
-        self._fed = None if self._fed is None else self._fed[index.to(self._fed.device)]
-        if self.prompt_ids is not None:
-            self.prompt_ids = self.prompt_ids[index]
+        self.ids.select(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.batch_size > 0:
@@ -237,8 +218,9 @@ class TurboCache(Cache):
         for layer, length in zip(self.attention_layers, kept, strict=True):
             layer.check_crop(length)
         gone = max(lengths) - min(max(kept), max(lengths))
-        if gone and max(kept):
-            self._check_states_level()
+        if gone and max(kept) and self.state_layers:
+            self.check_level()
+            self._updates.check_level(self.attention_layers[0].index, self.get_seq_length())
         for index, layer in self.state_layers:
             check_crop(index, layer, gone, max(lengths) - gone)
         for layer in self.layers:
@@ -247,10 +229,8 @@ class TurboCache(Cache):
             elif isinstance(layer, LinearAttentionLayer):
                 crop_states(layer, gone, max(lengths) - gone)
         if gone:
-            self._updated_at.clear()
-        self._fed = None if self._fed is None else self._fed[:, : self.get_seq_length()]
-        if self.prompt_ids is not None:
-            self.prompt_ids = self.prompt_ids[:, : self.get_seq_length()]
+            self._updates.clear()
+        self.ids.cut(self.get_seq_length())
 
     def reset(self) -> None:
         for layer in self.layers:
@@ -258,8 +238,8 @@ class TurboCache(Cache):
                 layer.reset()
             elif isinstance(layer, LinearAttentionLayer):
                 reset_states(layer)
-        self._updated_at.clear()
-        self.prompt_ids = self._fed = None
+        self._updates.clear()
+        self.ids.clear()
 
     @property
     def batch_size(self) -> int:
@@ -341,9 +321,8 @@ class TurboCache(Cache):
     def clone(self) -> TurboCache:
         """An independent cache with the same content; compressed blocks are shared. `copy.copy` and `copy.deepcopy` do
         this."""
-        other = type(self).from_layers([_copied(layer) for layer in self.layers], self.prompt_ids)
-        other.check_prompts, other._fed, other._updated_at = self.check_prompts, self._fed, dict(self._updated_at)
-        other._may_cross = self._may_cross
+        other = type(self).from_layers([_copied(layer) for layer in self.layers])
+        other.ids, other._updates, other._may_cross = self.ids.copy(), self._updates.copy(), self._may_cross
         return other
 
     def __copy__(self) -> TurboCache:
@@ -394,38 +373,32 @@ class TurboCache(Cache):
         return load_cache(cls, path, model_config, device, backend)
 
     def follow(self, input_ids: Tensor | None, begins: bool) -> None:
-        """Take note of all tokens [B, L] of a `generate`, whose next forward takes what is not held yet; None where it
-        does not say. Compared only where one begins, since that waits for the device.
+        """As `KnownIds.follow`, before each forward of a `generate`."""
+        self.ids.follow(input_ids, begins, self.get_seq_length())
 
-        Raises:
-            InputError: the prompt does not go on from the cache's tokens.
-        """
-        length, known = self.get_seq_length(), self._fed if self._fed is not None else self.prompt_ids
-        given = 0 if input_ids is None else input_ids.shape[1]
-        if begins and 0 < given <= length:
-            raise InputError(
-                f"input_ids: expected a prompt that goes on behind the {length} tokens that the TurboCache already "
-                f"holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() empties it"
-            )
-        if begins and length and self.check_prompts and known is not None and input_ids is not None:
-            shared = min(length, known.shape[1], input_ids.shape[1])
-            mine, given = (x[:, :shared].cpu() for x in (known, input_ids))
-            if len(mine) == len(given) and not torch.equal(mine, given):
-                same = int((mine == given).all(0).long().cumprod(0).sum())
-                back = f"crop({same}) keeps what they share, " if same else ""  # crop(0) would keep everything
-                raise InputError(
-                    f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one "
-                    f"that differs from token {same} on; {back}reset() empties the cache, and check_prompts=False "
-                    "switches this off"
-                )
-        self._fed = input_ids
+    @property
+    def prompt_ids(self) -> Tensor | None:
+        """int64 [B, L]: ids of the tokens that were loaded from a file and are still held; None if not known."""
+        return self.ids.saved
+
+    @prompt_ids.setter
+    def prompt_ids(self, value: Tensor | None) -> None:
+        self.ids.saved = value
+
+    @property
+    def check_prompts(self) -> bool:
+        """Whether `generate` refuses a prompt that does not begin with the cache's tokens."""
+        return self.ids.checked
+
+    @check_prompts.setter
+    def check_prompts(self, value: bool) -> None:
+        self.ids.checked = value
 
     @property
     def known_ids(self) -> Tensor | None:
         """The ids [B, L] of all tokens that the cache holds, from `generate` or from its file; None if some are not
         known."""
-        length = self.get_seq_length()
-        return next((ids for ids in (self._fed, self.prompt_ids) if ids is not None and ids.shape[1] == length), None)
+        return self.ids.all_of(self.get_seq_length())
 
     def check_prompt(self, input_ids: Tensor) -> int:
         """How many tokens of the prompt `input_ids` [B, L] this cache already holds: all its own, fewer than L.
@@ -472,13 +445,6 @@ def _copied(layer: Any) -> Any:
     if isinstance(layer, TurboLayer):
         return layer.clone()
     return copied(layer) if isinstance(layer, LinearAttentionLayer) else layer  # others hold nothing
-
-
-def _ahead(layer_idx: int, length: int) -> InputError:
-    return InputError(
-        f"past_key_values: expected states of {length} tokens in layer {layer_idx}, got some that are ahead: an "
-        "earlier forward failed halfway. reset() empties the cache"
-    )
 
 
 def _checked_layers(indices: Any, kinds: list[LayerKind]) -> set[int]:

@@ -175,12 +175,14 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     if not isinstance(cache, TurboCache):
         raise InputError(f"cache: expected a TurboCache, got {type(cache).__name__}")
     if any(layer.max_tokens is None for layer in cache.attention_layers):
-        raise InputError("cache: expected a TurboCache with max_tokens, got one without: a graph has fixed room")
+        raise InputError(
+            "cache: expected a TurboCache with max_tokens, got one without: a graph needs a fixed capacity"
+        )
     if model.config._attn_implementation != NAME:
         raise InputError(f'model: expected attn_implementation="{NAME}", got {model.config._attn_implementation!r}')
     devices = {x.device for x in model.parameters()}
     if len(devices) != 1:
-        raise UnsupportedError(f"model: expected all of it on one device, got {sorted(map(str, devices))}")
+        raise UnsupportedError(f"model: expected all parameters on one device, got {sorted(map(str, devices))}")
     if capture and model.device.type != "cuda":
         raise InputError(f"model: expected it on a CUDA device, got {model.device} (capture=False runs without graphs)")
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -192,7 +194,7 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     if cache.exact_layers:
         raise UnsupportedError(
             f"cache: expected quantized layers, got layers {list(cache.exact_layers)} in the model's own dtype "
-            "(exact_layers), which a graph does not hold"
+            "(exact_layers), which a graph does not support"
         )
     if any(layer.parallel.size > 1 for layer in cache.layers):
         raise UnsupportedError("model: tensor parallelism is not supported in a graph")
@@ -200,4 +202,4 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     call = dispatch.CallTraits(layer.config, model.dtype, model.device)
     chosen = dispatch.choose(layer.backend, call)
     if chosen.name != "triton":
-        raise UnsupportedError(f'backend: expected "triton", whose steps a graph holds, got "{chosen.name}"')
+        raise UnsupportedError(f'backend: expected "triton", whose steps can be captured, got "{chosen.name}"')

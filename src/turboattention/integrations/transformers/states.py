@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from ...errors import FormatError, UnsupportedError
+from ...errors import FormatError, InputError, UnsupportedError
 from ...validation import check_finite
 from .layer import TurboLayer
 
@@ -58,6 +58,46 @@ class HybridLayer(TurboLayer, LinearAttentionLayer):
         return _own_states(super().clone())
 
 
+class StateUpdates:
+    """At which length of the cache each state was last written, by (name, layer, number): a state goes on once a
+    forward."""
+
+    def __init__(self, lengths: dict[tuple[str, int, int], int] | None = None):
+        self._lengths = lengths or {}
+
+    def add(self, name: str, layer: int, number: int, length: int) -> None:
+        """Take note of a write.
+
+        Raises:
+            InputError: it is the second at this length, so the forward before this never came to the end of an
+                attention layer, and the state is ahead.
+        """
+        key = name, layer, number
+        if self._lengths.get(key) == length:
+            raise _ahead(layer, length)
+        self._lengths[key] = length
+
+    def check_level(self, attends: int, length: int) -> None:
+        """Raises `InputError` where the states of a layer before `attends`, the first that attends, are ahead of the
+        cache's tokens, as a forward that failed halfway leaves them."""
+        for (_, layer, _), updated_at in self._lengths.items():
+            if layer < attends and updated_at == length:
+                raise _ahead(layer, length)
+
+    def copy(self) -> StateUpdates:
+        return StateUpdates(dict(self._lengths))
+
+    def clear(self) -> None:
+        self._lengths.clear()
+
+
+def _ahead(layer: int, length: int) -> InputError:
+    return InputError(
+        f"past_key_values: expected states of {length} tokens in layer {layer}, got some that are ahead: an earlier "
+        "forward failed halfway. reset() empties the cache"
+    )
+
+
 def recurrent(layer: LinearAttentionLayer) -> bool:
     """Whether it has a state that does not go back to an earlier token."""
     return any(layer.is_recurrent_states_initialized.values())
@@ -90,8 +130,8 @@ def check_crop(index: int, layer: LinearAttentionLayer, removed: int, kept: int)
         return
     if recurrent(layer):
         raise UnsupportedError(
-            f"crop: layer {index} has a recurrent state, which does not go back to earlier tokens; keep a clone() of "
-            "the cache from there, or reset() it"
+            f"crop: layer {index} has a recurrent state, which cannot go back to earlier tokens; keep a clone() of "
+            "the cache from before them, or reset() it"
         )
     for number, x in layer.conv_states.items():
         if x is None:
@@ -99,8 +139,8 @@ def check_crop(index: int, layer: LinearAttentionLayer, removed: int, kept: int)
         kernel = _kernel(layer, number)
         if not layer.record_past or x.shape[-1] < removed + min(kernel, kept):
             raise UnsupportedError(
-                f"crop: layer {index} keeps the last {kernel} inputs of a convolution, and more only from "
-                "activate_past_recording() to the next crop"
+                f"crop: layer {index} keeps the last {kernel} inputs of a convolution; it keeps more from "
+                "activate_past_recording() until the next crop"
             )
 
 

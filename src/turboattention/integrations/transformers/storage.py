@@ -19,9 +19,9 @@ from ...validation import check_finite
 from ..model_shape import ModelShape
 from .cache import TurboCache
 from .exact import ExactKV
+from .known_ids import checked_ids
 from .layer import TurboLayer
 from .parallel import TensorParallel
-from .prompt import checked_ids
 from .states import EmptyLayer, HybridLayer, load_states, state_entry
 
 VERSION = 1

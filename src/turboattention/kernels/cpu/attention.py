@@ -69,14 +69,14 @@ def attend(
     a.first_position, a.valid_rows = query_positions.first.data_ptr(), query_positions.valid.data_ptr()
     a.lengths, a.mean_from_block = query_positions.lengths.data_ptr(), mean_from_block
     none = torch.zeros(batch, dtype=torch.int64)
-    a.page_counts = a.open.start = none.data_ptr()
+    a.page_counts = a.tail.start = none.data_ptr()
     if pages is not None:
         fill_pages(a, pages)
     if rows is not None:
-        a.open.codes[:] = rows.k8.data_ptr(), rows.v8.data_ptr()
-        a.open.scales[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
-        a.open.start = rows.start.data_ptr()
-        a.open.batch_rows, a.open.head_rows = kv_heads * rows.k8.shape[2], rows.k8.shape[2]
+        a.tail.codes[:] = rows.k8.data_ptr(), rows.v8.data_ptr()
+        a.tail.scales[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
+        a.tail.start = rows.start.data_ptr()
+        a.tail.batch_rows, a.tail.head_rows = kv_heads * rows.k8.shape[2], rows.k8.shape[2]
     if mask is not None and mask.dtype not in _MASK_KINDS:
         mask = mask.to(torch.float32)
     fill_call(a, config, causal=causal, window=window, softcap=softcap, mask=mask)
@@ -121,7 +121,7 @@ def fill_pages(a: Arguments, pages: Pages) -> None:
     """The page tables, which must outlive the call."""
     a.pages, a.page_counts = pages.addresses.data_ptr(), pages.counts.data_ptr()
     a.page_stride, a.sink_blocks = pages.addresses.shape[1], pages.sink_blocks
-    a.sinks, a.compressed = page_plan(pages.sinks), page_plan(pages.compressed or pages.sinks)
+    a.sinks, a.compressed = page_sections(pages.sinks), page_sections(pages.compressed or pages.sinks)
 
 
 def fill_call(
@@ -138,12 +138,12 @@ def fill_call(
         a.mask_stride[:] = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
 
 
-class Plan(ctypes.Structure):
-    """`PagePlan` of csrc/cpu, and what its first field points at."""
+class PageSections(ctypes.Structure):
+    """`PageSections` of csrc/cpu, and what its first field points at."""
 
     table: np.ndarray
     _fields_ = [
-        ("places", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
         ("token_scales", ctypes.c_int64 * 2),
         ("scales", ctypes.c_int64 * 2),
     ]
@@ -165,9 +165,9 @@ class Arguments(ctypes.Structure):
         ("page_counts", ctypes.c_void_p),
         ("page_stride", ctypes.c_int64),
         ("sink_blocks", ctypes.c_int64),
-        ("sinks", Plan),
-        ("compressed", Plan),
-        ("open", Int8Rows),
+        ("sinks", PageSections),
+        ("compressed", PageSections),
+        ("tail", Int8Rows),
         ("stored", ctypes.c_int64),
         ("softmax", ctypes.c_int64),
         ("threshold", ctypes.c_float),
@@ -189,19 +189,19 @@ check_size(Arguments, _cpu.attend_bytes)
 
 
 @functools.cache
-def page_plan(layout: PageLayout) -> Plan:
+def page_sections(layout: PageLayout) -> PageSections:
     """Kept for good, with the table that it points into: there are no more than models have kinds of layers."""
-    table = _page_offsets(layout)
-    plan = Plan(
+    table = _head_offsets(layout)
+    sections = PageSections(
         table.ctypes.data,
         (layout.k_token_scales, layout.v_token_scales) if layout.token_scales else (-1, -1),
         (layout.k_scales, layout.v_scales),
     )
-    plan.table = table
-    return plan
+    sections.table = table
+    return sections
 
 
-def _page_offsets(layout: PageLayout) -> np.ndarray:
+def _head_offsets(layout: PageLayout) -> np.ndarray:
     """int64 [H, 2, 5]: widths of both halves of the channels and offsets of codes, steps and zeros of each head's K
     and V."""
     table = np.full((layout.num_kv_heads, 2, 5), -1, np.int64)

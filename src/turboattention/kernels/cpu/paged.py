@@ -13,7 +13,7 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK
-from .attention import Arguments, check_fit, fill_call, page_plan
+from .attention import Arguments, check_fit, fill_call, page_sections
 from .rows import Int8Rows, flat_rows
 from .store import Store
 
@@ -86,14 +86,14 @@ class PagedCall:
         window: int | None,
         softcap: float | None,
     ):
-        self._rows, batch, heads, plan = rows, len(rows.before), layout.num_kv_heads, page_plan(layout)
+        self._rows, batch, heads, sections = rows, len(rows.before), layout.num_kv_heads, page_sections(layout)
         s = Store(batch=batch, heads=heads, tokens=rows.tokens, rotate=config.rotate)
         s.head_dim = s.value_dim = layout.head_dim  # keys and values of servers have one
-        s.before, s.page_bytes, s.search, s.plan = rows.before.data_ptr(), layout.page_bytes, config.search, plan
+        s.before, s.page_bytes, s.search, s.layout = rows.before.data_ptr(), layout.page_bytes, config.search, sections
         a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens)
         a.head_dim = a.value_dim = layout.head_dim
         a.rotate = config.rotate
-        a.scale, a.sinks, a.compressed = scale, plan, plan
+        a.scale, a.sinks, a.compressed = scale, sections, sections
         a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
         a.page_counts = rows.full.data_ptr()
         fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
@@ -105,22 +105,22 @@ class PagedCall:
         self._store.order = self._attend.order = None if order is None else order.data_ptr()
 
     def store(self, k: Tensor, v: Tensor, mean: Tensor | None, tail: TailSlots, fresh: Tensor | None) -> None:
-        """k, v [T, H, D] into open rows, and blocks that are full then into pages; `fresh` as for `Store.fill_blocks`.
+        """k, v [T, H, D] into tail rows, and blocks that are full then into pages; `fresh` as for `Store.fill_blocks`.
 
         mean: float32 [B, H, D] in the stored space, or None. Raises NonFiniteError where k or v is not finite: no page
-        is written then, and open rows from `before` on are to be written anew.
+        is written then, and tail rows from `before` on are to be written anew.
         """
         s, starts = self._store, self._rows.starts
         s.k, kept_k = flat_rows(k, starts)
         s.v, kept_v = flat_rows(v, starts)
         s.mean = None if mean is None else mean.data_ptr()
-        s.open = tail.memory
+        s.tail = tail.memory
         s.fill_blocks(fresh)
         check_fit(_cpu.store(ctypes.addressof(s)))
         del kept_k, kept_v
 
     def attend(self, q: Tensor, out: Tensor, mean: Tensor | None, tail: TailSlots, addresses: Tensor) -> bool:
-        """q [T, Hq, D] of these rows, causally, over pages and open rows, which hold their own tokens -> out, likewise.
+        """q [T, Hq, D] of these rows, causally, over pages and tail rows, which hold their own tokens -> out, likewise.
 
         mean: as for `store`. addresses: int64 [B, P], of the pages. False where q is not finite: what is not counts as
         zeros.
@@ -129,7 +129,7 @@ class PagedCall:
         a.q, kept = flat_rows(q, starts)
         a.out, _ = flat_rows(out, starts)
         a.mean = None if mean is None else mean.data_ptr()
-        a.open = tail.memory
+        a.tail = tail.memory
         a.pages, a.page_stride = addresses.data_ptr(), addresses.shape[1]
         finite = _cpu.attend(ctypes.addressof(a))
         del kept

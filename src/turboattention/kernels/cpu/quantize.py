@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import DtypeError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import PageLayout
-from .attention import Plan, channel_table, page_plan
+from .attention import PageSections, channel_table, page_sections
 from .rows import FloatRows, float_rows
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
@@ -110,7 +110,7 @@ def _page_arguments(layout: PageLayout, pages: Tensor, codes: list[Tensor], scal
     a = _Pages(pages=len(pages), heads=layout.num_kv_heads, block=layout.block_size)
     a.head_dim, a.value_dim = layout.head_dim, layout.v_head_dim
     a.head_rows, a.page_bytes = layout.block_size, layout.page_bytes
-    a.plan, a.bytes = page_plan(layout), pages.data_ptr()
+    a.layout, a.bytes = page_sections(layout), pages.data_ptr()
     a.codes[:] = [x.data_ptr() for x in codes]
     a.scales[:] = [x.data_ptr() for x in scales]
     a.threads = torch.get_num_threads()
@@ -151,7 +151,7 @@ class _Mean(ctypes.Structure):
 class _Pages(ctypes.Structure):
     _fields_ = [
         *_words("pages heads head_dim value_dim block head_rows page_bytes search"),
-        ("plan", Plan),
+        ("layout", PageSections),
         *_pointers("bytes"),
         ("codes", ctypes.c_void_p * 2),
         ("scales", ctypes.c_void_p * 2),

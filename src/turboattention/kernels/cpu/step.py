@@ -54,8 +54,8 @@ class Step:
         a.page_counts = self._none.data_ptr()
         if pages is not None:
             fill_pages(a, pages)
-            s.plan, s.page_bytes, s.search = a.compressed, (pages.compressed or pages.sinks).page_bytes, config.search
-        s.open.start, s.rotate = start.data_ptr(), config.rotate
+            s.layout, s.page_bytes, s.search = a.compressed, (pages.compressed or pages.sinks).page_bytes, config.search
+        s.tail.start, s.rotate = start.data_ptr(), config.rotate
         s.mean, s.mean_from = None if mean is None else mean.data_ptr(), mean_from
         s.order = None if self._order is None else self._order.data_ptr()
         a.mean_from_block = mean_from // config.block_size

@@ -7,7 +7,7 @@ import importlib
 
 from torch import Tensor
 
-from .attention import Plan
+from .attention import PageSections
 from .rows import FloatRows, Int8Rows, check_size
 
 _cpu = importlib.import_module("turboattention._cpu")
@@ -23,17 +23,17 @@ class Store(ctypes.Structure):
         ("mean", ctypes.c_void_p),
         ("mean_from", ctypes.c_int64),
         ("before", ctypes.c_void_p),
-        ("open", Int8Rows),
+        ("tail", Int8Rows),
         ("fresh", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("fresh_blocks", "page_bytes", "search")),
-        ("plan", Plan),
+        ("layout", PageSections),
         ("order", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
     ]
 
     def fill_blocks(self, fresh: Tensor | None) -> None:
         """fresh: int64 [B, F], addresses of the pages for the blocks that the step fills, from the one on where a
-        sequence's open rows begin; 0 behind the last. None if it fills none. It must outlive the call."""
+        sequence's tail rows begin; 0 behind the last. None if it fills none. It must outlive the call."""
         self.fresh = None if fresh is None else fresh.data_ptr()
         self.fresh_blocks = 0 if fresh is None else fresh.shape[1]
 

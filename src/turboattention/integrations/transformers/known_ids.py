@@ -1,0 +1,116 @@
+"""The token ids of what a cache holds, as far as they are known: from `generate`, or from the cache's file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class KnownIds:
+    """saved: ids [B, L] of the file the cache was loaded from, as long as they are in the cache, or None. fed: ids
+    [B, L] of the last forward of a `generate`, those before it included, or None. checked: whether a prompt of
+    `generate` is compared with them."""
+
+    def __init__(self, saved: Tensor | None = None, fed: Tensor | None = None, checked: bool = True):
+        self.saved, self.fed, self.checked = saved, fed, checked
+
+    def follow(self, input_ids: Tensor | None, begins: bool, length: int) -> None:
+        """Take note of all ids [B, L] of a `generate`, whose next forward takes those that a cache of `length` tokens
+        does not hold yet; None where it does not say. Compared only where one begins, since that waits for the device.
+
+        Raises:
+            InputError: the prompt does not go on from the cache's tokens.
+        """
+        if begins and input_ids is not None and length:
+            self._check_goes_on(input_ids, length)
+        self.fed = input_ids
+
+    def _check_goes_on(self, input_ids: Tensor, length: int) -> None:
+        given, known = input_ids.shape[1], self.saved if self.fed is None else self.fed
+        if 0 < given <= length:
+            raise InputError(
+                f"input_ids: expected a prompt that continues the {length} tokens that the TurboCache already "
+                f"holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() empties it"
+            )
+        if not self.checked or known is None or len(known) != len(input_ids):
+            return
+        shared = min(length, known.shape[1], given)
+        mine, theirs = (x[:, :shared].cpu() for x in (known, input_ids))
+        if not torch.equal(mine, theirs):
+            same = int((mine == theirs).all(0).long().cumprod(0).sum())
+            back = f"crop({same}) keeps what they share, " if same else ""  # crop(0) would keep everything
+            raise InputError(
+                f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one that "
+                f"differs from token {same} on; {back}reset() empties the cache, and check_prompts=False switches "
+                "this off"
+            )
+
+    def all_of(self, length: int) -> Tensor | None:
+        """The ids [B, length] of all tokens of a cache; None if some are not known."""
+        return next((ids for ids in (self.fed, self.saved) if ids is not None and ids.shape[1] == length), None)
+
+    def copy(self) -> KnownIds:
+        return KnownIds(self.saved, self.fed, self.checked)
+
+    def cut(self, length: int) -> None:
+        """Forget those past `length`."""
+        self.saved, self.fed = (None if x is None else x[:, :length] for x in (self.saved, self.fed))
+
+    def select(self, index: Tensor) -> None:
+        """Sequences `index`, int64 [B']."""
+        self.saved, self.fed = (None if x is None else x[index.to(x.device)] for x in (self.saved, self.fed))
+
+    def clear(self) -> None:
+        self.saved = self.fed = None
+
+
+def checked_ids(input_ids: Any, batch: int, length: int) -> Tensor:
+    """int64 [batch, length] on the CPU: one id per position of a cache, including padding.
+
+    Raises:
+        InputError: `input_ids` have another shape or dtype.
+    """
+    ids = _integers(input_ids, batch)
+    given = ids.shape[1]
+    if given != length:
+        crop = f"crop({given - length}) the cache, or " if given < length else ""
+        raise InputError(
+            f"input_ids: expected the {length} tokens that the cache holds, got {given}; {crop}pass the ids of what it "
+            "took: after generate, output[:, : cache.get_seq_length()]"
+        )
+    return ids
+
+
+def check_goes_on(input_ids: Any, known: Tensor, length: int) -> None:
+    """Check that a prompt continues the `length` tokens of a cache, whose first ids are `known` [B, L].
+
+    Raises:
+        InputError: it does not, or the cache has tokens whose ids are not known.
+    """
+    if known.shape[1] != length:
+        raise InputError(
+            f"prompt_ids: expected a cache that knows the ids of all its {length} tokens, got one that knows the first "
+            f"{known.shape[1]}: crop({known.shape[1] - length}) removes the tokens added since it was loaded"
+        )
+    ids = _integers(input_ids, len(known))
+    if not torch.equal(ids[:, :length], known[:, : ids.shape[1]]):
+        raise InputError(f"input_ids: expected a prompt that begins with the {length} tokens of the cache, got another")
+    if ids.shape[1] <= length:
+        raise InputError(
+            f"input_ids: expected a prompt that continues the {length} tokens of the cache, got {ids.shape[1]}; "
+            f"crop({ids.shape[1] - 1 - length}) leaves one of them to process"
+        )
+
+
+def _integers(input_ids: Any, batch: int) -> Tensor:
+    if not isinstance(input_ids, Tensor):
+        raise InputError(f"input_ids: expected a tensor of integers [{batch}, L], got {type(input_ids).__name__}")
+    if input_ids.dim() != 2 or input_ids.dtype not in _INTEGERS or input_ids.shape[0] != batch:
+        raise InputError(f"input_ids: expected integers [{batch}, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    return input_ids.to("cpu", torch.int64)
