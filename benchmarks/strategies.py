@@ -25,7 +25,7 @@ from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.intervals import bootstrap
 from turboattention.evaluation.text_metrics import STRETCH, compare, cut, summarize
 from turboattention.files import write_text
-from turboattention.integrations.transformers import calibrate, language_model
+from turboattention.integrations.transformers import calibrate, language_model, registry
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/numerics/strategies.json", ROOT / "docs/calibration.md"
@@ -71,7 +71,7 @@ def measure(calibration_text: str, text: str, passages: int) -> dict[str, Any]:
     columns: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in chosen}
     errors: dict[str, list[float]] = {name: [] for name in chosen}
     bits: dict[str, float] = {}
-    with language_model.enabled(), warnings.catch_warnings():
+    with registry.enabled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         subject = TransformersSubject(language)
         for index, ids in enumerate(cut(subject.encode(text.replace("\f", "\n")), CONTEXT, passages)):

@@ -13,7 +13,7 @@ from turboattention import TurboConfig
 from turboattention.cli import cache_file
 from turboattention.errors import FormatError, InputError
 from turboattention.files import write_text
-from turboattention.integrations.transformers import TurboCache, generation, language_model
+from turboattention.integrations.transformers import TurboCache, generation, language_model, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import TEXT, save_model
@@ -21,7 +21,7 @@ from .conftest import TEXT, save_model
 
 @pytest.fixture(autouse=True)
 def turbo():
-    with language_model.enabled():
+    with registry.enabled():
         yield
 
 
@@ -33,7 +33,7 @@ def ids(language: LanguageModel) -> list[int]:
 @pytest.fixture(scope="module")
 def saved(language: LanguageModel, ids: list[int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caches") / "prompt.cache"
-    with language_model.enabled():
+    with registry.enabled():
         run = generation.Run(language, language.new_cache(TurboConfig(bits=8)))
         run.prefill(ids)
         assert isinstance(run.cache, TurboCache)

@@ -16,7 +16,7 @@ from turboattention.cli.progress import Bars
 from turboattention.cli.session import Session
 from turboattention.cli.settings import make_setting
 from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation, language_model
+from turboattention.integrations.transformers import generation, language_model, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import CONTEXT, TEMPLATE, TEXT, Run, save_model
@@ -27,7 +27,7 @@ BARS = Bars(hidden=True)
 
 @pytest.fixture(autouse=True)
 def turbo():
-    with language_model.enabled():
+    with registry.enabled():
         yield
 
 

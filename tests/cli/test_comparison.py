@@ -16,7 +16,7 @@ from turboattention.cli.output import guard_warnings
 from turboattention.cli.progress import Bars
 from turboattention.cli.settings import make_setting
 from turboattention.errors import GuardWarning
-from turboattention.integrations.transformers import TurboCache, generation, language_model
+from turboattention.integrations.transformers import TurboCache, generation, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import TEXT
@@ -34,7 +34,7 @@ def ids(language: LanguageModel) -> list[int]:
 
 @pytest.fixture(scope="module")
 def comparison(language: LanguageModel, ids: list[int]) -> Comparison:
-    with language_model.enabled():
+    with registry.enabled():
         settings = [make_setting(bits) for bits in BITS]
         return compare(language, ids, settings, LIMIT, Bars(hidden=True))
 
@@ -50,7 +50,7 @@ def test_own_run_is_what_transformers_generates(
 def test_quantized_runs_are_what_transformers_generates(
     comparison: Comparison, language: LanguageModel, ids: list[int]
 ) -> None:
-    with language_model.enabled():
+    with registry.enabled():
         language.use("turbo")
         for row in comparison.rows:
             cache = TurboCache(language.model.config, row.setting.config)
@@ -64,7 +64,7 @@ def test_top1_is_the_share_ranked_first_on_the_own_text(
     comparison: Comparison, language: LanguageModel, ids: list[int]
 ) -> None:
     own = comparison.own.tokens
-    with language_model.enabled():
+    with registry.enabled():
         for row in comparison.rows:
             run = generation.Run(language, TurboCache(language.model.config, row.setting.config))
             run.prefill(ids)
@@ -126,7 +126,7 @@ def test_what_the_guard_says_is_kept_once(
             warnings.warn("layer 0, head 1: 8 bits", GuardWarning, stacklevel=1)
 
     monkeypatch.setattr(generation.Run, "prefill", warn)
-    with language_model.enabled(), guard_warnings(show=False):
+    with registry.enabled(), guard_warnings(show=False):
         compared = compare(language, ids[:20], [make_setting("4")], 2, Bars(hidden=True))
     assert compared.rows[0].warnings == ["layer 0, head 1: 8 bits"]
 

@@ -13,7 +13,7 @@ from turboattention import TurboConfig, backends, bundled
 from turboattention.cli.plain import size_text
 from turboattention.dispatch import choose
 from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation, language_model
+from turboattention.integrations.transformers import generation, language_model, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import CONTEXT, TEXT, Run, save_model
@@ -24,7 +24,7 @@ PROMPT = TEXT * 2
 @pytest.fixture(scope="module")
 def expected(language: LanguageModel) -> generation.Generation:
     """Eight greedy tokens at 4 bits, without the command line."""
-    with language_model.enabled():
+    with registry.enabled():
         run = generation.Run(language, language.new_cache(TurboConfig()))
         run.prefill(language.encode(PROMPT))
         return generation.generate(run, 8)

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from turboattention import TurboConfig
 from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation, language_model
+from turboattention.integrations.transformers import generation, registry
 from turboattention.integrations.transformers.generation import Run, Sampler, generate
 from turboattention.integrations.transformers.language_model import LanguageModel, load
 
@@ -93,7 +93,7 @@ def test_missing_weights_are_not_made_up(model: Path, tmp_path: Path) -> None:
 
 def test_enabled_is_undone(language: LanguageModel) -> None:
     def fail_inside() -> None:
-        with language_model.enabled():
+        with registry.enabled():
             assert "turbo" in AttentionInterface()
             raise KeyError
 
@@ -122,7 +122,7 @@ def test_progress_counts_layers(language: LanguageModel, monkeypatch: pytest.Mon
 
 def test_a_fork_goes_its_own_way(language: LanguageModel) -> None:
     ids = language.encode(TEXT * 3)[:190]
-    with language_model.enabled():
+    with registry.enabled():
         run = Run(language, language.new_cache(TurboConfig()))
         run.prefill(ids)
         fork = run.fork()

@@ -65,7 +65,6 @@ inline void values_from_words(std::int8_t* values, const std::uint8_t* words, in
                 std::memcpy(values + kBlock * k + 4 * quad, words + 4 * (quad * value_dim + k), 4);
 }
 
-// Queries as INT8.
 #ifdef TURBO_WIDE_KEYS
 using LaneCode = std::int16_t;
 #else
@@ -73,6 +72,7 @@ using LaneCode = std::int8_t;
 #endif
 constexpr int kLaneCodes = 4 / sizeof(LaneCode);  // channels that fill a lane of 32 bits
 
+// Queries as INT8.
 struct LaneQueries {
     alignas(64) LaneCode q[kMaxHeadDim / kLaneCodes][kQueryLanes][kLaneCodes];
     alignas(64) std::int32_t sum[kQueryLanes];
@@ -108,7 +108,7 @@ inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bo
     none = false;
     bool all = g.used == kQueryLanes && last < a.lengths[b];
     if (a.causal) all = all && last <= g.nearest;
-    if (a.stored) all = all && (page ? last < g.nearest || !is_open(a, b, block) : !is_page(a, b, block));
+    if (a.stored) all = all && (page ? last < g.nearest || !in_tail(a, b, block) : !is_page(a, b, block));
     if (a.window) all = all && first > g.farthest - a.window && (a.causal || last < g.nearest + a.window);
     if (all) return true;
     none = true;

@@ -45,7 +45,8 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         for (int form = 0; form < forms; ++form) {
             LaneQueries& to = g.form[form];
             to.unit[lane] = taken[form].unit, to.sum[lane] = taken[form].sum;
-            for (int c = 0; c < head_dim; ++c) to.q[c / kLaneCodes][lane][c % kLaneCodes] = codes[form][c];
+            for (int i = 0; i < head_dim / kLaneCodes; ++i)
+                std::copy_n(codes[form] + kLaneCodes * i, kLaneCodes, to.q[i][lane]);
         }
         g.row_max[lane] = -std::numeric_limits<float>::infinity(), g.row_sum[lane] = 0.0f;
     }
@@ -59,6 +60,7 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
                               int count, ManyScratch& s) {
     const int head_dim = static_cast<int>(job.a.head_dim), value_dim = static_cast<int>(job.a.value_dim);
     const int form = form_of(job.a, job.h, block, page);
+    finish_keys(s.block, head_dim);
     const auto next_seen = [&](int n, GroupWork& w) {
         for (bool none; n < count; ++n) {
             w.all = sees_all(job.a, job.b, block, page, groups[n], w, none);
@@ -104,14 +106,12 @@ inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level&
             const PageHead page = page_of(a, task.b, task.h, block);
             read_scales(scratch.scales, page);
             lane_operand(scratch.block, page, head_dim, value_dim);
-            finish_keys(scratch.block, head_dim);
             groups_over_block(job, level, block, true, groups, count, scratch);
         }
         if (task_sees(a, task, block, false)) {
             const TailBlock tail = tail_block(a, task.b, task.h, block);
             read_scales(scratch.scales, tail);
             lane_operand(scratch.block, tail, head_dim, value_dim);
-            finish_keys(scratch.block, head_dim);
             groups_over_block(job, level, block, false, groups, count, scratch);
         }
     }

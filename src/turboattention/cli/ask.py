@@ -139,9 +139,9 @@ def ask(
         cache_file.check_target(save_cache)
     check_model(model)
     language = load_model(model, device, dtype, threads, Bars(hidden=json))
-    from ..integrations.transformers import language_model
+    from ..integrations.transformers import registry
 
-    with language_model.enabled():
+    with registry.enabled():
         _compare(request, language) if compare else _answer(request, language)
 
 

@@ -98,7 +98,7 @@ def chat(
     language = load_model(model, device, dtype, threads, bars)
     import torch
 
-    from ..integrations.transformers import generation, language_model
+    from ..integrations.transformers import generation, registry
 
     session = Session(language, setting, system)
     if load is not None:
@@ -107,7 +107,7 @@ def chat(
     if slower is not None:
         note(slower, "warning")
     sampler = generation.Sampler(temperature, top_p, torch.Generator().manual_seed(seed))
-    with language_model.enabled():
+    with registry.enabled():
         Chat(session, max_new_tokens, sampler, bars).run()
 
 

@@ -180,13 +180,13 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)
     from ..evaluation.hf.subject import TransformersSubject
-    from ..integrations.transformers import language_model
+    from ..integrations.transformers import registry
 
     facts, units = _facts(language, request.begin), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)
     subject = TransformersSubject(language, request.begin)
     try:
-        with language_model.enabled():
+        with registry.enabled():
             for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
                 units.append(unit)
     finally:

@@ -187,9 +187,9 @@ def _check(request: Request) -> None:
 def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads: int | None) -> None:
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)
-    from ..integrations.transformers import language_model
+    from ..integrations.transformers import registry
 
-    with language_model.enabled():
+    with registry.enabled():
         if request.compare:
             _compare(request, language, bars)
         else:

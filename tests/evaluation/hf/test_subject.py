@@ -15,7 +15,7 @@ from tests.cli.conftest import TEXT, save_model
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.subject import attending
-from turboattention.integrations.transformers import language_model
+from turboattention.integrations.transformers import language_model, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
 
 
@@ -23,7 +23,7 @@ from turboattention.integrations.transformers.language_model import LanguageMode
 def subject(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     folder: Path = save_model(tmp_path_factory.mktemp("models") / "tiny", eos=None)
-    with language_model.enabled():
+    with registry.enabled():
         yield TransformersSubject(language_model.load(str(folder), "cpu", "float32"))
 
 
@@ -58,7 +58,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(tiny, name: str) -> None:
     subject = TransformersSubject(LanguageModel("tiny", model, None, "sdpa"))
     ids = torch.randint(5, model.config.vocab_size, (160,), generator=torch.Generator().manual_seed(0)).tolist()
     methods = [METHODS[name] for name in ("fp16", "turbo-4", "kivi-2", "turbo-3-lag", "int4")]
-    with language_model.enabled(), warnings.catch_warnings():
+    with registry.enabled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the guard, about random weights
         alone, together = ([subject.open(method) for method in methods] for _ in range(2))
         for at, (one, other) in enumerate(zip(alone, together, strict=True)):

@@ -91,6 +91,16 @@ def test_prompts_in_pieces(exact_core, masked, tiny, tokens):
         say_by(longer[:, :70], pieces, 16)
 
 
+def test_embeddings_say_nothing_and_forget_nothing(tiny, tokens):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(1, 20), cache)
+    embeddings = model.get_input_embeddings()(torch.cat([said, tokens(1, 7, seed=2)], 1)).detach()
+    model.generate(inputs_embeds=embeddings, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        say(model, tokens(1, 99, seed=1), cache)
+
+
 def test_a_loaded_cache_is_followed(tiny, tokens, tmp_path):
     model = tiny("llama")
     cache = TurboCache(model.config, SMALL)

@@ -17,7 +17,6 @@ from ...config import TurboConfig
 from ...errors import InputError
 from .cache import TurboCache
 from .gguf import check_file, is_gguf, load_gguf
-from .registry import disable, enable
 
 
 @dataclass(frozen=True)
@@ -103,16 +102,6 @@ def _load_named(name: str, dtype: str) -> tuple[Any, dict[str, Any], Any]:
     options: dict[str, Any] = {"local_files_only": _local_only(name)}
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
     return *loaded, AutoTokenizer.from_pretrained(name, **options)
-
-
-@contextmanager
-def enabled() -> Iterator[None]:
-    """``attn_implementation="turbo"`` is registered inside."""
-    enable()
-    try:
-        yield
-    finally:
-        disable()
 
 
 def _local_only(name: str) -> bool:
