@@ -9,7 +9,7 @@ prints the table of docs/numerics.md; an interrupted run resumes from RESULTS. *
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="made on another text")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="folder for results")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS, help="rows of the table")
     parser.add_argument("--passages", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -43,16 +44,16 @@ def main() -> None:
     text = suite.Options(options.text.read_text(), options.text.name, options.passages, CONTEXT, PIECE)
     chosen = suite.make_tasks(["perplexity"], text, language.context)
     # The guard chooses exact layers, for all rows alike.
-    found = methods(replace(Calibration.load(options.calibration), exact_layers=()))
+    found = methods(replace(Calibration.load(options.calibration), exact_layers=()), options.orders)
     facts = {"model": options.model, "weights": language.fingerprint()}
     with generation.enabled():
         units = suite.run(TransformersSubject(language), found, chosen, Records(options.out), facts, announced)
         measured = {unit["method"]: unit for unit in units}
-    print(f"{options.passages} passages of {CONTEXT:,} tokens\n{table(measured)}")
+    print(f"{options.passages} passages of {CONTEXT:,} tokens\n{table(measured, options.orders)}")
 
 
-def methods(found: Calibration) -> list[TurboMethod]:
-    """One for each width and each of `ORDERS`."""
+def methods(found: Calibration, orders: Sequence[str]) -> list[TurboMethod]:
+    """One for each width and each of `orders`."""
     assert found.k_order is not None, "the calibration has no orders"
     known = crc32(b"".join(bytes(order.table.numpy()) for order in found.k_order))
 
@@ -62,7 +63,7 @@ def methods(found: Calibration) -> list[TurboMethod]:
         settings = f"{config.text}, {known if calibrated else 'no'} order"
         return TurboMethod(name(bits, order), name(bits, order), settings, config, found if calibrated else None)
 
-    return [method(bits, order) for bits in BITS for order in ORDERS]
+    return [method(bits, order) for bits in BITS for order in orders]
 
 
 def name(bits: int, order: str) -> str:
@@ -75,14 +76,14 @@ def announced(line: str) -> Iterator[Callable[..., None]]:
     yield lambda *progress: None
 
 
-def table(units: dict[str, dict[str, Any]]) -> str:
+def table(units: dict[str, dict[str, Any]], orders: Sequence[str]) -> str:
     def cell(unit: dict[str, Any]) -> str:
         kl, change = unit["metrics"]["kl"], unit["metrics"]["perplexity_change"]
         interval = f"{kl['value']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})"
         return f"{unit['bits_per_element']:.2f}, {interval}, {100 * change['value']:+.1f} %"
 
     head = f"| order | {' | '.join(f'{bits} bits' for bits in BITS)} |"
-    rows = [f"| {order} | {' | '.join(cell(units[name(bits, order)]) for bits in BITS)} |" for order in ORDERS]
+    rows = [f"| {order} | {' | '.join(cell(units[name(bits, order)]) for bits in BITS)} |" for order in orders]
     return "\n".join([head, "|" + "---|" * (1 + len(BITS)), *rows])
 
 

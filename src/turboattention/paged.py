@@ -112,7 +112,7 @@ def _chosen(config: TurboConfig, dtype: torch.dtype, device: torch.device, backe
     if config.reorders_k and not chosen.reorders_pages:
         raise UnsupportedError(
             f"config: expected reorder_k=False for pages with backend {chosen.name!r}, got True: its kernels for pages "
-            "read keys of one width a head"
+            "read keys of one width per head"
         )
     return chosen.name, chosen.paged_attention
 

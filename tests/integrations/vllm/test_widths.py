@@ -98,7 +98,7 @@ def test_calibrated_orders_of_a_rank(tmp_path, caplog) -> None:
     (order,) = found.orders
     assert order.places.tolist() == [list(range(D - 1, -1, -1))] * 2
     assert widths.order(1, Rank(0, 1, 4)).of_heads(slice(2, 4)).halved.tolist() == order.halved.tolist()
-    # No larger than pages of one width a head.
+    # No larger than pages of one width per head.
     assert found.page_bytes == calibrated(tmp_path, bits=3).format(1, Rank(1, 2, 2), D, CPU).page_bytes
     assert not caplog.records
 
@@ -118,7 +118,7 @@ def test_a_server_without_orders_says_once_what_it_loses(tmp_path, caplog, given
     (said,) = [record.getMessage() for record in caplog.records]
     got = f"{tmp_path}, which has none" if given else "no calibration"
     assert said.startswith("reorder_k: expected a calibration with orders of K's channels (turboattention calibrate ")
-    assert f"got {got}: keys are stored with one width a head" in said
+    assert f"got {got}: keys are stored with one width per head" in said
 
 
 def test_keys_of_8_bits_need_no_orders(caplog) -> None:

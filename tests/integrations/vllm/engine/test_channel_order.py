@@ -62,4 +62,4 @@ def attention(llm: Any) -> list[Any]:
 def held(layer: Any) -> set[bytes]:
     """The pages that were written."""
     pages = layer.kv_cache.flatten(1)
-    return {bytes(page.numpy()) for page in pages[pages.any(1)]}
+    return {bytes(page.numpy()) for page in pages[(pages != 0).any(1)]}
