@@ -23,7 +23,7 @@ from turboattention.evaluation import suite
 from turboattention.evaluation.baselines.kinds import TurboMethod
 from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.records import Records
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import language_model, registry
 
 BITS, CONTEXT, PIECE = (4, 3, 2), 2048, 64
 ORDERS = ("none", "first block", "calibration", "server, none", "server, calibration")
@@ -40,13 +40,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    language = generation.load(options.model, "cpu", "float32")
+    language = language_model.load(options.model, "cpu", "float32")
     text = suite.Options(options.text.read_text(), options.text.name, options.passages, CONTEXT, PIECE)
     chosen = suite.make_tasks(["perplexity"], text, language.context)
     # The guard chooses exact layers, for all rows alike.
     found = methods(replace(Calibration.load(options.calibration), exact_layers=()), options.orders)
     facts = {"model": options.model, "weights": language.fingerprint()}
-    with generation.enabled():
+    with registry.enabled():
         units = suite.run(TransformersSubject(language), found, chosen, Records(options.out), facts, announced)
         measured = {unit["method"]: unit for unit in units}
     print(f"{options.passages} passages of {CONTEXT:,} tokens\n{table(measured, options.orders)}")

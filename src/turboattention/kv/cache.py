@@ -145,8 +145,7 @@ class KVCache:
         for their kernels, 8 bytes per page.
         """
         leave_graph()
-        order = self.given_order  # its places are those of the pages, once there are some
-        given = (self.given_bits, self.given_mean, order and (order.halved if self.frozen else order))
+        given = (self.given_bits, self.given_mean, self.given_order)
         parts = (self.page_table, self.tail, self.k_mean, self.universal, self.lengths, self.handle, *given)
         return sum(part.nbytes for part in parts if part is not None)
 

@@ -44,9 +44,9 @@ class ChannelOrder(NamedTuple):
     halved: Tensor
 
     def at(self, head_bits: Tensor) -> ChannelOrder:
-        """The order for heads of these widths (int64 [2, Hkv]): only some widths of K can be halved."""
+        """A copy for heads of these widths (int64 [2, Hkv]): only some widths of K can be halved."""
         able = torch.tensor([int(bits) in K_HALVES for bits in head_bits[0]])
-        return self._replace(halved=self.halved & able)
+        return ChannelOrder(self.places.clone(), self.halved & able)
 
     def of_heads(self, heads: slice) -> ChannelOrder:
         """The order of some of the heads."""

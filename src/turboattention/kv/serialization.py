@@ -109,8 +109,7 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     tensors = {"lengths": cache.seq_lens}
     optional = {"head_bits": cache.head_bits, "given_mean": cache.given_mean}
     if cache.given_order is not None:
-        # Copied: tensors in a file share no memory, and these are also the pages' own places.
-        optional |= {"given_order": cache.given_order.places.clone(), "given_halved": cache.given_order.halved}
+        optional |= {"given_order": cache.given_order.places, "given_halved": cache.given_order.halved}
     if cache.page_table is not None and cache.tail is not None:
         pools, numbers = cache.page_table.pools, cache.page_table.pages
         tensors |= {f"buffer.{name}": getattr(cache.tail, name) for name in TailBuffer.TENSORS}
