@@ -21,6 +21,7 @@ import torch
 from turboattention import Calibration, TurboConfig
 from turboattention.evaluation import suite
 from turboattention.evaluation.baselines.kinds import TurboMethod
+from turboattention.evaluation.heap import release_large_blocks
 from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.records import Records
 from turboattention.integrations.transformers import language_model, registry
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    release_large_blocks()
     torch.set_num_threads(options.threads)
     language = language_model.load(options.model, "cpu", "float32")
     text = suite.Options(options.text.read_text(), options.text.name, options.passages, CONTEXT, PIECE)
