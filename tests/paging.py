@@ -32,9 +32,11 @@ class Server:
         layers=1,
         backend="auto",
         mean=None,
+        order=None,
     ):
         self.random = random.Random(seed)
-        self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers, means=(mean,) * layers)
+        orders = () if order is None else (order,) * layers
+        self.fmt = PagedFormat.of(config, head_dim, [head_bits] * layers, means=(mean,) * layers, orders=orders)
         self.pages = torch.full((64, self.fmt.page_bytes + 64), 0xAB, dtype=torch.uint8)
         self.free = self.random.sample(range(64), 64)
         self.tail_blocks = TailBlocks(layers, slots, HEADS, head_dim, ring=ring)
@@ -91,11 +93,12 @@ def tokens(
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def expected(sequence, head_bits, config=CONFIG, backend="reference", **options):
+def expected(sequence, head_bits, config=CONFIG, backend="reference", order=None, **options):
     """The whole sequence through a cache of its own, and the cache."""
     q, k, v = (x[None] for x in sequence)
     options["window_size"] = options.pop("window", None)
-    cache = KVCache(1, HEADS, q.shape[3], config=config, head_bits=torch.tensor(head_bits))
+    sizes = 1, HEADS, q.shape[3]
+    cache = KVCache(*sizes, config=config, head_bits=torch.tensor(head_bits), k_order=order)
     return ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, **options)[0], cache
 
 

@@ -8,6 +8,7 @@ import torch
 import turboattention as ta
 from turboattention.errors import ConfigError, InputError, ShapeError
 from turboattention.kv.cache import KVCache
+from turboattention.kv.channel_order import ChannelOrder
 from turboattention.paged import BLOCK, PAGE_UNIT, PagedBatch, PagedFormat, TailBlocks, paged_attention
 
 from .helpers import relative_error
@@ -104,6 +105,88 @@ def test_calibrated_means():
     cache = KVCache(1, HEADS, 16, config=config, head_bits=torch.tensor(UNIFORM[4]), k_mean=mean)
     want = ta.turbo_attention_with_kvcache(q, cache, k, v, backend="reference")[0]
     assert relative_error(got, want) < 1e-3
+
+
+ORDERED = CONFIG.replace(reorder_k=True)
+
+
+def an_order(head_dim: int = 16, seed: int = 0) -> ChannelOrder:
+    """Of two heads, of which the second has one width."""
+    places = torch.rand(HEADS, head_dim, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return ChannelOrder(places, torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, MIXED], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 90, "softcap": 3.0}], ids=str)
+def test_keys_in_a_calibrated_order(bits, options):
+    """Pages are those of the reference's cache with this order, byte for byte, and attention is its attention."""
+    head_bits = UNIFORM.get(bits, MIXED) if isinstance(bits, int) else MIXED
+    config, order = ORDERED.replace(bits=8 if bits == 8 else 4), an_order()
+    sequences = {key: tokens(10 * key, count) for key, count in TOTALS.items()}
+    server = Server(head_bits, config=config, order=order)
+    assert any(server.fmt.layouts[0].k_halves) == (bits != 8)
+    got = serve(server, sequences, random_schedule(3, TOTALS), **options)
+    for key, sequence in sequences.items():
+        want, cache = expected(sequence, head_bits, config, order=order, **options)
+        assert relative_error(got[key], want) < 1e-3
+        assert server.holds(key, cache, TOTALS[key] // BLOCK)
+        plain, _ = expected(sequence, head_bits, **options)
+        # The kernels and the reference share the order, but not with a cache without one.
+        assert bits == 8 or TOTALS[key] <= BLOCK or relative_error(got[key], plain) > 0.01
+
+
+@pytest.mark.parametrize("drafts", [5, 64])
+def test_tokens_taken_back_with_keys_in_order(drafts):
+    sequence, order, server = tokens(1, 330), an_order(), Server(config=ORDERED, ring=2 * BLOCK, order=an_order())
+    got = draft(server, sequence, tokens(2, 330), 100, drafts)
+    want, cache = expected(sequence, UNIFORM[4], ORDERED, order=order)
+    assert relative_error(got, want) < 1e-3
+    assert server.holds(0, cache, 330 // BLOCK)
+
+
+def test_a_shared_prefix_has_the_same_bytes_whoever_came_first():
+    """Each server compresses another first block; an order found there would be another."""
+    shared = tokens(1, 2 * BLOCK)
+    pages = []
+    for seed, stretch in ((20, 0), (30, 9)):
+        first, tail = tokens(seed, 100), tokens(seed + 5, 40)
+        first[1][..., stretch] *= 20
+        server = Server(config=ORDERED, order=an_order())
+        prompt = tuple(torch.cat(pair, 1) for pair in zip(shared, tail, strict=True))
+        serve(server, {0: first, 1: prompt}, [{0: 70}, {1: 30, 0: 30}, {1: 138}])
+        pages.append([server.page(1, block) for block in range(2)])
+    assert all(torch.equal(x, y) for x, y in zip(*pages, strict=True))
+
+
+def test_layers_with_orders_of_their_own():
+    """What is worked out once a step for layers alike has the order of each."""
+    sequence, orders = tokens(6, 65), [an_order(seed=seed) for seed in (1, 2)]
+    servers = [Server(config=ORDERED, order=order) for order in orders]
+    for first, last in ((0, 64), (64, 65)):
+        rows = [x[:, first:last].transpose(0, 1).contiguous() for x in sequence]
+        batch = PagedBatch(
+            torch.tensor([0, last - first]), torch.tensor([last]), torch.tensor([[7, 9]]), torch.tensor([2])
+        )
+        outs = [torch.empty_like(rows[0]) for _ in servers]
+        for server, out in zip(servers, outs, strict=True):
+            paged_attention(server.fmt, 0, batch, *rows, out, server.pages, server.tail_blocks)
+    for server, order, out in zip(servers, orders, outs, strict=True):
+        server.blocks = {0: [7, 9]}
+        want, cache = expected(sequence, UNIFORM[4], ORDERED, order=order)
+        assert server.holds(0, cache, 1)
+        assert relative_error(out.transpose(0, 1), want[:, 64:]) < 1e-3
+
+
+def test_orders_that_do_not_fit_are_refused():
+    order = an_order()
+    with pytest.raises(ConfigError, match=r"^orders: expected 1 for 1 layers with reorder_k=True, got 0: pages take"):
+        PagedFormat.of(ORDERED, 16, [UNIFORM[4]])
+    with pytest.raises(ConfigError, match=r"^orders: expected 0 for 1 layers with reorder_k=False, got 1"):
+        PagedFormat.of(CONFIG, 16, [UNIFORM[4]], orders=(order,))
+    with pytest.raises(ShapeError, match=r"^orders: expected shapes \(2, 32\) and \(2,\), got \(2, 16\) and \(2,\)$"):
+        PagedFormat.of(ORDERED, 32, [UNIFORM[4]], orders=(order,))
+    with pytest.raises(InputError, match=r"^orders: expected a permutation of 16 channels for each head"):
+        PagedFormat.of(ORDERED, 16, [UNIFORM[4]], orders=(order._replace(places=order.places // 2),))
 
 
 def test_all_layers_reserve_the_bytes_of_the_widest():

@@ -18,6 +18,7 @@ _LAZY = {
     "backends": "api",
     "explain": "api",
     "TurboConfig": "config",
+    "ChannelOrder": "kv.channel_order",
     "KVCache": "kv.cache",
     "Calibration": "calibration",
     "DecodeGraph": "impl.triton.graph",
@@ -31,6 +32,7 @@ _LAZY = {
 
 __all__ = [
     "Calibration",
+    "ChannelOrder",
     "KVCache",
     "TurboConfig",
     "__version__",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from .config import TurboConfig
     from .impl.triton.graph import DecodeGraph
     from .kv.cache import KVCache
+    from .kv.channel_order import ChannelOrder
     from .softmax import sas
 
 

@@ -20,6 +20,7 @@ from .errors import GuardWarning
 from .guard_sample import QUERIES, TOKENS, Sample, relative_errors
 from .impl.contract import AttentionParams
 from .kv.cache import KVCache
+from .kv.channel_order import ChannelOrder
 from .kv.compression import compression_of
 from .kv.stage1 import Stage
 from .reference.exact import exact_attention
@@ -94,6 +95,7 @@ def fixed_widths_message(
     v: Tensor,
     *,
     k_mean: Tensor | None = None,
+    k_order: ChannelOrder | None = None,
     first_head: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
@@ -106,7 +108,7 @@ def fixed_widths_message(
     Args:
         head_bits: int64 [2, Hkv], the widths of K and V.
         q, k, v: [T, Hq, D], [T, Hkv, D] twice: one sequence from its first token, at least a block long.
-        k_mean: calibrated means of K, float [Hkv, D].
+        k_mean, k_order: calibrated means of K, float [Hkv, D], and order of its channels.
         first_head: index in the model of the first KV head here.
         scale, softcap, window_size: as in `turbo_attention`.
     """
@@ -115,7 +117,8 @@ def fixed_widths_message(
     if not all(bool(x.isfinite().all()) for x in (q, k, v)):
         return None
     heads, head_dim = k.shape[1], k.shape[3]
-    cache = KVCache(1, heads, head_dim, config=config.replace(guard="off"), head_bits=head_bits, k_mean=k_mean)
+    config = config.replace(guard="off")
+    cache = KVCache(1, heads, head_dim, config=config, head_bits=head_bits, k_mean=k_mean, k_order=k_order)
     cache.append(k, v)
     exact, stored = (
         exact_attention(q[:, :, -QUERIES:], *kv, is_causal=True, scale=scale, softcap=softcap, window_size=window_size)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import TurboConfig
 from .dispatch import TABLE, CallTraits, choose
-from .errors import InputError, ShapeError
+from .errors import InputError, ShapeError, UnsupportedError
 from .impl.contract import PagedAttention
 from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, PagedBatch, PagedFormat, TailBlocks, reserved_bytes
 from .softmax import logit_scale
@@ -69,7 +69,7 @@ def paged_attention(
     Raises:
         ShapeError: shapes do not match. InputError: layer or window is out of range; on a CPU also lengths, slots or
             page numbers (a GPU does not check them). Nothing is stored then. BackendError, UnsupportedError: as in
-            `turbo_attention`.
+            `turbo_attention`; UnsupportedError also for `reorder_k` on a GPU.
 
     Examples:
         Rows are the flat query tokens, columns the positions of the token's own sequence; 1 is attended to. Tokens from
@@ -109,6 +109,11 @@ def _chosen(config: TurboConfig, dtype: torch.dtype, device: torch.device, backe
     if chosen.paged_attention is None:
         able = sorted(each.name for each in TABLE.values() if each.paged_attention is not None)
         raise InputError(f"backend: expected one of {', '.join(able)} for pages, got {chosen.name!r}")
+    if config.reorders_k and not chosen.reorders_pages:
+        raise UnsupportedError(
+            f"config: expected reorder_k=False for pages with backend {chosen.name!r}, got True: its kernels for pages "
+            "read keys of one width per head"
+        )
     return chosen.name, chosen.paged_attention
 
 

@@ -19,6 +19,7 @@ def layer(level: float = 0.1, priority: float = 1.0) -> LayerStatistics:
         priority=priority * torch.tensor([[1.0, 2.0], [4.0, 3.0]], dtype=torch.float64),
         k_mean=torch.arange(HEADS * DIM, dtype=torch.float32).reshape(HEADS, DIM) / 7,
         outliers=((3,), ()),
+        k_weight=torch.arange(HEADS * DIM, dtype=torch.float64).reshape(HEADS, DIM) ** 2 / 7,
     )
 
 

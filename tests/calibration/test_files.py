@@ -17,7 +17,7 @@ from .samples import calibration
 
 def same(a: Calibration, b: Calibration) -> None:
     for one, other in zip(a.layers, b.layers, strict=True):
-        for name in ("errors", "costs", "priority", "k_mean"):
+        for name in ("errors", "costs", "priority", "k_mean", "k_weight"):
             x, y = getattr(one, name), getattr(other, name)
             assert x.dtype == y.dtype
             assert torch.allclose(x, y, rtol=1e-5, atol=0)
@@ -67,6 +67,9 @@ def changed(tmp_path: Path, change) -> Path:
         lambda c: c["layers"][0]["costs"][0][0].__setitem__(0, float("nan")),
         lambda c: c["layers"][0]["head_bits"][0].__setitem__(0, 5),
         lambda c: c["layers"][0].update(head_bits=None),
+        lambda c: c["layers"][0]["k_weight"].pop(),
+        lambda c: c["layers"][0]["k_weight"][0].pop(),
+        lambda c: c["layers"][0]["k_weight"][0].__setitem__(0, -1.0),
         lambda c: c.update(budget=None),
     ],
 )
@@ -76,9 +79,23 @@ def test_damaged_files_are_refused(tmp_path, change):
         Calibration.load(file)
 
 
+def test_files_of_version_1_have_no_orders(tmp_path):
+    def older(content):
+        content.update(version=1)
+        for each in content["layers"]:
+            del each["k_weight"]
+
+    read = Calibration.load(changed(tmp_path, older))
+    assert [each.k_weight for each in read.layers] == [None, None]
+    assert read.k_order is None
+    assert [x.tolist() for x in read.head_bits] == [x.tolist() for x in calibration().head_bits]
+    read.save(tmp_path)
+    assert Calibration.load(tmp_path).k_order is None
+
+
 def test_foreign_files_are_refused(tmp_path):
-    file = changed(tmp_path, lambda c: c.update(version=2))
-    with pytest.raises(FormatError, match="path: expected version 1 of a calibration, got 2 in"):
+    file = changed(tmp_path, lambda c: c.update(version=3))
+    with pytest.raises(FormatError, match="path: expected version 1 or 2 of a calibration, got 3 in"):
         Calibration.load(file)
     for content in ("[]", "{}", "7", '{"format": "other"}'):
         file.write_text(content)
@@ -98,6 +115,17 @@ def test_files_that_are_not_there(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"folder: .* cannot be written"):
         calibration().save(tmp_path / "file")
+
+
+def test_orders_follow_from_the_weights(tmp_path):
+    made = calibration()
+    made.save(tmp_path)
+    for orders in (made.k_order, Calibration.load(tmp_path).k_order):
+        assert orders is not None
+        for order in orders:
+            assert order.places.tolist() == [list(range(15, -1, -1))] * 2
+            # The weights of the second head, 16^2 to 31^2, are more alike.
+            assert order.halved.tolist() == [True, False]
 
 
 # -- what was chosen -----------------------------------------------------------------------------------

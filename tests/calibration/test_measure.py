@@ -10,6 +10,7 @@ from turboattention.calibration import LayerMeter
 from turboattention.config import WIDTHS
 from turboattention.errors import InputError, NonFiniteError, ShapeError
 from turboattention.flashq import head_priority
+from turboattention.kv.channel_order import order_by
 from turboattention.reference.exact import exact_attention
 
 from ..helpers import normals, qkv, relative_error
@@ -102,6 +103,35 @@ def test_priority_and_means_are_those_of_the_text():
     assert torch.allclose(found.priority[0], head_priority(k).double())
     assert torch.allclose(found.priority[1], head_priority(v).double())
     assert torch.allclose(found.k_mean, k[0].mean(1), atol=1e-6)
+
+
+def test_weights_of_channels_are_energy_times_spread():
+    """The spread inside the blocks behind the sinks: what differs from block to block goes into zero points."""
+    q, k, v, gradient = text(group=2, length=LENGTH + 5)
+    k += 100 * torch.arange(LENGTH + 5)[:, None].div(64, rounding_mode="floor")
+    found = measured((q, k, v, gradient)).k_weight
+    energy = q[0].double().square().mean(1).unflatten(0, (2, 2)).mean(1)
+    spread = k[0, :, 64:LENGTH].double().unflatten(1, (-1, 64)).var(2, correction=0).mean(1)
+    assert torch.allclose(found, energy * spread, rtol=1e-6)
+
+
+def test_texts_weigh_channels_together():
+    one, other = text(0), text(1)
+    one[0][..., 3] *= 100
+    other[1][..., 3] *= 100
+    order = order_by(measured(one, other).k_weight)
+    assert order.places[:, 0].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_errors_are_those_of_keys_in_order_if_the_config_reorders(bits):
+    q, k, v, gradient = text()
+    k *= torch.logspace(0.5, -1, 32)
+    plain, ordered = (measured((q, k, v, gradient), config=ta.TurboConfig(reorder_k=on)) for on in (False, True))
+    at = WIDTHS.index(bits)
+    assert float(ordered.errors[0, :, at].norm()) < 0.85 * float(plain.errors[0, :, at].norm())
+    assert torch.equal(ordered.errors[1], plain.errors[1])
+    assert torch.equal(ordered.k_weight, plain.k_weight)
 
 
 def test_outlier_channels():

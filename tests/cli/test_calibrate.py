@@ -42,6 +42,9 @@ def test_a_file_that_caches_can_load(run: Run, model, text, tmp_path):
     assert found.provenance.model == str(model)
     assert (found.budget, found.strategy, found.means, found.provenance.tokens) == (3.0, "error", False, 192)
     assert len(found.layers) == 2
+    assert found.k_order is not None
+    halved = sum(int(order.halved.sum()) for order in found.k_order)
+    assert f"With reorder_k, K of {halved} of 4 heads has two widths." in " ".join(said.stdout.split())
 
 
 def test_json(run: Run, model, text, tmp_path):

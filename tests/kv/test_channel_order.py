@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import turboattention as ta
+from turboattention.errors import ConfigError, DtypeError, InputError, ShapeError
 from turboattention.flashq import quantize_tokens, rotate
 from turboattention.kv.channel_order import (
     ChannelOrder,
@@ -19,7 +20,7 @@ from turboattention.kv.channel_order import (
 from turboattention.kv.layout import K_HALVES
 
 from ..helpers import normals
-from .tools import PLAIN, attend, content
+from .tools import PLAIN, attend, content, pages_of
 
 HEADS, QUERY_HEADS, DIM = 2, 4, 32
 ORDERED = PLAIN.replace(bits=3, reorder_k=True)
@@ -34,9 +35,9 @@ def problem(length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, tor
     return q, k, normals(1, HEADS, length, DIM, seed=3 * seed + 2)
 
 
-def fed(cuts: list[int], backend: str = "reference", config: ta.TurboConfig = ORDERED) -> ta.KVCache:
+def fed(cuts: list[int], backend: str = "reference", config: ta.TurboConfig = ORDERED, **options) -> ta.KVCache:
     q, k, v = problem(400)
-    cache = ta.KVCache(1, HEADS, DIM, config=config)
+    cache = ta.KVCache(1, HEADS, DIM, config=config, **options)
     at = 0
     for count in cuts:
         part = slice(at, at + count)
@@ -218,3 +219,121 @@ def test_a_loaded_cache_has_the_order(tmp_path):
     assert torch.equal(loaded.k_order.places, cache.k_order.places)
     assert torch.equal(loaded.k_order.halved, cache.k_order.halved)
     assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
+
+
+# -- given orders ----------------------------------------------------------------------------------------
+
+
+def with_order(order: ChannelOrder, cuts: list[int], backend: str = "reference", config=ORDERED) -> ta.KVCache:
+    return fed(cuts, backend, config, k_order=order)
+
+
+BACKENDS = ["reference", *(["cpu"] if ta.backends()["cpu"].usable else [])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cuts", [[300], [100, 200, 7], [1] * 130], ids=["1", "3", "130"])
+@pytest.mark.parametrize("config", [ORDERED, ORDERED.replace(stored_prefill=True)], ids=["tiles", "stored"])
+def test_the_order_that_the_first_block_gives_stores_the_same(config, cuts, backend):
+    found = fed(cuts, config=config)
+    assert found.k_order is not None
+    given = with_order(found.k_order, cuts, backend, config)
+    assert not given.learns_order
+    assert given.query_energy is None
+    assert content(given) == content(found)
+    want = attend(found, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(attend(given, backend=backend), want, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_given_order_is_kept(backend):
+    found = fed([300]).k_order
+    assert found is not None
+    other = ChannelOrder(found.places.flip(-1), torch.tensor([False, True]))
+    cache = with_order(other, [300], backend)
+    assert cache.k_order is not None
+    assert torch.equal(cache.k_order.places, other.places)
+    assert cache.k_order.halved.tolist() == [False, True]
+    assert content(cache) == content(with_order(other, [300])) != content(fed([300]))
+
+
+def test_bytes_do_not_depend_on_the_batch_with_a_given_order():
+    order, alone = fed([300]).k_order, problem(400)
+    assert order is not None
+    q, k, v = (torch.cat((x.flip(-1), x))[:, :, :300] for x in alone)
+    for given, same in ((order, True), (None, False)):
+        cache = ta.KVCache(2, HEADS, DIM, config=ORDERED, k_order=given)
+        ta.turbo_attention_with_kvcache(q, cache, k, v)
+        assert (pages_of(cache, 1) == pages_of(with_order(order, [300]), 0)) == same
+
+
+def test_orders_that_do_not_fit_are_refused():
+    order = ChannelOrder(torch.arange(DIM).expand(HEADS, -1), torch.ones(HEADS, dtype=torch.bool))
+    sizes = 1, HEADS, DIM
+    for given, config, error, message in (
+        (order, PLAIN, ConfigError, "expected none, because reorder_k is off, got an order"),
+        (order.places, ORDERED, ConfigError, "expected a ChannelOrder, got Tensor"),
+        (order.of_heads(slice(1)), ORDERED, ShapeError, r"expected shapes \(2, 32\) and \(2,\), got \(1, 32\) and"),
+        (order._replace(places=order.places + 1), ORDERED, InputError, "expected a permutation of 32 channels for"),
+        (
+            order._replace(places=order.places.float()),
+            ORDERED,
+            DtypeError,
+            "expected integers and bool, got torch.float",
+        ),
+        (order._replace(halved=torch.ones(HEADS)), ORDERED, DtypeError, "expected integers and bool, got torch.int64"),
+    ):
+        with pytest.raises(error, match=f"^k_order: {message}"):
+            ta.KVCache(*sizes, config=config, k_order=given)
+    narrow = ChannelOrder(torch.arange(8).expand(HEADS, -1), torch.ones(HEADS, dtype=torch.bool))
+    with pytest.raises(InputError, match=r"^k_order: expected no heads of two widths at a head_dim of 8, which is not"):
+        ta.KVCache(1, HEADS, 8, config=ORDERED, k_order=narrow)
+
+
+def test_keys_of_8_bits_take_no_given_order():
+    order = fed([300]).k_order
+    assert order is not None
+    config = ORDERED.replace(bits=(8, 4))
+    assert content(with_order(order, [300], config=config)) == content(fed([300], config=config))
+
+
+@pytest.mark.parametrize("length", [100, 300], ids=["before pages", "with pages"])
+def test_a_loaded_cache_goes_on_with_the_given_order(length, tmp_path):
+    order = fed([300]).k_order
+    assert order is not None
+    other = order._replace(places=order.places.flip(-1))
+    cache = with_order(other, [length])
+    cache.save(tmp_path / "cache")
+    loaded, (k, v) = ta.KVCache.load(tmp_path / "cache"), problem(400)[1:]
+    for each in (cache, loaded):
+        each.append(k[:, :, length:], v[:, :, length:])
+    assert content(loaded) == content(cache)
+    assert loaded.k_order is not None
+    assert torch.equal(loaded.k_order.places, other.places)
+
+
+def test_a_given_order_is_counted(tmp_path):
+    """In `nbytes`, beside that of the pages: they share no memory, in a loaded cache either."""
+    order = fed([300]).k_order
+    assert order is not None
+    for cuts in ([100], [300]):
+        cache = with_order(order, cuts)
+        assert cache.nbytes - fed(cuts).nbytes == order.places.nbytes + order.halved.nbytes
+        cache.save(tmp_path / "cache")
+        assert ta.KVCache.load(tmp_path / "cache").nbytes == cache.nbytes
+        assert cache.given_order is not None
+        assert cache.k_order is None or cache.k_order.places.data_ptr() != cache.given_order.places.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_beyond_256_keep_their_number(backend):
+    """A byte holds no more."""
+    wide = 512
+    order = ChannelOrder(torch.arange(wide).flip(0)[None], torch.tensor([True]))
+    q, k, v = (normals(1, 1, 150, wide, seed=seed) for seed in range(3))
+    cache = ta.KVCache(1, 1, wide, config=PLAIN.replace(bits=(4, 8), reorder_k=True), k_order=order)
+    out = ta.turbo_attention_with_kvcache(q, cache, k, v, is_causal=True, backend=backend)
+    assert cache.k_order is not None
+    assert torch.equal(cache.k_order.places.long(), order.places)
+    assert float((cache.dequantize()[0] - k).norm() / k.norm()) < 0.3
+    assert out.isfinite().all()

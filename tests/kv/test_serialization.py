@@ -13,14 +13,19 @@ from safetensors.torch import save_file
 
 import turboattention as ta
 from turboattention.errors import FormatError
+from turboattention.kv.channel_order import ChannelOrder
 from turboattention.kv.serialization import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 
 from .tools import PLAIN, attend, content, filled, live_pages, tokens
 
+ORDERED = PLAIN.replace(bits=3, reorder_k=True)
+ORDER = ChannelOrder(torch.arange(16).flip(0).repeat(2, 1), torch.tensor([True, False]))
 CASES = {
     "default": dict(lengths=[200, 64, 0, 131]),
     "3 bits": dict(lengths=[200], config=PLAIN.replace(bits=3)),
-    "keys in order": dict(lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True)),
+    "keys in order": dict(lengths=[200], config=ORDERED),
+    "given order": dict(lengths=[150], config=ORDERED, k_order=ORDER),
+    "given order, no pages yet": dict(lengths=[5], config=ORDERED, k_order=ORDER),
     "mixed": dict(lengths=[150, 130], config=PLAIN.replace(bits="mixed")),
     "pair of widths": dict(lengths=[150], config=PLAIN.replace(bits=(4, 2))),
     "paper": dict(lengths=[150, 20], config=ta.TurboConfig.paper()),
@@ -182,7 +187,7 @@ def as_version_2(path, tensors, content):
 
 def test_reordered_keys_of_version_2_are_refused(tmp_path):
     """Their INT8 rows were not rotated."""
-    _, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True))
+    _, path = saved(tmp_path, lengths=[200], config=ORDERED)
     tensors, metadata = parts(path)
     as_version_2(path, tensors, json.loads(metadata["content"]))
     with pytest.raises(FormatError, match=r"^path: expected a saved cache of version 3 where .*, got one of version 2"):
@@ -225,12 +230,13 @@ def test_keys_of_version_2_that_reorder_k_did_not_reach_are_read(bits, tmp_path)
     assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
 
 
+@pytest.mark.parametrize("name", ["k_order", "given_order"])
 @pytest.mark.parametrize("order", [torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.uint8), torch.arange(16)])
-def test_an_order_that_is_none(order, tmp_path):
-    _, path = saved(tmp_path, lengths=[200], config=PLAIN.replace(bits=3, reorder_k=True))
+def test_an_order_that_is_none(order, name, tmp_path):
+    _, path = saved(tmp_path, lengths=[200], config=ORDERED, k_order=ORDER)
     tensors, metadata = parts(path)
-    write_file(path, tensors | {"k_order": order}, json.loads(metadata["content"]))
-    with pytest.raises(FormatError, match=r"^k_order: expected "):
+    write_file(path, tensors | {name: order}, json.loads(metadata["content"]))
+    with pytest.raises(FormatError, match=rf"^{name}: expected "):
         ta.KVCache.load(path)
 
 

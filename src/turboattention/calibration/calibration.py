@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..guard import BOUNDS
+from ..kv.channel_order import ChannelOrder, order_by
 from .assignment import Strategy, assign_bits, beyond_int8, chosen, chosen_error, keep_bounds
 from .measure import LayerStatistics
 
@@ -92,6 +93,12 @@ class Calibration:
     def k_mean(self) -> list[Tensor] | None:
         """Means of K per layer, float32 [Hkv, D]; None unless `means` is set."""
         return [layer.k_mean for layer in self.layers] if self.means else None
+
+    @property
+    def k_order(self) -> list[ChannelOrder] | None:
+        """Orders of K's channels per layer; None from files of version 1, which have no weights of channels."""
+        weights = [layer.k_weight for layer in self.layers if layer.k_weight is not None]
+        return [order_by(weight) for weight in weights] if len(weights) == len(self.layers) else None
 
     @property
     def chosen_errors(self) -> list[Tensor]:

@@ -20,7 +20,8 @@ from .calibration import Calibration, Provenance
 from .measure import LayerStatistics
 
 FORMAT = "turboattention-calibration"
-VERSION = 1
+VERSION = 2
+"""Version 2 added `LayerStatistics.k_weight`; files of version 1 are read without it."""
 FILE = "calibration.json"
 
 
@@ -59,8 +60,10 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
         raise FormatError(f"path: expected a calibration, got {file}, which is not JSON") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise FormatError(f"path: expected a calibration, got another kind of file: {file}")
-    if content.get("version") != VERSION:
-        raise FormatError(f"path: expected version {VERSION} of a calibration, got {content.get('version')} in {file}")
+    if content.get("version") not in (1, VERSION):
+        raise FormatError(
+            f"path: expected version 1 or {VERSION} of a calibration, got {content.get('version')} in {file}"
+        )
     try:
         return _read(content)
     except (TurboError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -68,7 +71,8 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
 
 
 def _layer(layer: LayerStatistics, bits: Tensor) -> dict[str, Any]:
-    return {
+    weight = {} if layer.k_weight is None else {"k_weight": _rounded(layer.k_weight)}
+    return weight | {
         "head_bits": bits.tolist(),
         "errors": _rounded(layer.errors),
         "costs": _rounded(layer.costs),
@@ -101,6 +105,7 @@ def _read(content: dict[str, Any]) -> Calibration:
                 priority=_numbers(entry, "priority", (2, heads)),
                 k_mean=mean,
                 outliers=tuple(tuple(int(channel) for channel in row) for row in entry["outliers"]),
+                k_weight=_weight(entry, mean.shape) if content["version"] > 1 else None,
             )
         )
         bits = parse_head_bits(entry["head_bits"], heads)
@@ -123,6 +128,16 @@ def _indices(values: Any, count: int) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(i) is int and 0 <= i < count for i in values):
         raise ValueError(f"exact_layers: expected indices of layers from 0 to {count - 1}, got {values!r}")
     return tuple(values)
+
+
+def _weight(entry: dict[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+    """Absent where a file of version 1 was loaded and saved again."""
+    if "k_weight" not in entry:
+        return None
+    weight = _numbers(entry, "k_weight", shape)
+    if bool((weight < 0).any()):
+        raise ValueError(f"k_weight: expected at least 0, got {float(weight.min())}")
+    return weight
 
 
 def _numbers(

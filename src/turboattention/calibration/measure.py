@@ -15,6 +15,7 @@ from ..config import WIDTHS, TurboConfig
 from ..errors import InputError, ShapeError
 from ..flashq import head_priority
 from ..kv.cache import KVCache
+from ..kv.channel_order import ChannelOrder, key_spread, order_by, query_energy
 from ..reference.exact import exact_attention
 
 OUTLIER = 4.0
@@ -36,6 +37,8 @@ class LayerStatistics:
     priority: float64 [2, Hkv], the paper's gap * std (section 3.2), mean over the texts.
     k_mean: float32 [Hkv, D], mean of each channel of K.
     outliers: per head the outlier channels of K (`OUTLIER`).
+    k_weight: float64 [Hkv, D], `E[q_c^2] var(k_c)` of each channel of K, with the variance inside blocks: what caches
+        with `reorder_k` order the channels by. None in files of version 1.
     """
 
     errors: Tensor
@@ -43,6 +46,7 @@ class LayerStatistics:
     priority: Tensor
     k_mean: Tensor
     outliers: tuple[tuple[int, ...], ...]
+    k_weight: Tensor | None = None
 
 
 class LayerMeter:
@@ -93,7 +97,9 @@ class LayerMeter:
         length, block = k.shape[2], self._config.block_size
         if length < self.least_tokens:
             raise InputError(f"text: expected at least {self.least_tokens} tokens, got {length}")
-        stored = [self._stored(k, v, width) for width in WIDTHS]
+        energy, spread = self._channels(q, k)
+        order = order_by(energy * spread) if self._config.reorder_k else None
+        stored = [self._stored(k, v, width, order) for width in WIDTHS]
         lost, cost, whole = (torch.zeros(2, k.shape[1], len(WIDTHS), dtype=torch.float64) for _ in range(3))
         ends = torch.linspace(self.least_tokens, length, _PLACES).int().unique().tolist()
         for end in ends:
@@ -110,7 +116,8 @@ class LayerMeter:
                     lost[which, :, width] += (delta**2).sum((1, 2, 3)).cpu()
                     cost[which, :, width] += 0.5 * ((delta * slope).sum((1, 3)) ** 2).mean(-1).cpu() / len(ends)
         priority = torch.stack([head_priority(x).double() for x in (k, v)]).cpu()
-        self._texts.append((lost, whole, cost, priority, k[0].double().mean(1).cpu(), k[0].float().abs().amax(1).cpu()))
+        of_keys = k[0].double().mean(1).cpu(), k[0].float().abs().amax(1).cpu()
+        self._texts.append((lost, whole, cost, priority, *of_keys, energy, spread))
 
     def statistics(self) -> LayerStatistics:
         """The statistics, averaged over all texts.
@@ -120,7 +127,8 @@ class LayerMeter:
         """
         if not self._texts:
             raise InputError("text: expected at least one, got none")
-        lost, whole, cost, priority, mean, peaks = (torch.stack(x) for x in zip(*self._texts, strict=True))
+        parts = (torch.stack(x) for x in zip(*self._texts, strict=True))
+        lost, whole, cost, priority, mean, peaks, energy, spread = parts
         highest = peaks.amax(0)
         stands_out = highest > OUTLIER * highest.median(-1, keepdim=True).values
         return LayerStatistics(
@@ -130,12 +138,23 @@ class LayerMeter:
             priority=priority.mean(0),
             k_mean=mean.mean(0).float(),
             outliers=tuple(tuple(row.nonzero().flatten().tolist()) for row in stands_out),
+            k_weight=energy.mean(0) * spread.mean(0),
         )
 
-    def _stored(self, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def _channels(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """float64 [Hkv, D] twice: the mean square of each channel of q, and the variance of k's inside the blocks that
+        caches compress."""
+        length, block, sinks = k.shape[2], self._config.block_size, self._config.sink_tokens
+        heads, every = k.shape[1], torch.ones(1, length, dtype=torch.bool)
+        energy = query_energy(q, every, heads) / (length * q.shape[1] // heads)
+        blocks = k[:, :, sinks : length // block * block].unflatten(2, (-1, block))[0].transpose(0, 1)
+        return energy.cpu(), key_spread(blocks).cpu()
+
+    def _stored(self, k: Tensor, v: Tensor, width: int, order: ChannelOrder | None) -> tuple[Tensor, Tensor]:
         """k and v after quantization to this width and dequantization."""
         config = self._config.replace(bits=width)
-        cache = KVCache(k.shape[0], k.shape[1], k.shape[3], config=config, v_head_dim=v.shape[3])
+        batch, heads, _, head_dim = k.shape
+        cache = KVCache(batch, heads, head_dim, config=config, k_order=order, v_head_dim=v.shape[3])
         cache.append(k, v)
         return cache.dequantize()
 

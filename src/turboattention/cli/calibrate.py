@@ -1,4 +1,5 @@
-"""``turboattention calibrate``: measures a model, chooses widths per head and saves them in a file."""
+"""``turboattention calibrate``: measures a model, chooses widths per head, and saves them in a file with the means of K
+and the weights of its channels."""
 
 from __future__ import annotations
 
@@ -45,6 +46,8 @@ def calibrate(
     json: AsJson = False,
 ) -> None:
     """Measure the cost of each width for every head of a model, and choose widths under a budget.
+
+    The file also has the order of K's channels in every head, for caches and servers with reorder_k, at any width.
 
     Example: turboattention calibrate --text book.txt --bits 3 --out calibrated
     """

@@ -86,6 +86,10 @@ def summary(calibration: Calibration) -> str:
         f"{calibration.average_bits:.2f} bits on average by {calibration.strategy} (K and V of heads: {shares}); "
         f"expected KL {calibration.expected_kl:.4f} nats a token. Measured on {calibration.provenance.tokens:,} tokens."
     )
+    orders = calibration.k_order
+    if orders is not None:
+        halved = [two for order in orders for two in order.halved.tolist()]
+        text = f"{text} With reorder_k, K of {sum(halved)} of {len(halved)} heads has two widths."
     if exact:
         layers = ", ".join(map(str, exact))
         text = f"{text} 8 bits are not enough for layers {layers}: a TurboCache keeps them in the model's own dtype."

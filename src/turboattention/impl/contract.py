@@ -153,3 +153,8 @@ class Backend(Protocol):
     def paged_attention(self) -> PagedAttention | None:
         """Attention over the pages of a server, or None if the backend has no kernels for that."""
         ...
+
+    @property
+    def reorders_pages(self) -> bool:
+        """Whether `paged_attention` computes `TurboConfig.reorder_k`."""
+        ...

@@ -21,6 +21,7 @@ class ReferenceBackend:
     name = "reference"
     checks_finite = ()
     paged_attention = None
+    reorders_pages = False
 
     def availability(self) -> Availability:
         return Availability("reference", True, "plain PyTorch, runs on any device")

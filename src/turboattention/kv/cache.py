@@ -14,7 +14,7 @@ from ..flashq import rotate
 from ..modes import in_own_modes
 from ..validation import check_config, check_lengths, check_mean, check_new, check_sizes, refuse_gradients
 from .attachments import BackendState, DeferredError, ExactPast
-from .channel_order import ChannelOrder
+from .channel_order import ChannelOrder, check_order
 from .crop import crop, crop_target
 from .growth import allocate, commit, stage
 from .handle import leave_graph, new_handle
@@ -46,11 +46,13 @@ class KVCache:
             that the last 16 tokens can still be cropped.
         k_mean: float [Hkv, D], a calibrated mean of K for smoothing; by default it is taken from
             each sequence's first block.
+        k_order: with `reorder_k`, a `ChannelOrder` from a calibration, with which stored bytes do not depend on the
+            batch; by default it is found when the first block is compressed.
         v_head_dim: head_dim of values if it differs from that of keys, also a multiple of 8 up to 512. The GPU kernels
             do not support this; on GPUs, the reference computes such caches.
 
     Raises:
-        ConfigError, ShapeError, DtypeError for arguments out of range.
+        ConfigError, ShapeError, DtypeError, InputError for arguments out of range.
     """
 
     @in_own_modes
@@ -67,6 +69,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
         window_size: int | None = None,
         k_mean: Tensor | None = None,
+        k_order: ChannelOrder | None = None,
         v_head_dim: int | None = None,
     ):
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -85,6 +88,7 @@ class KVCache:
         # What the user fixed, or None.
         self.given_bits = parse_head_bits(head_bits, num_kv_heads)
         self.given_mean = check_mean(k_mean, self.config, num_kv_heads, head_dim)
+        self.given_order = check_order(k_order, self.config, num_kv_heads, head_dim)
         # Memory, allocated once the device is known.
         self.page_table: PageTable | None = None
         self.tail: TailBuffer | None = None
@@ -141,7 +145,7 @@ class KVCache:
         for their kernels, 8 bytes per page.
         """
         leave_graph()
-        given = (self.given_bits, self.given_mean)
+        given = (self.given_bits, self.given_mean, self.given_order)
         parts = (self.page_table, self.tail, self.k_mean, self.universal, self.lengths, self.handle, *given)
         return sum(part.nbytes for part in parts if part is not None)
 
@@ -173,8 +177,8 @@ class KVCache:
 
     @property
     def learns_order(self) -> bool:
-        """Whether the order of K's channels is not fixed yet."""
-        return self.config.reorders_k and not self.frozen
+        """Whether the order of K's channels is to be found and not fixed yet."""
+        return self.config.reorders_k and self.given_order is None and not self.frozen
 
     @property
     def learns_mean(self) -> bool:
@@ -183,7 +187,7 @@ class KVCache:
 
     @property
     def k_order(self) -> ChannelOrder | None:
-        """The order of K's channels in compressed pages; None if no head has one, or it is not fixed yet."""
+        """The order of K's channels in compressed pages; None if no head has one, or there is no such page yet."""
         order = None if self.page_table is None else self.page_table.pools.order
         return None if order is None or not bool(order.halved.any()) else order
 

@@ -2,9 +2,10 @@
 
 Rounding channel c of K causes an error in the logits of about `E[q_c^2]` times the square of its step, and the step
 grows with the channel's standard deviation. Therefore a head's channels are sorted by decreasing `E[q_c^2] var(k_c)`,
-once, when the cache's first block is compressed, and the first half gets wider codes (`kv.layout`). All sequences of a
-cache use one permutation per KV head. If the channels of a head differ little, one width has a lower error than two.
-Such heads, and heads of 8 bits, have no order: they are stored as without this option.
+and the first half gets wider codes (`kv.layout`). The order is given (from a calibration), or found once, when the
+cache's first block is compressed. All sequences of a cache use one permutation per KV head. If the channels of a head
+differ little, one width has a lower error than two. Such heads, and heads of 8 bits, have no order: they are stored as
+without this option.
 
 INT8 rows (sinks, buffer) are rotated, which makes all channels alike. Keys of ordered heads are therefore rotated back
 when they are compressed (`ordered_rows`), and queries of ordered pages are permuted instead of rotated, so dot products
@@ -18,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import TurboConfig
+from ..errors import ConfigError, DtypeError, InputError, ShapeError
 from ..flashq import quantize_tokens, rotate
 from .layout import K_HALVES
 
@@ -34,16 +37,60 @@ _LARGEST = 1e18
 
 
 class ChannelOrder(NamedTuple):
-    """places: uint8 [Hkv, D], the channel stored at each place; halved: bool [Hkv] (CPU), which heads have two widths.
-    Only those are stored in this order."""
+    """places: integers [Hkv, D] (`places_dtype`), the channel stored at each place; halved: bool [Hkv] (CPU), which
+    heads have two widths. Only those are stored in this order."""
 
     places: Tensor
     halved: Tensor
 
     def at(self, head_bits: Tensor) -> ChannelOrder:
-        """The order for heads of these widths (int64 [2, Hkv]): only some widths of K can be halved."""
+        """A copy for heads of these widths (int64 [2, Hkv]): only some widths of K can be halved."""
         able = torch.tensor([int(bits) in K_HALVES for bits in head_bits[0]])
-        return self._replace(halved=self.halved & able)
+        return ChannelOrder(self.places.clone(), self.halved & able)
+
+    def of_heads(self, heads: slice) -> ChannelOrder:
+        """The order of some of the heads."""
+        return ChannelOrder(self.places[heads], self.halved[heads])
+
+    @property
+    def nbytes(self) -> int:
+        return self.places.nbytes + self.halved.nbytes
+
+    @property
+    def table(self) -> Tensor:
+        """For kernels: int32 [Hkv, D], contiguous, -1 in heads that are not stored in this order."""
+        return torch.where(self.halved[:, None], self.places.to(torch.int32), -1).contiguous()
+
+
+def places_dtype(head_dim: int) -> torch.dtype:
+    """The dtype of `ChannelOrder.places`."""
+    return torch.uint8 if head_dim <= 256 else torch.int16
+
+
+def check_order(
+    order: ChannelOrder | None, config: TurboConfig, heads: int, head_dim: int, name: str = "k_order"
+) -> ChannelOrder | None:
+    """A calibrated order of K's channels, on the CPU; None without one, or if `config` compresses no K to fewer than 8
+    bits. Raises ConfigError, ShapeError, DtypeError, InputError."""
+    if order is None:
+        return None
+    if not config.reorder_k:
+        raise ConfigError(f"{name}: expected none, because reorder_k is off, got an order")
+    if not isinstance(order, ChannelOrder):
+        raise ConfigError(f"{name}: expected a ChannelOrder, got {type(order).__name__}")
+    places, halved = (x.detach().cpu() for x in order)
+    if places.shape != (heads, head_dim) or halved.shape != (heads,):
+        raise ShapeError(
+            f"{name}: expected shapes ({heads}, {head_dim}) and ({heads},), got {tuple(places.shape)} and "
+            f"{tuple(halved.shape)}"
+        )
+    if places.is_floating_point() or halved.dtype != torch.bool:
+        raise DtypeError(f"{name}: expected integers and bool, got {places.dtype} and {halved.dtype}")
+    if head_dim % 16 and bool(halved.any()):
+        raise InputError(f"{name}: expected no heads of two widths at a head_dim of {head_dim}, which is not in 16s")
+    if not torch.equal(places.long().sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
+        raise InputError(f"{name}: expected a permutation of {head_dim} channels for each head, got another tensor")
+    return ChannelOrder(places.to(places_dtype(head_dim)), halved.clone()) if config.reorders_k else None
 
 
 def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
@@ -57,18 +104,29 @@ def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
     return squares.sum((0, 2)).unflatten(0, (kv_heads, -1)).sum(1)
 
 
-def channel_order(keys: Tensor, energy: Tensor | None) -> ChannelOrder:
-    """The order of K's channels for a cache.
+def key_spread(keys: Tensor) -> Tensor:
+    """float64 [Hkv, D]: the mean over blocks of each channel's variance within a block. keys: [N, Hkv, B, D], blocks in
+    the model's space (a constant mean does not matter)."""
+    return keys.double().var(2, correction=0).mean(0)
 
-    keys: [N, Hkv, B, D], the first compressed blocks in the model's space (a constant mean does not matter). energy:
-    float64 [Hkv, D] from `query_energy`; None if there were no queries, which sorts by the variance of the keys.
+
+def channel_order(keys: Tensor, energy: Tensor | None) -> ChannelOrder:
+    """The order of K's channels for a cache, from its first compressed blocks.
+
+    keys: as for `key_spread`. energy: float64 [Hkv, D] from `query_energy`; None if there were no queries, which sorts
+    by the variance of the keys.
     """
-    spread = keys.double().var(2, correction=0).mean(0)
-    weight = spread if energy is None else spread * energy.to(spread.device)
+    spread = key_spread(keys)
+    return order_by(spread if energy is None else spread * energy.to(spread.device))
+
+
+def order_by(weight: Tensor) -> ChannelOrder:
+    """The order of channels by decreasing weight `E[q_c^2] var(k_c)`, float [Hkv, D] in any unit."""
+    head_dim = weight.shape[-1]
     places = weight.argsort(dim=-1, descending=True, stable=True)
     first, second = weight.gather(-1, places).unflatten(-1, (2, -1)).mean(-1).unbind(-1)
     pays = (first > HALVES_PAY * second).cpu()
-    return ChannelOrder(places.to(torch.uint8), pays if keys.shape[-1] % 16 == 0 else torch.zeros_like(pays))
+    return ChannelOrder(places.to(places_dtype(head_dim)), pays if head_dim % 16 == 0 else torch.zeros_like(pays))
 
 
 def ordered_rows(k8: Tensor, k_scale: Tensor, order: ChannelOrder, rotated: bool) -> tuple[Tensor, Tensor]:

@@ -81,14 +81,15 @@ class Compression:
 
 def compression_of(cache: KVCache, staged: Stage, head_bits: Tensor | None = None) -> Compression:
     """What committing `staged` compresses. Widths and order that are fixed stay; else `head_bits` int64 [2, Hkv], or
-    without it what the user gave or the tokens decide, and the order that tokens and queries decide."""
+    without it what the user gave or the tokens decide, and the order that the user gave or tokens and queries
+    decide."""
     flush, sink_blocks = _full_blocks(cache.config, staged), cache.sink_blocks
     assert cache.page_table is not None  # allocated by staging
     pools = cache.page_table.pools
     if cache.frozen or not bool((flush.block >= sink_blocks).any()):
         return Compression(flush, pools.head_bits, pools.order, False)
     k, v = flush.where(flush.block == sink_blocks).tiles.floats()
-    order = channel_order(cache.restore(k), staged.query_energy) if cache.learns_order else None
+    order = channel_order(cache.restore(k), staged.query_energy) if cache.learns_order else cache.given_order
     bits = cache.configured_bits if head_bits is None else head_bits
     if bits is None:
         if staged.k_mean is not None and sink_blocks * cache.config.block_size >= cache.mean_from:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..errors import ConfigError, InputError, ShapeError
 from ..modes import in_own_modes
+from .channel_order import ChannelOrder, check_order
 from .layout import PageLayout
 from .stage1 import stored_mean
 
@@ -38,9 +39,11 @@ class PagedFormat:
     head_bits: for each layer, the widths of this process's KV heads. page_bytes: bytes reserved per page, the maximum
     over all layers (and over all ranks, if heads are distributed). means: for each layer None or float32 [H, D], which
     is subtracted from keys before they are stored (in the model's space, on the device of the pages); empty for none.
+    orders: with `reorder_k`, for each layer the order of K's channels in its pages, from a calibration; else empty.
 
     Raises:
-        ConfigError: the configuration or page_bytes is not supported. ShapeError: means of other shapes.
+        ConfigError: the configuration or page_bytes is not supported, or `reorder_k` without orders. ShapeError: means
+            or orders of other shapes. DtypeError, InputError: orders that are none.
     """
 
     config: TurboConfig
@@ -48,15 +51,10 @@ class PagedFormat:
     head_bits: tuple[HeadBits, ...]
     page_bytes: int
     means: tuple[Tensor | None, ...] = field(default=(), compare=False)
+    orders: tuple[ChannelOrder, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        wanted = {
-            "block_size": BLOCK,
-            "stored_prefill": True,
-            "sink_tokens": 0,
-            "token_scales": True,
-            "reorder_k": False,
-        }
+        wanted = {"block_size": BLOCK, "stored_prefill": True, "sink_tokens": 0, "token_scales": True}
         for name, value in wanted.items():
             if getattr(self.config, name) != value:
                 raise ConfigError(f"config: expected {name}={value!r} for pages, got {getattr(self.config, name)!r}")
@@ -68,7 +66,20 @@ class PagedFormat:
         for mean in self.means:
             if mean is not None and mean.shape != (self.kv_heads, self.head_dim):
                 raise ShapeError(f"means: expected [{self.kv_heads}, {self.head_dim}] each, got {list(mean.shape)}")
+        object.__setattr__(self, "orders", self._checked_orders())
         _ = self.stored_means  # computed here, since it cannot be computed during a CUDA graph capture
+
+    def _checked_orders(self) -> tuple[ChannelOrder, ...]:
+        """`orders`, or none where K has 8 bits. An order found in a block would make the bytes of later blocks depend
+        on which was the first."""
+        wanted = len(self.head_bits) if self.config.reorder_k else 0
+        if len(self.orders) != wanted:
+            raise ConfigError(
+                f"orders: expected {wanted} for {len(self.head_bits)} layers with reorder_k={self.config.reorder_k}, "
+                f"got {len(self.orders)}: pages take the order of K's channels from a calibration"
+            )
+        checked = [check_order(order, self.config, self.kv_heads, self.head_dim, "orders") for order in self.orders]
+        return tuple(order for order in checked if order is not None)
 
     @classmethod
     def of(
@@ -77,9 +88,10 @@ class PagedFormat:
         head_dim: int,
         head_bits: Sequence[HeadBits],
         means: tuple[Tensor | None, ...] = (),
+        orders: tuple[ChannelOrder, ...] = (),
     ) -> PagedFormat:
         """A format with the smallest page size for these widths."""
-        return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), means)
+        return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), means, orders)
 
     @property
     def kv_heads(self) -> int:
@@ -88,7 +100,19 @@ class PagedFormat:
     @cached_property
     def layouts(self) -> tuple[PageLayout, ...]:
         """One per layer."""
-        return tuple(_layout(self.head_dim, bits) for bits in self.head_bits)
+        halves = [() if order is None else tuple(order.halved.tolist()) for order in self._stored_orders]
+        return tuple(_layout(self.head_dim, *layer) for layer in zip(self.head_bits, halves, strict=True))
+
+    @cached_property
+    def order_tables(self) -> tuple[Tensor | None, ...]:
+        """`ChannelOrder.table` of each layer; None where no head has two widths."""
+        return tuple(None if order is None else order.table for order in self._stored_orders)
+
+    @cached_property
+    def _stored_orders(self) -> tuple[ChannelOrder | None, ...]:
+        found = [order.at(torch.tensor(bits)) for order, bits in zip(self.orders, self.head_bits, strict=False)]
+        kept = [order if bool(order.halved.any()) else None for order in found]
+        return tuple(kept) or (None,) * len(self.head_bits)
 
     @cached_property
     def stored_means(self) -> tuple[Tensor | None, ...]:
@@ -103,8 +127,8 @@ def reserved_bytes(head_dim: int, head_bits: Iterable[HeadBits]) -> int:
     return -(-largest // PAGE_UNIT) * PAGE_UNIT
 
 
-def _layout(head_dim: int, bits: HeadBits) -> PageLayout:
-    return PageLayout(head_dim, BLOCK, *bits, token_scales=True)
+def _layout(head_dim: int, bits: HeadBits, halves: tuple[bool, ...] = ()) -> PageLayout:
+    return PageLayout(head_dim, BLOCK, *bits, token_scales=True, k_halves=halves)
 
 
 class TailBlocks:

@@ -22,7 +22,7 @@ from ..files import open_regular, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .cache import KVCache
-from .channel_order import ChannelOrder
+from .channel_order import ChannelOrder, places_dtype
 from .layout import FORMAT_NAME, FORMAT_VERSION
 from .page_table import EVICTED, PageTable
 from .pages import _decode_scales
@@ -109,6 +109,8 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     """The cache's tensors by name, with `prefix` before each name; shared pages are included once."""
     tensors = {"lengths": cache.seq_lens}
     optional = {"head_bits": cache.head_bits, "given_mean": cache.given_mean}
+    if cache.given_order is not None:
+        optional |= {"given_order": cache.given_order.places, "given_halved": cache.given_order.halved}
     if cache.page_table is not None and cache.tail is not None:
         pools, numbers = cache.page_table.pools, cache.page_table.pages
         tensors |= {f"buffer.{name}": getattr(cache.tail, name) for name in TailBuffer.TENSORS}
@@ -159,10 +161,11 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     if version < 4 and "k_mean" in own:
         own["k_mean"] = _mean_of_version_3(own["k_mean"])
     _check_buffer(own, metadata, config)
+    heads, head_dim = metadata["num_kv_heads"], metadata["head_dim"]
     cache = KVCache(
         len(lengths),
-        metadata["num_kv_heads"],
-        metadata["head_dim"],
+        heads,
+        head_dim,
         config=config,
         head_bits=own["head_bits"] if metadata["widths_given"] else None,
         max_tokens=metadata["max_tokens"],
@@ -170,6 +173,7 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
         dtype=None if metadata["dtype"] is None else getattr(torch, metadata["dtype"]),
         window_size=metadata["window_size"],
         k_mean=own.get("given_mean"),
+        k_order=_given_order(own, heads, head_dim),
         v_head_dim=metadata.get("v_head_dim"),  # earlier files have none
     )
     cache.label = metadata["label"]
@@ -272,20 +276,26 @@ def _owners(part: Tensor, count: int) -> Tensor:
     return owners
 
 
-def _order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder:
+def _given_order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder | None:
+    """The order of K's channels that the cache was made with, or None. Raises `FormatError`."""
+    return _order(own, heads, head_dim, "given") if "given_order" in own else None
+
+
+def _order(own: dict[str, Tensor], heads: int, head_dim: int, prefix: str = "k") -> ChannelOrder:
     """The order of K's channels. Raises `FormatError` unless each head has a permutation."""
+    places, halved = f"{prefix}_order", f"{prefix}_halved"
     like = {
-        "k_order": torch.empty(heads, head_dim, dtype=torch.uint8),
-        "k_halved": torch.empty(heads, dtype=torch.bool),
+        places: torch.empty(heads, head_dim, dtype=places_dtype(head_dim)),
+        halved: torch.empty(heads, dtype=torch.bool),
     }
     for name, tensor in like.items():
         if name not in own:
             raise FormatError(f"{name}: expected a tensor of that name, got none")
         _check(name, own[name], tensor)
-    order = own["k_order"].clone()
+    order = own[places].clone()
     if not torch.equal(order.long().sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
-        raise FormatError(f"k_order: expected a permutation of {head_dim} channels for each head, got another tensor")
-    return ChannelOrder(order, own["k_halved"].clone())
+        raise FormatError(f"{places}: expected a permutation of {head_dim} channels for each head, got another tensor")
+    return ChannelOrder(order, own[halved].clone())
 
 
 def _restore_pool(pool: PagePool, name: str, content: Tensor, runs: list[int]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -124,6 +126,43 @@ def test_without_smoothing_there_are_no_means(tiny, made):
     assert cache.layers[0]._k_mean is None
 
 
+def with_unequal_channels(made: Calibration) -> Calibration:
+    """Random weights have channels alike: here the first head's differ, in each layer in another way."""
+    weights = torch.ones(2, 64, dtype=torch.float64)
+    weights[0] = torch.logspace(0, 3, 64)
+    layers = (replace(layer, k_weight=weights.roll(index, -1)) for index, layer in enumerate(made.layers))
+    return replace(made, layers=tuple(layers))
+
+
+def test_orders_of_channels_come_from_it_where_the_config_reorders(tiny, tokens, forward, made):
+    model, made = tiny("llama"), with_unequal_channels(made)
+    config = TurboConfig(bits=3, reorder_k=True, guard="off")
+    pages = []
+    for seed in (1, 2):  # another first block
+        cache = TurboCache(model.config, config, calibration=made)
+        forward(model, "turbo", tokens(1, 150, seed=seed), None, cache)
+        pages.append([layer.kv.k_order for layer in cache.layers])
+    assert made.k_order is not None
+    for order, *found in zip(made.k_order, *pages, strict=True):
+        assert all(torch.equal(each.places, order.places) for each in found)
+        assert all(each.halved.tolist() == [True, False] for each in found)
+    plain = TurboCache(model.config, TurboConfig(bits=3), calibration=made)
+    assert plain.layers[0]._k_order is None
+
+
+def test_a_saved_cache_keeps_the_orders(tiny, tokens, forward, made, tmp_path):
+    model, made = tiny("llama"), with_unequal_channels(made)
+    cache = TurboCache(model.config, TurboConfig(bits=3, reorder_k=True, guard="off"), calibration=made)
+    forward(model, "turbo", tokens(1, 100), None, cache)
+    cache.save(tmp_path / "cache")
+    loaded = TurboCache.load(tmp_path / "cache", model.config)
+    loaded.reset()
+    forward(model, "turbo", tokens(1, 150), None, loaded)
+    assert made.k_order is not None
+    for layer, order in zip(loaded.layers, made.k_order, strict=True):
+        assert torch.equal(layer.kv.given_order.places, order.places)
+
+
 def test_a_file_does_the_same(tiny, tmp_path, made):
     made.save(tmp_path)
     cache = TurboCache(tiny("llama").config, calibration=Calibration.load(tmp_path))
@@ -145,7 +184,7 @@ def test_what_is_no_calibration(tiny):
         TurboCache(tiny("llama").config, calibration="folder")
 
 
-@pytest.mark.parametrize("name", ["head_bits", "k_mean"])
+@pytest.mark.parametrize("name", ["head_bits", "k_mean", "k_order"])
 def test_both_are_too_much(tiny, made, name):
     with pytest.raises(ConfigError, match=f"{name}: expected None with a calibration"):
         TurboCache(tiny("llama").config, calibration=made, **{name: [None] * 3})

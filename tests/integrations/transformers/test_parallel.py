@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from turboattention import ChannelOrder, TurboConfig
 from turboattention.errors import ConfigError, InputError, UnsupportedError
 from turboattention.integrations.model_shape import ModelShape
 from turboattention.integrations.transformers import TurboCache, calibrate
@@ -175,6 +176,15 @@ class TestShares:
         layer = TurboLayer(0, head_bits=bits, model=shape, parallel=TensorParallel(0, 2))
         with pytest.raises(ConfigError, match=r"^head_bits: expected"):
             layer.update(torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 64))
+
+    def test_orders_of_channels_are_cut(self):
+        order = ChannelOrder(torch.arange(64).roll(5).repeat(4, 1), torch.tensor([True, False, False, True]))
+        shape, config = ModelShape("llama", 1, 8, 4, 64, 64, 96), TurboConfig(reorder_k=True)
+        for given in (order, order.of_heads(slice(2, 4))):
+            layer = TurboLayer(0, config=config, k_order=given, model=shape, parallel=TensorParallel(1, 2))
+            layer.update(torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 64))
+            assert layer.kv.given_order.places.tolist() == order.places[2:].tolist()
+            assert layer.kv.given_order.halved.tolist() == [False, True]
 
     def test_no_processes_started(self):
         """A config can outlive the processes it was made for."""

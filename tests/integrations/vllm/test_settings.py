@@ -52,7 +52,8 @@ def test_the_section_wins() -> None:
     [
         ({"bits": 5}, "bits: expected 8, 4, 3, 2"),
         ({"bits": [4]}, "bits: expected 8, 4, 3, 2"),
-        ({"bit": 4}, "expected bits, calibration, guard, got 'bit'"),
+        ({"bit": 4}, "expected bits, calibration, guard, reorder_k, got 'bit'"),
+        ({"reorder_k": 1}, "expected true or false as reorder_k, got 1"),
         ({"calibration": 3}, "expected a folder as calibration, got 3"),
         ({"guard": "warn"}, "expected true or false as guard, got 'warn'"),
         (4, "expected a JSON object, got 4"),

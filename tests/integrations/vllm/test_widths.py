@@ -18,7 +18,7 @@ D = 16
 BITS = [[[8, 4, 3, 2], [4, 4, 2, 2]], [[2, 2, 2, 4], [3, 3, 8, 8]]]
 
 
-def calibrated(folder: Path, means: bool = True) -> Widths:
+def calibrated(folder: Path, means: bool = True, orders: bool = True, **settings) -> Widths:
     generator = torch.Generator().manual_seed(0)
     layers = tuple(
         LayerStatistics(
@@ -27,12 +27,13 @@ def calibrated(folder: Path, means: bool = True) -> Widths:
             priority=torch.zeros(2, 4, dtype=torch.float64),
             k_mean=torch.randn(4, D, generator=generator).mul(1000).round(),
             outliers=((),) * 4,
+            k_weight=torch.logspace(0, 3, 4 * D).reshape(4, D).double() if orders else None,
         )
         for _ in BITS
     )
     provenance = Provenance("model", "hash", {"num_hidden_layers": 2}, "text", 1, 1, "0")
     Calibration(layers, provenance, tuple(torch.tensor(b) for b in BITS), 3.0, "error", means).save(folder)
-    return Widths(Settings(calibration=str(folder)))
+    return Widths(Settings(calibration=str(folder), **settings))
 
 
 def bytes_of(k: list[int], v: list[int]) -> int:
@@ -88,3 +89,40 @@ def test_a_calibration_of_other_layers_or_heads(tmp_path) -> None:
         widths.head_bits(2, Rank(0, 1, 4))
     with pytest.raises(ConfigError, match="calibration: expected 8 KV heads per rank in layer 0, got 4 in all"):
         widths.head_bits(0, Rank(0, 1, 8))
+
+
+def test_calibrated_orders_of_a_rank(tmp_path, caplog) -> None:
+    widths = calibrated(tmp_path, bits=3, reorder_k=True)
+    assert widths.config.reorder_k
+    found = widths.format(1, Rank(1, 2, 2), D, CPU)
+    (order,) = found.orders
+    assert order.places.tolist() == [list(range(D - 1, -1, -1))] * 2
+    assert widths.order(1, Rank(0, 1, 4)).of_heads(slice(2, 4)).halved.tolist() == order.halved.tolist()
+    # No larger than pages of one width per head.
+    assert found.page_bytes == calibrated(tmp_path, bits=3).format(1, Rank(1, 2, 2), D, CPU).page_bytes
+    assert not caplog.records
+
+
+def test_orders_are_taken_only_if_asked_for(tmp_path) -> None:
+    widths = calibrated(tmp_path, bits=3)
+    assert not widths.config.reorder_k
+    assert widths.format(0, Rank(0, 1, 4), D, CPU).orders == ()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["version 1", "no calibration"])
+def test_a_server_without_orders_says_once_what_it_loses(tmp_path, caplog, given) -> None:
+    widths = calibrated(tmp_path, orders=False, reorder_k=True) if given else Widths(Settings(bits=3, reorder_k=True))
+    for layer in (0, 1, 0):
+        assert widths.format(layer, Rank(0, 1, 4), D, CPU).orders == ()
+        assert not widths.config.reorder_k
+    (said,) = [record.getMessage() for record in caplog.records]
+    got = f"{tmp_path}, which has none" if given else "no calibration"
+    assert said.startswith("reorder_k: expected a calibration with orders of K's channels (turboattention calibrate ")
+    assert f"got {got}: keys are stored with one width per head" in said
+
+
+def test_keys_of_8_bits_need_no_orders(caplog) -> None:
+    widths = Widths(Settings(bits=8, reorder_k=True))
+    assert not widths.config.reorder_k
+    assert widths.format(0, Rank(0, 1, 4), D, CPU).orders == ()
+    assert not caplog.records

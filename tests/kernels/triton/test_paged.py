@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turboattention.errors import ShapeError
+from turboattention.errors import ShapeError, UnsupportedError
+from turboattention.kv.channel_order import ChannelOrder
 from turboattention.paged import BLOCK, PagedBatch, TailBlocks, paged_attention
 
 from ...helpers import relative_error
@@ -177,3 +178,12 @@ def test_refusals():
     q, k, v = (x.transpose(0, 1).contiguous() for x in sequence)
     with pytest.raises(ShapeError, match=r"^query_start: expected int32 or int64"):
         paged_attention(server.fmt, 0, batch, q, k, v, q, server.pages, server.tail_blocks, backend="triton")
+
+
+def test_keys_in_order_are_refused_by_name():
+    order = ChannelOrder(torch.arange(16).expand(HEADS, -1), torch.ones(HEADS, dtype=torch.bool))
+    server = Server(config=CONFIG.replace(reorder_k=True), order=order, backend="triton")
+    with pytest.raises(
+        UnsupportedError, match=r"^config: expected reorder_k=False for pages with backend 'triton', got"
+    ):
+        server.step({0: tokens(1, 3)})

@@ -18,6 +18,7 @@ from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.impl.triton.host_lengths import Fills
 from turboattention.impl.triton.state import StepCall, Steps
 from turboattention.kv import growth
+from turboattention.kv.channel_order import ChannelOrder
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content, filled
@@ -187,6 +188,22 @@ def test_what_tokens_decide_is_staged(fields):
         ta.turbo_attention_with_kvcache(q, want, k, v, backend="reference")
         assert content(cache) == content(want)
     assert steps == [True, False, True]
+
+
+def test_pages_take_a_given_order():
+    """The first of them, which a step fills, and those that later steps fill."""
+    order = ChannelOrder(torch.arange(16).flip(0).expand(2, -1), torch.tensor([False, True]))
+    cache, *_ = filled([62, 50], config=ORDERED, k_order=order)
+    want = cache.clone()
+    for turn, tokens in enumerate((1, 1, 58, 12)):
+        q, k, v = new(2, tokens, turn)
+        got = ta.turbo_attention_with_kvcache(q, cache, k, v, return_lse=True, backend="triton")
+        other = ta.turbo_attention_with_kvcache(q, want, k, v, return_lse=True, backend="reference")
+        assert_close(got, other)
+        assert content(cache) == content(want)
+    assert cache.k_order is not None
+    assert torch.equal(cache.k_order.places.long(), order.places)
+    assert cache.page_table.pools.compressed.layout.k_halves == (False, True)
 
 
 def test_queries_of_steps_count_for_the_order_of_channels():

@@ -23,6 +23,7 @@ class CpuBackend(KernelBackend):
 
     name = "cpu"
     checks_finite = ("q",)
+    reorders_pages = True
 
     def availability(self) -> Availability:
         try:

@@ -43,6 +43,7 @@ def paged_attention(
     for group, call in zip(groups, calls, strict=True):
         tail, fresh = group.tail_rows(tail_blocks, layer), group.fresh(base)
         means = None if mean is None else mean.expand(len(group.slots), -1, -1).contiguous()
+        call.take_order(fmt.order_tables[layer])
         parts.append((call, means, tail, group.offsets + base))
         try:
             call.store(k, v, means, tail, fresh)

@@ -21,6 +21,7 @@ class TritonBackend(KernelBackend):
 
     name = "triton"
     checks_finite = ("q", "k", "v")
+    reorders_pages = False
 
     def availability(self) -> Availability:
         return _availability(_interpreted())

@@ -73,9 +73,9 @@ def _planned(cache: KVCache, tokens: int, counts: Tensor | None, attends: bool) 
     plan = steps.host_lengths.plan([tokens] * cache.batch_size if counts is None else counts.tolist())
     if plan is None or not plan.freezes:
         return None if plan is None else (steps, plan)
-    # The general path decides widths and channel orders that depend on tokens, and runs the guard, which compares the
+    # The general path fixes channel orders and widths that depend on tokens, and runs the guard, which compares the
     # first compressed blocks with exact attention.
-    decides = cache.learns_order or cache.configured_bits is None or (attends and cache.config.guard != "off")
+    decides = cache.config.reorders_k or cache.configured_bits is None or (attends and cache.config.guard != "off")
     return None if decides else (steps, plan)
 
 

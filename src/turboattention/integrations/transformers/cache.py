@@ -15,6 +15,7 @@ from ... import dispatch
 from ...calibration import Calibration
 from ...config import TurboConfig
 from ...errors import ConfigError, InputError, UnsupportedError
+from ...kv.channel_order import ChannelOrder
 from ...validation import check_config
 from ..model_shape import ModelShape, text_config
 from .known_ids import KnownIds, check_goes_on
@@ -45,16 +46,18 @@ class TurboCache(Cache):
     `DynamicCache`. Their states cannot go back to an earlier token if they are recurrent: `crop` then refuses.
 
     Under transformers' tensor parallelism, each process creates one with the same arguments, which stores the heads
-    that the process computes: `head_bits`, `k_mean` and a `calibration` cover all heads of the model, and each process
-    takes its part of them. Sizes such as `nbytes` are those of the process.
+    that the process computes: `head_bits`, `k_mean`, `k_order` and a `calibration` cover all heads of the model, and
+    each process takes its part of them. Sizes such as `nbytes` are those of the process.
 
     Args:
         model_config: ``model.config``.
         config: `TurboConfig()` by default; with a `calibration`, ``bits="mixed"``.
         calibration: a `Calibration` of this model. With ``bits="mixed"``, its widths replace the paper's method; its
-            means of K, if it was made with means, are used at all widths.
+            means of K, if it was made with means, and with `reorder_k` its orders of K's channels are used at all
+            widths.
         head_bits: widths per layer, each as `KVCache` takes them ([Hkv] or [2, Hkv]).
         k_mean: calibrated means of K per layer, each float [Hkv, D].
+        k_order: calibrated orders of K's channels per layer (with `reorder_k`).
         max_tokens: tokens per sequence to reserve memory for; more may follow.
         exact_layers: indices of layers that INT8 cannot represent: their keys and values stay in the model's own dtype
             and its own attention reads them. They are added to those of a `calibration`.
@@ -84,6 +87,7 @@ class TurboCache(Cache):
         calibration: Calibration | None = None,
         head_bits: Sequence[Any] | Tensor | None = None,
         k_mean: Sequence[Tensor | None] | Tensor | None = None,
+        k_order: Sequence[ChannelOrder | None] | None = None,
         max_tokens: int | None = None,
         exact_layers: Sequence[int] = (),
         backend: str = "auto",
@@ -91,14 +95,16 @@ class TurboCache(Cache):
     ):
         if calibration is not None:
             config = config or TurboConfig(bits="mixed")
-            head_bits, k_mean = _calibrated(calibration, model_config, config, head_bits, k_mean)
+            given = {"head_bits": head_bits, "k_mean": k_mean, "k_order": k_order}
+            head_bits, k_mean, k_order = _calibrated(calibration, model_config, config, given)
         check_config(config)
         dispatch.choose(backend)  # raises now, not in the middle of a first forward
         kinds = layer_kinds(model_config)
         exact = _checked_layers(exact_layers, kinds)
         if calibration is not None:
             exact |= set(calibration.exact_layers)
-        bits, means = (_per_layer(x, n, len(kinds)) for x, n in ((head_bits, "head_bits"), (k_mean, "k_mean")))
+        per_layer = ((head_bits, "head_bits"), (k_mean, "k_mean"), (k_order, "k_order"))
+        bits, means, orders = (_per_layer(values, name, len(kinds)) for values, name in per_layer)
         layers = [
             _new_layer(
                 index,
@@ -106,6 +112,7 @@ class TurboCache(Cache):
                 config=config,
                 head_bits=bits[index],
                 k_mean=means[index],
+                k_order=orders[index],
                 max_tokens=max_tokens,
                 model=ModelShape.of(model_config),
                 parallel=TensorParallel.of(model_config),
@@ -413,18 +420,21 @@ class TurboCache(Cache):
 
 
 def _calibrated(
-    calibration: Any, model_config: Any, config: TurboConfig, head_bits: Any, k_mean: Any
-) -> tuple[Any, Any]:
-    """Widths and means per layer, as far as `config` wants them."""
+    calibration: Any, model_config: Any, config: TurboConfig, given: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """Widths, means and orders per layer, as far as `config` wants them; `given`: the user's, by name."""
     if not isinstance(calibration, Calibration):
         raise ConfigError(f"calibration: expected a Calibration, got {type(calibration).__name__}")
-    for name, given in (("head_bits", head_bits), ("k_mean", k_mean)):
-        if given is not None:
+    for name, value in given.items():
+        if value is not None:
             raise ConfigError(f"{name}: expected None with a calibration, which has its own, got a value")
     check_config(config)
     calibration.check_shape(asdict(ModelShape.of(model_config)))
-    bits = calibration.head_bits if config.bits == "mixed" else None
-    return bits, (calibration.k_mean if config.smooth_k else None)
+    return (
+        calibration.head_bits if config.bits == "mixed" else None,
+        calibration.k_mean if config.smooth_k else None,
+        calibration.k_order if config.reorder_k else None,
+    )
 
 
 def _new_layer(index: int, kind: LayerKind, **options: Any) -> Any:

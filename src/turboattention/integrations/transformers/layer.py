@@ -13,6 +13,7 @@ from ...config import TurboConfig
 from ...errors import ConfigError, GuardWarning, InputError, ShapeError, UnsupportedError
 from ...guard import BeyondInt8Error, early_int8_message
 from ...kv.cache import KVCache
+from ...kv.channel_order import ChannelOrder
 from ...validation import check_finite
 from ..model_shape import ModelShape
 from .call import LayerCall, aligned
@@ -65,6 +66,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         config: TurboConfig | None = None,
         head_bits: Any = None,
         k_mean: Tensor | None = None,
+        k_order: ChannelOrder | None = None,
         max_tokens: int | None = None,
         model: ModelShape | None = None,
         parallel: TensorParallel | None = None,
@@ -80,7 +82,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """Whether it is the first layer of its cache that attends."""
         self.may_stay_empty = False
         """Whether it may read another layer's keys and hold none, in a forward that went well."""
-        self._head_bits, self._k_mean, self._max_tokens = head_bits, k_mean, max_tokens
+        self._head_bits, self._k_mean, self._k_order, self._max_tokens = head_bits, k_mean, k_order, max_tokens
         self._checked: object = None
 
     def __repr__(self) -> str:
@@ -158,11 +160,18 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             dtype=key_states.dtype,
             window_size=self.window,
             k_mean=share.cut(self._k_mean, "k_mean", 0),
+            k_order=self._order_of(share),
             v_head_dim=v_head_dim,
         )
         self.kv.label, self.kv.first_head = f"layer {self.index}", share.first
         if self.config.guard == "adapt" and self._head_bits is None:
             self.floats = ExactKV.empty(key_states, value_states)
+
+    def _order_of(self, share: HeadShare) -> ChannelOrder | None:
+        order = self._k_order
+        if not isinstance(order, ChannelOrder):
+            return order  # None, or what is none: the cache raises the error
+        return ChannelOrder(*(share.cut(x, "k_order", 0) for x in order))
 
     def _share(self, heads: int) -> HeadShare:
         """The model's KV heads that `heads` of the keys are.

@@ -180,6 +180,7 @@ def _layer(
         config=kv.config,
         head_bits=kv.head_bits if kv.given_bits is not None else None,
         k_mean=tensors.get(f"{_prefix(index)}given_mean"),
+        k_order=kv.given_order,
         max_tokens=kv.max_tokens,
         model=model,
         parallel=parallel,

@@ -178,6 +178,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             k,
             v,
             k_mean=self.format.means[0] if self.format.means else None,
+            k_order=self.format.orders[0] if self.format.orders else None,
             first_head=self.first_head,
             scale=self.scale,
             softcap=self.softcap,

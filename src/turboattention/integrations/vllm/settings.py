@@ -15,7 +15,7 @@ SECTION = "turboattention"
 
 _OFF = ("", "0", "false", "no", "off")
 _ON = ("1", "true", "yes", "on")
-_KEYS = ("bits", "calibration", "guard")
+_KEYS = ("bits", "calibration", "guard", "reorder_k")
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Settings:
     bits: as in `TurboConfig.bits`. None: the calibration's widths per head (like ``"mixed"``), or 4 without one.
     calibration: a folder written by `turboattention calibrate`, or None.
     guard: whether attention over the first prompt is compared with exact attention in every layer.
+    reorder_k: as in `TurboConfig`, with the calibration's orders of K's channels.
     """
 
     bits: Bits | None = None
     calibration: str | None = None
     guard: bool = True
+    reorder_k: bool = False
 
     @classmethod
     def resolve(cls, variable: str | None, additional: Mapping[str, Any] | None) -> Settings:
@@ -69,8 +71,9 @@ class Settings:
             changes["bits"] = _checked_bits(changes["bits"])
         if "calibration" in changes and not isinstance(changes["calibration"], str):
             raise ConfigError(f"{where}: expected a folder as calibration, got {changes['calibration']!r}")
-        if not isinstance(changes.get("guard", True), bool):
-            raise ConfigError(f"{where}: expected true or false as guard, got {changes['guard']!r}")
+        for name in ("guard", "reorder_k"):
+            if not isinstance(changes.get(name, True), bool):
+                raise ConfigError(f"{where}: expected true or false as {name}, got {changes[name]!r}")
         return replace(self, **changes)
 
 

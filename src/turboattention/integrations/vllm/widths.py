@@ -1,7 +1,8 @@
-"""The widths and means of each layer's KV heads, sliced for a tensor-parallel rank, and the bytes of a page."""
+"""Widths, means and channel orders of each layer's KV heads, sliced for a tensor-parallel rank; the bytes of a page."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -11,8 +12,14 @@ from torch import Tensor
 from ...calibration import Calibration
 from ...config import Bits, TurboConfig
 from ...errors import ConfigError
+from ...kv.channel_order import ChannelOrder
 from ...paged import HeadBits, PagedFormat, reserved_bytes
 from .settings import Settings
+
+WITHOUT_ORDERS = (
+    "reorder_k: expected a calibration with orders of K's channels (turboattention calibrate --model MODEL --out "
+    "FOLDER), got %s: keys are stored with one width per head, as without reorder_k, and lose its accuracy"
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Rank:
 
 
 class Widths:
-    """The widths and means of every layer under `settings`, the same for all sequences."""
+    """Widths, means and channel orders of every layer under `settings`, the same for all sequences."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -42,10 +49,22 @@ class Widths:
 
     @property
     def config(self) -> TurboConfig:
-        """The serving configuration (numerics.md), with smoothing only if the means are calibrated."""
+        """The serving configuration (numerics.md), with smoothing only if the means are calibrated, and K's channels in
+        order only if the orders are."""
         means = self.calibration is not None and self.calibration.means
         bits: Bits = self.settings.bits or ("mixed" if self.settings.calibrated_widths else 4)
-        return TurboConfig.serving(bits=bits, smooth_k=means)
+        config = TurboConfig.serving(bits=bits, smooth_k=means, reorder_k=self.settings.reorder_k)
+        return config if config.reorders_k and self._orders is not None else config.replace(reorder_k=False)
+
+    @cached_property
+    def _orders(self) -> list[ChannelOrder] | None:
+        """Per layer; None, with a warning, if the calibration has none. An order found in the first prompt would make
+        the bytes of a shared prefix depend on which prompt that was."""
+        orders = None if self.calibration is None else self.calibration.k_order
+        if orders is None:
+            given = "no calibration" if self.calibration is None else f"{self.settings.calibration}, which has none"
+            logging.getLogger("vllm.turboattention").warning(WITHOUT_ORDERS, given)
+        return orders
 
     def head_bits(self, layer: int, rank: Rank) -> HeadBits:
         """Widths of K and of V, one per KV head of the rank.
@@ -73,6 +92,14 @@ class Widths:
         mean = self._of_layer(layer).layers[layer].k_mean
         return mean[rank.of(mean.shape[0])].contiguous()
 
+    def order(self, layer: int, rank: Rank) -> ChannelOrder | None:
+        """The order of K's channels in the heads of the rank; None if they are not in order."""
+        if not self.config.reorder_k or self._orders is None:
+            return None
+        self._of_layer(layer)
+        order = self._orders[layer]
+        return order.of_heads(rank.of(len(order.halved)))
+
     def page_bytes(self, heads: int, head_dim: int) -> int:
         """Bytes of a block: enough for every layer and rank with `heads` heads, rounded up to `PAGE_UNIT`.
 
@@ -82,13 +109,14 @@ class Widths:
 
     def format(self, layer: int, rank: Rank, head_dim: int, device: torch.device) -> PagedFormat:
         """The format of one layer's pages on `device`."""
-        mean = self.mean(layer, rank)
+        mean, order = self.mean(layer, rank), self.order(layer, rank)
         return PagedFormat(
             config=self.config,
             head_dim=head_dim,
             head_bits=(self.head_bits(layer, rank),),
             page_bytes=self.page_bytes(rank.heads, head_dim),
             means=(None if mean is None else mean.to(device),),
+            orders=() if order is None else (order,),
         )
 
     def _all(self, heads: int) -> set[HeadBits]:

@@ -113,10 +113,8 @@ def fill_queries(
 
 
 def channel_table(order: ChannelOrder | None) -> Tensor | None:
-    """An order of channels as kernels read it: int32 [H, D], -1 in heads that it does not apply to."""
-    if order is None:
-        return None
-    return torch.where(order.halved[:, None], order.places.to(torch.int32), -1).contiguous()
+    """`ChannelOrder.table`, or None without an order."""
+    return None if order is None else order.table
 
 
 def fill_pages(a: Arguments, pages: Pages) -> None:

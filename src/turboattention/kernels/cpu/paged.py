@@ -92,7 +92,6 @@ class PagedCall:
         s.before, s.page_bytes, s.search, s.layout = rows.before.data_ptr(), layout.page_bytes, config.search, sections
         a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens)
         a.head_dim = a.value_dim = layout.head_dim
-        # Pages of servers have no order of channels.
         a.rotate = config.rotate
         a.scale, a.sinks, a.compressed = scale, sections, sections
         a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
@@ -100,6 +99,10 @@ class PagedCall:
         fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
         s.threads = a.threads = torch.get_num_threads()
         self._store, self._attend = s, a
+
+    def take_order(self, order: Tensor | None) -> None:
+        """For the calls that follow: `ChannelOrder.table` of the layer's pages, or None; it must outlive them."""
+        self._store.order = self._attend.order = None if order is None else order.data_ptr()
 
     def store(self, k: Tensor, v: Tensor, mean: Tensor | None, tail: TailSlots, fresh: Tensor | None) -> None:
         """k, v [T, H, D] into tail rows, and blocks that are full then into pages; `fresh` as for `Store.fill_blocks`.
