@@ -309,10 +309,11 @@ VLLM_READY := $(if $(filter $(VLLM)/bin/python,$(VLLM_PYTHON)),$(VLLM)/ready)
 VLLM_BENCH ?=
 VLLM_SOAK ?=
 
-vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the quantized cache and without (VLLM_BENCH=--gpu on a GPU)
+vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the quantized cache and without (VLLM_BENCH=--gpu on a GPU; MODELS='smollm2=FOLDER' too)
 	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM'; exit 2; }
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/capacity.py $(VLLM_BENCH)
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py $(VLLM_BENCH)
+	$(if $(MODELS),PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/real_models.py $(MODELS) --low-load)
 	$(BIN)/python benchmarks/serving/page.py --table
 
 vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes; VLLM_SOAK='--drafts 12')

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pictures
+import section_models
 import sections
 
 from turboattention.files import write_figure, write_text
@@ -25,8 +26,10 @@ PARTS = {
     "serving-capacity-gpu": (sections.capacity, pictures.capacity),
     "serving-throughput": (sections.throughput, pictures.throughput),
     "serving-throughput-gpu": (sections.throughput, pictures.throughput),
+    "serving-models": (section_models.real_models, None),
     "serving-soak": (sections.soak, None),
     "serving-soak-drafts": (sections.soak, None),
+    "serving-soak-draft-model": (sections.soak, None),
 }
 """A file of results, its section, and its picture."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import sys
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_contenders_are_told_by_the_environment(script: Any, name: str, variable
     assert module.BY_NAME[name].environment(Path("folder")) == {"TURBOATTENTION_VLLM": variable}
 
 
+def test_fp8_is_vllm_alone_with_another_cache(script: Any) -> None:
+    module = script("contenders")
+    assert module.FP8.environment() == {"TURBOATTENTION_VLLM": ""}
+    assert module.FP8.options(gpu=True) == {"kv_cache_dtype": "fp8"}
+    assert module.BY_NAME["turbo-4"].options(gpu=True) == {"attention_backend": "CUSTOM"}
+    assert module.STOCK.options(gpu=False) == {}
+
+
 def test_mixed_needs_a_calibration(script: Any) -> None:
     with pytest.raises(ValueError, match="expected a folder for turbo-mixed, got none"):
         script("contenders").MIXED.environment()
@@ -122,6 +131,50 @@ def test_throughput_section(script: Any) -> None:
     assert "| 24 MiB, 1 a second | stock | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
 
 
+def test_real_models_section(script: Any) -> None:
+    common = {"model": "m", "budget": 8 << 20, "tokens_a_step": 2.5, "kl": 0.01, "top1": 0.9, "perplexity_change": 0.02}
+    rows = [
+        common | {"contender": name, "title": name, "tokens": tokens, "num_preemptions": 3}
+        for name, tokens in (("stock", 1000), ("turbo-4", 3600))
+    ]
+    parts = {"stock attention": 0.001, "turbo attention": 0.002, "stock metadata": 0.0005, "turbo metadata": 0.0001}
+    step = {"context": 128, "step": {"stock": 0.01, "turbo": 0.011}, "ratio": 1.1, "parts": parts}
+    document = {"facts": FACTS, "requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4, "tokens_read": 70}
+    document |= {"rows": rows, "low_load": [{"model": "m", "contexts": [step]}]}
+    text = script("section_models").real_models(document, "").splitlines()
+    assert "| m, 8 MiB | stock | 1,000 | 1.00 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
+    assert "| m, 8 MiB | turbo-4 | 3,600 | 3.60 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
+    assert "| 128 | 1.10 | 20.0% | 10.0% | 1.0% | 5.0% |" in text
+
+
+def test_labelled_models(script: Any, tmp_path: Path) -> None:
+    models = script("models")
+    assert models.labelled("qwen=a/b=c") == ("qwen", Path("a/b=c"))
+    for text in ("qwen", "=folder", "qwen="):
+        with pytest.raises(ValueError, match=f"model: expected LABEL=FOLDER, got '{text}'"):
+            models.labelled(text)
+    with pytest.raises(ValueError, match=r"qwen: expected a model's folder with config.json, got "):
+        models.real_model("qwen", tmp_path)
+
+
+def test_one_layer_of_a_model(script: Any, tmp_path: Path) -> None:
+    """It has the model's page of a layer. A head_dim that the config leaves out follows from the hidden size."""
+    models = script("models")
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    config = {"num_hidden_layers": 24, "num_key_value_heads": 2, "num_attention_heads": 14, "hidden_size": 896}
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}), encoding="utf-8")
+    model = models.real_model("qwen", folder)
+    layer = models.one_layer(model, tmp_path / "layer")
+    assert (model.layers, model.kv_heads, model.head_dim) == (24, 2, 64)
+    assert (layer.layers, layer.kv_heads, layer.head_dim) == (1, 2, 64)
+    assert model.token_bytes == 24 * layer.token_bytes == 24 * 2 * 2 * 2 * 64
+    assert model.side_pool(4) == 24 * layer.side_pool(4)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 9, "layer_types": ["sliding_attention"]}))
+    with pytest.raises(ValueError, match="qwen: expected a model whose layers all keep every token"):
+        models.one_layer(models.real_model("qwen", folder), tmp_path / "layer")
+
+
 def test_capacity_section_tells_of_a_missed_floor(script: Any) -> None:
     common = {"model": "m", "blocks": 1, "block_size": 128, "tokens_per_gib": 9, "with_side_pool": 8}
     common |= {"side_pool_bytes": 1 << 20, "times_with_side_pool": 3.0, "title": "t"}
@@ -147,6 +200,9 @@ def test_soak_section(script: Any) -> None:
     assert drafting.startswith("## Correctness under load, with drafts\n")
     assert "| preemptions | 7 |\n| drafts accepted, rejected | 300, 700 |" in drafting
     assert "greedy, up to 12 n-gram drafts a step:" in drafting
+    by_model = soak(soaked(drafts=4, drafter="a model", draft_tokens=9, accepted_tokens=3), "")
+    assert by_model.startswith("## Correctness under load, with drafts by a model\n")
+    assert "greedy, up to 4 drafts by a model a step:" in by_model
     half = {"equal": 20, "close": 0}
     served = soak(soaked(server={"requests": 20, "first": half, "second": half, "lost": 19}), "")
     assert "| answers equal to a single run's, before the kill and after the restart | 20, 20 |" in served

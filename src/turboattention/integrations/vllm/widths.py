@@ -40,9 +40,10 @@ class Widths:
         folder = self.settings.calibration
         return None if folder is None else Calibration.load(folder)
 
-    @property
+    @cached_property
     def config(self) -> TurboConfig:
-        """The serving configuration (numerics.md), with smoothing only if the means are calibrated."""
+        """The serving configuration (numerics.md), with smoothing only if the means are calibrated. One object for all
+        layers, by which a step finds what they share."""
         means = self.calibration is not None and self.calibration.means
         bits: Bits = self.settings.bits or ("mixed" if self.settings.calibrated_widths else 4)
         return TurboConfig.serving(bits=bits, smooth_k=means)

@@ -28,7 +28,7 @@ def save_window(folder: Path, window: int = 70) -> Path:
     return folder
 
 
-def save_gemma(folder: Path) -> Path:
+def save_gemma(folder: Path, head_dim: int = 64) -> Path:
     """Random weights; softcapped logits, and layers that see all tokens and a window in turn."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -40,8 +40,8 @@ def save_gemma(folder: Path) -> Path:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
-        query_pre_attn_scalar=64,
+        head_dim=head_dim,
+        query_pre_attn_scalar=head_dim,
         attn_logit_softcapping=5.0,
         sliding_window=70,
         max_position_embeddings=1024,
@@ -69,6 +69,89 @@ def save_changed(folder: Path, name: str, change: Callable[[Tensor], object]) ->
     change(weights[name])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def save_lfm2(folder: Path) -> Path:
+    """Random weights; short convolutions, whose state vLLM keeps beside the pages, and attention in turn."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"] * 2,
+        block_auto_adjust_ff_dim=False,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        # what vLLM reads beside them
+        block_dim=128,
+        conv_dim=128,
+    )
+    model = Lfm2ForCausalLM(config)
+    model.model.embed_tokens.weight.data.mul_(0.2)
+    model.model.embedding_norm.weight.data.fill_(20.0)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+def save_eagle_head(folder: Path) -> Path:
+    """The configuration of a head that drafts from the bundled model's hidden states: one layer of its shape, for which
+    vLLM draws weights."""
+    folder.mkdir()
+    config = json.loads((MODEL / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_mimo(folder: Path) -> Path:
+    """The bundled weights as a model with one MTP layer, for which vLLM draws weights: Qwen2's layers, with biases of
+    zero."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="qwen2", architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    biases = {
+        name.replace("weight", "bias"): weight.new_zeros(len(weight))
+        for name, weight in weights.items()
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    }
+    save_file(weights | biases, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def save_adapter(folder: Path, rank: int = 8, alpha: int = 16) -> tuple[Path, Path]:
+    """A LoRA adapter of the bundled model's attention with random weights, and the model with the adapter merged."""
+    from safetensors.torch import load_file, save_file
+
+    adapter, merged = folder / "adapter", folder / "merged"
+    shutil.copytree(MODEL, merged)
+    weights, lora = load_file(merged / "model.safetensors"), {}
+    torch.manual_seed(0)
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for name in [name for name in weights if name.endswith(tuple(f"{part}.weight" for part in parts))]:
+        out, width = weights[name].shape
+        a, b = torch.randn(rank, width) / width**0.5, torch.randn(out, rank) * 0.05
+        weights[name] = (weights[name].float() + alpha / rank * b @ a).to(torch.float32)
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        lora |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, merged / "model.safetensors")
+    adapter.mkdir()
+    save_file(lora, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(parts), "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return adapter, merged
 
 
 def load(folder: Path) -> Any:
