@@ -77,10 +77,10 @@ def update(root: Path, name: str, results: Sequence[Result], *, check: bool) -> 
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """One plot a file: causal prefill and INT4 decode at head_dim 128."""
+    """One plot a file of the processor measured last: causal prefill and INT4 decode at head_dim 128."""
     drawn = []
     for result in results:
-        if result.place.stem.startswith(OTHER_ISAS):
+        if result.place.stem.startswith(OTHER_ISAS) or result.processor != results[0].processor:
             continue
         rows = [
             replace(row, rivals=[rival for rival in row.rivals if rival.peer in DRAWN])

@@ -25,7 +25,7 @@ from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.intervals import bootstrap
 from turboattention.evaluation.text_metrics import STRETCH, compare, cut, summarize
 from turboattention.files import write_text
-from turboattention.integrations.transformers import calibrate, generation
+from turboattention.integrations.transformers import calibrate, language_model, registry
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/numerics/strategies.json", ROOT / "docs/calibration.md"
@@ -65,13 +65,13 @@ def methods(found: Calibration) -> dict[str, TurboMethod]:
 
 
 def measure(calibration_text: str, text: str, passages: int) -> dict[str, Any]:
-    language = generation.load(str(model_path()), "cpu", "float32")
+    language = language_model.load(str(model_path()), "cpu", "float32")
     found = calibrate(language.model, language.encode(calibration_text[: 8 * TOKENS])[:TOKENS])
     chosen = methods(found)
     columns: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in chosen}
     errors: dict[str, list[float]] = {name: [] for name in chosen}
     bits: dict[str, float] = {}
-    with generation.enabled(), warnings.catch_warnings():
+    with registry.enabled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         subject = TransformersSubject(language)
         for index, ids in enumerate(cut(subject.encode(text.replace("\f", "\n")), CONTEXT, passages)):

@@ -256,7 +256,7 @@ def test_copies_have_handles_of_their_own(duplicate):
 def test_handles_keep_no_cache_alive():
     handle = empty().handle
     gc.collect()
-    with pytest.raises(InputError, match="handle: expected that of a living KVCache"):
+    with pytest.raises(InputError, match="handle: expected the handle of a live KVCache"):
         cache_of(handle)
 
 

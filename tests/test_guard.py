@@ -107,7 +107,7 @@ def measured(monkeypatch, errors: list[dict[int, float]]) -> None:
         found = [error[int(width)] for error, width in zip(errors, bits.amin(0), strict=True)]
         return torch.tensor(found, dtype=torch.float64)
 
-    monkeypatch.setattr("turboattention.guard._Sample.errors", by_width)
+    monkeypatch.setattr("turboattention.guard.Sample.errors", by_width)
 
 
 def test_bits_go_up_only_as_far_as_needed(monkeypatch):

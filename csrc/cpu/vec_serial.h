@@ -205,14 +205,4 @@ inline I dot_small(I acc, Bytes codes, Bytes q) {
 inline Prepared prepare(Bytes codes) { return codes; }
 inline I dot_full(I acc, Prepared codes, Bytes q) { return dot_small(acc, codes, q); }
 
-// Sums that are as wide as any here (16 bits where vec_avx2.h has no dot product): never too many.
-using Partial = I;
-constexpr std::int32_t kPartialLimit = 0x7fffffff;
-inline Partial partial_zero() { return i_set(0); }
-inline Partial dot_partial(Partial acc, Bytes codes, Bytes q) { return dot_small(acc, codes, q); }
-template <int Shift>
-inline I add_partial(I acc, Partial x) {
-    return acc + i_shl<Shift>(x);
-}
-
 }  // namespace turbo::TURBO_ISA

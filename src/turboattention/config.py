@@ -67,11 +67,11 @@ class TurboConfig:
     """Rotate Q, K and V by a signed block Hadamard matrix before quantizing."""
 
     reorder_k: bool = False
-    """Compress K of 4, 3 and 2 bits without rotation, with channels ordered by attention energy and wider codes for the
-    upper half than for the lower: 4 bits become 5 and 3, 3 bits 4 and 2, 2 bits 3 and 1 (kv/layout.py). Heads whose
-    channels differ little, and all INT8 rows, are stored as without this option. The order is fixed at the first
-    compressed block, from its keys and all queries up to it (docs/numerics.md). All sequences of a cache share it, so
-    the stored bytes of a sequence depend on its batch; the option is therefore off by default."""
+    """Compress K of 4, 3 and 2 bits without rotation, with channels sorted by decreasing `E[q^2] var(k)` and wider
+    codes for the first half than for the second: 4 bits become 5 and 3, 3 bits 4 and 2, 2 bits 3 and 1 (kv/layout.py).
+    Heads whose channels differ little, and all INT8 rows, are stored as without this option. The order is fixed at
+    the first compressed block, from its keys and all queries up to it (docs/numerics.md). All sequences of a cache
+    share it, so the stored bytes of a sequence depend on its batch; the option is therefore off by default."""
 
     token_scales: bool = True
     """Use one stage-1 scale per token (row) instead of one per tile; a page stores 8 bits of each."""

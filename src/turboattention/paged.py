@@ -62,8 +62,9 @@ def paged_attention(
         softcap, backend: as in `turbo_attention`.
 
     Returns:
-        Whether all values of q, k and v were finite. Others are read as zeros; on a GPU their whole row is. A GPU
-        always returns True, without waiting: `TailBlocks.notice` reports such values later.
+        Whether all values of q, k and v were finite. Values that are not finite are read as zeros, on a GPU together
+        with the rest of their row. A GPU always returns True, without waiting:
+        `TailBlocks.notice` reports such values later.
 
     Raises:
         ShapeError: shapes do not match. InputError: layer or window is out of range; on a CPU also lengths, slots or

@@ -1,4 +1,4 @@
-"""SAS, the softmax without FP32 exponentials (numerics.md section 5; paper section 4).
+"""SAS, the softmax without FP32 exponentials (docs/numerics.md, "SAS and its base-2 form"; paper section 4).
 
 `sas(x) = LUT[floor(-x)] * P(frac(-x))` for x <= 0: a table of e^-n and one cubic. The base-2 form
 takes the power of two from the exponent bits and needs no table.

@@ -86,7 +86,7 @@ def test_foreign_files_are_refused(tmp_path):
             Calibration.load(file)
     for data in (b"{", b"\xff\xfe", b""):
         file.write_bytes(data)
-        with pytest.raises(FormatError, match="which is no JSON"):
+        with pytest.raises(FormatError, match="which is not JSON"):
             Calibration.load(file)
 
 

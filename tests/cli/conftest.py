@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from turboattention.cli.main import app
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import language_model
+from turboattention.integrations.transformers.language_model import LanguageModel
 
 CONTEXT = 512
 TEXT = (
@@ -86,13 +87,13 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def chat_language(chat_model: Path) -> generation.LanguageModel:
-    return generation.load(str(chat_model), "cpu", "float32")
+def chat_language(chat_model: Path) -> LanguageModel:
+    return language_model.load(str(chat_model), "cpu", "float32")
 
 
 @pytest.fixture(scope="session")
-def language(model: Path) -> generation.LanguageModel:
-    return generation.load(str(model), "cpu", "float32")
+def language(model: Path) -> LanguageModel:
+    return language_model.load(str(model), "cpu", "float32")
 
 
 class Ran:

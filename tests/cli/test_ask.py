@@ -13,7 +13,8 @@ from turboattention import TurboConfig, bundled
 from turboattention.cli.document import Document, Ready
 from turboattention.cli.progress import Bars
 from turboattention.cli.stream import write_text
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import generation, registry
+from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import CONTEXT, TEXT, Run
 
@@ -28,11 +29,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(chat_language: generation.LanguageModel) -> list[list[int]]:
+def expected(chat_language: LanguageModel) -> list[list[int]]:
     """Six greedy tokens a question at 4 bits: the document is read first, then each question over a copy."""
     begin = chat_language.encode(f"[user]{(TEXT * 3).strip()}\n\n")
     found = []
-    with generation.enabled():
+    with registry.enabled():
         whole = generation.Run(chat_language, chat_language.new_cache(TurboConfig()))
         whole.prefill(begin)
         for question in QUESTIONS:
@@ -162,7 +163,7 @@ def test_compare_shows_each_question(run: Run, chat_model: Path, file: Path, col
 def test_every_question_starts_from_the_same_cache(chat_language, file: Path) -> None:
     """What one question adds is not there for the next."""
     document = Document(chat_language, file.read_text(encoding="utf-8"))
-    with generation.enabled():
+    with registry.enabled():
         run = generation.Run(chat_language, chat_language.new_cache(TurboConfig()))
         ready = Ready.read(document, run, Bars(hidden=True))
         for _ in range(2):

@@ -13,26 +13,27 @@ from turboattention import TurboConfig
 from turboattention.cli import cache_file
 from turboattention.errors import FormatError, InputError
 from turboattention.files import write_text
-from turboattention.integrations.transformers import TurboCache, generation
+from turboattention.integrations.transformers import TurboCache, generation, language_model, registry
+from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import TEXT, save_model
 
 
 @pytest.fixture(autouse=True)
 def turbo():
-    with generation.enabled():
+    with registry.enabled():
         yield
 
 
 @pytest.fixture(scope="module")
-def ids(language: generation.LanguageModel) -> list[int]:
+def ids(language: LanguageModel) -> list[int]:
     return language.encode(TEXT * 3)[:200]
 
 
 @pytest.fixture(scope="module")
-def saved(language: generation.LanguageModel, ids: list[int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(language: LanguageModel, ids: list[int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caches") / "prompt.cache"
-    with generation.enabled():
+    with registry.enabled():
         run = generation.Run(language, language.new_cache(TurboConfig(bits=8)))
         run.prefill(ids)
         assert isinstance(run.cache, TurboCache)
@@ -40,7 +41,7 @@ def saved(language: generation.LanguageModel, ids: list[int], tmp_path_factory: 
     return path
 
 
-def logits(language: generation.LanguageModel, path: Path, ids: list[int]) -> tuple[torch.Tensor, int]:
+def logits(language: LanguageModel, path: Path, ids: list[int]) -> tuple[torch.Tensor, int]:
     """Of the token after `ids`, from a kept cache, and how many tokens it spared."""
     cache, cached = cache_file.load(language, path)
     kept = cache_file.reuse(cache, cached, ids)
@@ -51,16 +52,14 @@ def logits(language: generation.LanguageModel, path: Path, ids: list[int]) -> tu
     return run.logits, kept
 
 
-def test_loads_what_was_saved(language: generation.LanguageModel, saved: Path, ids: list[int]) -> None:
+def test_loads_what_was_saved(language: LanguageModel, saved: Path, ids: list[int]) -> None:
     cache, cached = cache_file.load(language, saved)
     assert cached == ids
     assert cache.layers[0].kv is not None
     assert cache.layers[0].kv.config == TurboConfig(bits=8)
 
 
-def test_a_longer_prompt_processes_the_rest_alone(
-    language: generation.LanguageModel, saved: Path, ids: list[int]
-) -> None:
+def test_a_longer_prompt_processes_the_rest_alone(language: LanguageModel, saved: Path, ids: list[int]) -> None:
     more = [*ids, 5, 6, 7]
     run = generation.Run(language, language.new_cache(TurboConfig(bits=8)))
     run.prefill(ids)
@@ -72,7 +71,7 @@ def test_a_longer_prompt_processes_the_rest_alone(
 
 @pytest.mark.parametrize("length", [200, 199, 150, 101])
 def test_the_same_or_a_shorter_prompt_leaves_one_token_to_do(
-    language: generation.LanguageModel, saved: Path, ids: list[int], length: int
+    language: LanguageModel, saved: Path, ids: list[int], length: int
 ) -> None:
     got, kept = logits(language, saved, ids[:length])
     assert kept == length - 1
@@ -81,12 +80,12 @@ def test_the_same_or_a_shorter_prompt_leaves_one_token_to_do(
     assert torch.nn.functional.cosine_similarity(got, run.logits, dim=0) > 0.99
 
 
-def test_another_ending_is_cropped(language: generation.LanguageModel, saved: Path, ids: list[int]) -> None:
+def test_another_ending_is_cropped(language: LanguageModel, saved: Path, ids: list[int]) -> None:
     _, kept = logits(language, saved, [*ids[:180], ids[180] + 1, 7])
     assert kept == 180
 
 
-def test_another_text_is_refused(language: generation.LanguageModel, saved: Path, ids: list[int]) -> None:
+def test_another_text_is_refused(language: LanguageModel, saved: Path, ids: list[int]) -> None:
     cache, cached = cache_file.load(language, saved)
     with pytest.raises(
         InputError, match=r"begins like the cached one \(200 tokens\), got one that shares 3 of its tokens"
@@ -95,29 +94,27 @@ def test_another_text_is_refused(language: generation.LanguageModel, saved: Path
 
 
 def test_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
-    other = generation.load(str(save_model(tmp_path / "other", num_hidden_layers=3)))
+    other = language_model.load(str(save_model(tmp_path / "other", num_hidden_layers=3)))
     with pytest.raises(InputError, match=r"^--load-cache: expected a TurboCache made .*num_hidden_layers"):
         cache_file.load(other, saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"no cache at all", b"\x10" + bytes(100)])
-def test_a_foreign_file_is_refused(language: generation.LanguageModel, tmp_path: Path, content: bytes) -> None:
+def test_a_foreign_file_is_refused(language: LanguageModel, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(content)
     with pytest.raises(FormatError, match=r"^--load-cache: expected a saved cache"):
         cache_file.load(language, path)
 
 
-def test_a_damaged_file_is_refused(language: generation.LanguageModel, saved: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(language: LanguageModel, saved: Path, tmp_path: Path) -> None:
     path = tmp_path / "damaged"
     path.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(FormatError):
         cache_file.load(language, path)
 
 
-def test_a_cache_without_its_tokens_is_refused(
-    language: generation.LanguageModel, ids: list[int], tmp_path: Path
-) -> None:
+def test_a_cache_without_its_tokens_is_refused(language: LanguageModel, ids: list[int], tmp_path: Path) -> None:
     run = generation.Run(language, language.new_cache(TurboConfig()))
     run.prefill(ids)
     assert isinstance(run.cache, TurboCache)
@@ -126,7 +123,7 @@ def test_a_cache_without_its_tokens_is_refused(
         cache_file.load(language, tmp_path / "anonymous")
 
 
-def test_no_file(language: generation.LanguageModel, tmp_path: Path) -> None:
+def test_no_file(language: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none: no such file$"):
         cache_file.load(language, tmp_path / "none")
     with pytest.raises(InputError, match=r": a folder$"):

@@ -16,7 +16,8 @@ from turboattention.cli.progress import Bars
 from turboattention.cli.session import Session
 from turboattention.cli.settings import make_setting
 from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import generation, language_model, registry
+from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import CONTEXT, TEMPLATE, TEXT, Run, save_model
 
@@ -26,12 +27,12 @@ BARS = Bars(hidden=True)
 
 @pytest.fixture(autouse=True)
 def turbo():
-    with generation.enabled():
+    with registry.enabled():
         yield
 
 
 @pytest.fixture
-def session(chat_language: generation.LanguageModel) -> Session:
+def session(chat_language: LanguageModel) -> Session:
     return Session(chat_language, make_setting("8"), None)
 
 
@@ -46,7 +47,7 @@ def call(run: Run, model: Path, stdin: str, *arguments: object):
 # -- turns -------------------------------------------------------------------------------------------
 
 
-def test_a_turn_is_what_the_template_says(session: Session, chat_language: generation.LanguageModel) -> None:
+def test_a_turn_is_what_the_template_says(session: Session, chat_language: LanguageModel) -> None:
     run = generation.Run(chat_language, chat_language.new_cache(TurboConfig(bits=8)))
     run.prefill(chat_language.encode(f"[user]{TEXT}<end>[assistant]"))
     assert turn(session, TEXT) == generation.generate(run, 6).tokens
@@ -73,7 +74,7 @@ def test_the_answer_stays_the_tokens_that_were_given(session: Session, chat_lang
 def test_a_template_that_rewrites_the_past_is_followed(tmp_path: Path) -> None:
     """This one keeps the last two messages: the cache goes back to what still holds."""
     template = TEMPLATE.replace("in messages", "in messages[-2:]")
-    language = generation.load(str(save_model(tmp_path / "forgetful", eos=None, template=template)))
+    language = language_model.load(str(save_model(tmp_path / "forgetful", eos=None, template=template)))
     session = Session(language, make_setting("8"), None)
     turn(session, TEXT)
     turn(session, "second")
@@ -237,7 +238,7 @@ def test_help_and_clear(run: Run, chat_model: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
-        ("/nothing\n", "/nothing: expected a command of /help, got another"),
+        ("/nothing\n", "/nothing: expected one of the commands that /help lists, got another"),
         ("/save\n", "/save: expected a file, as in /save talk.cache, got none"),
         ("/save x\n", "/save: expected a conversation of at least one turn, got none"),
         ("/load none\n", "/load: expected a file, got none: no such file"),

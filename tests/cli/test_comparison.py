@@ -16,7 +16,8 @@ from turboattention.cli.output import guard_warnings
 from turboattention.cli.progress import Bars
 from turboattention.cli.settings import make_setting
 from turboattention.errors import GuardWarning
-from turboattention.integrations.transformers import TurboCache, generation
+from turboattention.integrations.transformers import TurboCache, generation, registry
+from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import TEXT
 
@@ -27,19 +28,19 @@ tokens = st.lists(st.integers(0, 3), max_size=6)
 
 
 @pytest.fixture(scope="module")
-def ids(language: generation.LanguageModel) -> list[int]:
+def ids(language: LanguageModel) -> list[int]:
     return language.encode(TEXT * 3)[:250]
 
 
 @pytest.fixture(scope="module")
-def comparison(language: generation.LanguageModel, ids: list[int]) -> Comparison:
-    with generation.enabled():
+def comparison(language: LanguageModel, ids: list[int]) -> Comparison:
+    with registry.enabled():
         settings = [make_setting(bits) for bits in BITS]
         return compare(language, ids, settings, LIMIT, Bars(hidden=True))
 
 
 def test_own_run_is_what_transformers_generates(
-    comparison: Comparison, language: generation.LanguageModel, ids: list[int]
+    comparison: Comparison, language: LanguageModel, ids: list[int]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(language.name, dtype=torch.float32)
     out = model.generate(torch.tensor([ids]), max_new_tokens=LIMIT, do_sample=False, pad_token_id=0)
@@ -47,9 +48,9 @@ def test_own_run_is_what_transformers_generates(
 
 
 def test_quantized_runs_are_what_transformers_generates(
-    comparison: Comparison, language: generation.LanguageModel, ids: list[int]
+    comparison: Comparison, language: LanguageModel, ids: list[int]
 ) -> None:
-    with generation.enabled():
+    with registry.enabled():
         language.use("turbo")
         for row in comparison.rows:
             cache = TurboCache(language.model.config, row.setting.config)
@@ -60,10 +61,10 @@ def test_quantized_runs_are_what_transformers_generates(
 
 
 def test_top1_is_the_share_ranked_first_on_the_own_text(
-    comparison: Comparison, language: generation.LanguageModel, ids: list[int]
+    comparison: Comparison, language: LanguageModel, ids: list[int]
 ) -> None:
     own = comparison.own.tokens
-    with generation.enabled():
+    with registry.enabled():
         for row in comparison.rows:
             run = generation.Run(language, TurboCache(language.model.config, row.setting.config))
             run.prefill(ids)
@@ -90,7 +91,7 @@ def test_differences(comparison: Comparison) -> None:
         assert comparison.own.text[:shared] == row.outcome.text[:shared]
 
 
-def test_bytes(comparison: Comparison, language: generation.LanguageModel, ids: list[int]) -> None:
+def test_bytes(comparison: Comparison, language: LanguageModel, ids: list[int]) -> None:
     cached = len(ids) + LIMIT - 1
     layers, heads, head_dim = 2, 2, 16
     fp16 = 2 * 2 * cached * layers * heads * head_dim
@@ -115,7 +116,7 @@ def test_speeds_are_measured(comparison: Comparison) -> None:
 
 
 def test_what_the_guard_says_is_kept_once(
-    language: generation.LanguageModel, ids: list[int], monkeypatch: pytest.MonkeyPatch
+    language: LanguageModel, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefill = generation.Run.prefill
 
@@ -125,7 +126,7 @@ def test_what_the_guard_says_is_kept_once(
             warnings.warn("layer 0, head 1: 8 bits", GuardWarning, stacklevel=1)
 
     monkeypatch.setattr(generation.Run, "prefill", warn)
-    with generation.enabled(), guard_warnings(show=False):
+    with registry.enabled(), guard_warnings(show=False):
         compared = compare(language, ids[:20], [make_setting("4")], 2, Bars(hidden=True))
     assert compared.rows[0].warnings == ["layer 0, head 1: 8 bits"]
 

@@ -13,7 +13,8 @@ from turboattention import TurboConfig, backends, bundled
 from turboattention.cli.plain import size_text
 from turboattention.dispatch import choose
 from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import generation, language_model, registry
+from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import CONTEXT, TEXT, Run, save_model
 
@@ -21,9 +22,9 @@ PROMPT = TEXT * 2
 
 
 @pytest.fixture(scope="module")
-def expected(language: generation.LanguageModel) -> generation.Generation:
+def expected(language: LanguageModel) -> generation.Generation:
     """Eight greedy tokens at 4 bits, without the command line."""
-    with generation.enabled():
+    with registry.enabled():
         run = generation.Run(language, language.new_cache(TurboConfig()))
         run.prefill(language.encode(PROMPT))
         return generation.generate(run, 8)
@@ -410,9 +411,9 @@ def test_a_model_that_is_not_supported(run: Run, model: Path, monkeypatch: pytes
     def refuse(*_: object, **__: object) -> None:
         raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
 
-    monkeypatch.setattr(generation, "TurboCache", refuse)
+    monkeypatch.setattr(language_model, "TurboCache", refuse)
     with pytest.raises(UnsupportedError):
-        generation.TurboCache()
+        language_model.TurboCache()
     assert "MLA" in call(run, model, "--prompt", "x").error
 
 
@@ -428,7 +429,7 @@ def has_bundled_model() -> bool:
 
 @pytest.mark.skipif(not has_bundled_model(), reason="this source tree comes without the bundled model")
 def test_bundled_model_has_room_for_the_bundled_text() -> None:
-    language = generation.load(str(bundled.model_path()), "cpu", "float32")
+    language = language_model.load(str(bundled.model_path()), "cpu", "float32")
     tokens = len(language.encode(bundled.text()))
     assert language.context == 4096
     assert 3880 <= tokens <= 3930

@@ -12,8 +12,9 @@ from transformers import AttentionInterface
 
 from turboattention import TurboConfig
 from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation
-from turboattention.integrations.transformers.generation import Run, Sampler, generate, load
+from turboattention.integrations.transformers import generation, registry
+from turboattention.integrations.transformers.generation import Run, Sampler, generate
+from turboattention.integrations.transformers.language_model import LanguageModel, load
 
 from .conftest import CONTEXT, TEXT, save_model
 
@@ -23,14 +24,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def test_what_a_model_says_of_itself(language: generation.LanguageModel) -> None:
+def test_what_a_model_says_of_itself(language: LanguageModel) -> None:
     assert language.context == CONTEXT
     assert language.stop_tokens == frozenset()
     assert language.own_attention == "sdpa"
     assert language.decode(language.encode(TEXT)) == TEXT
 
 
-def test_end_tokens_are_one_many_or_none(language: generation.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_tokens_are_one_many_or_none(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     for ids, expected in ((3, {3}), ([3, 4], {3, 4}), (None, set())):
         monkeypatch.setattr(language.model.generation_config, "eos_token_id", ids)
         assert language.stop_tokens == expected
@@ -64,7 +65,9 @@ def test_a_name_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> N
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
-    with pytest.raises(InputError, match=r"^model: nobody/nothing is no folder here, and no public model on the hub$"):
+    with pytest.raises(
+        InputError, match=r"^model: nobody/nothing is neither a folder here nor a public model on the hub$"
+    ):
         load("nobody/nothing")
 
 
@@ -88,9 +91,9 @@ def test_missing_weights_are_not_made_up(model: Path, tmp_path: Path) -> None:
         load(str(folder))
 
 
-def test_enabled_is_undone(language: generation.LanguageModel) -> None:
+def test_enabled_is_undone(language: LanguageModel) -> None:
     def fail_inside() -> None:
-        with generation.enabled():
+        with registry.enabled():
             assert "turbo" in AttentionInterface()
             raise KeyError
 
@@ -99,7 +102,7 @@ def test_enabled_is_undone(language: generation.LanguageModel) -> None:
     assert "turbo" not in AttentionInterface()
 
 
-def test_prefill_in_pieces_is_the_same(language: generation.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_pieces_is_the_same(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = language.encode(TEXT)
     whole, pieces = Run(language, language.new_cache(None)), Run(language, language.new_cache(None))
     whole.prefill(ids)
@@ -108,7 +111,7 @@ def test_prefill_in_pieces_is_the_same(language: generation.LanguageModel, monke
     torch.testing.assert_close(pieces.logits, whole.logits)
 
 
-def test_progress_counts_layers(language: generation.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_layers(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 4)
     seen: list[tuple[int, int]] = []
     run = Run(language, language.new_cache(None))
@@ -117,9 +120,9 @@ def test_progress_counts_layers(language: generation.LanguageModel, monkeypatch:
     assert seen == [(n, 6) for n in range(1, 7)]
 
 
-def test_a_fork_goes_its_own_way(language: generation.LanguageModel) -> None:
+def test_a_fork_goes_its_own_way(language: LanguageModel) -> None:
     ids = language.encode(TEXT * 3)[:190]
-    with generation.enabled():
+    with registry.enabled():
         run = Run(language, language.new_cache(TurboConfig()))
         run.prefill(ids)
         fork = run.fork()
@@ -134,7 +137,7 @@ def test_a_fork_goes_its_own_way(language: generation.LanguageModel) -> None:
     assert not torch.equal(fork.logits, run.logits)
 
 
-def test_generate_stops_at_the_end_token(language: generation.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_stops_at_the_end_token(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def start() -> Run:
         run = Run(language, language.new_cache(None))
         run.prefill(language.encode(TEXT))
@@ -148,7 +151,7 @@ def test_generate_stops_at_the_end_token(language: generation.LanguageModel, mon
     assert stopped.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
 
 
-def test_tokens_are_told_before_they_are_taken(language: generation.LanguageModel) -> None:
+def test_tokens_are_told_before_they_are_taken(language: LanguageModel) -> None:
     run = Run(language, language.new_cache(None))
     run.prefill([1, 2, 3])
     lengths: list[int] = []
@@ -157,7 +160,7 @@ def test_tokens_are_told_before_they_are_taken(language: generation.LanguageMode
     assert len(generation_.tokens) == 3
 
 
-def test_one_token_has_no_speed(language: generation.LanguageModel) -> None:
+def test_one_token_has_no_speed(language: LanguageModel) -> None:
     run = Run(language, language.new_cache(None))
     run.prefill([1, 2, 3])
     assert generate(run, 1).tokens_per_second is None

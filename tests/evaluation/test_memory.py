@@ -13,8 +13,9 @@ from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.heap import release_large_blocks
 from turboattention.evaluation.records import Records
 from turboattention.evaluation.text_metrics import TextTask
-from turboattention.integrations.transformers import generation
+
 from turboattention.evaluation.hf.subject import TransformersSubject
+from turboattention.integrations.transformers.language_model import LanguageModel
 import torch, transformers
 
 release_large_blocks()
@@ -33,7 +34,7 @@ class Numbers(TransformersSubject):
 names = ["int8", "int4"]
 def quiet(done, total): pass
 text = " ".join(str(number * 211 % {VOCABULARY}) for number in range({TOKENS}))
-subject = Numbers(generation.LanguageModel("tiny", model, None, "sdpa"))
+subject = Numbers(LanguageModel("tiny", model, None, "sdpa"))
 def run(context):
     TextTask(text, "numbers", context, 1, {PIECE}).run(
         subject, [METHODS[name] for name in names], Records(None).parts("", dict.fromkeys(names, dict())), quiet)

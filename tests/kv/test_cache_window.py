@@ -119,7 +119,7 @@ def refused(cache: ta.KVCache, target: int, window: int) -> bool:
     try:
         cache.crop(target)
     except InputError as error:
-        words = f"length: expected a crop of at most 16 tokens behind a window of {window}"
+        words = f"length: expected a crop of at most 16 tokens with a window of {window}"
         if not str(error).startswith(words):
             raise
         return True

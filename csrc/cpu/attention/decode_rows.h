@@ -54,7 +54,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         for (int r = used; r < R; ++r) w.rescale[r] = w.unit[r] = 0.0f;
     }
 
-    void over_open(std::int64_t block) {
+    void over_tail(std::int64_t block) {
         Weights& w = scratch.weights;
         key_products<R>(q, q_sum, scratch.tail.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
         weigh(block, false);
@@ -123,7 +123,7 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
             const TailBlock tail = tail_block(a, task.b, task.h, block);
             read_scales(scratch.scales, tail);
             row_operand(scratch.tail, tail, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
-            pass_over(block, false, [&](auto& pass) { pass.over_open(block); });
+            pass_over(block, false, [&](auto& pass) { pass.over_tail(block); });
         }
     }
 }

@@ -17,6 +17,27 @@ struct Tiles {
 
 constexpr int kAcross = kQueryVectors == 2 ? 8 : 4;  // tokens or channels at once: 16 or 4 sums
 
+#ifdef TURBO_WIDE_KEYS
+
+inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim, GroupWork& w) {
+    static_assert(kQueryVectors == 1);
+    for (int t = 0; t < kBlock; t += kAcross) {
+        I acc[kAcross];
+        for (int k = 0; k < kAcross; ++k) acc[k] = i_set(0);
+        const std::int16_t* keys = block.wide + t * head_dim;
+#pragma GCC unroll 2
+        for (int pair = 0; pair < head_dim / 2; ++pair) {
+            const Bytes q = b_load(g.q[pair][0]);
+            for (int k = 0; k < kAcross; ++k) {
+                acc[k] = dot_wide(acc[k], b_broadcast(keys + k * head_dim + 2 * pair), q);
+            }
+        }
+        for (int k = 0; k < kAcross; ++k) i_store(w.scores[t + k], acc[k]);
+    }
+}
+
+#else
+
 inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim, GroupWork& w) {
     for (int t = 0; t < kBlock; t += kAcross) {
         I acc[kAcross][kQueryVectors];
@@ -37,6 +58,8 @@ inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim
             for (int n = 0; n < kQueryVectors; ++n) i_store(w.scores[t + k] + 16 * n, acc[k][n]);
     }
 }
+
+#endif
 
 template <bool Shrinks>
 inline void lane_outputs_as(const Operand& block, Group& g, int value_dim, const GroupWork& w) {

@@ -1,7 +1,7 @@
 // Many query rows over blocks: a lane is a query. Maxima, sums and rescaling are then plain vector
 // operations, and both integer products read keys and values as rows:
 //
-//   scores^T [64 tokens][queries] = keys [64 tokens][D] . queries [D / 4 quads][queries][4 channels]
+//   scores^T [64 tokens][queries] = keys [64 tokens][D] . queries [D / 4 quads][queries][4 channels] (2 of 16 bits)
 //   out^T    [Dv][queries]       += values [Dv][64 tokens] . weights [16 quads of tokens][queries][4]
 #pragma once
 
@@ -25,7 +25,17 @@ struct Operand {
     alignas(64) std::uint8_t keys[kBlock * kMaxHeadDim];
     alignas(64) std::int8_t values[(kMaxHeadDim + 32) * kBlock];  // tiles read past the last channels
     alignas(64) std::uint8_t work[kBlock * kMaxHeadDim];
+#ifdef TURBO_WIDE_KEYS
+    alignas(64) std::int16_t wide[kBlock * kMaxHeadDim];  // the keys' INT8 as 16 bits
+#endif
 };
+
+// What lane_scores reads of the keys besides their bytes.
+inline void finish_keys([[maybe_unused]] Operand& block, [[maybe_unused]] int head_dim) {
+#ifdef TURBO_WIDE_KEYS
+    for (int i = 0; i < kBlock * head_dim; ++i) block.wide[i] = static_cast<std::int8_t>(block.keys[i] ^ kFlip);
+#endif
+}
 
 // Of a block: the keys' scales, the values', those over the largest of them, and that one / 127.
 struct BlockScales {
@@ -55,9 +65,16 @@ inline void values_from_words(std::int8_t* values, const std::uint8_t* words, in
                 std::memcpy(values + kBlock * k + 4 * quad, words + 4 * (quad * value_dim + k), 4);
 }
 
+#ifdef TURBO_WIDE_KEYS
+using LaneCode = std::int16_t;
+#else
+using LaneCode = std::int8_t;
+#endif
+constexpr int kLaneCodes = 4 / sizeof(LaneCode);  // channels that fill a lane of 32 bits
+
 // Queries as INT8.
 struct LaneQueries {
-    alignas(64) std::int8_t q[kMaxHeadDim / 4][kQueryLanes][4];
+    alignas(64) LaneCode q[kMaxHeadDim / kLaneCodes][kQueryLanes][kLaneCodes];
     alignas(64) std::int32_t sum[kQueryLanes];
     alignas(64) float unit[kQueryLanes];
 };
@@ -91,7 +108,7 @@ inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bo
     none = false;
     bool all = g.used == kQueryLanes && last < a.lengths[b];
     if (a.causal) all = all && last <= g.nearest;
-    if (a.stored) all = all && (page ? last < g.nearest || !is_open(a, b, block) : !is_page(a, b, block));
+    if (a.stored) all = all && (page ? last < g.nearest || !in_tail(a, b, block) : !is_page(a, b, block));
     if (a.window) all = all && first > g.farthest - a.window && (a.causal || last < g.nearest + a.window);
     if (all) return true;
     none = true;

@@ -45,7 +45,8 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         for (int form = 0; form < forms; ++form) {
             LaneQueries& to = g.form[form];
             to.unit[lane] = taken[form].unit, to.sum[lane] = taken[form].sum;
-            for (int quad = 0; quad < head_dim / 4; ++quad) std::memcpy(to.q[quad][lane], codes[form] + 4 * quad, 4);
+            for (int i = 0; i < head_dim / kLaneCodes; ++i)
+                std::copy_n(codes[form] + kLaneCodes * i, kLaneCodes, to.q[i][lane]);
         }
         g.row_max[lane] = -std::numeric_limits<float>::infinity(), g.row_sum[lane] = 0.0f;
     }
@@ -59,6 +60,7 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
                               int count, ManyScratch& s) {
     const int head_dim = static_cast<int>(job.a.head_dim), value_dim = static_cast<int>(job.a.value_dim);
     const int form = form_of(job.a, job.h, block, page);
+    finish_keys(s.block, head_dim);
     const auto next_seen = [&](int n, GroupWork& w) {
         for (bool none; n < count; ++n) {
             w.all = sees_all(job.a, job.b, block, page, groups[n], w, none);

@@ -35,7 +35,7 @@ inline TailBlock tail_block(const AttendArgs& a, std::int64_t b, std::int64_t h,
 // Whether a row of the task sees the block's page, or its tail rows.
 inline bool task_sees(const AttendArgs& a, const Task& task, std::int64_t block, bool page) {
     if (page && !(is_page(a, task.b, block) && a.pages[task.b * a.page_stride + block])) return false;  // evicted
-    if (!page && !is_open(a, task.b, block)) return false;
+    if (!page && !in_tail(a, task.b, block)) return false;
     const std::int64_t first = a.first_position[task.b] + task.first_query;
     const std::int64_t last = a.first_position[task.b] + task.last_query - 1;
     for (std::int64_t position = first; position <= last; ++position)

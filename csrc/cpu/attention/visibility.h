@@ -19,7 +19,7 @@ struct VisibleKeys {  // the keys of a block that a row sees: low <= t < high
 
 inline bool is_page(const AttendArgs& a, std::int64_t b, std::int64_t block) { return block < a.page_counts[b]; }
 
-inline bool is_open(const AttendArgs& a, std::int64_t b, std::int64_t block) {
+inline bool in_tail(const AttendArgs& a, std::int64_t b, std::int64_t block) {
     return block >= a.page_counts[b] || (a.stored && a.tail.codes[0] && block * kBlock >= a.tail.start[b]);
 }
 
@@ -28,7 +28,7 @@ inline VisibleKeys visible_keys(const AttendArgs& a, std::int64_t b, std::int64_
                                 bool page) {
     const std::int64_t first = block * kBlock;
     const bool behind = position >= first + kBlock;
-    if (page != behind && is_page(a, b, block) && is_open(a, b, block)) return {0, 0};
+    if (page != behind && is_page(a, b, block) && in_tail(a, b, block)) return {0, 0};
     std::int64_t low = 0, high = std::min<std::int64_t>(kBlock, a.lengths[b] - first);
     if (a.causal) high = std::min(high, position + 1 - first);
     if (a.window) {

@@ -22,7 +22,8 @@ def assign_bits(scores: Sequence[Tensor], budget: float, strategy: Strategy = "e
 
     Args:
         scores: per layer. For "error" and "even" the cost of each width, float [2, Hkv, len(WIDTHS)]
-            (`LayerStatistics.costs`, or any other additive measure); for "priority" the paper's, float [2, Hkv].
+            (`LayerStatistics.costs`, or any other additive measure); for "priority" the paper's head priority, float
+            [2, Hkv].
         budget: upper bound of the average width, from 2 to 8, over K and V of all heads; steps, zeros and scales are
             not included.
         strategy: "error": starts at 2 bits everywhere, and adds bits where they reduce the cost most per bit, in any

@@ -56,7 +56,7 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
             f"path: expected a calibration, {str(file)!r} cannot be read: {error.strerror or error}"
         ) from error
     except ValueError as error:
-        raise FormatError(f"path: expected a calibration, got {file}, which is no JSON") from error
+        raise FormatError(f"path: expected a calibration, got {file}, which is not JSON") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise FormatError(f"path: expected a calibration, got another kind of file: {file}")
     if content.get("version") != VERSION:

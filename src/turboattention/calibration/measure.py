@@ -78,7 +78,8 @@ class LayerMeter:
 
         Args:
             q: [1, Hq, L, D]; k: [1, Hkv, L, D], v: [1, Hkv, L, Dv], attended causally.
-            gradient: [1, Hq, L, Dv] of the text's log-likelihood (summed over tokens) by the attention output.
+            gradient: [1, Hq, L, Dv] of the text's log-likelihood (summed over tokens) with respect to the attention
+                output.
             sinks: learned sink logits [Hq].
             scale, softcap, window_size: as in `turbo_attention`.
 

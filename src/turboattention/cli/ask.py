@@ -42,7 +42,7 @@ from .settings import Preset, Setting, load_calibration, make_setting
 from .stream import write_text
 
 if TYPE_CHECKING:
-    from ..integrations.transformers.generation import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def ask(
         cache_file.check_target(save_cache)
     check_model(model)
     language = load_model(model, device, dtype, threads, Bars(hidden=json))
-    from ..integrations.transformers import generation
+    from ..integrations.transformers import registry
 
-    with generation.enabled():
+    with registry.enabled():
         _compare(request, language) if compare else _answer(request, language)
 
 

@@ -17,7 +17,7 @@ from .progress import Bars
 from .settings import Setting
 
 if TYPE_CHECKING:
-    from ..integrations.transformers.generation import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

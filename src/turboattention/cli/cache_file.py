@@ -14,7 +14,7 @@ from . import targets
 
 if TYPE_CHECKING:
     from ..integrations.transformers.cache import TurboCache
-    from ..integrations.transformers.generation import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 def check_target(path: Path, option: str = "--save-cache") -> None:

@@ -98,7 +98,7 @@ def chat(
     language = load_model(model, device, dtype, threads, bars)
     import torch
 
-    from ..integrations.transformers import generation
+    from ..integrations.transformers import generation, registry
 
     session = Session(language, setting, system)
     if load is not None:
@@ -107,7 +107,7 @@ def chat(
     if slower is not None:
         note(slower, "warning")
     sampler = generation.Sampler(temperature, top_p, torch.Generator().manual_seed(seed))
-    with generation.enabled():
+    with registry.enabled():
         Chat(session, max_new_tokens, sampler, bars).run()
 
 
@@ -164,4 +164,4 @@ class Chat:
             self.session.clear()
             note("a new conversation")
         else:
-            raise InputError(f"{name}: expected a command of /help, got another")
+            raise InputError(f"{name}: expected one of the commands that /help lists, got another")

@@ -12,7 +12,8 @@ from .progress import Bars, Update
 from .settings import Setting
 
 if TYPE_CHECKING:
-    from ..integrations.transformers.generation import Generation, LanguageModel, Run
+    from ..integrations.transformers.generation import Generation, Run
+    from ..integrations.transformers.language_model import LanguageModel
 
 OWN = "own cache"
 

@@ -14,7 +14,8 @@ from .progress import Bars
 
 if TYPE_CHECKING:
     from ..integrations.transformers.chat import Message
-    from ..integrations.transformers.generation import LanguageModel, Run
+    from ..integrations.transformers.generation import Run
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 class Document:

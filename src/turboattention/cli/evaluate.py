@@ -24,7 +24,7 @@ PIECE = 16  # the same as in evaluation.subject, which imports torch
 if TYPE_CHECKING:
     from ..evaluation.baselines import CacheMethod
     from ..evaluation.suite import Options
-    from ..integrations.transformers.generation import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel
 
 HOW = "Amount"
 METHODS = "fp16,turbo-4,turbo-3,turbo-mixed,turbo-2"
@@ -180,13 +180,13 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)
     from ..evaluation.hf.subject import TransformersSubject
-    from ..integrations.transformers import generation
+    from ..integrations.transformers import registry
 
     facts, units = _facts(language, request.begin), []
     chosen = suite.make_tasks(request.tasks, request.options, language.context)
     subject = TransformersSubject(language, request.begin)
     try:
-        with generation.enabled():
+        with registry.enabled():
             for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
                 units.append(unit)
     finally:

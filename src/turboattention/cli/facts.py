@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..config import TurboConfig
     from ..dispatch import Explanation
-    from ..integrations.transformers.generation import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 def facts(language: LanguageModel, config: TurboConfig) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from .stream import write_text
 
 if TYPE_CHECKING:
     from ..config import TurboConfig
-    from ..integrations.transformers.generation import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,9 @@ def _check(request: Request) -> None:
 def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads: int | None) -> None:
     bars = Bars(hidden=request.json)
     language = load_model(name, device, dtype, threads, bars)
-    from ..integrations.transformers import generation
+    from ..integrations.transformers import registry
 
-    with generation.enabled():
+    with registry.enabled():
         if request.compare:
             _compare(request, language, bars)
         else:

@@ -10,7 +10,7 @@ from .device import Dtype, choose, use_threads
 from .progress import Bars
 
 if TYPE_CHECKING:
-    from ..integrations.transformers.generation import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 def check_model(name: str | None) -> None:
@@ -27,7 +27,7 @@ def load_model(name: str | None, device: str, dtype: Dtype, threads: int | None,
     """
     name = str(model_path()) if name is None else name
     with bars.task("Loading the model"):
-        from ..integrations.transformers import generation
+        from ..integrations.transformers import language_model
 
         use_threads(threads)
-        return generation.load(name, *choose(device, dtype))
+        return language_model.load(name, *choose(device, dtype))

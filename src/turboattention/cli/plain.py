@@ -16,7 +16,8 @@ from .stream import TokenText
 if TYPE_CHECKING:
     from ..config import TurboConfig
     from ..integrations.transformers.cache import TurboCache
-    from ..integrations.transformers.generation import LanguageModel, Sampler
+    from ..integrations.transformers.generation import Sampler
+    from ..integrations.transformers.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from .settings import Setting, bits_label
 
 if TYPE_CHECKING:
     from ..integrations.transformers.cache import TurboCache
-    from ..integrations.transformers.generation import LanguageModel, Sampler
+    from ..integrations.transformers.generation import Sampler
+    from ..integrations.transformers.language_model import LanguageModel
 
 _KIND = "conversation"
 
@@ -76,7 +77,7 @@ class Session:
         if context is not None and len(ids) >= context:
             raise InputError(
                 f"conversation: expected less than the model's context of {context:,} tokens, got {len(ids):,}; "
-                "/clear begins anew"
+                "/clear starts over"
             )
         room = limit if context is None else min(limit, context - len(ids))
         start = self._start(ids)

@@ -37,17 +37,17 @@ class KVCache:
         batch_size, num_kv_heads, head_dim: at least 0, at least 1, a multiple of 8 up to 512 (256 on GPUs, where the
             reference computes wider heads).
         config: `TurboConfig()` by default.
-        head_bits: widths per KV head, [Hkv] or [2, Hkv] (K, V). Without them they follow
-            `config.bits`, decided when the first block is compressed and frozen from then on.
+        head_bits: widths per KV head, [Hkv] or [2, Hkv] (K, V). By default they follow from `config.bits`; they are
+            decided when the first block is compressed, and do not change after that.
         max_tokens: tokens per sequence to reserve memory for; more may be appended.
         device, dtype: where the cache lives, and what `dequantize` returns; by default those of
             the first tokens appended.
-        window_size: for sliding-window layers. Blocks that no later query can see are released,
-            16 tokens late, so that a crop of so many stays possible.
+        window_size: for sliding-window layers. Blocks that no later query can see are released, but 16 tokens late, so
+            that the last 16 tokens can still be cropped.
         k_mean: float [Hkv, D], a calibrated mean of K for smoothing; by default it is taken from
             each sequence's first block.
-        v_head_dim: head_dim of values, where it is not that of keys: likewise a multiple of 8 up to 512. Not computed
-            by the GPU kernels; the reference takes such caches there.
+        v_head_dim: head_dim of values if it differs from that of keys, also a multiple of 8 up to 512. The GPU kernels
+            do not support this; on GPUs, the reference computes such caches.
 
     Raises:
         ConfigError, ShapeError, DtypeError for arguments out of range.
@@ -77,7 +77,7 @@ class KVCache:
         self.label: str | None = None
         """How messages name this cache, such as "layer 3"."""
         self.first_head = 0
-        """How messages number its first head, where it holds a part of a layer's."""
+        """The number that messages give to its first head, if it holds only some of a layer's heads."""
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         """`seq_lens` without the copy: replaced, never changed, when tokens are added."""
         self.handle = new_handle(self)
@@ -137,8 +137,8 @@ class KVCache:
     def nbytes(self) -> int:
         """Every byte of tensors: pages (used and reserved), buffer, means, scales, widths, lengths, handle.
 
-        Pages that clones share are counted by each of them. What kernels keep beside, the addresses of
-        pages (8 bytes each), is theirs and not counted.
+        Pages that clones share are counted by each of them. Not counted are the addresses of pages that backends keep
+        for their kernels, 8 bytes per page.
         """
         leave_graph()
         given = (self.given_bits, self.given_mean)
@@ -250,7 +250,7 @@ class KVCache:
         return dequantize(self)
 
     def look(self) -> None:
-        """Raise NonFiniteError where an earlier call had values that were not finite, and nobody was told yet."""
+        """Raise NonFiniteError if an earlier call had values that were not finite and has not been reported yet."""
         if self.deferred_error is not None:
             self.deferred_error.look(self.label)
 
@@ -285,7 +285,7 @@ class KVCache:
         A crop that cuts into a compressed block returns that block's INT8 values to the buffer.
 
         Raises:
-            InputError: negative, or where a sliding window has released what would be needed.
+            InputError: `length` is negative, or a sliding window has released blocks that would be needed.
         """
         leave_graph()
         crop(self, length)

@@ -59,7 +59,7 @@ def _check_blocks_kept(table: PageTable, lengths: Tensor, target: Tensor, kept: 
     wanted = (columns >= needed[:, None]) & (columns < last[:, None])
     if bool((wanted & ~present).any()):
         raise InputError(
-            f"length: expected a crop of at most {CROPPED} tokens behind a window of {window} (older blocks were "
+            f"length: expected a crop of at most {CROPPED} tokens with a window of {window} (older blocks were "
             f"released), got {target.tolist()} of {lengths.tolist()}"
         )
 

@@ -38,7 +38,7 @@ def cache_of(handle: Tensor) -> KVCache:
     """The cache that a handle, or a copy of it, refers to. Raises InputError if that cache no longer exists."""
     cache = _caches.get(int(handle))
     if cache is None:
-        raise InputError(f"handle: expected that of a living KVCache, got {handle.tolist()}")
+        raise InputError(f"handle: expected the handle of a live KVCache, got {handle.tolist()}")
     return cache
 
 

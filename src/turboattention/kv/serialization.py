@@ -204,7 +204,7 @@ def _config_of_version_2(config: TurboConfig) -> TurboConfig:
     if config.reorders_k and config.bits != "mixed" and config.kv_bits[0] < 4:
         raise FormatError(
             "path: expected a saved cache of version 3 where keys are reordered (reorder_k), got one of version 2, "
-            "whose INT8 rows are not rotated: make the cache anew from its tokens"
+            "whose INT8 rows are not rotated: recreate the cache from its tokens"
         )
     return config.replace(reorder_k=False)
 

@@ -17,7 +17,7 @@ from turboattention.evaluation.baselines.kivi import KiviKeys, KiviValues
 from turboattention.evaluation.baselines.stream import Restored
 from turboattention.evaluation.hf.baseline_cache import BaselineCache
 from turboattention.evaluation.hf.subject import TransformersSubject
-from turboattention.integrations.transformers.generation import load
+from turboattention.integrations.transformers.language_model import load
 
 NEW = 10
 

@@ -12,7 +12,7 @@ import torch
 from tests.cli.conftest import save_model
 from turboattention.errors import InputError
 from turboattention.evaluation.baselines import METHODS
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import language_model, registry
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,8 +27,8 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
-    with generation.enabled():
-        yield generation.load(str(save_model(tmp_path_factory.mktemp("models") / "tiny")), "cpu", "float32")
+    with registry.enabled():
+        yield language_model.load(str(save_model(tmp_path_factory.mktemp("models") / "tiny")), "cpu", "float32")
 
 
 @pytest.fixture(scope="module")

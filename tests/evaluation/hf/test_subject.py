@@ -15,15 +15,16 @@ from tests.cli.conftest import TEXT, save_model
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.subject import attending
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import language_model, registry
+from turboattention.integrations.transformers.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     folder: Path = save_model(tmp_path_factory.mktemp("models") / "tiny", eos=None)
-    with generation.enabled():
-        yield TransformersSubject(generation.load(str(folder), "cpu", "float32"))
+    with registry.enabled():
+        yield TransformersSubject(language_model.load(str(folder), "cpu", "float32"))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,10 @@ def test_rows_of_a_batch_are_what_they_are_alone(tiny, name: str) -> None:
     """Over caches of several kinds and lengths, in layers with and without a window."""
     model = tiny(name)
     model.set_attn_implementation("sdpa")
-    subject = TransformersSubject(generation.LanguageModel("tiny", model, None, "sdpa"))
+    subject = TransformersSubject(LanguageModel("tiny", model, None, "sdpa"))
     ids = torch.randint(5, model.config.vocab_size, (160,), generator=torch.Generator().manual_seed(0)).tolist()
     methods = [METHODS[name] for name in ("fp16", "turbo-4", "kivi-2", "turbo-3-lag", "int4")]
-    with generation.enabled(), warnings.catch_warnings():
+    with registry.enabled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the guard, about random weights
         alone, together = ([subject.open(method) for method in methods] for _ in range(2))
         for at, (one, other) in enumerate(zip(alone, together, strict=True)):
@@ -132,11 +133,11 @@ def test_texts_have_no_special_tokens_of_their_own(subject: TransformersSubject)
 @pytest.mark.parametrize(("put", "begin"), [([7], [7]), ([], []), ([8], [])])
 def test_begins_with_bos_only_where_the_tokenizer_puts_it(put: list[int], begin: list[int]) -> None:
     tokenizer = type("Tokenizer", (), {"bos_token_id": 7, "__call__": lambda self, text, **_: {"input_ids": put}})()
-    assert TransformersSubject(generation.LanguageModel("tiny", None, tokenizer, "sdpa")).begin == begin
+    assert TransformersSubject(LanguageModel("tiny", None, tokenizer, "sdpa")).begin == begin
 
 
 def test_fingerprint_tells_weights_apart(subject: TransformersSubject, tmp_path: Path) -> None:
-    other = generation.load(str(save_model(tmp_path / "other", seed=1, eos=None)), "cpu", "float32")
+    other = language_model.load(str(save_model(tmp_path / "other", seed=1, eos=None)), "cpu", "float32")
     assert other.fingerprint() != subject.language.fingerprint() == subject.language.fingerprint()
 
 

@@ -182,7 +182,7 @@ def test_a_crop_too_far_behind_a_window(tiny, tokens, forward):
     model = tiny("mistral")
     cache = TurboCache(model.config, CONFIG, exact_layers=[0])
     forward(model, "turbo", tokens(1, LENGTH), [60, 30], cache)
-    with pytest.raises(InputError, match="expected a crop of at most 16 tokens behind a window of 24"):
+    with pytest.raises(InputError, match="expected a crop of at most 16 tokens with a window of 24"):
         cache.crop(-40)
 
 

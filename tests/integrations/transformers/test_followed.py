@@ -87,8 +87,18 @@ def test_prompts_in_pieces(exact_core, masked, tiny, tokens):
     assert torch.equal(pieces.known_ids, whole.known_ids)
     with pytest.raises(InputError, match="differs from token 0 on"):
         say_by(tokens(2, 99, seed=1), pieces, 16)
-    with pytest.raises(InputError, match=r"goes on behind the 79 tokens .* got 70"):
+    with pytest.raises(InputError, match=r"continues the 79 tokens .* got 70"):
         say_by(longer[:, :70], pieces, 16)
+
+
+def test_embeddings_say_nothing_and_forget_nothing(tiny, tokens):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(1, 20), cache)
+    embeddings = model.get_input_embeddings()(torch.cat([said, tokens(1, 7, seed=2)], 1)).detach()
+    model.generate(inputs_embeds=embeddings, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        say(model, tokens(1, 99, seed=1), cache)
 
 
 def test_a_loaded_cache_is_followed(tiny, tokens, tmp_path):
@@ -141,7 +151,7 @@ def test_a_prompt_that_is_there_already_is_said_to_be_too_short(padding, shorter
     ids, mask = ids[:, : 20 - shorter], mask[:, : 20 - shorter]
     with pytest.raises(
         InputError,
-        match=rf"^input_ids: expected a prompt that goes on behind the 24 tokens .* got {20 - shorter}; "
+        match=rf"^input_ids: expected a prompt that continues the 24 tokens .* got {20 - shorter}; "
         rf"crop\({-5 - shorter}\) leaves one",
     ):
         model.generate(ids, attention_mask=mask, **options)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation
+from turboattention.integrations.transformers import language_model
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -99,7 +99,7 @@ def file(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_the_same_model_as_from_a_folder(
     file: Path, llama: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    language = generation.load(str(file), "cpu", "float32")
+    language = language_model.load(str(file), "cpu", "float32")
     assert capfd.readouterr() == ("", "")
     ids = trained().encode(TEXT).ids
     assert language.encode(TEXT) == ids
@@ -112,22 +112,22 @@ def test_the_same_model_as_from_a_folder(
 
 
 def test_a_dtype_of_its_own(file: Path) -> None:
-    assert generation.load(str(file), "cpu", "bfloat16").model.dtype == torch.bfloat16
-    assert generation.load(str(file)).model.dtype == torch.float32
+    assert language_model.load(str(file), "cpu", "bfloat16").model.dtype == torch.bfloat16
+    assert language_model.load(str(file)).model.dtype == torch.float32
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^model: expected a GGUF file, got .*none.gguf: no such file$"):
-        generation.load(str(tmp_path / "none.gguf"))
+        language_model.load(str(tmp_path / "none.gguf"))
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(InputError, match=r": a folder$"):
-        generation.load(str(tmp_path / "folder.gguf"))
+        language_model.load(str(tmp_path / "folder.gguf"))
     (tmp_path / "other.gguf").write_bytes(b"not one")
-    with pytest.raises(InputError, match=r"which begins otherwise$"):
-        generation.load(str(tmp_path / "other.gguf"))
+    with pytest.raises(InputError, match=r"which does not begin with GGUF$"):
+        language_model.load(str(tmp_path / "other.gguf"))
 
 
 def test_a_damaged_file(tmp_path: Path, file: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:500])
     with pytest.raises(InputError, match=r"^model: .*cut.gguf cannot be loaded: "):
-        generation.load(str(tmp_path / "cut.gguf"))
+        language_model.load(str(tmp_path / "cut.gguf"))

@@ -305,7 +305,7 @@ class TestNoNewTokens:
         assert torch.equal(result, forward(model, "turbo", tokens(1, 40), [30, 7, 3], again)[:, 37:])
 
     def test_positions_inside_the_cache(self, model, cache, tokens):
-        message = r"^input_ids: expected new tokens behind the 37 that .*, got some that end at position 36; "
+        message = r"^input_ids: expected new tokens after the 37 that .*, got some that end at position 36; "
         with pytest.raises(InputError, match=message), torch.no_grad():
             model(tokens(1, 3), position_ids=torch.tensor([[34, 35, 36]]), past_key_values=cache)
         with torch.no_grad():

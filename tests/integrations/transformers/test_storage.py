@@ -112,9 +112,7 @@ class TestPrompts:
     @pytest.mark.parametrize("length, crop", [(40, -1), (39, -2), (1, -40)])
     def test_a_prompt_must_go_on(self, length, crop, tokens, saved):
         cache, ids = TurboCache.load(saved), tokens(1, 40)[:, :length]
-        with pytest.raises(
-            InputError, match=rf"goes on behind the 40 tokens of the cache, got {length}; crop\({crop}\)"
-        ):
+        with pytest.raises(InputError, match=rf"continues the 40 tokens of the cache, got {length}; crop\({crop}\)"):
             cache.check_prompt(ids)
         cache.crop(crop)
         assert cache.check_prompt(ids) == length - 1
@@ -172,7 +170,7 @@ class TestPrompts:
     @pytest.mark.parametrize("length", [0, 39, 41])
     def test_of_another_length(self, length, saved, tokens, tmp_path):
         message = rf"expected the 40 tokens that the cache holds, got {length}; "
-        message += r"crop\(-" if length < 40 else "give the ids of what it took: after generate, output"
+        message += r"crop\(-" if length < 40 else "pass the ids of what it took: after generate, output"
         with pytest.raises(InputError, match=message):
             TurboCache.load(saved).save(tmp_path / "other", input_ids=tokens(1, length))
         assert not (tmp_path / "other").exists()

@@ -381,7 +381,7 @@ def test_a_graph_refuses_what_it_cannot_hold():
         graph.step(q, k, v)
     assert cache.seq_lens.tolist() == [127, 191]
     cache.crop(100)
-    with pytest.raises(InputError, match=r"^cache: expected it as the graph left it"):
+    with pytest.raises(InputError, match=r"^cache: expected no change since the graph's last step"):
         graph.step(q, k, v)
     for lengths, options in (([126, 190], {}), ([10, 190], {"max_tokens": 256})):
         cache, *_ = filled(lengths, config=NO_SINKS, **options)
@@ -417,7 +417,7 @@ def test_of_two_graphs_the_latest_steps():
     assert first._steps.tables.on_device.addresses is table  # whatever it captured lives as long as it does
     assert second._steps.tables.on_device.addresses is not table
     q, k, v = tokens_of(2, 1, 0)
-    with pytest.raises(InputError, match=r"^cache: expected it as the graph left it"):
+    with pytest.raises(InputError, match=r"^cache: expected no change since the graph's last step"):
         first.step(q, k, v)
     first.close()
     for turn in range(3):

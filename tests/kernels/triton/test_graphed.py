@@ -327,7 +327,7 @@ def test_attention_that_a_graph_does_not_hold_is_refused_before_anything_changes
     with torch.no_grad(), GraphedDecoding(model, cache, capture=False):
         model(ids[:, -1:], past_key_values=cache)
         before = [content(layer.kv) for layer in cache.layers]
-        with pytest.raises(UnsupportedError, match=r"^model: layer \d has a mask of its own kind"):
+        with pytest.raises(UnsupportedError, match=r"^model: layer \d has a mask of another kind"):
             model(ids[:, -1:], past_key_values=cache)
     cache.check_level()
     assert [content(layer.kv) for layer in cache.layers] == before

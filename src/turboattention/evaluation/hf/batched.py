@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...errors import UnsupportedError
-from ...integrations.transformers.generation import LanguageModel
+from ...integrations.transformers.language_model import LanguageModel
 from ...integrations.transformers.registry import NAME as TURBO
 from ..subject import attending
 

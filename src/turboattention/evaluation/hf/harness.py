@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...integrations.transformers.generation import LanguageModel
+from ...integrations.transformers.language_model import LanguageModel
 from ..baselines import CacheMethod
 from ..intervals import share
 from ..subject import PIECE, Progress

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ... import bundled
-from ...integrations.transformers.generation import PREFILL_CHUNK, LanguageModel
+from ...integrations.transformers.generation import PREFILL_CHUNK
+from ...integrations.transformers.language_model import LanguageModel
 from ...integrations.transformers.recording import recorded_attention
 from ..baselines import CacheMethod
 from ..baselines.kinds import FittedMethod

@@ -140,7 +140,7 @@ class DecodeGraph:
         """Raise as `step` does if no step is possible; changes nothing."""
         self._cache.look()
         if not self.current:
-            raise InputError("cache: expected it as the graph left it, got one changed by another call")
+            raise InputError("cache: expected no change since the graph's last step, got it changed by another call")
         if self.full:
             raise InputError(f"cache: expected room in its max_tokens={self._cache.max_tokens}, got it full")
 

@@ -44,20 +44,21 @@ class TurboCache(Cache):
     In hybrid models, layers without attention are transformers' own (`LinearAttentionLayer` and others), as in a
     `DynamicCache`. Their states cannot go back to an earlier token if they are recurrent: `crop` then refuses.
 
-    Under transformers' tensor parallelism each process makes one with the same arguments, and it holds the heads that
-    are computed there: `head_bits`, `k_mean` and a `calibration` are of all heads, and cut; sizes are this process's.
+    Under transformers' tensor parallelism, each process creates one with the same arguments, which stores the heads
+    that the process computes: `head_bits`, `k_mean` and a `calibration` cover all heads of the model, and each process
+    takes its part of them. Sizes such as `nbytes` are those of the process.
 
     Args:
         model_config: ``model.config``.
         config: `TurboConfig()` by default; with a `calibration`, ``bits="mixed"``.
-        calibration: a `Calibration` of this model. Under ``bits="mixed"`` its widths take the place of the paper's; its
-            means of K, if it has any to give, serve under every width.
+        calibration: a `Calibration` of this model. With ``bits="mixed"``, its widths replace the paper's method; its
+            means of K, if it was made with means, are used at all widths.
         head_bits: widths per layer, each as `KVCache` takes them ([Hkv] or [2, Hkv]).
         k_mean: calibrated means of K per layer, each float [Hkv, D].
         max_tokens: tokens per sequence to reserve memory for; more may follow.
-        exact_layers: indices of layers that are kept in the model's own dtype and attended as the model does on its
-            own, because INT8 cannot carry them; besides those of a `calibration`. With ``guard="adapt"`` the guard adds
-            such layers at a cache's first compressed block.
+        exact_layers: indices of layers that INT8 cannot represent: their keys and values stay in the model's own dtype
+            and its own attention reads them. They are added to those of a `calibration`.
+            With ``guard="adapt"`` the guard adds such layers at a cache's first compressed block.
         backend: as in `turbo_attention_with_kvcache`.
         check_prompts: whether `generate` refuses a prompt that does not begin with the tokens the cache holds, as far
             as it knows them from earlier calls of `generate` or its file.
@@ -202,8 +203,9 @@ class TurboCache(Cache):
         """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep.
 
         Raises:
-            InputError: a sliding window has released what would be needed, or a forward that failed halfway left states
-                ahead. UnsupportedError: a recurrent state would have to go back. Nothing has changed then.
+            InputError: a sliding window has released blocks that would be needed, or a forward pass that failed partway
+                left states ahead of the cache. UnsupportedError: a recurrent state would have to return to an earlier
+                token. The cache is unchanged then.
         """
         removed, lengths = int(tokens_to_remove), [layer.get_seq_length() for layer in self.attention_layers]
         kept = [max(removed if removed > 0 else length + removed, 0) for length in lengths]
@@ -251,7 +253,7 @@ class TurboCache(Cache):
         return False
 
     def check_level(self) -> None:
-        """Whether all layers have the same length, i.e. no forward call was interrupted."""
+        """Raises unless all layers have the same length, i.e. if an earlier forward call was interrupted."""
         layers = self.attention_layers
         lengths = {layer.get_seq_length() for layer in layers if layer.is_initialized or not layer.may_stay_empty}
         for layer in layers:
@@ -328,8 +330,9 @@ class TurboCache(Cache):
         `path` with the suffix ``.rank0of2`` and so on.
 
         Args:
-            input_ids: the tokens it holds, integers [B, L] with L its length, padding included; kept as
-                `prompt_ids`. By default those that `generate` gave it, if it had them all (`known_ids`). After
+            input_ids: ids of the tokens in the cache, integers [B, L] with L the length of the cache, padding included;
+                stored as `prompt_ids`. By default `known_ids`, the ids that the cache received from `generate` or its
+                file, if they are complete. After
                 ``output = model.generate(...)`` these are ``output[:, : cache.get_seq_length()]``: the last token was
                 never stored.
 
@@ -349,8 +352,9 @@ class TurboCache(Cache):
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ) -> TurboCache:
-        """Read what `save` wrote, for a prompt that begins with the same tokens. Under tensor parallelism this is what
-        the same process of as many saved to the same `path`, and wants `model_config`.
+        """Read what `save` wrote, for a prompt that begins with the same tokens. Under tensor parallelism, each process
+        reads the part that the process of its rank, out of equally many, saved to the same `path`; this needs
+        `model_config`.
 
         Args:
             model_config: ``model.config``, to check now that the file is this model's; the first
@@ -393,13 +397,14 @@ class TurboCache(Cache):
         return self.ids.all_of(self.get_seq_length())
 
     def check_prompt(self, input_ids: Tensor) -> int:
-        """How many tokens of the prompt `input_ids` [B, L] this cache already holds: all its own, fewer than L.
+        """Check that the prompt `input_ids` [B, L] begins with all tokens of the cache and is longer, and return their
+        number.
 
         `generate` continues from there and takes the whole prompt; the model itself takes the rest of it.
 
         Raises:
-            InputError: the prompt does not begin with the cache's tokens, or ends with them; or the ids
-                of some are not known.
+            InputError: the prompt does not begin with the cache's tokens or has no further token, or the ids of some
+                cached tokens are not known.
         """
         if self.prompt_ids is None:
             raise InputError("prompt_ids: expected a cache saved with input_ids, got one saved without")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import InputError
-from .generation import LanguageModel
+from .language_model import LanguageModel
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``"""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...errors import InputError, UnsupportedError
-from ...guard import QUERIES
+from ...guard_sample import QUERIES
 from ...kv.attachments import ExactPast
 from ...kv.window import CROPPED
 from .call import LayerCall
@@ -26,7 +26,7 @@ from .ragged import pack_index, take
 @dataclass(frozen=True)
 class ExactKV:
     """keys: [B, Hkv, n, D], values: [B, Hkv, n, Dv], every position from `first` on, padding (zeros) included.
-    queries: [B, Hq, m, D], those of the last positions, at most `guard.QUERIES`, while the guard may still ask.
+    queries: [B, Hq, m, D], those of the last positions, at most `guard_sample.QUERIES`, while the guard may still ask.
     """
 
     keys: Tensor
@@ -80,7 +80,7 @@ class ExactKV:
         """Raises `InputError` where later queries would see positions that are gone."""
         if window is not None and max(length - window + 1, 0) < self.first:
             raise InputError(
-                f"length: expected a crop of at most {CROPPED} tokens behind a window of {window} (older ones were "
+                f"length: expected a crop of at most {CROPPED} tokens with a window of {window} (older ones were "
                 f"released), got {length} of {self.end}"
             )
 

@@ -44,11 +44,10 @@ def unfollow() -> None:
 
 def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, TurboCache) and kwargs.get("use_cache") is False:
+        if isinstance(kwargs.get("past_key_values"), TurboCache) and kwargs.get("use_cache") is False:
             raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
-        if isinstance(cache, TurboCache) and not _in_pieces.get():
-            cache.follow(_whole(input_ids, kwargs), begins=bool(kwargs.get("is_first_iteration")))
+        if not _in_pieces.get():
+            _follow(input_ids, kwargs, begins=bool(kwargs.get("is_first_iteration")))
         return original(self, input_ids, *args, **kwargs)
 
     return prepare
@@ -56,24 +55,29 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _prefill(original: Callable[..., Any]) -> Callable[..., Any]:
     def prefill(
-        self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self: Any,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
         pieces = generation_config.prefill_chunk_size is not None
-        if isinstance(cache, TurboCache) and pieces:
-            cache.follow(_whole(input_ids, model_kwargs), begins=True)
+        if pieces:
+            _follow(input_ids, model_kwargs, begins=is_first_iteration)
         before = _in_pieces.set(pieces)
         try:
-            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return original(self, input_ids, generation_config, model_kwargs, is_first_iteration, **kwargs)
         finally:
             _in_pieces.reset(before)
 
     return prefill
 
 
-def _whole(input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The ids [B, L] of all tokens, or None if only those of new ones are known: the mask then has more positions."""
-    mask = kwargs.get("attention_mask")
-    if kwargs.get("inputs_embeds") is not None or (isinstance(mask, Tensor) and mask.shape[-1] != input_ids.shape[1]):
-        return None
-    return input_ids
+def _follow(input_ids: Tensor, kwargs: dict[str, Any], begins: bool) -> None:
+    """Tell a `TurboCache` the ids [B, L] of all tokens, or None if those are only the new ones: the mask then has more
+    positions."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if isinstance(cache, TurboCache) and kwargs.get("inputs_embeds") is None:
+        whole = not isinstance(mask, Tensor) or mask.shape[-1] == input_ids.shape[1]
+        cache.follow(input_ids if whole else None, begins)

@@ -36,7 +36,7 @@ def check_file(name: str) -> Path:
     except OSError as error:
         raise InputError(f"model: {name} cannot be read: {error.strerror or error}") from error
     if begin != _MAGIC:
-        raise InputError(f"model: expected a GGUF file, got {name}, which begins otherwise")
+        raise InputError(f"model: expected a GGUF file, got {name}, which does not begin with GGUF")
     # If one of these is missing, transformers raises errors of several kinds.
     import accelerate  # noqa: F401
     import gguf  # noqa: F401

@@ -1,7 +1,7 @@
 """`GraphedDecoding`: decode steps of a whole model as one CUDA graph, under whatever loop calls the model.
 
-While it is entered, the model's `forward` is replaced. Steps of one token over its cache are replayed, everything
-else (prompts, first blocks, steps that say more than tokens, positions and padding) runs as before, so that
+While it is entered, the model's `forward` is replaced. Steps of one token over its cache are replayed, all other calls
+(prompts, the first blocks, steps with arguments other than tokens, positions and a padding mask) run as before, so that
 `generate`'s sampling, logits processors, stopping criteria and streamers are transformers' own.
 """
 
@@ -43,10 +43,10 @@ class GraphedDecoding:
         with GraphedDecoding(model, cache):
             model.generate(**inputs, past_key_values=cache)
 
-    A graph is made once the cache's first blocks are compressed (a few steps run as usual until then, and behind
-    anything else that changes the cache, such as a next prompt or a crop), and holds until the cache is full. Greedy
-    search and sampling are replayed; beam search and assisted decoding change the cache between steps, and run as
-    usual. Memory for `max_tokens` of every sequence is taken while the graph is there.
+    A graph is captured after the cache's first blocks have been compressed, and is valid until the cache is full. Until
+    it is captured, and after any other change of the cache, such as another prompt or a crop, a few steps run without
+    it. Greedy search and sampling are replayed; beam search and assisted decoding change the cache between steps, and
+    run as usual. Memory for `max_tokens` of every sequence is taken while the graph is there.
 
     Where the guard keeps a layer in the model's own dtype, all steps run as usual; a cache that has such layers from
     the start is refused.
@@ -55,8 +55,9 @@ class GraphedDecoding:
 
     Args:
         model: loaded with ``attn_implementation="turbo"``, on one CUDA device.
-        cache: with `max_tokens`: its graphs hold so many tokens of every sequence.
-        capture: without, the same work runs step by step, also on the CPU (backend "triton" in Triton's interpreter).
+        cache: created with `max_tokens`, the number of tokens of every sequence up to which graphs can be replayed.
+        capture: if False, the same work runs step by step without a graph, also on a
+            CPU (backend "triton" in Triton's interpreter).
 
     Raises:
         InputError: a model or cache that is not as above. UnsupportedError: models with layers that share keys, on
@@ -175,12 +176,14 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     if not isinstance(cache, TurboCache):
         raise InputError(f"cache: expected a TurboCache, got {type(cache).__name__}")
     if any(layer.max_tokens is None for layer in cache.attention_layers):
-        raise InputError("cache: expected a TurboCache with max_tokens, got one without: a graph has fixed room")
+        raise InputError(
+            "cache: expected a TurboCache with max_tokens, got one without: a graph needs a fixed capacity"
+        )
     if model.config._attn_implementation != NAME:
         raise InputError(f'model: expected attn_implementation="{NAME}", got {model.config._attn_implementation!r}')
     devices = {x.device for x in model.parameters()}
     if len(devices) != 1:
-        raise UnsupportedError(f"model: expected all of it on one device, got {sorted(map(str, devices))}")
+        raise UnsupportedError(f"model: expected all parameters on one device, got {sorted(map(str, devices))}")
     if capture and model.device.type != "cuda":
         raise InputError(f"model: expected it on a CUDA device, got {model.device} (capture=False runs without graphs)")
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -192,7 +195,7 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     if cache.exact_layers:
         raise UnsupportedError(
             f"cache: expected quantized layers, got layers {list(cache.exact_layers)} in the model's own dtype "
-            "(exact_layers), which a graph does not hold"
+            "(exact_layers), which a graph does not support"
         )
     if any(layer.parallel.size > 1 for layer in cache.layers):
         raise UnsupportedError("model: tensor parallelism is not supported in a graph")
@@ -200,4 +203,4 @@ def _check(model: Any, cache: Any, capture: bool) -> None:
     call = dispatch.CallTraits(layer.config, model.dtype, model.device)
     chosen = dispatch.choose(layer.backend, call)
     if chosen.name != "triton":
-        raise UnsupportedError(f'backend: expected "triton", whose steps a graph holds, got "{chosen.name}"')
+        raise UnsupportedError(f'backend: expected "triton", whose steps can be captured, got "{chosen.name}"')

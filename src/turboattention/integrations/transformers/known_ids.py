@@ -35,7 +35,7 @@ class KnownIds:
         given, known = input_ids.shape[1], self.saved if self.fed is None else self.fed
         if 0 < given <= length:
             raise InputError(
-                f"input_ids: expected a prompt that goes on behind the {length} tokens that the TurboCache already "
+                f"input_ids: expected a prompt that continues the {length} tokens that the TurboCache already "
                 f"holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() empties it"
             )
         if not self.checked or known is None or len(known) != len(input_ids):
@@ -81,7 +81,7 @@ def checked_ids(input_ids: Any, batch: int, length: int) -> Tensor:
     if given != length:
         crop = f"crop({given - length}) the cache, or " if given < length else ""
         raise InputError(
-            f"input_ids: expected the {length} tokens that the cache holds, got {given}; {crop}give the ids of what it "
+            f"input_ids: expected the {length} tokens that the cache holds, got {given}; {crop}pass the ids of what it "
             "took: after generate, output[:, : cache.get_seq_length()]"
         )
     return ids
@@ -96,14 +96,14 @@ def check_goes_on(input_ids: Any, known: Tensor, length: int) -> None:
     if known.shape[1] != length:
         raise InputError(
             f"prompt_ids: expected a cache that knows the ids of all its {length} tokens, got one that knows the first "
-            f"{known.shape[1]}: crop({known.shape[1] - length}) removes what it has taken since it was loaded"
+            f"{known.shape[1]}: crop({known.shape[1] - length}) removes the tokens added since it was loaded"
         )
     ids = _integers(input_ids, len(known))
     if not torch.equal(ids[:, :length], known[:, : ids.shape[1]]):
         raise InputError(f"input_ids: expected a prompt that begins with the {length} tokens of the cache, got another")
     if ids.shape[1] <= length:
         raise InputError(
-            f"input_ids: expected a prompt that goes on behind the {length} tokens of the cache, got {ids.shape[1]}; "
+            f"input_ids: expected a prompt that continues the {length} tokens of the cache, got {ids.shape[1]}; "
             f"crop({ids.shape[1] - 1 - length}) leaves one of them to process"
         )
 

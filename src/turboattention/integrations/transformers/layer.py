@@ -128,7 +128,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """
         raise UnsupportedError(
             f"past_key_values: the architecture {self._kind} is not supported: it reads keys or values of a cache's "
-            f"layer {self.index}, which a TurboCache does not give back"
+            f"layer {self.index}, which a TurboCache does not return"
         )
 
     @keys.setter
@@ -376,8 +376,9 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             return
         if isinstance(positions, Tensor) and positions.dim() == 2 and int(positions[:, -1].min()) < self._stored:
             raise InputError(
-                f"input_ids: expected new tokens behind the {self._stored} that the TurboCache already holds, got some "
-                f"that end at position {int(positions[:, -1].min())}; its prompts begin with its tokens and are longer"
+                f"input_ids: expected new tokens after the {self._stored} that the TurboCache already holds, got some "
+                f"that end at position {int(positions[:, -1].min())}; a prompt has to begin with the cache's tokens "
+                "and be longer"
             )
 
     def _check_length(self, length: int) -> None:

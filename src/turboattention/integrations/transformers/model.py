@@ -15,7 +15,7 @@ from .layer import BESIDE_AN_ENCODER
 from .states import EmptyLayer
 
 _DEPEND_ON_ALL = {
-    "doge": "its masks follow from the values of all past tokens, which a TurboCache does not give back",
+    "doge": "its masks depend on the values of all past tokens, which a TurboCache does not return",
     "diffllama": "it changes values after the cache",
     "minimax": "it needs a cache class of its own",
     "recurrent_gemma": "it keeps states in its modules, beside the cache",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -54,3 +56,13 @@ def disable() -> None:
             registry.register(NAME, before)
     unfollow()
     _replaced.clear()
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """``attn_implementation="turbo"`` is registered inside."""
+    enable()
+    try:
+        yield
+    finally:
+        disable()

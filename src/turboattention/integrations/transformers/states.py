@@ -130,8 +130,8 @@ def check_crop(index: int, layer: LinearAttentionLayer, removed: int, kept: int)
         return
     if recurrent(layer):
         raise UnsupportedError(
-            f"crop: layer {index} has a recurrent state, which does not go back to earlier tokens; keep a clone() of "
-            "the cache from there, or reset() it"
+            f"crop: layer {index} has a recurrent state, which cannot go back to earlier tokens; keep a clone() of "
+            "the cache from before them, or reset() it"
         )
     for number, x in layer.conv_states.items():
         if x is None:
@@ -139,8 +139,8 @@ def check_crop(index: int, layer: LinearAttentionLayer, removed: int, kept: int)
         kernel = _kernel(layer, number)
         if not layer.record_past or x.shape[-1] < removed + min(kernel, kept):
             raise UnsupportedError(
-                f"crop: layer {index} keeps the last {kernel} inputs of a convolution, and more only from "
-                "activate_past_recording() to the next crop"
+                f"crop: layer {index} keeps the last {kernel} inputs of a convolution; it keeps more from "
+                "activate_past_recording() until the next crop"
             )
 
 

@@ -42,11 +42,11 @@ class StaticLayer(TurboLayer):
         pending, self._pending = self._pending, None
         if pending is None or query.shape[2] != 1:
             raise UnsupportedError(
-                f"model: layer {self.index} attends to keys of another layer, which a graph does not"
+                f"model: layer {self.index} attends to keys of another layer, which a graph does not support"
             )
         if plan is not None and not plan.is_causal:
             raise UnsupportedError(
-                f"model: layer {self.index} has a mask of its own kind, and a graph holds causal and sliding-window "
+                f"model: layer {self.index} has a mask of another kind; graphs support causal and sliding-window "
                 "attention"
             )
         fixed = query.shape[1], call.scale, call.window if is_causal else None, call.softcap
@@ -83,7 +83,7 @@ class StaticCache(TurboCache):
         """
         raise UnsupportedError(
             "model: expected one that knows a token's position by its position_ids, got one that asks for the cache's "
-            "length, which a graph cannot follow"
+            "length, which a graph cannot update"
         )
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

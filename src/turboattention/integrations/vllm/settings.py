@@ -91,7 +91,7 @@ def parse_variable(text: str | None) -> Settings | None:
         return Settings(calibration=value)
     raise ConfigError(
         f"{VARIABLE}: expected 1, a width of {', '.join(map(str, WIDTHS))}, or a calibration's folder, "
-        f"got {value!r}, which is none and no folder either"
+        f"got {value!r}, which is none of them"
     )
 
 

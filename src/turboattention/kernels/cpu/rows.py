@@ -15,7 +15,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def check_size(structure: type[ctypes.Structure], size: int) -> None:
     """Raises ImportError if a structure has not the `size` in bytes that the extension says."""
     if ctypes.sizeof(structure) != size:
-        raise ImportError("turboattention._cpu: expected the build of this version, got another: build it anew")
+        raise ImportError("turboattention._cpu: expected the build of this version, got another: rebuild it")
 
 
 class FloatRows(ctypes.Structure):
