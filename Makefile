@@ -42,8 +42,7 @@ SITE = $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
 # $(call install,EXTRA): the package in place, with all it can use and EXTRA, around the torch that is there. It leaves
-# the extension to `make build`, which builds again only what changed. The package is found by its path alone: the
-# import hook that comes with the path would hide a copy of the package that PYTHONPATH names.
+# the extension to `make build`, which builds again only what changed.
 define install
 @$(BIN)/python -c 'import torch' 2>/dev/null || \
   { echo "Installing torch $(TORCH)"; $(PIP_INSTALL) --quiet torch==$(TORCH); }
@@ -51,9 +50,15 @@ define install
 @echo "Installing turboattention[all,$(1)] around $$(cat $(PIN))"
 @$(PIP_INSTALL) --quiet --constraint $(PIN) --editable '.[all,$(1)]' \
 	  --config-settings=editable.mode=inplace --config-settings=wheel.cmake=false
-@cd "$$($(SITE))" && sed -i.hooked '/^import /d' _editable_*turboattention.pth && rm _editable_*.hooked
+$(call without_hook,"$$($(SITE))")
 @$(TORCH_HERE) | diff $(PIN) -
 @touch $@
+endef
+
+# $(call without_hook,SITE-PACKAGES): the package is found by its path alone. The import hook that comes with the path
+# would hide a copy of the package that PYTHONPATH names.
+define without_hook
+@cd $(1) && sed -i.hooked '/^import /d' _editable_*turboattention.pth && rm _editable_*.hooked
 endef
 
 # $(call extension,BUILD-FOLDER,PACKAGE-FOLDER,OPTIONS): the extension, from BUILD-FOLDER into PACKAGE-FOLDER. What the
@@ -157,7 +162,8 @@ vllm-test: $(VLLM)/ready ## test the vLLM plugin, in that environment
 
 vllm-models: $(VLLM)/ready ## serve real models with the plugin and beside vLLM's own attention: make vllm-models MODELS='smollm2=FOLDER qwen=FOLDER gemma3=FOLDER'
 	@test -n "$(MODELS)" || { echo "MODELS: expected folders, as in make vllm-models MODELS='smollm2=models/smollm2'"; exit 2; }
-	TURBOATTENTION_MODELS='$(MODELS)' $(VLLM)/bin/python -m pytest -q -rs -s tests/integrations/vllm/engine/test_real_models.py
+	$(VLLM)/bin/python benchmarks/serving/served_models.py $(MODELS)
+	$(BIN)/python benchmarks/serving/page.py --table
 
 # In an environment of its own, since vLLM pins its torch. Its wheel for CPUs asks for builds of torch that only torch's
 # own index has, and for torch's libraries for sounds and pictures: torch comes first, and all else that it asks for.
@@ -170,6 +176,7 @@ $(VLLM)/ready: pyproject.toml | $(BUILT)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/pin.txt -r $(VLLM)/requirements.txt pytest hypothesis
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . \
 	  --config-settings=editable.mode=inplace --config-settings=wheel.cmake=false
+	$(call without_hook,$(VLLM)/lib/python*/site-packages)
 	@touch $@
 
 lint: lint-code lint-format lint-cpp lint-types lint-imports ## every static check, the same as pre-commit and CI
@@ -313,7 +320,7 @@ vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the qu
 	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM'; exit 2; }
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/capacity.py $(VLLM_BENCH)
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py $(VLLM_BENCH)
-	$(if $(MODELS),PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/real_models.py $(MODELS) --low-load)
+	$(if $(MODELS),PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/preemption.py $(MODELS) --low-load)
 	$(BIN)/python benchmarks/serving/page.py --table
 
 vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes; VLLM_SOAK='--drafts 12')

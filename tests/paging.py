@@ -92,11 +92,16 @@ def tokens(
 
 
 def expected(sequence, head_bits, config=CONFIG, backend="reference", **options):
-    """The whole sequence through a cache of its own, and the cache."""
+    """The whole sequence through a cache of its own, and the cache. Sinks: a column of the softmax without a value."""
     q, k, v = (x[None] for x in sequence)
+    sinks = options.pop("sinks", None)
     options["window_size"] = options.pop("window", None)
     cache = KVCache(1, HEADS, q.shape[3], config=config, head_bits=torch.tensor(head_bits))
-    return ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, **options)[0], cache
+    if sinks is None:
+        return ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, **options)[0], cache
+    out, lse = ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, return_lse=True, **options)
+    total = torch.logaddexp(lse[0], sinks[:, None])
+    return out[0] * (lse[0] - total).exp()[..., None], cache
 
 
 def serve(server: Server, sequences: dict, schedule: list[dict[int, int]], **options) -> dict[int, torch.Tensor]:

@@ -1,13 +1,61 @@
-"""The section of docs/serving.md on real models."""
+"""The sections of docs/serving.md on real models."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from sections import MIB, machine, markdown
 
 
-def real_models(document: dict[str, Any], name: str) -> str:
+TITLES = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "qwen": "Qwen2.5-Coder-0.5B-Instruct",
+    "gemma3": "Gemma 3 270M",
+}
+"""Of the folders' labels."""
+
+
+def served(document: dict[str, Any], name: str) -> str:
+    """Answers of models that people serve, beside those with vLLM's own attention."""
+    columns = ["model", "same likeliest token", "perplexity", "its change", "chat", "tool call, and what is said of it"]
+    rows = []
+    for label, row in document["rows"].items():
+        cells = [f"{row['agreement']:.1%} of {row['places']:,}", f"{row['perplexity']:.2f}"]
+        cells += [f"{row['perplexity_change']:+.2%}", _both(row, "chat"), _both(row, "told", _call(row))]
+        rows.append([TITLES.get(label, label), *cells])
+    agreement, perplexity = document["bounds"]
+    told = (
+        "Each model behind vLLM's API server, at 4 bits and with vLLM's own attention, in float32. Likeliest tokens "
+        "and perplexity are those of a text that is read as a prompt, from the 65th token on; the bounds of "
+        f"`make vllm-models` are {agreement:.0%} and {perplexity:.0%}. Chats and tool calls are asked of models whose "
+        "template has them, greedily."
+    )
+    return "\n\n".join(["## Real models", machine(document["facts"]), told, markdown(columns, rows)])
+
+
+def _both(row: dict[str, Any], name: str, before: str = "") -> str:
+    stock, ours = (row[who][name] for who in ("stock", "turbo"))
+    if ours is None:
+        return "no template"
+    same = "both" if stock == ours else f"vLLM {_quoted(stock)}; 4 bits"
+    return f"{before}{same} {_quoted(ours)}"
+
+
+def _call(row: dict[str, Any]) -> str:
+    call = row["turbo"]["call"]
+    if call is None:
+        return ""
+    told = f"`{call['name']}({json.dumps(call['arguments'])})`"
+    return f"both call {told}: " if call == row["stock"]["call"] else f"4 bits call {told}, vLLM another: "
+
+
+def _quoted(text: str) -> str:
+    """In one cell of a table."""
+    return '"' + " ".join(text.replace("|", "\\|").split()) + '"'
+
+
+def preemption(document: dict[str, Any], name: str) -> str:
     """Capacity, preemptions and quality of models that people serve; the time per token of one sequence."""
     columns = ["model, cache", "attention", "tokens", "times", "at once", "preemptions"]
     columns += ["KL, nats", "top-1", "perplexity change"]

@@ -131,7 +131,7 @@ def test_throughput_section(script: Any) -> None:
     assert "| 24 MiB, 1 a second | stock | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
 
 
-def test_real_models_section(script: Any) -> None:
+def test_preemption_section(script: Any) -> None:
     common = {"model": "m", "budget": 8 << 20, "tokens_a_step": 2.5, "kl": 0.01, "top1": 0.9, "perplexity_change": 0.02}
     rows = [
         common | {"contender": name, "title": name, "tokens": tokens, "num_preemptions": 3}
@@ -141,7 +141,7 @@ def test_real_models_section(script: Any) -> None:
     step = {"context": 128, "step": {"stock": 0.01, "turbo": 0.011}, "ratio": 1.1, "parts": parts}
     document = {"facts": FACTS, "requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4, "tokens_read": 70}
     document |= {"rows": rows, "low_load": [{"model": "m", "contexts": [step]}]}
-    text = script("section_models").real_models(document, "").splitlines()
+    text = script("section_models").preemption(document, "").splitlines()
     assert "| m, 8 MiB | stock | 1,000 | 1.00 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
     assert "| m, 8 MiB | turbo-4 | 3,600 | 3.60 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
     assert "| 128 | 1.10 | 20.0% | 10.0% | 1.0% | 5.0% |" in text

@@ -9,7 +9,7 @@ import pytest
 from turboattention import TurboConfig
 
 from .answers import MOVED_BY_LIBRARY, answer, assert_same, prompts
-from .models import MODEL, load, save_gemma, save_lfm2, save_window, transformers_answer
+from .models import MODEL, load, save_gemma, save_gpt_oss, save_lfm2, save_window, transformers_answer
 
 LENGTHS = (5, 63, 64, 130, 200, 333)
 
@@ -23,12 +23,16 @@ def models(tmp_path_factory) -> dict[str, Path]:
         "gemma2": save_gemma(folder / "gemma2"),
         "wide": save_gemma(folder / "wide", head_dim=512),
         "lfm2": save_lfm2(folder / "lfm2"),
+        "gpt-oss": save_gpt_oss(folder / "gpt-oss"),
     }
 
 
 @pytest.mark.parametrize(
     "name, bits",
-    [("llama", 4), ("llama", 3), ("llama", 2), ("llama", 8), ("mistral", 4), ("gemma2", 4), ("wide", 4), ("lfm2", 4)],
+    [
+        *(("llama", bits) for bits in (8, 4, 3, 2)),
+        *((name, 4) for name in ("mistral", "gemma2", "wide", "lfm2", "gpt-oss")),
+    ],
 )
 def test_same_tokens(start, models, token_ids, name: str, bits: int) -> None:
     asked = prompts(token_ids, LENGTHS)

@@ -1,4 +1,4 @@
-"""Real models in vLLM under caches in which 16 bits and fp8 must preempt: `python benchmarks/serving/real_models.py
+"""Real models in vLLM under caches in which 16 bits and fp8 must preempt: `python benchmarks/serving/preemption.py
 smollm2=FOLDER qwen=FOLDER`, with the Python that has vLLM.
 
 How many tokens a cache holds, and how often it preempts, depends on its blocks and on the lengths of requests alone. It
@@ -6,7 +6,7 @@ is counted with one layer that has the model's KV heads, and one layer's share o
 (`throughput.py --model` measures it, on a quiet machine). The quality of what is served is that of the model itself,
 in float32. vLLM's fp8 needs AVX-512 on CPUs: its blocks are counted as 16-bit ones in twice the memory, and keys and
 values are rounded to e4m3 as they are stored. --low-load adds the time per token of one sequence as a ratio of two
-engines whose steps alternate. Writes benchmarks/results/serving-models.json; `page.py --table` then writes
+engines whose steps alternate. Writes benchmarks/results/serving-preemption.json; `page.py --table` then writes
 docs/serving.md.
 """
 
@@ -33,7 +33,7 @@ PROMPT, OUTPUT, SEQUENCES, LENGTH = (1024, 3072), (128, 256), 32, 4096
 
 def main() -> int:
     options = _options()
-    out: Path = options.out or processes.RESULTS / "serving-models.json"
+    out: Path = options.out or processes.RESULTS / "serving-preemption.json"
     document: dict[str, Any] = {"requests": options.requests, "prompt": PROMPT, "output": OUTPUT}
     document |= {"sequences": SEQUENCES, "tokens_read": options.tokens, "rows": [], "low_load": []}
     for label, folder in options.models:
