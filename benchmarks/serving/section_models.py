@@ -7,7 +7,6 @@ from typing import Any
 
 from sections import MIB, machine, markdown
 
-
 TITLES = {
     "smollm2": "SmolLM2-135M-Instruct",
     "qwen": "Qwen2.5-Coder-0.5B-Instruct",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -145,6 +146,58 @@ def test_preemption_section(script: Any) -> None:
     assert "| m, 8 MiB | stock | 1,000 | 1.00 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
     assert "| m, 8 MiB | turbo-4 | 3,600 | 3.60 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
     assert "| 128 | 1.10 | 20.0% | 10.0% | 1.0% | 5.0% |" in text
+
+
+def served_row(script: Any, **changes: Any) -> dict[str, Any]:
+    """Of 65 places, before which 64 are not compared: equal but for `changes` with TurboAttention."""
+    answers = script("served").Answers
+    call = {"name": "get_weather", "arguments": {"city": "Paris"}}
+    stock = {"completion": "word " * 10, "best": (1,) * 164, "nats": (1.0,) * 164}
+    stock |= {"chat": "Paris it is.", "call": call, "told": "18 | warm"}
+    return script("served_models").compared(answers(**stock), answers(**(stock | changes)))
+
+
+def test_served_models_are_compared_from_the_65th_token_on(script: Any) -> None:
+    row = served_row(script, best=(2,) * 69 + (1,) * 95, nats=(9.0,) * 64 + (1.01,) * 100)
+    assert (row["places"], row["agreement"]) == (100, 0.95)
+    assert row["perplexity_change"] == pytest.approx(math.exp(0.01) - 1)
+    assert script("served_models").problems_of(row) == []
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"best": (2,) * 75 + (1,) * 89}, "the same likeliest token at 89.0% of 100 places"),
+        ({"nats": (1.05,) * 164}, "perplexity +5.13%"),
+        ({"completion": "no"}, "a short completion, 'no'"),
+        ({"chat": "Rome."}, "chat: 'Rome.', beside 'Paris it is.'"),
+        ({"told": "cold"}, "told: 'cold', beside '18 | warm'"),
+        ({"call": {"name": "get_weather", "arguments": {}}}, "called {'name': 'get_weather', 'arguments': {}}, beside"),
+    ],
+)
+def test_served_models_that_differ(script: Any, changes: dict[str, Any], named: str) -> None:
+    (problem,) = script("served_models").problems_of(served_row(script, **changes))
+    assert problem.startswith(named)
+
+
+def test_what_a_model_can_be_asked(script: Any, tmp_path: Path) -> None:
+    abilities = script("served").Abilities
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text("{}")
+    assert abilities.of(tmp_path) == abilities(chat=False, tools=False)
+    settings.write_text('{"chat_template": "{{ messages }}"}')
+    assert abilities.of(tmp_path) == abilities(chat=True, tools=False)
+    (tmp_path / "chat_template.jinja").write_text("{{ tools }}")
+    assert abilities.of(tmp_path) == abilities(chat=True, tools=True)
+
+
+def test_served_section(script: Any) -> None:
+    rows = {"qwen": served_row(script), "other": served_row(script, chat=None, call=None, told=None)}
+    text = script("section_models").served({"facts": FACTS, "bounds": [0.9, 0.03], "rows": rows}, "").splitlines()
+    call = '`get_weather({"city": "Paris"})`'
+    assert text[-2].startswith("| Qwen2.5-Coder-0.5B-Instruct | 100.0% of 100 | 2.72 | +0.00% | ")
+    assert text[-2].endswith(f'| both "Paris it is." | both call {call}: both "18 \\| warm" |')
+    assert text[-1].endswith("| +0.00% | no template | no template |")
 
 
 def test_labelled_models(script: Any, tmp_path: Path) -> None:

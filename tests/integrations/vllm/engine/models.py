@@ -120,8 +120,15 @@ def save_gpt_oss(folder: Path) -> Path:
         num_experts_per_tok=2,
         sliding_window=70,
         max_position_embeddings=1024,
-        initial_context_length=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 512,
+        },
         initializer_range=0.1,
         bos_token_id=0,
         eos_token_id=0,
@@ -143,6 +150,16 @@ def save_eagle_head(folder: Path) -> Path:
     vLLM draws weights."""
     folder.mkdir()
     config = json.loads((MODEL / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_other_heads(folder: Path) -> Path:
+    """The configuration of a smaller model than the bundled one, with its vocabulary, and pages of another size."""
+    folder.mkdir()
+    config = json.loads((MODEL / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "hidden_size": 80, "intermediate_size": 96, "head_dim": 40}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
