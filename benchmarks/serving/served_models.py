@@ -38,12 +38,12 @@ def main() -> int:
     parser.add_argument("models", type=models.labelled, nargs="+", metavar="LABEL=FOLDER")
     parser.add_argument("--out", type=Path, default=processes.RESULTS / "serving-models.json", help="file of results")
     options = parser.parse_args()
+    facts = processes.call("facts_run", {}, {}, "facts")
     problems: list[str] = []
     for label, folder in options.models:
         row = _row(models.real_model(label, folder), Abilities.of(folder))
         print(json.dumps(row, indent=1), flush=True)
         rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else {}
-        facts = processes.call("facts_run", {}, {}, "facts")
         document = {"facts": facts, "bounds": [AGREEMENT, PERPLEXITY], "rows": rows | {label: row}}
         write_text(options.out, json.dumps(document, indent=1) + "\n")
         problems += [f"{label}: {problem}" for problem in problems_of(row)]

@@ -71,32 +71,34 @@ def save_changed(folder: Path, name: str, change: Callable[[Tensor], object]) ->
     return folder
 
 
-def save_lfm2(folder: Path) -> Path:
-    """Random weights; short convolutions, whose state vLLM keeps beside the pages, and attention in turn."""
-    from transformers import Lfm2Config, Lfm2ForCausalLM
+def save_falcon_h1(folder: Path) -> Path:
+    """Random weights; Mamba 2 beside attention in every layer, whose states vLLM keeps beside the pages."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
 
     torch.manual_seed(0)
-    config = Lfm2Config(
+    config = FalconH1Config(
         vocab_size=2048,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        layer_types=["conv", "full_attention"] * 2,
-        block_auto_adjust_ff_dim=False,
+        head_dim=64,
+        mamba_d_ssm=128,
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_chunk_size=64,
         max_position_embeddings=1024,
         initializer_range=0.1,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        # what vLLM reads beside them
-        block_dim=128,
-        conv_dim=128,
     )
-    model = Lfm2ForCausalLM(config)
+    model = FalconH1ForCausalLM(config)
     model.model.embed_tokens.weight.data.mul_(0.2)
-    model.model.embedding_norm.weight.data.fill_(20.0)
+    model.model.final_layernorm.weight.data.fill_(20.0)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder / name)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .answers import MOVED_BY_SHAPE, Answer, answer, assert_same, greedy, metric, prompts
-from .models import save_gemma, save_lfm2, save_window
+from .models import save_falcon_h1, save_gemma, save_window
 
 LENGTHS = (3, 64, 65, 130, 200, 1, 127, 300, 256)
 
@@ -118,7 +118,7 @@ def test_slots_are_given_back(busy, asked) -> None:
 
 def test_recurrent_layers_preempted(start, token_ids, tmp_path) -> None:
     """Their states are in vLLM's blocks, too."""
-    model = str(save_lfm2(tmp_path / "m"))
+    model = str(save_falcon_h1(tmp_path / "m"))
     asked = prompts(token_ids, LENGTHS)
     alone = start(model=model)
     solo = [answer(alone, [prompt])[0] for prompt in asked]
