@@ -98,7 +98,7 @@ def save_falcon_h1(folder: Path) -> Path:
     )
     model = FalconH1ForCausalLM(config)
     model.model.embed_tokens.weight.data.mul_(0.2)
-    model.model.final_layernorm.weight.data.fill_(20.0)
+    model.model.final_layernorm.weight.data.fill_(5.0)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder / name)
@@ -138,7 +138,7 @@ def save_gpt_oss(folder: Path) -> Path:
     )
     model = GptOssForCausalLM(config)
     model.model.embed_tokens.weight.data.mul_(0.2)
-    model.model.norm.weight.data.fill_(20.0)
+    model.model.norm.weight.data.fill_(5.0)
     for layer in model.model.layers:
         layer.self_attn.sinks.data.copy_(torch.tensor([-2.0, 0.0, 2.0, 4.0]))
     model.save_pretrained(folder)

@@ -64,6 +64,7 @@ def engine(**changes: Any) -> Any:
         block_size=128,
         user_specified_block_size=True,
         is_hybrid=False,
+        enable_prefix_caching=False,
         is_mm_prefix_lm=False,
         use_non_causal=False,
         rswa_window=None,
@@ -96,6 +97,7 @@ def engine(**changes: Any) -> Any:
             {"is_hybrid": True, "device_type": "cuda"},
             "models that mix attention with recurrent layers on GPUs (not tested)",
         ),
+        ({"is_hybrid": True, "enable_prefix_caching": True}, "prefix caching in models that mix attention with"),
         ({"is_mm_prefix_lm": True}, "attention that is not causal"),
         ({"use_non_causal": True}, "attention that is not causal"),
         ({"rswa_window": 100}, "reference sliding windows"),
@@ -121,6 +123,7 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
     refuse_engine(engine(drafts=drafts("ngram", num_speculative_tokens=63), data_parallel_size=2))
     refuse_engine(engine(drafts=drafts("eagle3", num_speculative_tokens=63)))
     refuse_engine(engine(is_hybrid=True))
+    refuse_engine(engine(enable_prefix_caching=True))
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,11 @@ def test_recurrent_layers_preempted(start, token_ids, tmp_path) -> None:
     """Their states are in vLLM's blocks, too."""
     model = str(save_falcon_h1(tmp_path / "m"))
     asked = prompts(token_ids, LENGTHS)
-    alone = start(model=model)
+    alone = start(model=model, enable_prefix_caching=False)
     solo = [answer(alone, [prompt])[0] for prompt in asked]
     few = start(
         model=model,
+        enable_prefix_caching=False,
         max_num_batched_tokens=56,
         block_size=64,
         num_gpu_blocks_override=18,

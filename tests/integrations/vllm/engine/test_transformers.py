@@ -42,6 +42,8 @@ def test_same_tokens(start, models, token_ids, name: str, bits: int) -> None:
     # Pieces of prompts and decoding in one step, prefixes shared.
     settings = {"turboattention": {"bits": bits}}
     options = {"additional_config": settings, "max_num_batched_tokens": 100, "block_size": 64}
+    if name == "falcon-h1":
+        options["enable_prefix_caching"] = False
     # vLLM prepares a process for experts when its first engine starts.
     llm = start(processes=name == "gpt-oss", model=str(models[name]), **options)
     assert_same(answer(llm, asked), wanted, MOVED_BY_LIBRARY[bits])
