@@ -162,8 +162,7 @@ vllm-test: $(VLLM)/ready ## test the vLLM plugin, in that environment
 
 vllm-models: $(VLLM)/ready ## serve real models with the plugin and beside vLLM's own attention: make vllm-models MODELS='smollm2=FOLDER qwen=FOLDER gemma3=FOLDER'
 	@test -n "$(MODELS)" || { echo "MODELS: expected folders, as in make vllm-models MODELS='smollm2=models/smollm2'"; exit 2; }
-	$(VLLM)/bin/python benchmarks/serving/served_models.py $(MODELS)
-	$(BIN)/python benchmarks/serving/page.py --table
+	TURBOATTENTION_MODELS='$(MODELS)' $(VLLM)/bin/python -m pytest -q -rs -s tests/integrations/vllm/engine/test_real_models.py
 
 # In an environment of its own, since vLLM pins its torch. Its wheel for CPUs asks for builds of torch that only torch's
 # own index has, and for torch's libraries for sounds and pictures: torch comes first, and all else that it asks for.
@@ -316,11 +315,10 @@ VLLM_READY := $(if $(filter $(VLLM)/bin/python,$(VLLM_PYTHON)),$(VLLM)/ready)
 VLLM_BENCH ?=
 VLLM_SOAK ?=
 
-vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the quantized cache and without (VLLM_BENCH=--gpu on a GPU; MODELS='smollm2=FOLDER' too)
+vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the quantized cache and without (VLLM_BENCH=--gpu on a GPU)
 	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM'; exit 2; }
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/capacity.py $(VLLM_BENCH)
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py $(VLLM_BENCH)
-	$(if $(MODELS),PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/preemption.py $(MODELS) --low-load)
 	$(BIN)/python benchmarks/serving/page.py --table
 
 vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes; VLLM_SOAK='--drafts 12')

@@ -1,4 +1,4 @@
-"""What is compared in vLLM: its own attention over 16-bit and fp8 caches, and TurboAttention at each width."""
+"""What is compared in vLLM: its own attention over a 16-bit cache, and TurboAttention at each width."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ VARIABLE = "TURBOATTENTION_VLLM"
 
 @dataclass(frozen=True)
 class Contender:
-    """bits: what the environment variable says; None is vLLM alone, "mixed" needs the folder of a calibration.
-    cache_dtype: `--kv-cache-dtype`, if not the model's."""
+    """bits: what the environment variable says; None is vLLM alone, "mixed" needs the folder of a calibration."""
 
     name: str
     title: str
     bits: str | None
-    cache_dtype: str | None = None
 
     def environment(self, calibration: Path | None = None) -> dict[str, str]:
         """Added to a process's environment. The variable is set either way: one that was inherited must not count."""
@@ -28,16 +26,13 @@ class Contender:
 
     def options(self, gpu: bool) -> Mapping[str, Any]:
         """For `LLM`: on a CPU the plugin takes the place of the one backend there is."""
-        backend = {"attention_backend": "CUSTOM"} if gpu and self.bits else {}
-        return backend | ({"kv_cache_dtype": self.cache_dtype} if self.cache_dtype else {})
+        return {"attention_backend": "CUSTOM"} if gpu and self.bits else {}
 
 
 STOCK = Contender("stock", "vLLM, 16 bits", None)
-FP8 = Contender("fp8", "vLLM, fp8", None, "fp8")
-"""On CPUs vLLM's attention reads it with AVX-512 alone."""
 TURBO = tuple(Contender(f"turbo-{bits}", f"TurboAttention, {bits} bits", bits) for bits in ("8", "4", "3"))
 MIXED = Contender("turbo-mixed", "TurboAttention, mixed 2 and 4 bits", "mixed")
 TWO = Contender("turbo-2", "TurboAttention, 2 bits", "2")
 
 ALL = (STOCK, *TURBO, MIXED, TWO)
-BY_NAME = {contender.name: contender for contender in (*ALL, FP8)}
+BY_NAME = {contender.name: contender for contender in ALL}

@@ -1,4 +1,4 @@
-"""The models that are served: the bundled one, real ones, and shapes of models with random weights."""
+"""The models that are served: the bundled one, and the shapes of Llama 3 8B with random weights."""
 
 from __future__ import annotations
 
@@ -35,11 +35,6 @@ class Model:
         """Bytes beside the pages: a slot for each sequence that may run, and a spare one."""
         return TailBlocks(self.layers, sequences + 1, self.kv_heads, self.head_dim, device="meta").nbytes
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token's keys and values at 16 bits."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
-
     def mixed(self, folder: Path) -> Path:
         """A calibration with the paper's widths: half of the KV heads at 2 bits, the others at 4. Its statistics are
         blank: sizes depend on the widths alone."""
@@ -60,40 +55,14 @@ def bundled_model() -> Model:
     return _read("the bundled model", bundled.model_path(), random=False)
 
 
-def labelled(text: str) -> tuple[str, Path]:
-    """LABEL=FOLDER. Raises ValueError for other text."""
-    label, equals, folder = text.partition("=")
-    if not (label and equals and folder):
-        raise ValueError(f"model: expected LABEL=FOLDER, got {text!r}")
-    return label, Path(folder)
-
-
-def real_model(title: str, folder: Path) -> Model:
-    """A folder in Hugging Face's format. Raises ValueError for one without config.json."""
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{title}: expected a model's folder with config.json, got {folder}")
-    return _read(title, folder, random=False)
-
-
-def one_layer(model: Model, folder: Path) -> Model:
-    """One layer with `model`'s KV heads, and the least of everything else, written into `folder`.
-
-    Raises:
-        ValueError: `model` has layers with a window, which hold fewer tokens than others.
-    """
-    if "sliding_attention" in (model.folder / "config.json").read_text(encoding="utf-8"):
-        raise ValueError(f"{model.title}: expected a model whose layers all keep every token, got one with windows")
-    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": model.kv_heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim}
-    return _write(f"one layer of {model.title}", folder, sizes | heads)
-
-
 def llama(folder: Path, *, attention_only: bool) -> Model:
     """Llama 3 8B's shapes, written into `folder`.
 
     attention_only: two layers, and the least of everything that is not attention.
     """
-    sizes = {
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "vocab_size": 512 if attention_only else 128256,
         "hidden_size": 256 if attention_only else 4096,
         "intermediate_size": 256 if attention_only else 14336,
@@ -101,16 +70,6 @@ def llama(folder: Path, *, attention_only: bool) -> Model:
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
-    }
-    title = "2 layers of Llama 3 8B's attention" if attention_only else "Llama 3 8B's shapes"
-    return _write(title, folder, sizes)
-
-
-def _write(title: str, folder: Path, sizes: dict[str, int]) -> Model:
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes,
         "hidden_act": "silu",
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
@@ -124,12 +83,11 @@ def _write(title: str, folder: Path, sizes: dict[str, int]) -> Model:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    title = "2 layers of Llama 3 8B's attention" if attention_only else "Llama 3 8B's shapes"
     return _read(title, folder, random=True)
 
 
 def _read(title: str, folder: Path, random: bool) -> Model:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    names = ("num_hidden_layers", "num_key_value_heads")
-    sizes = *(int(config[name]) for name in names), int(head_dim), int(config["vocab_size"])
-    return Model(title, folder, *sizes, random)
+    names = ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
+    return Model(title, folder, *(int(config[name]) for name in names), random)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pictures
-import section_models
 import sections
 
 from turboattention.files import write_figure, write_text
@@ -26,11 +25,8 @@ PARTS = {
     "serving-capacity-gpu": (sections.capacity, pictures.capacity),
     "serving-throughput": (sections.throughput, pictures.throughput),
     "serving-throughput-gpu": (sections.throughput, pictures.throughput),
-    "serving-models": (section_models.served, None),
-    "serving-preemption": (section_models.preemption, None),
     "serving-soak": (sections.soak, None),
     "serving-soak-drafts": (sections.soak, None),
-    "serving-soak-draft-model": (sections.soak, None),
 }
 """A file of results, its section, and its picture."""
 

@@ -97,10 +97,9 @@ def _latency(document: dict[str, Any]) -> str:
 
 
 def soak(document: dict[str, Any], name: str) -> str:
-    drafts, by_model = document.get("drafts"), document.get("drafter") == "a model"
-    kind = "drafts by a model" if by_model else "n-gram drafts"
+    drafts = document.get("drafts")
     told = (
-        f"The bundled model in float32, greedy{f', up to {drafts} {kind} a step' if drafts else ''}: requests "
+        f"The bundled model in float32, greedy{f', up to {drafts} n-gram drafts a step' if drafts else ''}: requests "
         "of random length run through an engine whose cache is too small for all of them. Each answer is compared with "
         "that of a run of one sequence at a time, without a prefix cache"
         f"{' and without drafts' if drafts else ''}; aborted requests are compared up to the abort. oneDNN's kernel "
@@ -111,7 +110,7 @@ def soak(document: dict[str, Any], name: str) -> str:
         told += " Then the API server is killed (SIGKILL) during requests, restarted, and sent the same requests."
     return "\n\n".join(
         [
-            f"## Correctness under load{', with drafts' * bool(drafts)}{' by a model' * by_model}",
+            f"## Correctness under load{', with drafts' if drafts else ''}",
             machine(document["facts"]),
             told,
             markdown(["", ""], _soaked(document) + _restarted(document.get("server"))),

@@ -18,7 +18,7 @@ from typing import Any
 
 import processes
 
-_PATIENCE = 900  # seconds until it serves, or answers
+_PATIENCE = 300  # seconds until it serves, or answers
 
 
 class Server:

@@ -3,8 +3,8 @@
 Requests of random length, some behind shared prefixes, some taken back, through an engine whose cache is so small that
 it has to preempt; each answer must be its solo answer (greedy), except where the two best logits are closer than
 --bound where they part. Memory must be flat. Then the API server is killed in the middle of requests and started
-again. Writes benchmarks/results/serving-soak.json (with --drafts serving-soak-drafts.json, by a --draft-model
-serving-soak-draft-model.json), and ends with 1 where anything is wrong; `page.py --table` then writes docs/serving.md.
+again. Writes benchmarks/results/serving-soak.json (with --drafts serving-soak-drafts.json), and ends with 1 where
+anything is wrong; `page.py --table` then writes docs/serving.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
         "max_num_batched_tokens": _STEP_TOKENS,
         "max_model_len": _LENGTH,
         "block_size": 64,
-        "speculative_config": _drafting(options),
+        "speculative_config": _ngram(options.drafts),
     }
     spec = {"options": engine, "requests": options.requests, "seed": options.seed}
     print(f"{options.requests:,} requests together, {contender.title}", flush=True)
@@ -72,27 +72,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache-kib", type=int, default=3 * 1024, help="pages; small, so that it has to preempt")
     parser.add_argument("--seed", type=int, default=0, help="of the requests (default 0)")
     parser.add_argument("--no-server", dest="server", action="store_false", help="leave the API server out")
-    parser.add_argument("--drafts", type=int, default=0, help="drafts that a step verifies, at most")
-    parser.add_argument("--draft-model", metavar="FOLDER", help="who drafts, instead of n-grams")
+    parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts that a step verifies, at most")
     parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
     options = parser.parse_args()
-    kind = "-draft-model" if options.draft_model else "-drafts" if options.drafts else ""
-    options.out = options.out or processes.RESULTS / f"serving-soak{kind}.json"
-    if options.draft_model and not options.drafts:
-        parser.error("--draft-model: expected --drafts 1 or more with it, got none")
+    options.out = options.out or processes.RESULTS / f"serving-soak{'-drafts' * bool(options.drafts)}.json"
     if options.requests < _FEWEST:
         parser.error(f"--requests: expected {_FEWEST} or more, got {options.requests}")
     return options
 
 
-def _drafting(options: argparse.Namespace) -> dict[str, Any] | None:
-    """For `speculative_config`: a draft model, or looks that find something in a text, right or wrong."""
-    if not options.drafts:
-        return None
-    if options.draft_model:
-        return {"method": "draft_model", "model": options.draft_model, "num_speculative_tokens": options.drafts}
+def _ngram(drafts: int) -> dict[str, Any] | None:
+    """For `speculative_config`: looks that find something in a text, right or wrong."""
     looks = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    return {"method": "ngram", "num_speculative_tokens": options.drafts, **looks}
+    return {"method": "ngram", "num_speculative_tokens": drafts, **looks} if drafts else None
 
 
 def _document(options: argparse.Namespace, load: dict[str, Any], solo: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +99,6 @@ def _document(options: argparse.Namespace, load: dict[str, Any], solo: dict[str,
         "bits": options.bits,
         "bound": options.bound,
         "drafts": options.drafts,
-        "drafter": "a model" if options.draft_model else "n-grams",
         "generated": sum(map(len, load["answers"].values())),
         "taken_back": len(load["aborted"]),
         "answers": asdict(found),
@@ -131,7 +122,7 @@ def _served(options: argparse.Namespace, folder: Path, given: dict[str, str], so
         "enforce-eager": None,
     }
     if options.drafts:
-        switches["speculative-config"] = json.dumps(_drafting(options))
+        switches["speculative-config"] = json.dumps(_ngram(options.drafts))
     found = restart(folder, switches, given, asked)
     wanted = {name: solo["answers"][name] for name in names}
     both = {

@@ -1,11 +1,10 @@
 """Throughput and latency in vLLM under a fixed cache budget: `python benchmarks/serving/throughput.py [--gpu]`, with
-the Python that has vLLM; of a real model with `--model smollm2=FOLDER --budgets 128,256`.
+the Python that has vLLM.
 
 The same requests to vLLM's own attention and to TurboAttention, each run an engine in a process of its own, in turns.
 A budget is all the memory that the cache takes: what TurboAttention keeps beside its pages comes out of it. Budgets
 are small enough that the 16-bit cache has to preempt. Writes benchmarks/results/serving-throughput.json (with --gpu
-serving-throughput-gpu.json, with --model serving-throughput-LABEL.json) as each run ends; `page.py --table` then writes
-docs/serving.md.
+serving-throughput-gpu.json) as each run ends; `page.py --table` then writes docs/serving.md.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ def main() -> int:
     plan = GPU if options.gpu else CPU
     plan = replace(plan, requests=options.requests or plan.requests, budgets=options.budgets or plan.budgets)
     plan = replace(plan, rates=plan.rates if options.rates is None else options.rates)
-    suffix = "-gpu" if options.gpu else f"-{options.model[0]}" if options.model else ""
-    out: Path = options.out or processes.RESULTS / f"serving-throughput{suffix}.json"
+    name = "serving-throughput-gpu.json" if options.gpu else "serving-throughput.json"
+    out: Path = options.out or processes.RESULTS / name
     document: dict[str, Any] = {"plan": asdict(plan), "rounds": options.rounds, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        model = _model(options, Path(folder))
+        model = models.llama(Path(folder), attention_only=False) if options.gpu else models.bundled_model()
         document["model"] = model.title
         for number in range(options.rounds):
             for budget, rate in _scenarios(plan):
@@ -79,22 +78,15 @@ def _options() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="Llama 3 8B's shapes with random weights, on a GPU")
-    parser.add_argument("--model", type=models.labelled, metavar="LABEL=FOLDER", help="in Hugging Face's format")
     parser.add_argument("--rounds", type=int, default=2, help="times that the contenders take turns (default 2)")
     parser.add_argument("--requests", type=int, help="of each load (default 32)")
     parser.add_argument("--budgets", type=numbers(int), help="MiB, as in 24,48")
     parser.add_argument("--rates", type=numbers(float), help="requests a second, as in 0.5,1; empty for none")
     parser.add_argument(
-        "--contenders", type=named, default=named("stock,turbo-4,turbo-3"), help="who, as in stock,fp8,turbo-4"
+        "--contenders", type=named, default=named("stock,turbo-4,turbo-3"), help="who (default stock,turbo-4,turbo-3)"
     )
     parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
     return parser.parse_args()
-
-
-def _model(options: argparse.Namespace, folder: Path) -> models.Model:
-    if options.model:
-        return models.real_model(*options.model)
-    return models.llama(folder, attention_only=False) if options.gpu else models.bundled_model()
 
 
 def _scenarios(plan: Plan) -> list[tuple[int, float | None]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -83,14 +81,6 @@ def test_contenders_are_told_by_the_environment(script: Any, name: str, variable
     assert module.BY_NAME[name].environment(Path("folder")) == {"TURBOATTENTION_VLLM": variable}
 
 
-def test_fp8_is_vllm_alone_with_another_cache(script: Any) -> None:
-    module = script("contenders")
-    assert module.FP8.environment() == {"TURBOATTENTION_VLLM": ""}
-    assert module.FP8.options(gpu=True) == {"kv_cache_dtype": "fp8"}
-    assert module.BY_NAME["turbo-4"].options(gpu=True) == {"attention_backend": "CUSTOM"}
-    assert module.STOCK.options(gpu=False) == {}
-
-
 def test_mixed_needs_a_calibration(script: Any) -> None:
     with pytest.raises(ValueError, match="expected a folder for turbo-mixed, got none"):
         script("contenders").MIXED.environment()
@@ -132,102 +122,6 @@ def test_throughput_section(script: Any) -> None:
     assert "| 24 MiB, 1 a second | stock | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
 
 
-def test_preemption_section(script: Any) -> None:
-    common = {"model": "m", "budget": 8 << 20, "tokens_a_step": 2.5, "kl": 0.01, "top1": 0.9, "perplexity_change": 0.02}
-    rows = [
-        common | {"contender": name, "title": name, "tokens": tokens, "num_preemptions": 3}
-        for name, tokens in (("stock", 1000), ("turbo-4", 3600))
-    ]
-    parts = {"stock attention": 0.001, "turbo attention": 0.002, "stock metadata": 0.0005, "turbo metadata": 0.0001}
-    step = {"context": 128, "step": {"stock": 0.01, "turbo": 0.011}, "ratio": 1.1, "parts": parts}
-    document = {"facts": FACTS, "requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4, "tokens_read": 70}
-    document |= {"rows": rows, "low_load": [{"model": "m", "contexts": [step]}]}
-    text = script("section_models").preemption(document, "").splitlines()
-    assert "| m, 8 MiB | stock | 1,000 | 1.00 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
-    assert "| m, 8 MiB | turbo-4 | 3,600 | 3.60 | 2.5 | 3 | 0.0100 | 90.0% | +2.00% |" in text
-    assert "| 128 | 1.10 | 20.0% | 10.0% | 1.0% | 5.0% |" in text
-
-
-def served_row(script: Any, **changes: Any) -> dict[str, Any]:
-    """Of 65 places, before which 64 are not compared: equal but for `changes` with TurboAttention."""
-    answers = script("served").Answers
-    call = {"name": "get_weather", "arguments": {"city": "Paris"}}
-    stock = {"completion": "word " * 10, "best": (1,) * 164, "nats": (1.0,) * 164}
-    stock |= {"chat": "Paris it is.", "call": call, "told": "18 | warm"}
-    return script("served_models").compared(answers(**stock), answers(**(stock | changes)))
-
-
-def test_served_models_are_compared_from_the_65th_token_on(script: Any) -> None:
-    row = served_row(script, best=(2,) * 69 + (1,) * 95, nats=(9.0,) * 64 + (1.01,) * 100)
-    assert (row["places"], row["agreement"]) == (100, 0.95)
-    assert row["perplexity_change"] == pytest.approx(math.exp(0.01) - 1)
-    assert script("served_models").problems_of(row) == []
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"best": (2,) * 75 + (1,) * 89}, "the same likeliest token at 89.0% of 100 places"),
-        ({"nats": (1.05,) * 164}, "perplexity +5.13%"),
-        ({"completion": "no"}, "a short completion, 'no'"),
-        ({"chat": "Rome."}, "chat: 'Rome.', beside 'Paris it is.'"),
-        ({"told": "cold"}, "told: 'cold', beside '18 | warm'"),
-        ({"call": {"name": "get_weather", "arguments": {}}}, "called {'name': 'get_weather', 'arguments': {}}, beside"),
-    ],
-)
-def test_served_models_that_differ(script: Any, changes: dict[str, Any], named: str) -> None:
-    (problem,) = script("served_models").problems_of(served_row(script, **changes))
-    assert problem.startswith(named)
-
-
-def test_what_a_model_can_be_asked(script: Any, tmp_path: Path) -> None:
-    abilities = script("served").Abilities
-    settings = tmp_path / "tokenizer_config.json"
-    settings.write_text("{}")
-    assert abilities.of(tmp_path) == abilities(chat=False, tools=False)
-    settings.write_text('{"chat_template": "{{ messages }}"}')
-    assert abilities.of(tmp_path) == abilities(chat=True, tools=False)
-    (tmp_path / "chat_template.jinja").write_text("{{ tools }}")
-    assert abilities.of(tmp_path) == abilities(chat=True, tools=True)
-
-
-def test_served_section(script: Any) -> None:
-    rows = {"qwen": served_row(script), "other": served_row(script, chat=None, call=None, told=None)}
-    text = script("section_models").served({"facts": FACTS, "bounds": [0.9, 0.03], "rows": rows}, "").splitlines()
-    call = '`get_weather({"city": "Paris"})`'
-    assert text[-2].startswith("| Qwen2.5-Coder-0.5B-Instruct | 100.0% of 100 | 2.72 | +0.00% | ")
-    assert text[-2].endswith(f'| both "Paris it is." | both call {call}: both "18 \\| warm" |')
-    assert text[-1].endswith("| +0.00% | no template | no template |")
-
-
-def test_labelled_models(script: Any, tmp_path: Path) -> None:
-    models = script("models")
-    assert models.labelled("qwen=a/b=c") == ("qwen", Path("a/b=c"))
-    for text in ("qwen", "=folder", "qwen="):
-        with pytest.raises(ValueError, match=f"model: expected LABEL=FOLDER, got '{text}'"):
-            models.labelled(text)
-    with pytest.raises(ValueError, match=r"qwen: expected a model's folder with config.json, got "):
-        models.real_model("qwen", tmp_path)
-
-
-def test_one_layer_of_a_model(script: Any, tmp_path: Path) -> None:
-    """It has the model's page of a layer. A head_dim that the config leaves out follows from the hidden size."""
-    models = script("models")
-    folder = tmp_path / "qwen"
-    folder.mkdir()
-    config = {"num_hidden_layers": 24, "num_key_value_heads": 2, "num_attention_heads": 14, "hidden_size": 896}
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}), encoding="utf-8")
-    model = models.real_model("qwen", folder)
-    layer = models.one_layer(model, tmp_path / "layer")
-    assert (model.layers, model.kv_heads, model.head_dim) == (24, 2, 64)
-    assert (layer.layers, layer.kv_heads, layer.head_dim) == (1, 2, 64)
-    assert model.token_bytes == 24 * layer.token_bytes == 24 * 2 * 2 * 2 * 64
-    assert model.side_pool(4) == 24 * layer.side_pool(4)
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 9, "layer_types": ["sliding_attention"]}))
-    with pytest.raises(ValueError, match="qwen: expected a model whose layers all keep every token"):
-        models.one_layer(models.real_model("qwen", folder), tmp_path / "layer")
-
-
 def test_capacity_section_tells_of_a_missed_floor(script: Any) -> None:
     common = {"model": "m", "blocks": 1, "block_size": 128, "tokens_per_gib": 9, "with_side_pool": 8}
     common |= {"side_pool_bytes": 1 << 20, "times_with_side_pool": 3.0, "title": "t"}
@@ -253,9 +147,6 @@ def test_soak_section(script: Any) -> None:
     assert drafting.startswith("## Correctness under load, with drafts\n")
     assert "| preemptions | 7 |\n| drafts accepted, rejected | 300, 700 |" in drafting
     assert "greedy, up to 12 n-gram drafts a step:" in drafting
-    by_model = soak(soaked(drafts=4, drafter="a model", draft_tokens=9, accepted_tokens=3), "")
-    assert by_model.startswith("## Correctness under load, with drafts by a model\n")
-    assert "greedy, up to 4 drafts by a model a step:" in by_model
     half = {"equal": 20, "close": 0}
     served = soak(soaked(server={"requests": 20, "first": half, "second": half, "lost": 19}), "")
     assert "| answers equal to a single run's, before the kill and after the restart | 20, 20 |" in served

@@ -91,7 +91,7 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
     if model.is_hybrid and config.device_config.device_type != "cpu":
         yield "models that mix attention with recurrent layers on GPUs (not tested)"
     if model.is_hybrid and config.cache_config.enable_prefix_caching:
-        # On CPUs vLLM 0.32 keeps the wrong states of Mamba layers for later prompts, or fails, under any attention.
+        # On CPUs, vLLM 0.32's Mamba 2 layers do not return the states between chunks that it caches then.
         yield "prefix caching in models that mix attention with recurrent layers (use --no-enable-prefix-caching)"
     if model.is_mm_prefix_lm or config.attention_config.use_non_causal:
         yield "attention that is not causal"

@@ -156,16 +156,6 @@ def save_eagle_head(folder: Path) -> Path:
     return folder
 
 
-def save_other_heads(folder: Path) -> Path:
-    """The configuration of a smaller model than the bundled one, with its vocabulary, and pages of another size."""
-    folder.mkdir()
-    config = json.loads((MODEL / "config.json").read_text())
-    config |= {"num_hidden_layers": 2, "hidden_size": 80, "intermediate_size": 96, "head_dim": 40}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def save_mimo(folder: Path) -> Path:
     """The bundled weights as a model with one MTP layer, for which vLLM draws weights: Qwen2's layers, with biases of
     zero."""
@@ -183,29 +173,6 @@ def save_mimo(folder: Path) -> Path:
     }
     save_file(weights | biases, folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-def save_adapter(folder: Path, rank: int = 8, alpha: int = 16) -> tuple[Path, Path]:
-    """A LoRA adapter of the bundled model's attention with random weights, and the model with the adapter merged."""
-    from safetensors.torch import load_file, save_file
-
-    adapter, merged = folder / "adapter", folder / "merged"
-    shutil.copytree(MODEL, merged)
-    weights, lora = load_file(merged / "model.safetensors"), {}
-    torch.manual_seed(0)
-    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
-    for name in [name for name in weights if name.endswith(tuple(f"{part}.weight" for part in parts))]:
-        out, width = weights[name].shape
-        a, b = torch.randn(rank, width) / width**0.5, torch.randn(out, rank) * 0.05
-        weights[name] = (weights[name].float() + alpha / rank * b @ a).to(torch.float32)
-        stem = f"base_model.model.{name.removesuffix('.weight')}"
-        lora |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, merged / "model.safetensors")
-    adapter.mkdir()
-    save_file(lora, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(parts), "bias": "none"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    return adapter, merged
 
 
 def load(folder: Path) -> Any:
