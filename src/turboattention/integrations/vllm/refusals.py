@@ -78,21 +78,16 @@ def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device)
 
 
 def refuse_calibration(config: VllmConfig) -> None:
-    """Raises `UnsupportedError` if a calibration, which is for a model with attention in every layer, does not fit."""
+    """Raises `UnsupportedError` for features that do not work with a calibration, which knows the layers of one model."""
     draft = config.speculative_config
     if draft is not None and draft.method in DRAFT_MODELS:
         refuse(f"a calibration with speculative decoding by {draft.method!r}, whose layers it does not know")
-    if config.model_config.is_hybrid:
-        refuse("a calibration of models that mix attention with recurrent layers")
 
 
 def _of_engine(config: VllmConfig) -> Iterator[str]:
     model, parallel = config.model_config, config.parallel_config
-    if model.is_hybrid and config.device_config.device_type != "cpu":
-        yield "models that mix attention with recurrent layers on GPUs (not tested)"
-    if model.is_hybrid and config.cache_config.enable_prefix_caching:
-        # On CPUs, vLLM 0.32's Mamba 2 layers do not return the states between chunks that it caches then.
-        yield "prefix caching in models that mix attention with recurrent layers (use --no-enable-prefix-caching)"
+    if model.is_hybrid:
+        yield "models that mix attention with recurrent layers"
     if model.is_mm_prefix_lm or config.attention_config.use_non_causal:
         yield "attention that is not causal"
     if model.rswa_window is not None:
@@ -118,8 +113,6 @@ def _of_drafts(config: VllmConfig) -> Iterator[str]:
         return
     if draft.method not in ("ngram", *DRAFT_MODELS):
         yield f"speculative decoding by {draft.method!r} (only by ngram, {', '.join(DRAFT_MODELS)})"
-    if config.model_config.is_hybrid:
-        yield "speculative decoding in models that mix attention with recurrent layers"
     if draft.method != "ngram" and device != "cpu":
         yield f"speculative decoding by {draft.method!r} on GPUs (not tested; 'ngram' is supported)"
     if draft.method != "ngram" and draft.parallel_drafting:

@@ -71,40 +71,6 @@ def save_changed(folder: Path, name: str, change: Callable[[Tensor], object]) ->
     return folder
 
 
-def save_falcon_h1(folder: Path) -> Path:
-    """Random weights; Mamba 2 beside attention in every layer, whose states vLLM keeps beside the pages."""
-    from transformers import FalconH1Config, FalconH1ForCausalLM
-
-    torch.manual_seed(0)
-    config = FalconH1Config(
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        mamba_d_ssm=128,
-        mamba_n_heads=4,
-        mamba_d_head=32,
-        mamba_d_state=16,
-        mamba_n_groups=1,
-        mamba_chunk_size=64,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = FalconH1ForCausalLM(config)
-    model.model.embed_tokens.weight.data.mul_(0.2)
-    model.model.final_layernorm.weight.data.fill_(5.0)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder / name)
-    return folder
-
-
 def save_gpt_oss(folder: Path) -> Path:
     """Random weights; learned sinks, layers that see a window and all tokens in turn, and experts."""
     from transformers import GptOssConfig, GptOssForCausalLM

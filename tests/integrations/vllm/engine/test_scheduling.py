@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .answers import MOVED_BY_SHAPE, Answer, answer, assert_same, greedy, metric, prompts
-from .models import save_falcon_h1, save_gemma, save_window
+from .models import save_gemma, save_window
 
 LENGTHS = (3, 64, 65, 130, 200, 1, 127, 300, 256)
 
@@ -114,26 +114,6 @@ def test_slots_are_given_back(busy, asked) -> None:
     runner = busy.llm_engine.model_executor.driver_worker.worker.model_runner
     answer(busy, asked[:1], max_tokens=2)
     assert len(steps._slots[runner]) == 1  # the one that just ended: vLLM says so with the next step
-
-
-def test_recurrent_layers_preempted(start, token_ids, tmp_path) -> None:
-    """Their states are in vLLM's blocks, too."""
-    model = str(save_falcon_h1(tmp_path / "m"))
-    asked = prompts(token_ids, LENGTHS)
-    alone = start(model=model, enable_prefix_caching=False)
-    solo = [answer(alone, [prompt])[0] for prompt in asked]
-    few = start(
-        model=model,
-        enable_prefix_caching=False,
-        max_num_batched_tokens=56,
-        block_size=64,
-        num_gpu_blocks_override=18,
-        max_num_seqs=6,
-        max_model_len=512,
-    )
-    before = metric(few, "num_preemptions")
-    assert_same(answer(few, asked), solo, MOVED_BY_SHAPE)
-    assert metric(few, "num_preemptions") > before
 
 
 @pytest.mark.parametrize("save, blocks", [(save_window, 11), (save_gemma, 14)], ids=["window", "windows and none"])
