@@ -78,7 +78,7 @@ def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device)
 
 
 def refuse_calibration(config: VllmConfig) -> None:
-    """Raises `UnsupportedError` for features that do not work with a calibration, which knows the layers of one model."""
+    """Raises `UnsupportedError` for features that need more than the layers of one model, which a calibration knows."""
     draft = config.speculative_config
     if draft is not None and draft.method in DRAFT_MODELS:
         refuse(f"a calibration with speculative decoding by {draft.method!r}, whose layers it does not know")
