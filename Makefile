@@ -42,8 +42,7 @@ SITE = $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
 # $(call install,EXTRA): the package in place, with all it can use and EXTRA, around the torch that is there. It leaves
-# the extension to `make build`, which builds again only what changed. The package is found by its path alone: the
-# import hook that comes with the path would hide a copy of the package that PYTHONPATH names.
+# the extension to `make build`, which builds again only what changed.
 define install
 @$(BIN)/python -c 'import torch' 2>/dev/null || \
   { echo "Installing torch $(TORCH)"; $(PIP_INSTALL) --quiet torch==$(TORCH); }
@@ -51,9 +50,15 @@ define install
 @echo "Installing turboattention[all,$(1)] around $$(cat $(PIN))"
 @$(PIP_INSTALL) --quiet --constraint $(PIN) --editable '.[all,$(1)]' \
 	  --config-settings=editable.mode=inplace --config-settings=wheel.cmake=false
-@cd "$$($(SITE))" && sed -i.hooked '/^import /d' _editable_*turboattention.pth && rm _editable_*.hooked
+$(call without_hook,"$$($(SITE))")
 @$(TORCH_HERE) | diff $(PIN) -
 @touch $@
+endef
+
+# $(call without_hook,SITE-PACKAGES): the package is found by its path alone. The import hook that comes with the path
+# would hide a copy of the package that PYTHONPATH names.
+define without_hook
+@cd $(1) && sed -i.hooked '/^import /d' _editable_*turboattention.pth && rm _editable_*.hooked
 endef
 
 # $(call extension,BUILD-FOLDER,PACKAGE-FOLDER,OPTIONS): the extension, from BUILD-FOLDER into PACKAGE-FOLDER. What the
@@ -170,6 +175,7 @@ $(VLLM)/ready: pyproject.toml | $(BUILT)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/pin.txt -r $(VLLM)/requirements.txt pytest hypothesis
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . \
 	  --config-settings=editable.mode=inplace --config-settings=wheel.cmake=false
+	$(call without_hook,$(VLLM)/lib/python*/site-packages)
 	@touch $@
 
 lint: lint-code lint-format lint-cpp lint-types lint-imports ## every static check, the same as pre-commit and CI

@@ -94,12 +94,17 @@ def tokens(
 
 
 def expected(sequence, head_bits, config=CONFIG, backend="reference", order=None, **options):
-    """The whole sequence through a cache of its own, and the cache."""
+    """The whole sequence through a cache of its own, and the cache. Sinks: a column of the softmax without a value."""
     q, k, v = (x[None] for x in sequence)
+    sinks = options.pop("sinks", None)
     options["window_size"] = options.pop("window", None)
     sizes = 1, HEADS, q.shape[3]
     cache = KVCache(*sizes, config=config, head_bits=torch.tensor(head_bits), k_order=order)
-    return ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, **options)[0], cache
+    if sinks is None:
+        return ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, **options)[0], cache
+    out, lse = ta.turbo_attention_with_kvcache(q, cache, k, v, backend=backend, return_lse=True, **options)
+    total = torch.logaddexp(lse[0], sinks[:, None])
+    return out[0] * (lse[0] - total).exp()[..., None], cache
 
 
 def serve(server: Server, sequences: dict, schedule: list[dict[int, int]], **options) -> dict[int, torch.Tensor]:

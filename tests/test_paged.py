@@ -19,7 +19,11 @@ TOTALS = {7: 200, 3: 131, 5: 64, 1: 1}
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, MIXED], ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": 90}, {"softcap": 3.0, "scale": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 90}, {"softcap": 3.0, "scale": 0.5}, {"sinks": torch.tensor([-1.0, 0.5, 2.0, 9.0])}],
+    ids=lambda options: "-".join(options) or "plain",
+)
 def test_any_schedule_gives_what_a_cache_of_its_own_does(bits, options):
     head_bits = UNIFORM.get(bits, MIXED) if isinstance(bits, int) else MIXED
     sequences = {key: tokens(10 * key, count) for key, count in TOTALS.items()}
@@ -263,9 +267,9 @@ def test_places_that_do_not_fit_are_refused():
     server, (q, k, v) = Server(), (x.transpose(0, 1).contiguous() for x in tokens(1, 3))
     batch = PagedBatch(*(torch.tensor(x) for x in ([0, 3], [3], [[5]], [1])))
 
-    def call(layer=0, out=None, opened=server.tail_blocks, window=None):
+    def call(layer=0, out=None, opened=server.tail_blocks, **options):
         out = torch.empty_like(q) if out is None else out
-        paged_attention(server.fmt, layer, batch, q, k, v, out, server.pages, opened, window=window)
+        paged_attention(server.fmt, layer, batch, q, k, v, out, server.pages, opened, **options)
 
     apart = torch.empty(*q.shape, 2)[..., 0]
     with pytest.raises(ShapeError, match=r"^out: expected channels side by side, got strides"):
@@ -276,3 +280,7 @@ def test_places_that_do_not_fit_are_refused():
         call(layer=1)
     with pytest.raises(InputError, match=r"^window: expected at least 1, or None, got 0$"):
         call(window=0)
+    with pytest.raises(ShapeError, match=r"^sinks: expected floats of shape \[4\], got torch.float32 \[2\]$"):
+        call(sinks=torch.zeros(2))
+    with pytest.raises(ShapeError, match=r"^sinks: expected floats of shape \[4\], got torch.int64 \[4\]$"):
+        call(sinks=torch.zeros(4, dtype=torch.int64))

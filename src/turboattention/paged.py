@@ -47,6 +47,7 @@ def paged_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> bool:
     """Store the new tokens of all sequences, then write causal attention to `out`.
@@ -59,6 +60,7 @@ def paged_attention(
         tail_blocks: INT8 rows of incomplete blocks; this layer's slots are written.
         scale: of the logits, default `1 / sqrt(D)`. window: in tokens; a query at position p attends to keys
             `p - window + 1` to p. Pages before every window are not read.
+        sinks: float [Hq], learned sink logits: an additional column of the softmax without a value. Only on CPUs.
         softcap, backend: as in `turbo_attention`.
 
     Returns:
@@ -89,10 +91,13 @@ def paged_attention(
     """
     _check(fmt, q, k, v, out, pages)
     _check_place(fmt, layer, tail_blocks, window)
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
+        raise ShapeError(f"sinks: expected floats of shape [{q.shape[1]}], got {sinks.dtype} {list(sinks.shape)}")
     which = fmt.config, q.dtype, q.device, backend
     run = batch.once(which, lambda: _chosen(*which)[1])
     factor = logit_scale(scale, fmt.head_dim)
-    return run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, scale=factor, window=window, softcap=softcap)
+    options = {"scale": factor, "window": window, "softcap": softcap, "sinks": sinks}
+    return run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, **options)
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:

@@ -91,6 +91,7 @@ class PagedAttention(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None,
     ) -> bool:
         """False if values were not finite, where that is known without waiting."""
         ...

@@ -52,7 +52,7 @@ class KernelBackend(ABC):
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None,
     ) -> bool:
-        return self._paged.paged_attention(
-            fmt, layer, batch, q, k, v, out, pages, tail_blocks, scale=scale, window=window, softcap=softcap
-        )
+        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        return self._paged.paged_attention(fmt, layer, batch, q, k, v, out, pages, tail_blocks, **options)

@@ -174,6 +174,8 @@ def test_refusals():
     server.pages = server.pages.flatten()[8 : 8 + 32 * 4096].view(32, -1)
     with pytest.raises(ShapeError, match=r"^pages: expected addresses that are multiples of 16"):
         server.step({0: sequence})
+    with pytest.raises(UnsupportedError, match=r"^sinks: expected None for pages on a GPU, got sink logits"):
+        server.step({0: sequence}, sinks=torch.zeros(4))
     batch = PagedBatch(*(torch.zeros(2, 2, dtype=torch.int16) for _ in range(4)))
     q, k, v = (x.transpose(0, 1).contiguous() for x in sequence)
     with pytest.raises(ShapeError, match=r"^query_start: expected int32 or int64"):

@@ -25,6 +25,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention` with checked arguments; False if values were not finite."""
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
@@ -52,7 +53,7 @@ def paged_attention(
             call.store(k, v, means, tail, fresh)
         group.keep_last(tail_blocks, layer, tail)
     for call, means, tail, addresses in parts:
-        finite &= call.attend(q, out, means, tail, addresses)
+        finite &= call.attend(q, out, means, tail, addresses, sinks)
     return finite
 
 

@@ -29,11 +29,14 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention` with checked arguments.
 
     Always returns True: `TailBlocks.notice` reports values that are not finite.
     """
+    if sinks is not None:
+        raise UnsupportedError("sinks: expected None for pages on a GPU, got sink logits (backend 'cpu' supports them)")
     ragged = _ragged(batch, q)
     _check_alignment(pages)
     if not ragged.tokens or not ragged.sequences:

@@ -11,11 +11,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from ...kernels.inputs import GPU_HEAD_DIM
 from ...paged import BLOCK
 from .implementation import TurboImpl, latest_widths, widths_for
 from .metadata import TurboMetadataBuilder
-from .refusals import refuse
+from .refusals import largest_head, refuse
 
 
 class TurboBackend(AttentionBackend):
@@ -44,7 +43,7 @@ class TurboBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return list(range(8, GPU_HEAD_DIM + 1, 8))
+        return list(range(8, largest_head(current_platform.device_type) + 1, 8))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -53,6 +52,10 @@ class TurboBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return current_platform.is_cpu()
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -17,7 +17,7 @@ from ...guard import fixed_widths_message
 from ...paged import PagedFormat, TailBlocks, paged_attention
 from ..model_shape import ModelShape
 from .metadata import TurboMetadata
-from .refusals import refuse, refuse_device, refuse_engine, refuse_layer
+from .refusals import refuse, refuse_calibration, refuse_device, refuse_engine, refuse_layer
 from .settings import VARIABLE, Settings
 from .slots import ring_for
 from .widths import Rank, Widths, widths_of
@@ -74,8 +74,10 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         **others: Any,
     ):
         """Raises `UnsupportedError` for the features listed in refusals.py, `ConfigError` for settings out of range."""
+        config = get_current_vllm_config()
         refuse_layer(
             head_size,
+            device_type=config.device_config.device_type,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             kv_cache_dtype=kv_cache_dtype,
@@ -83,13 +85,14 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             kv_sharing_target=kv_sharing_target_layer_name,
             others=others,
         )
-        config = get_current_vllm_config()
         refuse_engine(config)
         self.widths = widths_for(config)
+        if self.widths.calibration is not None:
+            refuse_calibration(config)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.total_kv_heads = config.model_config.get_total_num_kv_heads()
-        self.window, self.softcap = sliding_window, logits_soft_cap or None
+        self.window, self.softcap, self.sinks = sliding_window, logits_soft_cap or None, sinks
         self.kv_cache_dtype = kv_cache_dtype
         self.device = torch.get_default_device()
         refuse_device(self.widths.config, config.model_config.dtype, self.device)
@@ -158,6 +161,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            sinks=self.sinks,
         )
         self.report_nonfinite(finite)
         return output

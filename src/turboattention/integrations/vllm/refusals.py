@@ -13,12 +13,22 @@ from ...config import TurboConfig
 from ...errors import InputError, UnsupportedError
 from ...kernels.inputs import GPU_HEAD_DIM
 from ...paged import BLOCK, backend_for
+from ...validation import MAX_HEAD_DIM
 from .settings import VARIABLE
+
+DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
+"""Methods of speculative decoding in which a model drafts, one token after another, over a cache of its own."""
+
+
+def largest_head(device_type: str) -> int:
+    """Channels per head that the kernels for this type of device support."""
+    return MAX_HEAD_DIM if device_type == "cpu" else GPU_HEAD_DIM
 
 
 def refuse_layer(
     head_size: int,
     *,
+    device_type: str,
     alibi_slopes: Any,
     sinks: Any,
     kv_cache_dtype: str,
@@ -27,16 +37,17 @@ def refuse_layer(
     others: dict[str, Any],
 ) -> None:
     """Raises `UnsupportedError` that names the unsupported feature of a layer."""
-    if head_size % 8 or not 0 < head_size <= GPU_HEAD_DIM:
-        refuse(f"head_dim {head_size} (a multiple of 8 up to {GPU_HEAD_DIM} is needed)")
+    largest = largest_head(device_type)
+    if head_size % 8 or not 0 < head_size <= largest:
+        refuse(f"head_dim {head_size} (a multiple of 8 up to {largest} is needed)")
     if attn_type != AttentionType.DECODER:
         refuse(f"{AttentionType(attn_type).value} attention (only decoders have a cache to quantize)")
     if kv_cache_dtype != "auto":
         refuse(f'kv_cache_dtype {kv_cache_dtype!r} (leave it "auto": blocks have a format of their own)')
     if alibi_slopes is not None:
         refuse("ALiBi")
-    if sinks is not None:
-        refuse("attention sinks")
+    if sinks is not None and device_type != "cpu":
+        refuse("attention sinks on GPUs (the kernels for pages have no term for them there)")
     if kv_sharing_target is not None:
         refuse(f"layers that share the cache of another ({kv_sharing_target})")
     asked = [name for name, value in others.items() if value not in (None, False)]
@@ -66,8 +77,15 @@ def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device)
         refuse(f"{device.type} here ({error})")
 
 
+def refuse_calibration(config: VllmConfig) -> None:
+    """Raises `UnsupportedError` for features that need more than the layers of one model, which a calibration knows."""
+    draft = config.speculative_config
+    if draft is not None and draft.method in DRAFT_MODELS:
+        refuse(f"a calibration with speculative decoding by {draft.method!r}, whose layers it does not know")
+
+
 def _of_engine(config: VllmConfig) -> Iterator[str]:
-    model, parallel, draft = config.model_config, config.parallel_config, config.speculative_config
+    model, parallel = config.model_config, config.parallel_config
     if model.is_hybrid:
         yield "models that mix attention with recurrent layers"
     if model.is_mm_prefix_lm or config.attention_config.use_non_causal:
@@ -80,11 +98,26 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
         yield "data parallelism on GPUs (nothing tells its idle steps from others)"
     if parallel.use_ubatching:
         yield "batches split in two (--enable-dbo)"
-    if config.kv_transfer_config is not None and config.kv_transfer_config.is_kv_transfer_instance:
-        yield "KV connectors and offloading (blocks that are not full yet are not in vLLM's pages)"
-    if draft is not None and draft.method != "ngram":
-        yield f"speculative decoding by {draft.method!r} (only 'ngram')"
-    if draft is not None and draft.num_speculative_tokens >= BLOCK:
+    transfer = config.kv_transfer_config
+    if transfer is not None and transfer.is_kv_transfer_instance:
+        yield (
+            f"the KV connector {transfer.kv_connector} (connectors and offloading move vLLM's pages alone, and "
+            "incomplete blocks are not in them)"
+        )
+    yield from _of_drafts(config)
+
+
+def _of_drafts(config: VllmConfig) -> Iterator[str]:
+    draft, device = config.speculative_config, config.device_config.device_type
+    if draft is None:
+        return
+    if draft.method not in ("ngram", *DRAFT_MODELS):
+        yield f"speculative decoding by {draft.method!r} (only by ngram, {', '.join(DRAFT_MODELS)})"
+    if draft.method != "ngram" and device != "cpu":
+        yield f"speculative decoding by {draft.method!r} on GPUs (not tested; 'ngram' is supported)"
+    if draft.method != "ngram" and draft.parallel_drafting:
+        yield "drafts that are computed in parallel"
+    if draft.num_speculative_tokens >= BLOCK:
         yield f"{draft.num_speculative_tokens} speculative tokens (fewer than {BLOCK} are supported)"
 
 

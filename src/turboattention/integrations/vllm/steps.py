@@ -1,12 +1,13 @@
 """The requests of the current step. vLLM passes the length of each row to metadata builders, but not its request.
 
 The second model runner passes the index of each row's request (`req_idx`). The first one, which CPUs use, does not, so
-its `execute_model` is wrapped when an engine with this backend starts.
+its `execute_model` is wrapped when an engine with this backend starts, and `sample_tokens`, in which draft models run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -46,26 +47,48 @@ def current_step() -> Step | None:
 
 
 def follow_steps() -> None:
-    """Wrap `GPUModelRunner.execute_model` in this process, so that it sets `current_step`. Idempotent."""
-    execute_model = GPUModelRunner.execute_model
-    if not hasattr(execute_model, "followed"):
-        GPUModelRunner.execute_model = _followed(execute_model)
+    """Wrap `GPUModelRunner.execute_model` and `sample_tokens` in this process, so that they set `current_step`.
+    Idempotent."""
+    if not hasattr(GPUModelRunner.execute_model, "followed"):
+        GPUModelRunner.execute_model = _executing(GPUModelRunner.execute_model)
+        GPUModelRunner.sample_tokens = _sampling(GPUModelRunner.sample_tokens)
 
 
-def _followed(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+def _executing(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(execute_model)
     def follow(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        slots = _slots.get(self)
-        if slots is None:
-            slots = _slots[self] = Slots(
-                self.scheduler_config.max_num_seqs, ring_for(self.speculative_config is not None)
-            )
+        slots = _slots_of(self)
         slots.step(scheduler_output)
-        token = _current.set(Step(self, slots))
-        try:
+        with _during(Step(self, slots)):
             return execute_model(self, scheduler_output, *args, **kwargs)
-        finally:
-            _current.reset(token)
 
     follow.followed = execute_model  # type: ignore[attr-defined]
     return follow
+
+
+def _sampling(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
+    """A draft model runs after the target model, over the same requests: their slots are still those of the step."""
+
+    @wraps(sample_tokens)
+    def follow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _during(Step(self, _slots_of(self))):
+            return sample_tokens(self, *args, **kwargs)
+
+    return follow
+
+
+def _slots_of(runner: Any) -> Slots:
+    slots = _slots.get(runner)
+    if slots is None:
+        ring = ring_for(runner.speculative_config is not None)
+        slots = _slots[runner] = Slots(runner.scheduler_config.max_num_seqs, ring)
+    return slots
+
+
+@contextmanager
+def _during(step: Step) -> Iterator[None]:
+    token = _current.set(step)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -47,10 +47,10 @@ class Widths:
         folder = self.settings.calibration
         return None if folder is None else Calibration.load(folder)
 
-    @property
+    @cached_property
     def config(self) -> TurboConfig:
         """The serving configuration (numerics.md), with smoothing only if the means are calibrated, and K's channels in
-        order only if the orders are."""
+        order only if the orders are. One object for all layers, by which a step finds what they share."""
         means = self.calibration is not None and self.calibration.means
         bits: Bits = self.settings.bits or ("mixed" if self.settings.calibrated_widths else 4)
         config = TurboConfig.serving(bits=bits, smooth_k=means, reorder_k=self.settings.reorder_k)

@@ -49,6 +49,11 @@ class FlatRows:
     before: Tensor
 
     @cached_property
+    def flat(self) -> Tensor:
+        """Indices of all their tokens, sequence by sequence."""
+        return (self.starts[:, None] + torch.arange(self.tokens)).flatten()
+
+    @cached_property
     def valid(self) -> Tensor:
         return torch.full_like(self.before, self.tokens)
 
@@ -119,13 +124,23 @@ class PagedCall:
         check_fit(_cpu.store(ctypes.addressof(s)))
         del kept_k, kept_v
 
-    def attend(self, q: Tensor, out: Tensor, mean: Tensor | None, tail: TailSlots, addresses: Tensor) -> bool:
+    def attend(
+        self,
+        q: Tensor,
+        out: Tensor,
+        mean: Tensor | None,
+        tail: TailSlots,
+        addresses: Tensor,
+        sinks: Tensor | None = None,
+    ) -> bool:
         """q [T, Hq, D] of these rows, causally, over pages and tail rows, which hold their own tokens -> out, likewise.
 
-        mean: as for `store`. addresses: int64 [B, P], of the pages. False where q is not finite: what is not counts as
-        zeros.
+        mean: as for `store`. addresses: int64 [B, P], of the pages. sinks: float [Hq], or None. False where q is not
+        finite: what is not counts as zeros.
         """
         a, starts = self._attend, self._rows.starts
+        lse = None if sinks is None else torch.empty((len(starts), q.shape[1], self._rows.tokens))
+        a.lse = None if lse is None else lse.data_ptr()
         a.q, kept = flat_rows(q, starts)
         a.out, _ = flat_rows(out, starts)
         a.mean = mean_address(mean)
@@ -133,4 +148,9 @@ class PagedCall:
         a.pages, a.page_stride = addresses.data_ptr(), addresses.shape[1]
         finite = _cpu.attend(ctypes.addressof(a))
         del kept
+        if lse is not None and sinks is not None:
+            # A softmax with an additional column of logit s is the softmax without it times sigmoid(lse - s).
+            share = torch.sigmoid(lse.transpose(1, 2) - sinks.float())[..., None]
+            flat = self._rows.flat
+            out[flat] = (out[flat].float() * share.flatten(0, 1)).to(out.dtype)
         return finite
