@@ -71,6 +71,7 @@ NB_MODULE(_cpu, m) {
     m.def("step", &step, nb::arg("arguments"), "A decode step; 1, 2, 3 where q, k, v are not finite.");
     m.def("store", &store, nb::arg("arguments"),
           "New tokens into tail blocks and pages; 1, 2 where k, v are not finite.");
+    m.attr("format") = turbo::kFormat;
     m.attr("store_bytes") = sizeof(turbo::StoreArgs);
     m.attr("step_bytes") = sizeof(turbo::StepArgs);
     m.attr("attend_bytes") = sizeof(turbo::AttendArgs);

@@ -11,8 +11,8 @@ namespace turbo {
 struct StoreArgs {
     std::int64_t batch, heads, head_dim, value_dim, tokens, rotate;
     FloatRows k, v;
-    const float* mean;       // [B, H, D] or null, subtracted from keys
-    std::int64_t mean_from;  // the first position whose key is stored without the mean
+    const std::uint16_t* mean;  // bfloat16 [B, H, D] or null, subtracted from keys
+    std::int64_t mean_from;     // the first position whose key is stored without the mean
     const std::int64_t* before;
     Int8Rows tail;  // has room for the new tokens
     // Addresses [B, fresh_blocks] of the pages for the blocks from position tail.start[b] on that the step fills, 0

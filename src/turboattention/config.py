@@ -81,7 +81,7 @@ class TurboConfig:
     up to a multiple)."""
 
     search: bool = True
-    """Below 4 bits, search each channel's range for the least squared error instead of min-max."""
+    """Below 8 bits, search each channel's range for the least squared error instead of min-max."""
 
     low_bit_fraction: float = 0.5
     """The fraction of KV heads that use 2 bits with ``bits="mixed"``."""

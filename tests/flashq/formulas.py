@@ -34,13 +34,14 @@ def squared_error(values: list[int], step: int, zero: int, bits: int) -> int:
 
 
 def search(values: list[int], bits: int) -> tuple[int, int]:
-    """Min-max, then steps of 16/16 to 8/16 (one bit: 12/16 to 4/16) of its step, each centred and shifted by -1/4 and
-    +1/4 of a step; the first of least squared error."""
+    """Min-max, then steps of 16/16 to 8/16 (one bit: 12/16 to 4/16) of its step, at 4 and 5 bits its step and that less
+    one, each centred and shifted by -1/4 and +1/4 of a step; the first of least squared error."""
     levels = 2**bits - 1
     widest, zero = min_max(values, bits)
     best = (squared_error(values, widest, zero, bits), widest, zero)
-    for shrink in range(12, 3, -1) if bits == 1 else range(16, 7, -1):
-        step = max(1, math.ceil(widest * shrink / 16))
+    shrinks = range(12, 3, -1) if bits == 1 else range(16, 7, -1)
+    steps = [widest, widest - 1] if bits > 3 else [math.ceil(widest * shrink / 16) for shrink in shrinks]
+    for step in (max(1, step) for step in steps):
         for quarter in (0, -1, 1):
             zero = math.floor((2 * (min(values) + max(values)) - 2 * step * levels + quarter * step) / 4)
             zero = max(min(zero, 127 - step * levels), -128)
@@ -55,7 +56,7 @@ def stage2(codes: np.ndarray, bits: int, searched: bool = False) -> tuple[np.nda
     out, steps, zeros = np.zeros(codes.shape, int), [], []
     for channel in range(codes.shape[1]):
         values = [int(x) for x in codes[:, channel]]
-        step, zero = search(values, bits) if searched and bits < 4 else min_max(values, bits)
+        step, zero = search(values, bits) if searched and bits < 8 else min_max(values, bits)
         out[:, channel] = encode(values, step, zero, bits)
         steps.append(step)
         zeros.append(zero)
@@ -66,6 +67,12 @@ def restored(codes: np.ndarray, bits: int, searched: bool = False) -> np.ndarray
     """A tile through stage 2 and back."""
     code, step, zero = stage2(codes, bits, searched)
     return code * step + zero
+
+
+def bfloat(x: np.ndarray) -> np.ndarray:
+    """Rounded to float32, then to its 8 leading bits, ties to even."""
+    mantissa, exponent = np.frexp(np.asarray(x, np.float32).astype(np.float64))
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
 
 
 def grid_up(scale: float) -> float:

@@ -140,7 +140,7 @@ def squared(codes: torch.Tensor, bits: int, search: bool) -> torch.Tensor:
     return ((back.long() - codes.long()) ** 2).sum(-2)
 
 
-@given(tiles(), st.sampled_from((3, 2, 1)))
+@given(tiles(), st.sampled_from((5, 4, 3, 2, 1)))
 def test_search_is_never_worse_than_min_max(codes, bits):
     assert bool((squared(codes, bits, True) <= squared(codes, bits, False)).all())
 
@@ -151,6 +151,7 @@ def test_search_is_never_worse_than_min_max(codes, bits):
         (3, [-17, 6, 11, 9, 8, -13, -15], 4, -18),  # zero -16 has the same error
         (2, [19, -12, 4, -7], 10, -14),  # as has -9
         (2, [0, 1, 2, 3], 1, 0),  # min-max is exact already
+        (4, list(range(16)), 1, 0),
     ],
 )
 def test_equal_candidates_keep_the_earlier_one(bits, values, step, zero):
@@ -159,13 +160,13 @@ def test_equal_candidates_keep_the_earlier_one(bits, values, step, zero):
     assert (int(got_step), int(got_zero)) == (step, zero)
 
 
-@pytest.mark.parametrize("bits", [3, 2, 1])
+@pytest.mark.parametrize("bits", [5, 4, 3, 2, 1])
 def test_search_helps_on_normal_data(bits):
     codes = random_codes(64, 128)
     assert int(squared(codes, bits, True).sum()) < 0.95 * int(squared(codes, bits, False).sum())
 
 
-@given(tiles(), st.sampled_from((3, 2, 1)))
+@given(tiles(), st.sampled_from((5, 4, 3, 2, 1)))
 def test_searched_ranges_stay_inside_int8(codes, bits):
     _, step, zero = progressive_quantize(codes, bits, search=True)
     top = zero.to(torch.int16) + step.to(torch.int16) * (2**bits - 1)
@@ -173,10 +174,9 @@ def test_searched_ranges_stay_inside_int8(codes, bits):
     assert int(top.max()) <= 127
 
 
-@pytest.mark.parametrize("bits", [8, 5, 4])
-def test_search_leaves_four_bits_and_more_alone(bits):
+def test_search_leaves_eight_bits_alone():
     codes = random_codes(64, 16)
-    for got, want in zip(progressive_quantize(codes, bits, True), progressive_quantize(codes, bits), strict=True):
+    for got, want in zip(progressive_quantize(codes, 8, True), progressive_quantize(codes, 8), strict=True):
         assert torch.equal(got, want)
 
 

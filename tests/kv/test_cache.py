@@ -120,7 +120,7 @@ def test_what_it_holds_is_exactly_what_the_formulas_say():
     matrix = formulas.rotation(16)
     keys, values = k[0, 0].numpy() @ matrix, v[0, 0].numpy() @ matrix
     codes, scales = formulas.quantize_rows(keys[:64])
-    mean = (codes[4:] * scales[4:, None]).mean(0).astype(np.float32).astype(np.float64)
+    mean = formulas.bfloat((codes[4:] * scales[4:, None]).mean(0))
     keys[64:] -= mean
     for got, x, offset in zip(cache.dequantize(), (keys, values), (mean, 0.0), strict=True):
         codes, scales = formulas.quantize_rows(x)

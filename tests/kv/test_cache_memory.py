@@ -217,6 +217,27 @@ def test_a_window_reserves_no_more_than_it_needs(pieces):
     assert pool_bytes(short) == pools.sinks.layout.page_bytes + 3 * pools.compressed.layout.page_bytes
 
 
+def test_what_a_window_reserves_is_within_a_tenth_of_the_most_that_it_holds():
+    """A window of 512 holds the most just before a block fills."""
+    plain, reserving = (ta.KVCache(1, 1, 64, config=PLAIN, window_size=512, max_tokens=most) for most in (None, 8000))
+    most = 0
+    for count in (6000, *[1] * 64):
+        k, v = tokens(1, 1, count, 64)
+        plain.append(k, v)
+        reserving.append(k, v)
+        most = max(most, plain.nbytes)
+    assert reserving.nbytes <= 1.1 * most
+
+
+def test_the_memory_of_gemma_3_after_6000_tokens():
+    """Of 18 layers with one KV head of 256 channels, 15 have a window of 512, of which transformers keeps 511 keys."""
+    whole, window = (ta.KVCache(1, 1, 256, config=PLAIN, window_size=size) for size in (None, 512))
+    for cache in (whole, window):
+        cache.append(*tokens(1, 1, 6000, 256))
+    own = 2 * 2 * 256 * (3 * 6000 + 15 * 511)
+    assert 3.5 * (3 * whole.nbytes + 15 * window.nbytes) < own
+
+
 @pytest.mark.parametrize("window", [1, 48, 49, 50, 113])
 def test_a_window_never_needs_more_than_it_reserved(window):
     """Token by token, past several evictions; and at some time it needs all of it."""

@@ -192,7 +192,7 @@ def test_attention_errs_less_with_it(bits):
         out = ta.turbo_attention_with_kvcache(q, cache, k, v, is_causal=True, backend="reference")
         out = ta.turbo_attention_with_kvcache(q[:, :, -64:], cache, is_causal=True, backend="reference")
         errors.append(float((out - exact).norm() / exact.norm()))
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.85 * errors[1]
 
 
 def test_keys_of_8_bits_have_no_order():

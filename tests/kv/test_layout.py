@@ -115,7 +115,7 @@ def test_heads_of_two_widths_come_first():
 
 def test_name_and_version_are_pinned():
     """Files depend on them: a change of the format is a new version."""
-    assert (FORMAT_NAME, FORMAT_VERSION) == ("turboattention-kv", 3)
+    assert (FORMAT_NAME, FORMAT_VERSION) == ("turboattention-kv", 4)
 
 
 @pytest.mark.parametrize(

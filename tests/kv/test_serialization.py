@@ -150,7 +150,7 @@ def test_a_foreign_safetensors_file(metadata, tmp_path):
         ta.KVCache.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("key, value", [("version", "4"), ("version", "0"), ("rotation", "7"), ("format", "else")])
+@pytest.mark.parametrize("key, value", [("version", "5"), ("version", "0"), ("rotation", "7"), ("format", "else")])
 def test_another_version(key, value, tmp_path):
     _, path = saved(tmp_path, lengths=[70])
     tensors, metadata = parts(path)
@@ -187,6 +187,30 @@ def test_reordered_keys_of_version_2_are_refused(tmp_path):
     as_version_2(path, tensors, json.loads(metadata["content"]))
     with pytest.raises(FormatError, match=r"^path: expected a saved cache of version 3 where .*, got one of version 2"):
         ta.KVCache.load(path)
+
+
+def as_version_3(path, mean):
+    tensors, metadata = parts(path)
+    content = json.loads(metadata["content"])
+    content["cache"]["version"] = 3
+    write_file(path, tensors | {"k_mean": mean(tensors["k_mean"].float())}, content)
+    tensors, metadata = parts(path)
+    save_file(tensors, path, metadata=metadata | {"version": "3"})
+
+
+def test_a_mean_of_version_3_that_bfloat16_rounds_is_refused(tmp_path):
+    """The keys in the file lack the float32 mean, so a rounded one must not be added back."""
+    _, path = saved(tmp_path, lengths=[200])
+    as_version_3(path, lambda mean: mean * (1 + 2**-12))
+    with pytest.raises(FormatError, match=r"^path: expected a saved cache of version 4, .*, got one of version 3"):
+        ta.KVCache.load(path)
+
+
+def test_a_mean_of_version_3_that_bfloat16_holds_is_read(tmp_path):
+    cache, path = saved(tmp_path, lengths=[200])
+    as_version_3(path, lambda mean: mean)
+    loaded = ta.KVCache.load(path)
+    assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
 
 
 @pytest.mark.parametrize("bits", [4, 8, "mixed"])

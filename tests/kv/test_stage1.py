@@ -46,9 +46,9 @@ def test_rotation_and_smoothing_by_the_formulas(head_dim):
     for head in range(2):
         keys, values = k[0, head].numpy() @ matrix, v[0, head].numpy() @ matrix
         codes, scales = formulas.quantize_rows(keys[:64])
-        mean = (codes[4:] * scales[4:, None]).mean(0).astype(np.float32).astype(np.float64)
+        mean = formulas.bfloat((codes[4:] * scales[4:, None]).mean(0))
         keys[64:] -= mean
-        assert np.array_equal(got.k_mean[0, head].numpy(), mean)
+        assert np.array_equal(got.k_mean[0, head].double().numpy(), mean)
         for side, x in (("k", keys), ("v", values)):
             codes, scales = formulas.quantize_rows(x)
             assert np.array_equal(getattr(got.tiles, f"{side}8")[0, head, :150].numpy(), codes)
@@ -79,10 +79,11 @@ def test_a_given_mean_is_subtracted_from_the_first_token_on():
     given = normals(2, 16, seed=3)
     cache = ta.KVCache(1, 2, 16, config=PLAIN, k_mean=given)
     got = stage_of(cache, k, v)
-    codes, scales = quantize_tokens(rotate(k) - rotate(given)[None, :, None])
+    mean = rotate(given).bfloat16()
+    codes, scales = quantize_tokens(rotate(k) - mean.float()[None, :, None])
     assert torch.equal(got.tiles.k8[:, :, :70], codes)
     assert torch.equal(got.tiles.k_scale[:, :, :70], scales)
-    assert torch.equal(got.k_mean, rotate(given)[None])
+    assert torch.equal(got.k_mean, mean[None])
 
 
 @pytest.mark.parametrize("config", [PLAIN, BARE, ta.TurboConfig.paper()], ids=["default", "bare", "paper"])

@@ -44,13 +44,13 @@ def stage1(k: np.ndarray, v: np.ndarray) -> Sequence:
     mean = np.zeros(k.shape[1])
     if len(k) >= BLOCK:
         codes, scales = formulas.quantize_rows(keys[:BLOCK])
-        mean = (codes[4:] * scales[4:, None]).mean(0).astype(np.float32).astype(np.float64)
+        mean = formulas.bfloat((codes[4:] * scales[4:, None]).mean(0))
         keys[BLOCK:] -= mean
     return Sequence(*formulas.quantize_rows(keys), *formulas.quantize_rows(values), mean, matrix)
 
 
 def compress(sequence: Sequence, first: int, last: int, k_bits: int, v_bits: int) -> None:
-    """Blocks `first` to `last` become what stage 2 gives back (searched below 4 bits)."""
+    """Blocks `first` to `last` become what stage 2 gives back (searched)."""
     for block in range(first, last):
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
         sequence.k8[rows] = formulas.restored(sequence.k8[rows], k_bits, True)

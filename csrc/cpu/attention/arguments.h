@@ -7,6 +7,9 @@
 
 namespace turbo {
 
+// FORMAT_VERSION of kv/layout.py. Python refuses an extension built for another one.
+constexpr int kFormat = 4;
+
 constexpr int kBlock = 64;
 constexpr int kMaxHeadDim = 512;
 
@@ -53,14 +56,14 @@ struct Int8Rows {
 struct AttendArgs {
     std::int64_t batch, heads, group, queries, head_dim, value_dim;
     // Queries [B, H G, Lq]: rotated (if `rotate`) and quantized where they are used, with the logits' factor `scale`;
-    // mean [B, H, D], or null, is what keys lack. *unfit is set where a valid row holds NaN, infinity or a magnitude
-    // above 1e18. Compressed pages of a head may have the channels of K unrotated and in another order: order [H, D],
-    // -1 for heads that have none, or null.
+    // mean, bfloat16 [B, H, D], or null, is what keys lack. *unfit is set where a valid row holds NaN, infinity or a
+    // magnitude above 1e18. Compressed pages of a head may have the channels of K unrotated and in another order: order
+    // [H, D], -1 for heads that have none, or null.
     FloatRows q;
     std::int64_t rotate;
     const std::int32_t* order;
     double scale;
-    const float* mean;
+    const std::uint16_t* mean;
     std::atomic<std::int32_t>* unfit;
     // Or, where q has no data: INT8 already [B, H, G, Lq, D], with units and mean logits [B, H, G, Lq].
     const std::int8_t* q_codes;

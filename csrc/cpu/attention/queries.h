@@ -66,8 +66,12 @@ inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std:
         }
         if (a.rotate) rotate_row(x, head_dim, signs);
         quantize_query(a, x, codes, row);
-        if (a.mean)
-            row.mean_logit = static_cast<float>(a.scale * dot_row(x, a.mean + (b * a.heads + h) * head_dim, head_dim));
+        if (a.mean) {
+            const std::uint16_t* mean = a.mean + (b * a.heads + h) * head_dim;
+            alignas(64) float mu[kMaxHeadDim];
+            for (int c = 0; c < head_dim; ++c) mu[c] = float_from_bfloat(mean[c]);
+            row.mean_logit = static_cast<float>(a.scale * dot_row(x, mu, head_dim));
+        }
     } else {
         const std::int64_t at = (b * a.heads * a.group + head) * a.queries + i;
         std::memcpy(codes, a.q_codes + at * head_dim, head_dim);

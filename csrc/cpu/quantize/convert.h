@@ -42,6 +42,8 @@ inline std::uint16_t half_from_float(float x) {
     return static_cast<std::uint16_t>((magnitude >= 0x477FF000u ? special : finite) | sign);
 }
 
+inline float float_from_bfloat(std::uint16_t x) { return float_of(static_cast<std::uint32_t>(x) << 16); }
+
 inline std::uint16_t bfloat_from_float(float x) {
     const std::uint32_t bits = bits_of(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
     return static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);

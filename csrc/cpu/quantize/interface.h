@@ -17,7 +17,8 @@ struct TokenArgs {
     const std::int64_t* end;     // [B]
     const std::int64_t* first;   // [B], position of token 0
     const std::int64_t* target;  // [B], row of token 0
-    const float* mean;           // [B, H, D] (rotated, if `rotate`) or null, subtracted from position `mean_from` on
+    // bfloat16 [B, H, D] (rotated, if `rotate`) or null, subtracted from position `mean_from` on.
+    const std::uint16_t* mean;
     std::int64_t mean_from;
     std::int8_t* codes;  // rows of D
     float* scales;
@@ -32,7 +33,7 @@ struct MeanArgs {
     const std::int8_t* codes;
     const float* scales;
     std::int64_t batch_rows, head_rows;
-    float* mean;  // [B, H, D]
+    std::uint16_t* mean;  // bfloat16 [B, H, D]
 };
 
 // INT8 tiles [N, H, B, D] of K and [N, H, B, Dv] of V with scales [N, H, B], and N pages. `head_rows`: stride between

@@ -52,13 +52,16 @@ template <int kBits>
 inline void squared_errors(const ChannelTile& tile, const std::int32_t* steps, const std::int32_t (*zeros)[kLanes],
                            float (*errors)[kLanes]) {
     const F step = f_from_int(i_load(steps));
-    const F half = step * f_set(0.5f), twice = step + step, middle = step * f_set(((1 << kBits) - 1) * 0.5f);
+    const F half = step * f_set(0.5f), middle = step * f_set(((1 << kBits) - 1) * 0.5f);
+    [[maybe_unused]] const F twice = step + step, fourfold = twice + twice, eightfold = fourfold + fourfold;
     const F center0 = f_from_int(i_load(zeros[0])) + middle, center1 = f_from_int(i_load(zeros[1])) + middle,
             center2 = f_from_int(i_load(zeros[2])) + middle;
     F error0 = f_set(0.0f), error1 = error0, error2 = error0;
     const auto fold = [&](F x) {
         x = f_abs(x);
-        if (kBits == 3) x = f_abs(x - twice);
+        if (kBits > 4) x = f_abs(x - eightfold);
+        if (kBits > 3) x = f_abs(x - fourfold);
+        if (kBits > 2) x = f_abs(x - twice);
         if (kBits > 1) x = f_abs(x - step);
         return x - half;
     };
@@ -97,22 +100,31 @@ inline Range min_max(const ChannelTile& tile, int levels, std::int32_t* middle) 
     return range;
 }
 
+// The steps that the search tries. Below 4 bits, 16ths of the min-max step, rounded up; the optimal two levels lie much
+// further inside the range than the optimal four. At 4 and 5 bits, the min-max step and the next smaller integer.
+template <int kBits>
+constexpr int kTried = kBits < 4 ? 9 : 2;
+
+template <int kBits>
+inline std::int32_t tried_step(std::int32_t widest, int which) {
+    constexpr int kFirst = kBits == 1 ? 12 : 16;
+    return kBits < 4 ? (widest * (kFirst - which) + 15) / 16 : std::max(widest - which, 1);
+}
+
 // The range with the least squared error among shrunken, centred and shifted ones; ties keep the earlier one.
 template <int kBits>
 inline Range search(const ChannelTile& tile, const Range& widest, const std::int32_t* middle) {
     constexpr int kLevels = (1 << kBits) - 1;
     constexpr int kQuarters[3] = {0, -1, 1};
-    // In 16ths of the min-max step. The optimal two levels lie much further inside the range than the optimal four.
-    constexpr int kFirst = kBits == 1 ? 12 : 16;
     Range best = widest;
     std::int32_t zeros[3][kLanes], steps[kLanes];
     float errors[3][kLanes], least[kLanes];
     for (auto& row : zeros) std::memcpy(row, widest.zero, sizeof row);
     squared_errors<kBits>(tile, widest.step, zeros, errors);
     std::memcpy(least, errors[0], sizeof least);
-    for (int shrink = kFirst; shrink >= kFirst - 8; --shrink) {
+    for (int which = 0; which < kTried<kBits>; ++which) {
         for (int c = 0; c < kLanes; ++c) {
-            const std::int32_t step = (widest.step[c] * shrink + 15) / 16;
+            const std::int32_t step = tried_step<kBits>(widest.step[c], which);
             const std::int32_t top = 127 - step * kLevels;
             steps[c] = step;
             for (int i = 0; i < 3; ++i) {
@@ -159,8 +171,9 @@ inline void progressive_quantize(const std::int8_t* values, int tokens, std::int
         std::int32_t middle[kLanes];
         load_channels(values + at, row, tokens, lanes, tile);
         Range range = min_max(tile, levels, middle);
-        if (searching && bits < 4)
-            with_width<3, 2, 1>(bits, [&](auto width) { range = search<decltype(width)::value>(tile, range, middle); });
+        if (searching)
+            with_width<5, 4, 3, 2, 1>(bits,
+                                      [&](auto width) { range = search<decltype(width)::value>(tile, range, middle); });
         encode_channels(tile, range, levels, lanes, codes + at, row);
         for (int c = 0; c < lanes; ++c) {
             step[at + c] = static_cast<std::uint8_t>(range.step[c]);

@@ -78,7 +78,7 @@ inline void ordered_rows(const std::int8_t* rows, const float* scales, int token
 inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) {
     static const Signs signs;
     const int head_dim = static_cast<int>(a.head_dim);
-    const float* mean = a.mean ? a.mean + (b * a.heads + h) * head_dim : nullptr;
+    const std::uint16_t* mean = a.mean ? a.mean + (b * a.heads + h) * head_dim : nullptr;
     const std::int64_t first_row = b * a.batch_rows + h * a.head_rows + a.target[b];
     float x[kMaxHeadDim];
     bool fine = true;
@@ -87,7 +87,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
         fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
         if (a.rotate) rotate_row(x, head_dim, signs);
         if (mean && a.first[b] + t >= a.mean_from) {
-            for (int c = 0; c < head_dim; ++c) x[c] -= mean[c];
+            for (int c = 0; c < head_dim; ++c) x[c] -= float_from_bfloat(mean[c]);
         }
         a.scales[first_row + t] = quantize_token(x, head_dim, a.codes + (first_row + t) * head_dim);
     }
@@ -114,9 +114,9 @@ inline void first_block_mean(const MeanArgs& a, std::int64_t b, std::int64_t h) 
         const std::int8_t* codes = a.codes + row * head_dim;
         for (int c = 0; c < head_dim; ++c) sums[c] += codes[c] * scale;
     }
-    float* mean = a.mean + (b * a.heads + h) * head_dim;
+    std::uint16_t* mean = a.mean + (b * a.heads + h) * head_dim;
     const double count = static_cast<double>(a.end - a.begin);
-    for (int c = 0; c < head_dim; ++c) mean[c] = static_cast<float>(sums[c] / count);
+    for (int c = 0; c < head_dim; ++c) mean[c] = bfloat_from_float(static_cast<float>(sums[c] / count));
 }
 
 }  // namespace turbo::TURBO_ISA

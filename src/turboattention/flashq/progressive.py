@@ -20,12 +20,17 @@ _LARGEST_STEP = 127
 """Steps are int8. Larger ones could only occur at one bit, where the search hardly ever chooses them."""
 
 
-def _shrinks(bits: int) -> range:
-    """Steps tried by the search, in 16ths of the min-max step; few, since each costs passes over the block.
+def _steps(widest: Tensor, bits: int) -> list[Tensor]:
+    """Steps that the search tries, given the min-max step; few, since each costs passes over the block.
 
-    The optimal two levels lie much further inside the range than the optimal four.
+    Below 4 bits, 16ths of the min-max step from 16/16 down to 8/16 (one bit: from 12/16 down to 4/16, since the optimal
+    two levels lie much further inside the range than the optimal four). At 4 and 5 bits, the optimal range is close to
+    min-max, but the step is a small integer that min-max rounds up: that step and the next smaller integer.
     """
-    return range(12, 3, -1) if bits == 1 else range(16, 7, -1)
+    if bits >= 4:
+        return [widest, (widest - 1).clamp_(min=1)]
+    shrinks = range(12, 3, -1) if bits == 1 else range(16, 7, -1)
+    return [((widest * shrink + 15) // 16).clamp_(min=1) for shrink in shrinks]
 
 
 def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,8 +39,8 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
     Args:
         codes: int8 [..., T, D]; all T rows are one tile.
         bits: 8 (lossless), 5, 4, 3, 2 or 1.
-        search: below 4 bits, choose the step and zero with the least squared error among min-max and smaller, shifted
-            ranges. The format does not change.
+        search: choose the step and zero with the least squared error among min-max and smaller, shifted ranges. The
+            format does not change.
 
     Returns:
         code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 127) and zero, int8 [..., 1, D].
@@ -54,7 +59,7 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
     low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
     step = ((high - low + (levels - 1)) // levels).clamp_(1, min(_LARGEST_STEP, 255 // levels))
     zero = torch.where(high > CODE_MAX, torch.minimum(low, 127 - step * levels), low)
-    if search and bits < 4:
+    if search and bits < 8:
         step, zero = _search(values, (step, zero), low + high, bits)
     return _encode(values, step, zero, levels).to(torch.uint8), step.to(torch.int8), zero.to(torch.int8)
 
@@ -76,15 +81,13 @@ def _encode(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
 def _search(values: Tensor, widest: tuple[Tensor, Tensor], middle: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The (step, zero) with the least squared error; `middle` is min + max of the data.
 
-    Candidates: min-max (`widest`), then steps of 16/16 down to 8/16 (one bit: 12/16 to 4/16) of its step, rounded up,
-    each with a range centred on the data, and shifted by a quarter of a step down and up. Both ends of a range fit in
-    int8. Ties keep the earlier candidate.
+    Candidates: min-max (`widest`), then `_steps`, each with a range centred on the data, and shifted by a quarter of a
+    step down and up. Both ends of a range fit in int8. Ties keep the earlier candidate.
     """
     levels = (1 << bits) - 1
     best_step, best_zero = widest
     best_error = _squared_error(values, best_step, best_zero, levels)
-    for shrink in _shrinks(bits):
-        step = ((widest[0] * shrink + 15) // 16).clamp_(min=1)
+    for step in _steps(widest[0], bits):
         for quarter in (0, -1, 1):
             zero = torch.div(2 * middle - 2 * step * levels + quarter * step, 4, rounding_mode="floor")
             zero = torch.minimum(zero, 127 - step * levels).clamp_(min=-128)

@@ -42,7 +42,7 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
         known |= is_open
     if state.k_mean is not None:
         smoothed = positions >= cache.mean_from
-        k = k + cache.restore(state.k_mean)[:, :, None] * smoothed.to(device)[:, None]
+        k = k + cache.restore(state.k_mean.to(k.dtype))[:, :, None] * smoothed.to(device)[:, None]
     mask = known.to(device)[:, None, :, None]
     dtype = cache.dtype or torch.float32
     k, v = (torch.where(mask, x, 0.0)[:, :, : len(cache)].to(dtype) for x in (k, v))

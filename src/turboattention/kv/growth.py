@@ -86,7 +86,7 @@ def commit(cache: KVCache, staged: Stage, head_bits: Tensor | None = None) -> No
     kept = torch.bincount(flush.batch, minlength=cache.batch_size) * size
     tail.take(staged.stored, kept, staged.lengths - staged.start - kept, tokens_seen(staged.lengths, cache.window_size))
     cache.lengths = staged.lengths.clone()
-    cache.k_mean, cache.universal = _single(staged.k_mean), _single(staged.universal)
+    cache.k_mean, cache.universal = staged.k_mean, _single(staged.universal)
     cache.query_energy = staged.query_energy if cache.learns_order else None
 
 

@@ -66,7 +66,7 @@ def extend(
 
     tokens: per sequence, int64 [B] (CPU) or one int for all; at most `room`, except in sequences that filled a block.
     filled, pages: those sequences, and the page (`PageTable.fresh_pages`) into which the caller compressed each one's
-    block; the buffer holds the rows after it. k_mean: float32 [B, H, D], the new mean if first blocks filled and it is
+    block; the buffer holds the rows after it. k_mean: bfloat16 [B, H, D], the new mean if first blocks filled and it is
     not calibrated. If the cache is not `settled`, the caller has frozen the widths.
     """
     assert cache.page_table is not None

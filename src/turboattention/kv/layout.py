@@ -38,7 +38,7 @@ from functools import cached_property
 from ..errors import ConfigError
 
 FORMAT_NAME = "turboattention-kv"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 TOKEN_SCALE_SHIFT = 19
 """Bits by which a token scale's byte is shifted to subtract it from a float32; this keeps 4 mantissa bits."""

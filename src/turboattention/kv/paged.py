@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..errors import ConfigError, InputError, ShapeError
-from ..flashq import rotate
 from ..modes import in_own_modes
 from .layout import PageLayout
+from .stage1 import stored_mean
 
 BLOCK = 64
 """Tokens per page."""
@@ -92,10 +92,9 @@ class PagedFormat:
 
     @cached_property
     def stored_means(self) -> tuple[Tensor | None, ...]:
-        """The means in stored (rotated) space, one per layer."""
-        turn = rotate if self.config.rotate else torch.clone
+        """The means in stored (rotated) space, bfloat16 [H, D], one per layer."""
         means = self.means or (None,) * len(self.head_bits)
-        return tuple(None if mean is None else turn(mean.float()).contiguous() for mean in means)
+        return tuple(None if mean is None else stored_mean(self.config, mean) for mean in means)
 
 
 def reserved_bytes(head_dim: int, head_bits: Iterable[HeadBits]) -> int:

@@ -27,6 +27,7 @@ from .layout import FORMAT_NAME, FORMAT_VERSION
 from .page_table import EVICTED, PageTable
 from .pages import _decode_scales
 from .pool import PagePool
+from .stage1 import MEAN_DTYPE
 from .tail_buffer import TailBuffer
 from .window import first_kept_blocks, tokens_seen
 
@@ -152,8 +153,11 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
     if isinstance(fields["bits"], list):
         fields["bits"] = tuple(fields["bits"])
     lengths, config = own["lengths"], TurboConfig(**{"reorder_k": False, **fields})
-    if "version" not in metadata:  # written by version 1 or 2
+    version = metadata.get("version", 2)  # versions 1 and 2 wrote none
+    if version < 3:
         config = _config_of_version_2(config)
+    if version < 4 and "k_mean" in own:
+        own["k_mean"] = _mean_of_version_3(own["k_mean"])
     _check_buffer(own, metadata, config)
     cache = KVCache(
         len(lengths),
@@ -207,6 +211,17 @@ def _config_of_version_2(config: TurboConfig) -> TurboConfig:
             "whose INT8 rows are not rotated: recreate the cache from its tokens"
         )
     return config.replace(reorder_k=False)
+
+
+def _mean_of_version_3(mean: Tensor) -> Tensor:
+    """Raises `FormatError` for a mean of K that bfloat16 rounds: keys are stored without exactly this mean."""
+    rounded = mean.to(MEAN_DTYPE)
+    if not torch.equal(rounded.float(), mean.float()):
+        raise FormatError(
+            "path: expected a saved cache of version 4, whose mean of K is bfloat16, got one of version 3 or earlier, "
+            "whose mean is float32: recreate the cache from its tokens"
+        )
+    return rounded
 
 
 def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:

@@ -21,6 +21,16 @@ from .quantizer import Quantizer, quantizer_for
 MEAN_SKIPS = 4
 
 
+MEAN_DTYPE = torch.bfloat16
+"""Any value near the mean smooths K as well as the mean itself, provided that the same value is added back."""
+
+
+def stored_mean(config: TurboConfig, mean: Tensor) -> Tensor:
+    """A mean of K [..., D] in the model's space -> in the space of INT8 rows, rounded to bfloat16."""
+    mean = mean.float()
+    return (rotate(mean) if config.rotate else mean).to(MEAN_DTYPE)
+
+
 @dataclass(frozen=True)
 class SequenceState:
     """The state of the sequences that stage 1 extends.
@@ -28,7 +38,7 @@ class SequenceState:
     lengths: int64 [B] (CPU), tokens so far.
     start: int64 [B] (CPU), position of the first block that is not a page.
     tail_tiles: the buffered rows from there on, [B, H, rows, D]; None without a buffer.
-    k_mean: float32 [B, H, D] in the space of INT8 rows (rotated), zero until it is known; None without smoothing.
+    k_mean: bfloat16 [B, H, D] in the space of INT8 rows (rotated), zero until it is known; None without smoothing.
     k_mean_fixed: whether k_mean is calibrated and applies from the first token on.
     universal: float32 [2, B, H], the paper's buffer scales of K and V, zero before the first append; None with token
         scales.
@@ -75,10 +85,9 @@ def fresh_state(
     """The state of empty sequences; `dtype` (float32 or float64) is the precision of stage 1. given_mean: float
     [H, D], the calibrated mean of K in the model's space, or None."""
     lengths = torch.zeros(batch, dtype=torch.int64)
-    mean = torch.zeros(batch, heads, head_dim, dtype=dtype, device=device) if config.smooth_k else None
+    mean = torch.zeros(batch, heads, head_dim, dtype=MEAN_DTYPE, device=device) if config.smooth_k else None
     if given_mean is not None:
-        mean = given_mean.to(device, dtype)
-        mean = (rotate(mean) if config.rotate else mean).expand(batch, -1, -1).contiguous()
+        mean = stored_mean(config, given_mean.to(device)).expand(batch, -1, -1).contiguous()
     universal = None if config.token_scales else torch.zeros(2, batch, heads, dtype=dtype, device=device)
     return SequenceState(lengths, lengths, None, mean, given_mean is not None, universal)
 

@@ -8,7 +8,9 @@ import torch
 import turboattention as ta
 from turboattention import dispatch
 from turboattention.errors import BackendError, UnsupportedError
+from turboattention.kernels.cpu.rows import check_format
 from turboattention.kv.cache import KVCache
+from turboattention.kv.layout import FORMAT_VERSION
 
 from ...helpers import qkv
 from . import tools
@@ -104,3 +106,10 @@ def test_an_instruction_set_by_name(isa, monkeypatch):
     prefill_both(*qkv(1, 2, 1, 5, 70, 16))
     monkeypatch.setenv("TURBOATTENTION_ISA", "")  # as if it were not set
     assert ta.backends()["cpu"].reason == f"C++ kernels for {tools.ISAS[0]}"
+
+
+@pytest.mark.parametrize("version", [None, FORMAT_VERSION - 1])
+def test_an_extension_built_for_another_format_is_refused(version):
+    """As after an update of the source alone: it would read and write other bytes."""
+    with pytest.raises(ImportError, match=rf"expected a build for format {FORMAT_VERSION}, got one for .*: rebuild it"):
+        check_format(version)

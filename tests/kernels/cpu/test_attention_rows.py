@@ -63,7 +63,7 @@ def test_queries_become_the_codes_of_the_reference(isa, dtype, head_dim, group, 
     valid, source = torch.tensor([queries, queries - 1]), keys(2, head_dim)
     clean = q.clone()
     clean[1, :, -1:], q[1, :, -1:] = 0.0, torch.nan
-    mean = normals(2, 2, head_dim, seed=4)
+    mean = normals(2, 2, head_dim, seed=4).bfloat16()
     for config in (ta.TurboConfig(), PLAIN):
         want = as_given(quantize_queries(config, clean, 2, 0.3, None))
         assert_same(attend(config, q, source, valid), attend(config, q, source, valid, quantized=want))

@@ -53,7 +53,7 @@ def assert_same(
     first, target = torch.arange(batch) * 40, torch.arange(batch) * 3
     if ragged:
         begin[0], end[-1] = min(2, length), length // 2
-    mean = normals(batch, heads, head_dim, seed=5) if smooth else None
+    mean = normals(batch, heads, head_dim, seed=5).bfloat16() if smooth else None
     given = (x, (begin, end), first, mean, 64, rotate, target, length + 3 * batch)
     got, want = staged(kernels, *given, isa=isa), staged(PYTORCH, *given)
     for a, b in zip(got, want, strict=True):
@@ -136,7 +136,7 @@ def test_what_is_not_finite_or_too_large_is_told(isa, bad):
 @pytest.mark.parametrize("head_dim", [8, 24, 128])
 def test_the_mean_of_the_first_block(isa, head_dim):
     codes, scales = flashq.quantize_tokens(rows(3, 2, 70, head_dim) * 3)
-    mean, wanted = normals(3, 2, head_dim), torch.tensor([True, False, True])
+    mean, wanted = normals(3, 2, head_dim).bfloat16(), torch.tensor([True, False, True])
     given = (codes, scales, 4, 64, wanted, mean)
     assert torch.equal(kernels.first_block_mean(*given, isa), PYTORCH.first_block_mean(*given))
 

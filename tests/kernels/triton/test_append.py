@@ -45,7 +45,7 @@ def test_storing_tokens(tokens, rotate, smooth, dtype):
     k = normals(BATCH, tokens, HEADS, D, seed=1).transpose(1, 2)  # heads and tokens change places
     v = normals(BATCH, HEADS, tokens, 2 * D, seed=2).bfloat16()[..., D:]
     lengths, start = torch.tensor([62, 190, 64]), torch.tensor([0, 128, 64])
-    mean = normals(BATCH, HEADS, D, seed=3) if smooth else None
+    mean = normals(BATCH, HEADS, D, seed=3).bfloat16() if smooth else None
     codes, scales = buffer(66, dtype, fill=7)
     config = ta.TurboConfig(rotate=rotate)
     want = [
@@ -88,7 +88,7 @@ def test_what_has_no_room_is_dropped():
 def test_rows_that_are_not_finite_become_zeros(side, bad):
     new = list(normals(2, BATCH, HEADS, 2, D, seed=4))
     lengths, start, flag = torch.full((BATCH,), 130), torch.full((BATCH,), 128), torch.zeros(1, dtype=torch.int32)
-    mean = normals(BATCH, HEADS, D, seed=3)
+    mean = normals(BATCH, HEADS, D, seed=3).bfloat16()
     want, want_scales = buffer(64, torch.bfloat16)
     store_tokens(
         ta.TurboConfig(), tuple(new), lengths, torch.full((BATCH,), 2), start, mean, 0, want, want_scales, flag

@@ -56,7 +56,7 @@ def assert_same(x: torch.Tensor, rotate: bool = True, smooth: bool = True, ragge
     first, target = torch.arange(batch) * 40 + 62, torch.arange(batch) * 3
     if ragged:
         begin[0], end[-1] = min(2, length), length // 2
-    mean = normals(batch, heads, head_dim, seed=5) if smooth else None
+    mean = normals(batch, heads, head_dim, seed=5).bfloat16() if smooth else None
     given = (x, (begin, end), first, mean, 64, rotate, target, length + 3 * batch)
     for a, b in zip(staged(kernels, *given), staged(PYTORCH, *given), strict=True):
         assert torch.equal(a, b)
@@ -134,7 +134,7 @@ def test_padding_is_never_read_and_other_rows_never_written():
 def test_what_is_not_finite_or_too_large_becomes_zeros_and_is_told(bad, dtype):
     zeros, end = torch.zeros(1, dtype=torch.int64), torch.tensor([20])
     x = rows(1, 2, 30, 24).to(dtype)
-    mean = normals(1, 2, 24)
+    mean = normals(1, 2, 24).bfloat16()
     span = (zeros, end)
     want, want_scales = staged(kernels, x, span, zeros, mean, 0, True, zeros, 30)
     x[0, 1, 19, 5] = bad
@@ -163,7 +163,7 @@ def test_queries(dtype, head_dim):
     valid = torch.tensor([3, 2])
     clean = q.clone()
     clean[1, :, 2:], q[1, :, 2:] = 0.0, torch.nan
-    mean = normals(2, 2, head_dim, seed=4)
+    mean = normals(2, 2, head_dim, seed=4).bfloat16()
     for config in (ta.TurboConfig(), ta.TurboConfig(rotate=False)):
         order = ChannelOrder(an_order(2, head_dim), torch.tensor([False, True]))
         want = quantize_queries(config, clean, 2, 0.3, mean)
@@ -186,7 +186,7 @@ def test_queries(dtype, head_dim):
 @pytest.mark.usefixtures("large_tiles")
 def test_the_scale_of_the_mean_logit_is_not_rounded():
     """To float32 it would be; products of two values, exact in float64, show it."""
-    q, mean = normals(1, 1, 64, 8), torch.zeros(1, 1, 8)
+    q, mean = normals(1, 1, 64, 8), torch.zeros(1, 1, 8, dtype=torch.bfloat16)
     mean[..., 0] = 3.1
     logit = kernels.quantize_queries(q, 1, torch.tensor([64]), mean, 1 / 3, False)[0].mean_logit
     assert logit is not None
@@ -205,14 +205,14 @@ def test_scales_beside_the_grid():
 @pytest.mark.parametrize("head_dim", [8, 24, 128])
 def test_the_mean_of_the_first_block(head_dim):
     codes, scales = flashq.quantize_tokens(rows(3, 2, 70, head_dim) * 3)
-    mean, wanted = normals(3, 2, head_dim), torch.tensor([True, False, True])
+    mean, wanted = normals(3, 2, head_dim).bfloat16(), torch.tensor([True, False, True])
     given = (codes, scales, 4, 64, wanted, mean)
     assert torch.equal(first_block_mean(*given), PYTORCH.first_block_mean(*given))
 
 
 def test_empty_batches_and_no_tokens():
     for shape in ((0, 2, 3, 8), (2, 2, 0, 8)):
-        x, mean = torch.zeros(shape), torch.zeros(shape[0], 2, 8)
+        x, mean = torch.zeros(shape), torch.zeros(shape[0], 2, 8, dtype=torch.bfloat16)
         assert_same(x)
         got, _ = kernels.quantize_queries(x, 1, torch.zeros(shape[0]), mean[:, :1], 1.0, True)
         assert got.codes.shape == (shape[0], 1, 2, shape[2], 8)
@@ -226,4 +226,4 @@ def test_refusals():
     with pytest.raises(DtypeError, match=r"^codes, scales: expected int8 and .* got torch.uint8 and torch.float32"):
         kernels.quantize_tokens(x, (zeros, zeros), zeros, None, 0, True, codes.byte(), scales, zeros)
     with pytest.raises(DtypeError, match=r"^codes, scales: expected contiguous tensors"):
-        first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8))
+        first_block_mean(codes.mT, scales, 0, 1, zeros, torch.zeros(1, 1, 8, dtype=torch.bfloat16))

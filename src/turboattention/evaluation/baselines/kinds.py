@@ -18,7 +18,7 @@ from .stream import FLOAT_BITS, Quantizer
 if TYPE_CHECKING:
     from ...calibration import Calibration
 
-NUMERICS = 1
+NUMERICS = 2
 """The version of TurboAttention's numerics. Raised with every change of what a configuration computes, so that saved
 results are measured again (tests/evaluation/test_numerics_version.py)."""
 

@@ -15,7 +15,7 @@ from ...errors import NonFiniteError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import WIDEST, PageLayout
 from ..inputs import Int8Queries, Pages, QueryPositions, TailRows, refusal
-from .rows import FloatRows, Int8Rows, check_size, float_rows
+from .rows import FloatRows, Int8Rows, check_format, check_size, float_rows, mean_address
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
@@ -46,7 +46,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq].
 
-    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
+    mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
     or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: that of K's channels in compressed pages,
     or None; `quantized` takes the place of q's values.
 
@@ -108,7 +108,7 @@ def fill_queries(
     a.out, _ = float_rows(out)
     a.rotate, a.scale = config.rotate, scale
     a.order = None if order is None else order.data_ptr()
-    a.mean = None if mean is None else mean.data_ptr()
+    a.mean = mean_address(mean)
     return kept
 
 
@@ -187,6 +187,7 @@ class Arguments(ctypes.Structure):
     ]
 
 
+check_format(getattr(_cpu, "format", None))
 check_size(Arguments, _cpu.attend_bytes)
 
 

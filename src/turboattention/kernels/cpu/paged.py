@@ -14,7 +14,7 @@ from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK
 from .attention import Arguments, check_fit, fill_call, page_sections
-from .rows import Int8Rows, flat_rows
+from .rows import Int8Rows, flat_rows, mean_address
 from .store import Store
 
 _cpu = importlib.import_module("turboattention._cpu")
@@ -109,13 +109,13 @@ class PagedCall:
     def store(self, k: Tensor, v: Tensor, mean: Tensor | None, tail: TailSlots, fresh: Tensor | None) -> None:
         """k, v [T, H, D] into tail rows, and blocks that are full then into pages; `fresh` as for `Store.fill_blocks`.
 
-        mean: float32 [B, H, D] in the stored space, or None. Raises NonFiniteError where k or v is not finite: no page
+        mean: bfloat16 [B, H, D] in the stored space, or None. Raises NonFiniteError where k or v is not finite: no page
         is written then, and tail rows from `before` on are to be written anew.
         """
         s, starts = self._store, self._rows.starts
         s.k, kept_k = flat_rows(k, starts)
         s.v, kept_v = flat_rows(v, starts)
-        s.mean = None if mean is None else mean.data_ptr()
+        s.mean = mean_address(mean)
         s.tail = tail.memory
         s.fill_blocks(fresh)
         check_fit(_cpu.store(ctypes.addressof(s)))
@@ -140,7 +140,7 @@ class PagedCall:
         a.lse = None if lse is None else lse.data_ptr()
         a.q, kept = flat_rows(q, starts)
         a.out, _ = flat_rows(out, starts)
-        a.mean = None if mean is None else mean.data_ptr()
+        a.mean = mean_address(mean)
         a.tail = tail.memory
         a.pages, a.page_stride = addresses.data_ptr(), addresses.shape[1]
         finite = _cpu.attend(ctypes.addressof(a))

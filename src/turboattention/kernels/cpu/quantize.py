@@ -17,7 +17,7 @@ from ...errors import DtypeError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import PageLayout
 from .attention import PageSections, channel_table, page_sections
-from .rows import FloatRows, float_rows
+from .rows import FloatRows, float_rows, mean_address
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
 _cpu = importlib.import_module("turboattention._cpu")
@@ -37,19 +37,18 @@ def quantize_tokens(
 ) -> bool:
     """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
-    Token t stands at position `first[b] + t`; from `mean_from` on, mean [B, H, D] is subtracted. Its row goes to row
-    `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W]. The others of x are never read,
-    the others of the result never written. All of span, first and target are int64 [B].
+    Token t has position `first[b] + t`; from position `mean_from` on, mean (bfloat16 [B, H, D]) is subtracted. Token t
+    is written to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W]. No other tokens of x are
+    read, and no other rows are written. span, first and target: int64 [B].
 
     Returns whether all values read were finite and at most 1e18 in magnitude.
     """
     batch, heads, _, head_dim = x.shape
     rows, kept = float_rows(x)
     begin, end, first, target = (_indices(i) for i in (*span, first, target))
-    means = None if mean is None else mean.to(torch.float32).contiguous()
     a = _Tokens(batch=batch, heads=heads, head_dim=head_dim, rotate=rotate, x=rows, mean_from=mean_from)
     a.begin, a.end, a.first, a.target = (i.data_ptr() for i in (begin, end, first, target))
-    a.mean = None if means is None else means.data_ptr()
+    a.mean = mean_address(mean)
     a.codes, a.scales, a.batch_rows, a.head_rows = _tile(codes, scales)
     a.threads = torch.get_num_threads()
     fine = _cpu.quantize_tokens(ctypes.addressof(a), isa)
@@ -60,9 +59,9 @@ def quantize_tokens(
 def first_block_mean(
     codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor, isa: str = ""
 ) -> Tensor:
-    """float32 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows
+    """bfloat16 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows
     `begin` to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W]."""
-    mean = mean.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    mean = mean.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
     batch, heads, _, head_dim = codes.shape
     wanted = _indices(wanted)
     a = _Mean(batch=batch, heads=heads, head_dim=head_dim, begin=begin, end=end, wanted=wanted.data_ptr())

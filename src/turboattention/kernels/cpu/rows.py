@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DtypeError
+from ...kv.layout import FORMAT_VERSION
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -16,6 +17,15 @@ def check_size(structure: type[ctypes.Structure], size: int) -> None:
     """Raises ImportError if a structure has not the `size` in bytes that the extension says."""
     if ctypes.sizeof(structure) != size:
         raise ImportError("turboattention._cpu: expected the build of this version, got another: rebuild it")
+
+
+def check_format(version: int | None) -> None:
+    """Raises ImportError if the extension was built for another `version` of the format (None: it does not say)."""
+    if version != FORMAT_VERSION:
+        got = version or "an earlier one"
+        raise ImportError(
+            f"turboattention._cpu: expected a build for format {FORMAT_VERSION}, got one for {got}: rebuild it"
+        )
 
 
 class FloatRows(ctypes.Structure):
@@ -50,6 +60,15 @@ def flat_rows(x: Tensor, starts: Tensor) -> tuple[FloatRows, Tensor]:
     kind, x = _kind(x), _side_by_side(x)
     token, head, _ = x.stride()
     return FloatRows(x.data_ptr(), kind, 0, head, token, starts.data_ptr()), x
+
+
+def mean_address(mean: Tensor | None) -> int | None:
+    """Where a mean of K [B, H, D] stands, or None. Raises DtypeError unless it is bfloat16 and contiguous."""
+    if mean is None:
+        return None
+    if mean.dtype != torch.bfloat16 or not mean.is_contiguous():
+        raise DtypeError(f"mean: expected contiguous bfloat16, got {mean.dtype} with strides {mean.stride()}")
+    return mean.data_ptr()
 
 
 def _kind(x: Tensor) -> int:

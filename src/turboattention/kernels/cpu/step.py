@@ -12,7 +12,7 @@ from ...config import TurboConfig
 from ...kv.channel_order import ChannelOrder
 from ..inputs import BLOCK, Pages
 from .attention import Arguments, channel_table, check_fit, fill_call, fill_pages, fill_queries
-from .rows import check_size, float_rows
+from .rows import check_size, float_rows, mean_address
 from .store import Store
 
 _cpu = importlib.import_module("turboattention._cpu")
@@ -26,7 +26,7 @@ class Step:
     """What stays the same from step to step of a cache: kept until pages or sequences change.
 
     pages: as for attention. start: int64 [B], position of the buffer's row 0. codes: int8 keys and
-    values [B, H, capacity, D or Dv], scales: bfloat16 [B, H, capacity], both written into. mean: float32
+    values [B, H, capacity, D or Dv], scales: bfloat16 [B, H, capacity], both written into. mean: bfloat16
     [B, H, D] or None, off the keys from position `mean_from` on. order: that of K's
     channels in compressed pages, or None. The caller may change the page
     addresses, page counts and starts in place between steps.
@@ -56,7 +56,7 @@ class Step:
             fill_pages(a, pages)
             s.layout, s.page_bytes, s.search = a.compressed, (pages.compressed or pages.sinks).page_bytes, config.search
         s.tail.start, s.rotate = start.data_ptr(), config.rotate
-        s.mean, s.mean_from = None if mean is None else mean.data_ptr(), mean_from
+        s.mean, s.mean_from = mean_address(mean), mean_from
         s.order = None if self._order is None else self._order.data_ptr()
         a.mean_from_block = mean_from // config.block_size
         args.codes[:] = [x.data_ptr() for x in codes]

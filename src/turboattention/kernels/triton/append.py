@@ -90,7 +90,7 @@ def store_tokens(
     `lengths[b] - start[b] + t` of the buffer. Other tokens are not read.
 
     lengths, counts, start: int64 [B], tokens stored before, new tokens, position of the buffer's row 0.
-    mean: float32 [B, H, D], subtracted from keys from position `mean_from` on, or None.
+    mean: bfloat16 [B, H, D], subtracted from keys from position `mean_from` on, or None.
     codes: int8 [B, H, W, D]; scales: float32 or bfloat16 [B, H, W]; contiguous outputs. Rows from W on are dropped.
     flag: int32 [1], set to 1 if a row is not finite or exceeds 1e18 in magnitude; it is stored as zeros with scale 1.
 

@@ -21,7 +21,10 @@ def float_rows(x: Tensor) -> Tensor:
 
 
 def means(mean: Tensor | None) -> Tensor | None:
-    return None if mean is None else mean.to(torch.float32).contiguous()
+    """`mean` with contiguous rows. Raises DtypeError unless it is bfloat16 or None."""
+    if mean is not None and mean.dtype != torch.bfloat16:
+        raise DtypeError(f"mean: expected bfloat16, got {mean.dtype}")
+    return None if mean is None else mean.contiguous()
 
 
 def indices(x: Tensor, beside: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def attend(
 
     `fresh`: keys and values in place of pages and rows, for calls that `takes_prefill_rows` names.
 
-    mean: float32 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
+    mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
     or None; order: that of K's channels in compressed pages, or None; mask: bool or float,
     [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place of q's values. All tensors on one device. Whether q
     is finite is told by `quantize_queries` alone.

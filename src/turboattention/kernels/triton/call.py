@@ -70,7 +70,7 @@ def softmax_arguments(
 
 @dataclass(frozen=True)
 class Fresh:
-    """Keys and values at hand, not yet INT8: k, v [B, Hkv, L, D] floats, and the mean float32 [B, Hkv, D] of the keys
+    """Keys and values at hand, not yet INT8: k, v [B, Hkv, L, D] floats, and the mean bfloat16 [B, Hkv, D] of the keys
     behind the first block, or None. flag: int32 [1], not 0 where a value of the call is not finite; results are then
     NaN."""
 

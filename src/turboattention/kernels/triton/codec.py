@@ -69,7 +69,7 @@ def _encode_run(
     if BITS == 8:
         pack(at, to_lines((codes.to(tl.int32) + 128).to(tl.uint8), SIDE, SIZE, WIDTH), D, SIZE, WIDTH, 8, 8)
     else:
-        step, zero = step_and_zero(codes, BITS, SEARCH and BITS < 4)
+        step, zero = step_and_zero(codes, BITS, SEARCH)
         channel = tl.arange(0, WIDTH)
         tl.store(steps + channel, step.to(tl.uint8), mask=channel < D)
         tl.store(zeros + channel, zero.to(tl.uint8), mask=channel < D)

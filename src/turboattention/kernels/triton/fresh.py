@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import float_rows
 from .configs import EXACT
-from .rows import stage_rows
+from .rows import rounded_mean, stage_rows
 from .softmax import LEVELS
 from .unpacked_kv import largest_of, value_column
 
@@ -23,7 +23,7 @@ def first_mean(
     k_ptr, mean_ptr, flag_ptr, heads, stride_b, stride_h, stride_t,
     SKIPPED: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences x KV heads): mean float32 [B, Hkv, D] of INT8 keys SKIPPED to 63."""
+    """Grid (sequences x KV heads): mean bfloat16 [B, Hkv, D] of INT8 keys SKIPPED to 63."""
     tile = tl.program_id(0)
     base = (tile // heads).to(tl.int64) * stride_b + (tile % heads).to(tl.int64) * stride_h
     total = tl.zeros((WIDE,), tl.float64)
@@ -36,7 +36,7 @@ def first_mean(
         total += tl.sum(exact, 0)
     count = tl.full((WIDE,), 64 - SKIPPED, tl.float64)
     d = tl.arange(0, WIDE)
-    tl.store(mean_ptr + tile.to(tl.int64) * D + d, (total / count).to(tl.float32), mask=d < D)
+    tl.store(mean_ptr + tile.to(tl.int64) * D + d, rounded_mean(total, count), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["tokens", "kv_heads", "first_head", "heads", "first_sequence"])
@@ -48,7 +48,7 @@ def unpack_fresh(
 ):  # fmt: skip
     """Grid (blocks, `heads` KV heads from first_head on, 2 x sequences from first_sequence on: K and V alternate).
 
-    Writes K and V as described in `unpacked_kv`. mean: float32 [B, Hkv, D], subtracted from keys after the first
+    Writes K and V as described in `unpacked_kv`. mean: bfloat16 [B, Hkv, D], subtracted from keys after the first
     block, or None."""
     block, side = tl.program_id(0), tl.program_id(2) % 2
     b, h = first_sequence + tl.program_id(2) // 2, first_head + tl.program_id(1)
@@ -80,12 +80,12 @@ def unpack_fresh(
 
 
 def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: Tensor) -> Tensor:
-    """The mean of INT8 keys `skipped` to 63 of k [B, Hkv, L, D], L >= 64: float32 [B, Hkv, D].
+    """The mean of INT8 keys `skipped` to 63 of k [B, Hkv, L, D], L >= 64: bfloat16 [B, Hkv, D].
 
     flag: as in `quantize.quantize_queries`. Raises DtypeError."""
     k = float_rows(k)
     batch, heads, _, head_dim = k.shape
-    mean = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=k.device)
+    mean = torch.empty(batch, heads, head_dim, dtype=torch.bfloat16, device=k.device)
     first_mean[(batch * heads,)](
         k, mean, flag, heads, *k.stride()[:3], SKIPPED=skipped, ROTATE=rotate, **_shape(head_dim, wide)
     )
@@ -104,7 +104,7 @@ def quantize_and_unpack(
 ) -> None:
     """Quantize k, v [B, Hkv, L, D] of these sequences and KV heads into `unpacked`.
 
-    rotate: whether to rotate K and V. mean: float32 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
+    rotate: whether to rotate K and V. mean: bfloat16 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
     Raises DtypeError."""
     k, v = map(float_rows, new)
     unpack_fresh[unpacked[0].shape[2], len(heads), 2 * len(sequences)](

@@ -81,7 +81,7 @@ def store(
 ) -> Tail:
     """k, v [T, H, D] into open blocks, and blocks that are full then into `pages` uint8 [N, bytes].
 
-    mean: float32 [H, D] in the stored space, or None. flag: as in `append.store_tokens`. Beside the slots a step
+    mean: bfloat16 [H, D] in the stored space, or None. flag: as in `append.store_tokens`. Beside the slots a step
     of many tokens takes `2 H (T + 64 R) (D + 4)` bytes. Raises DtypeError."""
     k, v = map(float_rows, (k, v))
     heads, head_dim = k.shape[1:]

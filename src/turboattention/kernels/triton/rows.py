@@ -44,6 +44,16 @@ def token_codes(x, GRID: tl.constexpr):
 
 
 @triton.jit
+def rounded_mean(total, count):
+    """`total / count`, float64, as bfloat16, rounded to nearest even by way of float32."""
+    # Divide, since multiplying by the inverse would round twice. Rounding in integers is the same on every device and
+    # in the interpreter.
+    bits = (total / count).to(tl.float32).to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
 def stage_rows(
     x,
     offsets,
@@ -68,7 +78,8 @@ def stage_rows(
     if mean is not None:
         channel = tl.arange(0, WIDTH)[None, :]
         taken = (wanted & fine & smoothed)[:, None] & (channel < D)
-        rows = rows - tl.load(mean + mean_row.to(tl.int64)[:, None] * D + channel, mask=taken, other=0.0)
+        off = tl.load(mean + mean_row.to(tl.int64)[:, None] * D + channel, mask=taken, other=0.0)
+        rows = rows - off.to(tl.float32)
     return token_codes(rows, True)
 
 

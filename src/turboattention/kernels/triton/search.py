@@ -26,10 +26,11 @@ def _search(values, widest, zero, middle, BITS: tl.constexpr):
     """The range with the least squared error among shrunken, centred and shifted ones; ties keep the earlier one."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     best, least = widest, _squared_error(values, widest, zero, BITS)
-    # At one bit, the optimal two levels lie much further inside the range.
-    WIDEST: tl.constexpr = 12 if BITS == 1 else 16
-    for less in range(9):
-        step = tl.maximum((widest * (WIDEST - less) + 15) // 16, 1)
+    # Below 4 bits, 16ths of the min-max step; at one bit, the optimal two levels lie much further inside the range.
+    # At 4 and 5 bits, the min-max step and the next smaller integer.
+    FIRST: tl.constexpr = 12 if BITS == 1 else 16
+    for less in range(9 if BITS < 4 else 2):
+        step = tl.maximum((widest * (FIRST - less) + 15) // 16 if BITS < 4 else widest - less, 1)
         for shift in range(3):
             quarter = tl.where(shift == 0, 0, 2 * shift - 3)  # 0, -1, 1
             # An arithmetic shift divides by 4 and rounds down.
@@ -53,7 +54,11 @@ def _squared_error(values, step, zero, BITS: tl.constexpr):
     step = step.to(tl.float32)
     middle = zero.to(tl.float32) + step * (((1 << BITS) - 1) * 0.5)
     distance = tl.abs(values - middle[None, :])
-    if BITS == 3:
+    if BITS >= 5:
+        distance = tl.abs(distance - (step * 8.0)[None, :])
+    if BITS >= 4:
+        distance = tl.abs(distance - (step * 4.0)[None, :])
+    if BITS >= 3:
         distance = tl.abs(distance - (step * 2.0)[None, :])
     if BITS >= 2:
         distance = tl.abs(distance - step[None, :])

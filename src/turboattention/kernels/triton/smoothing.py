@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import TOKEN_SCALES, check_tiles, indices
 from .configs import EXACT
+from .rows import rounded_mean
 
 
 @triton.jit(do_not_specialize=["begin", "end", "heads", "width"])
@@ -31,16 +32,15 @@ def _mean_kernel(
             scale = tl.load(scales + row, mask=there, other=0.0).to(tl.float64)
             code = tl.load(codes + row[:, None] * D + channel, mask=there[:, None] & (channel < D)[None, :], other=0)
             total += tl.sum(code.to(tl.float64) * scale[:, None], 0)
-        # Divide, since multiplying by the inverse would round twice.
         count = (end - begin).to(tl.float64) + tl.zeros((WIDTH,), tl.float64)
-        tl.store(mean + tile * D + channel, (total / count).to(tl.float32), mask=channel < D)
+        tl.store(mean + tile * D + channel, rounded_mean(total, count), mask=channel < D)
 
 
 def first_block_mean(codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor) -> Tensor:
     """For sequences in `wanted` (bool [B]), the mean of rows `begin` to `end` (exclusive); else `mean`.
 
-    codes: int8 [B, H, W, D]; scales: float32 or bfloat16 [B, H, W]. Returns float32 [B, H, D]. Raises DtypeError."""
-    mean = mean.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    codes: int8 [B, H, W, D]; scales: float32 or bfloat16 [B, H, W]. Returns bfloat16 [B, H, D]. Raises DtypeError."""
+    mean = mean.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
     batch, heads, width, head_dim = codes.shape
     check_tiles(codes, scales, TOKEN_SCALES)
     if batch * heads:
