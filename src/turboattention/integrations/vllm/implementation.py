@@ -92,7 +92,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.total_kv_heads = config.model_config.get_total_num_kv_heads()
-        self.window, self.softcap, self.sinks = sliding_window, logits_soft_cap or None, sinks
+        self.window, self.softcap = sliding_window, logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self.device = torch.get_default_device()
         refuse_device(self.widths.config, config.model_config.dtype, self.device)
@@ -161,7 +161,6 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
-            sinks=self.sinks,
         )
         self.report_nonfinite(finite)
         return output

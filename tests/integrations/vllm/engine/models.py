@@ -71,48 +71,6 @@ def save_changed(folder: Path, name: str, change: Callable[[Tensor], object]) ->
     return folder
 
 
-def save_gpt_oss(folder: Path) -> Path:
-    """Random weights; learned sinks, layers that see a window and all tokens in turn, and experts."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    torch.manual_seed(0)
-    config = GptOssConfig(
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=70,
-        max_position_embeddings=1024,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 150000.0,
-            "factor": 2.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 512,
-        },
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = GptOssForCausalLM(config)
-    model.model.embed_tokens.weight.data.mul_(0.2)
-    model.model.norm.weight.data.fill_(5.0)
-    for layer in model.model.layers:
-        layer.self_attn.sinks.data.copy_(torch.tensor([-2.0, 0.0, 2.0, 4.0]))
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder / name)
-    return folder
-
-
 def save_eagle_head(folder: Path) -> Path:
     """The configuration of a head that drafts from the bundled model's hidden states: one layer of its shape, for which
     vLLM draws weights."""
