@@ -1,33 +1,28 @@
-"""The KL divergence with orders of K's channels from a calibration, from a cache's first block, and with no order.
+"""Errors of attention with orders of K's channels from a calibration, from a cache's first block, and with no order.
 
     turboattention calibrate --model FOLDER --text BOOK --out CALIBRATION
-    python benchmarks/channel_orders.py --model FOLDER --calibration CALIBRATION --text WIKITEXT2 --out RESULTS
+    python benchmarks/channel_orders.py --model FOLDER --calibration CALIBRATION --text WIKITEXT2
 
-prints the table of docs/numerics.md; an interrupted run resumes from RESULTS. *server* is `TurboConfig.serving()`.
+prints the table of docs/numerics.md. Queries, keys and values are those of the model on the text. K is stored at the
+width, V is exact; the error is relative (Frobenius norm, per KV head), its mean over all heads of all layers.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from zlib import crc32
 
 import torch
+from torch import Tensor
 
-from turboattention import Calibration, TurboConfig
-from turboattention.evaluation import suite
-from turboattention.evaluation.baselines.kinds import TurboMethod
-from turboattention.evaluation.heap import release_large_blocks
-from turboattention.evaluation.hf.subject import TransformersSubject
-from turboattention.evaluation.records import Records
-from turboattention.integrations.transformers import language_model, registry
+import turboattention as ta
+from turboattention.integrations.transformers import language_model
+from turboattention.integrations.transformers.recording import recorded_attention
+from turboattention.kv.channel_order import ChannelOrder
+from turboattention.reference.exact import exact_attention
 
-BITS, CONTEXT, PIECE = (4, 3, 2), 2048, 64
-ORDERS = ("none", "first block", "calibration", "server, none", "server, calibration")
+BITS, FIRST = (4, 3, 2), 128
+ORDERS = ("none", "first block", "calibration")
 
 
 def main() -> None:
@@ -35,57 +30,49 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", type=Path, required=True, help="made on another text")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--out", type=Path, help="folder for results")
-    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS, help="rows of the table")
-    parser.add_argument("--passages", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=1024)
     options = parser.parse_args()
-    release_large_blocks()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     language = language_model.load(options.model, "cpu", "float32")
-    text = suite.Options(options.text.read_text(), options.text.name, options.passages, CONTEXT, PIECE)
-    chosen = suite.make_tasks(["perplexity"], text, language.context)
-    # The guard chooses exact layers, for all rows alike.
-    found = methods(replace(Calibration.load(options.calibration), exact_layers=()), options.orders)
-    facts = {"model": options.model, "weights": language.fingerprint()}
-    with registry.enabled():
-        units = suite.run(TransformersSubject(language), found, chosen, Records(options.out), facts, announced)
-        measured = {unit["method"]: unit for unit in units}
-    print(f"{options.passages} passages of {CONTEXT:,} tokens\n{table(measured, options.orders)}")
+    orders = ta.Calibration.load(options.calibration).k_order
+    assert orders is not None, "the calibration has no orders"
+    ids = language.encode(options.text.read_text(encoding="utf-8")[: 8 * options.tokens])[: options.tokens]
+    with torch.no_grad(), recorded_attention(language.model) as calls:
+        language.model.model(torch.tensor([ids]))
+    errors = torch.stack([layer(calls[index].q, calls[index].k, calls[index].v, o) for index, o in enumerate(orders)])
+    print(f"{len(ids):,} tokens, {len(orders)} layers\n{table(errors)}")
 
 
-def methods(found: Calibration, orders: Sequence[str]) -> list[TurboMethod]:
-    """One for each width and each of `orders`."""
-    assert found.k_order is not None, "the calibration has no orders"
-    known = crc32(b"".join(bytes(order.table.numpy()) for order in found.k_order))
-
-    def method(bits: int, order: str) -> TurboMethod:
-        make = TurboConfig.serving if "server" in order else TurboConfig
-        config, calibrated = make(bits=bits, reorder_k="none" not in order), "calibration" in order
-        settings = f"{config.text}, {known if calibrated else 'no'} order"
-        return TurboMethod(name(bits, order), name(bits, order), settings, config, found if calibrated else None)
-
-    return [method(bits, order) for bits in BITS for order in orders]
+def layer(q: Tensor, k: Tensor, v: Tensor, order: ChannelOrder) -> Tensor:
+    """float64 [orders, bits, Hkv], errors of the output of the later half of the queries."""
+    half = q[:, :, q.shape[2] // 2 :]
+    exact = exact_attention(half, k, v, is_causal=True)[0]
+    group = q.shape[1] // k.shape[1]
+    found = [[stored(q, k, v, bits, name, order) for bits in BITS] for name in ORDERS]
+    outs = [[exact_attention(half, keys, v, is_causal=True)[0] for keys in row] for row in found]
+    return torch.stack([torch.stack([per_head(out, exact, group) for out in row]) for row in outs])
 
 
-def name(bits: int, order: str) -> str:
-    return f"{bits}-{order.replace(', ', '-').replace(' ', '-')}"
+def stored(q: Tensor, k: Tensor, v: Tensor, bits: int, name: str, order: ChannelOrder) -> Tensor:
+    """Keys after quantization in a cache that attends to the first tokens, as in use."""
+    config = ta.TurboConfig(bits=bits, reorder_k=name != "none", guard="off")
+    given = order if name == "calibration" else None
+    cache = ta.KVCache(1, k.shape[1], k.shape[3], config=config, k_order=given)
+    ta.turbo_attention_with_kvcache(q[:, :, :FIRST], cache, k[:, :, :FIRST], v[:, :, :FIRST])
+    cache.append(k[:, :, FIRST:], v[:, :, FIRST:])
+    return cache.dequantize()[0]
 
 
-@contextmanager
-def announced(line: str) -> Iterator[Callable[..., None]]:
-    print(line, flush=True)
-    yield lambda *progress: None
+def per_head(out: Tensor, exact: Tensor, group: int) -> Tensor:
+    squares = [x.double().square().sum((0, 2, 3)).unflatten(0, (-1, group)).sum(1) for x in (out - exact, exact)]
+    return (squares[0] / squares[1]).sqrt()
 
 
-def table(units: dict[str, dict[str, Any]], orders: Sequence[str]) -> str:
-    def cell(unit: dict[str, Any]) -> str:
-        kl, change = unit["metrics"]["kl"], unit["metrics"]["perplexity_change"]
-        interval = f"{kl['value']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})"
-        return f"{unit['bits_per_element']:.2f}, {interval}, {100 * change['value']:+.1f} %"
-
+def table(errors: Tensor) -> str:
+    """errors: [layers, orders, bits, Hkv]."""
+    means = errors.mean((0, 3))
     head = f"| order | {' | '.join(f'{bits} bits' for bits in BITS)} |"
-    rows = [f"| {order} | {' | '.join(cell(units[name(bits, order)]) for bits in BITS)} |" for order in orders]
+    rows = [f"| {name} | {' | '.join(f'{x:.4f}' for x in row)} |" for name, row in zip(ORDERS, means, strict=True)]
     return "\n".join([head, "|" + "---|" * (1 + len(BITS)), *rows])
 
 
