@@ -70,7 +70,8 @@ def test_float32_follows_float64(config):
     assert (got.dtype, lse.dtype, want.dtype, want_lse.dtype) == (torch.float32,) * 2 + (torch.float64,) * 2
     assert float((got - want).abs().flatten().median()) < 1e-6
     assert relative_error(got, want) < 1e-3
-    assert float((lse - want_lse).abs().max()) < 1e-4
+    assert float((lse - want_lse).abs().median()) < 1e-6
+    assert float((lse - want_lse).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
