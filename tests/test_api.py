@@ -45,7 +45,7 @@ def test_signature_of_attention_over_a_cache():
 def test_signature_of_the_cache():
     assert parameters(ta.KVCache) == [
         "batch_size", "num_kv_heads", "head_dim", "config=None", "head_bits=None", "max_tokens=None", "device=None",
-        "dtype=None", "window_size=None", "k_mean=None", "v_head_dim=None",
+        "dtype=None", "window_size=None", "k_mean=None", "v_head_dim=None", "k_order=None",
     ]  # fmt: skip
 
 

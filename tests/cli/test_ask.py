@@ -103,7 +103,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(
     monkeypatch.setattr(generation.Run, "prefill", read)
     ran = call(run, chat_model, file, stdin="\n".join(QUESTIONS))
     assert ran.code == 0
-    first, second = ran.stdout.splitlines()
+    first, second, _ = ran.stdout.split("\n")  # random models also write other separators of lines
     whole = [chat_language.decode(tokens) for tokens in expected]
     assert second == whole[1]
     assert whole[0].startswith(first)

@@ -46,10 +46,10 @@ class KVCache:
             that the last 16 tokens can still be cropped.
         k_mean: float [Hkv, D], a calibrated mean of K for smoothing; by default it is taken from
             each sequence's first block.
-        k_order: with `reorder_k`, a `ChannelOrder` from a calibration, with which stored bytes do not depend on the
-            batch; by default it is found when the first block is compressed.
         v_head_dim: head_dim of values if it differs from that of keys, also a multiple of 8 up to 512. The GPU kernels
             do not support this; on GPUs, the reference computes such caches.
+        k_order: with `reorder_k`, a `ChannelOrder` from a calibration, with which stored bytes do not depend on the
+            batch; by default it is found when the first block is compressed.
 
     Raises:
         ConfigError, ShapeError, DtypeError, InputError for arguments out of range.
@@ -69,8 +69,8 @@ class KVCache:
         dtype: torch.dtype | None = None,
         window_size: int | None = None,
         k_mean: Tensor | None = None,
-        k_order: ChannelOrder | None = None,
         v_head_dim: int | None = None,
+        k_order: ChannelOrder | None = None,
     ):
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         check_sizes(batch_size, num_kv_heads, (head_dim, v_head_dim), max_tokens, window_size, dtype)
