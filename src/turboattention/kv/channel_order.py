@@ -67,6 +67,11 @@ def places_dtype(head_dim: int) -> torch.dtype:
     return torch.uint8 if head_dim <= 256 else torch.int16
 
 
+def is_permutation(places: Tensor) -> bool:
+    """Whether each row of integers [Hkv, D] (CPU) has every channel once."""
+    return torch.equal(places.long().sort(-1).values, torch.arange(places.shape[1]).expand(len(places), -1))
+
+
 def check_order(
     order: ChannelOrder | None, config: TurboConfig, heads: int, head_dim: int, name: str = "k_order"
 ) -> ChannelOrder | None:
@@ -88,7 +93,7 @@ def check_order(
         raise DtypeError(f"{name}: expected integers and bool, got {places.dtype} and {halved.dtype}")
     if head_dim % 16 and bool(halved.any()):
         raise InputError(f"{name}: expected no heads of two widths at a head_dim of {head_dim}, which is not in 16s")
-    if not torch.equal(places.long().sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
+    if not is_permutation(places):
         raise InputError(f"{name}: expected a permutation of {head_dim} channels for each head, got another tensor")
     return ChannelOrder(places.to(places_dtype(head_dim)), halved.clone()) if config.reorders_k else None
 

@@ -22,7 +22,7 @@ from ..files import open_regular, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .cache import KVCache
-from .channel_order import ChannelOrder, places_dtype
+from .channel_order import ChannelOrder, is_permutation, places_dtype
 from .layout import FORMAT_NAME, FORMAT_VERSION
 from .page_table import EVICTED, PageTable
 from .pages import _decode_scales
@@ -173,7 +173,7 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
         dtype=None if metadata["dtype"] is None else getattr(torch, metadata["dtype"]),
         window_size=metadata["window_size"],
         k_mean=own.get("given_mean"),
-        k_order=_given_order(own, heads, head_dim),
+        k_order=_order(own, heads, head_dim, "given") if "given_order" in own else None,
         v_head_dim=metadata.get("v_head_dim"),  # earlier files have none
     )
     cache.label = metadata["label"]
@@ -276,13 +276,9 @@ def _owners(part: Tensor, count: int) -> Tensor:
     return owners
 
 
-def _given_order(own: dict[str, Tensor], heads: int, head_dim: int) -> ChannelOrder | None:
-    """The order of K's channels that the cache was made with, or None. Raises `FormatError`."""
-    return _order(own, heads, head_dim, "given") if "given_order" in own else None
-
-
 def _order(own: dict[str, Tensor], heads: int, head_dim: int, prefix: str = "k") -> ChannelOrder:
-    """The order of K's channels. Raises `FormatError` unless each head has a permutation."""
+    """The order of K's channels in pages, or with the prefix "given" the one that the cache was made with. Raises
+    `FormatError` unless each head has a permutation."""
     places, halved = f"{prefix}_order", f"{prefix}_halved"
     like = {
         places: torch.empty(heads, head_dim, dtype=places_dtype(head_dim)),
@@ -293,7 +289,7 @@ def _order(own: dict[str, Tensor], heads: int, head_dim: int, prefix: str = "k")
             raise FormatError(f"{name}: expected a tensor of that name, got none")
         _check(name, own[name], tensor)
     order = own[places].clone()
-    if not torch.equal(order.long().sort(-1).values, torch.arange(head_dim).expand(heads, -1)):
+    if not is_permutation(order):
         raise FormatError(f"{places}: expected a permutation of {head_dim} channels for each head, got another tensor")
     return ChannelOrder(order, own[halved].clone())
 

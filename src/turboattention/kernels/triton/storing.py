@@ -47,6 +47,15 @@ def hold_rows(
 
 
 @triton.jit
+def _offsets(b, t, h, stride_b, stride_t, stride_h, PAGED: tl.constexpr):
+    """Of the rows of tokens t of heads h, in x [B, H, T, D], or PAGED in flat x [T, H, D]."""
+    offsets = t * stride_t + h * stride_h
+    if not PAGED:
+        offsets += b * stride_b
+    return offsets
+
+
+@triton.jit
 def _store_side(
     x, offsets, wanted, mean, mean_row, smoothed, flag, codes, scales, row, kept, own_codes, own_scales, own_row,
     D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr,
@@ -105,17 +114,13 @@ def store_rows(
         kept = wanted
         smoothed = position >= mean_from
     if tl.program_id(1) == 0:
-        offsets = t * k_stride_t + h * k_stride_h
-        if not PAGED:
-            offsets += b * k_stride_b
+        offsets = _offsets(b, t, h, k_stride_b, k_stride_t, k_stride_h, PAGED)
         _store_side(
             k, offsets, wanted, mean, mean_row, smoothed, flag, k_codes, k_scales, to, kept,
             k_own, k_own_scales, own_row, D, ROWS, WIDTH, ROTATE,
         )  # fmt: skip
     else:
-        offsets = t * v_stride_t + h * v_stride_h
-        if not PAGED:
-            offsets += b * v_stride_b
+        offsets = _offsets(b, t, h, v_stride_b, v_stride_t, v_stride_h, PAGED)
         _store_side(
             v, offsets, wanted, None, mean_row, wanted, flag, v_codes, v_scales, to, kept,
             v_own, v_own_scales, own_row, D, ROWS, WIDTH, ROTATE,
