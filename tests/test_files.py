@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import turboattention as ta
-from turboattention.errors import InputError
+from turboattention.errors import FormatError, InputError
 from turboattention.files import write_figure, write_text, write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +105,20 @@ def test_a_link_stays_a_link(tmp_path, exists):
     assert link.is_symlink()
     assert target.read_text() == "new"
     assert os.listdir(target.parent) == ["cache"]
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    for save in (lambda path: write_text(path, "x"), ta.KVCache(1, 1, 16).save):
+        with pytest.raises(InputError, match=r"path: expected a file, got a symbolic link that leads .* itself: .*a$"):
+            save(tmp_path / "a")
+    with pytest.raises(FormatError, match=r"which cannot be read .*symbolic links"):
+        ta.KVCache.load(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
+        ta.KVCache.load(tmp_path / "dangling")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "dangling"]
 
 
 def test_what_is_no_file_stays_what_it_is(tmp_path):

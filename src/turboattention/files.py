@@ -62,6 +62,8 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object], a
     name, folder = os.fspath(path), None
     if not os.path.isdir(target.parent):
         raise InputError(f"{argument}: expected a file in a folder that exists, got {name}")
+    if os.path.islink(target):  # after all links were followed
+        raise InputError(f"{argument}: expected a file, got a symbolic link that leads back to itself: {name}")
     if os.path.exists(target) and not os.path.isfile(target):
         kind = "a folder" if os.path.isdir(target) else "a device or pipe"
         raise InputError(f"{argument}: expected a file, got {kind}: {name}")

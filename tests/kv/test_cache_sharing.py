@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -165,3 +168,46 @@ def test_a_shallow_copy_is_a_clone():
     assert content(copies) != before
     assert live_pages(cache) == pages
     assert copies.handle.tolist() != cache.handle.tolist()
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 300}, {"window_size": 70}], ids=["", "reserved", "window"])
+def test_a_deep_copy_holds_its_own_pages_and_no_clone_s(options, duplicate):
+    alone, *_ = filled([200, 130], **options)
+    cache, *_ = filled([200, 130], **options)
+    clone = cache.clone()
+    clone.append(*tokens(2, 2, 500, 16, seed=3))
+    other = duplicate(cache)
+    assert content(other) == content(cache)
+    assert live_pages(other) == live_pages(alone)
+    assert pool_bytes(other) == pool_bytes(alone)
+    other.crop(0)
+    assert live_pages(other) == 0
+
+
+def test_a_deep_copy_while_clones_in_other_threads_change():
+    cache, *_ = filled([700])
+    want, stop, failed = content(cache), threading.Event(), []
+
+    def change() -> None:
+        clone = cache.clone()
+        while not stop.is_set():
+            clone.append(*tokens(1, 2, 300, 16, seed=3))
+            clone.crop(100)
+
+    interval = sys.getswitchinterval()
+    threads = [threading.Thread(target=change) for _ in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            failed += [1] * (content(copy.deepcopy(cache)) != want)
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed

@@ -101,9 +101,9 @@ class PagePools:
         return total + sum(x.nbytes for x in (self.head_bits, *(self.order or ())) if x is not None)
 
     @property
-    def reserved(self) -> bool:
-        """Whether memory was reserved for compressed pages."""
-        return self.compressed is not None and self.compressed.reserved > 0
+    def reserved_pages(self) -> tuple[int, int]:
+        """Sink pages and compressed pages that memory is reserved for, those in use included."""
+        return self.sinks.reserved, 0 if self.compressed is None else self.compressed.reserved
 
     def empty(self) -> PagePools:
         """New pools of the same formats."""

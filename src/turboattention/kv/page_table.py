@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from ..modes import in_own_modes
 from .channel_order import ChannelOrder, unordered_rows
 from .compaction import leave_sparse_slabs, move_to_own_pools
 from .compression import Encoded
@@ -204,8 +206,12 @@ class PageTable:
 
     def leave_pools(self, tokens: int, window: int | None) -> None:
         """Copy all pages into new pools, which reserve memory only for these sequences (as `reserve`)."""
+        self._move(*self._needed(tokens, window))
+
+    def _move(self, sinks: int, others: int) -> None:
+        """Copy all pages into new pools, which reserve memory for so many pages."""
         new = self.pools.empty()
-        new.reserve(*self._needed(tokens, window), self.windowed)
+        new.reserve(sinks, others, self.windowed)
         move_to_own_pools(self.pools, new, self.pages, self.windowed)
         self.pools, self._addresses = new, None
 
@@ -213,14 +219,24 @@ class PageTable:
         """A table of the sequences `index[0], index[1], ...` over the same pools; no page is copied."""
         chosen = object.__new__(PageTable)
         own = {"pages": [list(self.pages[i]) for i in index], "pools": self.pools.shared()}
-        chosen.__dict__ = {**self.__getstate__(), **own}
+        # Pages from `fresh_pages` belong to this table.
+        chosen.__dict__ = {**self.__dict__, "_addresses": None, "_pending": {True: 0, False: 0}, **own}
         for table in chosen.pages:
             self.pools.retain(table)
         return chosen
 
+    @in_own_modes
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
+        """A table with pools of its own: clones in other threads may be changing these."""
+        copy = self.select([*range(len(self.pages))])
+        copy._move(*self.pools.reserved_pages)
+        return copy
+
     def __getstate__(self) -> dict[str, Any]:
-        """In a copy, pages have other addresses, and pages from `fresh_pages` are not pending."""
-        return {**self.__dict__, "_addresses": None, "_pending": {True: 0, False: 0}}
+        """The state of a deep copy, whose pages then belong to whoever restores it."""
+        copy = deepcopy(self)
+        state, copy.__dict__ = copy.__dict__, {}
+        return state
 
     def __del__(self) -> None:
         for table in self.__dict__.get("pages", ()):

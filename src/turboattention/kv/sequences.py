@@ -22,7 +22,7 @@ def take_sequences(cache: KVCache, source: KVCache, index: Tensor) -> None:
             rows = lengths - table.counts * cache.config.block_size
             most = int(rows.max()) if len(rows) else 0
             tail.memory(tail.rows_for(most, tokens_seen(lengths, cache.window_size)))
-            if table.pools.reserved:
+            if table.pools.reserved_pages[1]:
                 table.leave_pools(cache.max_tokens or 0, cache.window_size)
         at = index.to(table.device)
         cache.k_mean = None if source.k_mean is None else source.k_mean[at]

@@ -71,8 +71,6 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     from safetensors import SafetensorError, safe_open
 
     name = os.fspath(path)
-    if not os.path.exists(name):
-        raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist")
     try:
         # safetensors opens a file twice, for its header and its data; both must see the same file.
         with open_regular(name) as opened, safe_open(opened, framework="pt") as file:
@@ -83,6 +81,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         if not isinstance(metadata, dict) or header["digest"] != _digest(header["content"], tensors):
             raise FormatError(f"path: expected a saved cache, got {name}, whose content was altered")
         return tensors, metadata
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist") from error
     except TurboError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:

@@ -47,6 +47,23 @@ class TestValues:
             turbo_attention_forward(module, q, key, value + 1, None)
         assert cache.get_seq_length() == 5
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("changed", [0, 1], ids=["key", "value"])
+    @pytest.mark.parametrize("calls_before", [0, 1])
+    def test_those_modified_in_place_are_refused(self, mode, changed, calls_before, tiny):
+        """Attention reads what the cache stored, which an in-place change does not reach."""
+        model, module = tiny("llama"), torch.nn.Module()
+        cache = TurboCache(model.config, SMALL)
+        with mode():
+            q, k, v = torch.randn(1, 4, 5, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)
+            pair = cache.update(k, v, 0)
+            for _ in range(calls_before):
+                turbo_attention_forward(module, q, *pair, None)
+            pair[changed].mul_(2.0)
+            with pytest.raises(UnsupportedError, match=r"layer 0, got others: .* 'llama' .* in place after the cache"):
+                turbo_attention_forward(module, q, *pair, None)
+        assert cache.get_seq_length() == 5 * calls_before
+
     @pytest.mark.parametrize("kind", ["diffllama", "doge"])
     def test_architectures_that_need_them_are_refused_at_the_start(self, kind):
         config = AutoConfig.for_model(kind, num_hidden_layers=2)

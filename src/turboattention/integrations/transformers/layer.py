@@ -30,6 +30,7 @@ BESIDE_AN_ENCODER = "EncoderDecoderCache(TurboCache(model.config), DynamicCache(
 
 _HANDLE = "_turbo_layer"
 _VALUES = "_turbo_values"
+_MARKS = "_turbo_marks"
 _FEWEST = 32
 """New tokens of a call whose INT8 attention is compared with exact attention before any block is compressed."""
 
@@ -37,6 +38,13 @@ _FEWEST = 32
 def layer_of(key: Tensor) -> TurboLayer | None:
     """The layer whose `update` returned this tensor."""
     return getattr(key, _HANDLE, None)
+
+
+def _mark(x: Tensor) -> Any:
+    """Another one after an in-place modification of `x`. Tensors of inference mode do not count them: their sum."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    return x.sum(dtype=torch.float64) if x.is_inference() else x._version
 
 
 class TurboLayer(HeldTokens, CacheLayerMixin):
@@ -195,6 +203,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         self._pending = aligned(key_states, value_states)  # type: ignore[assignment]
         setattr(key_states, _HANDLE, self)
         setattr(key_states, _VALUES, value_states)
+        setattr(key_states, _MARKS, (_mark(key_states), _mark(value_states)))
         return key_states, value_states
 
     def attend(
@@ -352,14 +361,19 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """`key` and `value` are a pair that `update` returned: attention reads what it stored, not these.
 
         Raises:
-            UnsupportedError: the values are others. What `update` brought is then forgotten.
+            UnsupportedError: the values are others, or one of both was modified in place. What `update` brought is then
+                forgotten.
         """
-        if value is getattr(key, _VALUES):
+        if value is not getattr(key, _VALUES):
+            argument, fault = "value", "changes values"
+        elif any(bool(_mark(x) != mark) for x, mark in zip((key, value), getattr(key, _MARKS), strict=True)):
+            argument, fault = "key, value", "modifies keys or values in place"
+        else:
             return
         self.forget_new()
         raise UnsupportedError(
-            f"value: expected the values that the TurboCache stored with the keys of layer {self.index}, got others: "
-            f"the architecture {self._kind} is not supported: it changes values after the cache"
+            f"{argument}: expected what the TurboCache stored of layer {self.index}, got others: the architecture "
+            f"{self._kind} is not supported: it {fault} after the cache"
         )
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
