@@ -13,12 +13,18 @@
 #include <utility>
 
 #define TURBO_ISA bench
+#ifdef __AMX_INT8__
+#define TURBO_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
 #define TURBO_VECTORS "vec_avx512.h"
 #else
 #define TURBO_VECTORS "vec_avx2.h"
 #endif
 #include "attention/lane_products.h"
+#include "attention/lane_products_amx.h"
 #include "attention/operand.h"
 
 using namespace turbo;
@@ -175,6 +181,10 @@ extern "C" void powers(const std::uint16_t* y, std::uint16_t* out, int n, int de
 // Nanoseconds of: scores, logits, weights (static scale, a scale per row), outputs; both passes of the softmax in
 // integers (square, cubic).
 extern "C" void time_phases(int head_dim, const int* square, const int* cubic, int repeats, double* out) {
+#ifdef TURBO_AMX
+    syscall(SYS_arch_prctl, 0x1023, 18);  // Linux wants to be asked for tile registers
+#endif
+    const Tiles tiles(head_dim);
     static Operand block;
     static Group g;
     static GroupWork w;

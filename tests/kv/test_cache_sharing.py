@@ -173,10 +173,14 @@ def test_a_shallow_copy_is_a_clone():
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("options", [{}, {"max_tokens": 300}, {"window_size": 70}], ids=["", "reserved", "window"])
-def test_a_deep_copy_holds_its_own_pages_and_no_clone_s(options, duplicate):
-    alone, *_ = filled([200, 130], **options)
-    cache, *_ = filled([200, 130], **options)
+@pytest.mark.parametrize(
+    "lengths, options",
+    [([70, 3], {}), ([200, 130], {}), ([200, 130], {"max_tokens": 300}), ([200, 130], {"window_size": 70})],
+    ids=["short", "frozen", "reserved", "window"],
+)
+def test_a_deep_copy_holds_its_own_pages_and_no_clone_s(lengths, options, duplicate):
+    alone, *_ = filled(lengths, **options)
+    cache, *_ = filled(lengths, **options)
     clone = cache.clone()
     clone.append(*tokens(2, 2, 500, 16, seed=3))
     other = duplicate(cache)

@@ -28,7 +28,7 @@ def leave_sparse_slabs(pools: PagePools, tables: list[list[int]], counts: list[i
 def move_to_own_pools(old: PagePools, new: PagePools, tables: list[list[int]], singly: bool) -> None:
     """Copy all pages of `tables` from the pools `old` to `new`; a page that sequences share is copied once."""
     moves = []
-    for sinks in (True, False):
+    for sinks in (True, False) if old.compressed is not None else (True,):
         part, runs, seen = old.part(sinks), [], set[int]()
         for table in tables:
             runs.append([page for page in table[part] if page >= 0 and page not in seen])
