@@ -11,9 +11,7 @@ import torch
 import turboattention as ta
 from turboattention.config import TurboConfig
 from turboattention.errors import DtypeError
-from turboattention.softmax import SAS2_ERROR, exponential, sas, sas2
-
-HOST = torch.device("cpu")
+from turboattention.softmax import SAS2_ERROR, SAS16_OCTAVE, SAS16_ONE, exponential, sas, sas2, sas16, sas16_power
 
 
 def line(start: float, stop: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -116,7 +114,7 @@ def test_base_two_form_is_continuous():
         assert abs(float(sas2(below) - sas2(above))) <= 3e-9  # the slope is at most 1
 
 
-@pytest.mark.parametrize("form", [sas, sas2])
+@pytest.mark.parametrize("form", [sas, sas2, sas16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
 def test_other_dtypes_are_refused(form, dtype):
     with pytest.raises(DtypeError, match=rf"^x: expected float32 or float64, got {dtype}$"):
@@ -130,10 +128,36 @@ def test_public_name():
 @pytest.mark.parametrize("name, form", [("sas", sas), ("sas2", sas2)])
 def test_the_configuration_names_form_and_threshold(name, form):
     x = line(-20, 0, torch.float32)
-    assert torch.equal(exponential(TurboConfig(softmax=name, sas_threshold=-6.0), HOST)(x), form(x, -6.0))
-    assert torch.equal(exponential(TurboConfig(softmax=name), HOST)(x), form(x, -9.0))
+    assert torch.equal(exponential(name, -6.0)(x), form(x, -6.0))
+    assert torch.equal(exponential(name, -9.0)(x), form(x, -9.0))
 
 
 def test_exact_exponential_has_no_threshold():
     x = line(-20, 0, torch.float32)
-    assert torch.equal(exponential(TurboConfig(softmax="exp"), HOST)(x), x.exp())
+    assert torch.equal(exponential("exp", -6.0)(x), x.exp())
+
+
+@pytest.mark.parametrize(
+    "device, stored, name", [("cpu", False, "sas16"), ("cpu", True, "sas"), ("cuda", False, "exp")]
+)
+def test_what_auto_means(device, stored, name):
+    assert TurboConfig(stored_prefill=stored).softmax_on(torch.device(device)) == name
+
+
+def test_the_form_in_integers_over_all_its_distances():
+    distance = torch.arange(65536, dtype=torch.int32)
+    exact = torch.exp2(-distance.double() / SAS16_OCTAVE)
+    weight = sas16_power(distance)
+    assert (int(weight[0]), int(weight.min())) == (SAS16_ONE, 0)
+    assert bool((weight[1:] <= weight[:-1]).all())
+    # A cubic of 16-bit products, then what a shift cuts off.
+    assert float((weight / SAS16_ONE - exact).abs().max()) <= 1.6e-4
+    assert not bool(weight[15 * SAS16_OCTAVE :].any())
+    assert bool((weight[: 14 * SAS16_OCTAVE] > 0).all())
+
+
+def test_the_form_in_integers_is_close_to_the_exponential():
+    x = line(-40, 0, torch.float64)
+    assert float((sas16(x) - x.exp()).abs().max()) <= 3e-4
+    assert float(sas16(torch.zeros(1))) == 1.0
+    assert float(sas16(torch.full((1,), -torch.inf))) == 0.0

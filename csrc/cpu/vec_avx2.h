@@ -106,6 +106,19 @@ inline I operator-(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_ep
 inline I operator|(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 inline I i_min(I x, I y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
 inline I i_max(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+inline I operator*(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+inline I i_shl(I x, I by) { return {_mm256_sllv_epi32(x.a, by.a), _mm256_sllv_epi32(x.b, by.b)}; }
+inline I i_shr(I x, I by) { return {_mm256_srlv_epi32(x.a, by.a), _mm256_srlv_epi32(x.b, by.b)}; }
+inline I i_sar(I x, I by) { return {_mm256_srav_epi32(x.a, by.a), _mm256_srav_epi32(x.b, by.b)}; }
+template <int N>
+inline I i_shr(I x) {
+    return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+}
+template <int N>
+inline I i_sar(I x) {
+    return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)};
+}
+inline I i_bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 template <int N>
 inline I i_shl(I x) {
     return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
@@ -223,5 +236,77 @@ inline I dot_full(I acc, Prepared p, Bytes q) {
             dot_half(acc.b, p.magnitude.b, _mm256_sign_epi8(q.b, p.codes.b))};
 }
 #endif
+
+struct W {
+    __m256i v;  // packed within halves
+};
+inline W w_set(int x) { return {_mm256_set1_epi16(static_cast<short>(x))}; }
+inline W w_load(const void* p) { return {load_half(p)}; }
+inline void w_store(void* p, W x) { store_half(p, x.v); }
+inline W w_pack(const I* x) { return {_mm256_packs_epi32(x->a, x->b)}; }
+inline W w_pack_unsigned(const I* x) { return {_mm256_packus_epi32(x->a, x->b)}; }
+inline void w_unpack(W x, I* out) {
+    *out = {_mm256_srai_epi32(_mm256_unpacklo_epi16(x.v, x.v), 16),
+            _mm256_srai_epi32(_mm256_unpackhi_epi16(x.v, x.v), 16)};
+}
+inline void w_unpack_unsigned(W x, I* out) {
+    const __m256i zero = _mm256_setzero_si256();
+    *out = {_mm256_unpacklo_epi16(x.v, zero), _mm256_unpackhi_epi16(x.v, zero)};
+}
+inline void w_store_joined(void* p, W low, W high) {
+    store_half(p, _mm256_unpacklo_epi16(low.v, high.v));
+    store_half(static_cast<std::uint8_t*>(p) + 32, _mm256_unpackhi_epi16(low.v, high.v));
+}
+inline W operator+(W x, W y) { return {_mm256_add_epi16(x.v, y.v)}; }
+inline W operator-(W x, W y) { return {_mm256_sub_epi16(x.v, y.v)}; }
+inline W operator|(W x, W y) { return {_mm256_or_si256(x.v, y.v)}; }
+inline W w_max(W x, W y) { return {_mm256_max_epi16(x.v, y.v)}; }
+inline W w_min_unsigned(W x, W y) { return {_mm256_min_epu16(x.v, y.v)}; }
+inline W operator*(W x, W y) { return {_mm256_mullo_epi16(x.v, y.v)}; }
+inline W w_product_high(W x, W y) { return {_mm256_mulhi_epu16(x.v, y.v)}; }
+inline W w_product_rounded(W x, W y) { return {_mm256_mulhrs_epi16(x.v, y.v)}; }
+template <int N>
+inline W w_shl(W x) {
+    return {_mm256_slli_epi16(x.v, N)};
+}
+template <int N>
+inline W w_shr(W x) {
+    return {_mm256_srli_epi16(x.v, N)};
+}
+inline W w_shr(W x, W by) {  // lanes of 32 bits can be shifted apart, those of 16 cannot
+    const __m256i even = _mm256_set1_epi32(0xFFFF);
+    const __m256i low = _mm256_srlv_epi32(_mm256_and_si256(x.v, even), _mm256_and_si256(by.v, even));
+    const __m256i high = _mm256_srlv_epi32(_mm256_srli_epi32(x.v, 16), _mm256_srli_epi32(by.v, 16));
+    return {_mm256_or_si256(low, _mm256_slli_epi32(high, 16))};
+}
+inline W w_between(W low, W t, W high, W x, W y) {
+    const __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi16(low.v, t.v), _mm256_cmpgt_epi16(high.v, t.v));
+    return {_mm256_blendv_epi8(y.v, x.v, in)};
+}
+inline W w_keep_other(W x, W y, W z) { return {_mm256_andnot_si256(_mm256_cmpeq_epi16(x.v, y.v), z.v)}; }
+
+// 16 rows of 16 words, each row `stride` bytes behind the one before, to their transpose.
+inline void words_transposed(const std::uint8_t* in, int in_stride, std::uint8_t* out, int out_stride) {
+    for (int row = 0; row < 16; row += 8)
+        for (int word = 0; word < 16; word += 8) {
+            __m256i x[8], y[8];
+            for (int i = 0; i < 8; ++i) x[i] = load_half(in + (row + i) * in_stride + 4 * word);
+            // Pairs of words, then of pairs, then halves of rows.
+            for (int i = 0; i < 8; i += 2) {
+                y[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+                y[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4)
+                for (int k = 0; k < 2; ++k) {
+                    x[i + 2 * k] = _mm256_unpacklo_epi64(y[i + k], y[i + k + 2]);
+                    x[i + 2 * k + 1] = _mm256_unpackhi_epi64(y[i + k], y[i + k + 2]);
+                }
+            std::uint8_t* at = out + word * out_stride + 4 * row;
+            for (int k = 0; k < 4; ++k) {
+                store_half(at + k * out_stride, _mm256_permute2x128_si256(x[k], x[k + 4], 0x20));
+                store_half(at + (k + 4) * out_stride, _mm256_permute2x128_si256(x[k], x[k + 4], 0x31));
+            }
+        }
+}
 
 }  // namespace turbo::TURBO_ISA

@@ -86,6 +86,19 @@ inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline I i_min(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline I i_max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I i_shl(I a, I by) { return {_mm512_sllv_epi32(a.v, by.v)}; }
+inline I i_shr(I a, I by) { return {_mm512_srlv_epi32(a.v, by.v)}; }
+inline I i_sar(I a, I by) { return {_mm512_srav_epi32(a.v, by.v)}; }
+template <int N>
+inline I i_shr(I a) {
+    return {_mm512_srli_epi32(a.v, N)};
+}
+template <int N>
+inline I i_sar(I a) {
+    return {_mm512_srai_epi32(a.v, N)};
+}
+inline I i_bits(F a) { return {_mm512_castps_si512(a.v)}; }
 template <int N>
 inline I i_shl(I a) {
     return {_mm512_slli_epi32(a.v, N)};
@@ -178,6 +191,79 @@ inline Bytes b_offset(Bytes a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(
 inline Bytes b_add_where(Bytes a, Bytes plane, int n, Bytes b) {
     const __mmask64 set = _mm512_test_epi8_mask(plane.v, _mm512_set1_epi8(static_cast<char>(1 << n)));
     return {_mm512_mask_add_epi8(a.v, set, a.v, b.v)};
+}
+
+// Lanes of 16 bits, as many as queries at once: kQueryVectors vectors of 32-bit lanes, saturated with or without sign.
+struct W {
+    __m512i v;  // packed within quarters
+};
+inline W w_set(int x) { return {_mm512_set1_epi16(static_cast<short>(x))}; }
+inline W w_load(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void w_store(void* p, W a) { _mm512_storeu_si512(p, a.v); }
+inline W w_pack(const I* x) { return {_mm512_packs_epi32(x[0].v, x[1].v)}; }
+inline W w_pack_unsigned(const I* x) { return {_mm512_packus_epi32(x[0].v, x[1].v)}; }
+inline void w_unpack(W a, I* x) {
+    x[0] = {_mm512_srai_epi32(_mm512_unpacklo_epi16(a.v, a.v), 16)};
+    x[1] = {_mm512_srai_epi32(_mm512_unpackhi_epi16(a.v, a.v), 16)};
+}
+inline void w_unpack_unsigned(W a, I* x) {
+    x[0] = {_mm512_unpacklo_epi16(a.v, _mm512_setzero_si512())};
+    x[1] = {_mm512_unpackhi_epi16(a.v, _mm512_setzero_si512())};
+}
+// 32-bit lanes of low + 2^16 high, in order.
+inline void w_store_joined(void* p, W low, W high) {
+    _mm512_storeu_si512(p, _mm512_unpacklo_epi16(low.v, high.v));
+    _mm512_storeu_si512(static_cast<std::uint8_t*>(p) + 64, _mm512_unpackhi_epi16(low.v, high.v));
+}
+inline W operator+(W a, W b) { return {_mm512_add_epi16(a.v, b.v)}; }
+inline W operator-(W a, W b) { return {_mm512_sub_epi16(a.v, b.v)}; }
+inline W operator|(W a, W b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline W w_max(W a, W b) { return {_mm512_max_epi16(a.v, b.v)}; }
+inline W w_min_unsigned(W a, W b) { return {_mm512_min_epu16(a.v, b.v)}; }
+inline W operator*(W a, W b) { return {_mm512_mullo_epi16(a.v, b.v)}; }           // the lower 16 bits
+inline W w_product_high(W a, W b) { return {_mm512_mulhi_epu16(a.v, b.v)}; }      // unsigned, over 2^16
+inline W w_product_rounded(W a, W b) { return {_mm512_mulhrs_epi16(a.v, b.v)}; }  // over 2^15
+inline W w_shr(W a, W by) { return {_mm512_srlv_epi16(a.v, by.v)}; }              // by 0 to 31 bits
+template <int N>
+inline W w_shl(W a) {
+    return {_mm512_slli_epi16(a.v, N)};
+}
+template <int N>
+inline W w_shr(W a) {
+    return {_mm512_srli_epi16(a.v, N)};
+}
+// a where low <= t < high, else b.
+inline W w_between(W low, W t, W high, W a, W b) {
+    const __mmask32 in = _mm512_cmple_epi16_mask(low.v, t.v) & _mm512_cmplt_epi16_mask(t.v, high.v);
+    return {_mm512_mask_mov_epi16(b.v, in, a.v)};
+}
+// a where x is not y, else 0.
+inline W w_keep_other(W x, W y, W a) { return {_mm512_maskz_mov_epi16(_mm512_cmpneq_epi16_mask(x.v, y.v), a.v)}; }
+
+// 16 rows of 16 words, each row `stride` bytes behind the one before, to their transpose.
+inline void words_transposed(const std::uint8_t* in, int in_stride, std::uint8_t* out, int out_stride) {
+    __m512i x[16], y[16];
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(in + i * in_stride);
+    // Pairs of words, then of pairs, then quarters of rows.
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; ++k) {
+            x[i + 2 * k] = _mm512_unpacklo_epi64(y[i + k], y[i + k + 2]);
+            x[i + 2 * k + 1] = _mm512_unpackhi_epi64(y[i + k], y[i + k + 2]);
+        }
+    for (int k = 0; k < 4; ++k) {
+        const __m512i low = _mm512_shuffle_i32x4(x[k], x[k + 4], 0x88),
+                      low_odd = _mm512_shuffle_i32x4(x[k], x[k + 4], 0xDD);
+        const __m512i high = _mm512_shuffle_i32x4(x[k + 8], x[k + 12], 0x88);
+        const __m512i high_odd = _mm512_shuffle_i32x4(x[k + 8], x[k + 12], 0xDD);
+        _mm512_storeu_si512(out + k * out_stride, _mm512_shuffle_i32x4(low, high, 0x88));
+        _mm512_storeu_si512(out + (k + 4) * out_stride, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+        _mm512_storeu_si512(out + (k + 8) * out_stride, _mm512_shuffle_i32x4(low, high, 0xDD));
+        _mm512_storeu_si512(out + (k + 12) * out_stride, _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD));
+    }
 }
 
 }  // namespace turbo::TURBO_ISA

@@ -38,7 +38,9 @@ inline F f_set(float x) {
     return lanes<F>([&](int) { return x; });
 }
 inline F f_load(const float* p) {
-    return lanes<F>([&](int i) { return p[i]; });
+    F r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
 }
 inline void f_store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
 inline F operator+(F a, F b) {
@@ -116,7 +118,9 @@ inline I i_set(std::int32_t x) {
     return lanes<I>([&](int) { return x; });
 }
 inline I i_load(const std::int32_t* p) {
-    return lanes<I>([&](int i) { return p[i]; });
+    I r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
 }
 inline void i_store(std::int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
 inline I operator+(I a, I b) {
@@ -134,9 +138,38 @@ inline I i_min(I a, I b) {
 inline I i_max(I a, I b) {
     return lanes<I>([&](int i) { return std::max(a.v[i], b.v[i]); });
 }
+// The lower 32 bits of the products.
+inline I operator*(I a, I b) {
+    return lanes<I>([&](int i) {
+        return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) * static_cast<std::uint32_t>(b.v[i]));
+    });
+}
+// Shifts by 0 to 31 bits that differ by lane: to the left; to the right, with zeros; to the right, with the sign.
+inline I i_shl(I a, I by) {
+    return lanes<I>([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << by.v[i]); });
+}
+inline I i_shr(I a, I by) {
+    return lanes<I>([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) >> by.v[i]); });
+}
+inline I i_sar(I a, I by) {
+    return lanes<I>([&](int i) { return a.v[i] >> by.v[i]; });
+}
+template <int N>
+inline I i_shr(I a) {
+    return i_shr(a, lanes<I>([](int) { return N; }));
+}
+template <int N>
+inline I i_sar(I a) {
+    return i_sar(a, lanes<I>([](int) { return N; }));
+}
 template <int N>
 inline I i_shl(I a) {
     return lanes<I>([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << N); });
+}
+inline I i_bits(F a) {
+    I r;
+    std::memcpy(r.v, a.v, sizeof r.v);
+    return r;
 }
 inline I i_from_u8(const std::uint8_t* p) {
     return lanes<I>([&](int i) { return std::int32_t{p[i]}; });
@@ -204,5 +237,91 @@ inline I dot_small(I acc, Bytes codes, Bytes q) {
 }
 inline Prepared prepare(Bytes codes) { return codes; }
 inline I dot_full(I acc, Prepared codes, Bytes q) { return dot_small(acc, codes, q); }
+
+struct W {
+    std::uint16_t v[16];
+};
+inline int signed_word(std::uint16_t x) { return static_cast<std::int16_t>(x); }
+inline W w_set(int x) {
+    return lanes<W>([&](int) { return static_cast<std::uint16_t>(x); });
+}
+inline W w_load(const void* p) {
+    W r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+inline void w_store(void* p, W a) { std::memcpy(p, a.v, sizeof a.v); }
+inline W w_pack(const I* x) {
+    return lanes<W>([&](int i) { return static_cast<std::uint16_t>(std::clamp(x->v[i], -32768, 32767)); });
+}
+inline W w_pack_unsigned(const I* x) {
+    return lanes<W>([&](int i) { return static_cast<std::uint16_t>(std::clamp(x->v[i], 0, 65535)); });
+}
+inline void w_unpack(W a, I* x) {
+    *x = lanes<I>([&](int i) { return signed_word(a.v[i]); });
+}
+inline void w_unpack_unsigned(W a, I* x) {
+    *x = lanes<I>([&](int i) { return a.v[i]; });
+}
+inline void w_store_joined(void* p, W low, W high) {
+    const I joined =
+        lanes<I>([&](int i) { return static_cast<std::int32_t>(low.v[i] | std::uint32_t{high.v[i]} << 16); });
+    std::memcpy(p, joined.v, sizeof joined.v);
+}
+template <class Operation>
+inline W words(Operation&& of) {
+    return lanes<W>([&](int i) { return static_cast<std::uint16_t>(of(i)); });
+}
+inline W operator+(W a, W b) {
+    return words([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline W operator-(W a, W b) {
+    return words([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline W operator|(W a, W b) {
+    return words([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline W w_max(W a, W b) {
+    return words([&](int i) { return std::max(signed_word(a.v[i]), signed_word(b.v[i])); });
+}
+inline W w_min_unsigned(W a, W b) {
+    return words([&](int i) { return std::min(a.v[i], b.v[i]); });
+}
+inline W operator*(W a, W b) {
+    return words([&](int i) { return std::uint32_t{a.v[i]} * b.v[i]; });
+}
+inline W w_product_high(W a, W b) {
+    return words([&](int i) { return std::uint32_t{a.v[i]} * b.v[i] >> 16; });
+}
+inline W w_product_rounded(W a, W b) {
+    return words([&](int i) { return (signed_word(a.v[i]) * signed_word(b.v[i]) + (1 << 14)) >> 15; });
+}
+inline W w_shr(W a, W by) {
+    return words([&](int i) { return a.v[i] >> std::min<int>(by.v[i], 31); });
+}
+template <int N>
+inline W w_shl(W a) {
+    return words([&](int i) { return a.v[i] << N; });
+}
+template <int N>
+inline W w_shr(W a) {
+    return words([&](int i) { return a.v[i] >> N; });
+}
+inline W w_between(W low, W t, W high, W a, W b) {
+    return words([&](int i) {
+        const int at = signed_word(t.v[i]);
+        return signed_word(low.v[i]) <= at && at < signed_word(high.v[i]) ? a.v[i] : b.v[i];
+    });
+}
+inline W w_keep_other(W x, W y, W a) {
+    return words([&](int i) { return x.v[i] != y.v[i] ? a.v[i] : 0; });
+}
+
+// 16 rows of 16 words, each row `stride` bytes behind the one before, to their transpose.
+inline void words_transposed(const std::uint8_t* in, int in_stride, std::uint8_t* out, int out_stride) {
+    for (int row = 0; row < 16; ++row)
+        for (int word = 0; word < 16; ++word)
+            std::memcpy(out + word * out_stride + 4 * row, in + row * in_stride + 4 * word, 4);
+}
 
 }  // namespace turbo::TURBO_ISA

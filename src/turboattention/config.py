@@ -16,7 +16,7 @@ WIDTHS = (2, 3, 4, 8)
 Bits = int | tuple[int, int] | Literal["mixed"]
 
 _CHOICES = {
-    "softmax": ("auto", "sas", "sas2", "exp"),
+    "softmax": ("auto", "sas", "sas2", "sas16", "exp"),
     "row_max": ("block", "running"),
     "p_scale": ("row", "static", "tile"),
     "rescale": ("exact", "sas"),
@@ -40,13 +40,15 @@ class TurboConfig:
     block_size: int = 64
     """Tokens per tile and per compressed block, B. A multiple of 16 from 16 to 256."""
 
-    softmax: Literal["auto", "sas", "sas2", "exp"] = "auto"
-    """Exponential of the attention weights: the paper's SAS (table and cubic), its base-2 form
-    (exponent bits and cubic), or exact. ``"auto"`` is the fastest for the device of the tensors: ``"exp"`` on GPUs,
-    which have hardware for exponentials, and ``"sas"`` elsewhere."""
+    softmax: Literal["auto", "sas", "sas2", "sas16", "exp"] = "auto"
+    """Exponential of the attention weights: the paper's SAS (table and cubic), its base-2 form (exponent bits and
+    cubic), the base-2 form in 16-bit integers from the integer products on, or exact. ``"auto"`` is the fastest for the
+    device of the tensors: ``"exp"`` on GPUs, which have hardware for exponentials; elsewhere ``"sas16"``, or
+    ``"sas"`` with `stored_prefill`, whose results must not depend on a block's later tokens."""
 
     sas_threshold: float = -9.0
-    """With SAS, weights are zero if their logit minus the maximum is below this. Negative; -6 in the paper."""
+    """With ``"sas"`` and ``"sas2"``, weights are zero if their logit minus the maximum is below this. Negative; -6 in
+    the paper. With ``"sas16"``, weights below 2^-15 are zero."""
 
     row_max: Literal["block", "running"] = "block"
     """The maximum that is subtracted from logits: of the current block only, or of all blocks so far."""
@@ -169,10 +171,12 @@ class TurboConfig:
         return replace(self, **changes)
 
     def softmax_on(self, device: torch.device) -> str:
-        """`softmax` with "auto" resolved for tensors on a device: "sas", "sas2" or "exp"."""
+        """`softmax` with "auto" resolved for tensors on a device: "sas", "sas2", "sas16" or "exp"."""
         if self.softmax != "auto":
             return self.softmax
-        return "exp" if device.type == "cuda" else "sas"
+        if device.type == "cuda":
+            return "exp"
+        return "sas" if self.stored_prefill else "sas16"
 
     @property
     def text(self) -> str:

@@ -1,7 +1,8 @@
-"""SAS, the softmax without FP32 exponentials (docs/numerics.md, "SAS and its base-2 form"; paper section 4).
+"""SAS, the softmax without FP32 exponentials (docs/numerics.md, "SAS and its base-2 form" and "SAS in 16-bit
+integers"; paper section 4).
 
-`sas(x) = LUT[floor(-x)] * P(frac(-x))` for x <= 0: a table of e^-n and one cubic. The base-2 form
-takes the power of two from the exponent bits and needs no table.
+`sas(x) = LUT[floor(-x)] * P(frac(-x))` for x <= 0: a table of e^-n and one cubic. The base-2 form takes the power of
+two from the exponent bits and needs no table; in integers, it is a shift.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .config import TurboConfig
 from .errors import DtypeError
 
 # The paper's least-squares cubic for e^-f on [0, 1], highest power first.
@@ -23,6 +23,13 @@ SAS_COEFFICIENTS = (-0.1025, 0.4626, -0.9922, 0.9996)
 # which makes the whole function continuous and exact at 0. Relative error at most 1.05e-4.
 SAS2_COEFFICIENTS = (-0.0391340, 0.2305558, -0.6914218, 1.0)
 SAS2_ERROR = 1.05e-4
+
+# 2^-f = 1 - f (c0 - f (c1 - f c2)) on [0, 1], in units of 2^-15: c0, c1, c2.
+SAS16_COEFFICIENTS = (22660, 7570, 1294)
+SAS16_ONE = 32767
+"""The weight 1."""
+SAS16_OCTAVE = 2048
+"""The distance of a weight from twice itself."""
 
 _LOG2_E = math.log2(math.e)
 
@@ -67,13 +74,31 @@ def sas2(x: Tensor, threshold: float = -6.0) -> Tensor:
     return torch.where(x < threshold, 0.0, torch.exp2(-exponent) * _cubic(f, SAS2_COEFFICIENTS))
 
 
-def exponential(config: TurboConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The exponential that `config.softmax` names for tensors on `device`, threshold included (``"exp"`` has none)."""
-    name = config.softmax_on(device)
+def sas16(x: Tensor) -> Tensor:
+    """The base-2 form in 16-bit integers: e^x in units of 1 / `SAS16_ONE`, for x <= 0.
+
+    Exactly 1 at 0; absolute error at most 3e-4; 0 below -15 ln 2.
+    """
+    _check(x)
+    distance = (x * -(_LOG2_E * SAS16_OCTAVE)).clamp(max=65535.0)
+    return sas16_power(distance.round().to(torch.int32)).to(x.dtype) / SAS16_ONE
+
+
+def sas16_power(distance: Tensor) -> Tensor:
+    """2^(-distance / `SAS16_OCTAVE`) in units of 1 / `SAS16_ONE`: int32 of any shape, of 0 <= distance < 2^16."""
+    c0, c1, c2 = SAS16_COEFFICIENTS
+    f = (distance << 5) & 0xFFFF
+    slope = c0 - (((c1 - ((c2 * f) >> 16)) * f) >> 16)
+    return (SAS16_ONE - ((slope * f) >> 16)) >> (distance >> 11)
+
+
+def exponential(name: str, threshold: float) -> Callable[[Tensor], Tensor]:
+    """The exponential that `TurboConfig.softmax_on` names, with its threshold ("exp" and "sas16" have none)."""
     if name == "exp":
         return torch.exp
-    form = sas if name == "sas" else sas2
-    return functools.partial(form, threshold=config.sas_threshold)
+    if name == "sas16":
+        return sas16
+    return functools.partial(sas if name == "sas" else sas2, threshold=threshold)
 
 
 def _cubic(f: Tensor, coefficients: tuple[float, float, float, float]) -> Tensor:

@@ -26,7 +26,9 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_other_outputs_need_another_version_of_the_numerics(name: str) -> None:
-    found = _mean_output(METHODS[name].config)  # pyright: ignore
+    config = METHODS[name].config  # pyright: ignore
+    # The softmax is what CPUs and GPUs choose; it moves these outputs by 3e-4, and is not part of the version.
+    found = _mean_output(config.replace(softmax="sas") if config.softmax == "auto" else config)
     assert found == pytest.approx(OUTPUTS[name], rel=1e-5), (
         "The numerics changed: raise NUMERICS in evaluation/baselines/kinds.py, and give VERSION and OUTPUTS of this "
         "test their new values."

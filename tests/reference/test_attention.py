@@ -27,13 +27,15 @@ def outlying(q, k, v):
 
 # -- the formulas, tiny tolerance --------------------------------------------------------------------------
 
+SAS = ta.TurboConfig(softmax="sas")
+
 
 @pytest.mark.parametrize("queries, keys, head_dim", [(3, 3, 8), (5, 70, 16), (130, 130, 8), (4, 200, 24), (70, 65, 16)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_number_by_the_formulas(queries, keys, head_dim, causal):
     q, k, v = outlying(*qkv(1, 2, 1, queries, max(keys, 6), head_dim, dtype=torch.float64))
     k, v = k[:, :, :keys], v[:, :, :keys]
-    got, lse = ta.turbo_attention(q, k, v, is_causal=causal, return_lse=True)
+    got, lse = ta.turbo_attention(q, k, v, is_causal=causal, config=SAS, return_lse=True)
     sequence = model.stage1(k[0, 0].numpy(), v[0, 0].numpy())
     for head in range(2):
         for i in range(queries):
@@ -49,7 +51,7 @@ def test_every_number_by_the_formulas(queries, keys, head_dim, causal):
 def test_softcap_bias_and_scale_by_the_formulas():
     q, k, v = outlying(*qkv(1, 2, 1, 3, 140, 16, dtype=torch.float64))
     bias = normals(1, 2, 3, 140, dtype=torch.float64)
-    got, lse = ta.turbo_attention(q, k, v, attn_mask=bias, softcap=5.0, scale=0.7, return_lse=True)
+    got, lse = ta.turbo_attention(q, k, v, attn_mask=bias, softcap=5.0, scale=0.7, config=SAS, return_lse=True)
     sequence = model.stage1(k[0, 0].numpy(), v[0, 0].numpy())
     for head in range(2):
         for i in range(3):

@@ -36,7 +36,9 @@ def run(config: TurboConfig, scores, v8, v_scale, cuts=(N,)) -> tuple[torch.Tens
     state, start = empty(), 0
     for end in cuts:
         span = slice(start, end)
-        online_softmax_update(config, state, slice(0, R), scores[:, :, span], v8[:, :, span], v_scale[:, :, span])
+        online_softmax_update(
+            config, "sas", state, slice(0, R), scores[:, :, span], v8[:, :, span], v_scale[:, :, span]
+        )
         start = end
     return state.finish()
 
@@ -53,7 +55,7 @@ def test_row_by_row(config):
     """One row at a time in plain Python floats, as the formulas are written."""
     scores, v8, v_scale = inputs()
     got, lse = run(config, scores, v8, v_scale)
-    soft = exponential(config, torch.device("cpu"))
+    soft = exponential("sas", config.sas_threshold)
     exp = math.exp if config.rescale == "exact" else lambda x: float(soft(torch.tensor(x, dtype=torch.float64)))
     for b in range(B):
         for h in range(H):
@@ -145,7 +147,7 @@ def test_rows_and_blocks_that_see_nothing(config):
 def test_rows_outside_the_slice_are_left_alone():
     scores, v8, v_scale = inputs()
     state = empty()
-    online_softmax_update(DEFAULT, state, slice(1, 2), scores[:, :, :, :, 1:2], v8, v_scale)
+    online_softmax_update(DEFAULT, "sas", state, slice(1, 2), scores[:, :, :, :, 1:2], v8, v_scale)
     out, lse = state.finish()
     assert bool((lse[:, :, [0, 2]] == -torch.inf).all())
     want, _ = run(DEFAULT, scores, v8, v_scale)
@@ -162,8 +164,8 @@ def test_the_paper_s_weight_scale_is_per_tile_of_queries():
     v8[:, :, 0] = 0
     state = Accumulator.empty(torch.zeros(1, 1, 1, rows, D, dtype=torch.float64))
     ones = torch.ones(1, 1, 2, T, dtype=torch.float64)
-    online_softmax_update(PAPER, state, slice(0, rows), scores, v8, ones)
-    weight = float(exponential(PAPER, torch.device("cpu"))(torch.tensor(-6.0, dtype=torch.float64)))
+    online_softmax_update(PAPER, "sas", state, slice(0, rows), scores, v8, ones)
+    weight = float(exponential("sas", PAPER.sas_threshold)(torch.tensor(-6.0, dtype=torch.float64)))
     assert 0 < weight < 0.9996 / 119 / 2  # under the tile's scale it rounds to nothing
     # The last row's weights are 119 codes of their own scale each: exact.
     assert state.out[0, 0, 0, 16].tolist() == pytest.approx([T * weight * 100] * D, rel=1e-12)
@@ -184,7 +186,7 @@ def test_block_local_maxima_keep_what_a_dominant_token_hides(tokens, gap):
     errors = {}
     for name, config in (("default", TurboConfig()), ("paper", TurboConfig.paper(p_scale="static"))):
         state = Accumulator.empty(torch.zeros(1, 1, 1, 1, 8, dtype=torch.float64))
-        online_softmax_update(config, state, slice(0, 1), scores, v8, ones)
+        online_softmax_update(config, "sas", state, slice(0, 1), scores, v8, ones)
         errors[name] = float((state.finish()[0] - want).norm() / want.norm())
     assert errors["default"] < 0.05
     assert errors["paper"] > 0.5
@@ -197,6 +199,6 @@ def test_dropped_mass_is_bounded():
     v8 = torch.full((1, 1, 1, 64, 8), 100.0, dtype=torch.float64)
     state = Accumulator.empty(torch.zeros(1, 1, 1, 1, 8, dtype=torch.float64))
     config = TurboConfig(softmax="exp", p_scale="static")
-    online_softmax_update(config, state, slice(0, 1), scores, v8, torch.ones(1, 1, 1, 64, dtype=torch.float64))
+    online_softmax_update(config, "sas", state, slice(0, 1), scores, v8, torch.ones(1, 1, 1, 64, dtype=torch.float64))
     kept = float(state.row_sum) / float(scores.exp().sum())
     assert 1 - 63 * 0.5 / 127 <= kept < 0.81

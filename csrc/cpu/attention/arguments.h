@@ -83,7 +83,7 @@ struct AttendArgs {
     // Value scales are then relative to what each row sees.
     std::int64_t stored;
     // Softmax.
-    std::int64_t softmax;  // 0 sas, 1 sas2, 2 exp
+    std::int64_t softmax;  // 0 sas, 1 sas2, 2 exp, 3 sas16
     float threshold;
     float softcap;                // 0 for none
     std::int64_t row_scale;       // INT8 weights with a scale per row and block, not 1 / 127

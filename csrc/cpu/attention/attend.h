@@ -180,6 +180,7 @@ inline void attend(const AttendArgs& a) {
     switch (a.softmax) {
         case 0: attend_as<Softmax::sas>(a); break;
         case 1: attend_as<Softmax::sas2>(a); break;
+        case 3: attend_with(a, Levels<Softmax::sas16, false>{Exponential(a.threshold, a.row_scale)}); break;
         default: attend_with(a, Levels<Softmax::exp, false>{Exponential(a.threshold, a.row_scale)});
     }
 }

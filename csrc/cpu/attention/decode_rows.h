@@ -38,14 +38,36 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
     float* out[R];
     int used;
 
+    VisibleKeys visible(int r, std::int64_t block, bool page) const {
+        return visible_keys(job.a, job.b, job.a.first_position[job.b] + row[r].query, block, page);
+    }
+
+    void weigh_fixed(std::int64_t block, bool page, Seen* seen) {
+        Weights& w = scratch.weights;
+        const FixedBlock fixed(scratch.scales);
+        alignas(64) float unit[16] = {};
+        alignas(64) std::int32_t shift[16] = {};
+        for (int r = 0; r < used; ++r) unit[r] = row[r].taken.unit, shift[r] = row[r].taken.shift;
+        const FixedRowTable rows(unit, shift, fixed.key_top);
+        for (int r = 0; r < used; ++r) {
+            alignas(64) std::int32_t shown[kBlock];
+            const std::int64_t head = job.h * job.a.group + row[r].group;
+            if (job.a.mask_kind) mask_shows(job.a, job.b, head, row[r].query, block, shown);
+            seen[r] = fixed_row_weights(rows, r, fixed, mean_of(job.a, row[r].taken, block), job.a.row_scale,
+                                        visible(r, block, page), job.a.mask_kind ? shown : nullptr, w.scores[r], w.p[r],
+                                        w.p_sum[r]);
+        }
+    }
+
     void weigh(std::int64_t block, bool page) {
         Weights& w = scratch.weights;
         Seen seen[R];
-        for (int r = 0; r < used; ++r) {
-            const VisibleKeys visible =
-                visible_keys(job.a, job.b, job.a.first_position[job.b] + row[r].query, block, page);
-            seen[r] = row_weights(job, level, row[r], block, visible, scratch.scales, w.scores[r], w.p[r], w.p_sum[r]);
-        }
+        if (Level::kFixed && fixed_point(job.a))
+            weigh_fixed(block, page, seen);
+        else
+            for (int r = 0; r < used; ++r)
+                seen[r] = row_weights(job, level, row[r], block, visible(r, block, page), scratch.scales, w.scores[r],
+                                      w.p[r], w.p_sum[r]);
         for (int r = std::max(used, 1); r < R; ++r) {
             w.p_sum[r] = w.p_sum[r - 1];
             std::memcpy(w.p[r], w.p[r - 1], kBlock);

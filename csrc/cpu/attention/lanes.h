@@ -20,9 +20,10 @@ namespace turbo::TURBO_ISA {
 constexpr int kQueryLanes = 16 * kQueryVectors;  // queries at once
 
 // One block of keys and values. Keys are X8 ^ kFlip (X8 + 128 where the dot product takes its first
-// factor unsigned); values are INT8 as they are.
+// factor unsigned), in own_keys or where they lie; values are INT8 as they are.
 struct Operand {
-    alignas(64) std::uint8_t keys[kBlock * kMaxHeadDim];
+    const std::uint8_t* keys;
+    alignas(64) std::uint8_t own_keys[kBlock * kMaxHeadDim];
     alignas(64) std::int8_t values[(kMaxHeadDim + 32) * kBlock];  // tiles read past the last channels
     alignas(64) std::uint8_t work[kBlock * kMaxHeadDim];
 #ifdef TURBO_WIDE_KEYS
@@ -57,12 +58,15 @@ inline void set_value_scales(BlockScales& block, const float* scale) {
     block.value_unit = top / kLevels;
 }
 
-// words [16 quads of tokens][Dv] -> values [Dv][16 quads]
+inline void set_fixed_scales(const BlockScales& block, FixedScales& fixed) {
+    set_fixed_scales(block.key, fixed.key, fixed.key_top);
+    set_fixed_scales(block.own, fixed.value, fixed.value_top);
+}
+
+// words [16 quads of tokens][Dv] -> values [Dv][16 quads]; up to 8 more rows of values are written, and not used.
 inline void values_from_words(std::int8_t* values, const std::uint8_t* words, int value_dim) {
-    for (int c = 0; c < value_dim; c += 8)
-        for (int quad = 0; quad < kBlock / 4; ++quad)
-            for (int k = c; k < c + 8; ++k)
-                std::memcpy(values + kBlock * k + 4 * quad, words + 4 * (quad * value_dim + k), 4);
+    for (int c = 0; c < value_dim; c += 16)
+        words_transposed(words + 4 * c, 4 * value_dim, reinterpret_cast<std::uint8_t*>(values) + kBlock * c, kBlock);
 }
 
 #ifdef TURBO_WIDE_KEYS
@@ -75,7 +79,7 @@ constexpr int kLaneCodes = 4 / sizeof(LaneCode);  // channels that fill a lane o
 // Queries as INT8.
 struct LaneQueries {
     alignas(64) LaneCode q[kMaxHeadDim / kLaneCodes][kQueryLanes][kLaneCodes];
-    alignas(64) std::int32_t sum[kQueryLanes];
+    alignas(64) std::int32_t sum[kQueryLanes], shift[kQueryLanes];
     alignas(64) float unit[kQueryLanes];
 };
 
@@ -92,8 +96,12 @@ struct Group {
 };
 
 struct GroupWork {
-    alignas(64) std::int32_t scores[kBlock][kQueryLanes];
-    alignas(64) float x[kBlock][kQueryLanes];
+    // Scores, then logits, then weights, in one place: two of these and a group's output compete for the first-level
+    // cache.
+    union {
+        alignas(64) std::int32_t scores[kBlock][kQueryLanes];
+        float x[kBlock][kQueryLanes];
+    };
     alignas(64) std::uint8_t p[kBlock / 4][kQueryLanes][4];
     alignas(64) float rescale[kQueryLanes], factor[kQueryLanes];
     alignas(64) std::int32_t low[kQueryLanes], high[kQueryLanes];

@@ -72,10 +72,15 @@ inline void row_operand(RowOperand& out, const TailBlock& in, int head_dim, int 
 }
 
 inline void lane_operand(Operand& out, const TailBlock& in, int head_dim, int value_dim) {
-    copy_rows(out.keys, in.k, in.rows, head_dim, kFlip);
-    alignas(64) static thread_local std::uint8_t rows[kBlock * kMaxHeadDim];
-    copy_rows(rows, in.v, in.rows, value_dim, 0);
-    words_from_rows(out.work, rows, value_dim, value_dim);
+    const bool whole = in.rows == kBlock;
+    out.keys = out.own_keys;
+    if (whole && !kFlip)
+        out.keys = reinterpret_cast<const std::uint8_t*>(in.k);
+    else
+        copy_rows(out.own_keys, in.k, in.rows, head_dim, kFlip);
+    alignas(64) static thread_local std::uint8_t padded_rows[kBlock * kMaxHeadDim];
+    if (!whole) copy_rows(padded_rows, in.v, in.rows, value_dim, 0);
+    words_from_rows(out.work, whole ? reinterpret_cast<const std::uint8_t*>(in.v) : padded_rows, value_dim, value_dim);
     values_from_words(out.values, out.work, value_dim);
 }
 

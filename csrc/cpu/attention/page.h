@@ -123,7 +123,7 @@ inline void lane_keys(Operand& out, const PageHead& source, int head_dim, const 
             const int channel = 8 * octet + 4 * (i / 4);
             if (Bits < 8 && i % 4 == 0) ranges.of_keys(source, channel);
             restore<Bits>(code, at, i, ranges, kFlip);
-            std::uint8_t* keys = out.keys + 16 * (i % 4) * head_dim + channel;
+            std::uint8_t* keys = out.own_keys + 16 * (i % 4) * head_dim + channel;
             for (int t = 0; t < 16; ++t) std::memcpy(keys + t * head_dim, code + 4 * t, 4);
         }
 }
@@ -145,6 +145,7 @@ inline void lane_values(Operand& out, const PageHead& source, int value_dim) {
 
 // The page's INT8 values, for many rows of queries.
 inline void lane_operand(Operand& out, const PageHead& source, int head_dim, int value_dim) {
+    out.keys = out.own_keys;
     over_runs(source.offsets(0), head_dim / 8, kBlock, [&](const Run& run) {
         with_width<8, 5, 4, 3, 2, 1>(run.bits,
                                      [&](auto bits) { lane_keys<decltype(bits)::value>(out, source, head_dim, run); });

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "../memory.h"
+#include "fixed_lanes.h"
 #include "lane_products.h"
 #include "lane_products_amx.h"
 #include "lanes.h"
@@ -22,6 +23,7 @@ struct ManyScratch {
     Operand block;
     GroupWork work[2];
     BlockScales scales;
+    FixedScales fixed;
 };
 
 // Queries row .. row + kQueryLanes of the task, with nothing seen yet.
@@ -45,6 +47,7 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         for (int form = 0; form < forms; ++form) {
             LaneQueries& to = g.form[form];
             to.unit[lane] = taken[form].unit, to.sum[lane] = taken[form].sum;
+            to.shift[lane] = taken[form].shift;
             for (int i = 0; i < head_dim / kLaneCodes; ++i)
                 std::copy_n(codes[form] + kLaneCodes * i, kLaneCodes, to.q[i][lane]);
         }
@@ -61,6 +64,8 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
     const int head_dim = static_cast<int>(job.a.head_dim), value_dim = static_cast<int>(job.a.value_dim);
     const int form = form_of(job.a, job.h, block, page);
     finish_keys(s.block, head_dim);
+    const bool fixed = Level::kFixed && fixed_point(job.a);
+    if (fixed) set_fixed_scales(s.scales, s.fixed);
     const auto next_seen = [&](int n, GroupWork& w) {
         for (bool none; n < count; ++n) {
             w.all = sees_all(job.a, job.b, block, page, groups[n], w, none);
@@ -77,8 +82,10 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
         const bool shrinks = other.shrinks;
         const int next = next_seen(now + 1, other);
         F row_max[kQueryVectors];
-        group_logits(job, block, form, s.scales, groups[now], w, !w.all, row_max);
-        if (job.a.row_scale)
+        if (!fixed) group_logits(job, block, form, s.scales, groups[now], w, !w.all, row_max);
+        if (fixed)
+            w.shrinks = group_fixed(job, block, s.fixed, groups[now].form[form], groups[now], w);
+        else if (job.a.row_scale)
             w.shrinks = group_scaled_weights(level, s.scales, groups[now], w, row_max);
         else if (job.a.stored && (!w.all || job.a.mask_kind))
             w.shrinks = group_weights<true>(level, s.scales, groups[now], w, row_max);

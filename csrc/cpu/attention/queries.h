@@ -9,15 +9,22 @@
 #include "../memory.h"
 #include "../quantize/rows.h"
 #include "arguments.h"
+#include "fixed_softmax.h"
 
 namespace turbo::TURBO_ISA {
 
 struct QueryRow {
     float unit, mean_logit;
-    std::int32_t sum;  // of the codes
+    std::int32_t sum;    // of the codes
+    std::int32_t shift;  // of products (fixed_softmax.h)
 };
 
 inline bool has_mean(const AttendArgs& a) { return a.q.data ? a.mean != nullptr : a.q_mean_logit != nullptr; }
+
+// The logit that a block's keys lack.
+inline float mean_of(const AttendArgs& a, const QueryRow& row, std::int64_t block) {
+    return has_mean(a) && block >= a.mean_from_block ? row.mean_logit : 0.0f;
+}
 
 // The order of K's channels in a head's compressed pages; null where they are as INT8 rows.
 inline const std::int32_t* order_of(const AttendArgs& a, std::int64_t h) {
@@ -41,7 +48,7 @@ inline void quantize_query(const AttendArgs& a, const float* x, std::int8_t* cod
     const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
     quantize_row(x, head_dim, scale, codes);
     row.unit = scale * static_cast<float>(a.scale);
-    row.sum = sum_of(codes, head_dim);
+    row.sum = sum_of(codes, head_dim), row.shift = fixed_shift(codes, head_dim);
 }
 
 // Query i of query head g of KV head h in the form for INT8 rows, and, if the head's pages have an order, in theirs.
@@ -50,7 +57,7 @@ inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std:
                        std::int8_t* codes, QueryRow& row, std::int8_t* ordered_codes, QueryRow& ordered) {
     const int head_dim = static_cast<int>(a.head_dim);
     const std::int64_t head = h * a.group + g;
-    row = ordered = QueryRow{0.0f, 0.0f, 0};
+    row = ordered = QueryRow{0.0f, 0.0f, 0, 0};
     if (a.q.data) {
         static const Signs signs;
         alignas(64) float x[kMaxHeadDim];
@@ -76,7 +83,7 @@ inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std:
         const std::int64_t at = (b * a.heads * a.group + head) * a.queries + i;
         std::memcpy(codes, a.q_codes + at * head_dim, head_dim);
         row.unit = a.q_unit[at];
-        row.sum = sum_of(codes, head_dim);
+        row.sum = sum_of(codes, head_dim), row.shift = fixed_shift(codes, head_dim);
         if (a.q_mean_logit) row.mean_logit = a.q_mean_logit[at];
     }
     ordered.mean_logit = row.mean_logit;

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "../vectors.h"
+#include "fixed_rows.h"
 #include "lanes.h"
 #include "queries.h"
 #include "softmax.h"
@@ -33,11 +34,6 @@ struct Weights {  // of R rows
     alignas(64) std::uint8_t p[kFewRowsAtOnce][kBlock];
     std::int32_t p_sum[kFewRowsAtOnce];
     alignas(64) float rescale[16], unit[16];
-};
-
-// What a row saw in a block: its maximum, the sum of its weights, and what one unit of its products is.
-struct Seen {
-    float row_max, row_sum, value_unit;
 };
 
 // Weights of one row from their distances to its maximum: the largest product of a weight and its value's scale is
@@ -69,9 +65,8 @@ inline Seen row_weights(const Job& job, const Level& level, const Row& row, std:
                         const BlockScales& scales, const std::int32_t* scores, std::uint8_t* p, std::int32_t& p_sum) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
-    const F unit = f_set(row.taken.unit);
+    const F unit = f_set(row.taken.unit), mean = f_set(mean_of(a, row.taken, block));
     F x[4];
-    const F mean = f_set(has_mean(a) && block >= a.mean_from_block ? row.taken.mean_logit : 0.0f);
     for (int n = 0; n < 4; ++n)
         x[n] = f_fma(f_from_int(i_load(scores + 16 * n)), unit * f_load(scales.key + 16 * n), mean);
     if (a.softcap > 0)

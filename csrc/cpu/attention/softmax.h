@@ -39,7 +39,7 @@ inline F f_tanh(F x) {
     return f_keep_ge(x, zero, result) - f_keep_ge(zero - x, zero, result);
 }
 
-enum class Softmax { sas, sas2, exp };
+enum class Softmax { sas, sas2, exp, sas16 };
 
 // The largest INT8 weight. Weights come out in units of 1 / 127, or finer where they take a scale per row: they are
 // summed as integers in that unit.
@@ -64,10 +64,12 @@ struct Exponential {
     bool cuts() const { return full > kLevels || limit < 5.7f; }
 };
 
-// full e^-y for y >= 0 (infinity gives 0, or what rounds to it).
+// full e^-y for y >= 0 (infinity gives 0, or what rounds to it). kFixed: in fixed point from the products on, where
+// nothing asks for the logits themselves.
 template <Softmax Form, bool Cut>
 struct Levels {
     const Exponential& e;
+    static constexpr bool kFixed = false;
 
     TURBO_ALWAYS_INLINE F operator()(F y) const {
         F level;

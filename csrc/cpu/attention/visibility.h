@@ -57,6 +57,20 @@ inline void mask_values(const AttendArgs& a, std::int64_t b, std::int64_t head, 
     }
 }
 
+// 64 values of a row of a boolean mask: 1 where it shows a key, else 0.
+inline void mask_shows(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t query, std::int64_t block,
+                       std::int32_t* out) {
+    alignas(64) float mask[kBlock];
+    mask_values(a, b, head, query, block, mask);
+    for (int t = 0; t < kBlock; ++t) out[t] = mask[t] == 0.0f;
+}
+
+// Whether the softmax may go from integer products to weights in fixed point. With `stored`, results must not depend
+// on tokens that a query does not see, and the largest scale of a block does.
+inline bool fixed_point(const AttendArgs& a) {
+    return a.scale > 0 && !(a.softcap > 0) && a.mask_kind <= 1 && !a.stored;
+}
+
 struct Job {  // what rows over a block need to know
     const AttendArgs& a;
     std::int64_t b, h;

@@ -6,6 +6,7 @@ block, D head_dim of values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ ROW_LARGEST = 126.96875
 common, would be rounding ties."""
 
 
+Exponential = Callable[[Tensor], Tensor]
+
+
 @dataclass
 class Accumulator:
     """Running maximum and normalizer [B, H, g, Lq], and unnormalized output [B, H, g, Lq, D]."""
@@ -37,6 +41,10 @@ class Accumulator:
         rows, channels = codes.shape[:-1], v_head_dim or codes.shape[-1]
         return cls(codes.new_full(rows, -torch.inf), codes.new_zeros(rows), codes.new_zeros(*rows, channels))
 
+    def of(self, rows: slice) -> Accumulator:
+        """Of these query rows, over the same memory."""
+        return Accumulator(self.row_max[:, :, :, rows], self.row_sum[:, :, :, rows], self.out[:, :, :, rows])
+
     def finish(self) -> tuple[Tensor, Tensor]:
         """out [B, Hq, Lq, D] and lse [B, Hq, Lq] (natural log); 0 and -inf where nothing was seen."""
         seen = self.row_sum > 0
@@ -46,31 +54,34 @@ class Accumulator:
 
 
 def online_softmax_update(
-    config: TurboConfig, state: Accumulator, rows: slice, scores: Tensor, v8: Tensor, v_scale: Tensor
+    config: TurboConfig, softmax: str, state: Accumulator, rows: slice, scores: Tensor, v8: Tensor, v_scale: Tensor
 ) -> None:
     """Fold n blocks into `state` (numerics.md section 6).
 
     Args:
+        softmax: of `TurboConfig.softmax_on`.
         scores: logits [B, H, n, g, r, T], -inf where unseen, for the query rows of the slice.
         v8: INT8 values held in float [B, H, n, T, D]; v_scale: [B, H, n, T].
     """
-    part = Accumulator(state.row_max[:, :, :, rows], state.row_sum[:, :, :, rows], state.out[:, :, :, rows])
+    part = state.of(rows)
     block_max = scores.amax(-1)
     if config.row_max == "running":
         # The maximum after each block is what its weights are taken against.
         reference = torch.maximum(block_max.cummax(2).values, part.row_max[:, :, None])
     else:
         reference = block_max
-    weights = exponential(config, scores.device)(scores - _finite(reference)[..., None])
+    weigh = exponential(softmax, config.sas_threshold)
+    weights = weigh(scores - _finite(reference)[..., None])
     v_scale = v_scale[:, :, :, None, None].expand_as(weights)
     if config.stored_prefill:
         # Relative to what each row sees: what stands behind it may not be there in another call.
         v_scale = torch.where(scores > -torch.inf, v_scale, 0.0)
     row_sum, out = _weighted_values(config, weights, v8, v_scale)
     if config.row_max == "running":
-        _fold_in_turn(config, part, reference, row_sum, out, block_max > -torch.inf)
+        rescale = torch.exp if config.rescale == "exact" else weigh
+        _fold_in_turn(rescale, part, reference, row_sum, out, block_max > -torch.inf)
     else:
-        _fold_at_once(config, part, reference, row_sum, out)
+        fold_blocks(torch.exp if config.rescale == "exact" else weigh, part, reference, row_sum, out)
 
 
 def _weighted_values(config: TurboConfig, weights: Tensor, v8: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,9 +121,11 @@ def _tile_scale(weights: Tensor, tile: int) -> Tensor:
     return scale.repeat_interleave(tile, -1)[..., :rows]
 
 
-def _fold_at_once(config: TurboConfig, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor) -> None:
-    """Blocks taken against their own maximum are independent: one rescale for all of them."""
-    rescale = torch.exp if config.rescale == "exact" else exponential(config, row_max.device)
+def fold_blocks(rescale: Exponential, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor) -> None:
+    """Add blocks that were taken against their own maximum, and are independent: one rescale for all of them.
+
+    row_max, row_sum: [B, H, n, g, r]; out: [B, H, n, g, r, D].
+    """
     new_max = torch.maximum(state.row_max, row_max.amax(2))
     old = rescale(state.row_max - _finite(new_max))
     each = rescale(row_max - _finite(new_max)[:, :, None])
@@ -122,11 +135,10 @@ def _fold_at_once(config: TurboConfig, state: Accumulator, row_max: Tensor, row_
 
 
 def _fold_in_turn(
-    config: TurboConfig, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor, seen: Tensor
+    rescale: Exponential, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor, seen: Tensor
 ) -> None:
     """Blocks taken against the running maximum: rescale by how far each one moved it. A block that
     a row does not see is none of its blocks: it costs no rescale (SAS at 0 is not 1)."""
-    rescale = torch.exp if config.rescale == "exact" else exponential(config, row_max.device)
     for j in range(row_max.shape[2]):
         old = torch.where(seen[:, :, j], rescale(state.row_max - _finite(row_max[:, :, j])), 1.0)
         state.row_sum.mul_(old).add_(row_sum[:, :, j])

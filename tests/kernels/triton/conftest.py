@@ -11,8 +11,11 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from turboattention.config import TurboConfig
 
 _NAME = "TRITON_INTERPRET"
 _before = os.environ.get(_NAME)
@@ -29,6 +32,10 @@ def pytest_collection_finish() -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     # Of the interpreter itself, in Triton 3.6.
     item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
+
+
+def _softmax_on(config: TurboConfig, device: torch.device) -> str:
+    return "sas" if config.softmax == "auto" else config.softmax
 
 
 # Half of the interpreter's time would be spent on nothing. It computes at each operation whether integers overflow, but
@@ -55,4 +62,6 @@ def _languages(function: FunctionType) -> list[ModuleType]:
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(_NAME, "1")
+    # The interpreter's tensors are on a CPU, where "auto" is what no GPU kernel computes.
+    monkeypatch.setattr(TurboConfig, "softmax_on", _softmax_on)
     monkeypatch.setattr(interpreter, "_patch_lang", _patch_language_once)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ...calibration import Calibration
 
 NUMERICS = 2
-"""The version of TurboAttention's numerics. Raised with every change of what a configuration computes, so that saved
-results are measured again (tests/evaluation/test_numerics_version.py)."""
+"""The version of TurboAttention's numerics. Raised with every change of what a configuration computes, except for which
+softmax "auto" is, so that saved results are measured again (tests/evaluation/test_numerics_version.py)."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError, UnsupportedError
+from ...kernels.triton.call import FORMS
 from ...kernels.triton.configs import LARGEST_GRID
 from ...kernels.triton.paged import Ragged, Slots, attend, store
 from ...kv.paged import BLOCK, PagedBatch, PagedFormat, TailBlocks
@@ -37,6 +38,10 @@ def paged_attention(
     """
     if sinks is not None:
         raise UnsupportedError("sinks: expected None for pages on a GPU, got sink logits (backend 'cpu' supports them)")
+    if fmt.config.softmax not in FORMS:
+        raise UnsupportedError(
+            f"softmax: expected one of {', '.join(FORMS)} for pages on a GPU, got {fmt.config.softmax!r}"
+        )
     ragged = _ragged(batch, q)
     _check_alignment(pages)
     if not ragged.tokens or not ragged.sequences:

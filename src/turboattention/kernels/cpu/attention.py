@@ -21,7 +21,7 @@ from .rows import FloatRows, Int8Rows, check_format, check_size, float_rows, mea
 _cpu = importlib.import_module("turboattention._cpu")
 
 _HOST = torch.device("cpu")
-_SOFTMAX = {"sas": 0, "sas2": 1, "exp": 2}
+_SOFTMAX = {"sas": 0, "sas2": 1, "exp": 2, "sas16": 3}
 _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
 

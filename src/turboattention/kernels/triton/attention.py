@@ -13,7 +13,7 @@ from ...errors import UnsupportedError
 from .. import inputs
 from ..inputs import BLOCK, Int8Queries, Pages, QueryPositions, TailRows
 from . import configs
-from .call import AttentionCall, Fresh, with_positive_unit
+from .call import FORMS, AttentionCall, Fresh, with_positive_unit
 from .decode_rows import attend_decode_rows
 from .ordering import Order
 from .prefill_rows import attend_prefill_rows
@@ -22,7 +22,7 @@ from .quantize import quantize_queries
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
     """Why these kernels do not compute this, or None."""
-    return inputs.refusal(config, dtype, stored_prefill=(False,))
+    return inputs.refusal(config, dtype, stored_prefill=(False,), softmax=FORMS)
 
 
 def attend(

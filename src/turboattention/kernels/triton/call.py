@@ -14,6 +14,9 @@ from ..inputs import Int8Queries, Pages, QueryPositions, TailRows
 from . import configs
 from .softmax import LOG2_E
 
+FORMS = ("auto", "sas", "sas2", "exp")
+"""What `TurboConfig.softmax` may be."""
+
 _LARGEST_WINDOW = 1 << 30  # no sequence is longer, and positions plus it stay int32
 _MASK_KINDS = {torch.bool: "bool", torch.float32: "add", torch.bfloat16: "add", torch.float16: "add"}
 
@@ -55,6 +58,8 @@ def softmax_arguments(
 ) -> dict[str, Any]:
     """Of the window, the softcap and the exponentials: values, and what is compiled in."""
     form, by_row = config.softmax_on(device), config.p_scale == "row"
+    if form == "sas16":  # "auto" in the interpreter, whose tensors are on a CPU
+        form = "sas"
     return {
         "window": min(window or 0, _LARGEST_WINDOW),
         "cap": softcap or 0.0,
