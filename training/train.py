@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizer import END, train_tokenizer
 from tokenizers import Tokenizer
 
-from turboattention.files import write_text
+from turboattention.files import write_text, write_whole
 
 # (share of the time at which it begins, row length)
 CURRICULUM = ((0.0, 256), (0.1, 512), (0.4, 1024), (0.65, 2048), (0.85, 4096))
@@ -115,7 +115,8 @@ def schedule(share: float) -> float:
 
 def export(model: Llama, out: Path) -> None:
     """The Hugging Face files: weights, config, tokenizer settings."""
-    save_file(huggingface_weights(model), out / "model.safetensors", metadata={"format": "pt"})
+    weights = huggingface_weights(model)
+    write_whole(out / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
     files = {
         "config.json": huggingface_config(model.shape),
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0},

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from turboattention.files import write_text
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- assembly:begin -->", "<!-- assembly:end -->"
@@ -37,7 +39,7 @@ def main() -> int:
     if options.write:
         page = PAGE.read_text()
         head, rest = page.split(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        write_text(PAGE, f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
     return 0
 
 

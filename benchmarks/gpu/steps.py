@@ -14,6 +14,8 @@ from typing import Any
 
 from supervising import CRASHED, FOUND_WRONG, TIMED_OUT, Results, Step
 
+from turboattention.files import write_text
+
 GATES = ("stages", "prefill", "decode", "paged", "pages of other sizes", "steps", "repeats")
 WIDTHS = (4, 3, 2)
 _DECODE_GATE, _PREFILL_GATE = ("gate decode",), ("gate prefill",)
@@ -154,7 +156,7 @@ def _trace(shapes: Any, which: str, results: Results) -> Rows:
 
     for work in ("prefill", "decode"):
         path = results.path.parent / f"trace-{work}.txt"
-        path.write_text(profiling.traced(work))
+        write_text(path, profiling.traced(work))
         yield {"work": work, "log": path.name}
 
 
@@ -192,7 +194,7 @@ def _tool(command: list[str], arguments: list[str], log: Path) -> Rows:
     except FileNotFoundError:
         yield {"tool": command[0], "missing": True}
         return
-    log.write_text(done.stdout + done.stderr)
+    write_text(log, done.stdout + done.stderr)
     yield {"tool": command[0], "arguments": arguments, "status": done.returncode, "log": log.name}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,16 @@ def test_other_files_are_not_replaced(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(InputError, match=r"^--save-cache: expected a new file or a saved cache to replace"):
         cache_file.check_target(path)
     assert path.read_bytes() == content
+
+
+def test_pipes_are_neither_waited_for_nor_replaced(language: LanguageModel, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        InputError, match=r"--save-cache: expected a new file or a saved cache .*pipe, which is neither"
+    ):
+        cache_file.check_target(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"--load-cache: expected a file, got .*pipe: not a regular file"):
+        cache_file.load(language, tmp_path / "pipe")
 
 
 def test_nor_are_other_tensors(tmp_path: Path) -> None:

@@ -125,3 +125,12 @@ def test_a_terminal_that_lacks_characters_gets_replacements() -> None:
     ran = python("-m", "turboattention", "doctor", PYTHONIOENCODING="ascii")
     assert ran.returncode == 0
     assert "reference" in ran.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_results_on_a_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+        command = [sys.executable, "-m", "turboattention", "--version"]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, check=False)
+    assert (ran.returncode, ran.stderr) == (2, "error: stdout: cannot be written: no space left on the device\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FormatError, InputError
+from ..files import open_regular
 from ..kv.layout import FORMAT_NAME
 from . import targets
 
@@ -28,7 +29,7 @@ def _is_saved_cache(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np") as file:
+        with open_regular(path) as opened, safe_open(opened, framework="np") as file:
             return (file.metadata() or {}).get("format") == FORMAT_NAME
     except (SafetensorError, OSError):
         return False
@@ -59,7 +60,9 @@ def load(language: LanguageModel, path: Path, option: str = "--load-cache") -> t
         FormatError, InputError: the file does not exist, is damaged, of another model, or without tokens.
     """
     if not path.is_file():
-        raise InputError(f"{option}: expected a file, got {path}: {'a folder' if path.is_dir() else 'no such file'}")
+        kinds = (path.is_dir(), "a folder"), (path.exists() or path.is_symlink(), "not a regular file")
+        kind = next((kind for is_one, kind in kinds if is_one), "no such file")
+        raise InputError(f"{option}: expected a file, got {path}: {kind}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{option}: {path} cannot be read: no permission")
     try:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any
@@ -47,6 +48,8 @@ def describe(error: Exception) -> tuple[str, int]:
         return "aborted", 1
     if isinstance(error, ModuleNotFoundError) and (package := missing_package(error)):
         return f"this command needs the package {package}: {INSTALL}", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:  # writing to a pipe
+        return "stdout: cannot be written: no space left on the device", 2
     return f"{type(error).__name__}: {error} ({DEBUG}=1 shows where)", 1
 
 

@@ -68,9 +68,43 @@ def attentions(model) -> list[torch.nn.Module]:
     return [layer.self_attn for layer in model.model.layers]
 
 
-def test_short_prompts_and_decoding_are_not_looked_at(ruined, tokens):
-    assert said(ruined, tokens(1, 63), use_cache=False) == []
+def test_few_queries_are_not_looked_at(ruined, tokens):
+    assert said(ruined, tokens(1, 31), use_cache=False) == []
     assert not any(x is module for x in _looked_at for module in attentions(ruined))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 40}, {"num_beams": 2}],
+    ids=["dynamic", "static", "chunks", "beams"],
+)
+@pytest.mark.parametrize("length", [60, 150])
+@pytest.mark.parametrize("padding", [0, 20])
+def test_in_every_way_to_generate(options, length, padding, tiny, tokens, monkeypatch):
+    """With a bound that the layers of a sound model exceed, of which the last attends most evenly."""
+    monkeypatch.setattr(dense_guard, "_BOUND", 0.0065)
+    model = tiny("llama")
+    model.set_attn_implementation("turbo")
+    mask = torch.ones(1, length, dtype=torch.int64)
+    mask[:, :padding] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GuardWarning)
+        model.generate(tokens(1, length), attention_mask=mask, max_new_tokens=3, do_sample=False, **options)
+    messages = [str(x.message) for x in caught if x.category is GuardWarning]
+    assert messages
+    assert {message[:8] for message in messages} <= {"layer 0:", "layer 1:"}
+    assert all(any(x is module for x in _looked_at) for module in attentions(model))
+
+
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 40}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_a_model_that_is_fine_generates_without_a_word(name, options, tiny, tokens):
+    model = tiny(name)
+    model.set_attn_implementation("turbo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GuardWarning)
+        model.generate(tokens(1, 100), max_new_tokens=2, do_sample=False, **options)
+    assert all(any(x is module for x in _looked_at) for module in attentions(model))
 
 
 def test_with_a_turbo_cache_its_own_guard_speaks(ruined, tokens):

@@ -47,22 +47,34 @@ class TestValues:
             turbo_attention_forward(module, q, key, value + 1, None)
         assert cache.get_seq_length() == 5
 
-    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     @pytest.mark.parametrize("changed", [0, 1], ids=["key", "value"])
     @pytest.mark.parametrize("calls_before", [0, 1])
-    def test_those_modified_in_place_are_refused(self, mode, changed, calls_before, tiny):
+    def test_those_modified_in_place_are_refused(self, changed, calls_before, tiny):
         """Attention reads what the cache stored, which an in-place change does not reach."""
         model, module = tiny("llama"), torch.nn.Module()
         cache = TurboCache(model.config, SMALL)
-        with mode():
-            q, k, v = torch.randn(1, 4, 5, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)
-            pair = cache.update(k, v, 0)
-            for _ in range(calls_before):
-                turbo_attention_forward(module, q, *pair, None)
-            pair[changed].mul_(2.0)
-            with pytest.raises(UnsupportedError, match=r"layer 0, got others: .* 'llama' .* in place after the cache"):
-                turbo_attention_forward(module, q, *pair, None)
+        q, k, v = torch.randn(1, 4, 5, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)
+        pair = cache.update(k, v, 0)
+        for _ in range(calls_before):
+            turbo_attention_forward(module, q, *pair, None)
+        pair[changed].mul_(2.0)
+        with pytest.raises(UnsupportedError, match=r"layer 0, got others: .* 'llama' .* in place after the cache"):
+            turbo_attention_forward(module, q, *pair, None)
         assert cache.get_seq_length() == 5 * calls_before
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_padding_may_be_nan(self, mode, tiny, tokens):
+        model = tiny("llama")
+        cache = TurboCache(model.config, SMALL)
+        model.set_attn_implementation("turbo")
+        mask = torch.ones(2, 9, dtype=torch.int64)
+        mask[0, :4] = 0
+        with mode():
+            embedded = model.get_input_embeddings()(tokens(2, 9)).clone()
+            embedded[0, :4] = torch.nan
+            out = model(inputs_embeds=embedded, attention_mask=mask, past_key_values=cache).logits
+        assert bool(out[0, 4:].isfinite().all())
+        assert bool(out[1].isfinite().all())
 
     @pytest.mark.parametrize("kind", ["diffllama", "doge"])
     def test_architectures_that_need_them_are_refused_at_the_start(self, kind):
@@ -167,3 +179,21 @@ class TestBrokenForward:
         want = forward(model, "turbo", ids, [before, 21 - before] if before else [21], TurboCache(model.config, SMALL))
         got = forward(model, "turbo", ids, [21 - before], cache)
         torch.testing.assert_close(got, want[:, before:])
+
+    def test_the_same_prompt_again(self, tiny, tokens, monkeypatch):
+        """The broken forward is named, not the prompt."""
+        model, ids = tiny("llama"), tokens(1, 21)
+        model.set_attn_implementation("turbo")
+        cache = TurboCache(model.config, SMALL)
+
+        def fail(*_, **__):
+            raise RuntimeError("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[1].mlp, "forward", fail)
+            with pytest.raises(RuntimeError, match="broken"):
+                model.generate(ids, past_key_values=cache, max_new_tokens=2)
+        with pytest.raises(InputError, match=r"an earlier forward failed .*reset\(\) empties the cache"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=2)
+        cache.reset()
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)

@@ -376,7 +376,9 @@ class TurboCache(Cache):
         return load_cache(cls, path, model_config, device, backend)
 
     def follow(self, input_ids: Tensor | None, begins: bool) -> None:
-        """As `KnownIds.follow`, before each forward of a `generate`."""
+        """As `KnownIds.follow`, before each forward of a `generate`. Raises InputError also after a broken forward."""
+        if begins:
+            self.check_level()
         self.ids.follow(input_ids, begins, self.get_seq_length())
 
     @property

@@ -1,8 +1,9 @@
 """The guard without a `TurboCache`: a layer's first prompt against exact attention, on a few rows.
 
 INT8 keys and queries cannot represent layers whose logits are far beyond 100, without any sign of it. The first call
-of a layer that reads a whole prompt compares sampled rows of one sequence, and warns once of heads beyond the
-bound of 8 bits (numerics.md, The guard). Nothing is changed: there is no width to raise.
+of a layer with several queries, such as a prompt or a part of one, over any cache of the model's own, compares sampled
+rows of one sequence, and warns once of heads beyond the bound of 8 bits (numerics.md, The guard). Nothing is changed:
+there is no width to raise.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from ...guard import BOUNDS
 from ...modes import in_own_modes
 from ...reference.exact import exact_attention
 from .call import LayerCall
-from .masks import MaskPlan
+from .masks import MaskPlan, shown_by
 
 _ROWS = 32
 _TOKENS = 512
-_FEWEST = 64  # a prompt of fewer tokens says little
+_FEWEST = 32  # a call of fewer queries says little
 _BOUND = BOUNDS[8]
 
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -41,26 +42,43 @@ def check_first_prompt(
     """`out` [B, Hq, Lq, D] as `attend_dense` gave it for q, k, v. Warns `GuardWarning`, once for each module."""
     q, k, v = qkv
     guard = "adapt" if call.config is None else call.config.guard
-    causal = causal if plan is None else plan.is_causal
-    if guard == "off" or module in _looked_at or not causal or not len(q) or not _FEWEST <= q.shape[2] == k.shape[2]:
+    if guard == "off" or module in _looked_at or not len(q) or not _FEWEST <= q.shape[2] <= k.shape[2]:
         return
     _looked_at.add(module)
-    length = min(q.shape[2], _TOKENS)
-    row, visible = 0, torch.ones(length, dtype=torch.bool)
-    if plan is not None and plan.visible is not None:  # the sequence with the least padding
-        row = int(plan.visible.sum(1).argmax())
-        visible = plan.visible[row, :length]
-    rows = torch.arange(length // 2, length)[visible[length // 2 :]]
+    row, mask = _shown(q.shape[2], k.shape[2], plan, causal, call.window)
+    mask = mask[:_TOKENS]
+    rows = torch.arange(len(mask) // 2, len(mask))
+    rows = rows[mask[rows].any(1)]  # others are padding
     if not len(rows):
         return
     rows = rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()]
-    keys = torch.arange(length)
-    mask = visible & (keys <= rows[:, None]) & (keys > rows[:, None] - (call.window or length))
-    at = rows.to(q.device)
-    q, k, v, out = (x[row : row + 1] for x in (q, k[:, :, :length], v[:, :, :length], out))
+    keys = mask[rows].any(0).nonzero().flatten()
+    mask, at, keys = mask[rows][:, keys], rows.to(q.device), keys.to(q.device)
+    q, k, v, out = (x[row : row + 1] for x in (q, k, v, out))
+    k, v = (x[:, :, -plan.width :] if plan is not None and plan.is_causal else x for x in (k, v))
+    k, v = (x.index_select(2, keys) for x in (k, v))
     exact = exact_attention(q.index_select(2, at), k, v, mask, False, call.scale, softcap=call.softcap)
     lost = out.index_select(2, at).double() - call.with_sinks(exact if call.sinks is not None else exact[0])
     _warn(module, _errors(lost, exact[0], k.shape[1]))
+
+
+def _shown(queries: int, keys: int, plan: MaskPlan | None, causal: bool, window: int | None) -> tuple[int, Tensor]:
+    """The sequence with the least padding, and which keys its queries see: bool [Lq, Lk] on the CPU, of the last Lk
+    keys that a causal mask is for."""
+    if plan is not None and not plan.is_causal:
+        shown = shown_by(plan.mask[..., :keys]).any(1)  # by some head
+        row = int(shown.sum((1, 2)).argmax())
+        return row, shown[row].expand(queries, -1).cpu()
+    row, width = 0, keys if plan is None else min(plan.width, keys)
+    at, positions = torch.arange(width), torch.arange(width - queries, width)[:, None]
+    shown = torch.ones(queries, width, dtype=torch.bool)
+    if causal or plan is not None:
+        shown = (at <= positions) & (at > positions - (window or width))
+    if plan is not None and plan.visible is not None:
+        row = int(plan.visible.sum(1).argmax())
+        visible = plan.visible[row, -width:]
+        shown = shown & visible & visible[-queries:, None]
+    return row, shown
 
 
 def _errors(lost: Tensor, whole: Tensor, kv_heads: int) -> Tensor:

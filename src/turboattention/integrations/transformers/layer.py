@@ -40,11 +40,9 @@ def layer_of(key: Tensor) -> TurboLayer | None:
     return getattr(key, _HANDLE, None)
 
 
-def _mark(x: Tensor) -> Any:
-    """Another one after an in-place modification of `x`. Tensors of inference mode do not count them: their sum."""
-    if torch.compiler.is_dynamo_compiling():
-        return None
-    return x.sum(dtype=torch.float64) if x.is_inference() else x._version
+def _mark(x: Tensor) -> int | None:
+    """Another one after an in-place modification of `x`. Tensors of inference mode do not count them."""
+    return None if torch.compiler.is_dynamo_compiling() or x.is_inference() else x._version
 
 
 class TurboLayer(HeldTokens, CacheLayerMixin):
@@ -361,12 +359,12 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """`key` and `value` are a pair that `update` returned: attention reads what it stored, not these.
 
         Raises:
-            UnsupportedError: the values are others, or one of both was modified in place. What `update` brought is then
-                forgotten.
+            UnsupportedError: the values are others, or one of both was modified in place (not noticed under
+                `torch.inference_mode`). What `update` brought is then forgotten.
         """
         if value is not getattr(key, _VALUES):
             argument, fault = "value", "changes values"
-        elif any(bool(_mark(x) != mark) for x, mark in zip((key, value), getattr(key, _MARKS), strict=True)):
+        elif (_mark(key), _mark(value)) != getattr(key, _MARKS):
             argument, fault = "key, value", "modifies keys or values in place"
         else:
             return
