@@ -279,6 +279,12 @@ inline W w_shr(W x, W by) {  // lanes of 32 bits can be shifted apart, those of 
     const __m256i high = _mm256_srlv_epi32(_mm256_srli_epi32(x.v, 16), _mm256_srli_epi32(by.v, 16));
     return {_mm256_or_si256(low, _mm256_slli_epi32(high, 16))};
 }
+inline int w_largest(W x) {
+    const __m128i half = _mm_max_epi16(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    const int least = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(0x7FFF))));
+    return static_cast<std::int16_t>(least ^ 0x7FFF);
+}
+inline std::int32_t w_sum(W x) { return i_sum({_mm256_madd_epi16(x.v, _mm256_set1_epi16(1)), _mm256_setzero_si256()}); }
 inline W w_between(W low, W t, W high, W x, W y) {
     const __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi16(low.v, t.v), _mm256_cmpgt_epi16(high.v, t.v));
     return {_mm256_blendv_epi8(y.v, x.v, in)};

@@ -232,6 +232,15 @@ template <int N>
 inline W w_shr(W a) {
     return {_mm512_srli_epi16(a.v, N)};
 }
+// The largest lane, and the sum of lanes that are not negative.
+inline int w_largest(W a) {
+    const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+    const __m128i quarter = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i flip = _mm_set1_epi16(0x7FFF);  // turns the order round, and into that of unsigned numbers
+    const int least = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(quarter, flip)));
+    return static_cast<std::int16_t>(least ^ 0x7FFF);
+}
+inline std::int32_t w_sum(W a) { return i_sum({_mm512_madd_epi16(a.v, _mm512_set1_epi16(1))}); }
 // a where low <= t < high, else b.
 inline W w_between(W low, W t, W high, W a, W b) {
     const __mmask32 in = _mm512_cmple_epi16_mask(low.v, t.v) & _mm512_cmplt_epi16_mask(t.v, high.v);

@@ -307,6 +307,16 @@ template <int N>
 inline W w_shr(W a) {
     return words([&](int i) { return a.v[i] >> N; });
 }
+inline int w_largest(W a) {
+    int largest = -32768;
+    for (const std::uint16_t x : a.v) largest = std::max(largest, signed_word(x));
+    return largest;
+}
+inline std::int32_t w_sum(W a) {
+    std::int32_t sum = 0;
+    for (const std::uint16_t x : a.v) sum += signed_word(x);
+    return sum;
+}
 inline W w_between(W low, W t, W high, W a, W b) {
     return words([&](int i) {
         const int at = signed_word(t.v[i]);

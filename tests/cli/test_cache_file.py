@@ -153,9 +153,7 @@ def test_other_files_are_not_replaced(tmp_path: Path, content: bytes) -> None:
 
 def test_pipes_are_neither_waited_for_nor_replaced(language: LanguageModel, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(
-        InputError, match=r"--save-cache: expected a new file .*pipe, which is neither"
-    ):
+    with pytest.raises(InputError, match=r"--save-cache: expected a new file .*pipe, which is neither"):
         cache_file.check_target(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"--load-cache: expected a file, got .*pipe: not a regular file"):
         cache_file.load(language, tmp_path / "pipe")

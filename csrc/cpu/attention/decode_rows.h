@@ -20,6 +20,7 @@ struct FewScratch {
     RowOperand tail;
     Weights weights;
     BlockScales scales;
+    FixedScales fixed;
     alignas(64) std::int8_t q[2][kFewRows][kMaxHeadDim];  // for INT8 rows, and for pages in order (queries.h)
     Row rows[2][kFewRows];
     alignas(64) float spare[kMaxHeadDim];  // where rows that fill up a group of R write
@@ -44,7 +45,8 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
 
     void weigh_fixed(std::int64_t block, bool page, Seen* seen) {
         Weights& w = scratch.weights;
-        const FixedBlock fixed(scratch.scales);
+        set_fixed_scales(scratch.scales, scratch.fixed);
+        const FixedBlock fixed(scratch.fixed);
         alignas(64) float unit[16] = {};
         alignas(64) std::int32_t shift[16] = {};
         for (int r = 0; r < used; ++r) unit[r] = row[r].taken.unit, shift[r] = row[r].taken.shift;

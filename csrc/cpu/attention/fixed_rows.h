@@ -20,25 +20,33 @@ struct Seen {
 // Vectors of a block's tokens, each of kQueryVectors vectors of 32-bit lanes.
 constexpr int kWords = kBlock / kQueryLanes;
 
-// A block's relative scales, and its largest; tokens as they lie in vectors.
+// 64 numbers of 16 bits, as tokens lie in vectors.
+struct TokenWords {
+    W words[kWords];
+
+    explicit TokenWords(const std::int32_t* lanes) {
+        for (int i = 0; i < kWords; ++i) {
+            I vectors[kQueryVectors];
+            for (int n = 0; n < kQueryVectors; ++n) vectors[n] = i_load(lanes + kQueryLanes * i + 16 * n);
+            words[i] = w_pack(vectors);
+        }
+    }
+};
+
+// A block's relative scales, and the largest.
 struct FixedBlock {
-    W key[kWords], value[kWords], token[kWords];
+    TokenWords key, value;
     float key_top, value_top;
 
-    explicit FixedBlock(const BlockScales& scales) {
-        FixedScales fixed;
-        set_fixed_scales(scales, fixed);
-        key_top = fixed.key_top, value_top = fixed.value_top;
-        alignas(64) std::int32_t index[kBlock];
-        for (int t = 0; t < kBlock; ++t) index[t] = t;
-        for (int i = 0; i < kWords; ++i)
-            key[i] = packed(fixed.key, i), value[i] = packed(fixed.value, i), token[i] = packed(index, i);
-    }
+    explicit FixedBlock(const FixedScales& scales)
+        : key(scales.key), value(scales.value), key_top(scales.key_top), value_top(scales.value_top) {}
+};
 
-    static W packed(const std::int32_t* lanes, int i) {
-        I vectors[kQueryVectors];
-        for (int n = 0; n < kQueryVectors; ++n) vectors[n] = i_load(lanes + kQueryLanes * i + 16 * n);
-        return w_pack(vectors);
+struct TokenNumbers {
+    alignas(64) std::int32_t number[kBlock];
+
+    constexpr TokenNumbers() : number() {
+        for (int t = 0; t < kBlock; ++t) number[t] = t;
     }
 };
 
@@ -57,10 +65,7 @@ struct FixedRowTable {
 inline std::int32_t largest_of(const W* words) {
     W top = words[0];
     for (int i = 1; i < kWords; ++i) top = w_max(top, words[i]);
-    I lanes[kQueryVectors];
-    w_unpack(top, lanes);
-    for (int n = 1; n < kQueryVectors; ++n) lanes[0] = i_max(lanes[0], lanes[n]);
-    return static_cast<std::int32_t>(f_reduce_max(f_from_int(lanes[0])));
+    return w_largest(top);
 }
 
 // Weights of row r of the table from its products with the block's keys: fills p and p_sum. shown: 1 where a mask shows
@@ -75,9 +80,15 @@ inline Seen fixed_row_weights(const FixedRowTable& rows, int r, const FixedBlock
     I lanes[kQueryVectors];
     for (int i = 0; i < kWords; ++i) {
         for (int n = 0; n < kQueryVectors; ++n) lanes[n] = i_sar(i_load(products + kQueryLanes * i + 16 * n), shift);
-        score[i] = w_product_rounded(w_pack(lanes), block.key[i]);
-        if (partial) score[i] = w_between(low, block.token[i], high, score[i], unseen);
-        if (shown) score[i] = w_between(w_set(1), FixedBlock::packed(shown, i), w_set(2), score[i], unseen);
+        score[i] = w_product_rounded(w_pack(lanes), block.key.words[i]);
+    }
+    if (partial) {
+        static constexpr TokenNumbers tokens;
+        const TokenWords at(tokens.number), show(shown ? shown : tokens.number);
+        for (int i = 0; i < kWords; ++i) {
+            score[i] = w_between(low, at.words[i], high, score[i], unseen);
+            if (shown) score[i] = w_between(w_set(1), show.words[i], w_set(2), score[i], unseen);
+        }
     }
     const std::int32_t top = largest_of(score);
     const W most = w_set(rows.most[r]), power = w_set(rows.power[r]), factor = w_set(rows.factor[r]);
@@ -86,23 +97,20 @@ inline Seen fixed_row_weights(const FixedRowTable& rows, int r, const FixedBlock
         W weight = fixed_weight(w_set(top) - score[i], most, power, factor);
         if (partial) weight = w_keep_other(score[i], unseen, weight);
         sums = sums + w_product_rounded(weight, w_set(kFixedSums));
-        product[i] = w_product_rounded(weight, block.value[i]);
+        product[i] = w_product_rounded(weight, block.value.words[i]);
     }
-    I sum = i_set(0), codes = i_set(0);
-    w_unpack_unsigned(sums, lanes);
-    for (int n = 0; n < kQueryVectors; ++n) sum = sum + lanes[n];
     const std::int32_t levels = row_scale ? fixed_levels(largest_of(product)) : static_cast<std::int32_t>(kLevels);
+    W codes = w_set(0);
     for (int i = 0; i < kWords; ++i) {
-        w_unpack(w_product_rounded(product[i], w_set(levels)), lanes);
-        for (int n = 0; n < kQueryVectors; ++n) {
-            codes = codes + lanes[n];
-            i_store_u8(p + kQueryLanes * i + 16 * n, lanes[n]);
-        }
+        const W code = w_product_rounded(product[i], w_set(levels));
+        codes = codes + code;
+        w_unpack(code, lanes);
+        for (int n = 0; n < kQueryVectors; ++n) i_store_u8(p + kQueryLanes * i + 16 * n, lanes[n]);
     }
-    p_sum = i_sum(codes);
+    p_sum = w_sum(codes);
     const float none = -std::numeric_limits<float>::infinity();
     const float row_max = top == kUnseen ? none : std::fma(static_cast<float>(top) + rows.cut[r], rows.logit[r], mean);
-    return {row_max, static_cast<float>(i_sum(sum)) / static_cast<float>(kFixedSums),
+    return {row_max, static_cast<float>(w_sum(sums)) / static_cast<float>(kFixedSums),
             row_scale ? fixed_unit(levels, block.value_top) : block.value_top / kLevels};
 }
 

@@ -63,14 +63,6 @@ struct FixedScales {
     float key_top, value_top;
 };
 
-inline void set_fixed_scales(const float* scale, std::int32_t* fixed, float& top) {
-    F largest = f_load(scale);
-    for (int t = 16; t < 64; t += 16) largest = f_max(largest, f_load(scale + t));
-    top = f_reduce_max(largest);
-    const F divisor = f_set(top > 0 ? top : 1.0f);
-    for (int t = 0; t < 64; t += 16) i_store(fixed + t, i_from_float(f_load(scale + t) / divisor * f_set(kFixedOne)));
-}
-
 // How the scores of sixteen rows over a block become distances: a score is (product >> shift) times the key's
 // relative scale, a distance min(difference, most) power factor / 2^16, in octaves / kOctave.
 struct FixedRows {

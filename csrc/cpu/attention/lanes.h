@@ -38,12 +38,12 @@ inline void finish_keys([[maybe_unused]] Operand& block, [[maybe_unused]] int he
 #endif
 }
 
-// Of a block: the keys' scales, the values', those over the largest of them, and that one / 127.
+// Of a block: the keys' scales, the values', those over the largest of them, that one, and that one / 127.
 struct BlockScales {
     alignas(64) float key[kBlock];
     alignas(64) float own[kBlock];
     alignas(64) float value[kBlock];
-    float value_unit;
+    float value_top, value_unit;
 };
 
 inline void set_value_scales(BlockScales& block, const float* scale) {
@@ -55,12 +55,19 @@ inline void set_value_scales(BlockScales& block, const float* scale) {
         f_store(block.own + t, f_load(scale + t));
         f_store(block.value + t, f_load(scale + t) / divisor);
     }
-    block.value_unit = top / kLevels;
+    block.value_top = top, block.value_unit = top / kLevels;
 }
 
+// Relative scales in units of 1 / kFixedOne.
 inline void set_fixed_scales(const BlockScales& block, FixedScales& fixed) {
-    set_fixed_scales(block.key, fixed.key, fixed.key_top);
-    set_fixed_scales(block.own, fixed.value, fixed.value_top);
+    F largest = f_load(block.key);
+    for (int t = 16; t < kBlock; t += 16) largest = f_max(largest, f_load(block.key + t));
+    fixed.key_top = f_reduce_max(largest), fixed.value_top = block.value_top;
+    const F divisor = f_set(fixed.key_top > 0 ? fixed.key_top : 1.0f), one = f_set(kFixedOne);
+    for (int t = 0; t < kBlock; t += 16) {
+        i_store(fixed.key + t, i_from_float(f_load(block.key + t) / divisor * one));
+        i_store(fixed.value + t, i_from_float(f_load(block.value + t) * one));
+    }
 }
 
 // words [16 quads of tokens][Dv] -> values [Dv][16 quads]; up to 8 more rows of values are written, and not used.

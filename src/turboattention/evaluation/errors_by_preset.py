@@ -24,7 +24,7 @@ PRESETS: dict[str, TurboConfig] = {
 }
 """Rows of the table, from the paper's preset to the default and beyond."""
 
-_RUNNING = TurboConfig(bits=8, row_max="running", sas_threshold=-6.0, guard="off")
+_RUNNING = TurboConfig(bits=8, row_max="running", softmax="sas", sas_threshold=-6.0, guard="off")
 
 LONG_CONTEXT: dict[str, TurboConfig] = {
     "running max, tile-wide s_P": _RUNNING.replace(p_scale="tile"),

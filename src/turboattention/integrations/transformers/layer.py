@@ -41,8 +41,14 @@ def layer_of(key: Tensor) -> TurboLayer | None:
 
 
 def _mark(x: Tensor) -> int | None:
-    """Another one after an in-place modification of `x`. Tensors of inference mode do not count them."""
+    """Another one after an in-place modification of `x`. None where they are not counted: while Dynamo traces, and for
+    tensors of inference mode."""
     return None if torch.compiler.is_dynamo_compiling() or x.is_inference() else x._version
+
+
+def _modified(x: Tensor, mark: int | None) -> bool:
+    now = _mark(x)
+    return now is not None and mark is not None and now != mark
 
 
 class TurboLayer(HeldTokens, CacheLayerMixin):
@@ -364,7 +370,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """
         if value is not getattr(key, _VALUES):
             argument, fault = "value", "changes values"
-        elif (_mark(key), _mark(value)) != getattr(key, _MARKS):
+        elif any(_modified(x, mark) for x, mark in zip((key, value), getattr(key, _MARKS), strict=True)):
             argument, fault = "key, value", "modifies keys or values in place"
         else:
             return
