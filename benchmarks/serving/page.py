@@ -13,6 +13,7 @@ from typing import Any
 
 import pictures
 import sections
+import throughput_section
 
 from turboattention.files import write_figure, write_text
 
@@ -23,8 +24,10 @@ BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 PARTS = {
     "serving-capacity": (sections.capacity, pictures.capacity),
     "serving-capacity-gpu": (sections.capacity, pictures.capacity),
-    "serving-throughput": (sections.throughput, pictures.throughput),
-    "serving-throughput-gpu": (sections.throughput, pictures.throughput),
+    "serving-throughput": (throughput_section.throughput, pictures.throughput),
+    "serving-throughput-gpu": (throughput_section.throughput, pictures.throughput),
+    "serving-throughput-smollm2": (throughput_section.throughput, pictures.real_model),
+    "serving-throughput-qwen": (throughput_section.throughput, pictures.real_model),
     "serving-soak": (sections.soak, None),
     "serving-soak-drafts": (sections.soak, None),
 }
