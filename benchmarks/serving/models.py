@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import processes
 import torch
+from safetensors.torch import load_file, save_file
 
 from turboattention import __version__, bundled
 from turboattention.calibration import Calibration, LayerStatistics, Provenance
@@ -71,6 +73,16 @@ def calibration(model: Model, label: str) -> Path:
 def real_model(label: str, folder: Path) -> Model:
     """One of `TITLES`, in a folder of Hugging Face's format."""
     return _read(TITLES[label], folder, random=False)
+
+
+def drafter(folder: Path) -> Path:
+    """A model that drafts for the bundled one, and is often wrong: without the MLP of one layer. Written into
+    `folder`."""
+    shutil.copytree(bundled.model_path(), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.6.mlp.down_proj.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def llama(folder: Path, *, attention_only: bool) -> Model:

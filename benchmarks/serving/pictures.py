@@ -62,13 +62,15 @@ def real_model(document: dict[str, Any]) -> Figure:
     burst = _burst(document)
     budget = min(burst)
     found = burst[budget].values()
-    quality = document["quality"]
-    panels = (
+    panels = [
         ("tokens of cache", [rows[0]["tokens"] for rows in found]),
         ("output tokens / s", [middle(rows, "output_tokens_per_second") for rows in found]),
         ("first token, p50, s", [middle(rows, "first_token", "p50") for rows in found]),
-        ("KL beside 16 bits, nats", [quality.get(rows[0]["contender"], {}).get("kl", 0.0) for rows in found]),
-    )
+    ]
+    if document["quality"]:
+        figures = document["quality"]["contenders"]
+        kl = [figures.get(rows[0]["contender"], {"kl": 0.0})["kl"] for rows in found]  # 16 bits beside themselves: 0
+        panels.append(("KL beside 16 bits, nats", kl))
     figure = _figure(3.4 * len(panels), 3.0)
     for axes, (label, heights) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.bar(range(len(heights)), heights, 0.7, color=[f"C{place}" for place in range(len(heights))])

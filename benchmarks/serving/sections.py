@@ -38,9 +38,10 @@ def capacity(document: dict[str, Any], name: str) -> str:
 
 
 def soak(document: dict[str, Any], name: str) -> str:
-    drafts = document.get("drafts")
+    drafts, by_model = document.get("drafts"), document.get("drafter") == "model"
+    kind = "drafts by a model (the bundled one without the MLP of one layer)" if by_model else "n-gram drafts"
     told = (
-        f"The bundled model in float32, greedy{f', up to {drafts} n-gram drafts a step' if drafts else ''}: requests "
+        f"The bundled model in float32, greedy{f', up to {drafts} {kind} a step' if drafts else ''}: requests "
         "of random length run through an engine whose cache is too small for all of them. Each answer is compared with "
         "that of a run of one sequence at a time, without a prefix cache"
         f"{' and without drafts' if drafts else ''}; aborted requests are compared up to the abort. oneDNN's kernel "
@@ -51,7 +52,7 @@ def soak(document: dict[str, Any], name: str) -> str:
         told += " Then the API server is killed (SIGKILL) during requests, restarted, and sent the same requests."
     return "\n\n".join(
         [
-            f"## Correctness under load{', with drafts' if drafts else ''}",
+            f"## Correctness under load{', with drafts' if drafts else ''}{' by a model' if drafts and by_model else ''}",
             machine(document["facts"]),
             told,
             markdown(["", ""], _soaked(document) + _restarted(document.get("server"))),

@@ -1,6 +1,5 @@
 """Throughput and latency in vLLM under a fixed cache budget: `python benchmarks/serving/throughput.py [--gpu]`, with
-the Python that has vLLM; with `--model smollm2=FOLDER` or `--model qwen=FOLDER` of a real model, and what each cache
-does to its next token.
+the Python that has vLLM; of real models with `--model smollm2=FOLDER` or `--model qwen=FOLDER`.
 
 The same requests to vLLM's own attention and to TurboAttention, each run an engine in a process of its own, in turns.
 A budget is all the memory that the cache takes: what TurboAttention keeps beside its pages comes out of it. Budgets
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple
 import contenders
 import models
 import processes
-import quality
 from throughput_section import load_of
 from workload import Workload
 
@@ -90,9 +88,6 @@ def main() -> int:
                     document["rows"].append(shown | {"budget": scenario.budget * MIB, "round": number, **found})
                     print(_line(document["rows"][-1]), flush=True)
                     write_text(out, json.dumps(document, indent=1) + "\n")
-        if options.label and options.quality:
-            document["quality"] = quality.measure(model, options.label, competing)
-            write_text(out, json.dumps(document, indent=1) + "\n")
     return 0
 
 
@@ -111,7 +106,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--alone", type=int, help="requests that come one after another; 0 for none")
     parser.add_argument("--contenders", help=f"who, as in {CPU.contenders}")
     parser.add_argument("--compile", action="store_true", help="compile the model, as a server does (minutes)")
-    parser.add_argument("--no-quality", dest="quality", action="store_false", help="leave a real model's KL out")
     parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
     options = parser.parse_args()
     options.label, _, folder = options.model.partition("=")

@@ -9,14 +9,9 @@ from sections import MIB, machine, markdown
 
 Rows = list[dict[str, Any]]
 
-_QUALITY = (
-    " *KL* (nats), *top-1* (the share of tokens ranked first by both) and *perplexity* (its relative change) compare "
-    "the next token with that of the first line, over passages of 2,048 tokens that are read in steps of 64."
-)
-
 
 def throughput(document: dict[str, Any], name: str) -> str:
-    """With `quality`, of real models, what each cache does to the next token."""
+    """With `quality`, of real models, what `quality.py` measured."""
     plan, quality = document["plan"], document.get("quality")
     percentiles = [at for at in ("p50", "p95", "p99") if at in document["rows"][0]["per_token"]]
     columns = ["cache, requests", "attention", "tokens of cache", "output tokens/s", "times", "at once", "preemptions"]
@@ -32,7 +27,7 @@ def throughput(document: dict[str, Any], name: str) -> str:
             cells += [f"{middle(mine, 'tokens_a_step'):.1f}", f"{middle(mine, 'num_preemptions'):.0f}"]
             cells += [", ".join(f"{middle(mine, 'first_token', at):.2f}" for at in percentiles)]
             cells += [", ".join(f"{middle(mine, 'per_token', at) * 1e3:.1f}" for at in ("mean", *percentiles))]
-            cells += _quality(quality.get(mine[0]["contender"])) if quality else []
+            cells += _quality_cells(quality["contenders"].get(mine[0]["contender"])) if quality else []
             rows.append([what, mine[0]["title"], *cells])
     lengths = f"prompts of {plan['prompt'][0]:,} to {plan['prompt'][1]:,} tokens, {plan['output'][0]} to "
     lengths += f"{plan['output'][1]} generated"
@@ -40,12 +35,12 @@ def throughput(document: dict[str, Any], name: str) -> str:
         [
             f"## Throughput under a fixed cache, {document['model']}",
             machine(document["facts"]),
-            f"{plan['requests']} requests{', pieces of a story' if quality else ''}, {lengths}, bfloat16, medians over "
+            f"{plan['requests']} requests, {lengths}, bfloat16, medians over "
             f"{document['rounds']} rounds, in which the "
             "contenders take turns, each in a separate engine. The cache size is the total memory for keys and values "
             f"with TurboAttention's side pool for up to {plan['sequences']} sequences. *At once*: tokens per step, "
             "on average. *Times*: the speedup over the first line for all requests; with staggered arrivals "
-            "the arrival rate is the limit." + (_QUALITY if quality else ""),
+            "the arrival rate is the limit." + (_quality(quality) if quality else ""),
             markdown(columns, rows),
             _latency(document),
             f"![throughput and latency, all at once]({name}.png)",
@@ -53,7 +48,16 @@ def throughput(document: dict[str, Any], name: str) -> str:
     )
 
 
-def _quality(figures: dict[str, float] | None) -> list[str]:
+def _quality(document: dict[str, Any]) -> str:
+    return (
+        " *KL* (nats), *top-1* (the share of tokens ranked first by both) and *perplexity* (its relative change) "
+        f"compare the next token with that of the first line, over {document['passages']} passages of "
+        f"{document['context']:,} tokens that are read in steps of {document['step']}; *calibrated*: with means and an "
+        "order of K's channels measured on another text."
+    )
+
+
+def _quality_cells(figures: dict[str, float] | None) -> list[str]:
     if figures is None:
         return ["–"] * 3
     return [f"{figures['kl']:.4f}", f"{figures['top1']:.1%}", f"{figures['perplexity']:+.1%}"]

@@ -83,7 +83,7 @@ def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:
     for name, (outputs, inputs) in shapes.items():
         base = f"base_model.model.{name.removesuffix('.weight')}"
         parts[f"{base}.lora_A.weight"] = torch.randn(rank, inputs) * inputs**-0.5
-        parts[f"{base}.lora_B.weight"] = torch.randn(outputs, rank) * 0.1
+        parts[f"{base}.lora_B.weight"] = torch.randn(outputs, rank) * 0.5
     save_file(parts, folder / "adapter_model.safetensors")
     targets = sorted({name.split(".")[-2] for name in names})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}

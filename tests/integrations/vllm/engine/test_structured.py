@@ -25,7 +25,11 @@ SCHEMA = {
 }
 DATE = r"(18|19)[0-9]{2}-[01][0-9]-[0-3][0-9]"
 GRAMMAR = 'root ::= "the " ("king" | "queen") " saw " ("a river" | "the forest" | "nothing") "."'
-FEW = dict(max_num_batched_tokens=90, block_size=64, num_gpu_blocks_override=12, max_num_seqs=5, max_model_len=512)
+DENSE = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
+"""Small models are fond of line breaks."""
+FEW = dict(
+    DENSE, max_num_batched_tokens=90, block_size=64, num_gpu_blocks_override=12, max_num_seqs=5, max_model_len=512
+)
 
 
 def is_object(text: str) -> bool:
@@ -71,7 +75,7 @@ def assert_fit(texts: list[str]) -> None:
 @pytest.fixture(scope="module")
 def solo(start, asked) -> list[str]:
     """Each alone: an engine of one sequence."""
-    return told(start(enable_prefix_caching=False, max_num_seqs=1), asked)
+    return told(start(enable_prefix_caching=False, max_num_seqs=1, **DENSE), asked)
 
 
 def test_beside_free_answers_and_preempted(start, asked, solo) -> None:
@@ -95,7 +99,7 @@ def test_beside_the_stock_backend(start, asked, monkeypatch) -> None:
     texts, tokens = [], []
     for bits in ("8", ""):
         monkeypatch.setenv("TURBOATTENTION_VLLM", bits)
-        llm = start(processes=True)
+        llm = start(processes=True, **DENSE)
         tokens.append(llm.llm_engine.vllm_config.cache_config.num_gpu_blocks)
         texts.append(told(llm, asked))
         llm.llm_engine.engine_core.shutdown()

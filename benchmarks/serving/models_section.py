@@ -1,0 +1,46 @@
+"""The measured section of docs/serving.md on served models' answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sections import machine, markdown
+
+_ASKED = (
+    ("completion", "goes on, after 1,500 characters of a story"),
+    ("chat", "*What is the capital of France?*"),
+    ("call", "*What is the weather in Paris?*, with a tool"),
+    ("told", "of the tool's result"),
+)
+
+
+def models(document: dict[str, Any], name: str) -> str:
+    rows, answers = [], []
+    for found in document["models"]:
+        for row in found["rows"][1:]:
+            rows.append([found["model"], row["title"], f"{row['top1']:.1%}", f"{row['perplexity']:+.2%}"])
+        for key, asked in _ASKED:
+            given = [(row["title"], _told(row[key])) for row in found["rows"] if row[key] is not None]
+            answers += [[found["model"], asked, title, text] for title, text in given]
+    return "\n\n".join(
+        [
+            "## Real models behind the server",
+            machine(document["facts"]),
+            "Over vLLM's API, in float32, so that only the cache differs, with the fp8 and the packed caches beside "
+            "vLLM's own cache: the share of places of a text, after its first 64 tokens, at which both rank the same "
+            "token first, and the relative change of perplexity. *calibrated*: with means and an order of K's channels "
+            "that are measured.",
+            markdown(["model", "cache", "top-1", "perplexity"], rows),
+            "The answers (greedy):",
+            markdown(["model", "asked", "cache", "answer"], answers),
+        ]
+    )
+
+
+def _told(answer: Any) -> str:
+    text = (
+        f"{answer[0]}({', '.join(f'{key}={value!r}' for key, value in answer[1].items())})"
+        if isinstance(answer, list)
+        else answer
+    )
+    return "`" + " ".join(text.replace("|", "\\|").replace("`", "'").split()) + "`"
