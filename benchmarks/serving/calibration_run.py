@@ -1,4 +1,4 @@
-"""A calibration of a real model from the bundled text, for keys with measured means and in a measured order."""
+"""A calibration of a real model from the bundled text, for keys in a measured order, and less their means."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from turboattention.integrations.transformers import calibrate, enable
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Saves it in spec["folder"]. Its widths are not used."""
+    """Saves it in spec["folder"], with the means of K if spec["means"]. Its widths are not used."""
     enable()
     model = AutoModelForCausalLM.from_pretrained(spec["model"], attn_implementation="turbo", dtype=torch.float32).eval()
     ids = AutoTokenizer.from_pretrained(spec["model"])(bundled.text()).input_ids
-    calibrate(model, ids, strategy="even", means=True).save(spec["folder"])
+    calibrate(model, ids, strategy="even", means=spec["means"]).save(spec["folder"])
     return {"tokens": len(ids)}

@@ -24,7 +24,7 @@ from contenders import Contender
 from turboattention.evaluation.text_metrics import compare
 from turboattention.files import write_text
 
-CONTEXT, PASSAGES, STEP = 2048, 3, 64
+CONTEXT, PASSAGES, STEP = 2048, 2, 64
 """Tokens of a passage, passages of the bundled document, and tokens that the engine reads in a step."""
 CONTENDERS = (contenders.FP8, contenders.BY_NAME["turbo-4"], *contenders.CALIBRATED)
 _ROWS = 64  # compared at a time

@@ -38,7 +38,8 @@ def capacity(document: dict[str, Any], name: str) -> str:
 
 
 def soak(document: dict[str, Any], name: str) -> str:
-    drafts, by_model = document.get("drafts"), document.get("drafter") == "model"
+    drafts = document.get("drafts")
+    by_model = bool(drafts) and document.get("drafter") == "model"
     kind = "drafts by a model (the bundled one without the MLP of one layer)" if by_model else "n-gram drafts"
     told = (
         f"The bundled model in float32, greedy{f', up to {drafts} {kind} a step' if drafts else ''}: requests "
@@ -52,7 +53,7 @@ def soak(document: dict[str, Any], name: str) -> str:
         told += " Then the API server is killed (SIGKILL) during requests, restarted, and sent the same requests."
     return "\n\n".join(
         [
-            f"## Correctness under load{', with drafts' if drafts else ''}{' by a model' if drafts and by_model else ''}",
+            f"## Correctness under load{', with drafts by a model' if by_model else ', with drafts' if drafts else ''}",
             machine(document["facts"]),
             told,
             markdown(["", ""], _soaked(document) + _restarted(document.get("server"))),
