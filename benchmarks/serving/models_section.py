@@ -28,8 +28,8 @@ def models(document: dict[str, Any], name: str) -> str:
             machine(document["facts"]),
             "Over vLLM's API, in float32, so that only the cache differs, with the fp8 and the packed caches beside "
             "vLLM's own cache: the share of places of a text, after its first 64 tokens, at which both rank the same "
-            "token first, and the relative change of perplexity. *calibrated*: with means and an order of K's channels "
-            "that are measured.",
+            "token first, and the relative change of perplexity. *calibrated*: with an order of K's channels, and Qwen "
+            "with means of K, measured on the same text.",
             markdown(["model", "cache", "top-1", "perplexity"], rows),
             "The answers (greedy):",
             markdown(["model", "asked", "cache", "answer"], answers),

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 PARTS = {
     "serving-capacity": (sections.capacity, pictures.capacity),
     "serving-capacity-gpu": (sections.capacity, pictures.capacity),
+    "serving-models": (models_section.models, None),
     "serving-throughput": (throughput_section.throughput, pictures.throughput),
     "serving-throughput-gpu": (throughput_section.throughput, pictures.throughput),
     "serving-throughput-smollm2": (throughput_section.throughput, pictures.real_model),
@@ -32,7 +33,6 @@ PARTS = {
     "serving-soak": (sections.soak, None),
     "serving-soak-drafts": (sections.soak, None),
     "serving-soak-drafts-model": (sections.soak, None),
-    "serving-models": (models_section.models, None),
 }
 """A file of results, its section, and its picture."""
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import contenders
 import models
 import processes
-from throughput_section import load_of
+from throughput_section import load_of, table
 from workload import Workload
 
 from turboattention.files import write_text
@@ -88,6 +88,7 @@ def main() -> int:
                     document["rows"].append(shown | {"budget": scenario.budget * MIB, "round": number, **found})
                     print(_line(document["rows"][-1]), flush=True)
                     write_text(out, json.dumps(document, indent=1) + "\n")
+    print(table(document))
     return 0
 
 

@@ -13,6 +13,28 @@ Rows = list[dict[str, Any]]
 def throughput(document: dict[str, Any], name: str) -> str:
     """With `quality`, of real models, what `quality.py` measured."""
     plan, quality = document["plan"], document.get("quality")
+    lengths = f"prompts of {plan['prompt'][0]:,} to {plan['prompt'][1]:,} tokens, {plan['output'][0]} to "
+    lengths += f"{plan['output'][1]} generated"
+    return "\n\n".join(
+        [
+            f"## Throughput under a fixed cache, {document['model']}",
+            machine(document["facts"]),
+            f"{plan['requests']} requests, {lengths}, bfloat16, medians over "
+            f"{document['rounds']} rounds, in which the "
+            "contenders take turns, each in a separate engine. The cache size is the total memory for keys and values "
+            f"with TurboAttention's side pool for up to {plan['sequences']} sequences. *At once*: tokens per step, "
+            "on average. *Times*: the speedup over the first line for all requests; with staggered arrivals "
+            "the arrival rate is the limit." + (_quality(quality) if quality else ""),
+            table(document),
+            _latency(document),
+            f"![throughput and latency, all at once]({name}.png)",
+        ]
+    )
+
+
+def table(document: dict[str, Any]) -> str:
+    """A line per scenario and contender, medians over the rounds."""
+    quality = document.get("quality")
     percentiles = [at for at in ("p50", "p95", "p99") if at in document["rows"][0]["per_token"]]
     columns = ["cache, requests", "attention", "tokens of cache", "output tokens/s", "times", "at once", "preemptions"]
     columns += [f"first token, s ({', '.join(percentiles)})", f"then ms a token (mean, {', '.join(percentiles)})"]
@@ -29,31 +51,15 @@ def throughput(document: dict[str, Any], name: str) -> str:
             cells += [", ".join(f"{middle(mine, 'per_token', at) * 1e3:.1f}" for at in ("mean", *percentiles))]
             cells += _quality_cells(quality["contenders"].get(mine[0]["contender"])) if quality else []
             rows.append([what, mine[0]["title"], *cells])
-    lengths = f"prompts of {plan['prompt'][0]:,} to {plan['prompt'][1]:,} tokens, {plan['output'][0]} to "
-    lengths += f"{plan['output'][1]} generated"
-    return "\n\n".join(
-        [
-            f"## Throughput under a fixed cache, {document['model']}",
-            machine(document["facts"]),
-            f"{plan['requests']} requests, {lengths}, bfloat16, medians over "
-            f"{document['rounds']} rounds, in which the "
-            "contenders take turns, each in a separate engine. The cache size is the total memory for keys and values "
-            f"with TurboAttention's side pool for up to {plan['sequences']} sequences. *At once*: tokens per step, "
-            "on average. *Times*: the speedup over the first line for all requests; with staggered arrivals "
-            "the arrival rate is the limit." + (_quality(quality) if quality else ""),
-            markdown(columns, rows),
-            _latency(document),
-            f"![throughput and latency, all at once]({name}.png)",
-        ]
-    )
+    return markdown(columns, rows)
 
 
 def _quality(document: dict[str, Any]) -> str:
     return (
         " *KL* (nats), *top-1* (the share of tokens ranked first by both) and *perplexity* (its relative change) "
         f"compare the next token with that of the first line, over {document['passages']} passages of "
-        f"{document['context']:,} tokens that are read in steps of {document['step']}; *calibrated*: with means and an "
-        "order of K's channels measured on another text."
+        f"{document['context']:,} tokens that are read in steps of {document['step']}; *calibrated*: with an order of "
+        "K's channels, and Qwen with means of K, measured on another text."
     )
 
 
