@@ -101,7 +101,7 @@ def _lines(axes: Axes, burst: dict[int, Any], name: str, at: str | None, factor:
 
 
 def _short(title: str) -> str:
-    return title.split(", ")[1].replace(" 2 and 4 bits", "\n2 and 4 bits")
+    return title.partition(", ")[2].replace(", ", "\n").replace(" 2 and 4 bits", "\n2 and 4 bits")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -20,7 +20,7 @@ def throughput(document: dict[str, Any], name: str) -> str:
             f"## Throughput under a fixed cache, {document['model']}",
             machine(document["facts"]),
             f"{plan['requests']} requests, {lengths}, bfloat16, medians over "
-            f"{document['rounds']} rounds, in which the "
+            f"{document['rounds']} round{'s' * (document['rounds'] != 1)}, in which the "
             "contenders take turns, each in a separate engine. The cache size is the total memory for keys and values "
             f"with TurboAttention's side pool for up to {plan['sequences']} sequences. *At once*: tokens per step, "
             "on average. *Times*: the speedup over the first line for all requests; with staggered arrivals "
@@ -81,18 +81,19 @@ def _latency(document: dict[str, Any]) -> str:
     slower: dict[str, list[float]] = {}
     for found in scenarios(document).values():
         base, *others = found.values()
+        others = [mine for mine in others if mine[0]["contender"].startswith("turbo")]
         if others:
             slower.setdefault(load_of(base[0]), []).extend(
                 middle(mine, "per_token", "mean") / middle(base, "per_token", "mean") for mine in others
             )
     at_once = slower.pop("all at once", [])
     told = [
-        f"With requests that come {load}, a token takes {_range(times)} times as long as on the first line."
+        f"With requests that come {load}, TurboAttention takes {_range(times)} times as long for a token as the first line."
         for load, times in slower.items()
     ]
     if at_once:
         told.append(
-            f"With all requests at once it takes {_range(at_once)} times as long, where more requests run "
+            f"With all requests at once it takes {_range(at_once)} times as long: more requests run "
             "concurrently and wait less for their first token; `--max-num-seqs` limits this."
         )
     return " ".join(told)
