@@ -88,13 +88,13 @@ def _latency(document: dict[str, Any]) -> str:
             )
     at_once = slower.pop("all at once", [])
     told = [
-        f"With requests that come {load}, TurboAttention takes {_range(times)} times as long for a token as the first line."
+        f"With requests that come {load}, a token takes TurboAttention {_range(times)} times as long as the first line."
         for load, times in slower.items()
     ]
     if at_once:
         told.append(
-            f"With all requests at once it takes {_range(at_once)} times as long: more requests run "
-            "concurrently and wait less for their first token; `--max-num-seqs` limits this."
+            f"With all requests at once it takes {_range(at_once)} times as long; more requests then run concurrently, "
+            "and wait less for their first token. `--max-num-seqs` limits this."
         )
     return " ".join(told)
 
