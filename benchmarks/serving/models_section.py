@@ -20,8 +20,11 @@ def models(document: dict[str, Any], name: str) -> str:
         for row in found["rows"][1:]:
             rows.append([found["model"], row["title"], f"{row['top1']:.1%}", f"{row['perplexity']:+.2%}"])
         for key, asked in _ASKED:
-            given = [(row["title"], _told(row[key])) for row in found["rows"] if row[key] is not None]
-            answers += [[found["model"], asked, title, text] for title, text in given]
+            said: dict[str, list[str]] = {}
+            for row in found["rows"]:
+                if row[key] is not None:
+                    said.setdefault(_told(row[key]), []).append(row["title"])
+            answers += [[found["model"], asked, "; ".join(caches), text] for text, caches in said.items()]
     return "\n\n".join(
         [
             "## Real models behind the server",
@@ -29,7 +32,7 @@ def models(document: dict[str, Any], name: str) -> str:
             "Over vLLM's API, in float32, so that only the cache differs, with the fp8 and the packed caches beside "
             "vLLM's own cache: the share of places of a text, after its first 64 tokens, at which both rank the same "
             "token first, and the relative change of perplexity. *calibrated*: with an order of K's channels, and Qwen "
-            "with means of K, measured on the same text.",
+            "with means of K, measured on another text.",
             markdown(["model", "cache", "top-1", "perplexity"], rows),
             "The answers (greedy):",
             markdown(["model", "asked", "cache", "answer"], answers),
@@ -37,10 +40,8 @@ def models(document: dict[str, Any], name: str) -> str:
     )
 
 
-def _told(answer: Any) -> str:
-    text = (
-        f"{answer[0]}({', '.join(f'{key}={value!r}' for key, value in answer[1].items())})"
-        if isinstance(answer, list)
-        else answer
-    )
-    return "`" + " ".join(text.replace("|", "\\|").replace("`", "'").split()) + "`"
+def _told(answer: str | list[Any]) -> str:
+    if isinstance(answer, list):
+        function, arguments = answer
+        answer = f"{function}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+    return "`" + " ".join(answer.replace("|", "\\|").replace("`", "'").split()) + "`"

@@ -10,7 +10,7 @@ from server import Server
 
 from turboattention import bundled
 
-TEXT = bundled.text()[:4000]
+TEXT = bundled.document()[:4000]  # not the text that calibrations are measured on
 BEGINNING = TEXT[:1500]
 QUESTION = "What is the capital of France? Answer in one short sentence."
 WEATHER = "What is the weather in Paris?"
