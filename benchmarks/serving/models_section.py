@@ -7,10 +7,10 @@ from typing import Any
 from sections import machine, markdown
 
 _ASKED = (
-    ("completion", "goes on, after 1,500 characters of a story"),
+    ("completion", "the beginning of a story, to continue"),
     ("chat", "*What is the capital of France?*"),
     ("call", "*What is the weather in Paris?*, with a tool"),
-    ("told", "of the tool's result"),
+    ("told", "the same, with the tool's result"),
 )
 
 

@@ -11,7 +11,7 @@ from server import Server
 from turboattention import bundled
 
 TEXT = bundled.document()[:4000]  # not the text that calibrations are measured on
-BEGINNING = TEXT[:1500]
+BEGINNING = TEXT[: TEXT.index("\n", 1500)]
 QUESTION = "What is the capital of France? Answer in one short sentence."
 WEATHER = "What is the weather in Paris?"
 RESULT = "18 degrees Celsius and sunny"
