@@ -48,7 +48,7 @@ class Served:
 SERVED = {
     "smollm2": Served(chat=True, tools=False, checked="turbo-4"),
     "qwen": Served(chat=True, tools=True, checked="turbo-4-calibrated"),
-    "gemma3": Served(chat=False, tools=False, checked="turbo-4"),
+    "gemma3": Served(chat=False, tools=False, checked="turbo-4", perplexity=0.05),
 }
 
 
