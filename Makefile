@@ -73,7 +73,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-models \
-  vllm-bench vllm-soak lint lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml bench-peers \
+  vllm-bench vllm-bench-models vllm-soak lint lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml bench-peers \
   peers-onnxruntime peers-openvino bench-here build-arm test-arm test-triton-oldest test-triton-assembly gpu-day \
   accuracy architectures clean
 
@@ -321,7 +321,16 @@ vllm-bench: $(BUILT) $(VLLM_READY) ## vLLM's capacity and throughput with the qu
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py $(VLLM_BENCH)
 	$(BIN)/python benchmarks/serving/page.py --table
 
-vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes; VLLM_SOAK='--drafts 12')
+vllm-bench-models: $(BUILT) $(VLLM_READY) ## vLLM's answers, quality and throughput on real models: make vllm-bench-models MODELS='smollm2=FOLDER qwen=FOLDER gemma3=FOLDER'
+	@test -n "$(MODELS)" || { echo "MODELS: expected folders, as in make vllm-bench-models MODELS='smollm2=models/smollm2'"; exit 2; }
+	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/served_models.py $(MODELS)
+	for model in $(filter smollm2=% qwen=%,$(MODELS)); do \
+	  PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/quality.py $$model && \
+	  PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/throughput.py --model $$model $(VLLM_BENCH) || exit 1; \
+	done
+	$(BIN)/python benchmarks/serving/page.py --table
+
+vllm-soak: $(BUILT) $(VLLM_READY) ## thousands of requests through vLLM, each answer beside its solo answer; a server killed (15 minutes; VLLM_SOAK='--drafts 12 --drafter model')
 	@test -x '$(VLLM_PYTHON)' || { echo 'VLLM_PYTHON: expected a Python with vLLM'; exit 2; }
 	PYTHONPATH=src:$$PYTHONPATH $(VLLM_PYTHON) benchmarks/serving/soak.py $(VLLM_SOAK)
 	$(BIN)/python benchmarks/serving/page.py --table

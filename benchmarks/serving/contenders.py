@@ -1,4 +1,4 @@
-"""What is compared in vLLM: its own attention over a 16-bit cache, and TurboAttention at each width."""
+"""What is compared in vLLM: its own attention over a 16-bit and an fp8 cache, and TurboAttention at each width."""
 
 from __future__ import annotations
 
@@ -12,27 +12,45 @@ VARIABLE = "TURBOATTENTION_VLLM"
 
 @dataclass(frozen=True)
 class Contender:
-    """bits: what the environment variable says; None is vLLM alone, "mixed" needs the folder of a calibration."""
+    """bits: "mixed" are a calibration's widths; None is vLLM alone. calibrated: with a calibration's means and order of
+    K's channels. cache_dtype: vLLM's `kv_cache_dtype`, "auto" for the model's own."""
 
     name: str
     title: str
     bits: str | None
+    calibrated: bool = False
+    cache_dtype: str = "auto"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.calibrated or self.bits == "mixed"
 
     def environment(self, calibration: Path | None = None) -> dict[str, str]:
         """Added to a process's environment. The variable is set either way: one that was inherited must not count."""
-        if self.bits == "mixed" and calibration is None:
+        if self.needs_calibration and calibration is None:
             raise ValueError(f"calibration: expected a folder for {self.name}, got none")
-        return {VARIABLE: str(calibration) if self.bits == "mixed" else self.bits or ""}
+        return {VARIABLE: str(calibration) if self.needs_calibration else self.bits or ""}
 
-    def options(self, gpu: bool) -> Mapping[str, Any]:
+    def options(self, gpu: bool = False) -> Mapping[str, Any]:
         """For `LLM`: on a CPU the plugin takes the place of the one backend there is."""
-        return {"attention_backend": "CUSTOM"} if gpu and self.bits else {}
+        found: dict[str, Any] = {"kv_cache_dtype": self.cache_dtype}
+        if gpu and self.bits:
+            found["attention_backend"] = "CUSTOM"
+        if self.calibrated and self.bits:
+            found["additional_config"] = {"turboattention": {"bits": int(self.bits), "reorder_k": True}}
+        return found
 
 
 STOCK = Contender("stock", "vLLM, 16 bits", None)
+FP8 = Contender("stock-fp8", "vLLM, fp8", None, cache_dtype="fp8")
 TURBO = tuple(Contender(f"turbo-{bits}", f"TurboAttention, {bits} bits", bits) for bits in ("8", "4", "3"))
 MIXED = Contender("turbo-mixed", "TurboAttention, mixed 2 and 4 bits", "mixed")
 TWO = Contender("turbo-2", "TurboAttention, 2 bits", "2")
+CALIBRATED = tuple(
+    Contender(f"turbo-{bits}-calibrated", f"TurboAttention, {bits} bits, calibrated", bits, calibrated=True)
+    for bits in ("4", "3", "2")
+)
 
-ALL = (STOCK, *TURBO, MIXED, TWO)
-BY_NAME = {contender.name: contender for contender in ALL}
+ALL = (STOCK, FP8, *TURBO, MIXED, TWO)
+"""Those that differ in the size of their pages."""
+BY_NAME = {contender.name: contender for contender in (*ALL, *CALIBRATED)}

@@ -1,17 +1,25 @@
-"""The models that are served: the bundled one, and the shapes of Llama 3 8B with random weights."""
+"""The models that are served: the bundled one, real ones in folders, and Llama 3 8B's shapes with random weights."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import torch
+from safetensors.torch import load_file, save_file
 
 from turboattention import __version__, bundled
 from turboattention.calibration import Calibration, LayerStatistics, Provenance
 from turboattention.config import WIDTHS
 from turboattention.paged import TailBlocks
+
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct", "gemma3": "Gemma 3 270M"}
+"""Of the real models, by the label that the commands take."""
+MEANS = ("qwen",)
+"""Calibrated with means of K. A large part of Qwen2.5's keys is the same in all tokens; SmolLM2 is better without."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,31 @@ def bundled_model() -> Model:
     return _read("the bundled model", bundled.model_path(), random=False)
 
 
+def calibration(model: Model, label: str) -> Path:
+    """The folder of a real model's calibration, which is made where there is none."""
+    folder = processes.BUILD / "calibrations" / label
+    if not (folder / "calibration.json").exists():
+        print(f"calibrates {model.title}", flush=True)
+        spec = {"model": str(model.folder), "folder": str(folder), "means": label in MEANS}
+        processes.call("calibration_run", spec, {}, f"calibration-{label}")
+    return folder
+
+
+def real_model(label: str, folder: Path) -> Model:
+    """One of `TITLES`, in a folder of Hugging Face's format."""
+    return _read(TITLES[label], folder, random=False)
+
+
+def drafter(folder: Path) -> Path:
+    """A model that drafts for the bundled one, and is often wrong: without the MLP of one layer. Written into
+    `folder`."""
+    shutil.copytree(bundled.model_path(), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.6.mlp.down_proj.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def llama(folder: Path, *, attention_only: bool) -> Model:
     """Llama 3 8B's shapes, written into `folder`.
 
@@ -89,5 +122,6 @@ def llama(folder: Path, *, attention_only: bool) -> Model:
 
 def _read(title: str, folder: Path, random: bool) -> Model:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size")
-    return Model(title, folder, *(int(config[name]) for name in names), random)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    layers, kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
+    return Model(title, folder, layers, kv_heads, head_dim, config["vocab_size"], random)

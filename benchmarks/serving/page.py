@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import models_section
 import pictures
 import sections
+import throughput_section
 
 from turboattention.files import write_figure, write_text
 
@@ -23,10 +25,14 @@ BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 PARTS = {
     "serving-capacity": (sections.capacity, pictures.capacity),
     "serving-capacity-gpu": (sections.capacity, pictures.capacity),
-    "serving-throughput": (sections.throughput, pictures.throughput),
-    "serving-throughput-gpu": (sections.throughput, pictures.throughput),
+    "serving-models": (models_section.models, None),
+    "serving-throughput": (throughput_section.throughput, pictures.throughput),
+    "serving-throughput-gpu": (throughput_section.throughput, pictures.throughput),
+    "serving-throughput-smollm2": (throughput_section.throughput, pictures.real_model),
+    "serving-throughput-qwen": (throughput_section.throughput, pictures.real_model),
     "serving-soak": (sections.soak, None),
     "serving-soak-drafts": (sections.soak, None),
+    "serving-soak-drafts-model": (sections.soak, None),
 }
 """A file of results, its section, and its picture."""
 
@@ -52,9 +58,18 @@ def main() -> int:
 
 
 def documents(folder: Path) -> dict[str, dict[str, Any]]:
-    """Those that are there."""
-    files = {name: folder / f"{name}.json" for name in PARTS}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+    """Those that are there; real models' throughput with what the caches do to the next token."""
+    found = {name: _read(folder, name) for name in PARTS}
+    for name, document in found.items():
+        if document and "-throughput-" in name:
+            document["quality"] = _read(folder, name.replace("throughput", "quality"))
+    return {name: document for name, document in found.items() if document}
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def section(folder: Path) -> str:

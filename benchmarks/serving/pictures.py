@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sections import MIB, middle, scenarios
+from sections import MIB
+from throughput_section import middle, scenarios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def capacity(document: dict[str, Any]) -> Figure:
 
 def throughput(document: dict[str, Any]) -> Figure:
     """Against the budget, with all requests at once: tokens a second, first token, time per token."""
-    burst = {budget: found for (budget, rate), found in scenarios(document).items() if rate is None}
+    burst = _burst(document)
     panels = (
         ("output tokens / s", "output_tokens_per_second", None, 1.0),
         ("first token, p50, s", "first_token", "p50", 1.0),
@@ -54,6 +55,36 @@ def throughput(document: dict[str, Any]) -> Figure:
     figure.axes[0].legend(frameon=False, fontsize=7)
     figure.suptitle(f"{document['model']}, {document['plan']['requests']} requests at once", fontsize=10)
     return figure
+
+
+def real_model(document: dict[str, Any]) -> Figure:
+    """Bars per cache, with all requests at once at the smallest budget: tokens held and generated, waiting, KL."""
+    burst = _burst(document)
+    budget = min(burst)
+    found = burst[budget].values()
+    panels = [
+        ("tokens of cache", [rows[0]["tokens"] for rows in found]),
+        ("output tokens / s", [middle(rows, "output_tokens_per_second") for rows in found]),
+        ("first token, p50, s", [middle(rows, "first_token", "p50") for rows in found]),
+    ]
+    if document["quality"]:
+        figures = document["quality"]["contenders"]
+        kl = [figures.get(rows[0]["contender"], {"kl": 0.0})["kl"] for rows in found]  # 16 bits beside themselves: 0
+        panels.append(("KL beside 16 bits, nats", kl))
+    figure = _figure(3.4 * len(panels), 3.0)
+    for axes, (label, heights) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.bar(range(len(heights)), heights, 0.7, color=[f"C{place}" for place in range(len(heights))])
+        axes.set_xticks(range(len(heights)), [_short(rows[0]["title"]) for rows in found], fontsize=7)
+        axes.set_title(label, fontsize=9)
+        axes.yaxis.set_major_formatter("{x:,.6g}")
+    requests = document["plan"]["requests"]
+    figure.suptitle(f"{document['model']}, {requests} requests at once, {budget / MIB:,.0f} MiB of cache", fontsize=10)
+    return figure
+
+
+def _burst(document: dict[str, Any]) -> dict[int, Any]:
+    """By budget, with all requests at once."""
+    return {budget: found for (budget, load), found in scenarios(document).items() if load == "all at once"}
 
 
 def _lines(axes: Axes, burst: dict[int, Any], name: str, at: str | None, factor: float) -> None:
@@ -70,7 +101,7 @@ def _lines(axes: Axes, burst: dict[int, Any], name: str, at: str | None, factor:
 
 
 def _short(title: str) -> str:
-    return title.split(", ")[1].replace(" 2 and 4 bits", "\n2 and 4 bits")
+    return title.partition(", ")[2].replace(", ", "\n").replace(" 2 and 4 bits", "\n2 and 4 bits")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -1,16 +1,13 @@
-"""The measured sections of docs/serving.md."""
+"""The measured sections of docs/serving.md on capacity and on correctness under load, and what all sections share."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 MIB = 2**20
 FLOORS = {"turbo-4": 3.6, "turbo-3": 4.4}
 """Times the tokens of 16-bit pages."""
-
-Rows = list[dict[str, Any]]
 
 
 def capacity(document: dict[str, Any], name: str) -> str:
@@ -40,66 +37,12 @@ def capacity(document: dict[str, Any], name: str) -> str:
     )
 
 
-def throughput(document: dict[str, Any], name: str) -> str:
-    plan = document["plan"]
-    columns = ["cache, requests", "attention", "output tokens/s", "times", "at once", "preemptions"]
-    columns += ["first token, s (p50, p95)", "then ms a token (mean, p50, p95)"]
-    rows = []
-    for (budget, rate), found in scenarios(document).items():
-        base = next(iter(found.values()))
-        for mine in found.values():
-            times = middle(base, "seconds") / middle(mine, "seconds")
-            what = f"{budget / MIB:,.0f} MiB, {'all at once' if rate is None else f'{rate:g} a second'}"
-            cells = [f"{middle(mine, 'output_tokens_per_second'):.0f}", f"{times:.2f}"]
-            cells += [f"{middle(mine, 'tokens_a_step'):.1f}", f"{middle(mine, 'num_preemptions'):.0f}"]
-            cells += [", ".join(f"{middle(mine, 'first_token', at):.2f}" for at in ("p50", "p95"))]
-            cells += [", ".join(f"{middle(mine, 'per_token', at) * 1e3:.1f}" for at in ("mean", "p50", "p95"))]
-            rows.append([what, mine[0]["title"], *cells])
-    lengths = f"prompts of {plan['prompt'][0]:,} to {plan['prompt'][1]:,} tokens, {plan['output'][0]} to "
-    lengths += f"{plan['output'][1]} generated"
-    return "\n\n".join(
-        [
-            f"## Throughput under a fixed cache, {document['model']}",
-            machine(document["facts"]),
-            f"{plan['requests']} requests, {lengths}, bfloat16, medians over {document['rounds']} rounds, in which the "
-            "contenders take turns, each in a separate engine. The cache size is the total memory for keys and values "
-            f"with TurboAttention's side pool for up to {plan['sequences']} sequences. *At once*: tokens per step, "
-            "on average. *Times*: the speedup over the first line for all requests; with staggered arrivals "
-            "the arrival rate is the limit.",
-            markdown(columns, rows),
-            _latency(document),
-            f"![throughput and latency, all at once]({name}.png)",
-        ]
-    )
-
-
-def _latency(document: dict[str, Any]) -> str:
-    """The time per token with staggered arrivals, and with all requests at once, in words."""
-    slower: dict[bool, list[float]] = {True: [], False: []}
-    for (_, rate), found in scenarios(document).items():
-        base, *others = found.values()
-        slower[rate is None] += [
-            middle(mine, "per_token", "mean") / middle(base, "per_token", "mean") for mine in others
-        ]
-    at_once, by_and_by = ([f"{x:.2f}" for x in sorted(slower[kind])] for kind in (True, False))
-    told = []
-    if by_and_by:
-        told.append(
-            f"At low load, a token takes {by_and_by[0]} to {by_and_by[-1]} times as long as with vLLM's own attention: "
-            "this model's layers are small, so the fixed cost of a step dominates."
-        )
-    if at_once:
-        told.append(
-            f"With all requests at once it takes {at_once[0]} to {at_once[-1]} times as long, because more requests "
-            "run concurrently and wait less for their first token; `--max-num-seqs` limits this."
-        )
-    return " ".join(told)
-
-
 def soak(document: dict[str, Any], name: str) -> str:
     drafts = document.get("drafts")
+    by_model = bool(drafts) and document.get("drafter") == "model"
+    kind = "drafts by a model (the bundled one without the MLP of one layer)" if by_model else "n-gram drafts"
     told = (
-        f"The bundled model in float32, greedy{f', up to {drafts} n-gram drafts a step' if drafts else ''}: requests "
+        f"The bundled model in float32, greedy{f', up to {drafts} {kind} a step' if drafts else ''}: requests "
         "of random length run through an engine whose cache is too small for all of them. Each answer is compared with "
         "that of a run of one sequence at a time, without a prefix cache"
         f"{' and without drafts' if drafts else ''}; aborted requests are compared up to the abort. oneDNN's kernel "
@@ -110,7 +53,7 @@ def soak(document: dict[str, Any], name: str) -> str:
         told += " Then the API server is killed (SIGKILL) during requests, restarted, and sent the same requests."
     return "\n\n".join(
         [
-            f"## Correctness under load{', with drafts' if drafts else ''}",
+            f"## Correctness under load{', with drafts by a model' if by_model else ', with drafts' if drafts else ''}",
             machine(document["facts"]),
             told,
             markdown(["", ""], _soaked(document) + _restarted(document.get("server"))),
@@ -155,19 +98,6 @@ def _restarted(server: dict[str, Any] | None) -> list[list[str]]:
         ["answers equal to a single run's, before the kill and after the restart", both],
         ["requests interrupted by the kill", f"{server['lost']}"],
     ]
-
-
-def scenarios(document: dict[str, Any]) -> dict[tuple[int, float | None], dict[str, Rows]]:
-    """Rounds by scenario and contender, in the order they ran."""
-    found: dict[tuple[int, float | None], dict[str, Rows]] = {}
-    for row in document["rows"]:
-        found.setdefault((row["budget"], row["rate"]), {}).setdefault(row["contender"], []).append(row)
-    return found
-
-
-def middle(rows: Rows, name: str, at: str | None = None) -> float:
-    """Of the rounds, the median."""
-    return statistics.median(row[name] if at is None else row[name][at] for row in rows)
 
 
 def machine(facts: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 Requests of random length, some behind shared prefixes, some taken back, through an engine whose cache is so small that
 it has to preempt; each answer must be its solo answer (greedy), except where the two best logits are closer than
 --bound where they part. Memory must be flat. Then the API server is killed in the middle of requests and started
-again. Writes benchmarks/results/serving-soak.json (with --drafts serving-soak-drafts.json), and ends with 1 where
-anything is wrong; `page.py --table` then writes docs/serving.md.
+again. Writes benchmarks/results/serving-soak.json (with --drafts serving-soak-drafts.json, and by a model
+serving-soak-drafts-model.json), and ends with 1 where anything is wrong; `page.py --table` then writes docs/serving.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ _KIB = 1024
 
 def main() -> int:
     options = _options()
+    with tempfile.TemporaryDirectory() as folder:
+        return _soak(options, _drafting(options, Path(folder)))
+
+
+def _soak(options: argparse.Namespace, drafting: dict[str, Any] | None) -> int:
     contender = contenders.BY_NAME[f"turbo-{options.bits}"]
     given, model = contender.environment() | _FEW_KERNELS, models.bundled_model()
     engine = {
@@ -46,7 +52,7 @@ def main() -> int:
         "max_num_batched_tokens": _STEP_TOKENS,
         "max_model_len": _LENGTH,
         "block_size": 64,
-        "speculative_config": _ngram(options.drafts),
+        "speculative_config": drafting,
     }
     spec = {"options": engine, "requests": options.requests, "seed": options.seed}
     print(f"{options.requests:,} requests together, {contender.title}", flush=True)
@@ -56,7 +62,7 @@ def main() -> int:
     document = _document(options, load, solo)
     if options.server:
         print("the API server", flush=True)
-        document["server"] = _served(options, model.folder, given, solo)
+        document["server"] = _served(options, model.folder, given, solo, drafting)
     document["problems"] = _problems(document)
     write_text(options.out, json.dumps(document, indent=1) + "\n")
     _tell(document)
@@ -72,19 +78,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache-kib", type=int, default=3 * 1024, help="pages; small, so that it has to preempt")
     parser.add_argument("--seed", type=int, default=0, help="of the requests (default 0)")
     parser.add_argument("--no-server", dest="server", action="store_false", help="leave the API server out")
-    parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts that a step verifies, at most")
+    parser.add_argument("--drafts", type=int, default=0, help="drafts that a step verifies, at most")
+    parser.add_argument("--drafter", choices=("ngram", "model"), default="ngram", help="who drafts (default ngram)")
     parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
     options = parser.parse_args()
-    options.out = options.out or processes.RESULTS / f"serving-soak{'-drafts' * bool(options.drafts)}.json"
+    kind = "" if not options.drafts else "-drafts" if options.drafter == "ngram" else "-drafts-model"
+    options.out = options.out or processes.RESULTS / f"serving-soak{kind}.json"
     if options.requests < _FEWEST:
         parser.error(f"--requests: expected {_FEWEST} or more, got {options.requests}")
     return options
 
 
-def _ngram(drafts: int) -> dict[str, Any] | None:
-    """For `speculative_config`: looks that find something in a text, right or wrong."""
-    looks = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    return {"method": "ngram", "num_speculative_tokens": drafts, **looks} if drafts else None
+def _drafting(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    """For `speculative_config`: looks that find something in a text, right or wrong, or a model that is often wrong."""
+    if not options.drafts:
+        return None
+    ngram = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    model = {"method": "draft_model", "model": str(models.drafter(folder / "drafter"))}
+    return {"num_speculative_tokens": options.drafts, **(model if options.drafter == "model" else ngram)}
 
 
 def _document(options: argparse.Namespace, load: dict[str, Any], solo: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +110,7 @@ def _document(options: argparse.Namespace, load: dict[str, Any], solo: dict[str,
         "bits": options.bits,
         "bound": options.bound,
         "drafts": options.drafts,
+        "drafter": options.drafter,
         "generated": sum(map(len, load["answers"].values())),
         "taken_back": len(load["aborted"]),
         "answers": asdict(found),
@@ -108,7 +120,13 @@ def _document(options: argparse.Namespace, load: dict[str, Any], solo: dict[str,
     }
 
 
-def _served(options: argparse.Namespace, folder: Path, given: dict[str, str], solo: dict[str, Any]) -> dict[str, Any]:
+def _served(
+    options: argparse.Namespace,
+    folder: Path,
+    given: dict[str, str],
+    solo: dict[str, Any],
+    drafting: dict[str, Any] | None,
+) -> dict[str, Any]:
     """The server is asked the first of the soak's requests, and held to the same solo answers."""
     names = list(solo["answers"])[: options.served]
     asked = {name: (solo["prompts"][name], len(solo["answers"][name])) for name in names}
@@ -121,8 +139,8 @@ def _served(options: argparse.Namespace, folder: Path, given: dict[str, str], so
         "block-size": 64,
         "enforce-eager": None,
     }
-    if options.drafts:
-        switches["speculative-config"] = json.dumps(_ngram(options.drafts))
+    if drafting:
+        switches["speculative-config"] = json.dumps(drafting)
     found = restart(folder, switches, given, asked)
     wanted = {name: solo["answers"][name] for name in names}
     both = {

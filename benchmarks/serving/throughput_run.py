@@ -12,6 +12,8 @@ import engine
 from vllm.v1.engine.llm_engine import LLMEngine
 from workload import Request, Workload, requests_of
 
+from turboattention import bundled
+
 Times = dict[str, list[float]]
 
 
@@ -20,8 +22,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     workload = Workload(**spec["workload"])
     _warm_up(llm, workload)
     before = engine.counters(llm)
-    requests = requests_of(workload)
-    times, steps, seconds = serve(llm.llm_engine, requests)
+    document = llm.get_tokenizer()(bundled.document()).input_ids if workload.vocabulary is None else ()
+    requests = requests_of(workload, document)
+    times, steps, seconds = serve(llm.llm_engine, requests, workload.alone)
     missing = [request.name for request in requests if len(times[request.name]) != request.output]
     assert not missing, f"not all tokens came: {missing}"
     counted = {name: value - before[name] for name, value in engine.counters(llm).items()}
@@ -34,13 +37,17 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def serve(served: LLMEngine, requests: Sequence[Request]) -> tuple[Times, int, float]:
-    """Seconds, from the beginning, at which each token came out; steps; seconds in all."""
+def serve(served: LLMEngine, requests: Sequence[Request], alone: bool) -> tuple[Times, int, float]:
+    """Seconds, from the beginning, at which each token came out; steps; seconds in all. alone: a request comes when
+    the one before has ended, and its seconds are from then on."""
     coming = deque(requests)
     times: Times = {request.name: [] for request in requests}
-    steps, begin = 0, time.perf_counter()
+    steps, begin, came = 0, time.perf_counter(), 0.0
     while coming or served.has_unfinished_requests():
         while coming and coming[0].arrival <= time.perf_counter() - begin:
+            if alone and served.has_unfinished_requests():
+                break
+            came = time.perf_counter() - begin if alone else 0.0
             request = coming.popleft()
             served.add_request(request.name, {"prompt_token_ids": list(request.prompt)}, engine.greedy(request.output))
         if not served.has_unfinished_requests():
@@ -50,7 +57,7 @@ def serve(served: LLMEngine, requests: Sequence[Request]) -> tuple[Times, int, f
         steps, now = steps + 1, time.perf_counter() - begin
         for output in outputs:
             held = times[output.request_id]
-            held.extend([now] * (len(output.outputs[0].token_ids) - len(held)))
+            held.extend([now - came] * (len(output.outputs[0].token_ids) - len(held)))
     return times, steps, time.perf_counter() - begin
 
 
@@ -77,9 +84,9 @@ def figures(requests: Sequence[Request], times: Times, seconds: float) -> dict[s
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """mean, p50 and p95; of a percentile the value nearest to it."""
+    """mean, p50, p95 and p99; of a percentile the value nearest to it."""
     ordered = sorted(values)
-    at = {name: ordered[round(share * (len(ordered) - 1))] for name, share in (("p50", 0.5), ("p95", 0.95))}
+    at = {f"p{percent}": ordered[round(percent / 100 * (len(ordered) - 1))] for percent in (50, 95, 99)}
     return {"mean": sum(ordered) / len(ordered), **at}
 
 

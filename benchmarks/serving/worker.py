@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-TASKS = ("capacity_run", "throughput_run", "soak_run", "solo_run")
+TASKS = ("calibration_run", "capacity_run", "throughput_run", "quality_run", "soak_run", "solo_run")
 
 
 def main(task: str, given: str, made: str) -> None:

@@ -1,21 +1,24 @@
-"""Requests of a benchmark: random token ids, lengths and arrivals, the same for every contender."""
+"""Requests of a benchmark: prompts, lengths and arrivals, the same for every contender."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Workload:
     """requests: how many. prompt, output: least and most tokens. rate: a second, as a Poisson process; None: all at
-    the beginning. vocabulary: ids are below it."""
+    the beginning. alone: each only when the one before has ended. vocabulary: random ids are below it; None: prompts
+    are pieces of the bundled document."""
 
     requests: int
     prompt: tuple[int, int]
     output: tuple[int, int]
     rate: float | None
-    vocabulary: int
+    vocabulary: int | None
+    alone: bool = False
     seed: int = 0
 
 
@@ -29,13 +32,20 @@ class Request:
     arrival: float
 
 
-def requests_of(workload: Workload) -> list[Request]:
-    """In order of arrival."""
+def requests_of(workload: Workload, ids: Sequence[int] = ()) -> list[Request]:
+    """In order of arrival. ids: the document, where prompts are pieces of it."""
     draw = random.Random(workload.seed)
     made, arrival = [], 0.0
     for number in range(workload.requests):
         length, output = draw.randint(*workload.prompt), draw.randint(*workload.output)
-        prompt = tuple(draw.randrange(10, workload.vocabulary) for _ in range(length))
+        prompt = _prompt(draw, length, workload.vocabulary, ids)
         made.append(Request(f"request-{number}", prompt, output, arrival))
         arrival += draw.expovariate(workload.rate) if workload.rate else 0.0
     return made
+
+
+def _prompt(draw: random.Random, length: int, vocabulary: int | None, ids: Sequence[int]) -> tuple[int, ...]:
+    if vocabulary is not None:
+        return tuple(draw.randrange(10, vocabulary) for _ in range(length))
+    start = draw.randrange(len(ids) - length)
+    return tuple(ids[start : start + length])

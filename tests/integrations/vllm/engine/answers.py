@@ -57,9 +57,11 @@ def greedy(max_tokens: int, **options: Any) -> Any:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2, **options)
 
 
-def answer(llm: Any, asked: Sequence[dict[str, list[int]]], max_tokens: int = 40, **options: Any) -> list[Answer]:
-    """All at once."""
-    outputs = llm.generate(list(asked), greedy(max_tokens, **options), use_tqdm=False)
+def answer(
+    llm: Any, asked: Sequence[dict[str, list[int]]], max_tokens: int = 40, adapters: Any = None, **options: Any
+) -> list[Answer]:
+    """All at once. adapters: a LoRARequest or None for each."""
+    outputs = llm.generate(list(asked), greedy(max_tokens, **options), use_tqdm=False, lora_request=adapters)
     return [Answer.of(output) for output in outputs]
 
 

@@ -71,6 +71,41 @@ def save_changed(folder: Path, name: str, change: Callable[[Tensor], object]) ->
     return folder
 
 
+def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:
+    """A LoRA adapter of the bundled model with random weights, for all projections of attention and of the MLP."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    torch.manual_seed(seed)
+    names = [name for name in load_file(MODEL / "model.safetensors") if name.endswith("_proj.weight")]
+    shapes = {name: load_file(MODEL / "model.safetensors")[name].shape for name in names}
+    parts: dict[str, Tensor] = {}
+    for name, (outputs, inputs) in shapes.items():
+        base = f"base_model.model.{name.removesuffix('.weight')}"
+        parts[f"{base}.lora_A.weight"] = torch.randn(rank, inputs) * inputs**-0.5
+        parts[f"{base}.lora_B.weight"] = torch.randn(outputs, rank) * 0.5
+    save_file(parts, folder / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-2] for name in names})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_merged(folder: Path, adapter: Path) -> Path:
+    """The bundled model with an adapter's products added to its weights, in float32."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, folder)
+    parts = load_file(adapter / "adapter_model.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        base = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{base}.lora_A.weight" in parts:
+            weights[name] = weights[name].float() + parts[f"{base}.lora_B.weight"] @ parts[f"{base}.lora_A.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def save_eagle_head(folder: Path) -> Path:
     """The configuration of a head that drafts from the bundled model's hidden states: one layer of its shape, for which
     vLLM draws weights."""
