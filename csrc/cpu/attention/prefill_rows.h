@@ -97,6 +97,21 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
     }
 }
 
+// Rows row .. row + kQueryLanes of the task's result, whose channels past Dv are not read.
+inline void finish_group(const Group& g, int row, int rows, int value_dim, Running& state) {
+    const int used = std::min(kQueryLanes, rows - row);
+    std::copy_n(g.row_max, used, state.row_max + row), std::copy_n(g.row_sum, used, state.row_sum + row);
+    alignas(64) float some[16][16];
+    for (int first = 0; first < used; first += 16)
+        for (int c = 0; c < value_dim; c += 16) {
+            const auto* from = reinterpret_cast<const std::uint8_t*>(g.out[c] + first);
+            words_transposed(from, sizeof g.out[c], reinterpret_cast<std::uint8_t*>(some), sizeof some[0]);
+            for (int lane = 0; lane < std::min(16, used - first); ++lane)
+                std::memcpy(state.out + static_cast<std::size_t>(row + first + lane) * state.wide + c, some[lane],
+                            sizeof some[lane]);
+        }
+}
+
 template <class Level>
 inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level& level, ManyScratch& scratch,
                              Running& state) {
@@ -122,13 +137,7 @@ inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level&
             groups_over_block(job, level, block, false, groups, count, scratch);
         }
     }
-    for (int row = 0; row < rows; ++row) {
-        const Group& g = groups[row / kQueryLanes];
-        const int lane = row % kQueryLanes;
-        state.row_max[row] = g.row_max[lane], state.row_sum[row] = g.row_sum[lane];
-        float* out = state.out + static_cast<std::size_t>(row) * state.wide;
-        for (int c = 0; c < value_dim; ++c) out[c] = g.out[c][lane];
-    }
+    for (int n = 0; n < count; ++n) finish_group(groups[n], n * kQueryLanes, rows, value_dim, state);
 }
 
 }  // namespace turbo::TURBO_ISA
