@@ -104,6 +104,7 @@ def row(contender: str, seconds: float, rate: float | None = None) -> dict[str, 
         "contender": contender,
         "title": contender,
         "budget": 24 << 20,
+        "tokens": 4096,
         "rate": rate,
         "num_preemptions": 3,
         "first_token": spread,
@@ -116,10 +117,22 @@ def test_throughput_section(script: Any) -> None:
     rows = [row("stock", 4.0), row("turbo-4", 2.0), row("stock", 6.0), row("turbo-4", 2.0), row("stock", 5.0, 1.0)]
     plan = {"requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4}
     document = {"facts": FACTS, "model": "some", "plan": plan, "rounds": 2, "rows": rows}
-    text = script("sections").throughput(document, "picture").splitlines()
-    assert "| 24 MiB, all at once | stock | 21 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
-    assert "| 24 MiB, all at once | turbo-4 | 50 | 2.50 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
-    assert "| 24 MiB, 1 a second | stock | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+    text = script("throughput_section").throughput(document, "picture").splitlines()
+    assert "| 24 MiB, all at once | stock | 4,096 | 21 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+    assert "| 24 MiB, all at once | turbo-4 | 4,096 | 50 | 2.50 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+    assert "| 24 MiB, 1 a second | stock | 4,096 | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+
+
+def test_throughput_section_of_a_real_model(script: Any) -> None:
+    """With the quality of each cache, where it was measured."""
+    plan = {"requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4}
+    quality = {"passages": 2, "context": 2048, "step": 64}
+    quality |= {"contenders": {"turbo-4": {"kl": 0.00437, "top1": 0.958, "perplexity": 0.0021}}}
+    rows = [row("stock", 4.0), row("turbo-4", 2.0)]
+    document = {"facts": FACTS, "model": "some", "plan": plan, "rounds": 1, "rows": rows, "quality": quality}
+    text = script("throughput_section").throughput(document, "picture").splitlines()
+    assert next(line for line in text if "| turbo-4 |" in line).endswith("| 0.0044 | 95.8% | +0.2% |")
+    assert next(line for line in text if "| stock |" in line).endswith("| – | – | – |")
 
 
 def test_capacity_section_tells_of_a_missed_floor(script: Any) -> None:
