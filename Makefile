@@ -26,7 +26,7 @@ BUILT := $(IN_PLACE)/ready
 SANITIZED := build/sanitized
 ARM := build/arm
 OLDEST_TRITON := build/triton-3.6.0
-TRITON_REPORT := build/triton-tests.txt
+KERNELS_REPORT := build/kernel-tests.txt
 OLDEST_TRANSFORMERS := 5.16.0
 OLDEST := build/transformers-$(OLDEST_TRANSFORMERS)
 VLLM := build/vllm
@@ -116,14 +116,18 @@ $(SMOLLM2_MODEL): | $(READY)
 test test-long coverage sanitize test-transformers-oldest test-triton-oldest test-triton-assembly vllm-test vllm-models: \
   export OMP_NUM_THREADS ?= 1
 
-# Half of the time is Triton's interpreter, in a process beside that of all other tests. Its report comes last.
-test: $(BUILT) ## run the tests, in two processes
-	@$(BIN)/python -m pytest -q --durations=10 tests/kernels/triton > $(TRITON_REPORT) 2>&1 & triton=$$!; \
-	  trap 'kill $$triton 2>/dev/null' INT TERM; \
-	  $(BIN)/python -m pytest -q --durations=10 --ignore tests/kernels/triton; others=$$?; \
-	  wait $$triton; triton=$$?; \
-	  echo 'tests/kernels/triton:'; cat $(TRITON_REPORT); \
-	  exit $$((others ? others : triton))
+# Triton's interpreter has a process of its own, then the CPU kernels one, beside that of all other tests: each half of
+# the time. Their report comes last.
+test: $(BUILT) ## run the tests, in two processes at a time
+	@{ trap 'kill $$! 2>/dev/null; exit 143' TERM; \
+	   $(BIN)/python -m pytest -q --durations=10 tests/kernels/triton & wait $$!; triton=$$?; \
+	   $(BIN)/python -m pytest -q --durations=10 tests/kernels/cpu & wait $$!; cpu=$$?; \
+	   exit $$((triton ? triton : cpu)); } > $(KERNELS_REPORT) 2>&1 & kernels=$$!; \
+	  trap 'kill $$kernels 2>/dev/null' INT TERM; \
+	  $(BIN)/python -m pytest -q --durations=10 --ignore tests/kernels; others=$$?; \
+	  wait $$kernels; kernels=$$?; \
+	  echo 'tests/kernels:'; cat $(KERNELS_REPORT); \
+	  exit $$((others ? others : kernels))
 
 test-long: $(BUILT) ## compile the GPU kernels, and run what takes minutes in Triton's interpreter, which `make test` leaves out
 	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long
