@@ -27,9 +27,9 @@ struct FixedGroup {
     }
 };
 
-// INT8 codes into w.p, w.rescale and w.factor, as `group_scaled_weights` of lanes.h; from the products in w.scores,
-// `Partial`: some are hidden, by w.low and w.high and, unless it is null, by `shown`: 1 where a mask shows a key, else
-// 0.
+// INT8 codes into w.p, w.rescale and w.factor, as `group_scaled_weights` of lanes.h, from the products in w.scores.
+// `Partial`: some keys are hidden, by w.low and w.high and, unless it is null, by `shown` (1 where a mask shows a key,
+// else 0).
 template <bool Partial>
 inline bool group_fixed_weights(const FixedScales& scales, const LaneQueries& q, const F* mean, bool row_scale,
                                 const std::int32_t (*shown)[kQueryLanes], Group& g, GroupWork& w) {
@@ -104,7 +104,7 @@ inline bool group_fixed(const Job& job, std::int64_t block, const FixedScales& s
                         GroupWork& w) {
     const AttendArgs& a = job.a;
     F mean[kQueryVectors];
-    const bool with_mean = has_mean(a) && block >= a.mean_from_block;
+    const bool with_mean = lacks_mean(a, block);
     for (int n = 0; n < kQueryVectors; ++n) mean[n] = with_mean ? f_load(g.mean + 16 * n) : f_set(0.0f);
     if (!a.mask_kind)
         return w.all ? group_fixed_weights<false>(scales, q, mean, a.row_scale, nullptr, g, w)

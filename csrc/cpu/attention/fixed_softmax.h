@@ -19,7 +19,7 @@ constexpr float kSteepest = 8191.0f;          // of units a score
 constexpr std::int32_t kUnseen = -32768;      // below every score
 constexpr std::int32_t kFixedSums = 2048;     // the weight 1 in sums of weights
 constexpr float kOctavesANat = 1.44269504f;
-// 2^-f = 1 - f (c0 - f (c1 - f c2)) on [0, 1]; c0, c1 in units of 2^-15, c2 too.
+// 2^-f = 1 - f (c0 - f (c1 - f c2)) on [0, 1], in units of 2^-15.
 constexpr std::int32_t kFixedCubic[3] = {22660, 7570, 1294};
 
 // 2^-(y / kOctave) in units of 1 / kFixedOne, y unsigned.

@@ -141,7 +141,7 @@ inline void group_logits(const Job& job, std::int64_t block, int form, const Blo
                          GroupWork& w, bool partial, F* row_max) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
-    const bool with_mean = has_mean(a) && block >= a.mean_from_block;
+    const bool with_mean = lacks_mean(a, block);
     F unit[kQueryVectors], mean[kQueryVectors], top[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
         unit[n] = f_load(g.form[form].unit + 16 * n), top[n] = lowest;

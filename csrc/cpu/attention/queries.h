@@ -21,9 +21,10 @@ struct QueryRow {
 
 inline bool has_mean(const AttendArgs& a) { return a.q.data ? a.mean != nullptr : a.q_mean_logit != nullptr; }
 
-// The logit that a block's keys lack.
+// Whether a block's keys are stored without the mean; the logit that a query's then lack.
+inline bool lacks_mean(const AttendArgs& a, std::int64_t block) { return has_mean(a) && block >= a.mean_from_block; }
 inline float mean_of(const AttendArgs& a, const QueryRow& row, std::int64_t block) {
-    return has_mean(a) && block >= a.mean_from_block ? row.mean_logit : 0.0f;
+    return lacks_mean(a, block) ? row.mean_logit : 0.0f;
 }
 
 // The order of K's channels in a head's compressed pages; null where they are as INT8 rows.

@@ -46,7 +46,7 @@ def takes_fixed_point(config: TurboConfig, scale: float, softcap: float | None, 
 def product_shift(codes: Tensor) -> Tensor:
     """int32 [...]: the shift after which products of queries [..., D] (integers) with INT8 keys fit 16 bits."""
     largest = 127 * codes.abs().sum(-1).to(torch.int64)
-    return (largest[..., None] >> torch.arange(9) > 32767).sum(-1).to(torch.int32)
+    return (largest[..., None] >> torch.arange(9, device=codes.device) > 32767).sum(-1).to(torch.int32)
 
 
 def fixed_weights(

@@ -46,7 +46,6 @@ def check_first_prompt(
         return
     _looked_at.add(module)
     row, mask = _shown(q.shape[2], k.shape[2], plan, causal, call.window)
-    mask = mask[:_TOKENS]
     rows = torch.arange(len(mask) // 2, len(mask))
     rows = rows[mask[rows].any(1)]  # others are padding
     if not len(rows):
@@ -63,21 +62,22 @@ def check_first_prompt(
 
 
 def _shown(queries: int, keys: int, plan: MaskPlan | None, causal: bool, window: int | None) -> tuple[int, Tensor]:
-    """The sequence with the least padding, and which keys its queries see: bool [Lq, Lk] on the CPU, of the last Lk
-    keys that a causal mask is for."""
+    """The sequence with the least padding, and which keys its first `_TOKENS` queries see: bool [Lq, Lk] on the CPU, of
+    the last Lk keys that a causal mask is for. Not of all queries: a long prompt's would take a gigabyte."""
+    first = min(queries, _TOKENS)
     if plan is not None and not plan.is_causal:
-        shown = shown_by(plan.mask[..., :keys]).any(1)  # by some head
+        shown = shown_by(plan.mask[..., :first, :keys]).any(1)  # by some head
         row = int(shown.sum((1, 2)).argmax())
-        return row, shown[row].expand(queries, -1).cpu()
+        return row, shown[row].expand(first, -1).cpu()
     row, width = 0, keys if plan is None else min(plan.width, keys)
-    at, positions = torch.arange(width), torch.arange(width - queries, width)[:, None]
-    shown = torch.ones(queries, width, dtype=torch.bool)
+    at, positions = torch.arange(width), torch.arange(width - queries, width)[:first, None]
+    shown = torch.ones(first, width, dtype=torch.bool)
     if causal or plan is not None:
         shown = (at <= positions) & (at > positions - (window or width))
     if plan is not None and plan.visible is not None:
         row = int(plan.visible.sum(1).argmax())
         visible = plan.visible[row, -width:]
-        shown = shown & visible & visible[-queries:, None]
+        shown = shown & visible & visible[-queries:][:first, None]
     return row, shown
 
 
