@@ -154,6 +154,12 @@ inline std::int32_t i_sum(I x) {
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
     return _mm_cvtsi128_si32(sum);
 }
+inline std::int32_t i_reduce_max(I x) {
+    const __m256i both = _mm256_max_epi32(x.a, x.b);
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
 inline float f_reduce_max(F x) {
     const __m256 both = _mm256_max_ps(x.a, x.b);
     __m128 top = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
@@ -268,6 +274,7 @@ inline void d_store_floats(float* p, D x) {
 inline D operator+(D x, D y) { return {_mm256_add_pd(x.a, y.a), _mm256_add_pd(x.b, y.b)}; }
 inline D operator-(D x, D y) { return {_mm256_sub_pd(x.a, y.a), _mm256_sub_pd(x.b, y.b)}; }
 inline D operator*(D x, D y) { return {_mm256_mul_pd(x.a, y.a), _mm256_mul_pd(x.b, y.b)}; }
+inline D d_fma(D x, D y, D z) { return {_mm256_fmadd_pd(x.a, y.a, z.a), _mm256_fmadd_pd(x.b, y.b, z.b)}; }
 template <int Distance>
 inline __m256d butterfly_half(__m256d x) {
     const __m256d other = Distance == 1 ? _mm256_permute_pd(x, 5) : _mm256_permute4x64_pd(x, 0x4E);

@@ -47,8 +47,9 @@ inline F f_quotient(F x, F y, F inverse) {
     const F guess = x * inverse;
     return f_fma(f_missed(x, y, guess), inverse, guess);
 }
-// x / y as a division rounds it, given 1 / y so rounded (Markstein): a guess within two units in the last place, corrected
-// twice. Neither the quotient nor what a guess misses x by may overflow; where they underflow, both are next to zero.
+// x / y as a division rounds it, given 1 / y so rounded (Markstein): a guess within two units in the last place,
+// corrected twice. Neither the quotient nor what a guess misses x by may overflow; where they underflow, both are next
+// to zero.
 inline F f_divide(F x, F y, F inverse) {
     const F guess = f_quotient(x, y, inverse);
     return f_fma(f_missed(x, y, guess), inverse, guess);
@@ -125,6 +126,7 @@ inline void i_store_s8(std::int8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 inline std::int32_t i_sum(I a) { return _mm512_reduce_add_epi32(a.v); }
+inline std::int32_t i_reduce_max(I a) { return _mm512_reduce_max_epi32(a.v); }
 inline float f_reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
 // Lanes 0-7 plus lanes 8-15 of a, then the same of b.
 inline I i_fold_halves(I a, I b) {
@@ -216,6 +218,7 @@ inline void d_store_floats(float* p, D a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(
 inline D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline D operator-(D a, D b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline D operator*(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline D d_fma(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 // Sums in the lanes without the bit Distance of their index, differences in those with it, of pairs of lanes that
 // differ in this bit.
 template <int Distance>
@@ -224,8 +227,7 @@ inline D d_butterfly(D a) {
                           : Distance == 2 ? _mm512_permutex_pd(a.v, 0x4E)
                                           : _mm512_shuffle_f64x2(a.v, a.v, 0x4E);
     const auto sign = [](int lane) { return lane & Distance ? -1.0 : 1.0; };
-    const __m512d signs =
-        _mm512_setr_pd(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7));
+    const __m512d signs = _mm512_setr_pd(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7));
     return {_mm512_fmadd_pd(a.v, signs, other)};
 }
 

@@ -189,6 +189,11 @@ inline std::int32_t i_sum(I a) {
     for (int i = 0; i < 16; ++i) sum += a.v[i];
     return sum;
 }
+inline std::int32_t i_reduce_max(I a) {
+    std::int32_t largest = a.v[0];
+    for (int i = 1; i < 16; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
+    return largest;
+}
 inline float f_reduce_max(F a) { return *std::max_element(a.v, a.v + 16); }
 inline I i_fold_halves(I a, I b) {
     return lanes<I>([&](int i) { return i < 8 ? a.v[i] + a.v[i + 8] : b.v[i - 8] + b.v[i]; });
@@ -273,6 +278,8 @@ inline D operator-(D a, D b) {
 inline D operator*(D a, D b) {
     return doubles([&](int i) { return a.v[i] * b.v[i]; });
 }
+// For exact products, which make it the same as a fused one.
+inline D d_fma(D a, D b, D c) { return a * b + c; }
 template <int Distance>
 inline D d_butterfly(D a) {
     return doubles([&](int i) { return i & Distance ? a.v[i ^ Distance] - a.v[i] : a.v[i] + a.v[i ^ Distance]; });

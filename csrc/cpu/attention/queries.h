@@ -43,9 +43,8 @@ inline void quantize_query(const AttendArgs& a, const float* x, std::int8_t* cod
     const int head_dim = static_cast<int>(a.head_dim);
     const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
     I sum = i_set(0), magnitudes = i_set(0);
-    quantize_row(x, head_dim, scale, codes, [&](I code) {
-        sum = sum + code, magnitudes = magnitudes + i_max(code, i_set(0) - code);
-    });
+    quantize_row(x, head_dim, scale, codes,
+                 [&](I code) { sum = sum + code, magnitudes = magnitudes + i_max(code, i_set(0) - code); });
     row.unit = scale * static_cast<float>(a.scale);
     row.sum = i_sum(sum), row.shift = fixed_shift(i_sum(magnitudes));
 }

@@ -25,6 +25,20 @@ inline int block_of(int head_dim) { return head_dim & -head_dim; }
 
 constexpr int kInRegisters = 128;  // doubles of a transform that are not stored in between
 
+// Sums and differences of vectors whose indices differ in one bit, from Distance on. Recursive, so that all indices are
+// constants and the vectors stay in registers.
+template <int N, int Distance = 1>
+TURBO_ALWAYS_INLINE void butterflies(D* x) {
+    if constexpr (Distance < N) {
+        for (int i = 0; i < N / 2; ++i) {
+            const int low = i / Distance * 2 * Distance + i % Distance;
+            const D a = x[low], b = x[low + Distance];
+            x[low] = a + b, x[low + Distance] = a - b;
+        }
+        butterflies<N, 2 * Distance>(x);
+    }
+}
+
 // Unnormalized transform of N doubles, eight at a time: take(i) gives and put(i, x) receives the vector of elements
 // 8i to 8i + 7. All are taken before the first is put.
 template <int N, class Take, class Put>
@@ -32,12 +46,7 @@ TURBO_ALWAYS_INLINE void hadamard(const Take& take, const Put& put) {
     if constexpr (N <= kInRegisters) {
         D x[N / 8];
         for (int i = 0; i < N / 8; ++i) x[i] = d_butterfly<4>(d_butterfly<2>(d_butterfly<1>(take(i))));
-        for (int distance = 1; distance < N / 8; distance *= 2)
-            for (int i = 0; i < N / 8; ++i) {
-                if (i & distance) continue;
-                const D a = x[i], b = x[i + distance];
-                x[i] = a + b, x[i + distance] = a - b;
-            }
+        butterflies<N / 8>(x);
         for (int i = 0; i < N / 8; ++i) put(i, x[i]);
     } else {
         constexpr int kHalf = N / 16;
@@ -67,11 +76,7 @@ inline double norm_of(int block) {
 
 // Rotates N channels, or rotates them back.
 template <int N, bool Back>
-#if defined(__GNUC__)
-__attribute__((noinline))
-#endif
-inline void
-rotate_block(float* x, const double* signs) {
+TURBO_NEVER_INLINE void rotate_block(float* x, const double* signs) {
     const D norm = d_set(norm_of(N));
     const auto signed_at = [&](int i, D value) { return value * d_load(signs + 8 * i); };
     hadamard<N>(
