@@ -102,7 +102,7 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
             )
 
         def overlaps(place: tuple[int, int, str]) -> int:
-            text = label(place)  # noqa: B023
+            text = label(place)
             box = text.get_window_extent()
             text.remove()
             outside = not (inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1)
