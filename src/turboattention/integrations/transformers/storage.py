@@ -31,6 +31,7 @@ MIXED_VERSION = 2
 """The version of files with layers in the model's own dtype or states, which earlier releases do not know."""
 _KIND = "turbo_cache"
 _PARALLEL = "tensor_parallel"
+_CHECKED = "check_prompts"  # absent from files of earlier releases, which ignore it
 _NOTES = "notes"
 _VALID, _PROMPT = "valid", "prompt_ids"
 _STATES, _ATTENDS = "states", "attends"
@@ -67,6 +68,7 @@ def save_cache(
         "version": VERSION if plain else MIXED_VERSION,
         "model": None if model is None else asdict(model),
         _PARALLEL: parallel.metadata(),
+        _CHECKED: cache.check_prompts,
         "length": cache.get_seq_length(),
         "layers": [
             _entry(layer) | ({_STATES: states[index][0]} if index in states else {})
@@ -121,7 +123,7 @@ def load_cache(
         raise FormatError(f"path: expected a file written by TurboCache.save, got a damaged one: {path}") from error
     if model is not None and model_config is not None:
         model.check(model_config)
-    cache = cls.from_layers(layers, tensors.get(_PROMPT))
+    cache = cls.from_layers(layers, tensors.get(_PROMPT), bool(content.get(_CHECKED, True)))
     expected = (cache.batch_size, cache.get_seq_length())
     if cache.prompt_ids is not None and cache.prompt_ids.shape != expected:
         raise FormatError(f"{_PROMPT}: expected shape {expected}, got {tuple(cache.prompt_ids.shape)} in {path}")
