@@ -327,9 +327,11 @@ def test_what_a_window_reserves_is_within_a_tenth_of_the_most_that_it_holds():
     assert reserving.nbytes <= 1.1 * most
 
 
-def test_the_memory_of_gemma_3_after_6000_tokens():
+@pytest.mark.parametrize("reorder", [False, True])
+def test_the_memory_of_gemma_3_after_6000_tokens(reorder):
     """Of 18 layers with one KV head of 256 channels, 15 have a window of 512, of which transformers keeps 511 keys."""
-    whole, window = (ta.KVCache(1, 1, 256, config=PLAIN, window_size=size) for size in (None, 512))
+    config = PLAIN.replace(reorder_k=reorder, search=False)
+    whole, window = (ta.KVCache(1, 1, 256, config=config, window_size=size) for size in (None, 512))
     for cache in (whole, window):
         cache.append(*tokens(1, 1, 6000, 256))
     own = 2 * 2 * 256 * (3 * 6000 + 15 * 511)

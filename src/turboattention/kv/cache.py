@@ -170,7 +170,7 @@ class KVCache:
     @property
     def frozen(self) -> bool:
         """Whether the widths of compressed pages and the order of K's channels in them are fixed."""
-        return self.page_table is not None and self.page_table.pools.head_bits is not None
+        return self.page_table is not None and self.page_table.pools.compressed is not None
 
     @property
     def configured_bits(self) -> Tensor | None:
