@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from copy import deepcopy
@@ -244,6 +245,8 @@ class PageTable:
         return state
 
     def __del__(self) -> None:
+        if sys.is_finalizing():  # PyTorch may be gone already
+            return
         for table in self.__dict__.get("pages", ()):
             self.pools.release(table)
 

@@ -59,6 +59,20 @@ def test_a_crop(kind, recorded, tiny, tokens, forward):
     check(cache, anew)
 
 
+@pytest.mark.parametrize("prompt", [67, 70, 75])
+def test_a_crop_of_a_window_before_the_guard_has_decided(prompt, tiny, tokens, forward):
+    """The guard compares all tokens when the first block after the sinks is compressed, whose window is long gone."""
+    model, ids = tiny("gemma3"), tokens(2, 200)
+    config = TurboConfig(block_size=16, sink_tokens=64, search=False)
+    cache, whole = (TurboCache(model.config, config) for _ in range(2))
+    forward(model, "turbo", ids, [prompt], cache)
+    cache.crop(-2)
+    found = forward(model, "turbo", ids, [200 - prompt + 2], cache)
+    expected = forward(model, "turbo", ids, [prompt - 2, 200 - prompt + 2], whole)[:, prompt - 2 :]
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    assert cache.get_seq_length() == 200
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_crop_of_nothing_ends_a_recording(kind, tiny, tokens, forward):
     """As in transformers: what was recorded is what one crop may take back."""

@@ -396,6 +396,36 @@ def test_a_second_attention_call_with_other_keys(cached_first, change, tiny, tok
         forward(model, "turbo", tokens(1, 20), [20], cache)
 
 
+def test_a_second_attention_call_over_more_keys(tiny, tokens, forward, monkeypatch):
+    """With the first one repeated in front, as a sink."""
+    model = tiny("llama")
+    attend = AttentionInterface._global_mapping["turbo"]
+
+    def twice(module, query, key, value, *arguments, **options):
+        out = attend(module, query, key, value, *arguments, **options)[0]
+        more = (torch.cat([x[:, :, :1], x], 2) for x in (key, value))
+        return out + attend(module, query, *more, *arguments, **options)[0], None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "turbo", twice)
+    with pytest.raises(UnsupportedError, match=r"^key: expected only what the TurboCache stored of layer 0"):
+        forward(model, "turbo", tokens(1, 20), [20], TurboCache(model.config, SMALL))
+
+
+def test_a_forward_after_one_that_failed_is_another(tiny, tokens, forward, monkeypatch):
+    """The error holds what the failed one had, so its keys and its attention call are still there."""
+    model, ids = tiny("llama"), tokens(1, 20)
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[0].self_attn.o_proj, "forward", broken)
+        with pytest.raises(RuntimeError, match="broken") as kept:
+            forward(model, "turbo", ids, [20], TurboCache(model.config, SMALL))
+    forward(model, "turbo", ids, [20])
+    assert kept.value is not None
+
+
 def test_a_model_of_one_layer_with_and_without_a_cache(tiny, tokens, forward):
     """Its attention is called twice in a row, in two forwards."""
     model, ids = tiny("llama", num_hidden_layers=1), tokens(1, 20)

@@ -47,7 +47,7 @@ def turbo_attention_forward(
     _refuse_gradients(query, key, value)
     tracing = torch.compiler.is_dynamo_compiling()
     layer = layer_of(key)
-    held = None if tracing else other_keys(module, key, layer is not None)
+    held = None if tracing else other_keys(key, layer is not None)
     if held is not None and (holder := layer_of(held)) is not None:
         holder.refuse_other_keys()
     if layer is not None:

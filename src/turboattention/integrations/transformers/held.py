@@ -62,7 +62,10 @@ class HeldTokens:
         if self.kv is not None:
             self.kv.window_size = self.window
             self.kv.crop(keep if left is None else left.sum(1))
-        self.floats = None if self.floats is None else self.floats.cropped(keep).behind(self.window)
+        if self.floats is not None:
+            self.floats = self.floats.cropped(keep)
+            if self.kv is None:  # else the guard has still to see all of them
+                self.floats = self.floats.behind(self.window)
         self._stored, self.valid = keep, (None if left is None or bool(left.all()) else own_memory(left))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
