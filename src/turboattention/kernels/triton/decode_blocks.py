@@ -36,9 +36,9 @@ def over_pages(
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Folds pages `begin` to `end` of one layout in. queries: both halves of `products.key_products`, which columns are
-    the higher ones, unit, mean, mean_from_block; visible: as in `softmax.weigh`."""
-    q_first, q_second, is_high, unit, mean, mean_from_block = queries
+    """Folds pages `begin` to `end` of one layout in. queries: both halves of `products.key_products`, unit, mean,
+    mean_from_block; visible: as in `softmax.weigh`."""
+    q_first, q_second, unit, mean, mean_from_block = queries
     k_offsets, v_offsets = section_offsets(head_ptr, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
@@ -53,7 +53,7 @@ def over_pages(
         following = _page(ahead, pages, page_stride, PAGED)
         next_of_keys = key_metadata(following, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
         next_of_values = value_metadata(following, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_offsets, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
+        s = key_products(page, k_offsets, of_keys, q_first, q_second, WIDE, D, K_BITS, ASM)
         s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         if PAGED:

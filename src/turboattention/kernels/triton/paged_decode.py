@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .decode_blocks import fold_rows, over_pages
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
-from .products import first_half, key_channels
+from .products import halves_of_queries
 from .ragged import span_of, tail_rows_of
 from .widths import K_NUMBERS, V_NUMBERS, pair_of
 
@@ -79,15 +79,7 @@ def paged_decode(
                 mean, 0, (tl.maximum(sees, own), tl.where(there, position + 1, 0)), cap, threshold,
                 WIDE, D, FORM, CUT, ROW, CAP, "", True,
             )  # fmt: skip
-        channel = key_channels(WIDE, D)[:, None]
-        column = tl.arange(0, 2 * R)
-        q_row = tile * R + column // 2
-        q_at = ((h * group + q_row % group).to(tl.int64) * tokens + start + q_row // group)[None, :] * D + channel
-        q_there = (q_row < rows)[None, :]
-        q_first = tl.load(q_ptr + q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
-        q_at += first_half(D)
-        q_second = tl.load(q_ptr + q_at, mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
-        is_high = (column % 2 == 1)[None, :]
+        q_first, q_second = halves_of_queries(q_ptr, at, there, WIDE, D)
         for K_BITS in tl.static_range(K_NUMBERS):
             for V_BITS in tl.static_range(V_NUMBERS):
                 if PAIRS & pair_of(K_BITS, V_BITS):
@@ -97,7 +89,7 @@ def paged_decode(
                         last = tl.where(own_pair, last, 0)
                     acc, row_sum, row_max = over_pages(
                         acc, row_sum, row_max, table + b.to(tl.int64) * table_stride, pages, page_stride,
-                        begin, last, head_ptr, (q_first, q_second, is_high, unit, mean, 0),
+                        begin, last, head_ptr, (q_first, q_second, unit, mean, 0),
                         (sees, tl.where(there, own, 0)), cap, threshold,
                         WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, "", ASM, None, True,
                     )  # fmt: skip
