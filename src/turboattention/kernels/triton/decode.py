@@ -53,19 +53,18 @@ def decode(
     low = low + split * each_split
     high = tl.minimum(high, low + each_split)
     base = (b * kv_heads + h).to(tl.int64)
-    # A corner of 64 bits, and offsets of 32: what stays in registers to the end.
-    partial = ((base * tiles + tile) * splits + split) * R
-    row_max_ptr += partial
-    row_sum_ptr += partial
+    # Scalars of 32 bits: what stays in registers to the end.
+    partial = (((b * kv_heads + h) * tiles + tile) * splits + split) * R
     lane = tl.arange(0, R)
     if low >= high:
-        tl.store(row_max_ptr + lane, tl.full((R,), float("-inf"), tl.float32))
-        tl.store(row_sum_ptr + lane, tl.zeros((R,), tl.float32))
+        tl.store(row_max_ptr + partial + lane, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(row_sum_ptr + partial + lane, tl.zeros((R,), tl.float32))
     else:
-        at = (base * group + row % group) * queries + row // group
+        of_head = base * group * queries
+        at = row % group * queries + row // group
         mean = tl.zeros((R,), tl.float32)
         if MEAN:
-            mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
+            mean = tl.load(mean_ptr + of_head + at, mask=row < rows, other=0.0)
         mask_row = tl.minimum(row, rows - 1)
         mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
         visible = (begin, end, mask)
@@ -77,8 +76,8 @@ def decode(
             start = tl.load(start_ptr + b).to(tl.int32)
             origin, used = base * width - start, tl.minimum(length, start + width)
             d = tl.arange(0, WIDE)[:, None]
-            q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
-            unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
+            q = tl.load(q_ptr + of_head * D + (at[None, :] * D + d), mask=(row < rows)[None, :] & (d < D), other=0)
+            unit = tl.load(unit_ptr + of_head + at, mask=row < rows, other=1.0)
             for block in tl.range(tl.maximum(low, start // 64), high, num_stages=1):
                 acc, row_sum, row_max = fold_rows(
                     acc, row_sum, row_max, (k8_ptr, v8_ptr, ks_ptr, vs_ptr), origin + (block * 64 + tl.arange(0, 64)),
@@ -89,8 +88,8 @@ def decode(
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
             table_ptr += b.to(tl.int64) * table_stride
         if SINKS:
-            q_first, q_second = halves_of_queries(q_ptr, at, row < rows, WIDE, D)
-            unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
+            q_first, q_second = halves_of_queries(q_ptr + of_head * D, at, row < rows, WIDE, D)
+            unit = tl.load(unit_ptr + of_head + at, mask=row < rows, other=1.0)
             acc, row_sum, row_max = over_pages(
                 acc, row_sum, row_max, table_ptr, blank_ptr, None, low, tl.minimum(count, sink_blocks), sink_head_ptr,
                 (q_first, q_second, unit, mean, mean_from_block), visible, cap, threshold,
@@ -100,8 +99,8 @@ def decode(
             of_pages, units = q_ptr, unit_ptr
             if ordered_q_ptr is not None:
                 of_pages, units = ordered_q_ptr, ordered_unit_ptr
-            q_first, q_second = halves_of_queries(of_pages, at, row < rows, WIDE, D)
-            unit = tl.load(units + at, mask=row < rows, other=1.0)
+            q_first, q_second = halves_of_queries(of_pages + of_head * D, at, row < rows, WIDE, D)
+            unit = tl.load(units + of_head + at, mask=row < rows, other=1.0)
             rows_seen = (q_first, q_second, unit, mean, mean_from_block)
             for K_BITS in tl.static_range(K_NUMBERS):
                 for V_BITS in tl.static_range(V_NUMBERS):
@@ -115,6 +114,7 @@ def decode(
                             head_ptr, rows_seen, visible, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT,
                             ROW, WINDOW, CAP, MASK, ASM, None, False,
                         )  # fmt: skip
-        tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
-        tl.store(row_max_ptr + lane, row_max)
-        tl.store(row_sum_ptr + lane, row_sum)
+        acc_ptr += partial.to(tl.int64) * WIDE
+        tl.store(acc_ptr + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
+        tl.store(row_max_ptr + partial + lane, row_max)
+        tl.store(row_sum_ptr + partial + lane, row_sum)

@@ -36,7 +36,7 @@ def key_channels(WIDE: tl.constexpr, D: tl.constexpr):
 def halves_of_queries(q_ptr, at, there, WIDE: tl.constexpr, D: tl.constexpr):
     """INT8 rows `at` of q for `key_products`, zeros unless `there`."""
     channel = key_channels(WIDE, D)[:, None]
-    row = q_ptr + at[None, :] * D + channel
+    row = q_ptr + (at[None, :] * D + channel)
     first = tl.load(row, mask=there[None, :] & (channel < D), other=0)
     second = tl.load(row + first_half(D), mask=there[None, :] & (channel + first_half(D) < D), other=0)
     return first.to(tl.int32), second.to(tl.int32)
