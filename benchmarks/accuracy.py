@@ -69,7 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, help="of a set, in place of the plan's number")
     parser.add_argument("--stages", nargs="*", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument("--methods", help="in place of the plan's")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", help="of the weights, in place of the plan's")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
     parser.add_argument("--calibration-tokens", type=int, default=8192, help="of the book, where a stage needs them")
     parser.add_argument("--collect", action="store_true", help="measure nothing; take what there is")
@@ -92,8 +92,8 @@ def _is_for(stage: Stage, label: str, folder: Path, options: argparse.Namespace)
 def _call(stage: Stage, label: str, folder: str, options: argparse.Namespace) -> list[str]:
     out = BUILD / label / stage.name
     call = [sys.executable, "-m", "turboattention", "eval", "--model", folder, "--out", str(out)]
-    call += ["--tasks", stage.tasks, "--methods", options.methods or stage.methods, "--dtype", options.dtype]
-    call += ["--threads", str(options.threads)]
+    call += ["--tasks", stage.tasks, "--methods", options.methods or stage.methods]
+    call += ["--dtype", options.dtype or stage.dtype, "--threads", str(options.threads)]
     call += [*stage.options(), "--piece", "64"]
     if stage.wants_data:
         limit = ["--limit", str(options.questions)] if options.questions else []
@@ -110,7 +110,8 @@ def _calibration(label: str) -> Path:
 def _calibrate(label: str, folder: str, options: argparse.Namespace) -> list[str]:
     """Measure the widths of a model's heads on the book, which no calibrated stage reads."""
     call = [sys.executable, "-m", "turboattention", "calibrate", "--model", folder, "--text", str(options.book)]
-    call += ["--tokens", str(options.calibration_tokens), "--dtype", options.dtype, "--threads", str(options.threads)]
+    call += ["--tokens", str(options.calibration_tokens), "--dtype", options.dtype or "float32"]
+    call += ["--threads", str(options.threads)]
     return [*call, "--out", str(_calibration(label).parent)]
 
 
@@ -125,32 +126,56 @@ def _environment() -> dict[str, str]:
 
 
 def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
-    """What there is of a model: the stages' units, written to its file of results; None where there is nothing."""
-    stages: dict[str, list[dict[str, Any]]] = {}
+    """What there is of a model, written to its file of results: the units of the build folder, and from that file the
+    units that the folder lacks, where they are of the same weights and settings. None where there is nothing."""
+    path = RESULTS / f"accuracy-{label}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"facts": {}, "stages": {}}
+    measured: dict[str, list[dict[str, Any]]] = {}
     facts: dict[str, Any] = {}
     for stage in STAGES:
         paths = sorted((build / label / stage.name / "units").glob("*--*.json"))
         units = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         if units:
-            facts = units[0]["settings"]["facts"] | {"model": TITLES.get(label, label)}
-            facts.pop("begin", None)
+            facts = facts or units[0]["settings"]["facts"] | {"model": TITLES.get(label, label)}
             name = stage.name.removesuffix("-more").removesuffix("-calibrated")  # the same text or questions
-            stages[name] = stages.get(name, []) + [_short(unit) for unit in units]
-    if not stages:
+            measured[name] = measured.get(name, []) + units
+    if not measured:
         return None
-    order = list(METHODS)
+    kept = known if known["facts"].get("weights") == facts["weights"] else {"facts": {}, "stages": {}}
+    facts = kept["facts"] or {name: value for name, value in facts.items() if name != "begin"}
+    stages = dict(kept["stages"])
+    for name, found in measured.items():
+        units = [_short(unit, facts) for unit in found]
+        stages[name] = units + [unit for unit in stages.get(name, []) if _completes(unit, units)]
+    order, places = list(METHODS), [stage.name for stage in STAGES]
     for units in stages.values():
         units.sort(key=lambda u: (u["task"], order.index(u["method"]) if u["method"] in order else len(order)))
-    document = rounded({"facts": facts, "stages": stages})
-    write_text(RESULTS / f"accuracy-{label}.json", json.dumps(document, indent=1) + "\n")
+    document = rounded({"facts": facts, "stages": dict(sorted(stages.items(), key=lambda s: places.index(s[0])))})
+    write_text(path, json.dumps(document, indent=1) + "\n")
     return document
 
 
-def _short(unit: dict[str, Any]) -> dict[str, Any]:
-    """Without what is the same for all units of a stage, or of no use in a table."""
+def _completes(unit: dict[str, Any], measured: Sequence[dict[str, Any]]) -> bool:
+    """Whether a known unit was not measured again, and compares with those that were."""
+    same = [other for other in measured if other["task"] == unit["task"]]
+    return (
+        bool(same)
+        and unit["method"] not in {other["method"] for other in same}
+        and unit["settings"] == same[0]["settings"]
+    )
+
+
+def _short(unit: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Without what is the same for all units of a model or stage, or of no use in a table."""
     given = unit["settings"]
-    settings = given["task"] | ({"begin": given["facts"]["begin"]} if "begin" in given["facts"] else {})
-    return {name: unit[name] for name in unit if name not in ("settings", "version", "shown")} | {"settings": settings}
+    own = {
+        name: given["facts"][name]
+        for name in ("begin", "dtype")
+        if name in given["facts"] and given["facts"][name] != facts.get(name)
+    }
+    return {name: unit[name] for name in unit if name not in ("settings", "version", "shown")} | {
+        "settings": given["task"] | own
+    }
 
 
 def rounded(value: Any) -> Any:

@@ -53,7 +53,9 @@ def _chapter(label: str, document: Document) -> str:
         elif name == "recall":
             parts += ["### Long recall", *(markdown(*table) for table in lengths(stage))]
         else:
-            parts += [f"### {name.upper()}", *(markdown(*table) for table in questions(stage))]
+            dtype = units[0].get("settings", {}).get("dtype")
+            weights = [f"Weights in {dtype}."] if dtype else []
+            parts += [f"### {name.upper()}", *weights, *(markdown(*table) for table in questions(stage))]
     return "\n\n".join(parts)
 
 

@@ -1,13 +1,15 @@
 """Bytes of caches of which a window, a crop or a selection has let go: `python benchmarks/sliding_memory.py`.
 
 One KV head of 64 channels, 4 bits; no model is needed. Prints the table of README.md, which `--write` puts there.
-`--model FOLDER` also reads 6,000 random tokens with a model, such as Gemma 3 270M.
+`--model FOLDER` also reads 6,000 random tokens with a sliding-window model, such as Gemma 3 270M, and prints its row of
+README.md's other table.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,17 +52,29 @@ def table(found: list[tuple[str, int, int, int]]) -> str:
 
 
 def of_model(folder: str, step: int) -> str:
-    """Bytes after 6,000 tokens, over those of the model's own cache at 16 bits."""
+    """A row for a model: bytes after 6,000 random tokens of its own cache at 16 bits, and at 4 bits without and with
+    `reorder_k`."""
     from transformers import AutoModelForCausalLM
 
     ta.integrations.transformers.enable()
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="turbo")
-    held = ta.integrations.transformers.TurboCache(model.config)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="turbo", dtype=torch.bfloat16)
     ids = torch.randint(5, 10_000, (1, 6000), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for at in range(0, 6000, step):
-            model.get_decoder()(ids[:, at : at + step], past_key_values=held)
-    return f"{folder}, 6,000 tokens: {held.nbytes:,} bytes, {held.fp16_nbytes / held.nbytes:.3f} times below 16 bits"
+    cells, own = [], 0
+    for reorder in (False, True):
+        held = ta.integrations.transformers.TurboCache(model.config, ta.TurboConfig(reorder_k=reorder))
+        with torch.no_grad():
+            for at in range(0, 6000, step):
+                model.get_decoder()(ids[:, at : at + step], past_key_values=held)
+        own = sum(own_bytes(layer) for layer in held.attention_layers)
+        cells.append(f"{held.nbytes:,} ({own / held.nbytes:.3f}x)")
+    return f"| {Path(folder).name} | {own:,} | {' | '.join(cells)} |"
+
+
+def own_bytes(layer: Any) -> int:
+    """Bytes of a layer of transformers' own cache at 16 bits, which keeps all of a window's keys but one."""
+    _, heads, head_dim, v_head_dim = layer.kv.token_shape
+    tokens = layer.get_seq_length() if layer.window is None else min(layer.get_seq_length(), layer.window - 1)
+    return 2 * tokens * heads * (head_dim + v_head_dim)
 
 
 def main() -> None:

@@ -215,7 +215,8 @@ def memory(rows: Sequence[Row]) -> str:
     lines = [_line(["KV cache", "tokens", "below FP16", "bits per element"]), _line(["---"] * 4)]
     for row in rows:
         ratio, bits = row.figures["below_fp16"], row.figures["bits_per_element"]
-        lines.append(_line([row.bits or "", f"{row.shape['keys']:,}", f"{ratio:.2f}x", f"{bits:.2f}"]))
+        window = f", window of {row.shape['window']:,}" if row.shape.get("window") else ""
+        lines.append(_line([row.bits or "", f"{row.shape['keys']:,}{window}", f"{ratio:.2f}x", f"{bits:.2f}"]))
     return "\n".join(lines) if rows else ""
 
 

@@ -89,7 +89,7 @@ def _memory(bits: str, floor: float) -> Callable[[Sequence[Row]], tuple[str, boo
         found = [
             row.figures["below_fp16"]
             for row in rows
-            if row.work == "memory" and _matches(row, {"bits": bits, "keys": 8192, "head_dim": 128})
+            if row.work == "memory" and _matches(row, {"bits": bits, "keys": 8192, "head_dim": 128, "window": None})
         ]
         return (_range(found), min(found) >= floor) if found else None
 

@@ -17,7 +17,7 @@ import torch
 
 import turboattention as ta
 from turboattention.errors import FormatError, InputError
-from turboattention.files import write_figure, write_text, write_whole
+from turboattention.files import new_folder, read_json, read_text, write_figure, write_text, write_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -219,3 +219,48 @@ def test_figures_are_written_whole(tmp_path, file_limit):
         write_figure(tmp_path / "x.png", figure, "--picture")
     assert (tmp_path / "x.png").read_bytes() == before
     assert os.listdir(tmp_path) == ["x.png"]
+
+
+@pytest.mark.parametrize("read", [read_text, read_json])
+def test_only_regular_files_are_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(OSError, match="it is a folder, device or pipe"):
+            read(path)
+    with pytest.raises(OSError, match="null byte"):
+        read("a\0b")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none")
+
+
+def test_a_text_is_read_up_to_a_limit(tmp_path):
+    (tmp_path / "text").write_bytes("ä\r\nb\rc".encode())
+    assert read_text(tmp_path / "text", 7) == "ä\nb\nc"
+    with pytest.raises(OSError, match="it has more than 0 MiB"):
+        read_text(tmp_path / "text", 6)
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="it has more than 64 MiB"):
+        read_json(tmp_path / "sparse")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000], ids=["lists", "objects"])
+def test_json_that_is_nested_too_deeply(text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "file")
+
+
+def test_a_new_folder_goes_if_nothing_was_written(tmp_path):
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "old/a/b"):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "old") == []
+    with (
+        pytest.raises(InputError, match=r"^--out: .* cannot be written: Not a directory"),
+        new_folder(Path("/dev/null/a"), "--out"),
+    ):
+        pass
+    with new_folder(tmp_path / "old/a"):
+        (tmp_path / "old/a/file").touch()
+    assert (tmp_path / "old/a/file").exists()

@@ -8,11 +8,14 @@
 #include "isa.h"
 #include "threads.h"
 
-// For small functions of vectors in inner loops: a call would pass the vectors through memory.
+// For small functions of vectors in inner loops: a call would pass the vectors through memory. And for large ones,
+// beside which their callers' other loops would run out of registers.
 #if defined(__GNUC__)
 #define TURBO_ALWAYS_INLINE inline __attribute__((always_inline))
+#define TURBO_NEVER_INLINE inline __attribute__((noinline))
 #else
 #define TURBO_ALWAYS_INLINE inline
+#define TURBO_NEVER_INLINE inline
 #endif
 
 namespace turbo::TURBO_ISA {

@@ -37,11 +37,18 @@ inline F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.
 inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F f_min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F f_fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline F f_missed(F x, F y, F guess) {
+    return {_mm256_fnmadd_ps(guess.a, y.a, x.a), _mm256_fnmadd_ps(guess.b, y.b, x.b)};
+}
 // x / y of small integers, given 1 / y: a guess, and what it misses x by. Rounded afterwards it is what
 // the quotient is, because halves, all that rounding is sensitive to, come out exactly.
 inline F f_quotient(F x, F y, F inverse) {
     const F guess = x * inverse;
-    return f_fma(f_fma(f_set(0.0f) - guess, y, x), inverse, guess);
+    return f_fma(f_missed(x, y, guess), inverse, guess);
+}
+inline F f_divide(F x, F y, F inverse) {
+    const F guess = f_quotient(x, y, inverse);
+    return f_fma(f_missed(x, y, guess), inverse, guess);
 }
 inline F f_add_square(F sum, F x) { return f_fma(x, x, sum); }
 inline F f_abs(F x) {
@@ -135,12 +142,23 @@ inline void i_store_u8(std::uint8_t* p, I x) {
     const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+inline void i_store_s8(std::int8_t* p, I x) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 inline std::int32_t i_sum(I x) {
     const __m256i both = _mm256_add_epi32(x.a, x.b);
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
     return _mm_cvtsi128_si32(sum);
+}
+inline std::int32_t i_reduce_max(I x) {
+    const __m256i both = _mm256_max_epi32(x.a, x.b);
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
 }
 inline float f_reduce_max(F x) {
     const __m256 both = _mm256_max_ps(x.a, x.b);
@@ -236,6 +254,40 @@ inline I dot_full(I acc, Prepared p, Bytes q) {
             dot_half(acc.b, p.magnitude.b, _mm256_sign_epi8(q.b, p.codes.b))};
 }
 #endif
+
+struct D {
+    __m256d a, b;
+};
+inline D d_set(double x) { return {_mm256_set1_pd(x), _mm256_set1_pd(x)}; }
+inline D d_load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+inline void d_store(double* p, D x) {
+    _mm256_storeu_pd(p, x.a);
+    _mm256_storeu_pd(p + 4, x.b);
+}
+inline D d_from_floats(const float* p) {
+    return {_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
+}
+inline void d_store_floats(float* p, D x) {
+    _mm_storeu_ps(p, _mm256_cvtpd_ps(x.a));
+    _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(x.b));
+}
+inline D operator+(D x, D y) { return {_mm256_add_pd(x.a, y.a), _mm256_add_pd(x.b, y.b)}; }
+inline D operator-(D x, D y) { return {_mm256_sub_pd(x.a, y.a), _mm256_sub_pd(x.b, y.b)}; }
+inline D operator*(D x, D y) { return {_mm256_mul_pd(x.a, y.a), _mm256_mul_pd(x.b, y.b)}; }
+inline D d_fma(D x, D y, D z) { return {_mm256_fmadd_pd(x.a, y.a, z.a), _mm256_fmadd_pd(x.b, y.b, z.b)}; }
+template <int Distance>
+inline __m256d butterfly_half(__m256d x) {
+    const __m256d other = Distance == 1 ? _mm256_permute_pd(x, 5) : _mm256_permute4x64_pd(x, 0x4E);
+    const __m256d signs = Distance == 1 ? _mm256_setr_pd(1, -1, 1, -1) : _mm256_setr_pd(1, 1, -1, -1);
+    return _mm256_fmadd_pd(x, signs, other);
+}
+template <int Distance>
+inline D d_butterfly(D x) {
+    if constexpr (Distance == 4)
+        return {_mm256_add_pd(x.a, x.b), _mm256_sub_pd(x.a, x.b)};
+    else
+        return {butterfly_half<Distance>(x.a), butterfly_half<Distance>(x.b)};
+}
 
 struct W {
     __m256i v;  // packed within halves

@@ -40,11 +40,19 @@ inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F f_max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F f_min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F f_fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F f_missed(F x, F y, F guess) { return {_mm512_fnmadd_ps(guess.v, y.v, x.v)}; }  // x - y guess
 // x / y of small integers, given 1 / y: a guess, and what it misses x by. Rounded afterwards it is what
 // the quotient is, because halves, all that rounding is sensitive to, come out exactly.
 inline F f_quotient(F x, F y, F inverse) {
     const F guess = x * inverse;
-    return f_fma(f_fma(f_set(0.0f) - guess, y, x), inverse, guess);
+    return f_fma(f_missed(x, y, guess), inverse, guess);
+}
+// x / y as a division rounds it, given 1 / y so rounded (Markstein): a guess within two units in the last place,
+// corrected twice. Neither the quotient nor what a guess misses x by may overflow; where they underflow, both are next
+// to zero.
+inline F f_divide(F x, F y, F inverse) {
+    const F guess = f_quotient(x, y, inverse);
+    return f_fma(f_missed(x, y, guess), inverse, guess);
 }
 // sum + x^2, rounded once or twice: for sums that are exact.
 inline F f_add_square(F sum, F x) { return f_fma(x, x, sum); }
@@ -113,7 +121,12 @@ inline I i_from_s8(const std::int8_t* p) {
 inline void i_store_u8(std::uint8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
+// The lanes as bytes (each -128 .. 127).
+inline void i_store_s8(std::int8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 inline std::int32_t i_sum(I a) { return _mm512_reduce_add_epi32(a.v); }
+inline std::int32_t i_reduce_max(I a) { return _mm512_reduce_max_epi32(a.v); }
 inline float f_reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
 // Lanes 0-7 plus lanes 8-15 of a, then the same of b.
 inline I i_fold_halves(I a, I b) {
@@ -191,6 +204,31 @@ inline Bytes b_offset(Bytes a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(
 inline Bytes b_add_where(Bytes a, Bytes plane, int n, Bytes b) {
     const __mmask64 set = _mm512_test_epi8_mask(plane.v, _mm512_set1_epi8(static_cast<char>(1 << n)));
     return {_mm512_mask_add_epi8(a.v, set, a.v, b.v)};
+}
+
+// Eight doubles.
+struct D {
+    __m512d v;
+};
+inline D d_set(double x) { return {_mm512_set1_pd(x)}; }
+inline D d_load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline void d_store(double* p, D a) { _mm512_storeu_pd(p, a.v); }
+inline D d_from_floats(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+inline void d_store_floats(float* p, D a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
+inline D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline D operator-(D a, D b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline D operator*(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline D d_fma(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+// Sums in the lanes without the bit Distance of their index, differences in those with it, of pairs of lanes that
+// differ in this bit.
+template <int Distance>
+inline D d_butterfly(D a) {
+    const __m512d other = Distance == 1   ? _mm512_permute_pd(a.v, 0x55)
+                          : Distance == 2 ? _mm512_permutex_pd(a.v, 0x4E)
+                                          : _mm512_shuffle_f64x2(a.v, a.v, 0x4E);
+    const auto sign = [](int lane) { return lane & Distance ? -1.0 : 1.0; };
+    const __m512d signs = _mm512_setr_pd(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7));
+    return {_mm512_fmadd_pd(a.v, signs, other)};
 }
 
 // Lanes of 16 bits, as many as queries at once: kQueryVectors vectors of 32-bit lanes, saturated with or without sign.

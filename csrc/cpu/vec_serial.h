@@ -66,6 +66,7 @@ inline F f_fma(F a, F b, F c) {
 }
 // As in vec_avx512.h, but for processors where a fused product is slower than a division.
 inline F f_quotient(F x, F y, F) { return x / y; }
+inline F f_divide(F x, F y, F) { return x / y; }
 inline F f_add_square(F sum, F x) { return sum + x * x; }
 inline F f_abs(F a) {
     return lanes<F>([&](int i) { return std::fabs(a.v[i]); });
@@ -180,10 +181,18 @@ inline I i_from_s8(const std::int8_t* p) {
 inline void i_store_u8(std::uint8_t* p, I a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::uint8_t>(a.v[i]);
 }
+inline void i_store_s8(std::int8_t* p, I a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(a.v[i]);
+}
 inline std::int32_t i_sum(I a) {
     std::int32_t sum = 0;
     for (int i = 0; i < 16; ++i) sum += a.v[i];
     return sum;
+}
+inline std::int32_t i_reduce_max(I a) {
+    std::int32_t largest = a.v[0];
+    for (int i = 1; i < 16; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
+    return largest;
 }
 inline float f_reduce_max(F a) { return *std::max_element(a.v, a.v + 16); }
 inline I i_fold_halves(I a, I b) {
@@ -237,6 +246,44 @@ inline I dot_small(I acc, Bytes codes, Bytes q) {
 }
 inline Prepared prepare(Bytes codes) { return codes; }
 inline I dot_full(I acc, Prepared codes, Bytes q) { return dot_small(acc, codes, q); }
+
+struct D {
+    double v[8];
+};
+template <class G>
+inline D doubles(G&& get) {
+    D r;
+    for (int i = 0; i < 8; ++i) r.v[i] = get(i);
+    return r;
+}
+inline D d_set(double x) {
+    return doubles([&](int) { return x; });
+}
+inline D d_load(const double* p) {
+    return doubles([&](int i) { return p[i]; });
+}
+inline void d_store(double* p, D a) { std::memcpy(p, a.v, sizeof a.v); }
+inline D d_from_floats(const float* p) {
+    return doubles([&](int i) { return static_cast<double>(p[i]); });
+}
+inline void d_store_floats(float* p, D a) {
+    for (int i = 0; i < 8; ++i) p[i] = static_cast<float>(a.v[i]);
+}
+inline D operator+(D a, D b) {
+    return doubles([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline D operator-(D a, D b) {
+    return doubles([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline D operator*(D a, D b) {
+    return doubles([&](int i) { return a.v[i] * b.v[i]; });
+}
+// For exact products, which make it the same as a fused one.
+inline D d_fma(D a, D b, D c) { return a * b + c; }
+template <int Distance>
+inline D d_butterfly(D a) {
+    return doubles([&](int i) { return i & Distance ? a.v[i ^ Distance] - a.v[i] : a.v[i] + a.v[i ^ Distance]; });
+}
 
 struct W {
     std::uint16_t v[16];

@@ -1,12 +1,15 @@
-"""Atomic file writes.
+"""Atomic file writes, and reads of files that a user named.
 
 A file is written to a temporary folder next to the target, flushed to disk, and renamed to the target. Readers see
 either the old or the new file; of several concurrent writers, the last one wins.
+
+Only regular files are read: a pipe may block for ever, and a device has no end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -22,6 +25,8 @@ from .errors import InputError
 
 _LEFT_BEHIND = re.compile(r"\.turboattention-(\d+)-\w+\.partial")
 _OLD = 3600.0  # seconds
+LARGEST_TEXT = 2**26
+"""Bytes of the largest text or JSON file that is read. A calibration of a large model has about 2**24."""
 
 
 def write_text(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
@@ -83,12 +88,35 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object], a
 
 
 @contextmanager
+def new_folder(path: Path, argument: str = "path") -> Iterator[None]:
+    """Create a folder and those above it for what the block writes there; if it fails, remove those that stay empty.
+
+    Raises:
+        InputError: the folder cannot be created. `argument` names it in the message.
+    """
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for folder in created:
+            with contextlib.suppress(OSError):  # it does not exist, or is not empty
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{argument}: {path} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+@contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[str]:
     """Yield a name under which the current file at `path` can be opened repeatedly, even if it is replaced meanwhile.
 
     Raises OSError, without blocking, also if `path` is a folder, device or pipe.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:  # the name has a zero byte
+        raise OSError(str(error)) from error
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError("it is a folder, device or pipe")
@@ -96,6 +124,32 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[str]:
         yield own if os.path.exists(own) else os.fspath(path)
     finally:
         os.close(handle)
+
+
+def read_text(path: str | os.PathLike[str], limit: int = LARGEST_TEXT) -> str:
+    """A regular file of UTF-8, with "\\n" at the ends of its lines.
+
+    Raises:
+        OSError: as `open_regular`, and if the file has more than `limit` bytes. UnicodeDecodeError: other bytes.
+    """
+    with open_regular(path) as opened, open(opened, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(f"it has more than {limit >> 20} MiB")
+    return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a regular file of JSON. Raises OSError as `read_text`, and ValueError if it is not JSON."""
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError if `text` is not JSON, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _settle(file: Path, folder: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from turboattention.evaluation.baselines import METHODS, parse_methods
 from turboattention.evaluation.questions import is_question_set
 from turboattention.evaluation.suite import check_names, document
 
+FACTS = {"weights": "a", "dtype": "float32"}
 SETTINGS = {"text": "wiki (9 characters)", "context": 2048, "piece": 64}
 ROOT = Path(__file__).parents[2]
 
@@ -130,14 +132,14 @@ def test_collects_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "metrics": {"kl": 1 / 3},
             "seconds": 9.0,
         }
-        unit |= {"version": 1, "settings": {"facts": {"model": "/somewhere", "dtype": "float32"}, "task": {"limit": 1}}}
+        unit |= {"version": 1, "settings": {"facts": FACTS | {"model": "/somewhere"}, "task": {"limit": 1}}}
         folder = tmp_path / "qwen" / stage / "units"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{method}--{task}.json").write_text(json.dumps(unit), encoding="utf-8")
         (folder / f"{method}--{task}.part.jsonl").write_text("half", encoding="utf-8")
     found = script.collect("qwen", tmp_path)
     assert found == json.loads((tmp_path / "accuracy-qwen.json").read_text(encoding="utf-8"))
-    assert found["facts"] == {"model": "Qwen2.5-Coder-0.5B-Instruct", "dtype": "float32"}
+    assert found["facts"] == FACTS | {"model": "Qwen2.5-Coder-0.5B-Instruct"}
     stages = {name: [unit["method"] for unit in units] for name, units in found["stages"].items()}
     assert stages == {"book-2048": ["fp16", "kivi-4"], "gsm8k": ["fp16", "turbo-4"]}
     assert found["stages"]["book-2048"][0] == {
@@ -147,6 +149,38 @@ def test_collects_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "metrics": {"kl": 0.333333},
         "settings": {"limit": 1},
     }
+
+
+def test_collecting_keeps_what_was_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = module("accuracy", monkeypatch)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    titles = {name: METHODS[name].title for name in ("fp16", "turbo-4", "kivi-4")}
+
+    def measured(method: str, limit: int, dtype: str = "float32", weights: str = "a", stage: str = "gsm8k") -> None:
+        unit = {"method": method, "title": titles[method], "task": "gsm8k", "metrics": {}}
+        facts = {"model": "/somewhere", "weights": weights, "dtype": dtype}
+        unit |= {"version": 1, "settings": {"facts": facts, "task": {"limit": limit}}}
+        folder = tmp_path / "qwen" / stage / "units"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / f"{method}--gsm8k.json").write_text(json.dumps(unit), encoding="utf-8")
+
+    def collected() -> dict[str, list[tuple[str, dict[str, Any]]]]:
+        stages = script.collect("qwen", tmp_path)["stages"]
+        return {name: [(unit["method"], unit["settings"]) for unit in units] for name, units in stages.items()}
+
+    measured("fp16", 4, stage="book-2048")
+    assert collected() == {"book-2048": [("fp16", {"limit": 4})]}
+    shutil.rmtree(tmp_path / "qwen")
+    measured("kivi-4", 4, dtype="bfloat16")
+    asked = {"limit": 4, "dtype": "bfloat16"}
+    assert collected() == {"book-2048": [("fp16", {"limit": 4})], "gsm8k": [("kivi-4", asked)]}
+    measured("turbo-4", 4, dtype="bfloat16")
+    assert collected()["gsm8k"] == [("kivi-4", asked), ("turbo-4", asked)]
+    measured("turbo-4", 8, dtype="bfloat16")  # other questions: nothing that compares
+    assert collected()["gsm8k"] == [("turbo-4", {"limit": 8, "dtype": "bfloat16"})]
+    measured("turbo-4", 8, weights="b")  # another model
+    assert collected() == {"gsm8k": [("turbo-4", {"limit": 8})]}
 
 
 def test_the_plan_names_methods_and_tasks_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

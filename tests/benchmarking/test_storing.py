@@ -52,3 +52,15 @@ def test_memory_counts_what_the_cache_counts() -> None:
     assert figures["bytes"] == cache.nbytes
     assert figures["fp16_bytes"] == 2 * problem.k.numel() * 2
     assert figures["below_fp16"] == pytest.approx(16 / figures["bits_per_element"])
+    assert figures["bits_per_element"] == cache.bits_per_element
+
+
+def test_memory_of_a_window_is_that_of_the_tokens_in_it() -> None:
+    """A block at most beside a cache of these tokens only, whatever the length of the context."""
+    config = TurboConfig(sink_tokens=0)
+    for keys in (1024, 2100, 4000):
+        figures = measure_memory(Shape(1, 1, 64, 1, keys, window=512), config)
+        live = measure_memory(Shape(1, 1, 64, 1, 512), config)
+        assert figures["live_bytes"] == live["bytes"]
+        assert figures["fp16_bytes"] == live["fp16_bytes"]
+        assert live["bytes"] <= figures["bytes"] <= live["bytes"] * 9 / 8 + 63 * 2 * (64 + 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def changed(tmp_path: Path, change) -> Path:
         lambda c: c["layers"][0]["k_weight"][0].pop(),
         lambda c: c["layers"][0]["k_weight"][0].__setitem__(0, -1.0),
         lambda c: c.update(budget=None),
+        lambda c: c["layers"][0].update(outliers=[[float("inf")], []]),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, change):
@@ -117,13 +119,33 @@ def test_files_that_are_not_there(tmp_path):
         calibration().save(tmp_path / "file")
 
 
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "calibration.json")
+    for path in (tmp_path / "calibration.json", tmp_path, Path("/dev/zero")):
+        with pytest.raises(InputError, match=r"path: expected a calibration, .* cannot be read: it is a folder"):
+            Calibration.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000], ids=["lists", "objects"])
+def test_a_file_that_is_nested_too_deeply(text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(FormatError, match="which is not JSON"):
+        Calibration.load(tmp_path / "file")
+
+
+def test_a_calibration_that_cannot_be_written_leaves_no_folder(tmp_path, file_limit):
+    with file_limit(100), pytest.raises(InputError, match=r"folder: .* cannot be written: .*File too large"):
+        calibration().save(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == []
+
+
 def test_orders_follow_from_the_weights(tmp_path):
     made = calibration()
     made.save(tmp_path)
     for orders in (made.k_order, Calibration.load(tmp_path).k_order):
         assert orders is not None
         for order in orders:
-            assert order.places.tolist() == [list(range(15, -1, -1))] * 2
+            assert order.places.tolist() == [[*range(8, 16), *range(8)]] * 2
             # The weights of the second head, 16^2 to 31^2, are more alike.
             assert order.halved.tolist() == [True, False]
 

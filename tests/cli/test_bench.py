@@ -49,7 +49,7 @@ def test_schema(document) -> None:
         # Reading of caches that fit into the processor's own can be faster than memory: no bound from above.
         assert (row["limit"] is not None) == (row["work"] in ("prefill", "chunk", "decode"))
         assert row["limit"] is None or row["limit_share"] > 0
-        assert set(row["shape"]) == {"heads", "kv_heads", "head_dim", "queries", "keys", "causal", "batch"}
+        assert set(row["shape"]) == {"heads", "kv_heads", "head_dim", "queries", "keys", "causal", "batch", "window"}
 
 
 def test_rows(document) -> None:
@@ -57,8 +57,10 @@ def test_rows(document) -> None:
     assert [row for row in rows if row[0] == "prefill"] == [
         ("prefill", None, keys, causal) for causal in (True, False) for keys in (70, 140)
     ]
-    for work in ("chunk", "decode", "steps", "compress", "memory"):
+    for work in ("chunk", "decode", "steps", "compress"):
         assert [row[1:3] for row in rows if row[0] == work] == [("3 bits", 70), ("3 bits", 140)]
+    memory = [(row["shape"]["keys"], row["shape"]["window"]) for row in document["rows"] if row["work"] == "memory"]
+    assert memory == [(70, None), (70, 35), (140, None), (140, 70)]
 
 
 def test_figures(document) -> None:
@@ -72,7 +74,7 @@ def test_figures(document) -> None:
     figures = {row["work"]: row["figures"] for row in document["rows"]}
     assert "deviation_from_line" in figures["steps"]
     assert {"share", "share_p20", "share_p80", "single_append_share"} <= set(figures["compress"])
-    assert {"bytes", "fp16_bytes", "below_fp16", "bits_per_element"} == set(figures["memory"])
+    assert {"bytes", "fp16_bytes", "below_fp16", "bits_per_element", "live_bytes"} == set(figures["memory"])
 
 
 def test_plot(document, results: Path) -> None:
@@ -103,6 +105,8 @@ def test_tables(run) -> None:
         "sdpa",
         "faster",
         "below FP16",
+        "held/live",
+        "w35",
         "[p20 p80]",
         "limit:",
     ):

@@ -267,6 +267,12 @@ def test_a_model_without_a_template_is_refused_by_name(run: Run, model: Path) ->
     assert run("generate", "--model", model, "--chat", "--prompt", "hello").error == expected
 
 
+def test_without_a_model_the_error_says_that_one_is_wanted(run: Run) -> None:
+    expected = "model: expected one with a chat template, got the bundled test model, which has none; name a chat model"
+    for arguments in (["chat"], ["generate", "--chat", "--prompt", "hello"]):
+        assert run(*arguments).error == f"{expected} (--model)"
+
+
 def test_load_excludes_what_the_file_says(run: Run, chat_model: Path, tmp_path: Path) -> None:
     assert call(run, chat_model, "", "--load", tmp_path / "x", "--bits", 3).error.startswith(
         "--load: expected no --system"

@@ -75,6 +75,12 @@ def test_without_what_is_not_needed_commands_work(closed, tmp_path):
     assert code == 0, err
 
 
+def test_a_stderr_that_takes_nothing_costs_only_the_messages(tmp_path):
+    code, out, _ = run(f"generate --file {TEXT} --max-new-tokens 2", "2>/dev/full", tmp_path)
+    assert (code, bool(out)) == (0, True)
+    assert run("generate --prompt ''", "2>/dev/full", tmp_path)[0] == 2
+
+
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&- 2>&-"])
 def test_without_anything_the_exit_code_speaks(closed, tmp_path):
     assert run("doctor", closed, tmp_path) == (2, "", "")

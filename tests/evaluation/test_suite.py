@@ -178,6 +178,16 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         Records(tmp_path / "file")
 
 
+def test_a_folder_is_made_for_the_first_result(tmp_path: Path, file_limit) -> None:
+    out, unit = tmp_path / "new" / "out", {"method": "fp16", "task": "t", "text": "x" * 1000}
+    records = Records(out)
+    with file_limit(100), pytest.raises(InputError, match=r"--out: .* cannot be written: .*File too large"):
+        records.keep(unit)
+    assert not (tmp_path / "new").exists()
+    records.keep(unit)
+    assert (out / "units" / "fp16--t.json").exists()
+
+
 def test_lengths_stay_within_the_context() -> None:
     (task,) = suite.make_tasks(["recall"], suite.Options("some text", "text"), 2048)
     assert task.settings["lengths"] == [512, 1024, 1952]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import random
+
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import turboattention as ta
+from turboattention.errors import InputError
 from turboattention.kv.pool import PagePool
 
 from .tools import PLAIN, content, filled, live_pages, pool_bytes, tokens
@@ -47,6 +54,7 @@ OPTIONS = {
     "window": {"window_size": 70},
     "reserved": {"max_tokens": 1000},
     "lag": {"config": PLAIN.replace(flush_lag=40)},
+    "order": {"config": PLAIN.replace(reorder_k=True)},
 }
 
 
@@ -60,6 +68,14 @@ def test_nbytes_counts_every_tensor(options):
     cache.crop(270)
     assert cache.nbytes == counted(cache)
     cache.reorder(torch.tensor([0, 0, 1]))
+    assert cache.nbytes == counted(cache)
+
+
+def test_nbytes_counts_what_an_order_is_learned_from():
+    cache = ta.KVCache(2, 2, 16, config=PLAIN.replace(reorder_k=True))
+    k, v = tokens(2, 2, 30, 16)
+    ta.turbo_attention_with_kvcache(k, cache, k, v)
+    assert cache.query_energy is not None
     assert cache.nbytes == counted(cache)
 
 
@@ -200,11 +216,93 @@ def test_a_selected_row_holds_its_own_need(options):
     assert cache.nbytes == alone.nbytes
 
 
+@pytest.mark.parametrize("keep", [2800, 2000, 200])
+def test_a_row_of_a_cropped_batch_holds_its_own_need(keep):
+    cache, alone = appended([3000], batch=4), appended([keep])
+    cache.crop(keep)
+    cache.reorder(torch.tensor([3]))
+    assert counted(cache) == counted(alone)
+
+
+def test_a_row_that_shared_pages_with_a_longer_one_holds_its_own_need():
+    cache, alone = appended([3000]), appended([200])
+    cache.reorder(torch.tensor([0, 0]))
+    cache.crop(torch.tensor([2500, 200]))
+    cache.reorder(torch.tensor([1]))
+    assert counted(cache) == counted(alone)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("append"), st.sampled_from([1, 30, 64, 700, 2500])),
+    st.tuples(st.just("ragged"), st.sampled_from([30, 700, 2500])),
+    st.tuples(st.just("crop"), st.floats(0, 1)),
+    st.tuples(st.just("select"), st.integers(1, 4)),
+    st.tuples(st.sampled_from(["clone", "drop", "deepcopy"]), st.none()),
+)
+
+
+@given(
+    steps=st.lists(STEPS, min_size=2, max_size=10),
+    window=st.sampled_from([None, None, 100, 512]),
+    sinks=st.sampled_from([0, 64]),
+    seed=st.integers(0, 999),
+)
+@example([("append", 2500), ("crop", 0.3), ("select", 1)], None, 64, 0)
+@example([("append", 2500), ("select", 4), ("crop", 0.0), ("select", 1), ("select", 2)], None, 64, 1)
+@example([("append", 700), ("crop", 0.5), ("clone", None), ("deepcopy", None), ("select", 1)], None, 0, 2)
+@settings(max_examples=60, deadline=None)
+def test_whatever_happened_memory_is_that_of_what_is_left(steps, window, sinks, seed):
+    """At most 1.1 times that of a cache which only ever held these tokens."""
+    draw, clones = random.Random(seed), []
+    config = PLAIN.replace(sink_tokens=sinks, search=False)
+    cache = ta.KVCache(3, 1, 16, config=config, window_size=window)
+    for kind, what in steps:
+        batch = cache.batch_size
+        if kind in ("append", "ragged"):
+            lengths = None if kind == "append" else torch.tensor([draw.randint(0, what) for _ in range(batch)])
+            cache.append(*tokens(batch, 1, what, 16, seed=seed), lengths)
+        elif kind == "crop":
+            least = [int(length * what) if window is None else max(int(length) - 16, 0) for length in cache.seq_lens]
+            target = [draw.randint(low, int(x)) for low, x in zip(least, cache.seq_lens, strict=True)]
+            with contextlib.suppress(InputError):  # of a window, after another crop
+                cache.crop(torch.tensor(target))
+        elif kind == "select":
+            cache.reorder(torch.tensor([draw.randrange(batch) for _ in range(what)]))
+        elif kind == "clone":
+            clones.append(cache.clone())
+        elif kind == "deepcopy":
+            cache = copy.deepcopy(cache)
+        else:
+            clones.clear()
+    clones.clear()
+    anew = ta.KVCache(cache.batch_size, 1, 16, config=config, window_size=window)
+    longest = max(cache.seq_lens.tolist(), default=0)
+    anew.append(*tokens(cache.batch_size, 1, longest, 16), cache.seq_lens)
+    assert cache.nbytes == counted(cache)
+    assert counted(cache) <= 1.1 * counted(anew)
+
+
+def test_pages_are_copied_at_most_a_few_times(monkeypatch):
+    """A crop by a few tokens at a time does not copy what is left each time; nor do beams that are chosen anew."""
+    cache, copied = appended([4000]), []
+    write = PagePool.write
+    monkeypatch.setattr(PagePool, "write", lambda pool, pages, x: copied.append(len(pages)) or write(pool, pages, x))
+    for length in range(3990, 2000, -10):
+        cache.crop(length)
+    assert sum(copied) < 8 * 64
+    cache.reorder(torch.zeros(4, dtype=torch.int64))
+    copied.clear()
+    for step in range(40):
+        cache.append(*tokens(4, 2, 10, 16, seed=step))
+        cache.reorder(torch.tensor([0, 0, 2, 1]))
+    assert sum(copied) <= 4 * (10 * 40 // 64 + 1)
+
+
 def test_a_clone_counts_its_own_pages():
     cache, small = appended([3000]), appended([200])
-    copy = cache.clone()
-    copy.crop(200)
-    assert copy.nbytes == small.nbytes
+    other = cache.clone()
+    other.crop(200)
+    assert other.nbytes == small.nbytes
     assert cache.nbytes == appended([3000]).nbytes
 
 
@@ -229,9 +327,11 @@ def test_what_a_window_reserves_is_within_a_tenth_of_the_most_that_it_holds():
     assert reserving.nbytes <= 1.1 * most
 
 
-def test_the_memory_of_gemma_3_after_6000_tokens():
+@pytest.mark.parametrize("reorder", [False, True])
+def test_the_memory_of_gemma_3_after_6000_tokens(reorder):
     """Of 18 layers with one KV head of 256 channels, 15 have a window of 512, of which transformers keeps 511 keys."""
-    whole, window = (ta.KVCache(1, 1, 256, config=PLAIN, window_size=size) for size in (None, 512))
+    config = PLAIN.replace(reorder_k=reorder, search=False)
+    whole, window = (ta.KVCache(1, 1, 256, config=config, window_size=size) for size in (None, 512))
     for cache in (whole, window):
         cache.append(*tokens(1, 1, 6000, 256))
     own = 2 * 2 * 256 * (3 * 6000 + 15 * 511)

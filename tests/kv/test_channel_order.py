@@ -10,12 +10,16 @@ from turboattention.errors import ConfigError, DtypeError, InputError, ShapeErro
 from turboattention.flashq import quantize_tokens, rotate
 from turboattention.kv.channel_order import (
     ChannelOrder,
+    by_halves,
     channel_order,
+    order_by,
     ordered_rows,
+    packed,
     query_energy,
     reorder,
     restore_order,
     unordered_rows,
+    unpacked,
 )
 from turboattention.kv.layout import K_HALVES
 
@@ -66,14 +70,48 @@ def test_rows_that_do_not_count_may_hold_anything():
     assert bool(query_energy(q, torch.tensor([[True, False]]), 1).isfinite().all())
 
 
-def test_the_order_is_that_of_energy_times_spread():
+def test_the_first_half_has_the_largest_energy_times_spread():
     _, k, _ = problem(64)
     energy = torch.rand(HEADS, DIM, dtype=torch.float64)
-    order = channel_order(k, energy).places
-    weight = (k.double().var(2, correction=0).mean(0) * energy).gather(-1, order.long())
-    assert bool((weight[:, :-1] >= weight[:, 1:]).all())
+    order = channel_order(k, energy).places.long()
+    weight = (k.double().var(2, correction=0).mean(0) * energy).gather(-1, order)
+    assert bool((weight[:, : DIM // 2].amin(1) >= weight[:, DIM // 2 :].amax(1)).all())
+    ascending = order.unflatten(-1, (2, -1)).diff()
+    assert bool((ascending > 0).all())
     spread = k.double().var(2, correction=0).mean(0)
-    assert torch.equal(channel_order(k, None).places.long(), spread.argsort(-1, descending=True))
+    largest = spread.argsort(-1, descending=True)[:, : DIM // 2].sort(-1).values
+    assert torch.equal(channel_order(k, None).places[:, : DIM // 2].long(), largest)
+
+
+@pytest.mark.parametrize("head_dim", [8, 48, 256, 512])
+def test_an_order_is_kept_in_a_bit_for_each_channel(head_dim):
+    weight = torch.rand(3, head_dim, generator=torch.Generator().manual_seed(0))
+    order = order_by(weight).places
+    assert packed(order).nbytes == 3 * head_dim // 8
+    assert torch.equal(unpacked(packed(order), head_dim), order)
+    older = weight.argsort(-1, descending=True).to(order.dtype)
+    assert torch.equal(unpacked(packed(older), head_dim), older)
+    assert torch.equal(by_halves(older), order)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_attention_does_not_depend_on_the_order_within_a_half(backend, monkeypatch):
+    """Products of codes are integers, whose sums are exact."""
+    ascending = fed([300], backend)
+
+    def descending(keys: torch.Tensor, energy: torch.Tensor | None) -> ChannelOrder:
+        order = channel_order(keys, energy)
+        return order._replace(places=order.places.unflatten(-1, (2, -1)).flip(-1).flatten(-2))
+
+    monkeypatch.setattr("turboattention.kv.compression.channel_order", descending)
+    other = fed([300], backend)
+    assert ascending.k_order is not None
+    assert other.k_order is not None
+    assert torch.equal(other.k_order.places.unflatten(-1, (2, -1)).flip(-1).flatten(-2), ascending.k_order.places)
+    for now, then in zip(attend(other, QUERY_HEADS), attend(ascending, QUERY_HEADS), strict=True):
+        assert torch.equal(now, then)
+    for now, then in zip(other.dequantize(), ascending.dequantize(), strict=True):
+        assert torch.equal(now, then)
 
 
 def test_heads_of_alike_channels_keep_one_width():
@@ -317,8 +355,9 @@ def test_a_given_order_is_counted(tmp_path):
     order = fed([300]).k_order
     assert order is not None
     for cuts in ([100], [300]):
-        cache = with_order(order, cuts)
-        assert cache.nbytes - fed(cuts).nbytes == order.places.nbytes + order.halved.nbytes
+        cache, learned = with_order(order, cuts), fed(cuts)
+        energy = 0 if learned.query_energy is None else learned.query_energy.nbytes
+        assert cache.nbytes - (learned.nbytes - energy) == order.places.nbytes + order.halved.nbytes
         cache.save(tmp_path / "cache")
         assert ta.KVCache.load(tmp_path / "cache").nbytes == cache.nbytes
         assert cache.given_order is not None

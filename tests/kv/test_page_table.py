@@ -61,7 +61,7 @@ def test_tables_and_counts():
     assert list(map(len, table.pages)) == [3, 1]
     assert table.pools.sinks.nbytes == 2 * table.pools.sinks.layout.page_bytes
     assert table.pools.compressed.nbytes == 2 * table.pools.compressed.layout.page_bytes
-    assert table.nbytes == table.pools.sinks.nbytes + table.pools.compressed.nbytes + BITS.nbytes
+    assert table.nbytes == table.pools.sinks.nbytes + table.pools.compressed.nbytes  # widths are no tensor
 
 
 def test_tiles_are_what_was_appended():

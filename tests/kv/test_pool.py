@@ -104,10 +104,11 @@ def test_a_long_run_is_several_slabs():
 def test_what_is_kept_of_a_slab_is_copied_unless_little_is_lost():
     pool = new_pool()
     pages, other = pool.allocate([60]), pool.allocate([4])
-    assert pool.crowded(pages[:20], pages[20:]) == pages[:20]
-    assert pool.crowded([*other, *pages[:20]], pages[20:]) == pages[:20]
-    assert pool.crowded(pages[:58], pages[58:]) == []
-    assert pool.crowded(pages, other) == pool.crowded([], pages) == pool.crowded(pages, [-1]) == []
+    assert pool.sparse(pages[:20], pages[20:]) == [pages[:20]]
+    assert pool.sparse([*other[:1], *pages[:20]], [*pages[20:], *other[1:]]) == [pages[:20], other[:1]]
+    assert pool.sparse([*other, *pages[:20]], pages[20:]) == [pages[:20]]
+    assert pool.sparse([*other, *pages[:57]], pages[57:]) == []
+    assert pool.sparse(pages, other) == pool.sparse([], pages) == pool.sparse(pages, [-1]) == []
     assert pool.extent(pages[:20]) == pool.extent([*pages, *pages]) == 60 * SIZE
     assert pool.extent([-1, other[0], pages[3]]) == 64 * SIZE
 

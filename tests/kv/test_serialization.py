@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import turboattention as ta
 from turboattention.errors import FormatError
 from turboattention.kv.channel_order import ChannelOrder
+from turboattention.kv.claims import claim_cache
 from turboattention.kv.serialization import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 
 from .tools import PLAIN, attend, content, filled, live_pages, tokens
@@ -99,7 +100,8 @@ def test_several_caches_in_one_file(tmp_path):
     caches = {f"{n}.": filled([70 + n, 3], seed=n)[0] for n in (1, 11)}
     tensors = {name: x for prefix, cache in caches.items() for name, x in cache_tensors(cache, prefix).items()}
     write_file(tmp_path / "two", tensors, {prefix: cache_metadata(cache) for prefix, cache in caches.items()})
-    tensors, metadata = read_file(tmp_path / "two")
+    claim = lambda file, metadata: [claim_cache(file, metadata[prefix], prefix) for prefix in caches]  # noqa: E731
+    tensors, metadata = read_file(tmp_path / "two", claim)
     for prefix, cache in caches.items():
         assert content(cache_from_tensors(tensors, metadata[prefix], prefix)) == content(cache)
 

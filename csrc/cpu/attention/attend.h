@@ -52,8 +52,10 @@ inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, s
     static const Signs signs;
     const int value_dim = static_cast<int>(a.value_dim);
     const bool seen = row_sum > 0;
-    alignas(64) float x[kMaxHeadDim] = {};
-    if (seen) {
+    alignas(64) float x[kMaxHeadDim];
+    if (!seen) {
+        fill(x, value_dim, 0.0f);
+    } else {
         const float over = 1.0f / row_sum;
         for (int c = 0; c < value_dim; ++c) x[c] = out[c] * over;
         if (a.rotate) unrotate_row(x, value_dim, signs);

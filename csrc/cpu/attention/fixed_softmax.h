@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 #include "../vectors.h"
 #include "softmax.h"
@@ -48,12 +47,10 @@ struct Levels<Softmax::sas16, Cut> {
     }
 };
 
-// The shift after which a query's products with INT8 keys fit 16 bits.
-inline std::int32_t fixed_shift(const std::int8_t* codes, int count) {
-    std::int32_t largest = 0;
-    for (int c = 0; c < count; ++c) largest += 127 * std::abs(codes[c]);
+// The shift after which a query's products with INT8 keys fit 16 bits, from the sum of its codes' magnitudes.
+inline std::int32_t fixed_shift(std::int32_t magnitudes) {
     std::int32_t shift = 0;
-    while (largest >> shift > 32767) ++shift;
+    while (127 * magnitudes >> shift > 32767) ++shift;
     return shift;
 }
 

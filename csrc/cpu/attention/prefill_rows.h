@@ -39,10 +39,12 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
         g.head[lane] = at / queries, g.query[lane] = task.first_query + at % queries;
         g.position[lane] = a.first_position[task.b] + g.query[lane];
         g.nearest = std::min(g.nearest, g.position[lane]), g.farthest = std::max(g.farthest, g.position[lane]);
-        alignas(64) std::int8_t codes[2][kMaxHeadDim] = {};
+        alignas(64) std::int8_t codes[2][kMaxHeadDim];
         QueryRow taken[2] = {};
         if (lane < g.used)
             take_query(a, task.b, task.h, g.head[lane], g.query[lane], codes[0], taken[0], codes[1], taken[1]);
+        else
+            std::memset(codes, 0, sizeof codes);
         g.mean[lane] = taken[0].mean_logit;
         for (int form = 0; form < forms; ++form) {
             LaneQueries& to = g.form[form];

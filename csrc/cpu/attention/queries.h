@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "../isa.h"
@@ -38,18 +39,14 @@ inline int form_of(const AttendArgs& a, std::int64_t h, std::int64_t block, bool
     return page && block >= a.sink_blocks && order_of(a, h) ? 1 : 0;
 }
 
-inline std::int32_t sum_of(const std::int8_t* codes, int count) {
-    std::int32_t sum = 0;
-    for (int c = 0; c < count; ++c) sum += codes[c];
-    return sum;
-}
-
 inline void quantize_query(const AttendArgs& a, const float* x, std::int8_t* codes, QueryRow& row) {
     const int head_dim = static_cast<int>(a.head_dim);
     const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
-    quantize_row(x, head_dim, scale, codes);
+    I sum = i_set(0), magnitudes = i_set(0);
+    quantize_row(x, head_dim, scale, codes,
+                 [&](I code) { sum = sum + code, magnitudes = magnitudes + i_max(code, i_set(0) - code); });
     row.unit = scale * static_cast<float>(a.scale);
-    row.sum = sum_of(codes, head_dim), row.shift = fixed_shift(codes, head_dim);
+    row.sum = i_sum(sum), row.shift = fixed_shift(i_sum(magnitudes));
 }
 
 // Query i of query head g of KV head h in the form for INT8 rows, and, if the head's pages have an order, in theirs.
@@ -84,7 +81,9 @@ inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std:
         const std::int64_t at = (b * a.heads * a.group + head) * a.queries + i;
         std::memcpy(codes, a.q_codes + at * head_dim, head_dim);
         row.unit = a.q_unit[at];
-        row.sum = sum_of(codes, head_dim), row.shift = fixed_shift(codes, head_dim);
+        std::int32_t magnitudes = 0;
+        for (int c = 0; c < head_dim; ++c) row.sum += codes[c], magnitudes += std::abs(codes[c]);
+        row.shift = fixed_shift(magnitudes);
         if (a.q_mean_logit) row.mean_logit = a.q_mean_logit[at];
     }
     ordered.mean_logit = row.mean_logit;

@@ -3,10 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "../attention/arguments.h"
 #include "../isa.h"
+#include "../memory.h"
+#include "../vectors.h"
 
 namespace turbo::TURBO_ISA {
 
@@ -14,7 +15,7 @@ constexpr std::uint64_t kSignBits = 0x9E3779B97F4A7C15u;
 
 // The sign of each channel.
 struct Signs {
-    double of[kMaxHeadDim];
+    alignas(64) double of[kMaxHeadDim];
     Signs() {
         for (int c = 0; c < kMaxHeadDim; ++c) of[c] = kSignBits >> (c % 64) & 1 ? -1.0 : 1.0;
     }
@@ -22,50 +23,47 @@ struct Signs {
 
 inline int block_of(int head_dim) { return head_dim & -head_dim; }
 
-// Unnormalized transform of N doubles. Every pass writes sums of neighbours to the first half and differences to the
-// second. This rotates the bits of the index by one, so after log2 N passes the order is restored.
-template <int N>
-inline void hadamard(double* x) {
-    double other[N];
-    double *from = x, *to = other;
-    for (int size = 1; size < N; size *= 2) {
+constexpr int kInRegisters = 128;  // doubles of a transform that are not stored in between
+
+// Sums and differences of vectors whose indices differ in one bit, from Distance on. Recursive, so that all indices are
+// constants and the vectors stay in registers.
+template <int N, int Distance = 1>
+TURBO_ALWAYS_INLINE void butterflies(D* x) {
+    if constexpr (Distance < N) {
         for (int i = 0; i < N / 2; ++i) {
-            const double a = from[2 * i], b = from[2 * i + 1];
-            to[i] = a + b;
-            to[i + N / 2] = a - b;
+            const int low = i / Distance * 2 * Distance + i % Distance;
+            const D a = x[low], b = x[low + Distance];
+            x[low] = a + b, x[low + Distance] = a - b;
         }
-        double* const swap = from;
-        from = to, to = swap;
+        butterflies<N, 2 * Distance>(x);
     }
-    if (from != x) std::memcpy(x, from, sizeof other);
 }
 
-// Not inlined: the smaller ones, which nearly all models have, are slower beside it.
-#if defined(__GNUC__)
-__attribute__((noinline))
-#endif
-inline void hadamard_512(double* x) {
-    hadamard<512>(x);
-}
-
-inline void hadamard_blocks(double* x, int head_dim) {
-    const int block = block_of(head_dim);
-    for (int at = 0; at < head_dim; at += block) {
-        switch (block) {
-            case 8: hadamard<8>(x + at); break;
-            case 16: hadamard<16>(x + at); break;
-            case 32: hadamard<32>(x + at); break;
-            case 64: hadamard<64>(x + at); break;
-            case 128: hadamard<128>(x + at); break;
-            case 256: hadamard<256>(x + at); break;
-            default: hadamard_512(x + at); break;
+// Unnormalized transform of N doubles, eight at a time: take(i) gives and put(i, x) receives the vector of elements
+// 8i to 8i + 7. All are taken before the first is put.
+template <int N, class Take, class Put>
+TURBO_ALWAYS_INLINE void hadamard(const Take& take, const Put& put) {
+    if constexpr (N <= kInRegisters) {
+        D x[N / 8];
+        for (int i = 0; i < N / 8; ++i) x[i] = d_butterfly<4>(d_butterfly<2>(d_butterfly<1>(take(i))));
+        butterflies<N / 8>(x);
+        for (int i = 0; i < N / 8; ++i) put(i, x[i]);
+    } else {
+        constexpr int kHalf = N / 16;
+        alignas(64) double kept[N];
+        for (int half = 0; half < 2; ++half)
+            hadamard<N / 2>([&](int i) { return take(half * kHalf + i); },
+                            [&](int i, D x) { d_store(kept + 8 * (half * kHalf + i), x); });
+        for (int i = 0; i < kHalf; ++i) {
+            const D a = d_load(kept + 8 * i), b = d_load(kept + 8 * (kHalf + i));
+            put(i, a + b), put(kHalf + i, a - b);
         }
     }
 }
 
 // Normalization of the transform, `block ** -0.5` as computed by Python.
-inline double norm_of(int head_dim) {
-    switch (block_of(head_dim)) {
+inline double norm_of(int block) {
+    switch (block) {
         case 8: return 0.35355339059327379;
         case 16: return 0.25;
         case 32: return 0.17677669529663689;
@@ -76,20 +74,36 @@ inline double norm_of(int head_dim) {
     }
 }
 
-inline void rotate_row(float* x, int head_dim, const Signs& signs) {
-    double wide[kMaxHeadDim];
-    for (int c = 0; c < head_dim; ++c) wide[c] = static_cast<double>(x[c]) * signs.of[c];
-    hadamard_blocks(wide, head_dim);
-    const double norm = norm_of(head_dim);
-    for (int c = 0; c < head_dim; ++c) x[c] = static_cast<float>(wide[c] * norm);
+// Rotates N channels, or rotates them back.
+template <int N, bool Back>
+TURBO_NEVER_INLINE void rotate_block(float* x, const double* signs) {
+    const D norm = d_set(norm_of(N));
+    const auto signed_at = [&](int i, D value) { return value * d_load(signs + 8 * i); };
+    hadamard<N>(
+        [&](int i) {
+            const D value = d_from_floats(x + 8 * i);
+            return Back ? value : signed_at(i, value);
+        },
+        [&](int i, D value) { d_store_floats(x + 8 * i, (Back ? signed_at(i, value) : value) * norm); });
 }
 
-inline void unrotate_row(float* x, int head_dim, const Signs& signs) {
-    double wide[kMaxHeadDim];
-    for (int c = 0; c < head_dim; ++c) wide[c] = x[c];
-    hadamard_blocks(wide, head_dim);
-    const double norm = norm_of(head_dim);
-    for (int c = 0; c < head_dim; ++c) x[c] = static_cast<float>(wide[c] * signs.of[c] * norm);
+template <bool Back>
+inline void rotate_blocks(float* x, int head_dim, const Signs& signs) {
+    const int block = block_of(head_dim);
+    for (int at = 0; at < head_dim; at += block) {
+        switch (block) {
+            case 8: rotate_block<8, Back>(x + at, signs.of + at); break;
+            case 16: rotate_block<16, Back>(x + at, signs.of + at); break;
+            case 32: rotate_block<32, Back>(x + at, signs.of + at); break;
+            case 64: rotate_block<64, Back>(x + at, signs.of + at); break;
+            case 128: rotate_block<128, Back>(x + at, signs.of + at); break;
+            case 256: rotate_block<256, Back>(x + at, signs.of + at); break;
+            default: rotate_block<512, Back>(x + at, signs.of + at); break;
+        }
+    }
 }
+
+inline void rotate_row(float* x, int head_dim, const Signs& signs) { rotate_blocks<false>(x, head_dim, signs); }
+inline void unrotate_row(float* x, int head_dim, const Signs& signs) { rotate_blocks<true>(x, head_dim, signs); }
 
 }  // namespace turbo::TURBO_ISA

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../isa.h"
+#include "../vectors.h"
 #include "convert.h"
 #include "interface.h"
 #include "rotate.h"
@@ -17,12 +18,15 @@ constexpr float kSmallestScale = 0x1p-100f;
 
 // The bits of the largest magnitude. As integers they have the order of the magnitudes, with infinity and NaN largest.
 inline std::uint32_t peak_bits(const float* x, int count) {
-    std::uint32_t peak = 0;
-    for (int c = 0; c < count; ++c) {
+    I peak = i_set(0);
+    const int whole = count / 16 * 16;
+    for (int c = 0; c < whole; c += 16) peak = i_max(peak, i_bits(f_abs(f_load(x + c))));
+    auto largest = static_cast<std::uint32_t>(i_reduce_max(peak));
+    for (int c = whole; c < count; ++c) {
         const std::uint32_t magnitude = bits_of(x[c]) & 0x7FFFFFFFu;
-        peak = magnitude > peak ? magnitude : peak;
+        largest = magnitude > largest ? magnitude : largest;
     }
-    return peak;
+    return largest;
 }
 
 inline float safe_scale(float scale) {
@@ -43,10 +47,32 @@ inline void reorder_row(float* x, int head_dim, const std::int32_t* order) {
     for (int c = 0; c < head_dim; ++c) x[c] = old[order[c]];
 }
 
-// round_half_even(x / scale): the lowest bits of the sum with 1.5 * 2^23 are the rounded integer.
+// round_half_even(x / scale); `sink` gets the codes of each sixteen channels. The lowest bits of the sum with 1.5 *
+// 2^23 are the rounded integer.
+template <class Sink>
+TURBO_ALWAYS_INLINE void quantize_row(const float* x, int count, float scale, std::int8_t* codes, const Sink& sink) {
+    const F divisor = f_set(scale), inverse = f_set(1.0f / scale), round = f_set(12582912.0f);
+    const auto code_of = [&](const float* at) {
+        return i_bits(f_divide(f_load(at), divisor, inverse) + round) - i_bits(round);
+    };
+    const int whole = count / 16 * 16;
+    for (int c = 0; c < whole; c += 16) {
+        const I code = code_of(x + c);
+        i_store_s8(codes + c, code);
+        sink(code);
+    }
+    if (whole == count) return;
+    float last[16] = {};
+    std::memcpy(last, x + whole, 8 * sizeof(float));
+    std::int8_t bytes[16];
+    const I code = code_of(last);
+    i_store_s8(bytes, code);
+    std::memcpy(codes + whole, bytes, 8);
+    sink(code);
+}
+
 inline void quantize_row(const float* x, int count, float scale, std::int8_t* codes) {
-    constexpr float kRound = 12582912.0f;
-    for (int c = 0; c < count; ++c) codes[c] = static_cast<std::int8_t>(bits_of(x[c] / scale + kRound));
+    quantize_row(x, count, scale, codes, [](I) {});
 }
 
 // A row with a scale on the grid, which it returns.
@@ -94,12 +120,17 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
     return fine;
 }
 
-// Dot product in double: eight partial sums, added in a fixed order.
+// Dot product in double, in which products of floats are exact: sixteen partial sums, added in a fixed order.
 inline double dot_row(const float* x, const float* y, int count) {
-    double sums[8] = {};
-    for (int c = 0; c < count; c += 8) {
-        for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[c + i]) * static_cast<double>(y[c + i]);
+    D sum = d_set(0.0), other = d_set(0.0);
+    int c = 0;
+    for (; c + 16 <= count; c += 16) {
+        sum = d_fma(d_from_floats(x + c), d_from_floats(y + c), sum);
+        other = d_fma(d_from_floats(x + c + 8), d_from_floats(y + c + 8), other);
     }
+    if (c < count) sum = d_fma(d_from_floats(x + c), d_from_floats(y + c), sum);
+    double sums[8];
+    d_store(sums, sum + other);
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 

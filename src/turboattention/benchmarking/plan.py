@@ -52,6 +52,9 @@ class Plan:
 
 CHUNK_QUERIES = 256
 
+WINDOW = 512
+"""Of the sliding-window caches whose memory is measured; half of shorter contexts."""
+
 LENGTHS = {
     "prefill": (1024, 2048, 4096, 8192),
     "chunk": (2048, 8192),
@@ -169,5 +172,6 @@ def _memory(plan: Plan, head_dim: int, lengths: Sequence[int], say: Notify) -> I
     for label, config in plan.settings:
         for length in lengths:
             say(f"{label}, {length:,} tokens")
-            shape = Shape(plan.heads, plan.kv_heads, head_dim, 1, length)
-            yield _row(plan, "memory", shape, label, figures=measure_memory(shape, config))
+            for window in (None, min(WINDOW, -(-length // 2))):
+                shape = Shape(plan.heads, plan.kv_heads, head_dim, 1, length, window=window)
+                yield _row(plan, "memory", shape, label, figures=measure_memory(shape, config))

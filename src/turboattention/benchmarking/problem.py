@@ -18,7 +18,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one attention call; decode has one query."""
+    """Sizes of one attention call; decode has one query. window: keys that the next query sees; None for all."""
 
     heads: int
     kv_heads: int
@@ -27,6 +27,7 @@ class Shape:
     keys: int
     causal: bool = False
     batch: int = 1
+    window: int | None = None
 
     @property
     def operations(self) -> int:

@@ -70,13 +70,20 @@ class Growing:
 
 
 def measure_memory(shape: Shape, config: TurboConfig) -> dict[str, float]:
-    """All allocated bytes of a cache with `shape.keys` tokens, relative to 16-bit floats."""
+    """All allocated bytes of a cache with `shape.keys` tokens, relative to 16-bit floats.
+
+    With a window, relative to 16-bit floats of the tokens in it; `live_bytes` are those of a cache of only these.
+    """
     problem = make_problem(shape)
-    cache = fill(problem.k, problem.v, config)
-    plain = 2 * 2 * shape.batch * shape.kv_heads * shape.keys * shape.head_dim
-    return {
+    cache = fill(problem.k, problem.v, config, window_size=shape.window)
+    live = shape.keys if shape.window is None else min(shape.keys, shape.window)
+    elements = 2 * shape.batch * shape.kv_heads * live * shape.head_dim
+    figures = {
         "bytes": cache.nbytes,
-        "fp16_bytes": plain,
-        "below_fp16": plain / cache.nbytes,
-        "bits_per_element": cache.bits_per_element,
+        "fp16_bytes": 2 * elements,
+        "below_fp16": 2 * elements / cache.nbytes,
+        "bits_per_element": 8 * cache.nbytes / elements,
     }
+    if shape.window is not None:
+        figures["live_bytes"] = fill(problem.k[:, :, -live:], problem.v[:, :, -live:], config).nbytes
+    return figures

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import WIDTHS
 from ..errors import FormatError, InputError, TurboError
-from ..files import write_text
+from ..files import new_folder, read_json, write_text
 from ..kv.widths import parse_head_bits
 from .assignment import STRATEGIES
 from .calibration import Calibration, Provenance
@@ -39,19 +39,15 @@ def save_calibration(calibration: Calibration, folder: str | os.PathLike[str]) -
         "exact_layers": list(calibration.exact_layers),
         "layers": [_layer(layer, bits) for layer, bits in zip(calibration.layers, calibration.head_bits, strict=True)],
     }
-    target = Path(folder) / FILE
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder: {os.fspath(folder)} cannot be written: {error.strerror or error}") from error
-    write_text(target, json.dumps(content, indent=1) + "\n", "folder")
+    with new_folder(Path(folder), "folder"):
+        write_text(Path(folder) / FILE, json.dumps(content, indent=1) + "\n", "folder")
 
 
 def load_calibration(path: str | os.PathLike[str]) -> Calibration:
-    """Read `path`, or `path`/calibration.json."""
+    """Read `path`, or `path`/calibration.json; a regular file."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except OSError as error:
         raise InputError(
             f"path: expected a calibration, {str(file)!r} cannot be read: {error.strerror or error}"
@@ -66,7 +62,7 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
         )
     try:
         return _read(content)
-    except (TurboError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TurboError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FormatError(f"path: expected a calibration, got a damaged one: {file} ({_reason(error)})") from error
 
 

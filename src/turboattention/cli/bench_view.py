@@ -33,6 +33,7 @@ def show(rows: Sequence[Row], facts: dict[str, Any], console: Console) -> None:
         "steps": "over the median step: the slowest that compresses a block, and the slowest of all",
         "compress": "over a decode step: a 64th of compressing a block at once, and appending one token, its share of "
         "compressing included",
+        "memory": "w: a sliding window; below FP16: of the tokens in it; held/live: over a cache of only these tokens",
     }
     for work in dict.fromkeys(row.work for row in rows):
         part = [row for row in rows if row.work == work]
@@ -78,7 +79,8 @@ def limit_text(row: Row) -> str:
 
 
 def shape_text(row: Row) -> str:
-    return f"{row.shape['keys']:,} d{row.shape['head_dim']}"
+    window = row.shape.get("window")  # files of earlier versions have none
+    return f"{row.shape['keys']:,} d{row.shape['head_dim']}" + (f" w{window:,}" if window else "")
 
 
 def _table(*columns: str) -> Table:
@@ -153,7 +155,7 @@ def _compress(rows: Sequence[Row]) -> Table:
 
 
 def _memory(rows: Sequence[Row]) -> Table:
-    table = _table("tokens", "bits", "bytes", "below FP16", "bits/element")
+    table = _table("tokens", "bits", "bytes", "below FP16", "bits/element", "held/live")
     for row in rows:
         figures = row.figures
         table.add_row(
@@ -162,5 +164,6 @@ def _memory(rows: Sequence[Row]) -> Table:
             bytes_text(int(figures["bytes"])),
             f"{figures['below_fp16']:.2f}x",
             f"{figures['bits_per_element']:.2f}",
+            f"{figures['bytes'] / figures['live_bytes']:.2f}x" if "live_bytes" in figures else "",
         )
     return table

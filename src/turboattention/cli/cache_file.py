@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FormatError, InputError
-from ..files import open_regular
-from ..kv.layout import FORMAT_NAME
 from . import targets
 
 if TYPE_CHECKING:
@@ -20,19 +18,11 @@ if TYPE_CHECKING:
 
 def check_target(path: Path, option: str = "--save-cache") -> None:
     """Raises InputError for a file that cannot be written or should not be replaced, before a long prompt is read."""
+    from ..kv.serialization import is_saved_cache
+
     targets.check_target(option, path)
-    if path.exists() and not _is_saved_cache(path):
+    if path.exists() and not is_saved_cache(path):
         raise InputError(f"{option}: expected a new file or a saved cache to replace, got {path}, which is neither")
-
-
-def _is_saved_cache(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with open_regular(path) as opened, safe_open(opened, framework="np") as file:
-            return (file.metadata() or {}).get("format") == FORMAT_NAME
-    except (SafetensorError, OSError):
-        return False
 
 
 def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:

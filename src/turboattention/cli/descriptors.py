@@ -1,16 +1,29 @@
-"""A closed stdin, stdout or stderr (``<&-``): said where it is wanted, and never mistaken for a file."""
+"""A closed stdin, stdout or stderr (``<&-``): said where it is wanted, and never mistaken for a file. A stderr that
+takes nothing (a full disk, a broken pipe) costs only the messages."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import Any
 
 from ..errors import InputError
 
 
+class _Lossy(io.FileIO):
+    """A file that drops what cannot be written."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def settle() -> None:
     """Take the numbers of closed ones, which files opened later would get, and what any library writes would go into.
-    Messages go nowhere where stderr is closed."""
+    Messages go nowhere where stderr is closed or cannot be written."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -18,6 +31,10 @@ def settle() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the program runs)
+    elif sys.stderr is sys.__stderr__:  # not a test's
+        lossy = io.BufferedWriter(_Lossy(sys.stderr.fileno(), "wb", closefd=False))
+        encoding, errors = sys.stderr.encoding, sys.stderr.errors
+        sys.stderr = io.TextIOWrapper(lossy, encoding, errors, line_buffering=True)
 
 
 def check_results() -> None:

@@ -43,7 +43,8 @@ def describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, TurboError):
         return str(error), 2
     if _is_usage(error):
-        return error.format_message(), 2  # type: ignore[attr-defined]
+        # typer checks choices by pydantic, whose messages begin with the kind of error.
+        return error.format_message().replace("Value error, ", ""), 2  # type: ignore[attr-defined]
     if isinstance(error, typer.Abort):
         return "aborted", 1
     if isinstance(error, ModuleNotFoundError) and (package := missing_package(error)):

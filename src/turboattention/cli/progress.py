@@ -1,16 +1,21 @@
-"""Progress bars on stderr, if that is a terminal."""
+"""Progress on stderr: bars on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .output import notices
+from .output import note, notices
 
 Update = Callable[[int, int], None]
 """Called with the number of finished steps and of all steps."""
+
+
+SECONDS_A_LINE = 30
+"""Between two lines of progress where there is no terminal; shorter tasks say nothing."""
 
 
 class Bars:
@@ -23,17 +28,33 @@ class Bars:
     def task(self, description: str) -> Iterator[Update]:
         """A bar that pulses until the first update."""
         console = notices()
+        if not self._hidden and not console.is_terminal:
+            yield _lines(description)
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
         )
-        disabled = self._hidden or not console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=disabled) as progress:
+        with Progress(*columns, console=console, transient=True, disable=self._hidden) as progress:
             bar = progress.add_task(description, total=None, count="")
 
             def update(done: int, total: int) -> None:
                 progress.update(bar, completed=done, total=total, count=f"{done}/{total}")
 
             yield update
+
+
+def _lines(description: str) -> Update:
+    """Prints the progress of a long task, one line every `SECONDS_A_LINE`."""
+    begin = said = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SECONDS_A_LINE:
+            said = now
+            note(f"{description}: {done} of {total} after {now - begin:.0f} s")
+
+    return update

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, InputError
-from ..files import append_text, write_text
+from ..files import append_text, new_folder, parse_json, read_json, read_text, write_text
 
 VERSION = 1
 
@@ -20,7 +21,7 @@ def fingerprint(text: str | bytes) -> str:
 
 
 class Records:
-    """The folder `units` in `folder`; with None nothing is saved.
+    """The folder `units` in `folder`, which the first unit creates; with None nothing is saved.
 
     Raises:
         InputError: the folder cannot be created.
@@ -29,10 +30,7 @@ class Records:
     def __init__(self, folder: Path | None):
         self._folder = folder and folder / "units"
         if self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--out: {folder} cannot be made: {error.strerror}") from error
+            _check_folder(self._folder)
 
     def find(self, method: str, task: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The unit of a method and task, if it was measured with these settings.
@@ -44,7 +42,7 @@ class Records:
         if path is None or not path.exists():
             return None
         try:
-            unit = json.loads(path.read_text(encoding="utf-8"))
+            unit = read_json(path)
             same = unit["version"] == VERSION and unit["settings"] == settings
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"--out: {path} is damaged ({error}); remove it to measure it again") from error
@@ -114,15 +112,29 @@ class Part:
             self._path.unlink(missing_ok=True)
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises InputError, before anything that takes long, for a folder that cannot be created or written to."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise InputError(f"--out: {folder.parent} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--out: {folder.parent} cannot be made: no permission")
+
+
 def _json_lines(path: Path) -> Iterator[Any]:
-    """The lines up to the first one that is not valid JSON."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The lines up to the first one that is not valid JSON. Raises `FormatError` if the file cannot be read."""
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"--out: {path} is damaged ({error}); remove it to measure it again") from error
+    for line in text.splitlines():
         try:
-            yield json.loads(line)
+            yield parse_json(line)
         except ValueError:
             return
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    write_text(path, text)
+    """Write a file atomically, in a folder that is created if it does not exist."""
+    with new_folder(path.parent, "--out"):
+        write_text(path, text, "--out")

@@ -108,7 +108,7 @@ class Backend(Protocol):
 
     @property
     def checks_finite(self) -> tuple[str, ...]:
-        """Those of "q", "k" and "v" whose values `prefill` checks where its kernels read them."""
+        """Those of "q", "k" and "v" whose values `prefill` checks by itself."""
         ...
 
     def availability(self) -> Availability: ...

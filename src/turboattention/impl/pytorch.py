@@ -19,7 +19,7 @@ class ReferenceBackend:
     """`contract.Backend` over `reference`."""
 
     name = "reference"
-    checks_finite = ()
+    checks_finite = ("k", "v")
     paged_attention = None
     reorders_pages = False
 

@@ -139,14 +139,16 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Every byte of tensors: pages (used and reserved), buffer, means, scales, widths, lengths, handle.
+        """Every byte of tensors: pages (used and reserved), buffer, means, scales, widths, the channel order and what
+        it is learned from, lengths, handle.
 
         Pages that clones share are counted by each of them. Not counted are the addresses of pages that backends keep
         for their kernels, 8 bytes per page.
         """
         leave_graph()
         given = (self.given_bits, self.given_mean, self.given_order)
-        parts = (self.page_table, self.tail, self.k_mean, self.universal, self.lengths, self.handle, *given)
+        learned = (self.k_mean, self.universal, self.query_energy)
+        parts = (self.page_table, self.tail, self.lengths, self.handle, *learned, *given)
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
@@ -168,7 +170,7 @@ class KVCache:
     @property
     def frozen(self) -> bool:
         """Whether the widths of compressed pages and the order of K's channels in them are fixed."""
-        return self.page_table is not None and self.page_table.pools.head_bits is not None
+        return self.page_table is not None and self.page_table.pools.compressed is not None
 
     @property
     def configured_bits(self) -> Tensor | None:

@@ -1,11 +1,11 @@
 """The order of K's channels in compressed pages: the most important channels come first and get wider codes.
 
 Rounding channel c of K causes an error in the logits of about `E[q_c^2]` times the square of its step, and the step
-grows with the channel's standard deviation. Therefore a head's channels are sorted by decreasing `E[q_c^2] var(k_c)`,
-and the first half gets wider codes (`kv.layout`). The order is given (from a calibration), or found once, when the
-cache's first block is compressed. All sequences of a cache use one permutation per KV head. If the channels of a head
-differ little, one width has a lower error than two. Such heads, and heads of 8 bits, have no order: they are stored as
-without this option.
+grows with the channel's standard deviation. Therefore the half of a head's channels with the largest
+`E[q_c^2] var(k_c)` comes first and gets wider codes (`kv.layout`); within a half, the order does not matter and is
+ascending. The order is given (from a calibration), or found once, when the cache's first block is compressed. All
+sequences of a cache use one permutation per KV head. If the channels of a head differ little, one width has a lower
+error than two. Such heads, and heads of 8 bits, have no order: they are stored as without this option.
 
 INT8 rows (sinks, buffer) are rotated, which makes all channels alike. Keys of ordered heads are therefore rotated back
 when they are compressed (`ordered_rows`), and queries of ordered pages are permuted instead of rotated, so dot products
@@ -72,6 +72,28 @@ def is_permutation(places: Tensor) -> bool:
     return torch.equal(places.long().sort(-1).values, torch.arange(places.shape[1]).expand(len(places), -1))
 
 
+def by_halves(places: Tensor) -> Tensor:
+    """The same two halves of channels [Hkv, D], each in ascending order."""
+    return places.unflatten(-1, (2, -1)).sort(-1).values.flatten(-2)
+
+
+def packed(places: Tensor) -> Tensor:
+    """What `unpacked` needs, in few bytes: bit `c % 8` of byte `c // 8` is set for channels of the first half, uint8
+    [Hkv, D / 8]. Given orders whose halves are not ascending stay as they are."""
+    head_dim = places.shape[-1]
+    first = torch.zeros_like(places, dtype=torch.uint8).scatter_(-1, places[:, : head_dim // 2].long(), 1)
+    bits = (first.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8, device=places.device)).sum(-1).to(torch.uint8)
+    return bits if torch.equal(unpacked(bits, head_dim), places) else places.clone()
+
+
+def unpacked(stored: Tensor, head_dim: int) -> Tensor:
+    """`ChannelOrder.places` from what `packed` returned."""
+    if stored.shape[-1] == head_dim:
+        return stored
+    first = (stored[..., None] // 2 ** torch.arange(8, device=stored.device)).flatten(-2) % 2
+    return first.argsort(dim=-1, descending=True, stable=True).to(places_dtype(head_dim))
+
+
 def check_order(
     order: ChannelOrder | None, config: TurboConfig, heads: int, head_dim: int, name: str = "k_order"
 ) -> ChannelOrder | None:
@@ -126,12 +148,13 @@ def channel_order(keys: Tensor, energy: Tensor | None) -> ChannelOrder:
 
 
 def order_by(weight: Tensor) -> ChannelOrder:
-    """The order of channels by decreasing weight `E[q_c^2] var(k_c)`, float [Hkv, D] in any unit."""
+    """The order whose first half has the largest weights `E[q_c^2] var(k_c)`, float [Hkv, D] in any unit."""
     head_dim = weight.shape[-1]
     places = weight.argsort(dim=-1, descending=True, stable=True)
     first, second = weight.gather(-1, places).unflatten(-1, (2, -1)).mean(-1).unbind(-1)
     pays = (first > HALVES_PAY * second).cpu()
-    return ChannelOrder(places.to(places_dtype(head_dim)), pays if head_dim % 16 == 0 else torch.zeros_like(pays))
+    places = by_halves(places).to(places_dtype(head_dim))
+    return ChannelOrder(places, pays if head_dim % 16 == 0 else torch.zeros_like(pays))
 
 
 def ordered_rows(k8: Tensor, k_scale: Tensor, order: ChannelOrder, rotated: bool) -> tuple[Tensor, Tensor]:

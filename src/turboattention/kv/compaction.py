@@ -8,21 +8,19 @@ from .page_pools import PagePools
 from .pool import PagePool
 
 
-def leave_sparse_slabs(pools: PagePools, tables: list[list[int]], counts: list[int], sinks: bool, singly: bool) -> None:
-    """Copy pages before block `counts[b]` whose slabs would be mostly unused without the later pages.
+def leave_sparse_slabs(pools: PagePools, tables: list[list[int]], left: list[list[int]], singly: bool) -> None:
+    """Copy pages so that no slab is mostly unused, or used by other caches only.
 
-    tables: page numbers of each sequence, changed in place. sinks: which pool. singly: one slab per page.
+    tables: page numbers of each sequence, changed in place. left: page numbers of each sequence with those that the
+    sequences have just left, which are not released yet. singly: one slab per page.
     """
-    if not sinks and pools.compressed is None:
-        return
-    pool, part = pools.of(sinks), pools.part(sinks)
-    crowded: dict[int, None] = {}
-    for table, count in zip(tables, counts, strict=True):
-        kept, leaving = table[:count][part], table[part][len(table[:count][part]) :]
-        crowded |= dict.fromkeys(pool.crowded([page for page in kept if page >= 0], leaving))
-    if crowded:
-        copies = _copied(pool, [*crowded], pool, [len(crowded)], singly)
-        _exchange(tables, part, pool, pool, copies)
+    for sinks in (True, False) if pools.compressed is not None else (True,):
+        pool, part = pools.of(sinks), pools.part(sinks)
+        used: set[int] = set().union(*(table[part] for table in tables))
+        groups = pool.sparse(used, set().union(*(table[part] for table in left)) - used)
+        if groups:
+            copies = _copied(pool, [page for group in groups for page in group], pool, [*map(len, groups)], singly)
+            _exchange(tables, part, pool, pool, copies)
 
 
 def move_to_own_pools(old: PagePools, new: PagePools, tables: list[list[int]], singly: bool) -> None:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .page_table import PageTable
 from .pages import Tiles
 from .tail_buffer import TailBuffer
-from .window import CROPPED, tokens_seen
+from .window import CROPPED, first_kept_blocks, tokens_seen
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -21,14 +21,17 @@ def crop(cache: KVCache, length: int | Tensor) -> None:
     """Forget tokens past `length`. Arguments and errors as in `KVCache.crop`."""
     target, kept = crop_target(cache, length)
     table, tail = cache.page_table, cache.tail
-    if table is None or tail is None or torch.equal(target, cache.lengths):
+    if table is None or tail is None:
         return
-    cache.backend_state = None
-    rows = _rows_after_pages(table, tail, target, kept)
-    count = target - kept * cache.config.block_size
-    tail.take(rows, torch.zeros_like(target), count, tokens_seen(target, cache.window_size))
-    table.truncate(kept.tolist())
-    cache.lengths = target.clone()
+    if not torch.equal(target, cache.lengths):
+        cache.backend_state = None
+        rows = _rows_after_pages(table, tail, target, kept)
+        count = target - kept * cache.config.block_size
+        tail.take(rows, torch.zeros_like(target), count, tokens_seen(target, cache.window_size))
+        cache.lengths = target.clone()
+        table.truncate(kept.tolist())
+    # Nothing, unless the window was wider before.
+    table.evict(first_kept_blocks(target, cache.window_size, cache.config.block_size).tolist())
 
 
 def crop_target(cache: KVCache, length: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..modes import in_own_modes
-from ..validation import check_finite
 from .compression import Compression, Encoded, compression_of
 from .page_table import PageTable
 from .stage1 import Stage
@@ -41,13 +40,11 @@ def stage(
     """
     if counts is None:
         counts = torch.full((cache.batch_size,), k.shape[2])
-    for name, x in zip(names, (k, v), strict=True):
-        check_finite(name, x, counts)
     cache.look()
+    staged = stage_tokens(cache.config, cache.state(k.device), k, v, counts, names)
     allocate(cache, k.device)
     if cache.dtype is None:
         cache.dtype = k.dtype
-    staged = stage_tokens(cache.config, cache.state(k.device), k, v, counts)
     return replace(staged, query_energy=_sum(cache.query_energy, query_energy))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from .channel_order import ChannelOrder
+from .channel_order import ChannelOrder, packed, unpacked
 from .compression import Compression, Encoded
 from .layout import WIDEST, PageLayout
 from .pool import PagePool
@@ -19,7 +19,7 @@ from .quantizer import quantizer_for
 
 class PagePools:
     """sinks: pages of the first `sink_blocks` blocks of a sequence. compressed: those of later blocks; None until
-    `freeze` fixes their format, which is `head_bits` (int64 [2, Hkv]) and `order` (K's channels, or None)."""
+    `freeze` fixes their format: widths, and the order of K's channels or None."""
 
     def __init__(self, config: TurboConfig, heads: int, head_dim: int, device: torch.device, v_head_dim: int = 0):
         self.config, self.device = config, device
@@ -27,14 +27,30 @@ class PagePools:
         layout = PageLayout.uniform(heads, head_dim, config.block_size, WIDEST, config.token_scales, v_head_dim)
         self.sinks = PagePool(layout, device)
         self.compressed: PagePool | None = None
-        self.head_bits: Tensor | None = None
-        self.order: ChannelOrder | None = None
+        self._order: Tensor | None = None
 
     def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
         """Fix the widths int64 [2, Hkv] of all pages after the sinks, and the order of K's channels in them."""
-        self.order = None if order is None else order.at(head_bits)
-        self.head_bits = head_bits.clone()
         self.compressed = PagePool(self._layout(head_bits, order), self.device)
+        self._order = None if order is None else packed(order.places)
+
+    @property
+    def head_bits(self) -> Tensor | None:
+        """int64 [2, Hkv], widths of K and V in compressed pages; None until they are fixed."""
+        return (
+            None
+            if self.compressed is None
+            else torch.tensor([self.compressed.layout.k_bits, self.compressed.layout.v_bits])
+        )
+
+    @property
+    def order(self) -> ChannelOrder | None:
+        """The order of K's channels in compressed pages, for heads that have two widths."""
+        if self.compressed is None or self._order is None:
+            return None
+        layout = self.compressed.layout
+        halved = torch.tensor(layout.k_halves or [False] * layout.num_kv_heads)
+        return ChannelOrder(unpacked(self._order, layout.head_dim), halved)
 
     def _layout(self, head_bits: Tensor, order: ChannelOrder | None) -> PageLayout:
         k_bits, v_bits = head_bits.tolist()
@@ -98,7 +114,7 @@ class PagePools:
             if pool is not None:
                 held: Iterable[int] = (page for table in tables for page in table[self.part(sinks)])
                 total += pool.extent(held) + pending[sinks] * pool.layout.page_bytes + pool.idle_nbytes
-        return total + sum(x.nbytes for x in (self.head_bits, *(self.order or ())) if x is not None)
+        return total + (0 if self._order is None else self._order.nbytes)
 
     @property
     def reserved_pages(self) -> tuple[int, int]:

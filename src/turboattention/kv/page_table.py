@@ -187,12 +187,15 @@ class PageTable:
 
     def truncate(self, counts: list[int]) -> None:
         """Keep the first `counts[b]` blocks of each sequence and free the memory of the others."""
-        for sinks in (True, False):
-            leave_sparse_slabs(self.pools, self.pages, counts, sinks, self.windowed)
+        left = [list(table) for table in self.pages]
         self._addresses = None
         for table, count in zip(self.pages, counts, strict=True):
-            self.pools.release(table[count:], count)
             del table[count:]
+        try:
+            leave_sparse_slabs(self.pools, self.pages, left, self.windowed)
+        finally:
+            for table, count in zip(left, counts, strict=True):
+                self.pools.release(table[count:], count)
 
     def evict(self, before: Sequence[int]) -> None:
         """Release the blocks before block `before[b]`; their table entries become `EVICTED`."""
@@ -216,13 +219,15 @@ class PageTable:
         self.pools, self._addresses = new, None
 
     def select(self, index: list[int]) -> PageTable:
-        """A table of the sequences `index[0], index[1], ...` over the same pools; no page is copied."""
+        """A table of the sequences `index[0], index[1], ...` over the same pools. Pages are shared, unless their slab
+        also holds pages of other sequences."""
         chosen = object.__new__(PageTable)
         own = {"pages": [list(self.pages[i]) for i in index], "pools": self.pools.shared()}
         # Pages from `fresh_pages` belong to this table.
         chosen.__dict__ = {**self.__dict__, "_addresses": None, "_pending": {True: 0, False: 0}, **own}
         for table in chosen.pages:
             self.pools.retain(table)
+        leave_sparse_slabs(chosen.pools, chosen.pages, self.pages, self.windowed)
         return chosen
 
     @in_own_modes

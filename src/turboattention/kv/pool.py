@@ -2,8 +2,8 @@
 
 A page is written once and never modified or moved, so sequences with a common prefix (beams, clones) share pages, and
 readers need no lock. The pages of one allocation run come from one slab (or several, of at most `LARGEST` pages). A
-slab is freed with the last of its pages, so a sequence that releases part of a slab may copy the pages it keeps
-(`crowded`).
+slab is freed with the last of its pages, so sequences that release part of a slab copy the pages that they keep, unless
+these are most of it (`sparse`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST = 64
 """Maximum pages per slab. It bounds what a crop has to copy."""
 
 _WASTE = 16
-"""After a crop, at most 1 / _WASTE as many pages as a sequence keeps may be unused in its slabs."""
+"""Of each slab, the sequences of a cache leave at most 1 / _WASTE as many pages as they use."""
 
 
 @dataclass(eq=False)
@@ -118,18 +118,18 @@ class PagePool:
                     del self._counts[page]
                     self._free(*self._pages.pop(page))
 
-    def crowded(self, kept: Sequence[int], leaving: Sequence[int]) -> list[int]:
-        """The pages in `kept` to copy, so that slabs which they share with pages that are `leaving` can be freed.
+    def sparse(self, used: Iterable[int], left: Iterable[int]) -> list[list[int]]:
+        """The pages to copy, by slab: those of `used` whose slab has become sparse, now that pages are `left`.
 
-        Empty if the memory to be freed is small compared with `kept` (`_WASTE`).
+        used: all pages in use, before pages that are `left` are released. Their slabs must not have been sparse before.
         """
-        cut = {id(slab): len(slab.memory) for slab, _ in self._places(leaving) if not slab.reserved}
-        crowded = (
-            [page for page, (slab, _) in zip(kept, self._places(kept), strict=True) if id(slab) in cut] if cut else []
-        )
-        shared = {id(slab) for slab, _ in self._places(crowded)}
-        wasted = sum(cut[slab] for slab in shared) - len(crowded)
-        return crowded if wasted * _WASTE > len(kept) else []
+        cut = {id(slab): len(slab.memory) for slab, _ in self._places(left) if not slab.reserved}
+        kept: dict[int, list[int]] = {slab: [] for slab, rows in cut.items() if rows > 1}
+        if kept:
+            for page in sorted(used):
+                if page >= 0 and (pages := kept.get(id(self._pages[page][0]))) is not None:
+                    pages.append(page)
+        return [pages for slab, pages in kept.items() if pages and (cut[slab] - len(pages)) * _WASTE > len(pages)]
 
     def address(self, page: int) -> int:
         """Memory address of a page; 0 for a negative number (an evicted page)."""

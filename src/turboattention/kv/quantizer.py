@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 
 class Quantizer(Protocol):
-    """Stage 1 of tokens and the page codec, on tensors of one device."""
+    """Stage 1 of tokens and the page codec, on tensors of one device.
+
+    checks_finite: whether `quantize_tokens` looks for values that are not finite or out of range; it does so for free
+    where it reads the values anyway and returns to the host.
+    """
+
+    checks_finite: bool
 
     def quantize_tokens(
         self,
@@ -46,7 +52,8 @@ class Quantizer(Protocol):
         subtracted. Token t is written to row `target[b] + t` of codes int8 [B, H, W, D] and scales [B, H, W]. Other
         tokens of x are not read. span, first and target are int64 [B] (CPU).
 
-        Returns False if the implementation checks values and one was not finite or out of range.
+        Returns False if a value read was not finite or out of range, and `checks_finite`; the rows written are then
+        of no use.
         """
         ...
 
@@ -93,6 +100,8 @@ class Quantizer(Protocol):
 
 class _PyTorch:
     """Works on any device and in float64."""
+
+    checks_finite = False
 
     def quantize_tokens(
         self,

@@ -10,6 +10,8 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from ..errors import FormatError, TurboError
-from ..files import open_regular, write_whole
+from ..errors import FormatError, InputError, TurboError
+from ..files import open_regular, parse_json, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .cache import KVCache
 from .channel_order import ChannelOrder, is_permutation, places_dtype
+from .claims import MOST, TensorFile, claim_cache, counted
 from .layout import FORMAT_NAME, FORMAT_VERSION
 from .page_table import EVICTED, PageTable
 from .pages import _decode_scales
@@ -32,7 +35,10 @@ from .tail_buffer import TailBuffer
 from .window import first_kept_blocks, tokens_seen
 
 _LARGEST = 1e30
-_MOST_HEADS = 2**16
+_LARGEST_HEADER = 2**24
+"""Bytes of the header of a safetensors file: metadata, and 100 to 150 for every tensor."""
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError)
+"""Errors of reading a damaged file, beside safetensors' own."""
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
@@ -42,10 +48,15 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
 
 def load_cache(path: str | os.PathLike[str], device: torch.device | str | None = None) -> KVCache:
     """Load a file of `save_cache` to `device` (default CPU). Raises `FormatError`, or FileNotFoundError."""
-    tensors, metadata = read_file(path)
-    if not isinstance(metadata.get("cache"), dict):
-        raise FormatError(f"path: expected a file with one cache, got {sorted(metadata)} in {os.fspath(path)}")
+    tensors, metadata = read_file(path, claim_one)
     return cache_from_tensors(tensors, metadata["cache"], "", device)
+
+
+def claim_one(file: TensorFile, metadata: dict[str, Any]) -> None:
+    """The tensors of a file of `save_cache`, for `read_file`."""
+    if not isinstance(metadata.get("cache"), dict):
+        raise FormatError(f"path: expected a file with one cache, got {sorted(metadata)}")
+    claim_cache(file, metadata["cache"], "")
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -55,6 +66,8 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
 
     header = {"format": FORMAT_NAME, "version": str(FORMAT_VERSION), "rotation": str(ROTATION_ID)}
     content = json.dumps(metadata)
+    if len(json.dumps(content)) > _LARGEST_HEADER // 2:  # the rest is for the names of tensors
+        raise InputError(f"path: expected metadata of at most {_LARGEST_HEADER >> 21} MiB, got {len(content):,} bytes")
     header |= {"content": content, "digest": _digest(content, tensors)}
 
     def write(temporary: Path) -> None:
@@ -66,27 +79,60 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
     write_whole(path, write)
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inverse of `write_file`. Raises FileNotFoundError, or `FormatError` if the file is not valid."""
-    from safetensors import SafetensorError, safe_open
+def read_file(
+    path: str | os.PathLike[str], claim: Callable[[TensorFile, dict[str, Any]], object]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inverse of `write_file`. `claim` claims the tensors that the metadata implies, before any is read.
+
+    Raises FileNotFoundError, or `FormatError` if the file is not valid.
+    """
+    from safetensors import SafetensorError
 
     name = os.fspath(path)
     try:
-        # safetensors opens a file twice, for its header and its data; both must see the same file.
-        with open_regular(name) as opened, safe_open(opened, framework="pt") as file:
+        with _opened(name) as file:
             header = file.metadata() or {}
             _check_header(header, name)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = json.loads(header["content"])
-        if not isinstance(metadata, dict) or header["digest"] != _digest(header["content"], tensors):
+            metadata = parse_json(header["content"])
+            if not isinstance(metadata, dict):
+                raise FormatError(f"path: expected a saved cache, got {name}, whose content is no object")
+            tensors = TensorFile(file)
+            claim(tensors, metadata)
+            content = tensors.read_all()
+        if header["digest"] != _digest(header["content"], content):
             raise FormatError(f"path: expected a saved cache, got {name}, whose content was altered")
-        return tensors, metadata
+        return content, metadata
     except FileNotFoundError as error:
         raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist") from error
     except TurboError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+    except (SafetensorError, *_DAMAGES) as error:
         raise FormatError(f"path: expected a saved cache, got {name}, which cannot be read ({error})") from error
+
+
+def is_saved_cache(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file of this format, as far as its header says."""
+    from safetensors import SafetensorError
+
+    try:
+        with _opened(os.fspath(path)) as file:
+            return (file.metadata() or {}).get("format") == FORMAT_NAME
+    except (SafetensorError, *_DAMAGES):
+        return False
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file at `path` with its header read. Raises also OSError, ValueError and safetensors' error."""
+    from safetensors import safe_open
+
+    with open_regular(path) as opened:  # safetensors opens a file twice; both must see the same file
+        with open(opened, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"its header of {size:,} bytes is larger than {_LARGEST_HEADER >> 20} MiB")
+        with safe_open(opened, framework="pt") as file:
+            yield file
 
 
 def cache_metadata(cache: KVCache) -> dict[str, Any]:
@@ -230,8 +276,7 @@ def _mean_of_version_3(mean: Tensor) -> Tensor:
 
 def _check_buffer(own: dict[str, Tensor], metadata: dict[str, Any], config: TurboConfig) -> None:
     """Check the sizes in the metadata against the tensors in the file, before memory is allocated for them."""
-    if metadata["num_kv_heads"] > _MOST_HEADS:
-        raise FormatError(f"num_kv_heads: expected at most {_MOST_HEADS}, got {metadata['num_kv_heads']}")
+    counted(metadata, "num_kv_heads", MOST)
     if "table" in own:
         heads, capacity = metadata["num_kv_heads"], config.block_size - 1 + config.flush_lag
         rows = own["buffer.k8"].shape[2] if own["buffer.k8"].dim() == 4 else 0

@@ -6,14 +6,17 @@ and compression takes full blocks from it. Nothing here changes a cache.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from ..errors import NonFiniteError
 from ..flashq import quantize_int8, rotate
 from ..flashq.symmetric import CODE_MAX, SMALLEST_SCALE, compute_dtype
+from ..validation import LARGEST, check_finite
 from .pages import Tiles
 from .quantizer import Quantizer, quantizer_for
 
@@ -92,23 +95,43 @@ def fresh_state(
     return SequenceState(lengths, lengths, None, mean, given_mean is not None, universal)
 
 
-def stage(config: TurboConfig, state: SequenceState, k: Tensor, v: Tensor, counts: Tensor) -> Stage:
+def stage(
+    config: TurboConfig,
+    state: SequenceState,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    names: tuple[str, str] = ("k", "v"),
+) -> Stage:
     """Quantize the first `counts[b]` tokens of k [B, H, T, D] and v [B, H, T, Dv], which follow `state`.
 
-    Computes in float64 if k and v are float64, else in float32.
+    Computes in float64 if k and v are float64, else in float32. Raises NonFiniteError, with the `names` of k and v.
     """
     size = config.block_size
     after = state.lengths + counts
     width = max(size, _round_up(int((after - state.start).max()) if len(after) else 0, size))
     place = _Placement(state, counts, width, k.device)
+    quantizer = quantizer_for(k.device, k.dtype)
+    looks = config.token_scales and quantizer.checks_finite
+    if not looks:
+        _check_finite(names, k, v, counts)
     if not config.token_scales:
         return _stage_by_tile(config, state, k, v, counts, after, place)
-    quantizer, tiles = quantizer_for(k.device, k.dtype), place.with_buffered(k, v)
+    tiles = place.with_buffered(k, v)
     values = _Side(quantizer, state, v, config.rotate, tiles.v8, tiles.v_scale)
-    values.quantize(torch.zeros_like(counts), counts, None, 0)
     keys = _Side(quantizer, state, k, config.rotate, tiles.k8, tiles.k_scale)
-    mean = _quantize_keys(config, keys, counts, after)
+    try:
+        values.quantize(torch.zeros_like(counts), counts, None, 0)
+        mean = _quantize_keys(config, keys, counts, after)
+    except NonFiniteError:
+        _check_finite(names, k, v, counts)  # says which values
+        raise
     return Stage(state.lengths, after, state.start, tiles, tiles, mean, None)
+
+
+def _check_finite(names: tuple[str, str], k: Tensor, v: Tensor, counts: Tensor) -> None:
+    for name, x in zip(names, (k, v), strict=True):
+        check_finite(name, x, counts)
 
 
 @dataclass(frozen=True)
@@ -123,11 +146,15 @@ class _Side:
     scales: Tensor
 
     def quantize(self, begin: Tensor, end: Tensor, mean: Tensor | None, mean_from: int) -> None:
-        """Quantize tokens `begin[b]` to `end[b]` (exclusive); subtract `mean` from position `mean_from` on."""
+        """Quantize tokens `begin[b]` to `end[b]` (exclusive); subtract `mean` from position `mean_from` on.
+
+        Raises NonFiniteError if the quantizer looks for values that are not finite and finds some."""
         first, row = self.state.lengths, self.state.lengths - self.state.start
-        self.quantizer.quantize_tokens(
+        fine = self.quantizer.quantize_tokens(
             self.x, (begin, end), first, mean, mean_from, self.rotate, self.codes, self.scales, row
         )
+        if not fine:
+            raise NonFiniteError(f"expected finite values up to {LARGEST:.0e} in magnitude, got others")
 
 
 def _quantize_keys(config: TurboConfig, keys: _Side, counts: Tensor, after: Tensor) -> Tensor | None:
@@ -215,10 +242,15 @@ class _Placement:
 
     def __init__(self, state: SequenceState, counts: Tensor, width: int, device: torch.device):
         self.state, self.width = state, width
-        longest = int(counts.max()) if len(counts) else 0
-        batch, token = (torch.arange(longest) < counts[:, None]).nonzero(as_tuple=True)
-        row = (state.lengths - state.start)[batch] + token
-        self._batch, self._token, self._row = (x.to(device) for x in (batch, token, row))
+        self._counts, self._device = counts, device
+
+    @functools.cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequence, token and row of every new token."""
+        longest = int(self._counts.max()) if len(self._counts) else 0
+        batch, token = (torch.arange(longest) < self._counts[:, None]).nonzero(as_tuple=True)
+        row = (self.state.lengths - self.state.start)[batch] + token
+        return batch.to(self._device), token.to(self._device), row.to(self._device)
 
     def block_starts(self, size: int) -> Tensor:
         """Positions int64 [B, W / size] at which the stage's blocks begin."""
@@ -242,8 +274,9 @@ class _Placement:
         return out_codes, out_scales
 
     def scatter(self, targets: list[Tensor], sources: list[Tensor]) -> list[Tensor]:
+        batch, token, row = self._places
         for target, source in zip(targets, sources, strict=True):
-            target[self._batch, :, self._row] = source[self._batch, :, self._token]
+            target[batch, :, row] = source[batch, :, token]
         return targets
 
     def with_buffered(self, k: Tensor, v: Tensor) -> Tiles:

@@ -11,7 +11,7 @@ import torch
 from turboattention import TurboConfig
 from turboattention.errors import GuardWarning
 from turboattention.integrations.transformers import TurboCache, dense_guard, disable, enable
-from turboattention.integrations.transformers.dense_guard import _looked_at
+from turboattention.integrations.transformers.dense_guard import _begun, _looked_at
 from turboattention.reference.exact import exact_attention
 
 
@@ -19,6 +19,7 @@ from turboattention.reference.exact import exact_attention
 def unseen():
     """Models are shared between tests."""
     _looked_at.clear()
+    _begun.clear()
 
 
 @pytest.fixture
@@ -68,9 +69,39 @@ def attentions(model) -> list[torch.nn.Module]:
     return [layer.self_attn for layer in model.model.layers]
 
 
-def test_few_queries_are_not_looked_at(ruined, tokens):
-    assert said(ruined, tokens(1, 31), use_cache=False) == []
+def test_queries_of_few_keys_are_not_looked_at(ruined, tokens):
+    assert said(ruined, tokens(1, 15), use_cache=False) == []
     assert not any(x is module for x in _looked_at for module in attentions(ruined))
+
+
+@pytest.mark.parametrize(
+    "length, options",
+    [(31, {}), (5, {"max_new_tokens": 40}), (60, {"prefill_chunk_size": 7}), (60, {"prefill_chunk_size": 25})],
+    ids=str,
+)
+def test_short_calls_are_looked_at_together(length, options, tiny, tokens, monkeypatch):
+    """With a bound that layers of a sound model exceed, as below."""
+    monkeypatch.setattr(dense_guard, "_BOUND", 0.006)
+    model = tiny("llama")
+    model.set_attn_implementation("turbo")
+    options = {"max_new_tokens": 2, "do_sample": False} | options
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GuardWarning)
+        model.generate(tokens(1, length), **options)
+    messages = [str(x.message) for x in caught if x.category is GuardWarning]
+    assert messages
+    assert {message[:8] for message in messages} <= {"layer 0:", "layer 1:"}
+    assert all(any(x is module for x in _looked_at) for module in attentions(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_short_calls_of_a_model_that_is_fine(name, tiny, tokens):
+    model = tiny(name)
+    model.set_attn_implementation("turbo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GuardWarning)
+        model.generate(tokens(1, 5), max_new_tokens=40, do_sample=False)
+    assert all(any(x is module for x in _looked_at) for module in attentions(model))
 
 
 @pytest.mark.parametrize(

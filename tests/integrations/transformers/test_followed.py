@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from turboattention import TurboConfig
 from turboattention.errors import InputError
@@ -65,7 +66,90 @@ def test_it_can_be_switched_off_and_plain_forwards_know_nothing(tiny, tokens, fo
     say(model, tokens(1, 40, seed=1), cache.clone())
     plain = TurboCache(model.config, SMALL)
     forward(model, "turbo", tokens(1, 20), [20], plain)
-    say(model, tokens(1, 40, seed=1), plain)
+    with pytest.warns(UserWarning, match=r"^input_ids: cannot be compared with 20 of the 20 tokens .* check_prompts=F"):
+        say(model, tokens(1, 40, seed=1), plain)
+    plain.check_prompts = False
+    say(model, tokens(1, 60, seed=2), plain)
+
+
+def test_tokens_behind_those_that_are_known_are_warned_of_once(tiny, tokens, forward):
+    model, ids = tiny("llama"), tokens(1, 90)
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, ids[:, :20], cache)
+    whole = torch.cat([said, ids[:, 25:]], 1)
+    forward(model, "turbo", whole, [6], cache)
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        say(model, tokens(1, 40, seed=1), cache)
+    with pytest.warns(UserWarning, match="6 of the 30 tokens"):
+        more = say(model, whole[:, :40], cache)
+    forward(model, "turbo", torch.cat([more, whole], 1), [3], cache)
+    say(model, torch.cat([more, whole[:, :30]], 1), cache)
+
+
+def test_a_buffer_that_is_used_again(tiny, tokens, tmp_path):
+    """The ids are the cache's own, whatever becomes of the caller's."""
+    model, buffer = tiny("llama"), torch.zeros(1, 100, dtype=torch.int64)
+    first, second = tokens(1, 30), tokens(1, 60, seed=1)
+    model.set_attn_implementation("turbo")
+    cache = TurboCache(model.config, SMALL)
+    buffer[:, :30] = first
+    options = {"past_key_values": cache, "max_new_tokens": 1, "do_sample": False}
+    model.generate(buffer[:, :30], **options)
+    buffer[:, :60] = second
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        model.generate(buffer[:, :60], **options)
+    cache.known_ids.zero_()
+    cache.save(tmp_path / "cache")
+    loaded = TurboCache.load(tmp_path / "cache")
+    loaded.prompt_ids.zero_()
+    assert torch.equal(loaded.prompt_ids, first)
+    loaded.prompt_ids = second[:, :30]
+    second.zero_()
+    assert loaded.prompt_ids.any()
+    model.generate(torch.cat([first, tokens(1, 5, seed=2)], 1), **options)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_only_new_ids_under_a_mask_of_all(checked, exact_core, tiny, tokens):
+    """As over a DynamicCache. The cache then knows all of them."""
+    model, ids, more = tiny("llama"), tokens(2, 30), tokens(2, 9, seed=1)
+    runs = []
+    for name, cache in (("turbo", TurboCache(model.config, SMALL, check_prompts=checked)), ("eager", DynamicCache())):
+        model.set_attn_implementation(name)
+        options = {"past_key_values": cache, "max_new_tokens": 4, "do_sample": False}
+        said = model.generate(ids, **options)
+        mask = torch.ones(2, cache.get_seq_length() + 9, dtype=torch.int64)
+        runs.append((said, model.generate(more, attention_mask=mask, **options)))
+        if name == "turbo":
+            assert torch.equal(cache.known_ids, torch.cat([said[:, :-1], runs[0][1]], 1)[:, : cache.get_seq_length()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_models_that_prepare_inputs_themselves(tiny, tokens):
+    model = copy.copy(tiny("llama"))
+
+    class Own(type(model)):
+        def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **_):
+            new = input_ids[:, past_key_values.get_seq_length() :]
+            return {"input_ids": new, "past_key_values": past_key_values, "attention_mask": attention_mask}
+
+    model.__class__ = Own
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(1, 20), cache)
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        say(model, tokens(1, 40, seed=1), cache)
+    with pytest.warns(UserWarning, match="4 of the 24 tokens"):
+        say(model, torch.cat([said, tokens(1, 5)], 1), cache)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_the_switch_is_kept_in_files(checked, tiny, tokens, tmp_path):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL, check_prompts=checked)
+    say(model, tokens(1, 20), cache)
+    cache.save(tmp_path / "cache")
+    assert TurboCache.load(tmp_path / "cache").check_prompts is checked
+    assert cache.clone().check_prompts is checked
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
@@ -91,14 +175,25 @@ def test_prompts_in_pieces(exact_core, masked, tiny, tokens):
         say_by(longer[:, :70], pieces, 16)
 
 
-def test_embeddings_say_nothing_and_forget_nothing(tiny, tokens):
+def test_embeddings_are_warned_of_and_forget_nothing(tiny, tokens):
     model = tiny("llama")
     cache = TurboCache(model.config, SMALL)
     said = say(model, tokens(1, 20), cache)
     embeddings = model.get_input_embeddings()(torch.cat([said, tokens(1, 7, seed=2)], 1)).detach()
-    model.generate(inputs_embeds=embeddings, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    with pytest.warns(UserWarning, match="^inputs_embeds: cannot be compared with the 24 tokens"):
+        model.generate(inputs_embeds=embeddings, past_key_values=cache, max_new_tokens=5, do_sample=False)
     with pytest.raises(InputError, match="differs from token 0 on"):
         say(model, tokens(1, 99, seed=1), cache)
+
+
+def test_ids_behind_embeddings_are_warned_of(tiny, tokens):
+    model = tiny("llama")
+    model.set_attn_implementation("turbo")
+    cache = TurboCache(model.config, SMALL)
+    embeddings = model.get_input_embeddings()(tokens(1, 20)).detach()
+    model.generate(inputs_embeds=embeddings, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    with pytest.warns(UserWarning, match="^input_ids: cannot be compared with 24 of the 24 tokens"):
+        say(model, tokens(1, 40), cache)
 
 
 def test_a_loaded_cache_is_followed(tiny, tokens, tmp_path):

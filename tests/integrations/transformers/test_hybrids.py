@@ -291,6 +291,8 @@ def test_convolutions_go_back_as_far_as_recorded(hybrid, forward, tokens):
         cache.crop(-20)
     assert cache.get_seq_length() == 36
     cache.crop(-6)
+    states = [x for _, layer in cache.state_layers for x in layer.conv_states.values()]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in states), "what was recorded is let go of"
     close(forward(model, "turbo", ids, [20], cache), forward(model, "turbo", ids, [20], other))
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     BartConfig,
@@ -288,7 +289,7 @@ class TestNoNewTokens:
     @pytest.fixture
     def cache(self, model, forward, tokens):
         """Of 37 tokens, the first 30 of them a prompt."""
-        cache = TurboCache(model.config, SMALL)
+        cache = TurboCache(model.config, SMALL, check_prompts=False)
         forward(model, "turbo", tokens(1, 37), [30, 7], cache)
         return cache
 
@@ -347,6 +348,60 @@ def test_a_forward_that_broke_off_is_noticed(tiny, forward, tokens, monkeypatch)
     fresh = TurboCache(model.config, SMALL)
     expected = forward(model, "turbo", ids, [20, 5], fresh)[:, 20:]
     assert float((result - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.parametrize("new, helps", [(10, True), (40, False)])
+def test_the_advice_after_it_works(new, helps, tiny, forward, tokens, monkeypatch):
+    """A sliding window cannot go back by more than 16 tokens."""
+    model, ids = tiny("gemma3"), tokens(1, 60)
+    cache = TurboCache(model.config, SMALL)
+    forward(model, "turbo", ids, [20], cache)
+
+    def broken(*_, **__):
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].mlp, "forward", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            forward(model, "turbo", ids, [new], cache)
+    advice = r"halfway\. crop\(20\) goes back to before it, reset" if helps else r"halfway\. reset\(\) empties"
+    with pytest.raises(InputError, match=advice):
+        forward(model, "turbo", torch.cat([ids, ids], 1), [5], cache)
+    if helps:
+        cache.crop(20)
+    else:
+        cache.reset()
+    forward(model, "turbo", ids, [5], cache)
+    assert cache.get_seq_length() == 25 if helps else 5
+
+
+@pytest.mark.parametrize("cached_first", [True, False])
+@pytest.mark.parametrize("change", [lambda k, v: (2 * k, v), lambda k, v: (2 * k, 2 * v), lambda k, v: (k.clone(), v)])
+def test_a_second_attention_call_with_other_keys(cached_first, change, tiny, tokens, forward, monkeypatch):
+    """A prompt passed, and the first decode step ended in an error about the mask."""
+    model, cache = tiny("llama"), None
+    attend = AttentionInterface._global_mapping["turbo"]
+
+    def twice(module, query, key, value, *arguments, **options):
+        pairs = [(key, value), change(key, value)]
+        outs = [attend(module, query, *x, *arguments, **options)[0] for x in pairs[:: 1 if cached_first else -1]]
+        return sum(outs), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "turbo", twice)
+    forward(model, "turbo", tokens(1, 20), [20])  # without a cache nothing is wrong
+    cache = TurboCache(model.config, SMALL)
+    with pytest.raises(
+        UnsupportedError, match=r"^key: expected only .* of layer 0, got others .* 'llama' is not suppo"
+    ):
+        forward(model, "turbo", tokens(1, 20), [20], cache)
+
+
+def test_a_model_of_one_layer_with_and_without_a_cache(tiny, tokens, forward):
+    """Its attention is called twice in a row, in two forwards."""
+    model, ids = tiny("llama", num_hidden_layers=1), tokens(1, 20)
+    cache = TurboCache(model.config, SMALL)
+    for each in (cache, None, TurboCache(model.config, SMALL), None):
+        forward(model, "turbo", ids, [20], each)
 
 
 def test_every_refusal_is_a_turbo_error():

@@ -100,6 +100,25 @@ def test_every_bfloat16_and_float16(isa):
 
 
 @every_isa
+def test_values_next_to_a_half_are_rounded_as_a_division_rounds_them(isa):
+    """Every half-integer multiple of a scale and the floats around it, for 2,000 scales of all sizes."""
+    half = torch.arange(-118, 118).float() + 0.5
+    scale = torch.ldexp(16 + torch.arange(2000) % 16, torch.arange(2000) % 140 - 94)  # on the grid of four bits
+    x = half * scale[:, None]
+    around = [x]
+    for _ in range(3):
+        around = [x.nextafter(around[0] - x.abs()), *around, x.nextafter(around[-1] + x.abs())]
+    rows = torch.cat([119 * scale[:, None], *around], 1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 504)).view(1, 2000, -1, 504)
+    rows[..., 0] = 119 * scale[:, None]  # so that this is the scale of every part of 504 channels
+    nothing, all_rows = torch.zeros(1, dtype=torch.int64), torch.tensor([rows.shape[2]])
+    given = (rows, (nothing, all_rows), nothing, None, 0, False, nothing, rows.shape[2])
+    got, want = staged(kernels, *given, isa=isa), staged(PYTORCH, *given)
+    assert torch.equal(got[1], scale[None, :, None].expand(got[1].shape))
+    assert torch.equal(got[0], want[0])
+
+
+@every_isa
 def test_padding_is_never_read_and_other_rows_never_written(isa):
     x = rows(2, 2, 10, 16)
     x[0, :, 7:], x[1, :, :4] = torch.nan, torch.inf

@@ -5,12 +5,12 @@ Files: ``bbh/TASK.json`` and ``cot-prompts/TASK.txt`` of suzgunmirac/BIG-Bench-H
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 from pathlib import Path
 
 from ...errors import InputError
+from ...files import parse_json
 from .question import Question, QuestionSet, check_fields, read_text
 
 _RULE = "\n-----\n"
@@ -40,8 +40,8 @@ def load(folder: Path, task: str) -> QuestionSet:
         raise InputError(f"tasks: expected bbh/TASK with one of {', '.join(names(folder))}; got {task!r}")
     path = folder / "bbh" / f"{task}.json"
     try:
-        examples = json.loads(read_text(path))["examples"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        examples = parse_json(read_text(path))["examples"]
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"data: expected an object with examples in {path}, got something else: {error}") from error
     for index, row in enumerate(examples):
         check_fields(row, ("input", "target"), f"{path}, example {index}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import files
 from ...errors import InputError
 
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
@@ -66,7 +66,7 @@ def plain_number(text: str) -> str | None:
 def read_text(path: Path) -> str:
     """Raises InputError if the file cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return files.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -82,8 +82,8 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = files.parse_json(line)
+        except ValueError as error:
             raise InputError(f"data: expected JSON lines in {path}, got none in line {number}: {error}") from error
         check_fields(row, fields, f"{path}, line {number}")
         rows.append(row)

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 
-PLACES = ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (6, 12, "left"))
-"""Candidate positions of a label next to its point: the offset in points, and the alignment."""
+NEAR = ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"))
+FAR = tuple(
+    (x, y, side) for y in (16, -22, 28, -34, 40, -46, 52, -58, 64, -70) for x, side in ((10, "left"), (-10, "right"))
+)
+"""Candidate positions of a label next to its point, the nearest first: the offset in points, and the alignment."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,16 @@ def _colour(point: Point) -> str:
 
 
 def _name(axes: Axes, points: Sequence[Point]) -> None:
-    """Label each point, at a position where the label overlaps no other, if there is one."""
+    """Label each point where its label overlaps least, the nearest such place; a line leads to labels far away."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # positions on the page are known only after drawing
-    taken = []
+    inside = axes.get_window_extent()
+    taken = [_around(axes, point) for point in points]
     for point in sorted(points, key=lambda p: (not p.own, p.value)):
-        for place in PLACES:
-            text = axes.annotate(
+
+        def label(place: tuple[int, int, str], point: Point = point) -> Annotation:
+            return axes.annotate(
                 point.name,
                 (point.bits, point.value),
                 xytext=place[:2],
@@ -93,11 +100,28 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
                 color=_colour(point),
                 horizontalalignment=place[2],
             )
+
+        def overlaps(place: tuple[int, int, str]) -> int:
+            text = label(place)
             box = text.get_window_extent()
-            if place is PLACES[-1] or not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
             text.remove()
+            outside = not (inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1)
+            return sum(box.overlaps(other) for other in taken) + outside
+
+        place = min((*NEAR, *FAR), key=overlaps)
+        taken.append(label(place).get_window_extent())
+        if place in FAR:
+            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+            to, at = (point.bits, point.value), (place[0], place[1] + 3)
+            axes.annotate("", to, xytext=at, textcoords="offset points", arrowprops=line)
+
+
+def _around(axes: Axes, point: Point) -> Bbox:
+    """What a point covers of the page, with its interval."""
+    from matplotlib.transforms import Bbox
+
+    (x, low), (_, high) = axes.transData.transform([(point.bits, point.low), (point.bits, point.high)])
+    return Bbox.from_extents(x - 4, low, x + 4, high)
 
 
 def front(points: Sequence[Point]) -> list[Point]:

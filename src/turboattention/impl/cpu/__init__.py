@@ -22,7 +22,7 @@ class CpuBackend(KernelBackend):
     """`contract.Backend` over `kernels.cpu`."""
 
     name = "cpu"
-    checks_finite = ("q",)
+    checks_finite = ("q", "k", "v")
     reorders_pages = True
 
     def availability(self) -> Availability:

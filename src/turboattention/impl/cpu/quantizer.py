@@ -3,4 +3,6 @@
 from ...kernels.cpu.quantize import decode_pages, encode_pages, first_block_mean, quantize_tokens
 from .steps import append
 
-__all__ = ["append", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]
+__all__ = ["append", "checks_finite", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]
+
+checks_finite = True

@@ -11,7 +11,9 @@ from ...kv.quantizer import PYTORCH
 from .device import on_own_device
 from .steps import append
 
-__all__ = ["append", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]
+__all__ = ["append", "checks_finite", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]
+
+checks_finite = False
 
 
 @on_own_device

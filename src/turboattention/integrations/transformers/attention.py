@@ -15,6 +15,7 @@ from .dense import attend_dense
 from .dense_guard import check_first_prompt
 from .layer import layer_of
 from .masks import MaskPlan, read_mask
+from .repeated import other_keys
 
 
 def turbo_attention_forward(
@@ -44,12 +45,16 @@ def turbo_attention_forward(
     """
     _refuse(module, dropout, kwargs)
     _refuse_gradients(query, key, value)
-    if (layer := layer_of(key)) is not None:
+    tracing = torch.compiler.is_dynamo_compiling()
+    layer = layer_of(key)
+    held = None if tracing else other_keys(module, key, layer is not None)
+    if held is not None and (holder := layer_of(held)) is not None:
+        holder.refuse_other_keys()
+    if layer is not None:
         layer.check_values(key, value)
     plan = read_mask(attention_mask)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(plan, causal, sliding_window)
-    tracing = torch.compiler.is_dynamo_compiling()
     if layer is None:
         query, key, value = aligned(query, key, value)
         call = LayerCall(scaling, softcap, window, s_aux, config, backend)

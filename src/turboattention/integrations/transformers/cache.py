@@ -64,7 +64,8 @@ class TurboCache(Cache):
             With ``guard="adapt"`` the guard adds such layers at a cache's first compressed block.
         backend: as in `turbo_attention_with_kvcache`.
         check_prompts: whether `generate` refuses a prompt that does not begin with the tokens the cache holds, as far
-            as it knows them from earlier calls of `generate` or its file.
+            as it knows them from earlier calls of `generate` or its file, and warns once of those it does not know:
+            from calls of the model itself, or of `inputs_embeds`. Kept in files.
 
     Raises:
         UnsupportedError: MLA, encoder-decoder models, models without attention.
@@ -128,11 +129,11 @@ class TurboCache(Cache):
         self._may_cross = may_cross(text_config(model_config))
 
     @classmethod
-    def from_layers(cls, layers: list[Any], prompt_ids: Tensor | None = None) -> TurboCache:
+    def from_layers(cls, layers: list[Any], prompt_ids: Tensor | None = None, check_prompts: bool = True) -> TurboCache:
         """A cache of existing layers."""
         cache = object.__new__(cls)
         cache._hold(layers)
-        cache.ids, cache._may_cross = KnownIds(prompt_ids), False
+        cache.ids, cache._may_cross = KnownIds(prompt_ids, checked=check_prompts), False
         return cache
 
     def _hold(self, layers: list[Any]) -> None:
@@ -273,13 +274,23 @@ class TurboCache(Cache):
                 "empties the cache"
             )
         if len(lengths) > 1:
-            back = 0 if self.state_layers else min(lengths)
+            back = self._level_before()
             crossed = f", or the decoder attends to an encoder: pass {BESIDE_AN_ENCODER}" if self._may_cross else ""
             raise InputError(
                 f"past_key_values: expected layers of equal length, got {sorted(lengths)}: an earlier forward failed "
                 f"halfway{crossed}. {f'crop({back}) goes back to before it, ' if back else ''}"
                 "reset() empties the cache"
             )
+
+    def _level_before(self) -> int:
+        """The length to which a crop can undo a forward that failed halfway; 0 if none can."""
+        least = min(layer.get_seq_length() for layer in self.attention_layers)
+        try:
+            for layer in self.attention_layers:
+                layer.check_crop(least)
+        except InputError:  # a sliding window has released what it would need
+            return 0
+        return 0 if self.state_layers else least
 
     # -- what it holds --------------------------------------------------------------------------------
 
@@ -375,20 +386,14 @@ class TurboCache(Cache):
 
         return load_cache(cls, path, model_config, device, backend)
 
-    def follow(self, input_ids: Tensor | None, begins: bool) -> None:
-        """As `KnownIds.follow`, before each forward of a `generate`. Raises InputError also after a broken forward."""
-        if begins:
-            self.check_level()
-        self.ids.follow(input_ids, begins, self.get_seq_length())
-
     @property
     def prompt_ids(self) -> Tensor | None:
         """int64 [B, L]: ids of the tokens that were loaded from a file and are still held; None if not known."""
-        return self.ids.saved
+        return None if self.ids.saved is None else self.ids.saved.clone()
 
     @prompt_ids.setter
     def prompt_ids(self, value: Tensor | None) -> None:
-        self.ids.saved = value
+        self.ids.saved = None if value is None else value.clone()
 
     @property
     def check_prompts(self) -> bool:
@@ -403,7 +408,8 @@ class TurboCache(Cache):
     def known_ids(self) -> Tensor | None:
         """The ids [B, L] of all tokens that the cache holds, from `generate` or from its file; None if some are not
         known."""
-        return self.ids.all_of(self.get_seq_length())
+        ids = self.ids.all_of(self.get_seq_length())
+        return None if ids is None else ids.clone()
 
     def check_prompt(self, input_ids: Tensor) -> int:
         """Check that the prompt `input_ids` [B, L] begins with all tokens of the cache and is longer, and return their

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...bundled import model_path
 from ...errors import InputError
 from .language_model import LanguageModel
 
@@ -15,7 +16,10 @@ Message = dict[str, str]
 def check_template(language: LanguageModel) -> None:
     """Raises InputError for a model without a chat template."""
     if not getattr(language.tokenizer, "chat_template", None):
-        raise InputError(f"model: expected one with a chat template, got {language.name}, which has none")
+        bundled = language.name == str(model_path())
+        what = "the bundled test model" if bundled else language.name
+        advice = "; name a chat model (--model)" if bundled else ""
+        raise InputError(f"model: expected one with a chat template, got {what}, which has none{advice}")
 
 
 def render(language: LanguageModel, messages: Sequence[Message], *, answer: bool = True) -> str:

@@ -1,15 +1,17 @@
 """The guard without a `TurboCache`: a layer's first prompt against exact attention, on a few rows.
 
 INT8 keys and queries cannot represent layers whose logits are far beyond 100, without any sign of it. The first call
-of a layer with several queries, such as a prompt or a part of one, over any cache of the model's own, compares sampled
-rows of one sequence, and warns once of heads beyond the bound of 8 bits (numerics.md, The guard). Nothing is changed:
-there is no width to raise.
+of a layer with at least 32 queries, over any cache of the model's own, compares sampled rows of one sequence, and warns
+once of heads beyond the bound of 8 bits (numerics.md, The guard). Where calls are shorter (a short prompt, a prompt in
+small pieces, decode steps), their rows that see at least 16 keys are compared, until there are 16 of them together.
+Nothing is changed: there is no width to raise. Compiled calls are not looked at.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +27,21 @@ from .masks import MaskPlan, shown_by
 _ROWS = 32
 _TOKENS = 512
 _FEWEST = 32  # a call of fewer queries says little
+_ENOUGH = _FEWEST // 2
 _BOUND = BOUNDS[8]
 
+
+@dataclass
+class _Sample:
+    """Sums of squares per KV head, float64 [Hkv] on the CPU: of errors, and of exact outputs, of so many rows."""
+
+    lost: Tensor | float = 0.0
+    whole: Tensor | float = 0.0
+    rows: int = 0
+
+
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_begun: weakref.WeakKeyDictionary[nn.Module, _Sample] = weakref.WeakKeyDictionary()
 
 
 @in_own_modes
@@ -42,15 +56,16 @@ def check_first_prompt(
     """`out` [B, Hq, Lq, D] as `attend_dense` gave it for q, k, v. Warns `GuardWarning`, once for each module."""
     q, k, v = qkv
     guard = "adapt" if call.config is None else call.config.guard
-    if guard == "off" or module in _looked_at or not len(q) or not _FEWEST <= q.shape[2] <= k.shape[2]:
+    if guard == "off" or module in _looked_at or not len(q) or q.shape[2] > k.shape[2]:
         return
-    _looked_at.add(module)
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot wait for the device
+        return
     row, mask = _shown(q.shape[2], k.shape[2], plan, causal, call.window)
-    rows = torch.arange(len(mask) // 2, len(mask))
-    rows = rows[mask[rows].any(1)]  # others are padding
+    rows, enough = _rows(mask, q.shape[2])
+    if enough:
+        _looked_at.add(module)
     if not len(rows):
         return
-    rows = rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()]
     keys = mask[rows].any(0).nonzero().flatten()
     mask, at, keys = mask[rows][:, keys], rows.to(q.device), keys.to(q.device)
     q, k, v, out = (x[row : row + 1] for x in (q, k, v, out))
@@ -58,7 +73,25 @@ def check_first_prompt(
     k, v = (x.index_select(2, keys) for x in (k, v))
     exact = exact_attention(q.index_select(2, at), k, v, mask, False, call.scale, softcap=call.softcap)
     lost = out.index_select(2, at).double() - call.with_sinks(exact if call.sinks is not None else exact[0])
-    _warn(module, _errors(lost, exact[0], k.shape[1]))
+    sample = _begun.pop(module, None) or _Sample()
+    sample.lost, sample.whole = sample.lost + _squares(lost, k.shape[1]), sample.whole + _squares(exact[0], k.shape[1])
+    sample.rows += len(rows)
+    if enough or sample.rows >= _ENOUGH:
+        _looked_at.add(module)
+        _warn(module, sample)
+    else:
+        _begun[module] = sample
+
+
+def _rows(mask: Tensor, queries: int) -> tuple[Tensor, bool]:
+    """The rows to compare, of those that see keys as in `mask` bool [L, Lk], and whether they are enough."""
+    if queries < _FEWEST:
+        return (mask.sum(1) >= _ENOUGH).nonzero().flatten(), False
+    rows = torch.arange(len(mask) // 2, len(mask))
+    rows = rows[mask[rows].any(1)]  # others are padding
+    if not len(rows):
+        return rows, True
+    return rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()], True
 
 
 def _shown(queries: int, keys: int, plan: MaskPlan | None, causal: bool, window: int | None) -> tuple[int, Tensor]:
@@ -81,13 +114,14 @@ def _shown(queries: int, keys: int, plan: MaskPlan | None, causal: bool, window:
     return row, shown
 
 
-def _errors(lost: Tensor, whole: Tensor, kv_heads: int) -> Tensor:
-    """Relative error per KV head, float64 [Hkv]."""
-    lost, whole = ((x.unflatten(1, (kv_heads, -1)) ** 2).sum((0, 2, 3, 4)) for x in (lost, whole))
-    return (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf).cpu()
+def _squares(x: Tensor, kv_heads: int) -> Tensor:
+    """Sums of x [1, Hq, L, D] squared, float64 [Hkv] on the CPU."""
+    return (x.double().unflatten(1, (kv_heads, -1)) ** 2).sum((0, 2, 3, 4)).cpu()
 
 
-def _warn(module: Any, errors: Tensor) -> None:
+def _warn(module: Any, sample: _Sample) -> None:
+    lost, whole = torch.as_tensor(sample.lost), torch.as_tensor(sample.whole)
+    errors = (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf)
     failing = (~(errors <= _BOUND)).nonzero().flatten().tolist()
     if failing:
         worst = max(failing, key=lambda head: float(errors[head]))

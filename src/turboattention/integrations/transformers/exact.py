@@ -21,6 +21,7 @@ from ...kv.window import CROPPED
 from .call import LayerCall
 from .masks import MaskPlan
 from .ragged import pack_index, take
+from .views import own_memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ExactKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory; tensors cut by `cropped` keep theirs until the next tokens come."""
+        """Bytes of memory."""
         return sum(x.untyped_storage().nbytes() for x in self.tensors)
 
     def extended(self, key: Tensor, value: Tensor, query: Tensor | None = None) -> ExactKV:
@@ -87,7 +88,7 @@ class ExactKV:
     def cropped(self, length: int) -> ExactKV:
         """The positions before `length`."""
         gone = max(self.end - max(length, self.first), 0)
-        keys, values, *queries = (x[:, :, : max(x.shape[2] - gone, 0)] for x in self.tensors)
+        keys, values, *queries = (own_memory(x[:, :, : max(x.shape[2] - gone, 0)]) for x in self.tensors)
         return ExactKV(keys, values, self.first, *queries)
 
     def selected(self, index: Tensor) -> ExactKV:

@@ -1,8 +1,8 @@
 """Checks that the prompt of `generate` continues the tokens that are already in a `TurboCache`.
 
 `generate` passes only the new tokens of a prompt to the model, so the cache cannot compare the earlier ones itself.
-`prepare_inputs_for_generation`, which runs before every forward pass, gets all of them; except with
-`prefill_chunk_size`, where it gets a piece of the prompt, and `_prefill` all of it.
+`_prefill`, with which a `generate` begins, gets all of them, and `prepare_inputs_for_generation` before every forward
+pass. Models that have their own of the latter are checked as well, but their generated tokens are not known.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...errors import InputError
 from .cache import TurboCache
 from .layer import ALTERNATIVE
 
-_in_pieces: ContextVar[bool] = ContextVar("in_pieces", default=False)
-"""Whether a prompt is being fed in pieces."""
+_in_prefill: ContextVar[bool] = ContextVar("in_prefill", default=False)
+"""Whether a prompt is being fed, of which `_prefill` took note."""
 _PREPARE, _PREFILL = "prepare_inputs_for_generation", "_prefill"
 
 
@@ -46,8 +46,8 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("past_key_values"), TurboCache) and kwargs.get("use_cache") is False:
             raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
-        if not _in_pieces.get():
-            _follow(input_ids, kwargs, begins=bool(kwargs.get("is_first_iteration")))
+        if not _in_prefill.get():
+            _follow(input_ids, kwargs, None, begins=bool(kwargs.get("is_first_iteration")))
         return original(self, input_ids, *args, **kwargs)
 
     return prepare
@@ -62,22 +62,31 @@ def _prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         is_first_iteration: bool = True,
         **kwargs: Any,
     ) -> Any:
-        pieces = generation_config.prefill_chunk_size is not None
-        if pieces:
-            _follow(input_ids, model_kwargs, begins=is_first_iteration)
-        before = _in_pieces.set(pieces)
+        _follow(input_ids, model_kwargs, generation_config, begins=is_first_iteration)
+        before = _in_prefill.set(True)
         try:
             return original(self, input_ids, generation_config, model_kwargs, is_first_iteration, **kwargs)
         finally:
-            _in_pieces.reset(before)
+            _in_prefill.reset(before)
 
     return prefill
 
 
-def _follow(input_ids: Tensor, kwargs: dict[str, Any], begins: bool) -> None:
-    """Tell a `TurboCache` the ids [B, L] of all tokens, or None if those are only the new ones: the mask then has more
-    positions."""
+def _follow(input_ids: Tensor, kwargs: dict[str, Any], generation_config: Any, begins: bool) -> None:
+    """Tell a `TurboCache` the ids [B, L] of all tokens, or of the new ones: the mask then has more positions."""
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if isinstance(cache, TurboCache) and kwargs.get("inputs_embeds") is None:
-        whole = not isinstance(mask, Tensor) or mask.shape[-1] == input_ids.shape[1]
-        cache.follow(input_ids if whole else None, begins)
+    if not isinstance(cache, TurboCache):
+        return
+    if begins:
+        cache.check_level()
+    if kwargs.get("inputs_embeds") is not None:
+        if begins:
+            cache.ids.begin_unknown(cache.get_seq_length())
+        return
+    if not begins:
+        cache.ids.follow(input_ids)
+        return
+    # `generate` leaves out a mask without padding, and keeps its length.
+    positions = mask.shape[-1] if isinstance(mask, Tensor) else getattr(generation_config, "_mask_length", -1)
+    whole = positions in (-1, input_ids.shape[1])
+    (cache.ids.begin if whole else cache.ids.begin_behind)(input_ids, cache.get_seq_length())

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...kv.cache import KVCache
 from .exact import ExactKV
+from .views import own_memory
 
 
 class HeldTokens:
@@ -47,21 +48,22 @@ class HeldTokens:
             self.kv.check_crop(length if self.valid is None else self.valid[:, :length].sum(1))
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep."""
+        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep. With a window, also
+        what was recorded for this, as in transformers."""
         self.check_settled()
         removed = int(tokens_to_remove)
         keep = removed if removed > 0 else self._stored + removed
-        if not self.is_initialized or keep >= self._stored:
+        if not self.is_initialized:
             return
-        keep = max(keep, 0)
+        keep = min(max(keep, 0), self._stored)
         left = None if self.valid is None else self.valid[:, :keep]
         if self.floats is not None:
             self.floats.check_crop(keep, self.window)
         if self.kv is not None:
             self.kv.window_size = self.window
             self.kv.crop(keep if left is None else left.sum(1))
-        self.floats = None if self.floats is None else self.floats.cropped(keep)
-        self._stored, self.valid = keep, (None if left is None or bool(left.all()) else left)
+        self.floats = None if self.floats is None else self.floats.cropped(keep).behind(self.window)
+        self._stored, self.valid = keep, (None if left is None or bool(left.all()) else own_memory(left))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.check_settled()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import torch
@@ -13,23 +15,49 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class KnownIds:
-    """saved: ids [B, L] of the file the cache was loaded from, as long as they are in the cache, or None. fed: ids
-    [B, L] of the last forward of a `generate`, those before it included, or None. checked: whether a prompt of
-    `generate` is compared with them."""
+    """What is known of the ids of a cache's tokens. Tensors are the cache's own, and replaced, never changed.
+
+    saved: ids [B, L] of the file the cache was loaded from, as long as they are in the cache, or None. fed: ids [B, L]
+    of the last forward of a `generate`, those before it included, or None. checked: whether a prompt of `generate` is
+    compared with them.
+    """
 
     def __init__(self, saved: Tensor | None = None, fed: Tensor | None = None, checked: bool = True):
         self.saved, self.fed, self.checked = saved, fed, checked
+        self._whole, self._before = True, None
+        self._warned = False
 
-    def follow(self, input_ids: Tensor | None, begins: bool, length: int) -> None:
-        """Take note of all ids [B, L] of a `generate`, whose next forward takes those that a cache of `length` tokens
-        does not hold yet; None where it does not say. Compared only where one begins, since that waits for the device.
+    def begin(self, input_ids: Tensor, length: int) -> None:
+        """A `generate` with the ids [B, L] of a whole prompt, over a cache of `length` tokens. They are compared only
+        here, since that waits for the device.
+
+        Warns once if some of the cache's tokens are not known.
 
         Raises:
             InputError: the prompt does not go on from the cache's tokens.
         """
-        if begins and input_ids is not None and length:
+        if length:
             self._check_goes_on(input_ids, length)
-        self.fed = input_ids
+        self._whole = True
+        self.follow(input_ids)
+
+    def begin_behind(self, input_ids: Tensor, length: int) -> None:
+        """A `generate` with only the new ids [B, L], behind the `length` tokens of the cache."""
+        known = self.all_of(length)
+        self._whole, self._before = False, None if known is None or len(known) != len(input_ids) else known
+        self.follow(input_ids)
+
+    def begin_unknown(self, length: int) -> None:
+        """A `generate` with embeddings. Warns once if they cannot be compared with the cache's tokens."""
+        if length and self.checked:
+            self._warn(f"inputs_embeds: cannot be compared with the {length} tokens that the TurboCache holds")
+
+    def follow(self, input_ids: Tensor) -> None:
+        """Take note of the ids [B, L] of a forward of the `generate` that began last, those before it included."""
+        if self._whole:
+            self.fed = input_ids.clone()
+        elif self._before is not None:
+            self.fed = torch.cat([self._before.to(input_ids), input_ids], 1)
 
     def _check_goes_on(self, input_ids: Tensor, length: int) -> None:
         given, known = input_ids.shape[1], self.saved if self.fed is None else self.fed
@@ -38,7 +66,11 @@ class KnownIds:
                 f"input_ids: expected a prompt that continues the {length} tokens that the TurboCache already "
                 f"holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() empties it"
             )
-        if not self.checked or known is None or len(known) != len(input_ids):
+        if not self.checked:
+            return
+        if known is None:
+            known = input_ids[:, :0]
+        if len(known) != len(input_ids):  # the model refuses another batch
             return
         shared = min(length, known.shape[1], given)
         mine, theirs = (x[:, :shared].cpu() for x in (known, input_ids))
@@ -50,13 +82,24 @@ class KnownIds:
                 f"differs from token {same} on; {back}reset() empties the cache, and check_prompts=False switches "
                 "this off"
             )
+        if shared < length:
+            self._warn(
+                f"input_ids: cannot be compared with {length - shared} of the {length} tokens that the TurboCache "
+                "holds, which came from a call of the model or from inputs_embeds"
+            )
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            again = "the prompt has to begin with all of them; check_prompts=False switches this warning off"
+            warnings.warn(f"{what}: {again}", stacklevel=4)
 
     def all_of(self, length: int) -> Tensor | None:
         """The ids [B, length] of all tokens of a cache; None if some are not known."""
         return next((ids for ids in (self.fed, self.saved) if ids is not None and ids.shape[1] == length), None)
 
     def copy(self) -> KnownIds:
-        return KnownIds(self.saved, self.fed, self.checked)
+        return copy.copy(self)
 
     def cut(self, length: int) -> None:
         """Forget those past `length`."""
@@ -64,10 +107,12 @@ class KnownIds:
 
     def select(self, index: Tensor) -> None:
         """Sequences `index`, int64 [B']."""
-        self.saved, self.fed = (None if x is None else x[index.to(x.device)] for x in (self.saved, self.fed))
+        for name in ("saved", "fed", "_before"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[index.to(held.device)])
 
     def clear(self) -> None:
-        self.saved = self.fed = None
+        self.__init__(checked=self.checked)
 
 
 def checked_ids(input_ids: Any, batch: int, length: int) -> Tensor:

@@ -106,8 +106,13 @@ def _load_named(name: str, dtype: str) -> tuple[Any, dict[str, Any], Any]:
 
 def _local_only(name: str) -> bool:
     """Whether to load only from this machine. Asks the hub once, since loading would retry for a long time."""
-    if Path(name).is_dir():
+    path = Path(name)
+    if path.is_dir():
         return True
+    if path.exists():
+        raise InputError(
+            f"model: expected a folder, a .gguf file or a name such as org/model, got {name!r}, another kind of file"
+        )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 

@@ -22,6 +22,7 @@ from .held import HeldTokens
 from .masks import MaskPlan
 from .padding import attend_tokens, valid_after
 from .parallel import HeadShare, TensorParallel
+from .repeated import expect_attention
 
 ALTERNATIVE = "leave past_key_values out to run without one"
 
@@ -208,6 +209,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         setattr(key_states, _HANDLE, self)
         setattr(key_states, _VALUES, value_states)
         setattr(key_states, _MARKS, (_mark(key_states), _mark(value_states)))
+        expect_attention()
         return key_states, value_states
 
     def attend(
@@ -360,6 +362,18 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
     def forget_new(self) -> None:
         """Drop what `update` brought, so that the cache is as it was."""
         self._pending = None
+
+    def refuse_other_keys(self) -> None:
+        """For a module that attends to its new keys and to others (`repeated`). Forgets what `update` brought.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        self.forget_new()
+        raise UnsupportedError(
+            f"key: expected only what the TurboCache stored of layer {self.index}, got others in another call of its "
+            f"attention: the architecture {self._kind} is not supported. reset() empties the cache"
+        )
 
     def check_values(self, key: Tensor, value: Tensor) -> None:
         """`key` and `value` are a pair that `update` returned: attention reads what it stored, not these.

@@ -14,6 +14,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from ...errors import FormatError, InputError, UnsupportedError
 from ...validation import check_finite
 from .layer import TurboLayer
+from .views import own_memory
 
 CONV, RECURRENT = "conv_states", "recurrent_states"
 
@@ -153,7 +154,7 @@ def crop_states(layer: LinearAttentionLayer, removed: int, kept: int) -> None:
         for number, x in layer.conv_states.items():
             if x is not None:
                 end = x.shape[-1] - removed
-                layer.conv_states[number] = x[..., max(end - _kernel(layer, number), 0) : end]
+                layer.conv_states[number] = own_memory(x[..., max(end - _kernel(layer, number), 0) : end])
 
 
 def _kernel(layer: LinearAttentionLayer, number: int) -> int:

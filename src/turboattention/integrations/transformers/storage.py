@@ -13,6 +13,8 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ... import dispatch
 from ...errors import FormatError, InputError, TurboError
+from ...guard_sample import QUERIES
+from ...kv.claims import FLOATS, LONGEST, MOST, TensorFile, claim_cache, counted
 from ...kv.serialization import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 from ...ops import config_of
 from ...validation import check_finite
@@ -29,9 +31,11 @@ MIXED_VERSION = 2
 """The version of files with layers in the model's own dtype or states, which earlier releases do not know."""
 _KIND = "turbo_cache"
 _PARALLEL = "tensor_parallel"
+_CHECKED = "check_prompts"  # absent from files of earlier releases, which ignore it
 _NOTES = "notes"
 _VALID, _PROMPT = "valid", "prompt_ids"
 _STATES, _ATTENDS = "states", "attends"
+_MOST_CHANNELS = 2**12  # and heads, of a layer in the model's own dtype
 _EXACT, _EXACT_TENSORS = "exact", ("exact_keys", "exact_values", "exact_queries")
 
 
@@ -64,6 +68,7 @@ def save_cache(
         "version": VERSION if plain else MIXED_VERSION,
         "model": None if model is None else asdict(model),
         _PARALLEL: parallel.metadata(),
+        _CHECKED: cache.check_prompts,
         "length": cache.get_seq_length(),
         "layers": [
             _entry(layer) | ({_STATES: states[index][0]} if index in states else {})
@@ -85,7 +90,7 @@ def _entry(layer: Any) -> dict[str, Any]:
 
 def read_notes(path: str | os.PathLike[str]) -> Any:
     """The `notes` passed to `save_cache`; None if there were none."""
-    return read_file(path)[1].get(_NOTES)
+    return read_file(path, _claim)[1].get(_NOTES)
 
 
 def load_cache(
@@ -97,15 +102,8 @@ def load_cache(
     path = parallel.path(os.fspath(path))
     if os.path.isdir(path):
         raise FormatError(f"path: expected a file written by TurboCache.save, got the folder {os.fspath(path)}")
-    tensors, metadata = read_file(path)
-    content = metadata.get(_KIND)
-    if not isinstance(content, dict):
-        raise FormatError(f"path: expected a file written by TurboCache.save, got {sorted(metadata)} in {path}")
-    if content.get("version") not in (VERSION, MIXED_VERSION):
-        raise FormatError(
-            f"path: expected version {VERSION} or {MIXED_VERSION} of a TurboCache, got {content.get('version')} in "
-            f"{path}"
-        )
+    tensors, metadata = read_file(path, _claim)
+    content = metadata[_KIND]
     try:
         model = None if content["model"] is None else ModelShape(**content["model"])
         saved = TensorParallel(**content.get(_PARALLEL, {}))
@@ -125,11 +123,37 @@ def load_cache(
         raise FormatError(f"path: expected a file written by TurboCache.save, got a damaged one: {path}") from error
     if model is not None and model_config is not None:
         model.check(model_config)
-    cache = cls.from_layers(layers, tensors.get(_PROMPT))
+    cache = cls.from_layers(layers, tensors.get(_PROMPT), bool(content.get(_CHECKED, True)))
     expected = (cache.batch_size, cache.get_seq_length())
     if cache.prompt_ids is not None and cache.prompt_ids.shape != expected:
         raise FormatError(f"{_PROMPT}: expected shape {expected}, got {tuple(cache.prompt_ids.shape)} in {path}")
     return cache
+
+
+def _claim(file: TensorFile, metadata: dict[str, Any]) -> None:
+    """The tensors of a file of `save_cache`, for `read_file`. Raises `FormatError`."""
+    content = metadata.get(_KIND)
+    if not isinstance(content, dict):
+        raise FormatError(f"path: expected a file written by TurboCache.save, got {sorted(metadata)}")
+    if content.get("version") not in (VERSION, MIXED_VERSION):
+        raise FormatError(
+            f"path: expected version {VERSION} or {MIXED_VERSION} of a TurboCache, got {content.get('version')}"
+        )
+    length = counted(content, "length", LONGEST)
+    sequences: int | range = range(1, MOST + 1)
+    for index, entry in enumerate(content["layers"]):
+        prefix, sizes = _prefix(index), range(1, _MOST_CHANNELS + 1)
+        if entry["kv"] is not None:
+            sequences = claim_cache(file, entry["kv"], prefix, length)
+        if entry.get(_EXACT) is not None:
+            held = length - counted(entry[_EXACT], "first", length, 0)
+            for name, positions in zip(_EXACT_TENSORS, (held, held, range(QUERIES + 1)), strict=True):
+                file.claim(f"{prefix}{name}", FLOATS, (sequences, sizes, positions, sizes))
+        if _STATES in entry:
+            for name, number in entry[_STATES]["held"]:
+                file.claim_state(f"{prefix}{name}{number}", sequences)
+    for name, dtype in ((_VALID, torch.uint8), (_PROMPT, torch.int64)):
+        file.claim(name, [dtype], (sequences, length))
 
 
 def _layer(
