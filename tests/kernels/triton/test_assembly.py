@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,11 @@ def of(target: str, kernel: str) -> list[dict[str, Any]]:
 def test_kernels_spill_no_more_than_a_few_registers_to_memory(target):
     """A dozen words of a thread that a loop reads and does not write cost less than launches that spill nothing: decode
     in two warps takes 1.6 times as long as in one on an H100. Prefill's loops have none to spare. Where heads differ,
-    decode has a loop over pages for each kind, and holds more beside them."""
+    decode has a loop over pages for each kind, and holds more beside them. Later releases of Triton than that of the
+    GPUs so far, 3.6, spill around the loop over open rows, too."""
     rows = compiled(target)
-    most = {row["purpose"]: 96 if row["constants"].get("PAIRS") in BOTH else 64 for row in rows}
+    later = metadata.version("triton").split(".")[:2] > ["3", "6"]
+    most = {row["purpose"]: 96 if later or row["constants"].get("PAIRS") in BOTH else 64 for row in rows}
     assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"] > most[row["purpose"]]} == {}
     plain = [row for row in rows if row["kernel"] == "prefill" and not row["constants"]["MASK"]]
     assert all(row["spill_bytes"] == 0 for row in plain)
