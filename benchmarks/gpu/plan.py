@@ -65,5 +65,5 @@ TINY = Plan(
     sweep_decode=((1, 192),),
     sweep_prefill=((1, 70),),
     model=Model(layers=1, hidden=128, heads=2, kv_heads=1, head_dim=64, inner=128),
-    memory_limit=2e6,
+    memory_limit=7e5,
 )

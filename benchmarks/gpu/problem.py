@@ -49,17 +49,18 @@ def repeated(cache: ta.KVCache, batch: int) -> ta.KVCache:
     as of different tokens, without quantizing them all."""
     wide = cache.clone()
     wide.reorder(torch.zeros(batch, dtype=torch.int64))
-    store = wide.store
-    assert store is not None
-    split = store.sink_blocks
-    for pool, part in ((store.sinks, slice(0, split)), (store.compressed, slice(split, None))):
-        shared = store.tables[0][part]
+    table = wide.page_table
+    assert table is not None
+    for sinks in (True, False):
+        pool = table.pools.sinks if sinks else table.pools.compressed
+        part = table.pools.part(sinks)
+        shared = table.pages[0][part]
         if pool is None or not shared:
             continue
         content = pool.gather(shared)
-        for table in store.tables:
-            table[part] = pool.allocate([len(shared)])
-            pool.write(table[part], content)
+        for pages in table.pages:
+            pages[part] = pool.allocate([len(shared)])
+            pool.write(pages[part], content)
             pool.release(shared)
     return wide
 

@@ -47,7 +47,7 @@ def steps(rehearse: bool) -> list[Step]:
         Step("torch.compile", 60, sound=("gate steps",)),
     ]
     if rehearse:  # the interpreter takes its time
-        table = [replace(step, seconds=300.0) for step in table]
+        table = [replace(step, seconds=600.0) for step in table]
         table[3:3] = [Step(name, 3) for name in INJECTED]
     return table
 

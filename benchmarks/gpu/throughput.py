@@ -186,10 +186,10 @@ def _bytes_a_sequence(model: Model, context: int, bits: int | None) -> float:
         return floats
     config = ta.TurboConfig(bits=bits, guard="off")
     sample = filled_cache(1, model.kv_heads, model.head_dim, 192, config)
-    assert sample.store is not None
-    assert sample.store.compressed is not None
-    fixed = sample.nbytes - sample.store.compressed.nbytes
-    return fixed + -(-(context + _ROOM) // 64) * _placed(sample.store.compressed.layout.page_bytes)
+    assert sample.page_table is not None
+    compressed = sample.page_table.pools.of(sinks=False)
+    fixed = sample.nbytes - compressed.nbytes
+    return fixed + -(-(context + _ROOM) // 64) * _placed(compressed.layout.page_bytes)
 
 
 _SEGMENT, _UNIT = 2 << 20, 512

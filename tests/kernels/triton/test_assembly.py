@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,11 @@ def of(target: str, kernel: str) -> list[dict[str, Any]]:
 def test_kernels_spill_no_more_than_a_few_registers_to_memory(target):
     """A dozen words of a thread that a loop reads and does not write cost less than launches that spill nothing: decode
     in two warps takes 1.6 times as long as in one on an H100. Prefill's loops have none to spare. Where heads differ,
-    decode has a loop over pages for each kind, and holds more beside them."""
+    decode has a loop over pages for each kind, and holds more beside them. Later releases of Triton than that of the
+    GPUs so far, 3.6, spill around the loop over open rows, too."""
     rows = compiled(target)
-    most = {row["purpose"]: 96 if row["constants"].get("PAIRS") in BOTH else 64 for row in rows}
+    later = metadata.version("triton").split(".")[:2] > ["3", "6"]
+    most = {row["purpose"]: 96 if later or row["constants"].get("PAIRS") in BOTH else 64 for row in rows}
     assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"] > most[row["purpose"]]} == {}
     plain = [row for row in rows if row["kernel"] == "prefill" and not row["constants"]["MASK"]]
     assert all(row["spill_bytes"] == 0 for row in plain)
@@ -84,15 +87,15 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
     assert found == shipped
     for row in rows:
         c = row["constants"]
-        # IGMMA takes four warps.
-        kind = "IMMA" if target == "sm_90" and row["warps"] < 4 else NAMES[target]
+        # IGMMA takes four warps, and Triton takes it for 16 columns or more.
+        kind = "IMMA" if target == "sm_90" and (row["warps"] < 4 or c["R"] < 16) else NAMES[target]
         assert all(name.startswith(kind) for name in row["products"]), row["products"]
         values = max(LEAST_COLUMNS[target], c["R"])
-        # A packed key's step stands in two columns, a high and a low part.
+        # A query times a packed key's steps is two columns, a high and a low part.
         keys = max(LEAST_COLUMNS[target], 2 * c["R"])
-        # INT8 pages, packed pages (of either kind), and open rows.
-        kinds = 3 if c["PAIRS"] in BOTH else 2
-        wanted = kinds * keys + values + (kinds + 1) * values
+        # Packed pages (of either kind) beside INT8 pages and open rows.
+        kinds = 2 if c["PAIRS"] in BOTH else 1
+        wanted = kinds * (keys + values) + 2 * 2 * values
         assert row["multiplications"] >= 64 * c["WIDE"] * wanted
 
 
@@ -111,7 +114,7 @@ def test_both_products_over_pages_of_a_server_are_integer_matrix_instructions(ta
     }
     for row in rows:
         c = row["constants"]
-        kind = "IMMA" if target == "sm_90" and row["warps"] < 4 else NAMES[target]
+        kind = "IMMA" if target == "sm_90" and (row["warps"] < 4 or c["R"] < 16) else NAMES[target]
         assert all(name.startswith(kind) for name in row["products"]), row["products"]
         values, keys = (max(LEAST_COLUMNS[target], n * c["R"]) for n in (1, 2))
         assert row["multiplications"] >= 64 * c["WIDE"] * (keys + values + 2 * values)

@@ -182,6 +182,15 @@ def test_refusals():
         paged_attention(server.fmt, 0, batch, q, k, v, q, server.pages, server.tail_blocks, backend="triton")
 
 
+def test_more_queries_than_offsets_reach_are_refused(monkeypatch):
+    server = Server(backend="triton")
+    pages = server.pages.clone()
+    monkeypatch.setattr("turboattention.impl.triton.paged._LARGEST_OFFSET", 100)
+    with pytest.raises(UnsupportedError, match=r"^q: expected at most \d tokens in a step, got 7$"):
+        server.step({0: tokens(1, 7)})
+    assert torch.equal(server.pages, pages)
+
+
 def test_keys_in_order_are_refused_by_name():
     order = ChannelOrder(torch.arange(16).expand(HEADS, -1), torch.ones(HEADS, dtype=torch.bool))
     server = Server(config=CONFIG.replace(reorder_k=True), order=order, backend="triton")

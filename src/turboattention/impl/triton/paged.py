@@ -13,6 +13,8 @@ from ...kv.paged import BLOCK, PagedBatch, PagedFormat, TailBlocks
 from .device import on_own_device
 
 _INTEGERS = (torch.int32, torch.int64)
+_LARGEST_OFFSET = 2**31 - 1
+"""Of INT8 queries within a KV head, in bytes."""
 
 
 @on_own_device
@@ -42,7 +44,7 @@ def paged_attention(
         raise UnsupportedError(
             f"softmax: expected one of {', '.join(FORMS)} for pages on a GPU, got {fmt.config.softmax!r}"
         )
-    ragged = _ragged(batch, q)
+    ragged = _ragged(batch, q, fmt.layouts[layer].num_kv_heads)
     _check_alignment(pages)
     if not ragged.tokens or not ragged.sequences:
         return True
@@ -56,7 +58,7 @@ def paged_attention(
     return True
 
 
-def _ragged(batch: PagedBatch, q: Tensor) -> Ragged:
+def _ragged(batch: PagedBatch, q: Tensor, kv_heads: int) -> Ragged:
     parts = {"query_start": batch.query_start, "seq_lens": batch.seq_lens, "slots": batch.slots}
     parts["block_table"] = batch.block_table
     for name, x in parts.items():
@@ -71,6 +73,9 @@ def _ragged(batch: PagedBatch, q: Tensor) -> Ragged:
             f"batch: expected fewer than {LARGEST_GRID} sequences and blocks of new tokens together, got {sequences} "
             f"sequences of {tokens} tokens"
         )
+    if q.numel() // kv_heads > _LARGEST_OFFSET:
+        longest = _LARGEST_OFFSET // (q[0].numel() // kv_heads)
+        raise UnsupportedError(f"q: expected at most {longest} tokens in a step, got {tokens}")
     most = tokens if batch.max_query_len is None else min(tokens, batch.max_query_len)
     return Ragged(batch.query_start, batch.seq_lens, batch.slots, batch.block_table, tokens, most)
 

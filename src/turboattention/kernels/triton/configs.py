@@ -93,7 +93,7 @@ _DECODE = {
         256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)},
     },
     "sm_90": {
-        128: {4: Launch(4, 1, 3), 8: Launch(8, 1, 3), 16: Launch(16, 4, 3)},
+        128: {4: Launch(4, 1, 3), 8: Launch(8, 1, 2), 16: Launch(16, 4, 3)},
         256: {4: Launch(4, 2, 4), 8: Launch(8, 4, 2)},
     },
     "gfx942": {256: {16: Launch(16, 4, 1)}},
@@ -101,7 +101,7 @@ _DECODE = {
 }
 
 # With a mask or softcap; other entries are as above.
-_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)}}}
+_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 2)}}}
 
 
 @functools.cache

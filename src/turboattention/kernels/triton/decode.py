@@ -10,24 +10,9 @@ import triton.language as tl
 
 from .decode_blocks import fold_rows, over_pages
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
-from .products import first_half, key_channels
+from .products import halves_of_queries
 from .visibility import visible_range
 from .widths import K_NUMBERS, V_NUMBERS, pair_of
-
-
-@triton.jit
-def _queries(q_ptr, tile, base, group, queries, rows, WIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """Queries of a tile for `products.key_products`, loaded again for sinks: both halves, and which columns are the
-    higher ones. (`decode` has the same lines; from a function they would compile to other instructions.)"""
-    channel = key_channels(WIDE, D)[:, None]
-    column = tl.arange(0, 2 * R)
-    q_row = tile * R + column // 2
-    q_at = q_ptr + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
-    q_there = (q_row < rows)[None, :]
-    q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
-    q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
-    is_high = (column % 2 == 1)[None, :]
-    return q_first, q_second, is_high
 
 
 @triton.jit(do_not_specialize=["table_stride", "sink_blocks", "width", "window", "mean_from_block", "mask_keys"])
@@ -68,70 +53,68 @@ def decode(
     low = low + split * each_split
     high = tl.minimum(high, low + each_split)
     base = (b * kv_heads + h).to(tl.int64)
-    partial = ((base * tiles + tile) * splits + split) * R + tl.arange(0, R)
+    # Scalars of 32 bits: what stays in registers to the end.
+    partial = (((b * kv_heads + h) * tiles + tile) * splits + split) * R
+    lane = tl.arange(0, R)
     if low >= high:
-        tl.store(row_max_ptr + partial, tl.full((R,), float("-inf"), tl.float32))
-        tl.store(row_sum_ptr + partial, tl.zeros((R,), tl.float32))
+        tl.store(row_max_ptr + partial + lane, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(row_sum_ptr + partial + lane, tl.zeros((R,), tl.float32))
     else:
-        # Compressed pages come first, in whose form queries are loaded.
-        of_pages = q_ptr if ordered_q_ptr is None else ordered_q_ptr
-        channel = key_channels(WIDE, D)[:, None]
-        column = tl.arange(0, 2 * R)
-        q_row = tile * R + column // 2
-        q_at = of_pages + ((base * group + q_row % group) * queries + q_row // group)[None, :] * D + channel
-        q_there = (q_row < rows)[None, :]
-        q_first = tl.load(q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
-        q_second = tl.load(q_at + first_half(D), mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
-        is_high = (column % 2 == 1)[None, :]
-        at = (base * group + row % group) * queries + row // group
-        unit = tl.load((unit_ptr if ordered_q_ptr is None else ordered_unit_ptr) + at, mask=row < rows, other=1.0)
-        mean = tl.zeros_like(unit)
+        of_head = base * group * queries
+        at = row % group * queries + row // group
+        mean = tl.zeros((R,), tl.float32)
         if MEAN:
-            mean = tl.load(mean_ptr + at, mask=row < rows, other=0.0)
-        rows_seen = (q_first, q_second, is_high, unit, mean, mean_from_block)
+            mean = tl.load(mean_ptr + of_head + at, mask=row < rows, other=0.0)
         mask_row = tl.minimum(row, rows - 1)
         mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
         visible = (begin, end, mask)
         acc = tl.zeros((WIDE, R), tl.float32)
         row_sum = tl.zeros((R,), tl.float32)
         row_max = tl.full((R,), float("-inf"), tl.float32)
-        if SINKS or PAIRS > 0:
-            count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
-            table_ptr += b.to(tl.int64) * table_stride
-        for K_BITS in tl.static_range(K_NUMBERS):
-            for V_BITS in tl.static_range(V_NUMBERS):
-                if PAIRS & pair_of(K_BITS, V_BITS):
-                    if pair_of(K_BITS, V_BITS) == PAIRS:
-                        last = count
-                    else:  # another pair's loop has none
-                        own = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
-                        last = tl.where(own, count, 0)
-                    acc, row_sum, row_max = over_pages(
-                        acc, row_sum, row_max, table_ptr, blank_ptr, None, tl.maximum(low, sink_blocks), last, head_ptr,
-                        rows_seen, visible, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW,
-                        CAP, MASK, ASM, None, False,
-                    )  # fmt: skip
-        if ordered_q_ptr is not None and (SINKS or OPEN):
-            q_first, q_second, is_high = _queries(q_ptr, tile, base, group, queries, rows, WIDE, D, R)
-            unit = tl.load(unit_ptr + at, mask=row < rows, other=1.0)
-            rows_seen = (q_first, q_second, is_high, unit, mean, mean_from_block)
-        if SINKS:
-            acc, row_sum, row_max = over_pages(
-                acc, row_sum, row_max, table_ptr, blank_ptr, None, low, tl.minimum(count, sink_blocks), sink_head_ptr,
-                rows_seen, visible, cap, threshold, WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, MASK, ASM, 1,
-                False,
-            )  # fmt: skip
+        # Open blocks first, compressed pages last: what the others alone need is then not held over these.
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)
             origin, used = base * width - start, tl.minimum(length, start + width)
             d = tl.arange(0, WIDE)[:, None]
-            q = tl.load(q_ptr + at[None, :] * D + d, mask=(row < rows)[None, :] & (d < D), other=0)
+            q = tl.load(q_ptr + of_head * D + (at[None, :] * D + d), mask=(row < rows)[None, :] & (d < D), other=0)
+            unit = tl.load(unit_ptr + of_head + at, mask=row < rows, other=1.0)
             for block in tl.range(tl.maximum(low, start // 64), high, num_stages=1):
                 acc, row_sum, row_max = fold_rows(
                     acc, row_sum, row_max, (k8_ptr, v8_ptr, ks_ptr, vs_ptr), origin + (block * 64 + tl.arange(0, 64)),
                     block, used, q, unit, mean, mean_from_block, visible, cap, threshold,
                     WIDE, D, FORM, CUT, ROW, CAP, MASK, False,
                 )  # fmt: skip
-        tl.store(acc_ptr + partial[None, :] * WIDE + tl.arange(0, WIDE)[:, None], acc)
-        tl.store(row_max_ptr + partial, row_max)
-        tl.store(row_sum_ptr + partial, row_sum)
+        if SINKS or PAIRS > 0:
+            count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
+            table_ptr += b.to(tl.int64) * table_stride
+        if SINKS:
+            q_first, q_second = halves_of_queries(q_ptr + of_head * D, at, row < rows, WIDE, D)
+            unit = tl.load(unit_ptr + of_head + at, mask=row < rows, other=1.0)
+            acc, row_sum, row_max = over_pages(
+                acc, row_sum, row_max, table_ptr, blank_ptr, None, low, tl.minimum(count, sink_blocks), sink_head_ptr,
+                (q_first, q_second, unit, mean, mean_from_block), visible, cap, threshold,
+                WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, MASK, ASM, 1, False,
+            )  # fmt: skip
+        if PAIRS > 0:
+            of_pages, units = q_ptr, unit_ptr
+            if ordered_q_ptr is not None:
+                of_pages, units = ordered_q_ptr, ordered_unit_ptr
+            q_first, q_second = halves_of_queries(of_pages + of_head * D, at, row < rows, WIDE, D)
+            unit = tl.load(units + of_head + at, mask=row < rows, other=1.0)
+            rows_seen = (q_first, q_second, unit, mean, mean_from_block)
+            for K_BITS in tl.static_range(K_NUMBERS):
+                for V_BITS in tl.static_range(V_NUMBERS):
+                    if PAIRS & pair_of(K_BITS, V_BITS):
+                        last = count
+                        if pair_of(K_BITS, V_BITS) != PAIRS:  # another pair's loop has none
+                            own = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
+                            last = tl.where(own, count, 0)
+                        acc, row_sum, row_max = over_pages(
+                            acc, row_sum, row_max, table_ptr, blank_ptr, None, tl.maximum(low, sink_blocks), last,
+                            head_ptr, rows_seen, visible, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT,
+                            ROW, WINDOW, CAP, MASK, ASM, None, False,
+                        )  # fmt: skip
+        acc_ptr += partial.to(tl.int64) * WIDE
+        tl.store(acc_ptr + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
+        tl.store(row_max_ptr + partial + lane, row_max)
+        tl.store(row_sum_ptr + partial + lane, row_sum)

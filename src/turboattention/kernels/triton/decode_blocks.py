@@ -16,6 +16,7 @@ from .products import key_products, value_products
 from .softmax import LEVELS, rescaled, weigh
 from .stored import weigh_stored
 from .unpacked_kv import largest_of
+from .unpacking import stack
 
 
 @triton.jit
@@ -36,9 +37,9 @@ def over_pages(
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     MASK: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Folds pages `begin` to `end` of one layout in. queries: both halves of `products.key_products`, which columns are
-    the higher ones, unit, mean, mean_from_block; visible: as in `softmax.weigh`."""
-    q_first, q_second, is_high, unit, mean, mean_from_block = queries
+    """Folds pages `begin` to `end` of one layout in. queries: both halves of `products.key_products`, unit, mean,
+    mean_from_block; visible: as in `softmax.weigh`."""
+    q_first, q_second, unit, mean, mean_from_block = queries
     k_offsets, v_offsets = section_offsets(head_ptr, D)
     t = tl.arange(0, 64)
     # Loaded a block ahead: or loads of pages could not be.
@@ -53,7 +54,7 @@ def over_pages(
         following = _page(ahead, pages, page_stride, PAGED)
         next_of_keys = key_metadata(following, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
         next_of_values = value_metadata(following, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
-        s = key_products(page, k_offsets, of_keys, q_first, q_second, is_high, WIDE, D, K_BITS, ASM)
+        s = key_products(page, k_offsets, of_keys, q_first, q_second, WIDE, D, K_BITS, ASM)
         s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
         if PAGED:
@@ -92,8 +93,7 @@ def fold_rows(
     d = tl.arange(0, WIDE)
     key = block * 64 + tl.arange(0, 64)
     there = key < used
-    inside = there[:, None] & (d < D)[None, :]
-    k = tl.load(k8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
+    k = tl.load(k8_ptr + at[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
     s = tl.dot(k, q, out_dtype=tl.int32).to(tl.float32)
     s *= tl.load(ks_ptr + at, mask=there, other=0.0).to(tl.float32)[:, None]
     v_scale = tl.load(vs_ptr + at, mask=there, other=0.0).to(tl.float32)
@@ -107,10 +107,19 @@ def fold_rows(
             s, unit, tl.where(block >= mean_from_block, mean, 0.0), key, v_scale / largest * LEVELS,
             visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
-    v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=inside, other=0)
-    o = tl.dot(tl.trans(v), p.to(tl.int8), out_dtype=tl.int32).to(tl.float32)
+    # One half of the channels after the other: all at once would take too many registers.
+    first = _row_products(v8_ptr, at, there, p.to(tl.int8), 0, WIDE // 2, D)
+    o = stack(first, _row_products(v8_ptr, at, there, p.to(tl.int8), WIDE // 2, WIDE // 2, D), True).to(tl.float32)
     row_max, rescale, each = rescaled(row_max, block_max)
     row_sum = row_sum * rescale + block_sum * each
     if ROW and not PAGED:
         each *= share
     return tl.fma(o, (each * largest)[None, :], acc * rescale[None, :]), row_sum, row_max
+
+
+@triton.jit
+def _row_products(v8_ptr, at, there, p, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr):
+    """COUNT channels from FIRST on of INT8 values times weights p [64, R]: int32 [COUNT, R]."""
+    d = FIRST + tl.arange(0, COUNT)
+    v = tl.load(v8_ptr + at[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+    return tl.dot(tl.trans(v), p, out_dtype=tl.int32)

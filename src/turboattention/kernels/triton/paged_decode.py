@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .decode_blocks import fold_rows, over_pages
 from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS
-from .products import first_half, key_channels
+from .products import halves_of_queries
 from .ragged import span_of, tail_rows_of
 from .widths import K_NUMBERS, V_NUMBERS, pair_of
 
@@ -51,26 +51,26 @@ def paged_decode(
     each_split = tl.maximum(tl.cdiv(high - low, splits), 1)
     begin = low + split * each_split
     end = tl.minimum(high, begin + each_split)
-    # A corner of 64 bits, and offsets of 32: what stays in registers to the end.
-    partial = (((b * kv_heads + h).to(tl.int64) * tiles + tile) * splits + split) * R
-    row_max_ptr += partial
-    row_sum_ptr += partial
+    # Scalars of 32 bits: what stays in registers to the end.
+    partial = (((b * kv_heads + h) * tiles + tile) * splits + split) * R
     lane = tl.arange(0, R)
     if (begin >= end) & (tile * R < rows):
-        tl.store(row_max_ptr + lane, tl.full((R,), float("-inf"), tl.float32))
-        tl.store(row_sum_ptr + lane, tl.zeros((R,), tl.float32))
+        tl.store(row_max_ptr + partial + lane, tl.full((R,), float("-inf"), tl.float32))
+        tl.store(row_sum_ptr + partial + lane, tl.zeros((R,), tl.float32))
     if (begin < end) & (tile * R < rows):
-        at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
-        unit = tl.load(unit_ptr + at, mask=there, other=1.0)
+        base = (h * group).to(tl.int64) * tokens + start
+        at = row % group * tokens + row // group  # a KV head has less than 2^31 bytes of queries
+        unit = tl.load(unit_ptr + base + at, mask=there, other=1.0)
         mean = tl.zeros_like(unit)
         if MEAN:
-            mean = tl.load(mean_ptr + at, mask=there, other=0.0)
+            mean = tl.load(mean_ptr + base + at, mask=there, other=0.0)
+        q_ptr += base * D
         acc = tl.zeros((WIDE, R), tl.float32)
         row_sum = tl.zeros((R,), tl.float32)
         row_max = tl.full((R,), float("-inf"), tl.float32)
         # Open blocks first: what they alone need is then not held over the pages.
         d = tl.arange(0, WIDE)[:, None]
-        q = tl.load(q_ptr + at[None, :] * D + d, mask=there[None, :] & (d < D), other=0)
+        q = tl.load(q_ptr + (at[None, :] * D + d), mask=there[None, :] & (d < D), other=0)
         oldest = tl.min(tl.where(there, position, length), 0) // 64
         for block in tl.range(tl.maximum(begin, oldest), end, num_stages=1):
             origin = tail_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
@@ -79,15 +79,7 @@ def paged_decode(
                 mean, 0, (tl.maximum(sees, own), tl.where(there, position + 1, 0)), cap, threshold,
                 WIDE, D, FORM, CUT, ROW, CAP, "", True,
             )  # fmt: skip
-        channel = key_channels(WIDE, D)[:, None]
-        column = tl.arange(0, 2 * R)
-        q_row = tile * R + column // 2
-        q_at = ((h * group + q_row % group).to(tl.int64) * tokens + start + q_row // group)[None, :] * D + channel
-        q_there = (q_row < rows)[None, :]
-        q_first = tl.load(q_ptr + q_at, mask=q_there & (channel < D), other=0).to(tl.int32)
-        q_at += first_half(D)
-        q_second = tl.load(q_ptr + q_at, mask=q_there & (channel + first_half(D) < D), other=0).to(tl.int32)
-        is_high = (column % 2 == 1)[None, :]
+        q_first, q_second = halves_of_queries(q_ptr, at, there, WIDE, D)
         for K_BITS in tl.static_range(K_NUMBERS):
             for V_BITS in tl.static_range(V_NUMBERS):
                 if PAIRS & pair_of(K_BITS, V_BITS):
@@ -97,10 +89,11 @@ def paged_decode(
                         last = tl.where(own_pair, last, 0)
                     acc, row_sum, row_max = over_pages(
                         acc, row_sum, row_max, table + b.to(tl.int64) * table_stride, pages, page_stride,
-                        begin, last, head_ptr, (q_first, q_second, is_high, unit, mean, 0),
+                        begin, last, head_ptr, (q_first, q_second, unit, mean, 0),
                         (sees, tl.where(there, own, 0)), cap, threshold,
                         WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, "", ASM, None, True,
                     )  # fmt: skip
-        tl.store(acc_ptr + partial * WIDE + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
-        tl.store(row_max_ptr + lane, row_max)
-        tl.store(row_sum_ptr + lane, row_sum)
+        acc_ptr += partial.to(tl.int64) * WIDE
+        tl.store(acc_ptr + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
+        tl.store(row_max_ptr + partial + lane, row_max)
+        tl.store(row_sum_ptr + partial + lane, row_sum)

@@ -31,14 +31,19 @@ def _weights(
 
 
 @triton.jit
-def _folded(state, weighed, v, SLOW: tl.constexpr):
-    """The running result with INT8 values [64, WIDE] under these weights."""
-    acc, row_sum, row_max = state
-    p, block_sum, block_max, largest = weighed
-    o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
+def _scaled(state, weighed):
+    """The running sum and maximum with these weights; by what the result and the block's products shrink."""
+    _, _, row_sum, row_max = state
+    _, block_sum, block_max, largest = weighed
     row_max, rescale, each = rescaled(row_max, block_max)
-    row_sum = row_sum * rescale + block_sum * each
-    return tl.fma(o, (each * largest)[:, None], acc * rescale[:, None]), row_sum, row_max
+    return row_sum * rescale + block_sum * each, row_max, rescale, each * largest
+
+
+@triton.jit
+def _add_values(acc, p, v, rescale, each, SLOW: tl.constexpr):
+    """acc [M, N] with INT8 values [64, N] under weights p."""
+    o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
+    return tl.fma(o, each[:, None], acc * rescale[:, None])
 
 
 @triton.jit
@@ -57,8 +62,14 @@ def _fold_page(
         k, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold, FORM, CUT, ROW, SEEN, OWN, CAP,
         SLOW,
     )  # fmt: skip
-    # Restored behind the weights: beside them they would take too many registers.
-    return _folded(state, weighed, tl.trans(page_values(page, v_offsets, WIDE, D, V_BITS, ASM)), SLOW)
+    row_sum, row_max, rescale, each = _scaled(state, weighed)
+    # Restored behind the weights, in halves of the channels: all at once would take too many registers.
+    HALF: tl.constexpr = WIDE // 2
+    v = tl.trans(page_values(page, v_offsets, 0, HALF, D, V_BITS, ASM))
+    first = _add_values(state[0], weighed[0], v, rescale, each, SLOW)
+    v = tl.trans(page_values(page, v_offsets, HALF, HALF, D, V_BITS, ASM))
+    second = _add_values(state[1], weighed[0], v, rescale, each, SLOW)
+    return first, second, row_sum, row_max
 
 
 @triton.jit
@@ -70,7 +81,7 @@ def _fold_rows(
     """rows: (k8, v8, their scales, the row of the block's token 0)."""
     k8, v8, k_scales, v_scales, origin = rows
     t = tl.arange(0, 64)
-    d = tl.arange(0, WIDE)
+    d = tl.arange(0, WIDE // 2)
     key = block * 64 + t
     there = key < length
     at = (origin + t)[:, None] * D
@@ -81,8 +92,20 @@ def _fold_rows(
     weighed = _weights(
         k, k_scale, v_scale, key, queries, sees, sees_end, cap, threshold, FORM, CUT, ROW, True, True, CAP, SLOW
     )
+    row_sum, row_max, rescale, each = _scaled(state, weighed)
     v = tl.load(v8 + at + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
-    return _folded(state, weighed, v, SLOW)
+    first = _add_values(state[0], weighed[0], v, rescale, each, SLOW)
+    d += WIDE // 2
+    v = tl.load(v8 + at + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+    second = _add_values(state[1], weighed[0], v, rescale, each, SLOW)
+    return first, second, row_sum, row_max
+
+
+@triton.jit
+def _rows_of(tile, rows, M: tl.constexpr):
+    """Rows of a tile, and which of them exist. The last rows see most: they go first."""
+    row = (tl.cdiv(rows, M) - 1 - tile) * M + tl.arange(0, M)
+    return row, row < rows
 
 
 @triton.jit(do_not_specialize=["sequences", "steps", "table_stride", "ring", "room", "tokens", "most", "window"])
@@ -102,9 +125,7 @@ def paged_prefill(
     start, count, length = span_of(starts, lengths, b)
     tile = i - (start * group // M + b)
     if (count * group > most) & (tile * M < count * group):
-        # The last rows see most: they go first.
-        row = (tl.cdiv(count * group, M) - 1 - tile) * M + tl.arange(0, M)
-        there = row < count * group
+        row, there = _rows_of(tile, count * group, M)
         head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
         h = tl.load(head_ptr)
         at = (h * group + row % group).to(tl.int64) * tokens + start + row // group
@@ -127,7 +148,9 @@ def paged_prefill(
         low = tl.min(sees, 0) // 64
         # Pages that all rows see as a whole.
         clear = tl.minimum(tl.cdiv(tl.max(sees, 0), 64), oldest)
-        state = (tl.zeros((M, WIDE), tl.float32), tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32))
+        # Both halves of the result's channels, the sum and the maximum of each row's weights.
+        half = tl.zeros((M, WIDE // 2), tl.float32)
+        state = half, half, tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32)
         table += b.to(tl.int64) * table_stride
         for block in tl.range(clear, oldest):
             page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
@@ -148,10 +171,14 @@ def paged_prefill(
                 state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
                 tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,
             )  # fmt: skip
-        acc, row_sum, _ = state
+        first, second, row_sum, _ = state
+        acc = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (M, WIDE))
         out = acc * (1.0 / tl.maximum(row_sum, 1.0))[:, None]
         if ROTATE:
             out = rotate_back(out, M, WIDE, D & -D, False)
+        # Counted again from memory: over the pages there are no registers for what only the result needs.
+        start, count, length = span_of(starts, lengths, b)
+        row, there = _rows_of(tile, count * group, M)
         to = (start + row // group).to(tl.int64) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
         d = tl.arange(0, WIDE)[None, :]
         tl.store(out_ptr + to[:, None] + d, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (d < D))

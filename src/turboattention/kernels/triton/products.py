@@ -1,8 +1,8 @@
 """Integer products of packed pages with few query rows.
 
 Products are transposed: tokens (for V channels) are rows and query rows are columns, so packed codes are the first
-operand. `q . (code step + zero) = (q step) . code + q . zero`, where `q step` is split into `128 high + low` in
-adjacent columns. For V, steps are applied after the product.
+operand. `q . (code step + zero) = (q step) . code + q . zero`, where `q step` is split into `128 high + low`. For V,
+steps are applied after the product.
 """
 
 from __future__ import annotations
@@ -33,15 +33,23 @@ def key_channels(WIDE: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def halves_of_queries(q_ptr, at, there, WIDE: tl.constexpr, D: tl.constexpr):
+    """INT8 rows `at` of q for `key_products`, zeros unless `there`."""
+    channel = key_channels(WIDE, D)[:, None]
+    row = q_ptr + (at[None, :] * D + channel)
+    first = tl.load(row, mask=there[None, :] & (channel < D), other=0)
+    second = tl.load(row + first_half(D), mask=there[None, :] & (channel + first_half(D) < D), other=0)
+    return first.to(tl.int32), second.to(tl.int32)
+
+
+@triton.jit
 def key_products(
-    page, offsets, held, q_first, q_second, is_high, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    page, offsets, held, q_first, q_second, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """INT8 products of 64 packed keys and R queries, int32 [64, R].
 
-    q_first, q_second: int32 [WIDE / 2, 2 R], channels as in `key_channels`, each query in two columns. is_high: true
-    for the second one. held: from `metadata.key_metadata`."""
-    R: tl.constexpr = q_first.shape[1] // 2
+    q_first, q_second: int32 [WIDE / 2, R], channels as in `key_channels`. held: from `metadata.key_metadata`."""
     OCTETS: tl.constexpr = first_half(D) // 8
     FIRST: tl.constexpr = wider(BITS)
     SECOND: tl.constexpr = narrower(BITS)
@@ -49,22 +57,33 @@ def key_products(
     first = _key_codes(words, WIDE // 16, OCTETS, FIRST, ASM)
     second = _key_codes(words + OCTETS * (16 * FIRST), WIDE // 16, D // 8 - OCTETS, SECOND, ASM)
     if BITS == 8:
-        s = tl.dot(first, tl.where(is_high, 0, q_first).to(tl.int8), out_dtype=tl.int32)
-        s = tl.dot(second, tl.where(is_high, 0, q_second).to(tl.int8), acc=s, out_dtype=tl.int32)
+        s = tl.dot(first, q_first.to(tl.int8), out_dtype=tl.int32)
+        s = tl.dot(second, q_second.to(tl.int8), acc=s, out_dtype=tl.int32)
     else:
         zero_first = held[1].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
         zero_second = held[3].to(tl.int8, bitcast=True).to(tl.int32)[:, None]
-        w_first = q_first * held[0].to(tl.int32)[:, None]
-        w_second = q_second * held[2].to(tl.int32)[:, None]
-        top_first = (w_first + 64) >> 7
-        top_second = (w_second + 64) >> 7
-        w_first = tl.where(is_high, top_first, w_first - top_first * 128).to(tl.int8)
-        w_second = tl.where(is_high, top_second, w_second - top_second * 128).to(tl.int8)
-        offset = tl.sum(tl.where(is_high, 0, q_first * zero_first + q_second * zero_second), 0)
-        s = tl.dot(first, w_first, out_dtype=tl.int32)
-        s = tl.dot(second, w_second, acc=s, out_dtype=tl.int32)
-        s = s * tl.where(is_high, 128, 1) + offset[None, :]
-    return tl.sum(tl.reshape(s, (64, R, 2)), 2)
+        offset = tl.sum(q_first * zero_first + q_second * zero_second, 0)
+        high_first, low_first = _high_and_low(q_first * held[0].to(tl.int32)[:, None])
+        high_second, low_second = _high_and_low(q_second * held[2].to(tl.int32)[:, None])
+        R: tl.constexpr = q_first.shape[1]
+        if R < 8:  # Both parts are columns of one product, which has eight at least.
+            s = tl.dot(first, interleave(high_first, low_first), out_dtype=tl.int32)
+            s = tl.dot(second, interleave(high_second, low_second), acc=s, out_dtype=tl.int32)
+            high, low = tl.split(tl.reshape(s, (64, R, 2)))
+            s = high * 128 + low + offset[None, :]
+        else:
+            s = tl.dot(first, high_first, out_dtype=tl.int32)
+            s = tl.dot(second, high_second, acc=s, out_dtype=tl.int32) * 128 + offset[None, :]
+            s = tl.dot(first, low_first, acc=s, out_dtype=tl.int32)
+            s = tl.dot(second, low_second, acc=s, out_dtype=tl.int32)
+    return s
+
+
+@triton.jit
+def _high_and_low(x):
+    """x as `128 high + low`, both int8."""
+    high = (x + 64) >> 7
+    return high.to(tl.int8), (x - high * 128).to(tl.int8)
 
 
 @triton.jit

@@ -73,15 +73,18 @@ def _rows(words, ASM: tl.constexpr):
 
 
 @triton.jit
-def page_values(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """A page's values, int8 [WIDE, 64], undefined in octets past D; `offsets`: V's `section_offsets`."""
+def page_values(
+    page, offsets, FIRST: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+):
+    """WIDE channels of a page's values from FIRST on, int8 [WIDE, 64], undefined in octets past D; `offsets`: V's
+    `section_offsets`."""
     LOWER: tl.constexpr = lower_plane(BITS)
     QUADS: tl.constexpr = 2 * LOWER
     tl.static_assert(LOWER >= 2)
-    octet = tl.arange(0, WIDE // 8)[:, None, None]
+    octet = FIRST // 8 + tl.arange(0, WIDE // 8)[:, None, None]
     quad = tl.arange(0, QUADS)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
-    inside = None if D == WIDE else octet < D // 8
+    inside = None if FIRST + WIDE <= D else octet < D // 8
     words = words_at(page, offsets[0]) + octet * (16 * BITS) + c
     w = tl.load(words + quad * 8, mask=inside)
     if BITS == 8:
