@@ -131,6 +131,16 @@ def test_a_kept_document(run: Run, chat_model: Path, file: Path, expected, tmp_p
     again = call(run, chat_model, file, "--load-cache", kept, "--json").json
     assert [x["tokens"] for x in first["answers"]] == [x["tokens"] for x in again["answers"]] == expected
     assert again["document_seconds"] == 0
+    longer = tmp_path / "longer.txt"
+    longer.write_text(file.read_text(encoding="utf-8") + " On." * 30, encoding="utf-8")
+    ran = call(run, chat_model, longer, "--load-cache", kept)
+    found = re.match(r"note: document of (\d+) tokens: (\d+) from .*document.cache, (\d+) read in ", ran.stderr)
+    assert found is not None, ran.stderr
+    whole, loaded, read = map(int, found.groups())
+    assert whole == loaded + read > loaded > 0
+    shared = [int(n) for n in re.findall(r"\((\d+) from the cache\)", ran.stderr)]
+    assert len(shared) == len(QUESTIONS)
+    assert min(shared) >= whole - 1  # what was missing was read once, not for every question
     (tmp_path / "other.txt").write_text("Another text altogether. " * 8, encoding="utf-8")
     refused = call(run, chat_model, tmp_path / "other.txt", "--load-cache", kept).error
     assert refused.startswith("--load-cache: expected a prompt that begins like the cached one")

@@ -14,8 +14,8 @@ def test_a_long_task_says_where_it_is(capsys: pytest.CaptureFixture[str], monkey
         for done in range(5):
             update(done, 9)
     assert capsys.readouterr().err.splitlines() == [
-        "note: perplexity: 2 of 9 after 31 s",
-        "note: perplexity: 4 of 9 after 75 s",
+        "note: perplexity: 2 of 9 parts after 31 s",
+        "note: perplexity: 4 of 9 parts after 75 s",
     ]
 
 

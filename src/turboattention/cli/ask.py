@@ -230,7 +230,7 @@ def _answer(request: Request, language: LanguageModel) -> None:
 
 def _ready(request: Request, document: Document, language: LanguageModel, bars: Bars) -> Ready:
     if request.load_cache is not None:
-        ready = Ready.load(document, language, request.load_cache)
+        ready = Ready.load(document, language, request.load_cache, bars)
     else:
         from ..integrations.transformers.generation import Run
 
@@ -240,8 +240,11 @@ def _ready(request: Request, document: Document, language: LanguageModel, bars: 
         with bars.task("Saving the cache"):
             cache_file.save(ready.run.cache, ready.held, request.save_cache)  # type: ignore[arg-type]
     if not request.json:
-        source = f"from {request.load_cache}" if request.load_cache else f"read in {ready.seconds:.2f} s"
-        note(f"document of {len(document.prefix):,} tokens, {source}")
+        tokens = len(document.prefix)
+        sources = [f"{ready.loaded:,} from {request.load_cache}"] if request.load_cache else []
+        if ready.loaded < tokens:
+            sources.append(f"{tokens - ready.loaded:,} read in {ready.seconds:.2f} s")
+        note(f"document of {tokens:,} tokens: {', '.join(sources)}")
     return ready
 
 

@@ -129,5 +129,5 @@ def _through_file(ready: Ready) -> tuple[Ready, int, float]:
         path = Path(folder) / "document.cache"
         cache_file.save(ready.run.cache, ready.held, path)  # type: ignore[arg-type]
         begun = time.perf_counter()
-        loaded = Ready.load(ready.document, ready.run.language, path)
+        loaded = Ready.load(ready.document, ready.run.language, path, Bars(hidden=True))
         return loaded, path.stat().st_size, time.perf_counter() - begun

@@ -58,34 +58,46 @@ def _about(text: str, question: str) -> list[Message]:
     return [{"role": "user", "content": f"{text}\n\n{question.strip()}"}]
 
 
+_QUESTION = -1
+"""The first token of any question behind a document."""
+
+
 @dataclass(frozen=True)
 class Ready:
     """A cache with a document, from which every question starts.
 
-    seconds: the time for reading the document; 0 if the cache was loaded from a file.
+    loaded: tokens that came from a file. seconds: the time for reading the others.
     """
 
     document: Document
     run: Run
     held: list[int]
+    loaded: int
     seconds: float
 
     @classmethod
-    def read(cls, document: Document, run: Run, bars: Bars, label: str = "") -> Ready:
-        """Read the document."""
+    def read(cls, document: Document, run: Run, bars: Bars, label: str = "", loaded: int = 0) -> Ready:
+        """Read the document, of which `loaded` tokens are in the cache already."""
         with bars.task(f"{label}Reading the document") as update:
             begun = time.perf_counter()
-            run.prefill(document.prefix, update)
-            return cls(document, run, document.prefix, time.perf_counter() - begun)
+            run.prefill(document.prefix[loaded:], update)
+            return cls(document, run, document.prefix, loaded, time.perf_counter() - begun)
 
     @classmethod
-    def load(cls, document: Document, language: LanguageModel, path: Path) -> Ready:
-        """From a file. Raises InputError or FormatError for the file of another model or document."""
+    def load(cls, document: Document, language: LanguageModel, path: Path, bars: Bars) -> Ready:
+        """From a file, of this document or of its beginning; what is missing is read.
+
+        Raises:
+            InputError, FormatError: the file of another model or document.
+        """
         from ..integrations.transformers.generation import Run
 
         cache, held = cache_file.load(language, path)
-        kept = cache_file.reuse(cache, held, document.prefix)
-        return cls(document, Run(language, cache), held[:kept], 0.0)
+        kept = cache_file.reuse(cache, held, [*document.prefix, _QUESTION])  # whose beginning may be there as a whole
+        run = Run(language, cache)
+        if kept == len(document.prefix):
+            return cls(document, run, held[:kept], kept, 0.0)
+        return cls.read(document, run, bars, loaded=kept)
 
     def ask(self, ids: list[int]) -> tuple[Run, int]:
         """A copy for one question, and the number of prompt tokens that it already contains."""

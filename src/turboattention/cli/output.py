@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,10 +16,14 @@ from rich.console import Console
 
 from ..errors import GuardWarning
 
+_WIDE = 120
+"""Columns of results in files and pipes, which have no width of their own: no table is broken."""
+
 
 def results() -> Console:
     """The console for results: stdout."""
-    return Console(highlight=False)
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE
+    return Console(highlight=False, width=wide)
 
 
 def notices() -> Console:

@@ -55,6 +55,6 @@ def _lines(description: str) -> Update:
         now = time.monotonic()
         if now - said >= SECONDS_A_LINE:
             said = now
-            note(f"{description}: {done} of {total} after {now - begin:.0f} s")
+            note(f"{description}: {done} of {total} parts after {now - begin:.0f} s")
 
     return update
