@@ -383,8 +383,8 @@ def test_a_second_attention_call_with_other_keys(cached_first, change, tiny, tok
     attend = AttentionInterface._global_mapping["turbo"]
 
     def twice(module, query, key, value, *arguments, **options):
-        pairs = [(key, value), change(key, value)]
-        outs = [attend(module, query, *x, *arguments, **options)[0] for x in pairs[:: 1 if cached_first else -1]]
+        pairs = [lambda: (key, value), lambda: change(key, value)]  # made when they are wanted, and dropped
+        outs = [attend(module, query, *x(), *arguments, **options)[0] for x in pairs[:: 1 if cached_first else -1]]
         return sum(outs), None
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "turbo", twice)

@@ -42,9 +42,10 @@ def other_keys(key: Tensor, in_cache: bool) -> Tensor | None:
     forward = _caller()
     same, before, was_in_cache = forward == _last.forward, None if _last.key is None else _last.key(), _last.in_cache
     _last.forward, _last.key, _last.in_cache = forward, weakref.ref(key), in_cache
-    # A forward holds its keys until its attention is done; a frame without them is another one at the same place.
-    if not same or before is None or in_cache == was_in_cache:
+    if not same or in_cache == was_in_cache:
         return None
+    # After `expect_attention`, calls are of one forward. A forward holds its keys until its attention is done: a frame
+    # without them is another one at the same place.
     return key if in_cache else before
 
 
