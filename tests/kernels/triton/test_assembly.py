@@ -82,7 +82,7 @@ def test_both_products_of_prefill_are_integer_matrix_instructions(target):
 def test_both_products_of_decode_are_integer_matrix_instructions(target):
     rows = of(target, "decode")
     shipped = [(d, bits, mask) for d in (128, 256) for bits in (4, 3, 2) for mask in MASKS]
-    shipped += [(128, bits, "") for bits in (4, 3, 3, 3, 2, 2, 2)]
+    shipped += [(128, bits, "") for bits in (4, 4, 4, 3, 3, 3, 2, 2, 2)]
     found = [(row["constants"]["D"], PAIRS[row["constants"]["PAIRS"]], row["constants"]["MASK"]) for row in rows]
     assert found == shipped
     for row in rows:
