@@ -162,8 +162,9 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
         tensors |= {f"buffer.{name}": getattr(cache.tail, name) for name in TailBuffer.TENSORS}
         optional |= {"k_mean": cache.k_mean, "universal": cache.universal, "frozen_bits": pools.head_bits}
         optional["query_energy"] = cache.query_energy
-        if pools.order is not None:
-            optional |= {"k_order": pools.order.places, "k_halved": pools.order.halved}
+        order = pools.order
+        if order is not None:
+            optional |= {"k_order": order.places, "k_halved": order.halved}
         columns = max(map(len, numbers), default=0)
         table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, numbers, strict=True):

@@ -112,8 +112,7 @@ def stage(
     width = max(size, _round_up(int((after - state.start).max()) if len(after) else 0, size))
     place = _Placement(state, counts, width, k.device)
     quantizer = quantizer_for(k.device, k.dtype)
-    looks = config.token_scales and quantizer.checks_finite
-    if not looks:
+    if not (config.token_scales and quantizer.checks_finite):
         _check_finite(names, k, v, counts)
     if not config.token_scales:
         return _stage_by_tile(config, state, k, v, counts, after, place)

@@ -89,31 +89,33 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
     inside = axes.get_window_extent()
     taken = [_around(axes, point) for point in points]
     for point in sorted(points, key=lambda p: (not p.own, p.value)):
-
-        def label(place: tuple[int, int, str], point: Point = point) -> Annotation:
-            return axes.annotate(
-                point.name,
-                (point.bits, point.value),
-                xytext=place[:2],
-                textcoords="offset points",
-                fontsize=7.5,
-                color=_colour(point),
-                horizontalalignment=place[2],
-            )
-
-        def overlaps(place: tuple[int, int, str]) -> int:
-            text = label(place)
+        overlaps: dict[tuple[int, int, str], int] = {}
+        for place in (*NEAR, *FAR):
+            text = _label(axes, point, place)
             box = text.get_window_extent()
             text.remove()
             outside = not (inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1)
-            return sum(box.overlaps(other) for other in taken) + outside
-
-        place = min((*NEAR, *FAR), key=overlaps)
-        taken.append(label(place).get_window_extent())
+            overlaps[place] = sum(box.overlaps(other) for other in taken) + outside
+            if not overlaps[place]:
+                break
+        place = min(overlaps, key=overlaps.__getitem__)
+        taken.append(_label(axes, point, place).get_window_extent())
         if place in FAR:
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
             to, at = (point.bits, point.value), (place[0], place[1] + 3)
             axes.annotate("", to, xytext=at, textcoords="offset points", arrowprops=line)
+
+
+def _label(axes: Axes, point: Point, place: tuple[int, int, str]) -> Annotation:
+    return axes.annotate(
+        point.name,
+        (point.bits, point.value),
+        xytext=place[:2],
+        textcoords="offset points",
+        fontsize=7.5,
+        color=_colour(point),
+        horizontalalignment=place[2],
+    )
 
 
 def _around(axes: Axes, point: Point) -> Bbox:
