@@ -143,7 +143,7 @@ def _prefill(
 
 def pages(plan: Plan, have: set[str]) -> Iterator[Row]:
     """The last tokens of a prompt over pages that a server manages, at every width: pages restored as they are read, as
-    shipped, and once per step by every launch. Results have to be those of the former."""
+    shipped, and once per step by every launch. Errors are against the former, which should be the same."""
     launches = RESTORED if on_gpu() else RESTORED[:1]
     with torch.inference_mode():
         for bits, (before, new) in itertools.product((4, 3, 2), plan.sweep_pages):
