@@ -16,7 +16,7 @@ from supervising import CRASHED, FOUND_WRONG, TIMED_OUT, Results, Step
 
 from turboattention.files import write_text
 
-GATES = ("stages", "prefill", "decode", "paged", "pages of other sizes", "steps", "repeats")
+GATES = ("stages", "prefill", "decode", "paged", "pages restored once", "pages of other sizes", "steps", "repeats")
 WIDTHS = (4, 3, 2)
 _DECODE_GATE, _PREFILL_GATE = ("gate decode",), ("gate prefill",)
 
@@ -31,7 +31,7 @@ def steps(rehearse: bool) -> list[Step]:
     table += [Step(f"sweep decode {bits}", 60, sound=_DECODE_GATE) for bits in WIDTHS]
     table += [
         Step("sweep prefill", 60, sound=_PREFILL_GATE),
-        Step("sweep pages", 60, sound=("gate paged",)),
+        Step("sweep pages", 60, sound=("gate pages restored once",)),
         Step("peers decode", 150, sound=_DECODE_GATE),
         Step("peers prefill", 60, sound=_PREFILL_GATE),
         Step("trace", 30, sound=_PREFILL_GATE),
