@@ -17,6 +17,7 @@ from ...config import TurboConfig
 from ...errors import ConfigError, InputError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...validation import check_config
+from ...words import number_of
 from ..model_shape import ModelShape, text_config
 from .known_ids import KnownIds, check_goes_on
 from .layer import BESIDE_AN_ENCODER, TurboLayer
@@ -164,7 +165,7 @@ class TurboCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(
                 f"past_key_values: expected a TurboCache made for this model, which has a layer {layer_idx}; "
-                f"got one made for {len(self.layers)} layers"
+                f"got one made for {number_of(len(self.layers), 'layer')}"
             )
         layer = self.layers[layer_idx]
         if not isinstance(layer, TurboLayer):
@@ -473,5 +474,5 @@ def _per_layer(values: Any, name: str, count: int) -> list[Any]:
         return [None] * count
     if not isinstance(values, (Sequence, Tensor)) or len(values) != count:
         got = len(values) if isinstance(values, (Sequence, Tensor)) else type(values).__name__
-        raise ConfigError(f"{name}: expected one entry for each of the {count} layers, got {got}")
+        raise ConfigError(f"{name}: expected one entry per layer ({count}), got {got}")
     return list(values)
