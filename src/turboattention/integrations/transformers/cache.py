@@ -19,7 +19,7 @@ from ...kv.channel_order import ChannelOrder
 from ...validation import check_config
 from ...words import number_of
 from ..model_shape import ModelShape, text_config
-from .known_ids import KnownIds, check_goes_on
+from .known_ids import KnownIds, check_goes_on, checked_ids
 from .layer import BESIDE_AN_ENCODER, TurboLayer
 from .model import LayerKind, layer_kinds, may_cross, shares_keys
 from .parallel import TensorParallel
@@ -389,12 +389,16 @@ class TurboCache(Cache):
 
     @property
     def prompt_ids(self) -> Tensor | None:
-        """int64 [B, L]: ids of the tokens that were loaded from a file and are still held; None if not known."""
+        """int64 [B, L]: ids of the tokens that were loaded from a file and are still held; None if not known.
+
+        May be set to the ids of all tokens that the cache holds, such as those that the model itself took, so that
+        `generate` compares a prompt with them. Raises InputError for others."""
         return None if self.ids.saved is None else self.ids.saved.clone()
 
     @prompt_ids.setter
     def prompt_ids(self, value: Tensor | None) -> None:
-        self.ids.saved = None if value is None else value.clone()
+        known = None if value is None else checked_ids(value, self.batch_size, self.get_seq_length()).clone()
+        self.ids.saved, self.ids.fed = known, None
 
     @property
     def check_prompts(self) -> bool:

@@ -420,7 +420,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             raise InputError(
                 f"input_ids: expected new tokens after the {self._stored} that the TurboCache already holds, got some "
                 f"that end at position {int(positions[:, -1].min())}; a prompt has to begin with the cache's tokens "
-                "and be longer"
+                "and be longer, new ids alone need an attention_mask of all positions"
             )
 
     def _check_length(self, length: int) -> None:
