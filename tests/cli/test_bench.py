@@ -113,7 +113,7 @@ def test_tables(run) -> None:
         assert word in ran.stdout
 
 
-@pytest.mark.parametrize(("measured", "peak", "said"), [([1.0, 1e9], 1e9, False), ([1e-3, 1e-6], 1e-3, True)])
+@pytest.mark.parametrize(("measured", "peak", "said"), [([1.0, 1e9], 1e9, False), ([1e-9, 1e-12], 1e-9, True)])
 def test_a_machine_that_is_busy(run, monkeypatch: pytest.MonkeyPatch, measured, peak, said, tmp_path: Path) -> None:
     """The limits are measured before and after; where both were too low, a note says so."""
     rates = iter(measured)
