@@ -10,6 +10,7 @@ import torch
 import turboattention as ta
 from turboattention.errors import GuardWarning, NonFiniteError
 from turboattention.guard import BOUNDS, _advice, bound_of, fixed_widths_message, widen
+from turboattention.guard_sample import Sample
 from turboattention.reference.exact import exact_attention
 
 from .helpers import qkv, relative_error
@@ -97,7 +98,7 @@ def test_large_keys_with_outlier_channels_at_two_bits(length, group):
     assert int(cache.head_bits[:, 1].min()) > 2
     assert cache.head_bits[:, 0].tolist() == [2, 2]
     assert len(said) == 1
-    assert said[0].startswith("layer 3: KV heads 1 lose too much")
+    assert said[0].startswith("layer 3: KV head 1 loses too much")
 
 
 def measured(monkeypatch, errors: list[dict[int, float]]) -> None:
@@ -122,8 +123,8 @@ def test_bits_go_up_only_as_far_as_needed(monkeypatch):
     assert cache.head_bits.tolist() == [[2, 3, 4, 8]] * 2
     assert said == [
         "layer 3: KV heads 1, 2, 3 lose too much in the quantized cache (head 3 has relative error 9.00 at K 2 and V 2 "
-        "bits, bound 0.70); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; heads 3 remain beyond their bound; "
-        "8 bits are not enough for them: keep the layer in the model's own dtype (exact_layers of a TurboCache)"
+        "bits, bound 0.70); raised to K/V bits 1: 3/3, 2: 4/4, 3: 8/8; head 3 remains beyond its bound; "
+        "8 bits are not enough: keep the layer in the model's own dtype (exact_layers of a TurboCache)"
     ]
 
 
@@ -159,7 +160,7 @@ def test_warn_keeps_the_widths():
     cache, said = run(hard((1,)), ta.TurboConfig(guard="warn"))
     assert cache.head_bits.tolist() == [[4] * 4] * 2
     assert len(said) == 1
-    assert said[0].startswith("layer 3: KV heads 1 lose too much")
+    assert said[0].startswith("layer 3: KV head 1 loses too much")
     assert said[0].endswith("widths kept as configured; pass bits=(8, 4) (--bits 8,4), or calibrate the model")
 
 
@@ -207,12 +208,12 @@ def test_given_widths_are_never_changed():
 def test_heads_that_eight_bits_do_not_help_are_named():
     cache, said = run(hard((1,), gain=2000.0))
     assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
-    assert "raised to K/V bits 1: 8/8; heads 1 remain beyond their bound; 8 bits are not enough" in said[0]
+    assert "raised to K/V bits 1: 8/8; head 1 remains beyond its bound; 8 bits are not enough" in said[0]
 
 
 def test_a_cache_without_a_label():
     _, said = run(hard((1,)), label=None)
-    assert said[0].startswith("cache: KV heads 1 lose")
+    assert said[0].startswith("cache: KV head 1 loses")
 
 
 def test_the_warning_points_at_the_caller():
@@ -257,10 +258,38 @@ def test_a_second_block_does_not_warn_again():
 def test_small_calls_are_guarded_when_the_block_fills(step):
     q, k, v = hard((1,), length=130, gain=120.0)  # few queries are there to notice
     cache = ta.KVCache(1, 4, 64)
-    with pytest.warns(GuardWarning, match="KV heads 1 lose") as caught:
+    with pytest.warns(GuardWarning, match="KV head 1 loses") as caught:
         in_steps(cache, q, k, v, step)
     assert len(caught) == 1
     assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2
+
+
+@pytest.mark.parametrize("window", [None, 48])
+@pytest.mark.parametrize("parts", [[20, 130], [45, 105], [64, 86], [70, 80], [20, 60, 70], [5] * 30], ids=str)
+def test_the_judgement_does_not_depend_on_the_calls(parts, window, monkeypatch):
+    """Also where a call ends among the sinks, and where a window has released some of them by then."""
+    tensors, judged = hard((1,), length=sum(parts), gain=120.0), []
+    errors = Sample.errors
+
+    def record(sample: Sample, bits: torch.Tensor) -> torch.Tensor:
+        judged.append(errors(sample, bits))
+        return judged[-1]
+
+    def judge(parts: list[int]) -> tuple[list[list[int]], torch.Tensor]:
+        judged.clear()
+        cache = ta.KVCache(1, 4, 64, config=ta.TurboConfig(block_size=16), window_size=window)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for part in zip(*(x.split(parts, 2) for x in tensors), strict=True):
+                ta.turbo_attention_with_kvcache(part[0], cache, *part[1:], window_size=window)
+        assert [str(w.message).partition(" in ")[0] for w in caught] == ["cache: KV head 1 loses too much"]
+        return cache.head_bits.tolist(), judged[0]
+
+    monkeypatch.setattr(Sample, "errors", record)
+    wanted, at_once = judge([sum(parts)])
+    found, in_parts = judge(parts)
+    assert found == wanted == [[4, 8, 4, 4]] * 2
+    torch.testing.assert_close(in_parts, at_once, rtol=0.5, atol=0.02)
 
 
 def test_appending_alone_is_not_guarded():
@@ -277,7 +306,7 @@ def test_ragged_batches(lengths):
     for row, length in enumerate(lengths):
         q[row, :, length:] = k[row, :, length:] = v[row, :, length:] = torch.nan
     cache = ta.KVCache(2, 4, 64)
-    with pytest.warns(GuardWarning, match="KV heads 1 lose") as caught:
+    with pytest.warns(GuardWarning, match="KV head 1 loses") as caught:
         ta.turbo_attention_with_kvcache(q, cache, k, v, lengths=torch.tensor(lengths))
     assert len(caught) == 1
     assert cache.head_bits.tolist() == [[4, 8, 4, 4]] * 2

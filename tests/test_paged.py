@@ -183,9 +183,9 @@ def test_layers_with_orders_of_their_own():
 
 def test_orders_that_do_not_fit_are_refused():
     order = an_order()
-    with pytest.raises(ConfigError, match=r"^orders: expected 1 for 1 layers with reorder_k=True, got 0: pages take"):
+    with pytest.raises(ConfigError, match=r"^orders: expected 1 for 1 layer with reorder_k=True, got 0: pages take"):
         PagedFormat.of(ORDERED, 16, [UNIFORM[4]])
-    with pytest.raises(ConfigError, match=r"^orders: expected 0 for 1 layers with reorder_k=False, got 1"):
+    with pytest.raises(ConfigError, match=r"^orders: expected 0 for 1 layer with reorder_k=False, got 1"):
         PagedFormat.of(CONFIG, 16, [UNIFORM[4]], orders=(order,))
     with pytest.raises(ShapeError, match=r"^orders: expected shapes \(2, 32\) and \(2,\), got \(2, 16\) and \(2,\)$"):
         PagedFormat.of(ORDERED, 32, [UNIFORM[4]], orders=(order,))

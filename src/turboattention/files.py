@@ -27,6 +27,8 @@ _LEFT_BEHIND = re.compile(r"\.turboattention-(\d+)-\w+\.partial")
 _OLD = 3600.0  # seconds
 LARGEST_TEXT = 2**26
 """Bytes of the largest text or JSON file that is read. A calibration of a large model has about 2**24."""
+_LOOKED_AT = 4096
+"""Bytes at the beginning of a file that tell what it is."""
 
 
 def write_text(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
@@ -124,6 +126,22 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[str]:
         yield own if os.path.exists(own) else os.fspath(path)
     finally:
         os.close(handle)
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """What a file evidently is, for messages: "a folder", "an empty file" or "a text file"; None for other kinds."""
+    if os.path.isdir(path):
+        return "a folder"
+    try:
+        with open_regular(path) as opened, open(opened, "rb") as file:
+            begin = file.read(_LOOKED_AT)
+    except OSError:
+        return None
+    text = begin.decode("utf-8", "replace")
+    if len(begin) == _LOOKED_AT:
+        text = text[:-4]  # a character may be cut off
+    is_text = not any(letter == "�" or (letter < " " and letter not in "\t\n\r\f") for letter in text)
+    return "an empty file" if not begin else "a text file" if is_text else None
 
 
 def read_text(path: str | os.PathLike[str], limit: int = LARGEST_TEXT) -> str:

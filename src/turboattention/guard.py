@@ -24,6 +24,7 @@ from .kv.channel_order import ChannelOrder
 from .kv.compression import compression_of
 from .kv.stage1 import Stage
 from .reference.exact import exact_attention
+from .words import listed
 
 BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
 """Bits -> largest relative error (Frobenius norm) of a head's output. Well above that of normal data, and below 1,
@@ -147,11 +148,16 @@ def widen(bits: Tensor, heads: Tensor) -> Tensor:
     return torch.where(heads & (bits == bits.amin(0)), wider, bits)
 
 
+def lose_too_much(heads: list[int]) -> str:
+    """[1] -> "KV head 1 loses too much", [1, 3] -> "KV heads 1, 3 lose too much"."""
+    return f"{listed('KV head', heads)} {'loses' if len(heads) == 1 else 'lose'} too much"
+
+
 def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, planned: Tensor, bits: Tensor) -> str:
     """Names the heads that are `failing` at the `planned` widths, and those still `beyond` their bound at `bits`."""
     heads = failing.nonzero().flatten().tolist()
     worst = max(heads, key=lambda head: float(errors[head]))
-    what = f"KV heads {_numbers(first_head, heads)} lose too much in the quantized cache"
+    what = f"{lose_too_much([first_head + head for head in heads])} in the quantized cache"
     how = (
         f"head {first_head + worst} has relative error {float(errors[worst]):.2f} at K {int(planned[0, worst])} "
         f"and V {int(planned[1, worst])} bits, bound {float(bound_of(planned)[worst]):.2f}"
@@ -160,7 +166,8 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
         return f"{what} ({how}); widths kept as configured"
     widths = ", ".join(f"{first_head + head}: {int(bits[0, head])}/{int(bits[1, head])}" for head in heads)
     rest = beyond.nonzero().flatten().tolist()
-    still = f"; heads {_numbers(first_head, rest)} remain beyond their bound" if rest else ""
+    remain = "remains beyond its" if len(rest) == 1 else "remain beyond their"
+    still = f"; {listed('head', [first_head + head for head in rest])} {remain} bound" if rest else ""
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
 
 
@@ -189,8 +196,9 @@ def early_int8_message(got: Tensor, exact: Tensor, kv_heads: int, first_head: in
 def _int8_message(first_head: int, errors: Tensor, heads: Tensor, bound: float) -> str:
     named = heads.nonzero().flatten().tolist()
     worst = max(named, key=lambda head: float(errors[head]))
+    heads_text = listed("KV head", [first_head + head for head in named])
     return (
-        f"INT8 loses too much in KV heads {_numbers(first_head, named)} (head {first_head + worst} has relative error "
+        f"INT8 loses too much in {heads_text} (head {first_head + worst} has relative error "
         f"{float(errors[worst]):.2f} at 8 bits, bound {bound:.2f})"
     )
 
@@ -203,8 +211,4 @@ def _advice(sample: Sample, planned: Tensor, failing: Tensor) -> str:
         if not torch.equal(bits, planned) and not bool(_beyond(sample.errors(bits), bits).any()):
             (k,), (v,) = wide
             return f"pass bits=({k}, {v}) (--bits {k},{v}), or calibrate the model"
-    return "8 bits are not enough for them: keep the layer in the model's own dtype (exact_layers of a TurboCache)"
-
-
-def _numbers(first_head: int, heads: list[int]) -> str:
-    return ", ".join(str(first_head + head) for head in heads)
+    return "8 bits are not enough: keep the layer in the model's own dtype (exact_layers of a TurboCache)"

@@ -54,7 +54,8 @@ class Sample:
         at = batch.to(staged.stored.k8.device)
         self.stored = staged.stored.map(lambda x: x[at][:, :, : self.blocks * size])
         self.mean = None if staged.k_mean is None else staged.k_mean[at]
-        self.sinks = cache.page_tiles(0, cache.sink_blocks).map(lambda x: x[at]) if self.start else None
+        # The pages before the stage: fewer than the sinks if a call ended among these.
+        self.pages = cache.page_tiles(0, self.start // size).map(lambda x: x[at]) if self.start else None
         sampled = torch.isin(flush.batch, batch) & (flush.block * size < self.tokens)
         self.compression = compression.of(flush.where(sampled))
         self.q, self.positions = self._queries(q, positions, valid)
@@ -71,7 +72,7 @@ class Sample:
             for target, values in zip((k, v), part.floats(), strict=True):
                 target.unflatten(2, (-1, size))[at] = values.to(target.dtype)
         k = self._with_mean(k, self.start)
-        return relative_errors(self._attend(*self._behind_sinks(k, v)), self.wanted, self.cache.num_kv_heads)
+        return relative_errors(self._attend(*self._behind_pages(k, v)), self.wanted, self.cache.num_kv_heads)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
@@ -79,12 +80,21 @@ class Sample:
         if past is not None and past.q.shape[2]:
             q = torch.cat((past.q.to(q.dtype), q), 2)
             positions, valid = torch.cat((past.positions, positions), 1), torch.cat((past.valid, valid), 1)
+        valid = valid & self._sees_all(positions)
         inside = valid & (positions < self.tokens)
         useful = (inside & (positions >= self.tokens // 2))[self.batch].all(0)
         rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
         rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(QUERIES, len(rows))).long()]
         chosen = q.index_select(0, self.batch.to(q.device)).index_select(2, rows.to(q.device))
         return chosen, positions[self.batch][:, rows]
+
+    def _sees_all(self, positions: Tensor) -> Tensor:
+        """bool [B, n]: whether a query's keys are all there: a window has released pages that earlier ones attended."""
+        if self.params.window_size is None or not self.start:
+            return torch.ones_like(positions, dtype=torch.bool)
+        assert self.cache.page_table is not None  # which has pages before the stage
+        released = torch.tensor(self.cache.page_table.evicted())[:, None] * self.cache.config.block_size
+        return positions - self.params.window_size + 1 >= released
 
     def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, and older ones as INT8
@@ -117,15 +127,15 @@ class Sample:
         return mixed[0], mixed[1]
 
     def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        """k and v [b, Hkv, tokens, D] in the model's space: sink pages, then the tiles [b, Hkv, W, D] behind them."""
+        """k and v [b, Hkv, tokens, D] in the model's space: the pages, then the tiles [b, Hkv, W, D] behind them."""
         k, v = self._floats(tiles)
-        return self._behind_sinks(self._with_mean(k, self.start), v)
+        return self._behind_pages(self._with_mean(k, self.start), v)
 
-    def _behind_sinks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that follow the sink pages, with these before them."""
-        if self.sinks is not None:
-            sink_k, sink_v = self._floats(self.sinks.map(lambda x: x.transpose(1, 2).flatten(2, 3)))
-            k, v = torch.cat((self._with_mean(sink_k, 0), k), 2), torch.cat((sink_v, v), 2)
+    def _behind_pages(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that follow the pages, with these before them."""
+        if self.pages is not None:
+            page_k, page_v = self._floats(self.pages.map(lambda x: x.transpose(1, 2).flatten(2, 3)))
+            k, v = torch.cat((self._with_mean(page_k, 0), k), 2), torch.cat((page_v, v), 2)
         return k[:, :, : self.tokens], v[:, :, : self.tokens]
 
     def _floats(self, tiles: Tiles) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from .errors import InputError, ShapeError, UnsupportedError
 from .impl.contract import PagedAttention
 from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, PagedBatch, PagedFormat, TailBlocks, reserved_bytes
 from .softmax import logit_scale
+from .words import number_of
 
 __all__ = [
     "BLOCK",
@@ -151,7 +152,8 @@ def _check_place(fmt: PagedFormat, layer: int, tail_blocks: TailBlocks, window: 
     shape = tail_blocks.codes[0].shape
     if (shape[2], shape[4]) != (fmt.kv_heads, fmt.head_dim):
         raise ShapeError(
-            f"tail_blocks: expected {fmt.kv_heads} heads of {fmt.head_dim} channels, got {shape[2]} of {shape[4]}"
+            f"tail_blocks: expected {number_of(fmt.kv_heads, 'head')} of {fmt.head_dim} channels, got {shape[2]} of "
+            f"{shape[4]}"
         )
     if not 0 <= layer < min(shape[0], len(fmt.layouts)):
         raise InputError(f"layer: expected one of {min(shape[0], len(fmt.layouts))}, got {layer}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .config import TurboConfig
 from .errors import ConfigError, DtypeError, InputError, NonFiniteError, ShapeError, UnsupportedError
+from .words import number_of
 
 MAX_HEAD_DIM = 512
 LARGEST = 1e18
@@ -93,7 +94,7 @@ def check_token_shapes(
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
             raise ShapeError(f"{name}: expected shape ({batch}, {heads}, tokens, {head_dim}), got {tuple(x.shape)}")
     if k.shape[2] != v.shape[2]:
-        raise ShapeError(f"{names[1]}: expected the {k.shape[2]} tokens of {names[0]}, got {v.shape[2]}")
+        raise ShapeError(f"{names[1]}: expected {number_of(k.shape[2], 'token')} like {names[0]}, got {v.shape[2]}")
     if device is not None and k.device != device:
         raise DtypeError(f"{names[0]}: expected a tensor on {device}, as the cache is, got {k.device}")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from turboattention.benchmarking.limits import FLOAT, INTEGER, MEMORY, bytes_read, named, nearest
+from turboattention.benchmarking.limits import FLOAT, INTEGER, MEMORY, beyond_products, bytes_read, named, nearest
 from turboattention.benchmarking.records import Row
 from turboattention.benchmarking.statistics import Spread
 
@@ -35,6 +35,14 @@ def test_a_backend_without_an_instruction_set_multiplies_floats() -> None:
     near = nearest(replace(ROW, figures={"cache_bytes": 1_000_000}), FACTS | {"isa": None})
     assert near is not None
     assert (near.name, near.share) == (FLOAT, pytest.approx(0.5))
+
+
+def test_a_share_beyond_the_products_is_noticed() -> None:
+    """More than memory gives is possible, from the processor's caches."""
+    assert beyond_products([ROW, replace(ROW, limit=INTEGER, limit_share=1.01)])
+    assert beyond_products([replace(ROW, limit=FLOAT, limit_share=1.01)])
+    assert not beyond_products([ROW, replace(ROW, limit=INTEGER, limit_share=1.0)])
+    assert not beyond_products([replace(ROW, limit=MEMORY, limit_share=2.0)])
 
 
 def test_what_was_not_measured_has_no_limit() -> None:

@@ -121,6 +121,16 @@ Run = Callable[..., Ran]
 
 
 @pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command may load weights, which takes long, before it refuses what its config and tokenizer refuse."""
+
+    def load(*_: object) -> None:
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(language_model.Opened, "load", load)
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line, as a machine without a network would."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
 from turboattention import TurboConfig, bundled
+from turboattention.cli import asking
 from turboattention.cli.document import Document, Ready
 from turboattention.cli.progress import Bars
 from turboattention.cli.stream import write_text
 from turboattention.integrations.transformers import generation, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
 
-from .conftest import CONTEXT, TEXT, Run
+from .conftest import CONTEXT, TEMPLATE, TEXT, Run, save_model
 
 QUESTIONS = ("Who opened the door?", "Where did the old man stand?")
 
@@ -160,6 +164,28 @@ def test_compare(run: Run, chat_model: Path, chat_language, file: Path, expected
         assert answer["first_difference"] == (differ.index(True) if True in differ else None)
 
 
+def test_answers_are_printed_as_they_come(
+    run: Run, chat_model: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cache by cache: when a cache answers, all answers before this one are out."""
+    written, printed, go_on = io.StringIO(), [], asking.go_on
+    console = Console(file=written, width=100)
+    monkeypatch.setattr("turboattention.cli.ask.results", lambda: console)
+
+    def watch(generation_run: generation.Run, label: str, *rest):
+        printed.append(written.getvalue().count(QUESTIONS[0]) + written.getvalue().count(QUESTIONS[1]))
+        assert f"\n{label}, document read in " in written.getvalue()
+        return go_on(generation_run, label, *rest)
+
+    monkeypatch.setattr(asking, "go_on", watch)
+    assert call(run, chat_model, file, "--compare").code == 0
+    assert printed == [*range(6)]
+    text = written.getvalue()
+    places = [text.index(f"\n{label}, document") for label in ("own cache", "4 bits", "3 bits")]
+    assert places == sorted(places)
+    assert text.index("top-1") > places[-1]
+
+
 @pytest.mark.parametrize("columns", [60, 110])
 def test_compare_shows_each_question(run: Run, chat_model: Path, file: Path, columns: int) -> None:
     """No figure is broken over lines, however narrow the terminal is."""
@@ -183,6 +209,47 @@ def test_every_question_starts_from_the_same_cache(chat_language, file: Path) ->
             assert ready.run.cache.get_seq_length() == len(document.prefix)
 
 
+def test_questions_of_stdin_that_do_not_fit(run: Run, chat_model: Path, file: Path, chat_language, expected) -> None:
+    """The next one follows, and the exit code says that one failed."""
+    long = TEXT.replace("\n", " ") * 20
+    ran = call(run, chat_model, file, stdin=f"{QUESTIONS[0]}\n{long}\n{QUESTIONS[1]}\n")
+    assert ran.code == 2
+    assert ran.stdout == "".join(f"{chat_language.decode(x)}\n" for x in expected)
+    assert ran.stderr.count("error: --file: expected at most") == 1
+    refused = call(run, chat_model, file, "--json", stdin=f"{QUESTIONS[0]}\n{long}\n")
+    assert refused.error.startswith("--file: expected at most")
+
+
+@pytest.mark.usefixtures("no_weights")
+class TestWhatNeedsNoWeights:
+    def test_files(self, run: Run, chat_model: Path, file: Path, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("of a year")
+        for options in (["--save-cache", tmp_path / "notes.txt"], ["--load-cache", tmp_path / "notes.txt"]):
+            assert call(run, chat_model, file, *options).error.startswith(f"{options[0]}: expected ")
+        assert call(run, chat_model, tmp_path / "none").error.startswith("--file: ")
+        assert run("ask", "--model", "/no/such", "--file", file, "--load-cache", "x").error.startswith("--load-cache")
+
+    def test_a_cache_of_another_model(self, run: Run, chat_language, file: Path, tmp_path: Path) -> None:
+        with registry.enabled():
+            filled = generation.Run(chat_language, chat_language.new_cache(TurboConfig()))
+            filled.prefill([1, 2, 3])
+            filled.cache.save(tmp_path / "kept", torch.tensor([[1, 2, 3]]))  # type: ignore[union-attr]
+        other = save_model(tmp_path / "other", num_hidden_layers=3, template=TEMPLATE)
+        assert "num_hidden_layers" in call(run, other, file, "--load-cache", tmp_path / "kept").error
+
+    @pytest.mark.parametrize("options", [[], ["--compare"], ["--json"]], ids=str)
+    def test_lengths(self, run: Run, chat_model: Path, file: Path, tmp_path: Path, options: list[str]) -> None:
+        (tmp_path / "long").write_text(TEXT * 20, encoding="utf-8")
+        assert call(run, chat_model, tmp_path / "long", *options).error.startswith("--file: expected at most")
+        error = run("ask", "--model", chat_model, "--file", file, "-q", "x", "-q", TEXT * 20, *options).error
+        assert error.startswith("--file: expected at most")
+        assert run("ask", "--model", chat_model, "--demo", *options).error.startswith("--demo: expected at most")
+
+    def test_a_model_without_a_template(self, run: Run, model: Path, file: Path) -> None:
+        error = call(run, model, file).error
+        assert error == f"--model: expected one with a chat template, got {model}, which has none"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -204,15 +271,6 @@ def test_no_document(run: Run, chat_model: Path) -> None:
 def test_a_document_on_stdin_wants_questions(run: Run, chat_model: Path) -> None:
     error = run("ask", "--model", chat_model, "--file", "-", stdin=TEXT).error
     assert error == "--question: expected at least one with --file -, which takes stdin, got none"
-
-
-def test_a_document_that_is_too_long(run: Run, chat_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "long").write_text(TEXT * 20, encoding="utf-8")
-    assert f"expected at most {CONTEXT} tokens" in call(run, chat_model, tmp_path / "long").error
-
-
-def test_a_model_without_a_template(run: Run, model: Path, file: Path) -> None:
-    assert call(run, model, file).error == f"model: expected one with a chat template, got {model}, which has none"
 
 
 def test_the_bundled_document_has_questions(run: Run, chat_model: Path) -> None:

@@ -113,6 +113,20 @@ def test_tables(run) -> None:
         assert word in ran.stdout
 
 
+@pytest.mark.parametrize(("measured", "peak", "said"), [([1.0, 1e9], 1e9, False), ([1e-9, 1e-12], 1e-9, True)])
+def test_a_machine_that_is_busy(run, monkeypatch: pytest.MonkeyPatch, measured, peak, said, tmp_path: Path) -> None:
+    """The limits are measured before and after; where both were too low, a note says so."""
+    rates = iter(measured)
+    monkeypatch.setattr("turboattention.benchmarking.peak.float_peak", lambda: next(rates))
+    monkeypatch.setattr("turboattention.benchmarking.peak.read_bandwidth", lambda: 1e9)
+    call = ("--lengths", "70", "--bits", "4", "--peers", "none", "--out", tmp_path / "x.json")
+    ran = run("bench", "decode", *TINY, *call)
+    assert ran.code == 0
+    facts = json.loads((tmp_path / "x.json").read_text())["facts"]
+    assert facts["peaks"]["float32 GFLOPS"] == peak
+    assert ("warning: the machine was busy: its limits were measured too low" in ran.stderr) == said
+
+
 def test_nothing_to_compare_with(run, tmp_path: Path) -> None:
     ran = run(
         "bench", "decode", *TINY, "--lengths", "70", "--bits", "4", "--peers", "none", "--plot", tmp_path / "x.png"
@@ -151,11 +165,11 @@ def test_the_reference_takes_short_contexts_by_itself(run, monkeypatch: pytest.M
         (("--bits", "5"), "--bits: expected 8, 4, 3, 2, mixed"),
         (("--heads", "3", "--kv-heads", "2"), "--heads: expected a multiple of --kv-heads (2), got 3"),
         (("--peers", "sdpa,nobody"), "--peers: expected some of sdpa, "),
-        (("--backend", "abacus"), "backend: expected"),
+        (("--backend", "abacus"), "--backend: expected"),
         (("--out", "no/such/folder/x.json"), "--out: no/such/folder/x.json cannot be written: there is no folder"),
         (("--plot", "no/such/folder/x.png"), "--plot: no/such/folder/x.png cannot be written: there is no folder"),
         (("--plot", "x.docx"), "--plot: expected a file ending in one of"),
-        (("decode", "--head-dim", "7", "--lengths", "64"), "head_dim"),
+        (("decode", "--head-dim", "7", "--lengths", "64"), "--head-dim: expected a multiple of 8 up to 512, got 7"),
     ],
 )
 def test_refusals(run, arguments: tuple[str, ...], message: str) -> None:

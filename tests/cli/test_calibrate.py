@@ -64,8 +64,8 @@ def test_json(run: Run, model, text, tmp_path):
         (("--bits", "nan"), "--bits: expected an average width from 2 to 8, got nan"),
         (("--model", " "), "--model: expected a folder or a name such as org/model, got ' '"),
         (("--text", "none.txt"), "--text: none.txt cannot be read: No such file or directory"),
-        (("--length", 64), "length: expected at least 192 tokens, got 64"),
-        (("--tokens", 100), "text: expected at least 192 tokens, got 100"),
+        (("--length", 64), "--length: expected at least 192 tokens, got 64"),
+        (("--tokens", 100), "--tokens: expected at least 192 tokens, got 100"),
     ],
 )
 def test_refusals(run: Run, model, text, tmp_path, options, message):
@@ -73,6 +73,16 @@ def test_refusals(run: Run, model, text, tmp_path, options, message):
     line = run("calibrate", *(x for pair in given.items() for x in pair), "--out", tmp_path, "--json").error
     assert line == message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_what_needs_no_weights(run: Run, model, tmp_path):
+    """Texts that are too short are named by the option that each command has for them."""
+    (tmp_path / "short.txt").write_text("Too short.")
+    for command, option in ((("calibrate", "--out", tmp_path), "--text"), (("inspect",), "--file")):
+        error = run(*command, "--model", model, option, tmp_path / "short.txt").error
+        assert error.startswith(f"{option}: expected at least 192 tokens, got ")
+        assert run(*command, "--model", model, "--length", 64).error.startswith("--length: expected at least 192")
 
 
 def test_a_file_in_the_way(run: Run, tmp_path):
@@ -150,7 +160,7 @@ def _json(run: Run, saved: Path):
     "options, message",
     [
         (("--model", "m"), "--calibration: expected no --model or --file with it: it holds what was measured of them"),
-        (("--bits", 9), "budget: expected an average width from 2 to 8 bits, got 9.0"),
+        (("--bits", 9), "--bits: expected an average width from 2 to 8 bits, got 9.0"),
         (("--html", "no/such/page.html"), "--html: no/such/page.html cannot be written: there is no folder no/such"),
     ],
 )
@@ -159,7 +169,7 @@ def test_inspect_refuses(run: Run, saved, options, message):
 
 
 def test_no_calibration(run: Run, tmp_path):
-    assert "path: expected a calibration, " in run("inspect", "--calibration", tmp_path).error
+    assert run("inspect", "--calibration", tmp_path).error.startswith("--calibration: expected a calibration, ")
 
 
 # -- generate ------------------------------------------------------------------------------------------
@@ -181,7 +191,9 @@ def test_generate_takes_its_widths(run: Run, model, text, tmp_path):
 def test_generate_refuses_another_models(run: Run, model, saved):
     said = run("generate", "--model", model, "--prompt", "x", "--calibration", saved, "--max-new-tokens", 1)
     assert "error: " in said.stderr
-    assert run("generate", "--prompt", "x", "--calibration", saved / "none").error.startswith("path: expected a")
+    assert run("generate", "--prompt", "x", "--calibration", saved / "none").error.startswith(
+        "--calibration: expected a"
+    )
 
 
 def test_a_layer_that_stands_out_is_named(run: Run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from turboattention import TurboConfig
 from turboattention.cli import chat as command
 from turboattention.cli.interrupt import Interrupt
+from turboattention.cli.output import bytes_text
 from turboattention.cli.progress import Bars
 from turboattention.cli.session import Session
 from turboattention.cli.settings import make_setting
@@ -219,12 +221,13 @@ def test_save_and_load(run: Run, chat_model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "talk.cache"
     whole = call(run, chat_model, f"{TEXT}\nand then?\n", "--bits", 3).stdout
     first = call(run, chat_model, f"{TEXT}\n/save {kept}\n", "--bits", 3)
-    assert f"note: 1 turns in {kept}" in first.stderr
+    size = bytes_text(kept.stat().st_size)
+    assert re.search(rf"note: 1 turn: cache of \d+ tokens saved to {kept}, {size}\n", first.stderr)
     second = call(run, chat_model, "and then?\n", "--load", kept)
     assert first.stdout + second.stdout == whole
     again = call(run, chat_model, f"/load {kept}\nand then?\n")
     assert again.stdout == second.stdout
-    assert f"note: 1 turns from {kept}" in again.stderr
+    assert f"note: 1 turn from {kept}" in again.stderr
 
 
 def test_help_and_clear(run: Run, chat_model: Path) -> None:
@@ -248,6 +251,33 @@ def test_what_is_refused(run: Run, chat_model: Path, lines: str, error: str) -> 
     assert call(run, chat_model, lines).error == error
 
 
+def test_a_pipe_goes_on_behind_a_line_that_fails(run: Run, chat_model: Path) -> None:
+    """Commands, messages that do not fit, and lines that are no text; the exit code says so."""
+    one = call(run, chat_model, "one\n")
+    assert one.code == 0
+    long = TEXT * 12
+    for bad in ("/nothing", "/load none", "/save /no/such/folder/x", long, b"caf\xe9"):
+        stdin = b"one\n" + (bad if isinstance(bad, bytes) else bad.encode()) + b"\n/clear\none\n"
+        ran = run("chat", "--model", chat_model, "--max-new-tokens", 6, stdin=stdin)
+        assert ran.code == 2
+        assert ran.stdout == one.stdout * 2
+        assert ran.stderr.count("error: ") == 1
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_what_needs_no_weights(run: Run, model: Path, chat_language, chat_model: Path, tmp_path: Path) -> None:
+    assert "chat template" in call(run, model, "hello\n").error
+    assert call(run, chat_model, "x\n", "--load", tmp_path / "none").error.startswith("--load: expected a file")
+    (tmp_path / "notes.txt").write_text("of a year")
+    error = call(run, chat_model, "x\n", "--load", tmp_path / "notes.txt").error
+    assert error == f"--load: expected a saved cache, got {tmp_path / 'notes.txt'}, a text file"
+    filled = generation.Run(chat_language, chat_language.new_cache(TurboConfig()))
+    filled.prefill([1, 2, 3])
+    filled.cache.save(tmp_path / "prompt.cache", torch.tensor([[1, 2, 3]]))  # type: ignore[union-attr]
+    error = call(run, chat_model, "x\n", "--load", tmp_path / "prompt.cache").error
+    assert error.startswith("--load: expected a conversation that /save kept")
+
+
 def test_another_cache_is_no_conversation(run: Run, chat_model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "prompt.cache"
     run("generate", "--model", chat_model, "--prompt", TEXT, "--max-new-tokens", 0, "--save-cache", kept)
@@ -262,13 +292,15 @@ def test_other_weights_are_refused(run: Run, chat_model: Path, tmp_path: Path) -
 
 
 def test_a_model_without_a_template_is_refused_by_name(run: Run, model: Path) -> None:
-    expected = f"model: expected one with a chat template, got {model}, which has none"
+    expected = f"--model: expected one with a chat template, got {model}, which has none"
     assert call(run, model, "hello\n").error == expected
     assert run("generate", "--model", model, "--chat", "--prompt", "hello").error == expected
 
 
 def test_without_a_model_the_error_says_that_one_is_wanted(run: Run) -> None:
-    expected = "model: expected one with a chat template, got the bundled test model, which has none; name a chat model"
+    expected = (
+        "--model: expected one with a chat template, got the bundled test model, which has none; name a chat model"
+    )
     for arguments in (["chat"], ["generate", "--chat", "--prompt", "hello"]):
         assert run(*arguments).error == f"{expected} (--model)"
 

@@ -41,7 +41,7 @@ def test_a_second_run_is_only_a_table(run, model: Path, book: Path, tmp_path: Pa
     first = run(*call, columns=80)
     second = run(*call, columns=80)
     assert first.stdout == second.stdout
-    assert "4 of 4 results were reused" in second.stderr
+    assert "results reused: 4 of 4" in second.stderr
     assert "were reused" not in first.stderr
     assert max(len(line) for line in second.stdout.splitlines()) <= 80
     for word in ("turbo-4", "fp16", "16.00", "KL,", "top-1"):
@@ -84,7 +84,7 @@ def test_an_ended_run_leaves_what_it_has(run, model: Path, tmp_path: Path, monke
         assert run("eval", "--model", model, *SMALL, "--out", tmp_path).code != 0
     assert len(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["units"]) == 2
     assert (tmp_path / "report.html").exists()
-    assert "2 of 4 results were reused" in run("eval", "--model", model, *SMALL, "--out", tmp_path).stderr
+    assert "results reused: 2 of 4" in run("eval", "--model", model, *SMALL, "--out", tmp_path).stderr
 
 
 def test_a_calibrated_method(run, model: Path, book: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_what_cannot_be_measured_is_told_at_the_end(run, model: Path) -> None:
     ran = run("eval", "--model", model, *call)
     assert ran.code == 1
     assert (
-        "recall, FP16 (own cache): lengths: expected contexts that hold 1 questions of recall, got 5 tokens"
+        "recall, FP16 (own cache): --lengths: expected contexts that hold 1 question of recall, got 5 tokens"
         in ran.stderr
     )
     assert "perplexity" in ran.stdout
@@ -145,17 +145,17 @@ def test_what_cannot_be_measured_is_told_at_the_end(run, model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--methods", "fp17"), "methods: expected names from fp16, .*; got 'fp17'"),
-        (("--tasks", "poetry"), "tasks: expected some of perplexity, .*; got 'poetry'"),
-        (("--tasks", ","), "tasks: expected at least one, got none"),
+        (("--methods", "fp17"), "^--methods: expected names from fp16, .*; got 'fp17'"),
+        (("--tasks", "poetry"), "^--tasks: expected some of perplexity, .*; got 'poetry'"),
+        (("--tasks", ","), "^--tasks: expected at least one, got none"),
         (("--tasks", "gsm8k"), "--data: expected the folder with the files of gsm8k, got none"),
-        (("--tasks", "aqua", "--data", "nowhere"), "data: nowhere/aqua/dev.json cannot be read: No such file"),
+        (("--tasks", "aqua", "--data", "nowhere"), "^--data: nowhere/aqua/dev.json cannot be read: No such file"),
         (("--text", "nowhere.txt"), "--text: nowhere.txt cannot be read: No such file"),
         (("--lengths", "1k"), "--lengths: expected numbers above 0 such as 1024,4096, got '1k'"),
         (("--include", "nowhere"), "--include: expected a folder with task files, got nowhere"),
         (("--chat", "--tasks", "recall"), "--chat: expected gsm8k, aqua or bbh among --tasks, got recall"),
         (("--limit", "0"), "Invalid value for '--limit'"),
-        (("--model", "nowhere/"), "model: expected a folder or a name"),
+        (("--model", "nowhere/"), "^--model: expected a folder or a name"),
     ],
 )
 def test_wrong_calls(run, options: tuple[str, ...], message: str) -> None:
@@ -180,4 +180,4 @@ def test_the_harness_is_named_where_it_is_missing(run, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(harness, "_manager", missing)
     message = run("eval", "--tasks", "lm-eval/gsm8k").error
-    assert message.startswith("tasks: lm-eval/gsm8k needs lm-evaluation-harness")
+    assert message.startswith("--tasks: lm-eval/gsm8k needs lm-evaluation-harness")

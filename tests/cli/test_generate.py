@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from turboattention import TurboConfig, backends, bundled
+from turboattention.cli.output import bytes_text
 from turboattention.cli.plain import size_text
 from turboattention.dispatch import choose
-from turboattention.errors import InputError
-from turboattention.integrations.transformers import generation, language_model, registry
+from turboattention.errors import InputError, UnsupportedError
+from turboattention.integrations.transformers import calibrate, generation, language_model, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
 
 from .conftest import CONTEXT, TEXT, Run, save_model
 
 PROMPT = TEXT * 2
+OTHER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 96}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,26 @@ def test_text_on_stdout_and_figures_on_stderr(run: Run, model: Path, language, e
 
 
 @pytest.mark.parametrize(
-    ("ratio", "text"), [(3.764, "3.76x below FP16"), (1.0, "1.00x below FP16"), (0.5, "2.00x above FP16 (few tokens)")]
+    ("ratio", "tokens", "text"),
+    [
+        (3.764, 4000, "3.76x below FP16"),
+        (1.0, 130, "1.00x below FP16"),
+        (0.5, 128, "2.00x above FP16, as compression begins with token 128"),
+        (0.5, 129, "2.00x above FP16"),  # layers in float32
+    ],
 )
-def test_sizes_in_words(ratio: float, text: str) -> None:
-    assert size_text(ratio) == text
+def test_sizes_in_words(ratio: float, tokens: int, text: str) -> None:
+    assert size_text(ratio, tokens, TurboConfig()) == text
+
+
+def test_compression_begins_where_it_is_said(language: LanguageModel) -> None:
+    ids = language.encode(PROMPT)
+    with registry.enabled():
+        run = generation.Run(language, language.new_cache(TurboConfig()))
+        run.prefill(ids[:127])
+        assert run.kv_bytes > run.kv_bytes_fp16
+        run.advance(ids[127])
+        assert run.kv_bytes < run.kv_bytes_fp16
 
 
 def test_json(run: Run, model: Path, language, expected) -> None:
@@ -242,12 +261,14 @@ def test_loaded_and_unloaded_agree(run: Run, model: Path, tmp_path: Path) -> Non
     assert loaded["tokens"][0] == plain["tokens"][0]
 
 
-def test_saving_alone(run: Run, model: Path, tmp_path: Path) -> None:
+def test_saving_alone(run: Run, model: Path, language, tmp_path: Path) -> None:
     ran = run(
         "generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", 0, "--save-cache", tmp_path / "kept"
     )
     assert (ran.code, ran.stdout) == (0, "")
-    assert (tmp_path / "kept").is_file()
+    size = bytes_text((tmp_path / "kept").stat().st_size)
+    tokens = len(language.encode(PROMPT))
+    assert ran.stderr.startswith(f"note: cache of {tokens} tokens saved to {tmp_path / 'kept'}, {size}\n")
 
 
 def test_the_summary_says_what_was_spared(run: Run, model: Path, tmp_path: Path) -> None:
@@ -255,21 +276,8 @@ def test_the_summary_says_what_was_spared(run: Run, model: Path, tmp_path: Path)
     assert "from the cache)" in call(run, model, "--load-cache", tmp_path / "kept").stderr
 
 
-def test_a_cache_of_another_text(run: Run, model: Path, tmp_path: Path) -> None:
-    call(run, model, "--prompt", PROMPT, "--save-cache", tmp_path / "kept")
-    error = call(run, model, "--load-cache", tmp_path / "kept", "--prompt", "Quite another beginning " * 9).error
-    assert error.startswith("--load-cache: expected a prompt that begins like the cached one")
-
-
-def test_a_cache_of_another_model(run: Run, model: Path, tmp_path: Path) -> None:
-    call(run, model, "--prompt", PROMPT, "--save-cache", tmp_path / "kept")
-    other = save_model(tmp_path / "other", num_hidden_layers=3)
-    assert "num_hidden_layers" in call(run, other, "--load-cache", tmp_path / "kept").error
-
-
-def test_a_file_that_is_no_cache(run: Run, model: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_cache_is_not_replaced(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("of a year")
-    assert call(run, model, "--load-cache", tmp_path / "notes.txt").error.startswith("--load-cache: expected a saved")
     error = call(run, model, "--prompt", PROMPT, "--save-cache", tmp_path / "notes.txt").error
     assert error.startswith("--save-cache: expected a new file or a saved cache to replace")
     assert (tmp_path / "notes.txt").read_text() == "of a year"
@@ -295,12 +303,12 @@ def test_a_damaged_cache(run: Run, model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "prompt: expected --prompt TEXT, --file PATH or --demo, got none"),
-        (["--compare"], "prompt: expected --prompt TEXT, --file PATH or --demo, got none"),
+        ([], "--prompt: expected a text (or a file with --file, or --demo), got none"),
+        (["--compare"], "--prompt: expected a text (or a file with --file, or --demo), got none"),
         (["--load-cache", "x", "--compare"], "--compare: expected no --save-cache or --load-cache with it"),
         (["--prompt", "x", "--temperature", "inf"], "--temperature: expected a finite number of at least 0, got inf"),
         (["--prompt", " "], "--prompt: expected some text, got none"),
-        (["--prompt", "x", "--demo"], "prompt: expected one of --prompt, --file and --demo, got --prompt and --demo"),
+        (["--prompt", "x", "--demo"], "--demo: expected one of --prompt, --file and --demo, got --prompt and --demo"),
         (["--file", "/no/such/file"], "--file: /no/such/file cannot be read: No such file or directory"),
         (
             ["--prompt", "x", "--bits", "5"],
@@ -365,15 +373,9 @@ def test_a_prompt_longer_than_the_context(run: Run, model: Path, language) -> No
     long = TEXT * 12
     tokens = len(language.encode(long))
     assert call(run, model, "--prompt", long).error == (
-        f"prompt: expected at most {CONTEXT - 8} tokens (the model's context of {CONTEXT} less 8 new ones), "
+        f"--prompt: expected at most {CONTEXT - 8} tokens (the model's context of {CONTEXT} less 8 new ones), "
         f"got {tokens:,}"
     )
-
-
-def test_a_cache_that_leaves_no_room(run: Run, model: Path, tmp_path: Path) -> None:
-    call(run, model, "--prompt", PROMPT, "--save-cache", tmp_path / "kept")
-    error = run("generate", "--model", model, "--load-cache", tmp_path / "kept", "--max-new-tokens", CONTEXT).error
-    assert error.startswith("--max-new-tokens: expected at most ")
 
 
 @pytest.mark.parametrize("name", ["", " "])
@@ -388,12 +390,12 @@ def test_errors_are_text_with_json_too(run: Run, model: Path) -> None:
 
 def test_no_such_model(run: Run) -> None:
     error = run("generate", "--model", "/no/such/model", "--prompt", "x").error
-    assert error == "model: expected a folder or a name such as org/model, got '/no/such/model': no such folder"
+    assert error == "--model: expected a folder or a name such as org/model, got '/no/such/model': no such folder"
 
 
 def test_a_name_that_cannot_be_fetched(run: Run) -> None:
     error = run("generate", "--model", "nobody/nothing", "--prompt", "x").error
-    assert error == "model: nobody/nothing is no folder here, and the hub could not be reached for it"
+    assert error == "--model: nobody/nothing is no folder here, and the hub could not be reached for it"
 
 
 def test_a_folder_without_a_model(run: Run, tmp_path: Path) -> None:
@@ -406,16 +408,70 @@ def test_not_utf8(run: Run, model: Path, tmp_path: Path) -> None:
     assert "expected UTF-8 text" in call(run, model, "--file", "-", stdin=b"caf\xe9").error
 
 
-def test_a_model_that_is_not_supported(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboattention.errors import UnsupportedError
+# -- before the weights are loaded -------------------------------------------------------------------
 
-    def refuse(*_: object, **__: object) -> None:
-        raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
 
-    monkeypatch.setattr(language_model, "TurboCache", refuse)
-    with pytest.raises(UnsupportedError):
-        language_model.TurboCache()
-    assert "MLA" in call(run, model, "--prompt", "x").error
+@pytest.fixture(scope="module")
+def kept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved cache of the prompt."""
+    path = tmp_path_factory.mktemp("kept") / "kept.cache"
+    language = language_model.load(str(model), "cpu", "float32")
+    with registry.enabled():
+        whole = generation.Run(language, language.new_cache(TurboConfig()))
+        whole.prefill(language.encode(PROMPT))
+        whole.cache.save(path, torch.tensor([language.encode(PROMPT)]))  # type: ignore[union-attr]
+    return path
+
+
+@pytest.mark.usefixtures("no_weights")
+class TestWhatNeedsNoWeights:
+    def test_a_cache_file_that_is_none(self, run: Run, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("of a year")
+        error = call(run, model, "--load-cache", tmp_path / "notes.txt").error
+        assert error == f"--load-cache: expected a saved cache, got {tmp_path / 'notes.txt'}, a text file"
+        error = call(run, model, "--load-cache", tmp_path / "none").error
+        assert error == f"--load-cache: expected a file, got {tmp_path / 'none'}: no such file"
+
+    def test_a_cache_file_is_looked_at_before_the_model(self, run: Run, tmp_path: Path) -> None:
+        error = run("generate", "--model", "/no/such/model", "--load-cache", tmp_path / "none").error
+        assert error.startswith("--load-cache: ")
+
+    def test_a_cache_of_another_model(self, run: Run, kept: Path, tmp_path: Path) -> None:
+        other = save_model(tmp_path / "other", num_hidden_layers=3)
+        assert "num_hidden_layers" in call(run, other, "--load-cache", kept).error
+
+    def test_a_cache_of_another_text(self, run: Run, model: Path, kept: Path) -> None:
+        error = call(run, model, "--load-cache", kept, "--prompt", "Quite another beginning " * 9).error
+        assert error.startswith("--load-cache: expected a prompt that begins like the cached one")
+
+    def test_a_long_prompt(self, run: Run, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "long").write_text(TEXT * 12, encoding="utf-8")
+        for options in ([], ["--compare"]):
+            error = call(run, model, "--file", tmp_path / "long", *options).error
+            assert error.startswith(f"--file: expected at most {CONTEXT - 8} tokens (the model's context")
+
+    def test_a_cache_that_leaves_no_room(self, run: Run, model: Path, kept: Path) -> None:
+        error = run("generate", "--model", model, "--load-cache", kept, "--max-new-tokens", CONTEXT).error
+        assert error.startswith("--max-new-tokens: expected at most ")
+
+    def test_a_model_without_a_chat_template(self, run: Run, model: Path) -> None:
+        assert "chat template" in call(run, model, "--chat", "--prompt", "hello").error
+
+    def test_a_model_that_is_not_supported(self, run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise UnsupportedError("model_config: multi-head latent attention (MLA) is not supported by a TurboCache")
+
+        monkeypatch.setattr(language_model, "TurboCache", refuse)
+        for options in ([], ["--compare"]):
+            assert call(run, model, "--prompt", "x", *options).error.startswith("--model: multi-head latent")
+
+    def test_a_calibration_of_another_model(self, run: Run, model: Path, tmp_path: Path) -> None:
+        calibrate(LlamaForCausalLM(LlamaConfig(**OTHER)), list(range(96)) * 3, length=288).save(tmp_path)
+        for options in ([], ["--compare"]):
+            error = call(run, model, "--prompt", "x", "--calibration", tmp_path, *options).error
+            assert error.startswith("--calibration: expected one of this model")
+        error = call(run, model, "--prompt", "x", "--calibration", tmp_path / "none").error
+        assert error.startswith("--calibration: expected a calibration, ")
 
 
 # -- the bundled model -------------------------------------------------------------------------------
@@ -446,4 +502,4 @@ def test_the_bundled_model_is_the_default(run: Run) -> None:
 
 def test_without_the_bundled_model(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bundled, "_HERE", tmp_path)
-    assert run("generate", "--prompt", "x").error.startswith("model: expected the bundled model in ")
+    assert run("generate", "--prompt", "x").error.startswith("--model: expected the bundled model in ")

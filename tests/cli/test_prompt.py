@@ -71,10 +71,10 @@ def test_length() -> None:
     check_length(4096, 0, 4096)
     with pytest.raises(
         InputError,
-        match=r"^prompt: expected at most 3,968 tokens \(the model's context of 4,096 less 128 new ones\), got 4,096$",
+        match=r"^--file: expected at most 3,968 tokens \(the model's context of 4,096 less 128 new ones\), got 4,096$",
     ):
-        check_length(4096, 128, 4096)
-    with pytest.raises(InputError, match=r"^prompt: expected at most 0 tokens"):
+        check_length(4096, 128, 4096, "--file")
+    with pytest.raises(InputError, match=r"^--prompt: expected at most 0 tokens"):
         check_length(512, 600, 512)
 
 

@@ -77,7 +77,7 @@ APPENDS = {
     "tokens": (
         (X, zeros(2, 4, 6, 16)),
         errors.ShapeError,
-        "v: expected the 5 tokens of k, got 6",
+        "v: expected 5 tokens like k, got 6",
     ),
     "dtypes": (
         (X, X.double()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,11 @@ def named(row: Row, facts: Mapping[str, Any]) -> Row:
     """The row with its limit."""
     limit = nearest(row, facts)
     return row if limit is None else replace(row, limit=limit.name, limit_share=limit.share)
+
+
+def beyond_products(rows: Sequence[Row]) -> bool:
+    """Whether a row is faster than products were when they were measured, which something else must have slowed."""
+    return any(row.limit in (INTEGER, FLOAT) and (row.limit_share or 0) > 1 for row in rows)
 
 
 def bytes_read(row: Row) -> float:

@@ -9,6 +9,12 @@ from typing import Any
 import torch
 
 
+def peaks() -> dict[str, float]:
+    """All of them by name, with the unit in the name."""
+    integer = {f"{name} INT8 GOPS": rate for name, rate in integer_peak().items()}
+    return {"float32 GFLOPS": float_peak(), "read GB/s": read_bandwidth()} | integer
+
+
 def float_peak(size: int = 1024, rounds: int = 5) -> float:
     """GFLOPS of a float32 matrix product in torch, best of several rounds."""
     a = torch.randn(size, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +11,9 @@ import typer
 
 from .. import bundled
 from ..errors import InputError
+from ..words import number_of
 from . import cache_file
-from .ask_view import answers_json, show
+from .ask_view import Live, answers_json
 from .asking import compare
 from .descriptors import check_input
 from .device import Dtype
@@ -20,7 +21,7 @@ from .document import Document, Ready
 from .facts import facts, slower_than_kernels
 from .interrupt import Interrupt
 from .lines import Lines
-from .model import check_model, load_model
+from .model import load_weights, open_model
 from .options import (
     INPUT,
     QUANTIZING,
@@ -42,14 +43,16 @@ from .settings import Preset, Setting, load_calibration, make_setting
 from .stream import write_text
 
 if TYPE_CHECKING:
-    from ..integrations.transformers.language_model import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel, Opened
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options, checked for consistency. `questions` is None if they come from stdin."""
+    """The options, checked for consistency. `source`: the option that names the document. `questions` is None if they
+    come from stdin one by one."""
 
     text: str
+    source: str
     questions: list[str] | None
     settings: list[Setting]
     limit: int
@@ -125,24 +128,28 @@ def ask(
         )
     if compare and (save_cache or load_cache):
         raise InputError("--compare: expected no --save-cache or --load-cache with it")
+    settings = _settings(bits, preset, guard, calibration, compare)
+    if save_cache is not None:
+        cache_file.check_target(save_cache)
+    if load_cache is not None:
+        cache_file.check_source(load_cache)
     request = Request(
         text=_document(file, demo),
-        questions=_questions(file, question, demo),
-        settings=_settings(bits, preset, guard, calibration, compare),
+        source="--demo" if demo else "--file",
+        questions=_questions(file, question, demo, at_once=compare or json),
+        settings=settings,
         limit=max_new_tokens,
         compare=compare,
         json=json,
         save_cache=save_cache,
         load_cache=load_cache,
     )
-    if save_cache is not None:
-        cache_file.check_target(save_cache)
-    check_model(model)
-    language = load_model(model, device, dtype, threads, Bars(hidden=json))
+    bars = Bars(hidden=json)
+    opened = open_model(model, device, dtype, threads, bars)
     from ..integrations.transformers import registry
 
     with registry.enabled():
-        _compare(request, language) if compare else _answer(request, language)
+        _compare(request, opened, bars) if compare else _answer(request, opened, bars)
 
 
 def _document(file: str | None, demo: bool) -> str:
@@ -155,8 +162,8 @@ def _document(file: str | None, demo: bool) -> str:
     return read_file("--file", file)
 
 
-def _questions(file: str | None, given: list[str] | None, demo: bool) -> list[str] | None:
-    """None if the questions come from stdin."""
+def _questions(file: str | None, given: list[str] | None, demo: bool, *, at_once: bool) -> list[str] | None:
+    """None if the questions come from stdin, and are not wanted `at_once`."""
     for text in given or ():
         check_text("--question", text)
     if not given and demo:
@@ -165,6 +172,9 @@ def _questions(file: str | None, given: list[str] | None, demo: bool) -> list[st
         raise InputError("--question: expected at least one with --file -, which takes stdin, got none")
     if not given:
         check_input("stdin")
+        given = list(Lines("stdin", "? ")) if at_once else None
+    if given == []:
+        raise InputError("--question: expected at least one, got none")
     return given or None
 
 
@@ -179,73 +189,83 @@ def _settings(
     return [make_setting(text, preset or Preset.default, guard, measured) for text in bits]
 
 
-def _compare(request: Request, language: LanguageModel) -> None:
-    questions = list(_asked(request))
-    if not questions:
-        raise InputError("--question: expected at least one, got none")
-    config = request.settings[0].config
-    found = compare(
-        language,
-        Document(language, request.text),
-        questions,
-        request.settings,
-        request.limit,
-        Bars(hidden=request.json),
-    )
-    if request.json:
-        print_json(facts(language, config) | answers_json(found))
+def _compare(request: Request, opened: Opened, bars: Bars) -> None:
+    assert request.questions is not None
+    document = Document(opened, request.text, request.source)
+    asked = [(question, document.check_length(question, request.limit)) for question in request.questions]
+    for setting in request.settings:
+        opened.new_cache(setting.config, setting.calibration)  # raises for models and calibrations that do not fit
+    language = load_weights(opened, bars)
+    described = facts(language, request.settings[0].config)
+    live = None if request.json else Live(results(), described, len(document.prefix))
+    found = compare(language, document, asked, request.settings, request.limit, bars, live)
+    if live is None:
+        print_json(described | answers_json(found))
     else:
-        show(found, facts(language, config), results())
+        live.end(found)
 
 
-def _asked(request: Request) -> Iterable[str]:
-    return Lines("stdin", "? ") if request.questions is None else request.questions
-
-
-def _answer(request: Request, language: LanguageModel) -> None:
-    document, bars = Document(language, request.text), Bars(hidden=request.json)
-    document.check_length("", request.limit)
-    ready = _ready(request, document, language, bars)
-    config = config_of(ready.run.cache)  # type: ignore[arg-type]
+def _answer(request: Request, opened: Opened, bars: Bars) -> None:
+    document = Document(opened, request.text, request.source)
+    prompts = [document.check_length(question, request.limit) for question in request.questions or [""]]
+    start = _start(request, document, opened)
+    language = load_weights(opened, bars)
+    config = config_of(start.cache)
     slower = slower_than_kernels(language, config)
     if slower is not None and not request.json:
         note(slower, "warning")
-    several = request.questions is not None and len(request.questions) > 1
+    ready = _ready(request, document, start, language, bars)
+    if request.questions is None:
+        _answer_lines(request, ready, bars)
+        return
     answered = []
-    for question in _asked(request):
-        ids = document.check_length(question, request.limit)
-        if several and not request.json:
-            typer.echo(f"> {question}")
+    for question, ids in zip(request.questions, prompts, strict=True):
         if request.json:
             answered.append({"question": question} | _continued(request, ready, ids, bars).as_json())
-        elif request.questions is None:
-            _until_stopped(request, ready, ids, bars)
-        else:
-            _show(_continued(request, ready, ids, bars))
+            continue
+        if len(prompts) > 1:
+            typer.echo(f"> {question}")
+        _show(_continued(request, ready, ids, bars))
     if request.json:
         read = {"document_tokens": len(document.prefix), "document_seconds": ready.seconds}
         warnings = {"warnings": [] if slower is None else [slower]}
         print_json(facts(language, config) | read | {"answers": answered} | warnings)
 
 
-def _ready(request: Request, document: Document, language: LanguageModel, bars: Bars) -> Ready:
+def _start(request: Request, document: Document, opened: Opened) -> Start:
+    """The document's cache as far as there is one."""
     if request.load_cache is not None:
-        ready = Ready.load(document, language, request.load_cache, bars)
-    else:
-        from ..integrations.transformers.generation import Run
+        return document.load(request.load_cache)
+    setting = request.settings[0]
+    return Start(document.prefix, opened.new_cache(setting.config, setting.calibration))  # type: ignore[arg-type]
 
-        setting = request.settings[0]
-        ready = Ready.read(document, Run(language, language.new_cache(setting.config, setting.calibration)), bars)
+
+def _ready(request: Request, document: Document, start: Start, language: LanguageModel, bars: Bars) -> Ready:
+    from ..integrations.transformers.generation import Run
+
+    ready = Ready.read(document, Run(language, start.cache), bars, loaded=start.reused)
     if request.save_cache is not None:
         with bars.task("Saving the cache"):
-            cache_file.save(ready.run.cache, ready.held, request.save_cache)  # type: ignore[arg-type]
+            cache_file.save(start.cache, start.ids, request.save_cache)
+        if not request.json:
+            note(cache_file.saved_text(request.save_cache, len(start.ids)))
     if not request.json:
         tokens = len(document.prefix)
         sources = [f"{ready.loaded:,} from {request.load_cache}"] if request.load_cache else []
         if ready.loaded < tokens:
             sources.append(f"{tokens - ready.loaded:,} read in {ready.seconds:.2f} s")
-        note(f"document of {tokens:,} tokens: {', '.join(sources)}")
+        note(f"document of {number_of(tokens, 'token')}: {', '.join(sources)}")
     return ready
+
+
+def _answer_lines(request: Request, ready: Ready, bars: Bars) -> None:
+    """Answer the questions of stdin, each as it comes."""
+
+    def answer(question: str) -> None:
+        _until_stopped(request, ready, ready.document.check_length(question, request.limit), bars)
+
+    if Lines("stdin", "? ").each(answer):
+        raise typer.Exit(2)
 
 
 def _until_stopped(request: Request, ready: Ready, ids: list[int], bars: Bars) -> None:
@@ -269,9 +289,10 @@ def _continued(
     request: Request, ready: Ready, ids: list[int], bars: Bars, enough: Callable[[], bool] | None = None
 ) -> Result:
     """The answer to the question at the end of `ids`, written on stdout except with --json."""
+    from ..integrations.transformers import chat
     from ..integrations.transformers.generation import Sampler
 
     run, shared = ready.ask(ids)
     start = Start(ids, run.cache, shared)  # type: ignore[arg-type]
-    write, stop = None if request.json else write_text, ready.document.stop
+    write, stop = None if request.json else write_text, chat.stop_tokens(run.language)
     return continue_text(run.language, start, request.limit, Sampler(), bars, write=write, stop=stop, enough=enough)

@@ -1,4 +1,4 @@
-"""Answers over several caches, as tables and as JSON."""
+"""Answers over several caches, as text and a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -6,41 +6,45 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..words import number_of
 from .asking import Answers, Prompted
 from .comparison import Agreement, Outcome
 from .comparison_view import MARK, facts_line, marked, outcome_json
 from .output import bytes_text, number_text, share_text
 
 
-def show(answers: Answers, facts: dict[str, Any], console: Console) -> None:
-    """The answers to each question, then the table."""
-    console.print(facts_line(facts), style="dim", markup=False)
-    console.print(f"Document: {answers.document_tokens:,} tokens, read once for each cache.", markup=False)
-    for index, question in enumerate(answers.questions):
+class Live:
+    """Prints every answer as it comes, cache by cache, and the table at the end."""
+
+    def __init__(self, console: Console, facts: dict[str, Any], document_tokens: int):
+        self._console = console
+        console.print(facts_line(facts), style="dim", markup=False)
+        console.print(f"Document: {number_of(document_tokens, 'token')}, read once for each cache.", markup=False)
+
+    def document(self, label: str, seconds: float) -> None:
+        self._console.print()
+        self._console.print(
+            Text(label, style="bold").append(f", document read in {seconds:.2f} s", style="not bold dim")
+        )
+
+    def answer(self, question: str, outcome: Outcome, agreement: Agreement | None) -> None:
+        self._console.print(Text(question, style="dim"))
+        self._console.print(Padding(_answer(outcome, agreement), (0, 0, 0, 2)))
+
+    def end(self, answers: Answers) -> None:
+        console = self._console
         console.print()
-        console.print(Text(question, style="bold"))
-        console.print(_answers(answers, index))
-    console.print()
-    wide = _figures(answers, turned=False)
-    fits = console.measure(wide, options=console.options.update(max_width=1000)).maximum <= console.width
-    console.print(wide if fits else _figures(answers, turned=True))
-    console.print(_legend(answers), style="dim", markup=False)
+        wide = _figures(answers, turned=False)
+        fits = console.measure(wide, options=console.options.update(max_width=1000)).maximum <= console.width
+        console.print(wide if fits else _figures(answers, turned=True))
+        console.print(_legend(answers), style="dim", markup=False)
 
 
-def _answers(answers: Answers, index: int) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for cache in answers.caches:
-        agreement = cache.agreements[index] if cache.agreements else None
-        table.add_row(cache.label, _cell(cache.outcomes[index], agreement))
-    return table
-
-
-def _cell(outcome: Outcome, agreement: Agreement | None) -> Text:
+def _answer(outcome: Outcome, agreement: Agreement | None) -> Text:
     if agreement is not None and agreement.first_difference is None:
         return Text("the same, token for token", style="green")
     return marked(outcome, None if agreement is None else agreement.same_text_chars)
@@ -100,10 +104,10 @@ def _times(cache: Prompted) -> tuple[str, str, str, str]:
 def _legend(answers: Answers) -> str:
     tokens = sum(len(x.tokens) for x in answers.caches[0].outcomes)
     lines = [
-        f"{tokens:,} tokens of answers, the likeliest each time. KV size: bytes allocated for the document; own cache: "
-        "its elements in FP16. Questions start from the file. first diff.: for each question the first token that is "
-        f"not the own cache's, {MARK} in the answer (–: none). same tokens: equal at the same position. top-1 agree: "
-        "fed the own cache's answer token by token, the quantized cache also ranks its next token first."
+        f"{number_of(tokens, 'token')} of answers, the likeliest each time. KV size: bytes allocated for the document; "
+        "own cache: its elements in FP16. Questions start from the file. first diff.: for each question the first "
+        f"token that is not the own cache's, {MARK} in the answer (–: none). same tokens: equal at the same position. "
+        "top-1 agree: fed the own cache's answer token by token, the quantized cache also ranks its next token first."
     ]
     lines += [f"{cache.label}: {warning}" for cache in answers.caches for warning in cache.warnings]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from . import cache_file
 from .comparison import OWN, Agreement, Outcome, agreement, go_on, new_run, warm_up
@@ -20,13 +20,25 @@ if TYPE_CHECKING:
     from ..integrations.transformers.language_model import LanguageModel
 
 
+class Audience(Protocol):
+    """Hears of a comparison while it runs."""
+
+    def document(self, label: str, seconds: float) -> None:
+        """One kind of cache has read the document."""
+        ...
+
+    def answer(self, question: str, outcome: Outcome, agreement: Agreement | None) -> None:
+        """A question is answered over it; `agreement` is None over the model's own cache."""
+        ...
+
+
 @dataclass(frozen=True)
 class Prompted:
     """One kind of cache: the size and time of the document, and the outcome of every question.
 
     `kv_bytes` are allocated for the document; `kv_bytes_fp16` is the size of the same elements at 2 bytes. Questions
-    start
-    from a file of `file_bytes`, loaded in `load_seconds`; for the model's own cache, which is copied, both are None.
+    start from a file of `file_bytes`, loaded in `load_seconds`; for the model's own cache, which is copied, both are
+    None.
     """
 
     label: str
@@ -75,49 +87,56 @@ class Answers:
 def compare(
     language: LanguageModel,
     document: Document,
-    questions: Sequence[str],
+    asked: Sequence[tuple[str, list[int]]],
     settings: Sequence[Setting],
     limit: int,
     bars: Bars,
+    audience: Audience | None = None,
 ) -> Answers:
     """Read the document once per kind of cache, and answer every question from there.
 
-    Raises:
-        InputError: document, question and answer do not fit the model's context.
+    asked: questions, and the token ids of the document with each.
     """
-    prompts = [document.check_length(question, limit) for question in questions]
     caches: list[Prompted] = []
     for setting in (None, *settings):
-        caches.append(_over(language, document, prompts, setting, limit, bars, caches[0].outcomes if caches else None))
-    return Answers(len(document.prefix), list(questions), caches)
+        own = caches[0].outcomes if caches else None
+        caches.append(_over(language, document, asked, setting, limit, bars, own, audience))
+    return Answers(len(document.prefix), [question for question, _ in asked], caches)
 
 
 def _over(
     language: LanguageModel,
     document: Document,
-    prompts: Sequence[list[int]],
+    asked: Sequence[tuple[str, list[int]]],
     setting: Setting | None,
     limit: int,
     bars: Bars,
     own: Sequence[Outcome] | None,
+    audience: Audience | None,
 ) -> Prompted:
-    label = OWN if setting is None else setting.label
+    from ..integrations.transformers import chat
+
+    label, stop = OWN if setting is None else setting.label, chat.stop_tokens(language)
     outcomes, agreements = [], []
     with guard_warnings(show=False) as said:
         warm_up(language, document.prefix, setting, label, bars)
         ready = Ready.read(document, new_run(language, setting), bars, f"{label}: ")
         size = ready.run.kv_bytes, ready.run.kv_bytes_fp16
+        if audience is not None:
+            audience.document(label, ready.seconds)
         stored = None if setting is None else _through_file(ready)
-        for index, ids in enumerate(prompts):
+        for index, (question, ids) in enumerate(asked):
             run, shared = (stored[0] if stored else ready).ask(ids)
             begun = time.perf_counter()
             run.prefill(ids[shared:])
             seconds = time.perf_counter() - begun
             reference = own[index].tokens if own else ()
-            outcome, ranked = go_on(run, label, limit, bars, document.stop, reference, seconds)
+            outcome, ranked = go_on(run, label, limit, bars, stop, reference, seconds)
             outcomes.append(outcome)
             if own:
                 agreements.append(agreement(language, own[index], outcome, ranked))
+            if audience is not None:
+                audience.answer(question, outcome, agreements[-1] if own else None)
     file_bytes, load_seconds = stored[1:] if stored else (None, None)
     warnings = list(dict.fromkeys(said))
     return Prompted(label, setting, ready.seconds, *size, file_bytes, load_seconds, outcomes, agreements, warnings)
@@ -125,9 +144,13 @@ def _over(
 
 def _through_file(ready: Ready) -> tuple[Ready, int, float]:
     """The document's cache after saving and loading, the size of the file in bytes, and the seconds of loading."""
+    from ..integrations.transformers.generation import Run
+
     with TemporaryDirectory() as folder:
         path = Path(folder) / "document.cache"
-        cache_file.save(ready.run.cache, ready.held, path)  # type: ignore[arg-type]
+        cache_file.save(ready.run.cache, ready.document.prefix, path)  # type: ignore[arg-type]
         begun = time.perf_counter()
-        loaded = Ready.load(ready.document, ready.run.language, path, Bars(hidden=True))
-        return loaded, path.stat().st_size, time.perf_counter() - begun
+        start = ready.document.load(path)
+        seconds = time.perf_counter() - begun
+        run = Run(ready.run.language, start.cache)
+        return Ready(ready.document, run, start.reused, 0.0), path.stat().st_size, seconds

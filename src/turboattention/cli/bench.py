@@ -155,17 +155,18 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
     from dataclasses import asdict
 
     from ..benchmarking import peak
-    from ..benchmarking.limits import named
+    from ..benchmarking.limits import beyond_products, named
     from ..benchmarking.plan import run
     from ..benchmarking.records import as_document
     from .bench_facts import bench_facts
 
     with _doing(hidden=json) as say:
         say("the processor's own limits")
-        peaks = {"float32 GFLOPS": peak.float_peak(), "read GB/s": peak.read_bandwidth()} | {
-            f"{name} INT8 GOPS": rate for name, rate in peak.integer_peak().items()
-        }
+        before = peak.peaks()
         rows = list(run(plan, say))
+        say("the processor's own limits again")
+        # Whatever else the machine does lowers what is measured: the larger is nearer the truth.
+        peaks = {name: max(rate, before[name]) for name, rate in peak.peaks().items()}
     facts = bench_facts(plan.backend, peaks=peaks, effort=asdict(plan.effort), seed=plan.seed)
     rows = [named(row, facts) for row in rows]
     document = as_document(rows, facts)
@@ -177,6 +178,8 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
         print_json(document)
     else:
         show(rows, facts, results())
+    if beyond_products(rows):
+        note("the machine was busy: its limits were measured too low, so that shares of them exceed 100%", "warning")
     if any(row.refused for row in rows):
         note("a wrong result is not timed", "warning")
         raise typer.Exit(1)

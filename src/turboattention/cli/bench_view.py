@@ -43,7 +43,8 @@ def show(rows: Sequence[Row], facts: dict[str, Any], console: Console) -> None:
         console.print(table)
     if any(row.limit for row in rows):
         console.print(
-            "limit: the one of the processor's that TurboAttention comes nearest, and the share reached",
+            "limit: the one of the processor's that TurboAttention comes nearest, and the share reached; more "
+            "than 100% of memory bandwidth: from the processor's caches, or measured while the machine was busy",
             style="dim",
             markup=False,
         )

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FormatError, InputError
+from ..words import number_of
 from . import targets
+from .output import bytes_text
 
 if TYPE_CHECKING:
     from ..integrations.transformers.cache import TurboCache
-    from ..integrations.transformers.language_model import LanguageModel
+    from ..integrations.transformers.language_model import Described
 
 
 def check_target(path: Path, option: str = "--save-cache") -> None:
@@ -32,6 +34,11 @@ def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:
         cache.save(path, input_ids=torch.tensor([list(ids)]))
 
 
+def saved_text(path: Path, tokens: int) -> str:
+    """Confirms what was saved."""
+    return f"cache of {number_of(tokens, 'token')} saved to {path}, {bytes_text(path.stat().st_size)}"
+
+
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
     """Name the option in errors about a file that cannot be written."""
@@ -43,22 +50,38 @@ def writing(option: str, path: Path) -> Iterator[None]:
         raise InputError(f"{option}: {path} cannot be written: {error.strerror or error}") from error
 
 
-def load(language: LanguageModel, path: Path, option: str = "--load-cache") -> tuple[TurboCache, list[int]]:
-    """A saved cache and its tokens.
+def check_source(path: Path, option: str = "--load-cache") -> None:
+    """Raises InputError or FormatError for a file that is no saved cache, before a model is opened."""
+    from ..kv.serialization import check_saved_cache
 
-    Raises:
-        FormatError, InputError: the file does not exist, is damaged, of another model, or without tokens.
-    """
     if not path.is_file():
         kinds = (path.is_dir(), "a folder"), (path.exists() or path.is_symlink(), "not a regular file")
         kind = next((kind for is_one, kind in kinds if is_one), "no such file")
         raise InputError(f"{option}: expected a file, got {path}: {kind}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{option}: {path} cannot be read: no permission")
+    with reading(option):
+        check_saved_cache(path)
+
+
+@contextmanager
+def reading(option: str) -> Iterator[None]:
+    """Name the option in errors about a saved cache."""
     try:
-        cache = language.load_cache(path)
+        yield
     except (FormatError, InputError) as error:
         raise type(error)(f"{option}: {_without_argument(str(error))}") from error
+
+
+def load(language: Described, path: Path, option: str = "--load-cache") -> tuple[TurboCache, list[int]]:
+    """A saved cache and its tokens.
+
+    Raises:
+        FormatError, InputError: the file does not exist, is damaged, of another model, or without tokens.
+    """
+    check_source(path, option)
+    with reading(option):
+        cache = language.load_cache(path)
     assert cache.prompt_ids is not None
     return cache, cache.prompt_ids[0].tolist()
 
@@ -88,7 +111,7 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
     shared = shared_tokens(cached, ids)
     if 2 * shared < len(cached):
         raise InputError(
-            f"--load-cache: expected a prompt that begins like the cached one ({len(cached):,} tokens), "
+            f"--load-cache: expected a prompt that begins like the cached one ({number_of(len(cached), 'token')}), "
             f"got one that shares {shared:,} of its tokens"
         )
     kept = min(shared, len(ids) - 1)
@@ -97,8 +120,8 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
             cache.crop(kept - len(cached))
         except InputError as error:  # a sliding window has released tokens that the crop needs
             raise InputError(
-                f"--load-cache: expected a prompt that goes on from the cached one ({len(cached):,} tokens), since "
-                f"this model's sliding windows cannot go back far, got one that shares {shared:,} of its tokens; run "
-                "it without --load-cache"
+                "--load-cache: expected a prompt that goes on from the cached one "
+                f"({number_of(len(cached), 'token')}), since this model's sliding windows cannot go back far, got one "
+                f"that shares {shared:,} of its tokens; run it without --load-cache"
             ) from error
     return kept

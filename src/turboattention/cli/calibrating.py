@@ -10,8 +10,10 @@ import typer
 
 from ..bundled import text as bundled_text
 from ..errors import InputError
+from ..words import number_of
 from .device import Dtype
-from .model import check_model, load_model
+from .model import load_weights, open_model
+from .naming import named
 from .options import MEASURED
 from .output import note
 from .progress import Bars
@@ -57,7 +59,6 @@ class Request:
         """Raises InputError, before anything that takes long."""
         if not 2 <= self.bits <= 8:
             raise InputError(f"--bits: expected an average width from 2 to 8, got {self.bits:g}")
-        check_model(self.model)
 
 
 def measure(request: Request) -> Calibration:
@@ -69,22 +70,27 @@ def measure(request: Request) -> Calibration:
     """
     text = bundled_text() if request.text is None else read_file(request.text_option, request.text)
     bars = Bars(hidden=request.json)
-    language = load_model(request.model, request.device, request.dtype, request.threads, bars)
-    ids = language.encode(text)
-    length = min(request.length, language.context or request.length)
-    if len(ids) < min(request.tokens, 2 * length) and not request.json:
-        note(f"the text has {len(ids):,} tokens: a longer one measures better", "warning")
-    with bars.task("Measuring") as update:
-        from ..integrations.transformers import calibrate
+    opened = open_model(request.model, request.device, request.dtype, request.threads, bars)
+    from ..integrations.transformers.calibration import calibrate, text_pieces
 
+    whole = opened.encode(text)
+    ids = whole[: request.tokens]
+    length = min(request.length, opened.context or request.length)
+    shortened = "--tokens" if len(ids) < len(whole) else request.text_option
+    with named(text=shortened):
+        text_pieces(opened.config, ids, length)  # raises for texts and models that cannot be measured
+    language = load_weights(opened, bars)
+    if len(ids) < min(request.tokens, 2 * length) and not request.json:
+        note(f"the text has {number_of(len(ids), 'token')}: a longer one measures better", "warning")
+    with bars.task("Measuring") as update:
         found = calibrate(
             language.model,
-            ids[: request.tokens],
+            ids,
             budget=request.bits,
             strategy=request.strategy.value,
             means=request.means,
             length=length,
             progress=update,
         )
-    named = "bundled model" if request.model is None else request.model
-    return replace(found, provenance=replace(found.provenance, model=named))
+    name = "bundled model" if request.model is None else request.model
+    return replace(found, provenance=replace(found.provenance, model=name))

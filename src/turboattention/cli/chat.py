@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError, TurboError
+from ..errors import InputError
+from ..words import number_of
+from . import cache_file
 from .descriptors import check_input
 from .device import Dtype
 from .facts import slower_than_kernels
 from .interrupt import Interrupt
 from .lines import Lines
-from .model import check_model, load_model
+from .model import load_weights, open_model
 from .options import (
     INPUT,
     QUANTIZING,
@@ -32,7 +34,7 @@ from .options import (
 )
 from .output import note
 from .progress import Bars
-from .session import Session
+from .session import Kept, Session, check_conversation
 from .settings import Preset, load_calibration, make_setting
 from .stream import write_text
 
@@ -81,7 +83,8 @@ def chat(
 ) -> None:
     """Chat with a model. The quantized cache is kept between turns, and saved to a file with /save.
 
-    Each line of stdin is a message. The cost of each turn is printed on stderr.
+    Each line of stdin is a message. The cost of each turn is printed on stderr; a line that fails, too, and the next
+    one follows.
 
     Example: turboattention chat --model SmolLM2-135M-Instruct.Q4_1.gguf --bits 3
     """
@@ -91,24 +94,30 @@ def chat(
         )
     check_sampling(temperature, top_p)
     check_input("chat")
-    check_model(model)
     bits = bits or ("4" if calibration is None else "mixed")
     setting = make_setting(bits, preset or Preset.default, guard, load_calibration(calibration))
+    if load is not None:
+        cache_file.check_source(load, "--load")
     bars = Bars(hidden=False)
-    language = load_model(model, device, dtype, threads, bars)
+    opened = open_model(model, device, dtype, threads, bars)
+    check_conversation(opened, system)
+    opened.new_cache(setting.config, setting.calibration)  # raises for models and calibrations that do not fit
+    kept = None if load is None else Kept.read(opened, load, "--load")
+    language = load_weights(opened, bars)
     import torch
 
     from ..integrations.transformers import generation, registry
 
     session = Session(language, setting, system)
-    if load is not None:
-        session.load(load, "--load")
+    if kept is not None:
+        session.take(kept)
     slower = slower_than_kernels(language, setting.config)
     if slower is not None:
         note(slower, "warning")
     sampler = generation.Sampler(temperature, top_p, torch.Generator().manual_seed(seed))
     with registry.enabled():
-        Chat(session, max_new_tokens, sampler, bars).run()
+        if Chat(session, max_new_tokens, sampler, bars).run():
+            raise typer.Exit(2)
 
 
 @dataclass
@@ -120,20 +129,20 @@ class Chat:
     sampler: Sampler
     bars: Bars
 
-    def run(self) -> None:
-        """Run until the end of input. At a terminal, errors are printed and the chat continues; else they end it."""
+    def run(self) -> bool:
+        """Run until the end of input. Errors are printed, and the chat continues. Returns whether there were any in
+        lines that nobody typed."""
         lines = Lines("chat", ">>> ")
         if lines.typed:
             note(f"{self.session.about}; /help lists commands")
-        for line in lines:
-            if line in ("/exit", "/quit", "/bye"):
-                return
-            try:
-                self._command(line) if line.startswith("/") else self._turn(line)
-            except TurboError as error:
-                if not lines.typed:
-                    raise
-                note(" ".join(str(error).split()), "error")
+        return lines.each(self._take)
+
+    def _take(self, line: str) -> bool:
+        """One message or command; True ends the chat."""
+        if line in ("/exit", "/quit", "/bye"):
+            return True
+        self._command(line) if line.startswith("/") else self._turn(line)
+        return False
 
     def _turn(self, line: str) -> None:
         with Interrupt() as interrupt:
@@ -156,10 +165,10 @@ class Chat:
             note(HELP, "commands")
         elif name == "/save":
             self.session.save(Path(path))
-            note(f"{self.session.turns} turns in {path}")
+            note(f"{number_of(self.session.turns, 'turn')}: {cache_file.saved_text(Path(path), self.session.tokens)}")
         elif name == "/load":
             self.session.load(Path(path))
-            note(f"{self.session.turns} turns from {path}")
+            note(f"{number_of(self.session.turns, 'turn')} from {path}")
         elif name == "/clear":
             self.session.clear()
             note("a new conversation")

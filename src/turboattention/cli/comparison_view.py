@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..words import number_of
 from .comparison import Comparison, Outcome, Row
 from .output import bytes_text, number_text, share_text
 from .stream import printable
@@ -39,7 +40,7 @@ def show(comparison: Comparison, prompt: str, facts: dict[str, Any], console: Co
     """Texts side by side, then the figures."""
     console.print(facts_line(facts), style="dim", markup=False)
     ending = printable(" ".join(prompt[-300:].split()))
-    line = Text(f"Prompt: {comparison.prompt_tokens:,} tokens, ending … ")
+    line = Text(f"Prompt: {number_of(comparison.prompt_tokens, 'token')}, ending … ")
     width = max(console.width - len(line) - 1, 20)
     line.append(ending[-width:].lstrip(), style="italic")
     console.print(line, no_wrap=True, overflow="crop")
@@ -158,10 +159,10 @@ def _legend(comparison: Comparison) -> str:
     differ = any(row.agreement.first_difference is not None for row in comparison.rows)
     lines = [f"{MARK} marks where a text leaves the own cache's."] if differ else []
     lines += [
-        f"{tokens:,} new tokens, the likeliest each time. KV size: bytes allocated; own cache: its elements in FP16. "
-        "first diff.: the first token that is not the own cache's. same tokens: equal at the same position, each cache "
-        "going its own way. top-1 agree: fed the own cache's text token by token, the quantized cache also ranks its "
-        "next token first.",
+        f"{number_of(tokens, 'new token')}, the likeliest each time. KV size: bytes allocated; own cache: its elements "
+        "in FP16. first diff.: the first token that is not the own cache's. same tokens: equal at the same position, "
+        "each cache going its own way. top-1 agree: fed the own cache's text token by token, the quantized cache "
+        "also ranks its next token first.",
     ]
     for row in comparison.rows:
         lines += [f"{row.outcome.label}: {warning}" for warning in row.warnings]

@@ -10,29 +10,29 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from . import cache_file
+from .plain import Start
 from .progress import Bars
 
 if TYPE_CHECKING:
     from ..integrations.transformers.chat import Message
     from ..integrations.transformers.generation import Run
-    from ..integrations.transformers.language_model import LanguageModel
+    from ..integrations.transformers.language_model import Described
 
 
 class Document:
     """A document in the model's chat template.
 
-    prefix: the token ids at the start of every question's prompt.
+    prefix: the token ids at the start of every question's prompt. option: the one that named it, for messages.
 
     Raises:
         InputError: the model has no chat template.
     """
 
-    def __init__(self, language: LanguageModel, text: str):
+    def __init__(self, language: Described, text: str, option: str = "--file"):
         from ..integrations.transformers import chat
 
         chat.check_template(language)
-        self._language, self._text = language, text.strip()
-        self.stop = chat.stop_tokens(language)
+        self._language, self._text, self._option = language, text.strip(), option
         one, other = self.ids("0"), self.ids("a")
         self.prefix = one[: cache_file.shared_tokens(one, other)]
 
@@ -47,10 +47,20 @@ class Document:
         ids, context = self.ids(question), self._language.context
         if context is not None and len(ids) + new_tokens > context:
             raise InputError(
-                f"--file: expected at most {context:,} tokens (the model's context) with a question and "
+                f"{self._option}: expected at most {context:,} tokens (the model's context) with a question and "
                 f"{new_tokens:,} tokens of an answer, got {len(ids) + new_tokens:,}"
             )
         return ids
+
+    def load(self, path: Path) -> Start:
+        """The cache in a file of this document or of its beginning.
+
+        Raises:
+            InputError, FormatError: the file of another model or document.
+        """
+        cache, held = cache_file.load(self._language, path)
+        kept = cache_file.reuse(cache, held, [*self.prefix, _QUESTION])  # whose beginning may be there as a whole
+        return Start(self.prefix, cache, kept)
 
 
 def _about(text: str, question: str) -> list[Message]:
@@ -71,40 +81,25 @@ class Ready:
 
     document: Document
     run: Run
-    held: list[int]
     loaded: int
     seconds: float
 
     @classmethod
     def read(cls, document: Document, run: Run, bars: Bars, label: str = "", loaded: int = 0) -> Ready:
         """Read the document, of which `loaded` tokens are in the cache already."""
+        if loaded == len(document.prefix):
+            return cls(document, run, loaded, 0.0)
         with bars.task(f"{label}Reading the document") as update:
             begun = time.perf_counter()
             run.prefill(document.prefix[loaded:], update)
-            return cls(document, run, document.prefix, loaded, time.perf_counter() - begun)
-
-    @classmethod
-    def load(cls, document: Document, language: LanguageModel, path: Path, bars: Bars) -> Ready:
-        """From a file, of this document or of its beginning; what is missing is read.
-
-        Raises:
-            InputError, FormatError: the file of another model or document.
-        """
-        from ..integrations.transformers.generation import Run
-
-        cache, held = cache_file.load(language, path)
-        kept = cache_file.reuse(cache, held, [*document.prefix, _QUESTION])  # whose beginning may be there as a whole
-        run = Run(language, cache)
-        if kept == len(document.prefix):
-            return cls(document, run, held[:kept], kept, 0.0)
-        return cls.read(document, run, bars, loaded=kept)
+            return cls(document, run, loaded, time.perf_counter() - begun)
 
     def ask(self, ids: list[int]) -> tuple[Run, int]:
         """A copy for one question, and the number of prompt tokens that it already contains."""
         from ..integrations.transformers.generation import Run
 
-        cache = copy.deepcopy(self.run.cache)
-        shared = min(cache_file.shared_tokens(self.held, ids), len(ids) - 1)
-        if shared < len(self.held):
-            cache.crop(shared - len(self.held))
+        cache, held = copy.deepcopy(self.run.cache), self.document.prefix
+        shared = min(cache_file.shared_tokens(held, ids), len(ids) - 1)
+        if shared < len(held):
+            cache.crop(shared - len(held))
         return Run(self.run.language, cache), shared

@@ -12,11 +12,12 @@ from ..bundled import model_path, text
 from .device import Dtype
 from .evaluate_options import check_chat, check_methods, check_outside, outside
 from .evaluate_view import failures, show, write
-from .model import load_model
+from .model import load_weights, open_model
 from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads, numbers
 from .output import note, print_json, results
 from .progress import Bars
 from .prompt import read_file
+from .settings import load_calibration
 from .targets import check_figures
 
 PIECE = 16  # the same as in evaluation.subject, which imports torch
@@ -153,11 +154,10 @@ def evaluate(
 
     Example: turboattention eval --methods all --tasks perplexity,heads,recall --text book.txt --out results
     """
-    from ..calibration import Calibration
     from ..evaluation import suite
     from ..evaluation.baselines import parse_methods
 
-    chosen = parse_methods(methods, None if calibration is None else Calibration.load(calibration))
+    chosen = parse_methods(methods, load_calibration(calibration))
     names = [part.strip() for part in tasks.split(",") if part.strip()]
     suite.check_names(names, data)
     check_outside(names, include)
@@ -188,14 +188,16 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     release_large_blocks()
     records = Records(request.out)
     bars = Bars(hidden=request.json)
-    language = load_model(name, device, dtype, threads, bars)
-    from ..evaluation.hf.subject import TransformersSubject
+    opened = open_model(name, device, dtype, threads, bars)
+    from ..evaluation.hf.subject import TransformersSubject, renderer
+
+    options = replace(request.options, render=renderer(opened, request.begin) if request.chat else None)
+    chosen = suite.make_tasks(request.tasks, options, opened.context)
+    language = load_weights(opened, bars)
     from ..integrations.transformers import registry
 
     facts, units = _facts(language, request.begin), []
     subject = TransformersSubject(language, request.begin, chats=request.chat)
-    options = replace(request.options, render=subject.render if request.chat else None)
-    chosen = suite.make_tasks(request.tasks, options, language.context)
     try:
         with registry.enabled():
             for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):
@@ -211,7 +213,7 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
         show(document, results())
     reused = sum(bool(unit.get("reused")) for unit in units)
     if reused:
-        note(f"{reused} of {len(units)} results were reused")
+        note(f"results reused: {reused} of {len(units)}")
     if request.out is not None:
         note(f"written to {request.out / 'report.html'} and results.json beside it")
     failed = failures(document)

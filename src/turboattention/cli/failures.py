@@ -16,12 +16,20 @@ from typer.core import TyperGroup
 
 from ..errors import TurboError
 from .missing import INSTALL, missing_package
+from .naming import for_command
 
 DEBUG = "TURBOATTENTION_DEBUG"
 
 
 class CleanGroup(TyperGroup):
     """A group of commands whose errors are one line."""
+
+    _command: Any = None
+
+    def resolve_command(self, *args: Any, **extra: Any) -> Any:
+        found = super().resolve_command(*args, **extra)
+        self._command = found[1]
+        return found
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
@@ -32,6 +40,7 @@ class CleanGroup(TyperGroup):
             if os.environ.get(DEBUG, "") not in ("", "0") and not _is_usage(error):
                 raise
             message, code = describe(error)
+            message = for_command(message, self._command) if isinstance(error, TurboError) else message
             # File names that are not valid text are escaped.
             line = " ".join(f"error: {message}".split()).encode("utf-8", "backslashreplace").decode()
             typer.echo(line, err=True)

@@ -14,7 +14,7 @@ from .comparison import compare
 from .comparison_view import as_json, show
 from .device import Dtype
 from .facts import facts, slower_than_kernels
-from .model import check_model, load_model
+from .model import load_weights, open_model
 from .options import (
     INPUT,
     QUANTIZING,
@@ -35,21 +35,22 @@ from .options import (
 from .output import note, print_json, results
 from .plain import Start, config_of, continue_text
 from .progress import Bars
-from .prompt import check_length, read_prompt
+from .prompt import check_length, prompt_source, read_prompt
 from .settings import Guard, Preset, Setting, load_calibration, make_setting
 from .stream import write_text
 
 if TYPE_CHECKING:
     from ..config import TurboConfig
-    from ..integrations.transformers.language_model import LanguageModel
+    from ..integrations.transformers.language_model import Described, LanguageModel, Opened
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options, checked for consistency."""
+    """The options, checked for consistency. `source`: the option that names the prompt."""
 
     settings: list[Setting]
     prompt: str | None
+    source: str
     chat: bool
     limit: int
     temperature: float
@@ -130,6 +131,7 @@ def generate(
     request = Request(
         settings=_settings(bits, preset, guard, demo, compare, load_cache, calibration),
         prompt=read_prompt(prompt, file, demo),
+        source=prompt_source(prompt, file, demo, load_cache),
         chat=chat,
         limit=max_new_tokens,
         temperature=temperature,
@@ -141,8 +143,12 @@ def generate(
         load_cache=load_cache,
     )
     _check(request)
-    check_model(model)
-    _run(request, model, device, dtype, threads)
+    bars = Bars(hidden=json)
+    opened = open_model(model, device, dtype, threads, bars)
+    from ..integrations.transformers import registry
+
+    with registry.enabled():
+        _compare(request, opened, bars) if compare else _continue(request, opened, bars)
 
 
 def _settings(
@@ -172,7 +178,7 @@ def _check(request: Request) -> None:
     if request.compare and (request.save_cache or request.load_cache):
         raise InputError("--compare: expected no --save-cache or --load-cache with it")
     if request.prompt is None and request.load_cache is None:
-        raise InputError("prompt: expected --prompt TEXT, --file PATH or --demo, got none")
+        raise InputError("--prompt: expected a text (or a file with --file, or --demo), got none")
     if request.chat and request.prompt is None:
         raise InputError("--chat: expected --prompt TEXT or --file PATH with it, got none")
     check_sampling(request.temperature, request.top_p)
@@ -182,24 +188,16 @@ def _check(request: Request) -> None:
         raise InputError("--max-new-tokens: expected at least 1 (0 is for --save-cache alone), got 0")
     if request.save_cache is not None:
         cache_file.check_target(request.save_cache)
+    if request.load_cache is not None:
+        cache_file.check_source(request.load_cache)
 
 
-def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads: int | None) -> None:
-    bars = Bars(hidden=request.json)
-    language = load_model(name, device, dtype, threads, bars)
-    from ..integrations.transformers import registry
-
-    with registry.enabled():
-        if request.compare:
-            _compare(request, language, bars)
-        else:
-            _continue(request, language, bars)
-
-
-def _compare(request: Request, language: LanguageModel, bars: Bars) -> None:
+def _compare(request: Request, opened: Opened, bars: Bars) -> None:
     assert request.prompt is not None
-    ids = _ids(request, language, request.prompt)
-    check_length(len(ids), request.limit, language.context)
+    ids = _ids(request, opened, request.prompt)
+    for setting in request.settings:
+        opened.new_cache(setting.config, setting.calibration)  # raises for models and calibrations that do not fit
+    language = load_weights(opened, bars)
     config = request.settings[0].config  # the settings do not differ in what kernels support
     warnings = _warned(request, language, config)
     comparison = compare(language, ids, request.settings, request.limit, bars, _stop(request, language))
@@ -219,12 +217,13 @@ def _warned(request: Request, language: LanguageModel, config: TurboConfig) -> l
     return [slower]
 
 
-def _continue(request: Request, language: LanguageModel, bars: Bars) -> None:
+def _continue(request: Request, opened: Opened, bars: Bars) -> None:
     import torch
 
     from ..integrations.transformers.generation import Sampler
 
-    start = _start(request, language)
+    start = _start(request, opened)
+    language = load_weights(opened, bars)
     warnings = _warned(request, language, config_of(start.cache))
     sampler = Sampler(request.temperature, request.top_p, torch.Generator().manual_seed(request.seed))
     write = None if request.json else write_text
@@ -247,25 +246,29 @@ def _continue(request: Request, language: LanguageModel, bars: Bars) -> None:
     result.show_cost()
 
 
-def _start(request: Request, language: LanguageModel) -> Start:
+def _start(request: Request, opened: Opened) -> Start:
     if request.load_cache is None:
         assert request.prompt is not None
-        ids = _ids(request, language, request.prompt)
-        check_length(len(ids), request.limit, language.context)
-        cache = language.new_cache(request.settings[0].config, request.settings[0].calibration)
-        return Start(ids, cache)  # type: ignore[arg-type]
-    cache, cached = cache_file.load(language, request.load_cache)
-    ids = cached if request.prompt is None else _ids(request, language, request.prompt)
-    check_length(len(ids), request.limit, language.context)
+        ids, setting = _ids(request, opened, request.prompt), request.settings[0]
+        return Start(ids, opened.new_cache(setting.config, setting.calibration))  # type: ignore[arg-type]
+    cache, cached = cache_file.load(opened, request.load_cache)
+    ids = _fitting(request, opened, cached) if request.prompt is None else _ids(request, opened, request.prompt)
     return Start(ids, cache, cache_file.reuse(cache, cached, ids))
 
 
-def _ids(request: Request, language: LanguageModel, prompt: str) -> list[int]:
+def _ids(request: Request, language: Described, prompt: str) -> list[int]:
+    """The tokens of the prompt. Raises InputError where they and the new ones do not fit into the context."""
     if not request.chat:
-        return language.encode(prompt)
+        return _fitting(request, language, language.encode(prompt))
     from ..integrations.transformers import chat
 
-    return chat.encode(language, chat.render(language, [{"role": "user", "content": prompt}]))
+    rendered = chat.render(language, [{"role": "user", "content": prompt}])
+    return _fitting(request, language, chat.encode(language, rendered))
+
+
+def _fitting(request: Request, language: Described, ids: list[int]) -> list[int]:
+    check_length(len(ids), request.limit, language.context, request.source)
+    return ids
 
 
 def _stop(request: Request, language: LanguageModel) -> frozenset[int] | None:

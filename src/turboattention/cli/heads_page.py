@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.report.charts import by_layer, heat_map
 from ..evaluation.report.page import Page
+from ..words import number_of
 from .heads_view import COLUMNS, LEGEND, cells_of, heads, k_errors, summary, unusual_layers
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def page(calibration: Calibration) -> str:
     """A self-contained HTML page."""
     origin = calibration.provenance
-    made = Page("Where bits go", f"{origin.model}, measured on {origin.tokens:,} tokens of text")
+    made = Page("Where bits go", f"{origin.model}, measured on {number_of(origin.tokens, 'token')} of text")
     made.text(summary(calibration))
     made.section("Layers and heads")
     made.figure(

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import WIDTHS
+from ..words import listed, number_of
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -84,15 +85,16 @@ def summary(calibration: Calibration) -> str:
     shares = ", ".join(f"{counts[width]} at {width}" for width in WIDTHS if counts[width])
     text = (
         f"{calibration.average_bits:.2f} bits on average by {calibration.strategy} (K and V of heads: {shares}); "
-        f"expected KL {calibration.expected_kl:.4f} nats a token. Measured on {calibration.provenance.tokens:,} tokens."
+        f"expected KL {calibration.expected_kl:.4f} nats a token. Measured on "
+        f"{number_of(calibration.provenance.tokens, 'token')}."
     )
     orders = calibration.k_order
     if orders is not None:
         halved = [two for order in orders for two in order.halved.tolist()]
         text = f"{text} With reorder_k, K of {sum(halved)} of {len(halved)} heads has two widths."
     if exact:
-        layers = ", ".join(map(str, exact))
-        text = f"{text} 8 bits are not enough for layers {layers}: a TurboCache keeps them in the model's own dtype."
+        kept = listed("layer", exact)
+        text = f"{text} A TurboCache keeps {kept} in the model's own dtype, because 8 bits are not enough."
     if beyond:
         text = f"{text} Beyond their bound (layer.head): {', '.join(beyond)}."
     found = unusual_layers(calibration)

@@ -12,8 +12,10 @@ from ..files import write_figure, write_text
 from .calibrating import CHOICE, LENGTH, STRATEGY, TOKENS, Length, Request, Strategy, Tokens, measure
 from .device import Dtype
 from .heads_view import as_json, heads_table, summary
+from .naming import named
 from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads
 from .output import note, print_json, results
+from .settings import load_calibration
 from .targets import check_figures, check_target
 
 if TYPE_CHECKING:
@@ -120,11 +122,11 @@ def inspect(
 
 
 def _chosen(folder: Path, bits: float | None, strategy: Strategy | None) -> Calibration:
-    from ..calibration import Calibration
-
-    found = Calibration.load(folder)
+    found = load_calibration(folder)
+    assert found is not None
     if bits is None and strategy is None:
         return found
-    return found.rechosen(
-        found.budget if bits is None else bits, found.strategy if strategy is None else strategy.value
-    )
+    with named(budget="--bits"):
+        return found.rechosen(
+            found.budget if bits is None else bits, found.strategy if strategy is None else strategy.value
+        )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from ..errors import InputError
+from ..errors import InputError, TurboError
 from .descriptors import check_input
 from .output import note
 from .prompt import check_text
@@ -26,10 +26,28 @@ class Lines:
         self.typed = sys.stdin.isatty()
 
     def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """Raises InputError for a line that is no text; the next call gives the next line."""
         while (line := self._typed() if self.typed else self._piped()) is not None:
             if line.strip():
                 check_text(self._option, line)
-                yield line.strip()
+                return line.strip()
+        raise StopIteration
+
+    def each(self, take: Callable[[str], bool | None]) -> bool:
+        """Call `take` with every line, or until it returns True. An error of this package is a line on stderr, and the
+        next line follows. Returns whether a line that nobody typed failed: who typed it has seen the error."""
+        failed, ended = False, False
+        while not ended:
+            try:
+                line = next(self, None)
+                ended = line is None or take(line) is True
+            except TurboError as error:
+                note(" ".join(str(error).split()), "error")
+                failed = not self.typed
+        return failed
 
     def _typed(self) -> str | None:
         with contextlib.suppress(ImportError):

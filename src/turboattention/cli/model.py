@@ -1,4 +1,4 @@
-"""``--model``: checks the name, and loads the model."""
+"""``--model``, ``--device``, ``--dtype`` and ``--threads``: opens the model, and loads its weights."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from .device import Dtype, choose, use_threads
 from .progress import Bars
 
 if TYPE_CHECKING:
-    from ..integrations.transformers.language_model import LanguageModel
+    from ..integrations.transformers.language_model import LanguageModel, Opened
 
 
-def check_model(name: str | None) -> None:
-    """Raises InputError for a name that is blank."""
-    if name is not None and not name.strip():
-        raise InputError(f"--model: expected a folder or a name such as org/model, got {name!r}")
-
-
-def load_model(name: str | None, device: str, dtype: Dtype, threads: int | None, bars: Bars) -> LanguageModel:
-    """Load the model, by default the bundled one, with a progress bar.
+def open_model(name: str | None, device: str, dtype: Dtype, threads: int | None, bars: Bars) -> Opened:
+    """Read the config and the tokenizer of a model, by default of the bundled one. What can be checked with them is
+    checked before `load_weights`, which takes long.
 
     Raises:
         InputError: the model or device does not exist.
     """
+    if name is not None and not name.strip():
+        raise InputError(f"--model: expected a folder or a name such as org/model, got {name!r}")
     name = str(model_path()) if name is None else name
-    with bars.task("Loading the model"):
+    with bars.task("Opening the model"):
         from ..integrations.transformers import language_model
 
         use_threads(threads)
-        return language_model.load(name, *choose(device, dtype))
+        return language_model.open_model(name, *choose(device, dtype))
+
+
+def load_weights(opened: Opened, bars: Bars) -> LanguageModel:
+    """Raises InputError where weights are missing or cannot be read."""
+    with bars.task("Loading the model"):
+        return opened.load()

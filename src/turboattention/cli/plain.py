@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..words import number_of
 from . import cache_file
 from .output import bytes_text, guard_warnings, note, number_text
 from .progress import Bars
@@ -67,15 +68,21 @@ class Result:
         ratio = self.kv_bytes_fp16 / self.kv_bytes
         speed = f" at {number_text(self.decode_tokens_per_second)} tokens/s" if self.decode_tokens_per_second else ""
         return (
-            f"prompt of {self.prompt_tokens:,} tokens{reused} in {self.prefill_seconds:.2f} s, "
+            f"prompt of {number_of(self.prompt_tokens, 'token')}{reused} in {self.prefill_seconds:.2f} s, "
             f"{len(self.tokens):,} new{speed}; KV cache {bytes_text(self.kv_bytes)}, "
-            f"{size_text(ratio)} ({16 / ratio:.2f} bits per element)"
+            f"{size_text(ratio, self.prompt_tokens + len(self.tokens), self.config)} "
+            f"({16 / ratio:.2f} bits per element)"
         )
 
 
-def size_text(ratio: float) -> str:
-    """A size relative to FP16. A cache with few tokens can be larger than FP16, because its blocks are not full."""
-    return f"{ratio:.2f}x below FP16" if ratio >= 1 else f"{1 / ratio:.2f}x above FP16 (few tokens)"
+def size_text(ratio: float, tokens: int, config: TurboConfig) -> str:
+    """A size relative to FP16. Before the first block is compressed, a cache is larger: its tokens are INT8, and until
+    the guard has seen that block, also in the model's own dtype."""
+    if ratio >= 1:
+        return f"{ratio:.2f}x below FP16"
+    first = config.sink_tokens + config.block_size + config.flush_lag
+    why = f", as compression begins with token {first}" if tokens <= first else ""
+    return f"{1 / ratio:.2f}x above FP16{why}"
 
 
 def continue_text(
@@ -106,6 +113,8 @@ def continue_text(
         if save_to is not None:
             with bars.task("Saving the cache"):
                 cache_file.save(start.cache, start.ids, save_to)
+            if write is not None:
+                note(cache_file.saved_text(save_to, len(start.ids)))
     with guard_warnings(show=False) as late:
         stream = TokenText(language.decode, write or _nowhere)
 

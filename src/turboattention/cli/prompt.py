@@ -16,11 +16,9 @@ def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
     Raises:
         InputError: more than one was given, the file cannot be read, or there is nothing in it.
     """
-    given = [
-        name for name, value in (("--prompt", prompt), ("--file", file), ("--demo", demo or None)) if value is not None
-    ]
+    given = _given(prompt, file, demo)
     if len(given) > 1:
-        raise InputError(f"prompt: expected one of --prompt, --file and --demo, got {' and '.join(given)}")
+        raise InputError(f"{given[1]}: expected one of --prompt, --file and --demo, got {' and '.join(given)}")
     if not given:
         return None
     if prompt is None and not demo:
@@ -28,6 +26,17 @@ def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
     text = bundled_text() if prompt is None else prompt
     check_text(given[0], text)
     return text
+
+
+def prompt_source(prompt: str | None, file: str | None, demo: bool, load_cache: Path | None) -> str:
+    """The option that the prompt came from, for messages about its length."""
+    given = [*_given(prompt, file, demo), *(["--load-cache"] if load_cache else []), "--prompt"]
+    return given[0]
+
+
+def _given(prompt: str | None, file: str | None, demo: bool) -> list[str]:
+    options = (("--prompt", prompt), ("--file", file), ("--demo", demo or None))
+    return [name for name, value in options if value is not None]
 
 
 def read_file(option: str, file: str) -> str:
@@ -63,10 +72,11 @@ def _read(option: str, file: str) -> str:
         raise InputError(f"{option}: expected UTF-8 text, got other bytes in {file} at offset {error.start}") from error
 
 
-def check_length(tokens: int, new_tokens: int, context: int | None) -> None:
-    """Raises InputError if a prompt does not fit into the context, or leaves no room for the new tokens."""
+def check_length(tokens: int, new_tokens: int, context: int | None, option: str = "--prompt") -> None:
+    """Raises InputError if the prompt of an `option` does not fit into the context, or leaves no room for the new
+    tokens."""
     if not tokens:
-        raise InputError("prompt: expected at least one token, got none")
+        raise InputError(f"{option}: expected at least one token, got none")
     if context is None or tokens + new_tokens <= context:
         return
     if tokens < context:
@@ -76,6 +86,6 @@ def check_length(tokens: int, new_tokens: int, context: int | None) -> None:
         )
     room = max(context - new_tokens, 0)
     raise InputError(
-        f"prompt: expected at most {room:,} tokens (the model's context of {context:,} less {new_tokens:,} new ones), "
-        f"got {tokens:,}"
+        f"{option}: expected at most {room:,} tokens (the model's context of {context:,} less {new_tokens:,} new "
+        f"ones), got {tokens:,}"
     )

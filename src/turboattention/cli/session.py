@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import cache_file
@@ -16,8 +17,9 @@ from .settings import Setting, bits_label
 
 if TYPE_CHECKING:
     from ..integrations.transformers.cache import TurboCache
+    from ..integrations.transformers.chat import Message
     from ..integrations.transformers.generation import Sampler
-    from ..integrations.transformers.language_model import LanguageModel
+    from ..integrations.transformers.language_model import Described, LanguageModel
 
 _KIND = "conversation"
 
@@ -46,14 +48,16 @@ class Session:
     def turns(self) -> int:
         return sum(message["role"] == "assistant" for message in self._conversation.messages)
 
+    @property
+    def tokens(self) -> int:
+        return len(self._conversation.ids)
+
     def clear(self) -> None:
         """Start a new conversation with the system prompt."""
         from ..integrations.transformers import chat
 
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        if system:  # raises now if the template does not support system prompts
-            chat.render(self._language, [*system, {"role": "user", "content": "0"}])
-        self._conversation = chat.Conversation(self._language, system)
+        check_conversation(self._language, self._system)
+        self._conversation = chat.Conversation(self._language, _system(self._system))
         self._cache: TurboCache | None = None
 
     def answer(
@@ -125,23 +129,58 @@ class Session:
         with cache_file.writing("/save", path):
             save_cache(self._cache, path, torch.tensor([conversation.ids]), notes)
 
-    def load(self, path: Path, option: str = "/load") -> None:
+    def load(self, path: Path) -> None:
         """Continue a saved conversation, with its widths and its system prompt.
 
         Raises:
             InputError, FormatError: the file does not exist, is damaged, of another model, or not a conversation. The
                 current conversation is then unchanged.
         """
+        self.take(Kept.read(self._language, path))
+
+    def take(self, kept: Kept) -> None:
+        """Continue a conversation that was read from a file. Raises InputError for one with other weights."""
         from ..integrations.transformers.chat import Conversation
+
+        if kept.notes["weights"] != self._language.fingerprint():
+            raise InputError(
+                f"{kept.option}: expected a conversation with {self._language.name}, got one with other weights"
+            )
+        self._conversation = Conversation(self._language, kept.notes["messages"], kept.ids, kept.notes["text"])
+        self._cache = kept.cache
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A conversation in a file: its cache, the token ids in it, and what `Session.save` wrote beside them.
+
+    option: what named the file, for messages.
+    """
+
+    cache: TurboCache
+    ids: list[int]
+    notes: dict[str, Any]
+    option: str
+
+    @classmethod
+    def read(cls, language: Described, path: Path, option: str = "/load") -> Kept:
+        """Raises InputError, FormatError: the file does not exist, is damaged, of another model, or not a
+        conversation."""
         from ..integrations.transformers.storage import read_notes
 
-        cache, ids = cache_file.load(self._language, path, option)
+        cache, ids = cache_file.load(language, path, option)
         notes = read_notes(path)
         if not isinstance(notes, dict) or notes.get("kind") != _KIND:
             raise InputError(f"{option}: expected a conversation that /save kept, got another saved cache: {path}")
-        if notes["weights"] != self._language.fingerprint():
-            raise InputError(
-                f"{option}: expected a conversation with {self._language.name}, got one with other weights"
-            )
-        self._conversation = Conversation(self._language, notes["messages"], ids, notes["text"])
-        self._cache = cache
+        return cls(cache, ids, notes, option)
+
+
+def check_conversation(language: Described, system: str | None) -> None:
+    """Raises InputError for a model without a chat template, or whose template does not take a system prompt."""
+    from ..integrations.transformers import chat
+
+    chat.render(language, [*_system(system), {"role": "user", "content": "0"}])
+
+
+def _system(text: str | None) -> list[Message]:
+    return [] if text is None else [{"role": "system", "content": text}]

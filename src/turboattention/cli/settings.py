@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..config import WIDTHS, Bits, TurboConfig
 from ..errors import ConfigError
+from .naming import named
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -41,7 +42,8 @@ def load_calibration(folder: Path | None) -> Calibration | None:
         return None
     from ..calibration import Calibration
 
-    return Calibration.load(folder)
+    with named(path="--calibration"):
+        return Calibration.load(folder)
 
 
 def make_setting(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
+from ..words import number_of
 from . import tasks
 from .baselines import CacheMethod
 from .intervals import share
@@ -97,7 +98,8 @@ class GeneratedTask:
                 prose=self._prose,
             )
         except ValueError as error:
-            message = f"lengths: expected contexts that hold {questions} questions of {self.name}, got {length} tokens"
+            held = f"{number_of(questions, 'question')} of {self.name}"
+            message = f"--lengths: expected contexts that hold {held}, got {number_of(length, 'token')}"
             raise InputError(message) from error
         spans = [subject.encode(text) for text, _ in episode.spans]
         sessions = [subject.open(method) for method in methods]

@@ -78,7 +78,7 @@ class Options:
 def check_names(names: Sequence[str], data: Path | None) -> None:
     """Raises InputError for unknown tasks and missing files, before anything that takes long."""
     if not names:
-        raise InputError("tasks: expected at least one, got none")
+        raise InputError("--tasks: expected at least one, got none")
     for name in names:
         if questions.is_question_set(name):
             if data is None:
@@ -86,7 +86,7 @@ def check_names(names: Sequence[str], data: Path | None) -> None:
             questions.load(name, data)
         elif name not in MEASURES and not name.startswith(OUTSIDE):
             raise InputError(
-                f"tasks: expected some of {', '.join(MEASURES)}, gsm8k, aqua, bbh, bbh/TASK, {OUTSIDE}TASK; "
+                f"--tasks: expected some of {', '.join(MEASURES)}, gsm8k, aqua, bbh, bbh/TASK, {OUTSIDE}TASK; "
                 f"got {name!r}"
             )
 

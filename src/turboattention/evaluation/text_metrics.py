@@ -130,7 +130,7 @@ class _Steps:
 def cut(ids: Sequence[int], context: int, limit: int) -> list[list[int]]:
     """At most `limit` passages of `context` tokens that do not overlap, spread evenly over the text."""
     if len(ids) < 2:
-        raise InputError(f"text: expected at least two tokens, got {len(ids)}")
+        raise InputError(f"--text: expected at least two tokens, got {len(ids)}")
     whole = max(1, len(ids) // context)
     chosen = [index * whole // min(limit, whole) for index in range(min(limit, whole))]
     return [list(ids[at * context : (at + 1) * context]) for at in chosen]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..errors import ConfigError, InputError, ShapeError
 from ..modes import in_own_modes
+from ..words import number_of
 from .channel_order import ChannelOrder, check_order
 from .layout import PageLayout
 from .stage1 import stored_mean
@@ -75,8 +76,9 @@ class PagedFormat:
         wanted = len(self.head_bits) if self.config.reorder_k else 0
         if len(self.orders) != wanted:
             raise ConfigError(
-                f"orders: expected {wanted} for {len(self.head_bits)} layers with reorder_k={self.config.reorder_k}, "
-                f"got {len(self.orders)}: pages take the order of K's channels from a calibration"
+                f"orders: expected {wanted} for {number_of(len(self.head_bits), 'layer')} with "
+                f"reorder_k={self.config.reorder_k}, got {len(self.orders)}: pages take the order of "
+                "K's channels from a calibration"
             )
         checked = [check_order(order, self.config, self.kv_heads, self.head_dim, "orders") for order in self.orders]
         return tuple(order for order in checked if order is not None)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..errors import FormatError, InputError, TurboError
-from ..files import open_regular, parse_json, write_whole
+from ..files import kind_of, open_regular, parse_json, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .cache import KVCache
@@ -86,28 +86,42 @@ def read_file(
 
     Raises FileNotFoundError, or `FormatError` if the file is not valid.
     """
-    from safetensors import SafetensorError
-
     name = os.fspath(path)
-    try:
-        with _opened(name) as file:
-            header = file.metadata() or {}
-            _check_header(header, name)
-            metadata = parse_json(header["content"])
-            if not isinstance(metadata, dict):
-                raise FormatError(f"path: expected a saved cache, got {name}, whose content is no object")
-            tensors = TensorFile(file)
-            claim(tensors, metadata)
-            content = tensors.read_all()
+    with _errors_about(name), _opened(name) as file:
+        header = file.metadata() or {}
+        _check_header(header, name)
+        metadata = parse_json(header["content"])
+        if not isinstance(metadata, dict):
+            raise FormatError(f"path: expected a saved cache, got {name}, whose content is no object")
+        tensors = TensorFile(file)
+        claim(tensors, metadata)
+        content = tensors.read_all()
         if header["digest"] != _digest(header["content"], content):
             raise FormatError(f"path: expected a saved cache, got {name}, whose content was altered")
         return content, metadata
+
+
+def check_saved_cache(path: str | os.PathLike[str]) -> None:
+    """Raises what `read_file` would raise, as far as the header of the file says it."""
+    name = os.fspath(path)
+    with _errors_about(name), _opened(name) as file:
+        _check_header(file.metadata() or {}, name)
+
+
+@contextmanager
+def _errors_about(name: str) -> Iterator[None]:
+    """Errors of reading the file `name` as FileNotFoundError or `FormatError`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"path: expected a saved cache, got {name}, which does not exist") from error
     except TurboError:
         raise
     except (SafetensorError, *_DAMAGES) as error:
-        raise FormatError(f"path: expected a saved cache, got {name}, which cannot be read ({error})") from error
+        kind = kind_of(name) or f"which cannot be read ({error})"
+        raise FormatError(f"path: expected a saved cache, got {name}, {kind}") from error
 
 
 def is_saved_cache(path: str | os.PathLike[str]) -> bool:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from tests.cli.conftest import TEMPLATE, TEXT, save_model
 from turboattention.evaluation.baselines import METHODS
-from turboattention.evaluation.hf.subject import TransformersSubject
+from turboattention.evaluation.hf.subject import TransformersSubject, renderer
 from turboattention.evaluation.subject import attending
 from turboattention.integrations.transformers import language_model, registry
 from turboattention.integrations.transformers.language_model import LanguageModel
@@ -175,7 +175,8 @@ def test_hooks_are_gone_afterwards(subject: TransformersSubject, ids: list[int])
 def test_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "chat", eos=None, template=TEMPLATE)
     subject = TransformersSubject(language_model.load(str(folder), "cpu", "float32"), chats=True)
-    assert subject.render([{"role": "user", "content": TEXT}], True) == f"[user]{TEXT}<end>[assistant]"
+    render = renderer(subject.language, None)
+    assert render([{"role": "user", "content": TEXT}], True) == f"[user]{TEXT}<end>[assistant]"
     (end,) = subject.encode("<end>")
     assert end in subject.stop_tokens
     assert end not in TransformersSubject(subject.language).stop_tokens
@@ -186,5 +187,5 @@ def test_a_conversation_has_one_bos(tmp_path: Path) -> None:
     language = language_model.load(str(folder), "cpu", "float32")
     language.tokenizer.bos_token = "<end>"
     messages = [{"role": "user", "content": "Who?"}]
-    assert TransformersSubject(language).render(messages, False) == "<end>[user]Who?<end>"
-    assert TransformersSubject(language, "<end>").render(messages, False) == "[user]Who?<end>"
+    assert renderer(language, None)(messages, False) == "<end>[user]Who?<end>"
+    assert renderer(language, "<end>")(messages, False) == "[user]Who?<end>"

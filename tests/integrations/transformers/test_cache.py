@@ -174,7 +174,7 @@ def test_head_bits_and_means_per_layer(model, forward, tokens):
     widths = [layer.kv.head_bits.tolist() for layer in cache.layers]
     assert widths == [[[8, 4], [8, 4]], [[3, 2], [8, 8]], [[4, 4], [4, 4]]]
     for name in ("head_bits", "k_mean"):
-        with pytest.raises(ConfigError, match=f"{name}: expected one entry for each of the 3 layers, got 2"):
+        with pytest.raises(ConfigError, match=f"{name}: expected one entry per layer .3., got 2"):
             TurboCache(model.config, **{name: [None, None]})
 
 

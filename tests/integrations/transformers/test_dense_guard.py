@@ -44,7 +44,7 @@ def said(model, ids, **options) -> list[str]:
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"use_cache": True}], ids=str)
 def test_warns_once_of_the_layer(options, ruined, tokens):
     (message,) = said(ruined, tokens(2, 100), **options)
-    assert message.startswith("layer 1: KV heads ")
+    assert message.startswith("layer 1: KV head")
     assert "bound 0.05" in message
     assert "another attn_implementation" in message
     assert said(ruined, tokens(2, 100), **options) == []

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from turboattention import Calibration, TurboConfig
 from turboattention.errors import ConfigError, FormatError, GuardWarning, InputError, NonFiniteError
 from turboattention.guard import BOUNDS
+from turboattention.guard_sample import Sample
 from turboattention.integrations.transformers import TurboCache, calibrate
 
 MODELS = "llama mistral gemma2 gemma3 gpt_oss gpt2 llama4 gemma3n".split()
@@ -91,6 +92,29 @@ def test_masks_of_the_users_own(name, tiny, tokens, forward):
             cache = TurboCache(model.config, exact_layers=every(model))
             result = model(ids, attention_mask=mask, past_key_values=cache).logits
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("pieces", [[20, 130], [45, 105], [70, 10, 70], [1] * 90 + [60]], ids=len)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_the_guard_judges_alike_however_tokens_arrive(name, pieces, tiny, tokens, said, monkeypatch):
+    """Sinks of several blocks that fill in several calls; a window (of 24 tokens) that has released some of them when
+    the first block behind them is compressed."""
+    judged, errors = [], Sample.errors
+
+    def record(sample, bits):
+        judged.append(errors(sample, bits))
+        return judged[-1]
+
+    monkeypatch.setattr(Sample, "errors", record)
+    model, ids = tiny(name), tokens(1, 150)
+    found = []
+    for split in ([150], pieces):
+        judged.clear()
+        cache = TurboCache(model.config, TurboConfig(bits=8, block_size=16, sink_tokens=64))
+        assert said(model, ids, split, cache)[1] == []
+        assert cache.exact_layers == ()
+        found.append(torch.stack(judged))
+    torch.testing.assert_close(found[1], found[0], rtol=0.5, atol=0)
 
 
 @pytest.mark.parametrize("layers", [[0], [1], [0, 2]], ids=str)
@@ -261,7 +285,7 @@ def test_the_guard_keeps_a_layer_that_int8_cannot_carry(bits, pieces, ruined, to
     _, messages = said(ruined, ids, pieces, cache)
     assert cache.exact_layers == (1,)
     (message,) = (x for x in messages if x.startswith("layer 1"))
-    assert message.startswith("layer 1 is kept in the model's own dtype (float32): INT8 loses too much in KV heads ")
+    assert message.startswith("layer 1 is kept in the model's own dtype (float32): INT8 loses too much in KV head")
     assert "at 8 bits, bound 0.05)" in message
     assert "\n" not in message
     # Every token is exact, those of the calls before the decision too.
@@ -324,7 +348,7 @@ def test_only_warns_where_it_may_not_change_anything(ruined, tokens, said):
         _, messages = said(ruined, tokens(1, LENGTH), [LENGTH], cache)
         assert cache.exact_layers == ()
         (message,) = (x for x in messages if x.startswith("layer 1"))
-        assert "8 bits are not enough for them: keep the layer in the model's own dtype (exact_layers" in message
+        assert "8 bits are not enough: keep the layer in the model's own dtype (exact_layers" in message
         assert cache.layers[1].floats is None
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 
 from turboattention import TurboConfig
 from turboattention.errors import InputError
@@ -72,6 +73,22 @@ def test_it_can_be_switched_off_and_plain_forwards_know_nothing(tiny, tokens, fo
     say(model, tokens(1, 60, seed=2), plain)
 
 
+def test_tokens_of_plain_forwards_can_be_made_known(tiny, tokens, forward):
+    model, ids = tiny("llama"), tokens(1, 60)
+    cache = TurboCache(model.config, SMALL)
+    forward(model, "turbo", ids[:, :40], [20, 20], cache)
+    with pytest.raises(InputError, match=r"^input_ids: expected the 40 tokens that the cache holds, got 39"):
+        cache.prompt_ids = ids[:, :39]
+    cache.prompt_ids = ids[:, :40]
+    said = say(model, ids, cache)  # a warning would be an error
+    with pytest.raises(InputError, match="differs from token 0 on"):
+        say(model, tokens(1, 90, seed=1), cache)
+    whole = torch.cat([said, ids], 1)
+    forward(model, "turbo", whole[:, : cache.get_seq_length() + 3], [3], cache)
+    cache.prompt_ids = whole[:, : cache.get_seq_length()]
+    say(model, whole, cache)
+
+
 def test_tokens_behind_those_that_are_known_are_warned_of_once(tiny, tokens, forward):
     model, ids = tiny("llama"), tokens(1, 90)
     cache = TurboCache(model.config, SMALL)
@@ -123,6 +140,34 @@ def test_only_new_ids_under_a_mask_of_all(checked, exact_core, tiny, tokens):
         if name == "turbo":
             assert torch.equal(cache.known_ids, torch.cat([said[:, :-1], runs[0][1]], 1)[:, : cache.get_seq_length()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(
+    "_mask_length" not in inspect.getsource(GenerationMixin.generate),
+    reason="this transformers cuts the mask to the new ids",
+)
+@pytest.mark.parametrize("checked", [True, False])
+def test_assisted_decoding_takes_only_new_ids(checked, exact_core, tiny, tokens):
+    """transformers hands all of its ids to the model then, also those that the cache holds."""
+    model, ids, more = tiny("llama"), torch.cat([tokens(1, 10)] * 3, 1), torch.cat([tokens(1, 10)] * 2, 1)
+    said = []
+    for lookup in ({}, {"prompt_lookup_num_tokens": 3}):
+        cache = TurboCache(model.config, SMALL, check_prompts=checked)
+        first = say(model, ids, cache)
+        held, mask = cache.get_seq_length(), torch.ones(1, cache.get_seq_length() + 20, dtype=torch.int64)
+        options = {"past_key_values": cache, "max_new_tokens": 12, "do_sample": False} | lookup
+        if lookup and checked:
+            whole = torch.cat([first[:, :held], more], 1)
+            with pytest.raises(
+                InputError, match=rf"expected only the ids behind the {held} .* input_ids\[:, {held}:\]"
+            ):
+                model.generate(whole, **options)
+            with pytest.raises(InputError, match="new ids alone need an attention_mask of all positions"):
+                model.generate(more, **options)
+            cache.crop(held)
+        said.append(model.generate(more, attention_mask=mask, **options))
+        assert torch.equal(cache.known_ids, torch.cat([first[:, :held], said[-1]], 1)[:, : cache.get_seq_length()])
+    assert torch.equal(*said)
 
 
 def test_models_that_prepare_inputs_themselves(tiny, tokens):

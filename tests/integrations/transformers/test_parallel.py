@@ -117,7 +117,7 @@ class TestTwoProcesses:
         """Told once, by the process that holds the head."""
         expected = outcome.single["guard"]["warnings"]
         assert expected
-        assert all("KV heads 2 lose" in message and "head 2 has" in message for message in expected)
+        assert all("KV head 2 loses" in message and "head 2 has" in message for message in expected)
         assert [rank["guard"]["warnings"] for rank in outcome.ranks] == [[], expected]
 
     def test_save_and_load_their_parts(self, outcome):

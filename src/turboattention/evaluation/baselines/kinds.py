@@ -91,7 +91,7 @@ class FittedMethod:
         return QuantizerMethod(self.name, self.title, self.source, self.settings, *self.fit(layers))
 
     def make_cache(self, model_config: Any) -> Any:
-        raise InputError(f"methods: expected {self.name} fitted to a model, got it unfitted; `eval` fits it")
+        raise InputError(f"--methods: expected {self.name} fitted to a model, got it unfitted; `eval` fits it")
 
     def bits_per_element(self, cache: Any) -> float:
         return cache.bits_per_element
@@ -128,7 +128,7 @@ class HubMethod:
 
         reason = self.unavailable()
         if reason is not None:
-            raise BackendError(f"methods: {self.name} is {reason}")
+            raise BackendError(f"--methods: {self.name} is {reason}")
         return quantized_cache(model_config, self.backend, **self.options)
 
     def bits_per_element(self, cache: Any) -> float:

@@ -189,14 +189,14 @@ def _method(name: str, text: str, calibration: Calibration | None) -> CacheMetho
     calibrated = re.fullmatch(rf"{CALIBRATED}(-\d+(\.\d+)?)?", name)
     if calibrated is not None:
         if calibration is None:
-            raise InputError(f"methods: {name} needs a calibration (turboattention calibrate), got none")
+            raise InputError(f"--methods: {name} needs a calibration (turboattention calibrate), got none")
         budget = calibrated[1]
         return _calibrated(
             name, calibration.rechosen(float(budget[1:]), calibration.strategy) if budget else calibration
         )
     if name not in METHODS:
         raise InputError(
-            f"methods: expected names from {', '.join(METHODS)}, {CALIBRATED}, or all; got {name or text!r}"
+            f"--methods: expected names from {', '.join(METHODS)}, {CALIBRATED}, or all; got {name or text!r}"
         )
     return METHODS[name]
 

@@ -125,7 +125,7 @@ def quantized_cache(model_config: Any, backend: str, **settings: int) -> Quantiz
     try:
         return QuantizedCache(backend, model_config, **settings)
     except ImportError as error:
-        raise BackendError(f"methods: transformers' {backend} cache cannot run here: {error}") from error
+        raise BackendError(f"--methods: transformers' {backend} cache cannot run here: {error}") from error
 
 
 def quantized_cache_bits(cache: QuantizedCache) -> float:

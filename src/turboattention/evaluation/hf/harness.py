@@ -66,7 +66,7 @@ def run(
                     files.write_text(json.dumps(spec), encoding="utf-8")
                 tasks = list(_manager_of(name, include).load([str(files or name)])["tasks"].values())
         except Exception as error:  # the hub, the data set library and the harness raise errors of many kinds
-            raise InputError(f"tasks: the data of {PREFIX}{name} cannot be loaded: {_first_line(error)}") from error
+            raise InputError(f"--tasks: the data of {PREFIX}{name} cannot be loaded: {_first_line(error)}") from error
         model = _model_class()(language, method, progress)
         options = {"task_manager": _manager_of(name, include), "log_samples": False, "bootstrap_iters": 1000}
         found = _lm_eval().simple_evaluate(model, tasks=tasks, limit=limit, **options)
@@ -171,10 +171,11 @@ def _entry(name: str, include: Path | None) -> Any:
             entry = _manager_of(name, include).task_index.get(name)
         except ModuleNotFoundError as error:
             raise InputError(
-                f'tasks: {PREFIX}{name} needs lm-evaluation-harness: pip install ".[eval]" in a clone of the repository'
+                f'--tasks: {PREFIX}{name} needs lm-evaluation-harness: pip install ".[eval]" in a clone of the '
+                "repository"
             ) from error
     if entry is None:
-        raise InputError(f"tasks: expected {PREFIX}NAME with a task of lm-evaluation-harness, got {name!r}")
+        raise InputError(f"--tasks: expected {PREFIX}NAME with a task of lm-evaluation-harness, got {name!r}")
     return entry
 
 

@@ -12,17 +12,41 @@ from torch import Tensor
 from ... import bundled
 from ...integrations.transformers import chat
 from ...integrations.transformers.generation import PREFILL_CHUNK
-from ...integrations.transformers.language_model import LanguageModel
+from ...integrations.transformers.language_model import Described, LanguageModel
 from ...integrations.transformers.recording import recorded_attention
 from ..baselines import CacheMethod
 from ..baselines.kinds import FittedMethod
 from ..baselines.oscar import Moments, moments
+from ..questions import Render
 from ..subject import PIECE
 from .batched import Row, can_go_together, forward_together
 from .head_errors import head_errors
 
 FITTED_TO = 2048
 """Tokens of the bundled text for fitting methods that need a calibration."""
+
+
+def begin_tokens(language: Described, begin: str | None) -> list[int]:
+    """The tokens before every text: those of `begin`; None: BOS if the tokenizer adds it."""
+    if begin is not None:
+        return list(language.tokenizer(begin, add_special_tokens=False, verbose=False)["input_ids"])
+    # Many tokenizers define a BOS token but do not add it, Qwen2.5's <|endoftext|> for example.
+    tokenizer = language.tokenizer
+    ids = tokenizer("", verbose=False)["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def renderer(language: Described, begin: str | None) -> Render:
+    """Renders conversations in the model's chat template, without the BOS token if texts begin with tokens already.
+
+    What it returns raises InputError if the model has no template, or this refuses the conversation.
+    """
+    bos = (language.tokenizer.bos_token or "") if begin_tokens(language, begin) else ""
+
+    def render(messages: Sequence[chat.Message], answer: bool) -> str:
+        return chat.render(language, messages, answer=answer).removeprefix(bos)
+
+    return render
 
 
 class TransformersSubject:
@@ -51,26 +75,11 @@ class TransformersSubject:
 
     @property
     def begin(self) -> list[int]:
-        if self._begin is not None:
-            return self.encode(self._begin)
-        # Many tokenizers define a BOS token but do not add it, Qwen2.5's <|endoftext|> for example.
-        tokenizer = self.language.tokenizer
-        ids = tokenizer("", verbose=False)["input_ids"]
-        return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+        return begin_tokens(self.language, self._begin)
 
     @property
     def stop_tokens(self) -> frozenset[int]:
         return chat.stop_tokens(self.language) if self._chats else self.language.stop_tokens
-
-    def render(self, messages: Sequence[chat.Message], answer: bool) -> str:
-        """A conversation as text, without the BOS token that `begin` puts before every text; with `answer`, including
-        the prefix of the next answer.
-
-        Raises:
-            InputError: the model has no chat template, or it refuses the conversation.
-        """
-        text = chat.render(self.language, messages, answer=answer)
-        return text.removeprefix(self.language.tokenizer.bos_token or "") if self.begin else text
 
     def encode(self, text: str) -> list[int]:
         return list(self.language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

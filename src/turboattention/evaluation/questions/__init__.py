@@ -31,4 +31,4 @@ def load(name: str, data: Path) -> list[QuestionSet]:
         return [bbh.load(data / "bbh", task) for task in bbh.names(data / "bbh")]
     if name.startswith("bbh/"):
         return [bbh.load(data / "bbh", name.removeprefix("bbh/"))]
-    raise InputError(f"tasks: expected gsm8k, aqua, bbh or bbh/TASK, got {name!r}")
+    raise InputError(f"--tasks: expected gsm8k, aqua, bbh or bbh/TASK, got {name!r}")

@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
     """
     found = sorted(path.stem for path in (folder / "bbh").glob("*.json"))
     if not found:
-        raise InputError(f"data: expected BBH tasks in {folder / 'bbh'}, got no *.json there")
+        raise InputError(f"--data: expected BBH tasks in {folder / 'bbh'}, got no *.json there")
     return found
 
 
@@ -38,14 +38,14 @@ def load(folder: Path, task: str) -> QuestionSet:
         InputError: the task does not exist, or its files are not in the published format.
     """
     if task not in names(folder):
-        raise InputError(f"tasks: expected bbh/TASK with one of {', '.join(names(folder))}; got {task!r}")
+        raise InputError(f"--tasks: expected bbh/TASK with one of {', '.join(names(folder))}; got {task!r}")
     path = folder / "bbh" / f"{task}.json"
     try:
         examples = parse_json(read_text(path))["examples"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"data: expected an object with examples in {path}, got something else: {error}") from error
+        raise InputError(f"--data: expected an object with examples in {path}, got something else: {error}") from error
     if not examples:
-        raise InputError(f"data: expected questions in {path}, got none")
+        raise InputError(f"--data: expected questions in {path}, got none")
     for index, row in enumerate(examples):
         check_fields(row, ("input", "target"), f"{path}, example {index}")
     head, worked = split_prompt(read_text(folder / "cot-prompts" / f"{task}.txt"))

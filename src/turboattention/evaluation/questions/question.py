@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
     try:
         return files.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"--data: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -94,11 +94,11 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         try:
             row = files.parse_json(line)
         except ValueError as error:
-            raise InputError(f"data: expected JSON lines in {path}, got none in line {number}: {error}") from error
+            raise InputError(f"--data: expected JSON lines in {path}, got none in line {number}: {error}") from error
         check_fields(row, fields, f"{path}, line {number}")
         rows.append(row)
     if not rows:
-        raise InputError(f"data: expected questions in {path}, got an empty file")
+        raise InputError(f"--data: expected questions in {path}, got an empty file")
     return rows
 
 
@@ -106,4 +106,4 @@ def check_fields(row: Any, fields: Sequence[str], where: str) -> None:
     """Raises InputError if a question is not an object or lacks a field."""
     got = sorted(row) if isinstance(row, dict) else type(row).__name__
     if not isinstance(row, dict) or not set(fields) <= set(row):
-        raise InputError(f"data: expected the fields {', '.join(fields)} in {where}, got {got}")
+        raise InputError(f"--data: expected the fields {', '.join(fields)} in {where}, got {got}")

@@ -17,8 +17,9 @@ from ...config import TurboConfig
 from ...errors import ConfigError, InputError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...validation import check_config
+from ...words import number_of
 from ..model_shape import ModelShape, text_config
-from .known_ids import KnownIds, check_goes_on
+from .known_ids import KnownIds, check_goes_on, checked_ids
 from .layer import BESIDE_AN_ENCODER, TurboLayer
 from .model import LayerKind, layer_kinds, may_cross, shares_keys
 from .parallel import TensorParallel
@@ -164,7 +165,7 @@ class TurboCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(
                 f"past_key_values: expected a TurboCache made for this model, which has a layer {layer_idx}; "
-                f"got one made for {len(self.layers)} layers"
+                f"got one made for {number_of(len(self.layers), 'layer')}"
             )
         layer = self.layers[layer_idx]
         if not isinstance(layer, TurboLayer):
@@ -388,12 +389,16 @@ class TurboCache(Cache):
 
     @property
     def prompt_ids(self) -> Tensor | None:
-        """int64 [B, L]: ids of the tokens that were loaded from a file and are still held; None if not known."""
+        """int64 [B, L]: ids of the tokens that were loaded from a file and are still held; None if not known.
+
+        May be set to the ids of all tokens that the cache holds, such as those that the model itself took, so that
+        `generate` compares a prompt with them. Raises InputError for others."""
         return None if self.ids.saved is None else self.ids.saved.clone()
 
     @prompt_ids.setter
     def prompt_ids(self, value: Tensor | None) -> None:
-        self.ids.saved = None if value is None else value.clone()
+        known = None if value is None else checked_ids(value, self.batch_size, self.get_seq_length()).clone()
+        self.ids.saved, self.ids.fed = known, None
 
     @property
     def check_prompts(self) -> bool:
@@ -473,5 +478,5 @@ def _per_layer(values: Any, name: str, count: int) -> list[Any]:
         return [None] * count
     if not isinstance(values, (Sequence, Tensor)) or len(values) != count:
         got = len(values) if isinstance(values, (Sequence, Tensor)) else type(values).__name__
-        raise ConfigError(f"{name}: expected one entry for each of the {count} layers, got {got}")
+        raise ConfigError(f"{name}: expected one entry per layer ({count}), got {got}")
     return list(values)

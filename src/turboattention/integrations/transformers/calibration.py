@@ -81,15 +81,9 @@ def collect(
             f"model: expected a whole model, got {parallel}: calibrate in a single process, and give every rank's "
             "TurboCache the calibration"
         )
+    pieces = text_pieces(model.config, input_ids, length, config)
     windows = layer_windows(model.config)
     meters = [LayerMeter(config or TurboConfig()) for _ in windows]
-    least = meters[0].least_tokens
-    if length < least:
-        raise InputError(f"length: expected at least {least} tokens, got {length}")
-    pieces = [input_ids[at : at + length] for at in range(0, len(input_ids), length)]
-    pieces = [list(piece) for piece in pieces if len(piece) >= least]
-    if not pieces:
-        raise InputError(f"text: expected at least {least} tokens, got {len(input_ids)}")
     generator = torch.Generator().manual_seed(0)
     with _frozen(model), recorded_attention(model) as calls:
         for done, piece in enumerate(pieces):
@@ -107,6 +101,25 @@ def collect(
             if progress:
                 progress(done + 1, len(pieces))
     return tuple(meter.statistics() for meter in meters)
+
+
+def text_pieces(
+    model_config: Any, input_ids: Sequence[int], length: int = TEXT_LENGTH, config: TurboConfig | None = None
+) -> list[list[int]]:
+    """The pieces of a text with which `calibrate` measures a model, before its weights are needed.
+
+    Raises:
+        InputError: `length` or the text is too short. UnsupportedError: models that cannot be calibrated.
+    """
+    layer_windows(model_config)
+    least = LayerMeter(config or TurboConfig()).least_tokens
+    if length < least:
+        raise InputError(f"length: expected at least {least} tokens, got {length}")
+    pieces = [input_ids[at : at + length] for at in range(0, len(input_ids), length)]
+    pieces = [list(piece) for piece in pieces if len(piece) >= least]
+    if not pieces:
+        raise InputError(f"text: expected at least {least} tokens, got {len(input_ids)}")
+    return pieces
 
 
 def _measure(meter: LayerMeter, calls: dict[int, RecordedCall], index: int, window: int | None) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 from ...bundled import model_path
 from ...errors import InputError
-from .language_model import LanguageModel
+from .language_model import Described, LanguageModel
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``"""
 
 
-def check_template(language: LanguageModel) -> None:
+def check_template(language: Described) -> None:
     """Raises InputError for a model without a chat template."""
     if not getattr(language.tokenizer, "chat_template", None):
         bundled = language.name == str(model_path())
@@ -22,7 +22,7 @@ def check_template(language: LanguageModel) -> None:
         raise InputError(f"model: expected one with a chat template, got {what}, which has none{advice}")
 
 
-def render(language: LanguageModel, messages: Sequence[Message], *, answer: bool = True) -> str:
+def render(language: Described, messages: Sequence[Message], *, answer: bool = True) -> str:
     """The conversation as text; with `answer`, including the prefix of the model's answer.
 
     Raises:
@@ -37,7 +37,7 @@ def render(language: LanguageModel, messages: Sequence[Message], *, answer: bool
     return text
 
 
-def encode(language: LanguageModel, text: str) -> list[int]:
+def encode(language: Described, text: str) -> list[int]:
     """Token ids of rendered text, which already contains its special tokens."""
     return list(language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -59,9 +59,7 @@ class Conversation:
     ids, text: the contents of this conversation's cache, as token ids and as rendered text.
     """
 
-    def __init__(
-        self, language: LanguageModel, messages: Sequence[Message] = (), ids: Sequence[int] = (), text: str = ""
-    ):
+    def __init__(self, language: Described, messages: Sequence[Message] = (), ids: Sequence[int] = (), text: str = ""):
         self._language = language
         self.messages, self.ids, self.text = list(messages), list(ids), text
 

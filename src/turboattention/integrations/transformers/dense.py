@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import ShapeError
+from ...words import number_of
 from .call import LayerCall
 from .masks import MaskPlan
 from .ragged import alike
@@ -50,5 +51,5 @@ def _fit(plan: MaskPlan, keys: int) -> MaskPlan:
     if plan.width == keys:
         return plan
     if plan.is_causal or plan.width < keys:
-        raise ShapeError(f"attention_mask: expected {keys} key positions, got {plan.width}")
+        raise ShapeError(f"attention_mask: expected {number_of(keys, 'key position')}, got {plan.width}")
     return MaskPlan(plan.mask[..., :keys], plan.window, plan.from_function)

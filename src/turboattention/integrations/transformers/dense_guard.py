@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GuardWarning
-from ...guard import BOUNDS
+from ...guard import BOUNDS, lose_too_much
 from ...modes import in_own_modes
 from ...reference.exact import exact_attention
 from .call import LayerCall
@@ -126,9 +126,9 @@ def _warn(module: Any, sample: _Sample) -> None:
     if failing:
         worst = max(failing, key=lambda head: float(errors[head]))
         warnings.warn(
-            f"layer {getattr(module, 'layer_idx', '?')}: KV heads {', '.join(map(str, failing))} lose too much in INT8 "
-            f"attention (head {worst} has relative error {float(errors[worst]):.2f}, bound {_BOUND:.2f}); 8 bits are "
-            "too few for them: compare with another attn_implementation before you rely on the answers",
+            f"layer {getattr(module, 'layer_idx', '?')}: {lose_too_much(failing)} in INT8 attention "
+            f"(head {worst} has relative error {float(errors[worst]):.2f}, bound {_BOUND:.2f}); 8 bits are too few: "
+            "compare with another attn_implementation before you rely on the answers",
             GuardWarning,
             stacklevel=2,
         )

@@ -43,12 +43,19 @@ def unfollow() -> None:
 
 
 def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get("past_key_values"), TurboCache) and kwargs.get("use_cache") is False:
+    def prepare(
+        self: Any, input_ids: Tensor, next_sequence_length: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        cache, begins = kwargs.get("past_key_values"), bool(kwargs.get("is_first_iteration"))
+        if isinstance(cache, TurboCache) and kwargs.get("use_cache") is False:
             raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
-        if not _in_prefill.get():
-            _follow(input_ids, kwargs, None, begins=bool(kwargs.get("is_first_iteration")))
-        return original(self, input_ids, *args, **kwargs)
+        if isinstance(cache, TurboCache) and begins and not _in_prefill.get() and next_sequence_length is None:
+            # Assisted decoding begins without `_prefill`, and hands all of its ids to the model.
+            cache.check_level()
+            cache.ids.begin_assisted(input_ids, cache.get_seq_length())
+        elif not _in_prefill.get():
+            _follow(input_ids, kwargs, None, begins=begins)
+        return original(self, input_ids, next_sequence_length, *args, **kwargs)
 
     return prepare
 

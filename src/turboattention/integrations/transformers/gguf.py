@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ...errors import InputError
 
@@ -44,15 +44,20 @@ def check_file(name: str) -> Path:
     return path
 
 
-def load_gguf(path: Path, dtype: str) -> tuple[Any, dict[str, Any], Any]:
-    """The model, transformers' loading report, and the tokenizer, all from this file.
+def open_gguf(path: Path) -> tuple[Any, Any]:
+    """The config and the tokenizer, both from this file. Raises the errors of transformers."""
+    folder, options = _place(path)
+    return AutoConfig.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def load_gguf(path: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The model and transformers' loading report.
 
     Weights are dequantized to `dtype`; "auto" is float32, which represents them exactly.
 
     Raises the errors of transformers.
     """
-    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    folder = str(path.resolve().parent)
+    folder, options = _place(path)
     with redirect_stderr(io.StringIO()):  # transformers' progress bar, which no setting disables
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -61,9 +66,12 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, dict[str, Any], Any]:
             **_as_floats(),
             **options,
         )
-        model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return model, info, tokenizer
+    return loaded
+
+
+def _place(path: Path) -> tuple[str, dict[str, Any]]:
+    """How transformers names the file."""
+    return str(path.resolve().parent), {"gguf_file": path.name, "local_files_only": True}
 
 
 def _as_floats() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...words import number_of
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -47,10 +48,30 @@ class KnownIds:
         self._whole, self._before = False, None if known is None or len(known) != len(input_ids) else known
         self.follow(input_ids)
 
+    def begin_assisted(self, input_ids: Tensor, length: int) -> None:
+        """A `generate` with an assistant or `prompt_lookup_num_tokens`, whose first forward takes all ids [B, L] that
+        it got, also those of the cache's `length` tokens.
+
+        Raises:
+            InputError: the ids begin with the cache's tokens, which would be there twice.
+        """
+        known = self.all_of(length) if length and self.checked else None
+        if known is not None and torch.equal(known.cpu(), input_ids[:, :length].cpu()):
+            raise InputError(
+                f"input_ids: expected only the ids behind the {number_of(length, 'token')} of the TurboCache, since "
+                "assisted decoding gives the model all that it gets, got a prompt that begins with those: pass "
+                f"input_ids[:, {length}:]"
+            )
+        if length:
+            self.begin_behind(input_ids, length)
+        else:
+            self.begin(input_ids, length)
+
     def begin_unknown(self, length: int) -> None:
         """A `generate` with embeddings. Warns once if they cannot be compared with the cache's tokens."""
         if length and self.checked:
-            self._warn(f"inputs_embeds: cannot be compared with the {length} tokens that the TurboCache holds")
+            held = number_of(length, "token")
+            self._warn(f"inputs_embeds: cannot be compared with the {held} that the TurboCache holds")
 
     def follow(self, input_ids: Tensor) -> None:
         """Take note of the ids [B, L] of a forward of the `generate` that began last, those before it included."""
@@ -63,8 +84,9 @@ class KnownIds:
         given, known = input_ids.shape[1], self.saved if self.fed is None else self.fed
         if 0 < given <= length:
             raise InputError(
-                f"input_ids: expected a prompt that continues the {length} tokens that the TurboCache already "
-                f"holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() empties it"
+                f"input_ids: expected a prompt that continues the {number_of(length, 'token')} that the TurboCache "
+                f"already holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() "
+                f"empties the cache, and new ids alone need an attention_mask of all {length + given} positions"
             )
         if not self.checked:
             return
@@ -78,20 +100,23 @@ class KnownIds:
             same = int((mine == theirs).all(0).long().cumprod(0).sum())
             back = f"crop({same}) keeps what they share, " if same else ""  # crop(0) would keep everything
             raise InputError(
-                f"input_ids: expected a prompt that begins with the {length} tokens of the TurboCache, got one that "
-                f"differs from token {same} on; {back}reset() empties the cache, and check_prompts=False switches "
-                "this off"
+                f"input_ids: expected a prompt that begins with the {number_of(length, 'token')} of the TurboCache, "
+                f"got one that differs from token {same} on; {back}reset() empties the cache, and check_prompts=False "
+                "switches this off"
             )
         if shared < length:
             self._warn(
-                f"input_ids: cannot be compared with {length - shared} of the {length} tokens that the TurboCache "
-                "holds, which came from a call of the model or from inputs_embeds"
+                f"input_ids: cannot be compared with {length - shared} of the {number_of(length, 'token')} that the "
+                "TurboCache holds, which came from a call of the model or from inputs_embeds"
             )
 
     def _warn(self, what: str) -> None:
         if not self._warned:
             self._warned = True
-            again = "the prompt has to begin with all of them; check_prompts=False switches this warning off"
+            again = (
+                "the prompt has to begin with all of them; cache.prompt_ids = ids makes all of them known, "
+                "check_prompts=False switches this warning off"
+            )
             warnings.warn(f"{what}: {again}", stacklevel=4)
 
     def all_of(self, length: int) -> Tensor | None:
@@ -126,8 +151,8 @@ def checked_ids(input_ids: Any, batch: int, length: int) -> Tensor:
     if given != length:
         crop = f"crop({given - length}) the cache, or " if given < length else ""
         raise InputError(
-            f"input_ids: expected the {length} tokens that the cache holds, got {given}; {crop}pass the ids of what it "
-            "took: after generate, output[:, : cache.get_seq_length()]"
+            f"input_ids: expected the {number_of(length, 'token')} that the cache holds, got {given}; {crop}pass the "
+            "ids of what it took: after generate, output[:, : cache.get_seq_length()]"
         )
     return ids
 
@@ -140,16 +165,18 @@ def check_goes_on(input_ids: Any, known: Tensor, length: int) -> None:
     """
     if known.shape[1] != length:
         raise InputError(
-            f"prompt_ids: expected a cache that knows the ids of all its {length} tokens, got one that knows the first "
-            f"{known.shape[1]}: crop({known.shape[1] - length}) removes the tokens added since it was loaded"
+            f"prompt_ids: expected a cache that knows the ids of all its {number_of(length, 'token')}, got one that "
+            f"knows the first {known.shape[1]}: crop({known.shape[1] - length}) removes the tokens added since it was "
+            "loaded"
         )
     ids = _integers(input_ids, len(known))
     if not torch.equal(ids[:, :length], known[:, : ids.shape[1]]):
-        raise InputError(f"input_ids: expected a prompt that begins with the {length} tokens of the cache, got another")
+        held = number_of(length, "token")
+        raise InputError(f"input_ids: expected a prompt that begins with the {held} of the cache, got another")
     if ids.shape[1] <= length:
         raise InputError(
-            f"input_ids: expected a prompt that continues the {length} tokens of the cache, got {ids.shape[1]}; "
-            f"crop({ids.shape[1] - 1 - length}) leaves one of them to process"
+            f"input_ids: expected a prompt that continues the {number_of(length, 'token')} of the cache, got "
+            f"{ids.shape[1]}; crop({ids.shape[1] - 1 - length}) leaves one of them to process"
         )
 
 

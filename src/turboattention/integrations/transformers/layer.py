@@ -15,6 +15,7 @@ from ...guard import BeyondInt8Error, early_int8_message
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
 from ...validation import check_finite
+from ...words import number_of
 from ..model_shape import ModelShape
 from .call import LayerCall, aligned
 from .exact import ExactKV, attend_exactly, without_padding
@@ -231,7 +232,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         past = self._stored - new if pending is None else self._stored
         if not self.is_initialized or query.shape[2] != new or past < 0:
             raise UnsupportedError(
-                f"query: expected one for each of the {new} new keys of layer {self.index}, got {query.shape[2]}: a "
+                f"query: expected as many as new keys of layer {self.index} ({new}), got {query.shape[2]}: a "
                 f"TurboCache holds the decoder's own tokens. With cross-attention pass {BESIDE_AN_ENCODER}"
             )
         self._check_model(module)
@@ -353,7 +354,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         if self._pending is not None:
             raise InputError(
                 f'attn_implementation: expected "turbo" with a TurboCache, but no "turbo" attention took the '
-                f"{self._pending[0].shape[2]} new tokens of layer {self.index}. Load the model with "
+                f"{number_of(self._pending[0].shape[2], 'new token')} of layer {self.index}. Load the model with "
                 'attn_implementation="turbo" (after enable()). If it was, the architecture '
                 f"{self._kind} is not supported: it does not call transformers' attention interface, or changes keys "
                 "after the cache. reset() empties the cache"
@@ -419,7 +420,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             raise InputError(
                 f"input_ids: expected new tokens after the {self._stored} that the TurboCache already holds, got some "
                 f"that end at position {int(positions[:, -1].min())}; a prompt has to begin with the cache's tokens "
-                "and be longer"
+                "and be longer, new ids alone need an attention_mask of all positions"
             )
 
     def _check_length(self, length: int) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...kv.cache import KVCache
+from ...words import number_of
 from .call import LayerCall
 from .masks import MaskPlan
 from .ragged import pack_index, put_back, take, take_columns, take_rows
@@ -23,7 +24,8 @@ def valid_after(plan: MaskPlan | None, known: Tensor | None, past: int, new: int
     """
     if plan is not None and plan.width != past + new:
         raise InputError(
-            f"attention_mask: expected {past + new} positions ({past} in the TurboCache, {new} new), got {plan.width}"
+            f"attention_mask: expected {number_of(past + new, 'position')} ({past} in the TurboCache, {new} new), got "
+            f"{plan.width}"
         )
     visible = plan.visible if plan is not None else None
     if visible is None and known is None:

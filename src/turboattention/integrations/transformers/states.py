@@ -13,6 +13,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ...errors import FormatError, InputError, UnsupportedError
 from ...validation import check_finite
+from ...words import number_of
 from .layer import TurboLayer
 from .views import own_memory
 
@@ -94,8 +95,8 @@ class StateUpdates:
 
 def _ahead(layer: int, length: int) -> InputError:
     return InputError(
-        f"past_key_values: expected states of {length} tokens in layer {layer}, got some that are ahead: an earlier "
-        "forward failed halfway. reset() empties the cache"
+        f"past_key_values: expected states of {number_of(length, 'token')} in layer {layer}, got some that are ahead: "
+        "an earlier forward failed halfway. reset() empties the cache"
     )
 
 
@@ -188,7 +189,9 @@ def load_states(
         x = tensors[key].to(device)
         kernel = layer.conv_kernel_size[number] if name == CONV else x.shape[-1]
         if not x.is_floating_point() or x.shape[-1] != kernel or len(x) != batch:
-            raise FormatError(f"{key}: expected floats of {batch} sequences, got {x.dtype} {tuple(x.shape)}")
+            raise FormatError(
+                f"{key}: expected floats of {number_of(batch, 'sequence')}, got {x.dtype} {tuple(x.shape)}"
+            )
         check_finite(key, x)
         {CONV: layer.conv_states, RECURRENT: layer.recurrent_states}[name][number] = x
         getattr(layer, f"is_{name}_initialized")[number] = True

@@ -18,6 +18,7 @@ from ...kv.claims import FLOATS, LONGEST, MOST, TensorFile, claim_cache, counted
 from ...kv.serialization import cache_from_tensors, cache_metadata, cache_tensors, read_file, write_file
 from ...ops import config_of
 from ...validation import check_finite
+from ...words import number_of
 from ..model_shape import ModelShape
 from .cache import TurboCache
 from .exact import ExactKV
@@ -241,7 +242,7 @@ def _floats(
     if held.first < 0 or held.end != length or expected != length:
         raise FormatError(f"{names[0]}: expected positions up to {length}, got {held.first} to {held.end}")
     if valid is not None and len(valid) != len(held.keys):
-        raise FormatError(f"{names[0]}: expected {len(valid)} sequences, got {len(held.keys)}")
+        raise FormatError(f"{names[0]}: expected {number_of(len(valid), 'sequence')}, got {len(held.keys)}")
     needed = 0 if entry["window"] is None else max(length - entry["window"] + 1, 0)
     if held.first > needed:
         raise FormatError(f"{names[0]}: expected positions from {needed} on, got some from {held.first} on")

@@ -14,6 +14,7 @@ from ...config import Bits, TurboConfig
 from ...errors import ConfigError
 from ...kv.channel_order import ChannelOrder
 from ...paged import HeadBits, PagedFormat, reserved_bytes
+from ...words import number_of
 from .settings import Settings
 
 WITHOUT_ORDERS = (
@@ -79,8 +80,8 @@ class Widths:
         part = chosen[:, rank.of(chosen.shape[1])]
         if part.shape[1] != rank.heads:
             raise ConfigError(
-                f"calibration: expected {rank.heads} KV heads per rank in layer {layer}, got {chosen.shape[1]} in all "
-                f"for {rank.size} ranks"
+                f"calibration: expected {number_of(rank.heads, 'KV head')} per rank in layer {layer}, got "
+                f"{chosen.shape[1]} in all for {rank.size} ranks"
             )
         k_bits, v_bits = part.tolist()
         return tuple(k_bits), tuple(v_bits)
@@ -134,7 +135,9 @@ class Widths:
         calibration = self.calibration
         assert calibration is not None
         if not 0 <= layer < len(calibration.layers):
-            raise ConfigError(f"calibration: expected one with layer {layer}, got {len(calibration.layers)} layers")
+            raise ConfigError(
+                f"calibration: expected one with layer {layer}, got {number_of(len(calibration.layers), 'layer')}"
+            )
         return calibration
 
 

@@ -44,7 +44,7 @@ def test_heads_that_lose_too_much_are_named_once(start, token_ids, logged, spoil
     answer(llm, prompts(token_ids, [300]), max_tokens=2)
     answer(llm, prompts(token_ids[700:], [300]), max_tokens=2)
     (line,) = [line for line in logged if line.startswith("WARNING")]
-    assert "model.layers.3.self_attn.attn: KV heads 1 lose too much in the quantized cache (head 1 has" in line
+    assert "model.layers.3.self_attn.attn: KV head 1 loses too much in the quantized cache (head 1 has" in line
     assert "at K 2 and V 2 bits, bound 0.46); widths kept as configured; calibrate the model" in line
 
 
