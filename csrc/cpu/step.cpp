@@ -35,6 +35,19 @@ std::uint16_t narrowed(float scale) {  // 4 mantissa bits: exact
     return static_cast<std::uint16_t>(bits >> 16);
 }
 
+// Scale `i` of the buffer.
+float scale_at(const StepArgs& step, int side, std::int64_t i) {
+    if (step.store.universal[side]) return static_cast<const float*>(step.scales[side])[i];
+    return widened(static_cast<const std::uint16_t*>(step.scales[side])[i]);
+}
+
+void set_scale(const StepArgs& step, int side, std::int64_t i, float scale) {
+    if (step.store.universal[side])
+        static_cast<float*>(step.scales[side])[i] = scale;
+    else
+        static_cast<std::uint16_t*>(step.scales[side])[i] = narrowed(scale);
+}
+
 // Channels of a row of keys or values.
 std::int64_t channels(const StoreArgs& s, int side) { return side ? s.value_dim : s.head_dim; }
 
@@ -53,7 +66,7 @@ Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
             if (s.fresh)
                 std::memcpy(rows.codes[side] + to * width, step.codes[side] + from * width,
                             static_cast<std::size_t>(held * width));
-            for (std::int64_t t = 0; t < held; ++t) scales[to + t] = widened(step.scales[side][from + t]);
+            for (std::int64_t t = 0; t < held; ++t) scales[to + t] = scale_at(step, side, from + t);
         }
     }
     return rows;
@@ -68,12 +81,12 @@ void keep_rows(const StepArgs& step, const Workspace& w, const Int8Rows& rows) {
             const std::int64_t b = i / s.heads, held = w.held[b], filled = s.fresh && s.fresh[b] ? kBlock : 0;
             const std::int64_t left = held + s.tokens - filled, from = i * rows.head_rows + filled;
             std::int8_t* codes = step.codes[side] + i * step.capacity * width;
-            std::uint16_t* scales = step.scales[side] + i * step.capacity;
             if (s.fresh) std::memcpy(codes, rows.codes[side] + from * width, static_cast<std::size_t>(left * width));
-            for (std::int64_t t = 0; t < left; ++t) scales[t] = narrowed(rows.scales[side][from + t]);
+            for (std::int64_t t = 0; t < left; ++t)
+                set_scale(step, side, i * step.capacity + t, rows.scales[side][from + t]);
             if (left >= held) continue;
             std::memset(codes + left * width, 0, static_cast<std::size_t>((held - left) * width));
-            std::memset(scales + left, 0, 2 * static_cast<std::size_t>(held - left));
+            for (std::int64_t t = left; t < held; ++t) set_scale(step, side, i * step.capacity + t, 0.0f);
         }
     }
 }

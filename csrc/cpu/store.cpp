@@ -41,6 +41,7 @@ Unfit quantize_new(const Kernels& kernels, const StoreArgs& s) {
         t.x = of_sequence(side ? s.v : s.k, b);
         t.first = &before, t.target = &target;
         t.mean = side || !s.mean ? nullptr : s.mean + b * s.heads * s.head_dim, t.mean_from = s.mean_from;
+        t.given_scale = s.universal[side] ? s.universal[side] + b * s.heads : nullptr;
         t.codes = s.tail.codes[side], t.scales = s.tail.scales[side], t.head_rows = s.tail.head_rows;
         if (!kernels.quantize_tokens(t, 0, h, begin, to - before)) fine[side] = false;
     });

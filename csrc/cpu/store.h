@@ -13,6 +13,8 @@ struct StoreArgs {
     FloatRows k, v;
     const std::uint16_t* mean;  // bfloat16 [B, H, D] or null, subtracted from keys
     std::int64_t mean_from;     // the first position whose key is stored without the mean
+    // float32 [B, H] of K and of V: the scale of every new row, as in the paper; or null: one for each row.
+    const float* universal[2];
     const std::int64_t* before;
     Int8Rows tail;  // has room for the new tokens
     // Addresses [B, fresh_blocks] of the pages for the blocks from position tail.start[b] on that the step fills, 0

@@ -132,8 +132,8 @@ class TurboConfig:
         """TurboAttention as published (arXiv 2412.08585), as a baseline for comparisons.
 
         Tile-wide scales for Q, K, V and the weights, running maximum, SAS everywhere, min-max
-        stage 2, one universal buffer scale; no smoothing, rotation, sink block, search or guard. Only
-        the backend "reference" computes it.
+        stage 2, one universal buffer scale; no smoothing, rotation, sink block, search or guard. On
+        GPUs, only the backend "reference" computes it.
         """
         published: dict[str, Any] = {
             "softmax": "sas",

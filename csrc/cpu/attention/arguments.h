@@ -85,8 +85,11 @@ struct AttendArgs {
     // Softmax.
     std::int64_t softmax;  // 0 sas, 1 sas2, 2 exp, 3 sas16
     float threshold;
-    float softcap;                // 0 for none
-    std::int64_t row_scale;       // INT8 weights with a scale per row and block, not 1 / 127
+    float softcap;           // 0 for none
+    std::int64_t row_scale;  // INT8 weights with a scale per row and block, not 1 / 127
+    // Instead, the paper's: against the running maximum, with a scale for each tile of 64 query rows of a head. Results
+    // are then rescaled with the approximation of `softmax`, or exactly.
+    std::int64_t by_tile, approximate_rescale;
     std::int64_t causal, window;  // window 0 for none
     // Mask: kind 0 none, 1 bytes (nonzero attends), 2 float32 (added); element strides of b, h, q, k.
     std::int64_t mask_kind;

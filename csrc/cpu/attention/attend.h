@@ -35,9 +35,12 @@ struct Plan {
 };
 
 inline Plan plan_of(const AttendArgs& a) {
-    const std::int64_t tile = std::max<std::int64_t>(1, std::min(a.queries, kRowsATask / a.group));
+    std::int64_t tile = kRowsATask / a.group;
+    if (a.by_tile) tile = std::max<std::int64_t>(1, tile / kBlock) * kBlock;  // tiles of weights stay whole
+    tile = std::max<std::int64_t>(1, std::min(a.queries, tile));
     Plan plan{tile, (a.queries + tile - 1) / tile, 1,
               a.queries * a.group <= kFewRows ? kFewRowsSplits : kManyRowsSplits};
+    if (a.by_tile) plan.most_splits = 1;  // a running maximum passes through all blocks
     for (std::int64_t b = 0; b < a.batch && plan.tiles == 1; ++b) {
         const std::int64_t blocks = (a.lengths[b] + kBlock - 1) / kBlock, each = plan.blocks_a_split(blocks);
         plan.splits = std::max(plan.splits, (blocks + each - 1) / each);
@@ -96,8 +99,8 @@ inline void run_task(const AttendArgs& a, const Task& task, const Level& level, 
     fill(state.row_sum, rows, 0.0f);
     fill(state.out, rows * state.wide, 0.0f);
     if (!rows) return;
-    // By the task's full size, so that a ragged batch takes one path.
-    if (std::min<std::int64_t>(a.queries, kRowsATask) * a.group <= kFewRows)
+    // By the task's full size, so that a ragged batch takes one path. Rows of a tile wait for each other.
+    if (std::min<std::int64_t>(a.queries, kRowsATask) * a.group <= kFewRows && !(a.by_tile && a.queries > 1))
         run_decode_rows(a, task, level, scratch.few, state);
     else
         run_prefill_rows(a, task, level, scratch.many, state);
@@ -169,9 +172,12 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
             for (std::int64_t i = a.valid_rows[b]; i < a.queries; ++i) finish_row(a, b, head, i, 0.0f, 0.0f, nullptr);
 }
 
+// The weight 1 (softmax.h).
+inline float full_weight(const AttendArgs& a) { return a.by_tile ? 1.0f : a.row_scale ? kFineLevels : kLevels; }
+
 template <Softmax Form>
 inline void attend_as(const AttendArgs& a) {
-    const Exponential exponential(a.threshold, a.row_scale);
+    const Exponential exponential(a.threshold, full_weight(a));
     if (exponential.cuts())
         attend_with(a, Levels<Form, true>{exponential});
     else
@@ -182,8 +188,8 @@ inline void attend(const AttendArgs& a) {
     switch (a.softmax) {
         case 0: attend_as<Softmax::sas>(a); break;
         case 1: attend_as<Softmax::sas2>(a); break;
-        case 3: attend_with(a, Levels<Softmax::sas16, false>{Exponential(a.threshold, a.row_scale)}); break;
-        default: attend_with(a, Levels<Softmax::exp, false>{Exponential(a.threshold, a.row_scale)});
+        case 3: attend_with(a, Levels<Softmax::sas16, false>{Exponential(a.threshold, full_weight(a))}); break;
+        default: attend_with(a, Levels<Softmax::exp, false>{Exponential(a.threshold, full_weight(a))});
     }
 }
 

@@ -68,13 +68,16 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
             weigh_fixed(block, page, seen);
         else
             for (int r = 0; r < used; ++r)
-                seen[r] = row_weights(job, level, row[r], block, visible(r, block, page), scratch.scales, w.scores[r],
-                                      w.p[r], w.p_sum[r]);
+                seen[r] = row_weights(job, level, row[r], block, visible(r, block, page), scratch.scales,
+                                      state.row_max[index[r]], w.scores[r], w.p[r], w.p_sum[r]);
         for (int r = std::max(used, 1); r < R; ++r) {
             w.p_sum[r] = w.p_sum[r - 1];
             std::memcpy(w.p[r], w.p[r - 1], kBlock);
         }
-        fold(w, state, used, index, seen);
+        if (job.a.by_tile)
+            fold_tiles(job.a, level, w, state, used, index, seen);
+        else
+            fold(w, state, used, index, seen);
         for (int r = used; r < R; ++r) w.rescale[r] = w.unit[r] = 0.0f;
     }
 

@@ -16,6 +16,7 @@
 #include "queries.h"
 #include "rows.h"
 #include "task.h"
+#include "tile_lanes.h"
 
 namespace turbo::TURBO_ISA {
 
@@ -125,18 +126,24 @@ inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level&
     groups.hold(count);
     for (int n = 0; n < count; ++n) start_group(a, task, n * kQueryLanes, rows, groups[n]);
     const Tiles tiles(head_dim);
+    const auto over_block = [&](std::int64_t block, bool page) {
+        if (a.by_tile)
+            tiles_over_block(job, level, task, block, page, scratch.block, scratch.scales, groups, count);
+        else
+            groups_over_block(job, level, block, page, groups, count, scratch);
+    };
     for (std::int64_t block = task.first_block; block < task.last_block; ++block) {
         if (task_sees(a, task, block, true)) {
             const PageHead page = page_of(a, task.b, task.h, block);
             read_scales(scratch.scales, page);
             lane_operand(scratch.block, page, head_dim, value_dim);
-            groups_over_block(job, level, block, true, groups, count, scratch);
+            over_block(block, true);
         }
         if (task_sees(a, task, block, false)) {
             const TailBlock tail = tail_block(a, task.b, task.h, block);
             read_scales(scratch.scales, tail);
             lane_operand(scratch.block, tail, head_dim, value_dim);
-            groups_over_block(job, level, block, false, groups, count, scratch);
+            over_block(block, false);
         }
     }
     for (int n = 0; n < count; ++n) finish_group(groups[n], n * kQueryLanes, rows, value_dim, state);

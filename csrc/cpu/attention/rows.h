@@ -10,6 +10,7 @@
 #include "lanes.h"
 #include "queries.h"
 #include "softmax.h"
+#include "tile_rows.h"
 #include "visibility.h"
 
 namespace turbo::TURBO_ISA {
@@ -59,10 +60,11 @@ inline Seen scaled_weights(const Level& level, const F* distance, const BlockSca
     return {row_max, static_cast<float>(i_sum(row_sum)) / kFineLevels, top / (kRowLargest * kFineLevels)};
 }
 
-// Weights of one row: fills p and p_sum.
+// Weights of one row: fills p and p_sum. before: the running maximum.
 template <class Level>
 inline Seen row_weights(const Job& job, const Level& level, const Row& row, std::int64_t block, VisibleKeys visible,
-                        const BlockScales& scales, const std::int32_t* scores, std::uint8_t* p, std::int32_t& p_sum) {
+                        const BlockScales& scales, float before, const std::int32_t* scores, std::uint8_t* p,
+                        std::int32_t& p_sum) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
     const F unit = f_set(row.taken.unit), mean = f_set(mean_of(a, row.taken, block));
@@ -78,10 +80,12 @@ inline Seen row_weights(const Job& job, const Level& level, const Row& row, std:
     }
     if (!visible.all())
         for (int n = 0; n < 4; ++n) x[n] = f_within(16 * n, visible.low, visible.high, x[n], lowest);
-    const float row_max = f_reduce_max(f_max(f_max(x[0], x[1]), f_max(x[2], x[3])));
+    float row_max = f_reduce_max(f_max(f_max(x[0], x[1]), f_max(x[2], x[3])));
+    if (a.by_tile && row_max > -std::numeric_limits<float>::infinity()) row_max = std::max(row_max, before);
     const F against = f_set(row_max == -std::numeric_limits<float>::infinity() ? 0.0f : row_max);
     const F unseen = against - lowest;
     for (int n = 0; n < 4; ++n) x[n] = against - x[n];
+    if (a.by_tile) return tile_weights(level, x, scales, row_max, p, p_sum);
     if (a.row_scale) return scaled_weights(level, x, scales, row_max, p, p_sum);
     I row_sum = i_set(0), sum = i_set(0);
     F value[4];
@@ -124,6 +128,27 @@ inline void fold(Weights& w, Running& state, int rows, const int* index, const S
         float& row_sum = state.row_sum[index[r]];
         row_sum = row_sum * w.rescale[r] + seen[r].row_sum * each[r];
         w.unit[r] = seen[r].value_unit * each[r];
+    }
+}
+
+// The same for weights against the running maximum, which `seen` has, or -infinity where a row saw nothing.
+template <class Level>
+inline void fold_tiles(const AttendArgs& a, const Level& level, Weights& w, Running& state, int rows, const int* index,
+                       const Seen* seen) {
+    const float none = -std::numeric_limits<float>::infinity();
+    alignas(64) float step[16] = {};
+    for (int r = 0; r < rows; ++r)
+        if (seen[r].row_max > none) step[r] = seen[r].row_max - state.row_max[index[r]];
+    f_store(w.rescale, tile_rescale(a, level, f_load(step)));
+    for (int r = 0; r < rows; ++r) {
+        w.unit[r] = seen[r].value_unit;
+        if (seen[r].row_max == none) {
+            w.rescale[r] = 1.0f;  // SAS at 0 is not 1
+            continue;
+        }
+        float& row_sum = state.row_sum[index[r]];
+        row_sum = row_sum * w.rescale[r] + seen[r].row_sum;
+        state.row_max[index[r]] = seen[r].row_max;
     }
 }
 

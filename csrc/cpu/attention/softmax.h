@@ -42,7 +42,7 @@ inline F f_tanh(F x) {
 enum class Softmax { sas, sas2, exp, sas16 };
 
 // The largest INT8 weight. Weights come out in units of 1 / 127, or finer where they take a scale per row: they are
-// summed as integers in that unit.
+// summed as integers in that unit. With a scale per tile they are summed as they are.
 constexpr float kLevels = 127.0f, kFineLevels = 127.0f * 256.0f;
 // Of a row's products, which rounds to the code 127: with 127 itself, scales that are half the largest, which are
 // common, would be rounding ties.
@@ -53,7 +53,7 @@ struct Exponential {
     float table[16];  // full e^-n
     float limit;      // weights beyond are zero
 
-    Exponential(float threshold, bool fine) : full(fine ? kFineLevels : kLevels), limit(-threshold) {
+    Exponential(float threshold, float full) : full(full), limit(-threshold) {
         double power = full;
         for (float& entry : table) {
             entry = static_cast<float>(power);
@@ -61,7 +61,7 @@ struct Exponential {
         }
     }
     // Else 127 e^-y rounds to zero beyond the limit, within the approximations' errors.
-    bool cuts() const { return full > kLevels || limit < 5.7f; }
+    bool cuts() const { return full != kLevels || limit < 5.7f; }
 };
 
 // full e^-y for y >= 0 (infinity gives 0, or what rounds to it). kFixed: in fixed point from the products on, where

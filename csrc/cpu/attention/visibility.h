@@ -68,7 +68,7 @@ inline void mask_shows(const AttendArgs& a, std::int64_t b, std::int64_t head, s
 // Whether the softmax may go from integer products to weights in fixed point. With `stored`, results must not depend
 // on tokens that a query does not see, and the largest scale of a block does.
 inline bool fixed_point(const AttendArgs& a) {
-    return a.scale > 0 && !(a.softcap > 0) && a.mask_kind <= 1 && !a.stored;
+    return a.scale > 0 && !(a.softcap > 0) && a.mask_kind <= 1 && !a.stored && !a.by_tile;
 }
 
 struct Job {  // what rows over a block need to know

@@ -20,6 +20,8 @@ struct TokenArgs {
     // bfloat16 [B, H, D] (rotated, if `rotate`) or null, subtracted from position `mean_from` on.
     const std::uint16_t* mean;
     std::int64_t mean_from;
+    // [B, H], or null: the scale of every row, beyond which values are clamped.
+    const float* given_scale;
     std::int8_t* codes;  // rows of D
     float* scales;
     std::int64_t batch_rows, head_rows;  // strides of the result between sequences and heads, in rows

@@ -82,6 +82,13 @@ inline float quantize_token(const float* x, int count, std::int8_t* codes) {
     return scale;
 }
 
+// A row with a given scale; values beyond its codes are clamped.
+inline void quantize_clamped(float* x, int count, float scale, std::int8_t* codes) {
+    const float limit = kCodeMax * scale;
+    for (int c = 0; c < count; ++c) x[c] = x[c] > limit ? limit : x[c] < -limit ? -limit : x[c];
+    quantize_row(x, count, scale, codes);
+}
+
 // INT8 keys in the form that compressed pages store (kv/channel_order.py): rotated back if `rotated`, quantized again
 // and permuted.
 inline void ordered_rows(const std::int8_t* rows, const float* scales, int tokens, int head_dim,
@@ -105,6 +112,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
     static const Signs signs;
     const int head_dim = static_cast<int>(a.head_dim);
     const std::uint16_t* mean = a.mean ? a.mean + (b * a.heads + h) * head_dim : nullptr;
+    const float* given = a.given_scale ? a.given_scale + b * a.heads + h : nullptr;
     const std::int64_t first_row = b * a.batch_rows + h * a.head_rows + a.target[b];
     float x[kMaxHeadDim];
     bool fine = true;
@@ -115,7 +123,9 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
         if (mean && a.first[b] + t >= a.mean_from) {
             for (int c = 0; c < head_dim; ++c) x[c] -= float_from_bfloat(mean[c]);
         }
-        a.scales[first_row + t] = quantize_token(x, head_dim, a.codes + (first_row + t) * head_dim);
+        std::int8_t* codes = a.codes + (first_row + t) * head_dim;
+        if (given) quantize_clamped(x, head_dim, *given, codes);
+        a.scales[first_row + t] = given ? *given : quantize_token(x, head_dim, codes);
     }
     return fine;
 }

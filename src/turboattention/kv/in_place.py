@@ -1,7 +1,6 @@
 """Growth in place: for kernels that write new tokens into a cache's tail buffer, and compress blocks, by themselves.
 
-A backend keeps what it needs for that in `KVCache.backend_state`, asks here what fits, writes, and calls `extend`. Only
-with token scales.
+A backend keeps what it needs for that in `KVCache.backend_state`, asks here what fits, writes, and calls `extend`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def attend_cache(
     source = Source(state, cache if int(cache.page_counts.sum()) else None, size, cache.mean_from)
     if config.stored_prefill and staged is not None:
         source.read_back(cache, staged, head_bits)
-    seen = Visibility(positions, state.lengths, is_causal, window_size, attn_mask, q.shape[1])
+    seen = Visibility(positions, state.lengths, is_causal, window_size, attn_mask, q.shape[1], valid)
     rows = valid.to(q.device)[:, None, :, None]
     clean = torch.where(rows, compute_dtype(q), 0.0)
     kv_heads = cache.num_kv_heads

@@ -16,6 +16,7 @@ class Visibility:
     lengths: int64 [B] (CPU), keys of each sequence.
     window: a query at p sees keys from p - window + 1 on and, unless `causal`, up to p + window - 1.
     mask: bool or additive [1 or B, 1 or Hq, 1 or Lq, 1 or Lk], or None.
+    valid: bool [B, Lq] (CPU), queries that are not padding, which sees nothing; None for all.
 
     One sequence with 5 keys and queries at positions 2 to 4, causal, window 3 (x: visible):
 
@@ -31,6 +32,7 @@ class Visibility:
     window: int | None
     mask: Tensor | None
     heads: int
+    valid: Tensor | None = None
 
     def rows(self, first_key: int, last_key: int, align: int) -> slice:
         """A range of query rows that contains all that see a key from `first_key` to `last_key` (exclusive).
@@ -58,6 +60,8 @@ class Visibility:
         keys = first_key + torch.arange(blocks * size)
         positions = self.positions[:, rows]
         seen = (keys < self.lengths[:, None])[:, None].expand(-1, positions.shape[1], -1)
+        if self.valid is not None:
+            seen = seen & self.valid[:, rows, None]
         if self.causal:
             seen = seen & (keys <= positions[..., None])
         if self.window is not None:

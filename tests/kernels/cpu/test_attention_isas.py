@@ -20,6 +20,7 @@ from .tools import ISAS
 
 OFF = ta.TurboConfig(guard="off")
 ROW = OFF.replace(p_scale="row")
+PAPER = ta.TurboConfig.paper()
 others = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "serial"])
 
 
@@ -60,6 +61,13 @@ PREFILLS = {
     "a scale per row, exp": lambda: prefill((1, 4, 2, 20, 150, 72), config=ROW.replace(softmax="exp"), spread=9.0),
     "threshold": lambda: prefill((1, 4, 2, 40, 150, 16), config=OFF.replace(sas_threshold=-1.0)),
     "by tile": lambda: prefill((1, 4, 2, 70, 150, 16), config=OFF.replace(token_scales=False)),
+    "paper": lambda: prefill((2, 4, 2, 193, 193, 64), is_causal=True, config=PAPER, spread=3.0),
+    "paper, one row": lambda: prefill((1, 7, 1, 1, 3000, 72), config=PAPER, dtype=torch.bfloat16),
+    "paper, several tiles": lambda: prefill((1, 8, 1, 300, 300, 16), config=PAPER.replace(rescale="exact")),
+    "paper, mask": lambda: prefill((1, 4, 2, 20, 150, 24), normals(1, 4, 20, 150) > 0, config=PAPER),
+    "paper, sas2": lambda: prefill((1, 4, 2, 70, 150, 16), config=PAPER.replace(softmax="sas2"), softcap=2.0),
+    "paper, sas16": lambda: prefill((1, 4, 2, 70, 150, 16), config=PAPER.replace(softmax="sas16"), spread=3.0),
+    "paper, exp": lambda: prefill((1, 4, 2, 1, 150, 16), config=PAPER.replace(softmax="exp"), spread=3.0),
     "more queries than keys": lambda: prefill((2, 4, 2, 70, 9, 16), is_causal=True),
 }
 DECODES = (
@@ -83,6 +91,10 @@ DECODES = (
         "long, many rows": lambda: decode([1500], 32, 30),
         "bfloat16": lambda: decode([200, 100], 96, 2, dtype=torch.bfloat16),
         "by tile": lambda: decode([200, 100], 16, 2, config=OFF.replace(token_scales=False)),
+        "paper": lambda: decode([200, 100, 300], 64, 1, config=PAPER, heads=14),
+        "paper, long": lambda: decode([2500, 70], 32, 1, config=PAPER),
+        "paper, several rows": lambda: decode([200, 100], 64, 5, "mixed", config=PAPER),
+        "paper, ragged": lambda: decode([200, 100], 16, 70, config=PAPER, counts=[0, 66]),
         "a scale per row": lambda: decode([200, 100], 64, 2, config=ROW),
         "a scale per row, many": lambda: decode([200, 100], 64, 20, config=ROW.replace(stored_prefill=True)),
         "window": lambda: decode([700, 100], 16, 2, window_size=130),
@@ -116,6 +128,7 @@ def test_bits_of_the_serial_kernels(case, isa, monkeypatch):
 
 
 SEVERAL_TASKS = ("causal", "one row of a long context", "many rows of a long context", "several tiles", "mixed", "long")
+SEVERAL_TASKS += ("paper", "paper, several tiles", "paper, long")
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -18,15 +18,22 @@ from .attending import cache_both, prefill_both, unequal
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])
 HEADS = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 5, 8]))
 HEAD_DIMS = st.integers(1, 32).map(lambda n: 8 * n) | st.sampled_from([8, 16, 64])
+SOFTMAXES = [
+    *[("block", p_scale, "exact") for p_scale in ("static", "row")] * 2,
+    *[("running", "tile", rescale) for rescale in ("exact", "sas")],
+]
 LENGTHS = st.integers(1, 20) | st.integers(1, 200) | st.sampled_from([63, 64, 65, 128, 1030])
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> ta.TurboConfig:
+    row_max, p_scale, rescale = draw(st.sampled_from(SOFTMAXES))
     return ta.TurboConfig(
         guard="off",
         softmax=draw(st.sampled_from(["sas", "sas2", "exp"])),
-        p_scale=draw(st.sampled_from(["static", "row"])),
+        row_max=row_max,
+        p_scale=p_scale,
+        rescale=rescale,
         sas_threshold=draw(st.sampled_from([-6.0, -6.0, -2.0, -9.0])),
         smooth_k=draw(st.booleans()),
         rotate=draw(st.booleans()),

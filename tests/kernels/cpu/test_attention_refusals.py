@@ -19,12 +19,13 @@ from .attending import prefill_both
 REFUSED = {
     "float64 is computed by the reference alone": (ta.TurboConfig(), torch.float64),
     "block_size is 32, its kernels are written for 64": (ta.TurboConfig(block_size=32), torch.float32),
-    "row_max is 'running', its kernels compute 'block'": (ta.TurboConfig.paper(), torch.float32),
+    "row_max is 'running', its kernels compute 'block'": (ta.TurboConfig(row_max="running"), torch.float32),
     "p_scale is 'tile', its kernels compute 'row' and 'static'": (
         ta.TurboConfig(p_scale="tile"),
         torch.float32,
     ),
     "rescale is 'sas', its kernels compute 'exact'": (ta.TurboConfig(rescale="sas"), torch.float32),
+    "stored_prefill is True, its kernels compute False": (ta.TurboConfig.paper(stored_prefill=True), torch.float32),
 }
 
 
@@ -67,6 +68,9 @@ def test_auto_takes_the_kernels_for_everything_else():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for fields in ({}, {"softmax": "exp"}, {"bits": 2}, {"token_scales": False}, {"rotate": False}):
             call = dispatch.CallTraits(ta.TurboConfig(**fields), dtype, torch.device("cpu"))
+            assert dispatch.choose("auto", call).name == "cpu"
+        for fields in ({}, {"rescale": "exact"}, {"softmax": "exp"}, {"token_scales": True}, {"bits": "mixed"}):
+            call = dispatch.CallTraits(ta.TurboConfig.paper(**fields), dtype, torch.device("cpu"))
             assert dispatch.choose("auto", call).name == "cpu"
 
 

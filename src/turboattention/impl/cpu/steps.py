@@ -32,6 +32,8 @@ def step(
     tokens = k.shape[2] if k is not None else 0
     if counts is not None or params.attn_mask is not None or (k is not None and q.shape[2] != tokens):
         return None
+    if q.shape[2] > 1 and not cache.config.token_scales:
+        return None  # the rows of a tile of queries share a scale
     steps = _steps_of(cache)
     filled = steps.filled_by(tokens) if steps is not None else None
     if steps is None or filled is None:
@@ -84,6 +86,8 @@ class _Steps:
         self.addresses = cache.page_table.addresses()
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
         self._open = (cache.lengths - self._start).tolist()
+        self._universal = None if cache.universal is None else cache.universal.contiguous()
+        self._began = int(cache.lengths.min()) > 0  # where a sequence begins, its universal scales are decided
         self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
         state = cache.state(torch.device("cpu"))
         self._mean, self._order = None if state.k_mean is None else state.k_mean.contiguous(), cache.k_order
@@ -104,11 +108,21 @@ class _Steps:
             assert cache.tail is not None
             codes, scales = cache.tail.memory(rows)
             self.step = Step(
-                cache.config, self._pages, self._start, codes, scales, self._mean, cache.mean_from, self._order
+                cache.config,
+                self._pages,
+                self._start,
+                codes,
+                scales,
+                self._mean,
+                cache.mean_from,
+                self._order,
+                self._universal,
             )
 
     def filled_by(self, tokens: int) -> list[int] | None:
         """Sequences that fill a block with `tokens` more tokens; None if that needs the general path."""
+        if self._universal is not None and (not self._began or tokens >= self._size):
+            return None  # a block of new tokens alone has scales of its own
         if tokens <= self._room:
             return []
         if not self._may_fill or tokens > LARGEST:
@@ -151,7 +165,7 @@ class _Steps:
 
 def _steps_of(cache: KVCache) -> _Steps | None:
     """The cache's `_Steps`, made anew if something else changed the cache; None for caches without such steps."""
-    if cache.page_table is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
+    if cache.page_table is None or cache.dtype is None or not cache.batch_size:
         return None
     steps = backend_state_of(cache, _Steps)
     if steps is None:

@@ -14,7 +14,8 @@ from ...config import TurboConfig
 from ...errors import NonFiniteError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import WIDEST, PageLayout
-from ..inputs import Int8Queries, Pages, QueryPositions, TailRows, refusal
+from .. import inputs
+from ..inputs import Int8Queries, Pages, QueryPositions, TailRows
 from .rows import FloatRows, Int8Rows, check_format, check_size, float_rows, mean_address
 
 # By name: static analysis has no module for the extension and would take it for the whole package.
@@ -23,6 +24,15 @@ _cpu = importlib.import_module("turboattention._cpu")
 _HOST = torch.device("cpu")
 _SOFTMAX = {"sas": 0, "sas2": 1, "exp": 2, "sas16": 3}
 _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+
+
+def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not compute a configuration, or None. The paper's running maximum and weight scales per tile
+    are computed together only."""
+    if config.row_max != "running" or config.p_scale != "tile":
+        return inputs.refusal(config, dtype)
+    together = {"row_max": ("running",), "p_scale": ("tile",), "rescale": ("exact", "sas"), "stored_prefill": (False,)}
+    return inputs.refusal(config, dtype, **together)
 
 
 def attend(
@@ -129,7 +139,8 @@ def fill_call(
 ) -> None:
     """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, softcap or 0.0
-    a.row_scale = config.p_scale == "row"
+    a.row_scale, a.by_tile = config.p_scale == "row", config.p_scale == "tile"
+    a.approximate_rescale = config.rescale == "sas"
     a.causal, a.window, a.stored = causal, window or 0, config.stored_prefill
     a.mask_kind = 0
     if mask is not None:
@@ -172,7 +183,7 @@ class Arguments(ctypes.Structure):
         ("softmax", ctypes.c_int64),
         ("threshold", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("row_scale", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("row_scale", "by_tile", "approximate_rescale")),
         ("causal", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("mask_kind", ctypes.c_int64),

@@ -133,7 +133,7 @@ class _Tokens(ctypes.Structure):
         ("x", FloatRows),
         *_pointers("begin end first target mean"),
         *_words("mean_from"),
-        *_pointers("codes scales"),
+        *_pointers("given_scale codes scales"),
         *_words("batch_rows head_rows threads"),
     ]
 

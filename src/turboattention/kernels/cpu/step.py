@@ -26,10 +26,10 @@ class Step:
     """What stays the same from step to step of a cache: kept until pages or sequences change.
 
     pages: as for attention. start: int64 [B], position of the buffer's row 0. codes: int8 keys and
-    values [B, H, capacity, D or Dv], scales: bfloat16 [B, H, capacity], both written into. mean: bfloat16
-    [B, H, D] or None, off the keys from position `mean_from` on. order: that of K's
-    channels in compressed pages, or None. The caller may change the page
-    addresses, page counts and starts in place between steps.
+    values [B, H, capacity, D or Dv], scales: bfloat16 [B, H, capacity], or float32 with `universal`; both written into.
+    mean: bfloat16 [B, H, D] or None, off the keys from position `mean_from` on. order: that of K's channels in
+    compressed pages, or None. universal: float32 [2, B, H], the scales of K and V that every new row takes; None where
+    each row has its own. The caller may change the page addresses, page counts and starts in place between steps.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class Step:
         mean: Tensor | None,
         mean_from: int,
         order: ChannelOrder | None = None,
+        universal: Tensor | None = None,
     ):
         self.config, self._order, self._mean = config, channel_table(order), mean
         self._none = torch.zeros_like(start)
-        self._kept = (pages, start, codes, scales)  # what the addresses below point into
+        self._kept = (pages, start, codes, scales, universal)  # what the addresses below point into
         args = self._arguments = _Arguments()
         a, s = args.attend, args.store
         s.batch, s.heads, args.capacity, s.head_dim = codes[0].shape
@@ -57,6 +58,8 @@ class Step:
             s.layout, s.page_bytes, s.search = a.compressed, (pages.compressed or pages.sinks).page_bytes, config.search
         s.tail.start, s.rotate = start.data_ptr(), config.rotate
         s.mean, s.mean_from = mean_address(mean), mean_from
+        if universal is not None:
+            s.universal[:] = universal[0].data_ptr(), universal[1].data_ptr()
         s.order = None if self._order is None else self._order.data_ptr()
         a.mean_from_block = mean_from // config.block_size
         args.codes[:] = [x.data_ptr() for x in codes]

@@ -22,6 +22,7 @@ class Store(ctypes.Structure):
         ("v", FloatRows),
         ("mean", ctypes.c_void_p),
         ("mean_from", ctypes.c_int64),
+        ("universal", ctypes.c_void_p * 2),
         ("before", ctypes.c_void_p),
         ("tail", Int8Rows),
         ("fresh", ctypes.c_void_p),
