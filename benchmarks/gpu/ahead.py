@@ -23,6 +23,7 @@ Work = Callable[[], object]
 def works() -> dict[str, Work]:
     """By name, what the sweeps and the gates launch."""
     import kernels
+    import paged_kernels
     import sweeping
 
     found: dict[str, Work] = {}
@@ -30,6 +31,12 @@ def works() -> dict[str, Work]:
         found[f"decode int{bits} {launch}"] = functools.partial(_decode, bits, launch)
     for form, launch in itertools.product(sweeping.FORMS, sweeping.PREFILL):
         found[f"prefill {form} {launch}"] = functools.partial(_prefill, form, launch)
+    # What reads restored pages is the same at every width, and kernels.py has 4 bits at the first launch.
+    for bits in (3, 2):
+        found[f"pages int{bits}"] = paged_kernels.mixed(128, bits)
+        found[f"pages int{bits}, restored once"] = paged_kernels.restored(128, bits)
+    for launch in sweeping.RESTORED[1:]:
+        found[f"pages int4, restored once, {launch}"] = functools.partial(_restored, launch)
     for form in sweeping.FORMS:
         found[f"prefill {form}, other rescaling"] = functools.partial(_other_prefill, form)
     return found | {name: work for name, work in kernels.calls(quick=True) if "mask" not in name}
@@ -49,6 +56,14 @@ def _prefill(form: str, launch: Launch) -> None:
 
     with sweeping.launched(prefill=launch):
         kernels._prefill(kernels.CONFIG.replace(softmax=form), 128)()
+
+
+def _restored(launch: Launch) -> None:
+    import paged_kernels
+    import sweeping
+
+    with sweeping.launched(restored=launch):
+        paged_kernels.restored(128, 4)()
 
 
 def _other_prefill(form: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architecture import changed
 from paging import paged
 from plan import Plan
 from problem import dtype, filled_cache, normals
@@ -71,6 +72,9 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
                 replace(plan, head_dim=size), bits
             )
             for size, bits in (((128, 4), (128, 2)) if real else ((64, 4),))
+        },
+        "pages restored once": {
+            "pages that a server manages, 4 bits, restored once per step": lambda: _restored_once(plan),
         },
         "pages of other sizes": {
             f"pages that a server manages, {bits} bits, head_dim {size}": lambda size=size, bits=bits: paged(
@@ -208,6 +212,11 @@ def _graph(plan: Plan, tokens: int) -> float:
     graph.close()
     _assert_same(cache, other)
     return worst
+
+
+def _restored_once(plan: Plan) -> float:
+    with changed(restores_pages=True):
+        return paged(plan, 4)
 
 
 def _moved(plan: Plan, tokens: int) -> float:

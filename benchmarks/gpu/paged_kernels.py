@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from architecture import changed
 
 from turboattention.config import TurboConfig
 from turboattention.kernels.triton.paged import Ragged, Slots, attend, store
@@ -24,18 +25,19 @@ def calls(quick: bool) -> Iterator[tuple[str, Work]]:
     them other widths, forms and visible ranges."""
     if quick:
         for head_dim, bits in ((64, 4), (128, 4), (256, 3)):
-            yield f"paged step d{head_dim} int{bits}", _mixed(head_dim, bits)
+            yield f"paged step d{head_dim} int{bits}", mixed(head_dim, bits)
+            yield f"paged step d{head_dim} int{bits}, restored once", restored(head_dim, bits)
         for head_dim, group, bits in ((128, 1, 4), (128, 8, 3), (256, 1, 4), (256, 8, 2)):
             yield f"paged decode d{head_dim} int{bits}, group {group}", _decode(head_dim, bits, group)
         return
     for head_dim, bits in itertools.product((64, 128, 256), (8, 4, 3, 2)):
-        yield f"paged step d{head_dim} int{bits}", _mixed(head_dim, bits)
+        yield f"paged step d{head_dim} int{bits}", mixed(head_dim, bits)
     for head_dim, (name, options) in itertools.product((64, 128, 256), SIGHTS.items()):
-        yield f"paged step d{head_dim} int4, {name}", _mixed(head_dim, 4, **options)
+        yield f"paged step d{head_dim} int4, {name}", mixed(head_dim, 4, **options)
         for group in (1, 8):
             yield f"paged decode d{head_dim} int3, group {group}, {name}", _decode(head_dim, 3, group, **options)
     for softmax in ("sas", "sas2"):
-        yield f"paged step d128 int4, {softmax}", _mixed(128, 4, config=CONFIG.replace(softmax=softmax))
+        yield f"paged step d128 int4, {softmax}", mixed(128, 4, config=CONFIG.replace(softmax=softmax))
 
 
 def _decode(head_dim: int, bits: int, group: int, **options: Any) -> Work:
@@ -43,9 +45,20 @@ def _decode(head_dim: int, bits: int, group: int, **options: Any) -> Work:
     return _step(head_dim, bits, group, 1, SEQUENCES, **options)
 
 
-def _mixed(head_dim: int, bits: int, **options: Any) -> Work:
+def mixed(head_dim: int, bits: int, **options: Any) -> Work:
     """Decoding beside prefill."""
     return _step(head_dim, bits, GROUP, 512, 1024, **options)
+
+
+def restored(head_dim: int, bits: int) -> Work:
+    """The same where pages are restored once per step."""
+    work = mixed(head_dim, bits)
+
+    def changed_work() -> None:
+        with changed(restores_pages=True):
+            work()
+
+    return changed_work
 
 
 def _step(
@@ -58,12 +71,13 @@ def _step(
     def work() -> None:
         q, out = (torch.zeros(tokens, KV_HEADS * group, head_dim, dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.zeros(tokens, KV_HEADS, head_dim, dtype=torch.bfloat16) for _ in range(2))
-        numbers = torch.zeros(SEQUENCES + 1, dtype=torch.int32)
+        starts, lengths, slot_of = (torch.zeros(SEQUENCES + more, dtype=torch.int32) for more in (1, 0, 0))
         table = torch.zeros(SEQUENCES, 2048, dtype=torch.int32)
-        batch = Ragged(numbers, numbers[1:], numbers[1:], table, tokens, most)
+        batch = Ragged(starts, lengths, slot_of, table, tokens, most)
         codes = [torch.zeros(8, KV_HEADS, 64, head_dim, dtype=torch.int8) for _ in range(2)]
         scales = [torch.zeros(8, KV_HEADS, 64) for _ in range(2)]
-        slots, flag = Slots((codes[0], codes[1]), (scales[0], scales[1]), 64), numbers[:1]
+        slots = Slots((codes[0], codes[1]), (scales[0], scales[1]), 64)
+        flag = torch.zeros(1, dtype=torch.int32)
         pages = torch.zeros(2, -(-layout.page_bytes // 64) * 64, dtype=torch.uint8)
         opened = store(config, layout, batch, k, v, mean, pages, slots, flag)
         attend(config, layout, batch, q, out, mean, pages, slots, opened, flag, **asked)

@@ -1,4 +1,5 @@
-"""A check: pages that a server manages, prompts in pieces and then steps, which on a GPU are one CUDA graph."""
+"""Pages that a server manages: a check of prompts in pieces and then steps, which on a GPU are one CUDA graph, and
+such a piece to be timed."""
 
 from __future__ import annotations
 
@@ -62,6 +63,34 @@ def paged(plan: Plan, width: int) -> float:
         assert torch.equal(pages[table[number, :blocks].long(), : stored.shape[1]], stored), "pages differ"
     assert worst <= 1e-3 + (3e-3 if dtype() == torch.bfloat16 else 0.0), f"relative error {worst:.1e}"
     return worst
+
+
+def piece(plan: Plan, width: int, before: int, new: int) -> Callable[[], Tensor]:
+    """A call that gives the attention of `new` tokens of a prompt behind `before`, a multiple of 64, over pages of
+    `width` bits; the result's memory is that of the next call. Storing tokens again writes the same bytes, so that it
+    may be repeated."""
+    widths = (width,) * plan.kv_heads
+    fmt = PagedFormat.of(CONFIG, plan.head_dim, [(widths, widths)])
+    count = -(-(before + new) // BLOCK)
+    table = torch.randperm(count)[None].to(device(), torch.int32)
+    pages = torch.zeros(count, fmt.page_bytes, dtype=torch.uint8, device=device())
+    opened = TailBlocks(1, 1, plan.kv_heads, plan.head_dim, device())
+
+    def attend(rows: list[Tensor], begin: int) -> Callable[[], Tensor]:
+        tokens, out = len(rows[0]), torch.empty_like(rows[0])
+        given = ([0, tokens], [begin + tokens], [0])
+        starts, lengths, slots = (torch.tensor(x, dtype=torch.int32, device=device()) for x in given)
+        batch = PagedBatch(starts, lengths, table, slots, tokens)
+
+        def call() -> Tensor:
+            paged_attention(fmt, 0, batch, *rows, out, pages, opened, backend="triton")
+            return out
+
+        return call
+
+    for begin in range(0, before, 2048):
+        attend(_tokens(plan, min(2048, before - begin), begin), begin)()
+    return attend(_tokens(plan, new, before), before)
 
 
 def _stepper(attend: Callable[..., Tensor], like: list[Tensor]) -> Callable[[list[Tensor], Tensor], Tensor]:

@@ -20,7 +20,7 @@ class Model:
 @dataclass(frozen=True)
 class Plan:
     """prefill: (batch, tokens); decode: (batch, tokens); bits of decode; throughput's context lengths; `sweep_`: shapes
-    that launches are tried on."""
+    that launches are tried on, `sweep_pages` as (tokens before, new tokens)."""
 
     heads: int
     kv_heads: int
@@ -32,6 +32,7 @@ class Plan:
     contexts: tuple[int, ...]
     sweep_decode: tuple[tuple[int, int], ...]
     sweep_prefill: tuple[tuple[int, int], ...]
+    sweep_pages: tuple[tuple[int, int], ...]
     model: Model
     memory_limit: float = field(default=float("inf"))
 
@@ -49,6 +50,7 @@ REAL = Plan(
     contexts=(8192, 32768),
     sweep_decode=((16, 8192), (64, 8192)),
     sweep_prefill=((1, 16384),),
+    sweep_pages=((0, 8192), (14336, 2048)),
     model=LLAMA_3_8B,
     memory_limit=72e9,
 )
@@ -64,6 +66,7 @@ TINY = Plan(
     contexts=(130,),
     sweep_decode=((1, 192),),
     sweep_prefill=((1, 70),),
+    sweep_pages=((64, 70),),
     model=Model(layers=1, hidden=128, heads=2, kv_heads=1, head_dim=64, inner=128),
     memory_limit=7e5,
 )

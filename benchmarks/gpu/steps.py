@@ -16,7 +16,7 @@ from supervising import CRASHED, FOUND_WRONG, TIMED_OUT, Results, Step
 
 from turboattention.files import write_text
 
-GATES = ("stages", "prefill", "decode", "paged", "pages of other sizes", "steps", "repeats")
+GATES = ("stages", "prefill", "decode", "paged", "pages restored once", "pages of other sizes", "steps", "repeats")
 WIDTHS = (4, 3, 2)
 _DECODE_GATE, _PREFILL_GATE = ("gate decode",), ("gate prefill",)
 
@@ -31,6 +31,7 @@ def steps(rehearse: bool) -> list[Step]:
     table += [Step(f"sweep decode {bits}", 60, sound=_DECODE_GATE) for bits in WIDTHS]
     table += [
         Step("sweep prefill", 60, sound=_PREFILL_GATE),
+        Step("sweep pages", 60, sound=("gate pages restored once",)),
         Step("peers decode", 150, sound=_DECODE_GATE),
         Step("peers prefill", 60, sound=_PREFILL_GATE),
         Step("trace", 30, sound=_PREFILL_GATE),
@@ -120,6 +121,8 @@ def _sweep(shapes: Any, which: str, results: Results) -> Rows:
 
     have = {row["key"] for row in results.rows(f"sweep {which}") if "key" in row}
     kind, _, bits = which.partition(" ")
+    if kind == "pages":
+        return sweeping.pages(shapes, have)
     return sweeping.prefill(shapes, have) if kind == "prefill" else sweeping.decode(shapes, int(bits), have)
 
 
@@ -285,3 +288,6 @@ def summary(results: Results) -> None:
         if found:
             rows = [row["TOPS"] for row in results.rows("sweep prefill") if row["softmax"] == form and "TOPS" in row]
             print(f"prefill {form}: {found}, {max(rows):.4g} TOPS")
+    for row in results.rows("sweep pages"):
+        if "seconds" in row:
+            print(f"{row['key']}: {row['seconds'] * 1e3:.4g} ms")

@@ -9,10 +9,12 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
+from architecture import changed
+from paging import piece
 from plan import Plan
 from problem import device, exact, filled_cache, normals
 from timing import WRONG, graphed, on_gpu, once, relative_error, said
@@ -27,37 +29,34 @@ from turboattention.kernels.triton.configs import Launch
 Row = dict[str, Any]
 DECODE = tuple(Launch(*each) for each in itertools.product((4, 8), (1, 2), (2, 3, 4)))
 PREFILL = tuple(Launch(*each) for each in ((64, 4, 3, 168), (64, 4, 3), (64, 4, 2, 168), (64, 4, 4, 168)))
+RESTORED = tuple(Launch(*each) for each in ((64, 4, 3), (128, 8, 2), (128, 8, 3)))
 FORMS = ("exp", "sas")
 
 
 @contextlib.contextmanager
-def launched(decode: Launch | None = None, prefill: Launch | None = None) -> Iterator[None]:
+def launched(
+    decode: Launch | None = None, prefill: Launch | None = None, restored: Launch | None = None
+) -> Iterator[None]:
     """Within, these launches are taken whatever the shape."""
-    own = configs.decode, configs.prefill
+    own = configs.decode, configs.prefill, configs.restored_prefill
     if decode is not None:
         configs.decode = lambda *_: decode  # type: ignore[assignment]
     if prefill is not None:
         configs.prefill = lambda *_: prefill  # type: ignore[assignment]
+    if restored is not None:
+        configs.restored_prefill = lambda *_: restored  # type: ignore[assignment]
     try:
         yield
     finally:
-        configs.decode, configs.prefill = own
+        configs.decode, configs.prefill, configs.restored_prefill = own
 
 
 @contextlib.contextmanager
 def other_rescaling() -> Iterator[str]:
     """Within, prefill skips rescaling where it does not as shipped, or the other way round; gives what it does."""
-    own = configs.architecture_of
-
-    def changed(device: torch.device) -> configs.Architecture:
-        shipped = own(device)
-        return replace(shipped, skips_rescaling=not shipped.skips_rescaling)
-
-    configs.architecture_of = changed  # type: ignore[assignment]
-    try:
-        yield "rescaling as rows rise" if changed(device()).skips_rescaling else "rescaling always"
-    finally:
-        configs.architecture_of = own
+    skips = not configs.architecture_of(device()).skips_rescaling
+    with changed(skips_rescaling=skips):
+        yield "rescaling as rows rise" if skips else "rescaling always"
 
 
 def decode_candidates() -> tuple[Launch, ...]:
@@ -140,6 +139,26 @@ def _prefill(
     if "seconds" in row:
         row["TOPS"] = 2 * batch * heads * head_dim * tokens**2 / row["seconds"] / 1e12
     yield {"key": key, "softmax": softmax, "batch": batch, "keys": tokens, **_of(launch)} | row
+
+
+def pages(plan: Plan, have: set[str]) -> Iterator[Row]:
+    """The last tokens of a prompt over pages that a server manages, at every width: pages restored as they are read, as
+    shipped, and once per step by every launch. Errors are against the former, which should be the same."""
+    launches = RESTORED if on_gpu() else RESTORED[:1]
+    with torch.inference_mode():
+        for bits, (before, new) in itertools.product((4, 3, 2), plan.sweep_pages):
+            attend = piece(plan, bits, before, new)
+            shipped = configs.paged_prefill(configs.architecture_of(device()), plan.head_dim)
+            want = attend().clone()
+            for once_a_step, launch in ((False, shipped), *((True, launch) for launch in launches)):
+                name = "once" if once_a_step else "as read"
+                key = f"pages {bits} {before}+{new} {name} {_text(launch)}"
+                if key in have:
+                    continue
+                with changed(restores_pages=once_a_step), launched(restored=launch):
+                    row = _timed(attend, attend, want)
+                shape = {"batch": 1, "keys": before + new, "queries": new}
+                yield {"key": key, "bits": str(bits), "restored": name, **shape, **_of(launch)} | row
 
 
 def best(rows: list[Row], **wanted: Any) -> Launch | None:

@@ -74,7 +74,7 @@ def real_model(document: dict[str, Any]) -> Figure:
     figure = _figure(3.4 * len(panels), 3.0)
     for axes, (label, heights) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.bar(range(len(heights)), heights, 0.7, color=[f"C{place}" for place in range(len(heights))])
-        axes.set_xticks(range(len(heights)), [_short(rows[0]["title"]) for rows in found], fontsize=7)
+        axes.set_xticks(range(len(heights)), [_short(rows[0]["title"]) for rows in found], fontsize=6)
         axes.set_title(label, fontsize=9)
         axes.yaxis.set_major_formatter("{x:,.6g}")
     requests = document["plan"]["requests"]

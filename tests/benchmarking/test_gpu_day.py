@@ -15,7 +15,7 @@ INJECTED = ["--only", "facts", "--only", "a crash", "--only", "a hang"]
 
 
 @pytest.mark.parametrize(
-    ("selected", "done"), [(INJECTED, 1), pytest.param([], 28, marks=pytest.mark.long)], ids=["injected", "all"]
+    ("selected", "done"), [(INJECTED, 1), pytest.param([], 30, marks=pytest.mark.long)], ids=["injected", "all"]
 )
 def test_rehearsal(tmp_path, selected, done):
     command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path), *selected]

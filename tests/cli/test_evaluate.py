@@ -107,15 +107,28 @@ def test_a_calibrated_method(run, model: Path, book: Path, tmp_path: Path) -> No
     assert document["units"][0]["metrics"]["kl"] != document["units"][1]["metrics"]["kl"]
 
 
-def test_questions_from_files(run, model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
     (tmp_path / "gsm8k").mkdir()
     line = json.dumps({"question": "2 + 2?", "answer": "Four.\n#### 4"}) + "\n"
     for split in ("train", "test"):
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(line, encoding="utf-8")
-    call = ("--methods", "turbo-4", "--tasks", "gsm8k", "--data", tmp_path)
+    return tmp_path
+
+
+def test_questions_from_files(run, model: Path, sums: Path) -> None:
+    call = ("--methods", "turbo-4", "--tasks", "gsm8k", "--data", sums)
     (unit,) = run("eval", "--model", model, *call, "--json").json["units"]
     assert unit["metrics"]["accuracy"]["value"] in (0.0, 1.0)
     assert unit["shown"][0]["target"] == "4"
+
+
+def test_questions_in_a_conversation(run, chat_model: Path, model: Path, sums: Path) -> None:
+    call = ("--methods", "turbo-4", "--tasks", "gsm8k", "--data", sums, "--chat")
+    (unit,) = run("eval", "--model", chat_model, *call, "--json").json["units"]
+    assert (unit["settings"]["task"]["chat"], unit["fewest_shots"]) == (True, 1)
+    error = run("eval", "--model", model, *call).error
+    assert error == f"--model: expected one with a chat template, got {model}, which has none"
 
 
 def test_what_cannot_be_measured_is_told_at_the_end(run, model: Path) -> None:
@@ -140,6 +153,7 @@ def test_what_cannot_be_measured_is_told_at_the_end(run, model: Path) -> None:
         (("--text", "nowhere.txt"), "--text: nowhere.txt cannot be read: No such file"),
         (("--lengths", "1k"), "--lengths: expected numbers above 0 such as 1024,4096, got '1k'"),
         (("--include", "nowhere"), "--include: expected a folder with task files, got nowhere"),
+        (("--chat", "--tasks", "recall"), "--chat: expected gsm8k, aqua or bbh among --tasks, got recall"),
         (("--limit", "0"), "Invalid value for '--limit'"),
         (("--model", "nowhere/"), "^--model: expected a folder or a name"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from turboattention.errors import InputError
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.question_task import QuestionTask
-from turboattention.evaluation.questions import aqua, bbh, gsm8k, load
+from turboattention.evaluation.questions import aqua, as_conversation, bbh, gsm8k, load
 from turboattention.evaluation.questions.question import plain_number
 from turboattention.evaluation.records import Records
 
@@ -113,24 +115,76 @@ def test_gsm8k_files(data: Path) -> None:
     (questions,) = load("gsm8k", data)
     assert [q.target for q in questions.questions] == ["1200", "1202", "1204"]
     assert questions.questions[0].prompt == "Question: What is 600 + 600?\nAnswer:"
-    assert len(questions.shots) == gsm8k.SHOTS
-    assert questions.shots[1] == "Question: What is 601 + 601?\nAnswer: 601+601=<<601+601=1202>>1202\n#### 1202\n\n"
+    assert len(questions.examples) == gsm8k.SHOTS
+    second = questions.context(2).removeprefix(questions.context(1))
+    assert second == "Question: What is 601 + 601?\nAnswer: 601+601=<<601+601=1202>>1202\n#### 1202\n\n"
 
 
 def test_aqua_files(data: Path) -> None:
     (questions,) = load("aqua", data)
     prompt = "Question: x = 1?\nOptions: A)1 B)2 C)3 D)4 E)5\nAnswer:"
     assert (questions.questions[0].prompt, questions.questions[0].target) == (prompt, "A")
-    assert questions.shots[0] == prompt + " It is one.\nThe answer is A.\n\n"
+    assert questions.context(1) == prompt + " It is one.\nThe answer is A.\n\n"
 
 
 def test_bbh_files(data: Path) -> None:
     (questions,) = load("bbh", data)
     assert questions.name == "bbh/small"
     assert questions.head == "Say whether it holds.\n\n"
-    assert [questions.extract(shot) for shot in questions.shots] == ["(A)", "(B)"]
+    assert [questions.extract(example.solution) for example in questions.examples] == ["(A)", "(B)"]
     assert questions.questions[0].prompt.endswith("(B) No\nA: Let's think step by step.\n")
     assert questions.context(1).endswith("So the answer is (A).\n\n")
+
+
+def test_an_example_may_be_solved_on_the_line_of_its_cue() -> None:
+    _, (example,) = bbh.split_prompt("Q: Is it?\nA: Let's think step by step. It is. So the answer is yes.")
+    assert (example.prompt, example.solution) == (
+        "Q: Is it?\nA: Let's think step by step.",
+        " It is. So the answer is yes.\n\n",
+    )
+
+
+def template(messages: Sequence[dict[str, str]], answer: bool) -> str:
+    """Like Qwen2.5's: a system message of its own where none is given."""
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": "Help."}, *messages]
+    text = "".join(f"<{message['role']}>{message['content']}</>" for message in messages)
+    return text + "<assistant>" * answer
+
+
+def test_a_conversation_has_the_examples_as_turns(data: Path) -> None:
+    (plain,) = load("gsm8k", data)
+    chat = as_conversation(plain, template)
+    assert chat.context(0) == "<system>Help.</>"
+    assert chat.context(1) == (
+        "<system>Help.</><user>Question: What is 600 + 600?\nAnswer:</>"
+        "<assistant>600+600=<<600+600=1200>>1200\n#### 1200</>"
+    )
+    assert chat.context(5).count("<user>") == 5
+    assert chat.questions[1].prompt == "<user>Question: What is 601 + 601?\nAnswer:</><assistant>"
+    assert [q.target for q in chat.questions] == [q.target for q in plain.questions]
+    assert QuestionTask(chat, None).settings["chat"] is True
+    assert "chat" not in QuestionTask(plain, None).settings
+
+
+def test_instructions_are_the_system_message(data: Path) -> None:
+    chat = as_conversation(load("bbh", data)[0], template)
+    assert chat.context(0) == "<system>Say whether it holds.</>"
+    assert chat.context(1).endswith("<assistant>One is less. So the answer is (A).</>")
+
+
+def test_a_conversation_without_examples(data: Path) -> None:
+    chat = as_conversation(replace(load("gsm8k", data)[0], examples=()), template)
+    assert chat.context(0) == ""
+    assert chat.questions[0].prompt.startswith("<system>Help.</><user>Question")
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(data: Path) -> None:
+    def forgets(messages: Sequence[dict[str, str]], answer: bool) -> str:
+        return template(messages[-1:], answer)
+
+    with pytest.raises(InputError, match="expected a chat template that renders earlier turns the same"):
+        as_conversation(load("gsm8k", data)[0], forgets)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +196,7 @@ def test_bbh_files(data: Path) -> None:
         ("aqua", "aqua/test.json", '{"question": ""}', "expected the fields question, options, rationale, correct"),
         ("aqua", "aqua/dev.json", "[]", "got list"),
         ("bbh/small", "bbh/bbh/small.json", "[]", "expected an object with examples"),
+        ("bbh/small", "bbh/bbh/small.json", '{"examples": []}', "expected questions in .*, got none"),
         ("bbh/small", "bbh/cot-prompts/small.txt", None, "cannot be read"),
         ("bbh/other", "bbh/bbh/small.json", "{}", "expected bbh/TASK with one of small; got 'other'"),
     ],

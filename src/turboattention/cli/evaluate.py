@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 
 from ..bundled import model_path, text
 from .device import Dtype
-from .evaluate_options import check_methods, check_outside, outside
+from .evaluate_options import check_chat, check_methods, check_outside, outside
 from .evaluate_view import failures, show, write
 from .model import load_weights, open_model
 from .options import MACHINE, MEASURED, AsJson, Device, Kind, Model, Threads, numbers
@@ -42,6 +42,7 @@ class Request:
     out: Path | None
     json: bool
     begin: str | None
+    chat: bool
 
 
 def evaluate(
@@ -76,6 +77,14 @@ def evaluate(
             rich_help_panel=MEASURED,
         ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Ask gsm8k, aqua and bbh in the model's chat template, with the worked examples as earlier turns.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = False,
     include: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder with more tasks for lm-evaluation-harness.", rich_help_panel=MEASURED),
@@ -152,6 +161,7 @@ def evaluate(
     names = [part.strip() for part in tasks.split(",") if part.strip()]
     suite.check_names(names, data)
     check_outside(names, include)
+    check_chat(chat, names)
     source = "bundled text" if file is None else "stdin" if file == "-" else Path(file).name
     options = suite.Options(
         text=text() if file is None else read_file("--text", file),
@@ -166,7 +176,7 @@ def evaluate(
     check_methods(chosen)
     if out is not None:
         check_figures("--out: the report's figures")
-    request = Request(chosen, names, options, out, json, begin)
+    request = Request(chosen, names, options, out, json, begin, chat)
     _run(request, model, device, dtype, threads)
 
 
@@ -179,13 +189,16 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     records = Records(request.out)
     bars = Bars(hidden=request.json)
     opened = open_model(name, device, dtype, threads, bars)
-    chosen = suite.make_tasks(request.tasks, request.options, opened.context)
-    language = load_weights(opened, bars)
     from ..evaluation.hf.subject import TransformersSubject
-    from ..integrations.transformers import registry
+    from ..integrations.transformers import chat, registry
 
+    if request.chat:
+        chat.check_template(opened)
+    language = load_weights(opened, bars)
     facts, units = _facts(language, request.begin), []
-    subject = TransformersSubject(language, request.begin)
+    subject = TransformersSubject(language, request.begin, chats=request.chat)
+    options = replace(request.options, render=subject.render if request.chat else None)
+    chosen = suite.make_tasks(request.tasks, options, language.context)
     try:
         with registry.enabled():
             for unit in suite.run(subject, request.methods, chosen, records, facts, bars.task):

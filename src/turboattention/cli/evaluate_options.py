@@ -19,6 +19,14 @@ def check_methods(methods: list[CacheMethod]) -> None:
             raise InputError(f"--methods: {method.name} cannot run here: {why}")
 
 
+def check_chat(chat: bool, names: list[str]) -> None:
+    """Raises InputError for questions in a chat template where no questions from files are asked."""
+    from ..evaluation.questions import is_question_set
+
+    if chat and not any(is_question_set(name) for name in names):
+        raise InputError(f"--chat: expected gsm8k, aqua or bbh among --tasks, got {', '.join(names)}")
+
+
 def check_outside(names: list[str], include: Path | None) -> None:
     """Raises InputError for a task that lm-evaluation-harness does not have, or if it is not installed."""
     from ..evaluation.suite import OUTSIDE

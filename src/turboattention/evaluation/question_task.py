@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import InputError
 from .baselines import CacheMethod
 from .intervals import share
-from .questions import QuestionSet
+from .questions import Question, QuestionSet
 from .records import Parts, fingerprint
 from .subject import Progress, Session, Subject
 
@@ -48,18 +48,17 @@ class QuestionTask:
 
     @property
     def settings(self) -> dict[str, Any]:
-        contents = fingerprint(repr((self._set.context(len(self._set.shots)), self._questions)))
-        return {
-            "questions": len(self._questions),
-            "contents": contents,
-            "max_new_tokens": self._set.max_new_tokens,
-        }
+        return {"questions": len(self._questions)} | self._settings(self._questions)
 
     @property
     def part_settings(self) -> dict[str, Any]:
         """The settings that an answer depends on; the number of questions is not one of them."""
-        contents = fingerprint(repr((self._set.context(len(self._set.shots)), self._set.questions)))
-        return {"contents": contents, "max_new_tokens": self._set.max_new_tokens}
+        return self._settings(self._set.questions)
+
+    def _settings(self, questions: Sequence[Question]) -> dict[str, Any]:
+        contents = fingerprint(repr((self._set.context(len(self._set.examples)), questions)))
+        chat = {"chat": True} if self._set.chat else {}
+        return {"contents": contents, "max_new_tokens": self._set.max_new_tokens} | chat
 
     def together(self, subject: Subject) -> int:
         return ROWS // 4  # leaves room for several questions at a time
@@ -151,7 +150,7 @@ class QuestionTask:
     def _context(self, subject: Subject, asked: int) -> tuple[list[int], int]:
         """Tokens of as many worked examples as fit together with the question and its answer."""
         room = (subject.context or 2**31) - len(subject.begin) - asked - self._set.max_new_tokens
-        for shots in range(len(self._set.shots), -1, -1):
+        for shots in range(len(self._set.examples), -1, -1):
             ids = self._shots(subject, shots)
             if len(ids) <= room:
                 return ids, shots

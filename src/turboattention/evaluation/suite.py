@@ -61,6 +61,7 @@ class Options:
         limit: number of passages, of questions per length, or of questions; None means 8, 32, and all.
         context: tokens of a passage. piece: tokens per forward pass. lengths: context lengths of generated tasks.
         data: folder with GSM8K, AQuA and BBH.
+        render: renders a conversation, for questions in the model's chat template; None asks them as plain text.
     """
 
     text: str
@@ -70,6 +71,7 @@ class Options:
     piece: int = PIECE
     lengths: tuple[int, ...] = ()
     data: Path | None = None
+    render: questions.Render | None = field(default=None, compare=False)
     outside: Callable[[str], Task] | None = field(default=None, compare=False)
 
 
@@ -114,7 +116,10 @@ def _make(name: str, options: Options, context: int) -> list[Task]:
         assert options.outside is not None
         return [options.outside(name)]
     assert options.data is not None
-    return [QuestionTask(one, options.limit) for one in questions.load(name, options.data)]
+    found = questions.load(name, options.data)
+    if options.render is not None:
+        found = [questions.as_conversation(one, options.render) for one in found]
+    return [QuestionTask(one, options.limit) for one in found]
 
 
 def run(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from tests.cli.conftest import TEXT, save_model
+from tests.cli.conftest import TEMPLATE, TEXT, save_model
 from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.hf.subject import TransformersSubject
 from turboattention.evaluation.subject import attending
@@ -170,3 +170,21 @@ def test_an_error_is_its_own_layers(subject: TransformersSubject, ids: list[int]
 def test_hooks_are_gone_afterwards(subject: TransformersSubject, ids: list[int]) -> None:
     subject.head_errors(METHODS["turbo-4"], ids[:40], 8)
     assert not any(module._forward_pre_hooks for module in subject.language.model.modules())
+
+
+def test_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "chat", eos=None, template=TEMPLATE)
+    subject = TransformersSubject(language_model.load(str(folder), "cpu", "float32"), chats=True)
+    assert subject.render([{"role": "user", "content": TEXT}], True) == f"[user]{TEXT}<end>[assistant]"
+    (end,) = subject.encode("<end>")
+    assert end in subject.stop_tokens
+    assert end not in TransformersSubject(subject.language).stop_tokens
+
+
+def test_a_conversation_has_one_bos(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "chat", eos=None, template="{{ bos_token }}" + TEMPLATE)
+    language = language_model.load(str(folder), "cpu", "float32")
+    language.tokenizer.bos_token = "<end>"
+    messages = [{"role": "user", "content": "Who?"}]
+    assert TransformersSubject(language).render(messages, False) == "<end>[user]Who?<end>"
+    assert TransformersSubject(language, "<end>").render(messages, False) == "[user]Who?<end>"

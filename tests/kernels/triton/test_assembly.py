@@ -102,7 +102,8 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
 @every_target
 def test_both_products_over_pages_of_a_server_are_integer_matrix_instructions(target):
     rows = of(target, "paged_prefill")
-    assert [row["constants"]["D"] for row in rows] == [64, 128, 256]
+    found = [(row["constants"]["D"], row["constants"]["RESTORED"]) for row in rows]
+    assert found == [(d, restored) for d in (64, 128, 256) for restored in (False, False, True)]
     for row in rows:
         c = row["constants"]
         assert all(name.startswith(NAMES[target]) for name in row["products"])

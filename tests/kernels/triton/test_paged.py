@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from turboattention.errors import ShapeError, UnsupportedError
+from turboattention.kernels.triton import configs, paged, quantize, restored_pages
 from turboattention.kv.channel_order import ChannelOrder
 from turboattention.paged import BLOCK, PagedBatch, TailBlocks, paged_attention
 
@@ -81,6 +85,72 @@ def test_pages_filled_in_a_step_are_read_by_others_in_the_same():
     assert relative_error(got[1], want[:, 64:]) < 1e-3
 
 
+@pytest.fixture
+def restoring(monkeypatch):
+    """Called, it turns restoring in memory on, and returns a list to which each call of an attention that restores adds
+    the blocks of each sequence that it had memory for."""
+    found = []
+
+    def restored(*given):
+        arguments = own(*given)
+        ends = arguments["origins"].tolist()
+        found.append([b - a if b <= arguments["capacity"] else 0 for a, b in itertools.pairwise(ends)])
+        return arguments
+
+    def turn_on(blocks=None):
+        shipped = configs.ARCHITECTURES["interpreter"]
+        monkeypatch.setattr(configs, "architecture_of", lambda device: replace(shipped, restores_pages=True))
+        monkeypatch.setattr(paged, "restored", restored)
+        if blocks is not None:
+            monkeypatch.setattr(restored_pages, "RESTORED_BYTES", blocks * HEADS * restored_pages.bytes_per_block(64))
+        return found
+
+    own = paged.restored
+    return turn_on
+
+
+# A piece that ends inside a block; then one that reads three pages beside one that reads one, and a decode step.
+PIECES = {7: 200, 3: 70, 5: 1}, [{7: 90, 3: 5}, {7: 110, 3: 65, 5: 1}]
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "blocks", "want"),
+    [
+        (4, {}, None, [3, 1, 0]),
+        (3, {"window": 90}, None, [3, 1, 0]),
+        (2, {"window": 20}, None, [2, 1, 0]),
+        (MIXED, {"softcap": 3.0}, None, [3, 1, 0]),
+        (4, {}, 3, [3, 0, 0]),
+        (4, {}, 2, [0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_pages_restored_in_memory_give_the_same_bits(bits, options, blocks, want, restoring):
+    def pieces():
+        server = Server(MIXED if bits == MIXED else UNIFORM[bits], backend="triton")
+        return serve(server, {key: tokens(10 * key, count) for key, count in PIECES[0].items()}, PIECES[1], **options)
+
+    as_read, found = pieces(), restoring(blocks)
+    in_memory = pieces()
+    assert found == [[1, 0], want]
+    assert all(torch.equal(as_read[key], in_memory[key]) for key in as_read)
+
+
+def test_pages_that_sequences_share_are_restored_for_each(restoring):
+    shared, tail, other = tokens(1, 64, 64), tokens(2, 70, 64), tokens(3, 70, 64)
+    whole = tuple(torch.cat(pair, 1) for pair in zip(shared, tail, strict=True))
+
+    def step():
+        server = Server(head_dim=64, backend="triton")
+        server.blocks, server.lengths, server.slots = {0: [5], 1: [5]}, {0: 0, 1: 64}, {0: 0, 1: 1}
+        return server.step({1: other, 0: whole})
+
+    as_read, found = step(), restoring()
+    in_memory = step()
+    assert found == [[2, 2]]
+    assert all(torch.equal(as_read[key], in_memory[key]) for key in as_read)
+
+
 def test_calibrated_means():
     config = CONFIG.replace(smooth_k=True)
     sequence, mean = tokens(4, 70), torch.randn(HEADS, 16, generator=torch.Generator().manual_seed(1))
@@ -135,11 +205,9 @@ def test_padding_is_left_alone():
     assert all(int((x != y).any(-1).sum()) <= HEADS for x, y in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("most", [1, 70])
+@pytest.mark.parametrize("most", [1, 70, 200])
 def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
     """Tensors without values: whoever asked for one would fail, as a graph's capture does."""
-    from turboattention.kernels.triton import configs, paged, quantize
-
     launched = []
 
     class Recorder:
@@ -149,23 +217,28 @@ def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((self.name, grid))
 
+    restoring = {"number_blocks", "restore_pages"} if most > 128 else set()
     names = {"hold_rows", "store_rows", "fill_pages", "paged_decode", "combine", "paged_prefill"}
     for name in names:
         monkeypatch.setattr(paged, name, Recorder(name))
+    for name in ("number_blocks", "restore_pages"):
+        monkeypatch.setattr(restored_pages, name, Recorder(name))
     monkeypatch.setattr(quantize, "_queries_kernel", Recorder("queries"))
-    monkeypatch.setattr(configs, "architecture_of", lambda device: configs.ARCHITECTURES["sm_90"])
+    sm_90 = replace(configs.ARCHITECTURES["sm_90"], restores_pages=True)
+    monkeypatch.setattr(configs, "architecture_of", lambda device: sm_90)
     monkeypatch.setattr(configs, "_processors", lambda device: 132)
     with torch.device("meta"):
         server_blocks = TailBlocks(1, 4, HEADS, 16)
         index = torch.zeros(4, dtype=torch.int32)
         batch = PagedBatch(index, index[1:], torch.zeros(3, 999, dtype=torch.int32), index[1:], most)
-        q, k, v = (torch.zeros(100, heads, 16, dtype=torch.bfloat16) for heads in (4, HEADS, HEADS))
+        q, k, v = (torch.zeros(200, heads, 16, dtype=torch.bfloat16) for heads in (4, HEADS, HEADS))
         pages = torch.zeros(64, 8192, dtype=torch.uint8)
         fmt = Server().fmt
         with torch.device("cpu"):
             paged_attention(fmt, 0, batch, q, k, v, q.clone(), pages, server_blocks, backend="triton")
     grids = dict(launched)
-    assert set(grids) == (names | {"queries"} if most > 1 else names - {"hold_rows", "paged_prefill"} | {"queries"})
+    wanted = names | restoring | {"queries"}
+    assert set(grids) == (wanted if most > 1 else wanted - {"hold_rows", "paged_prefill"})
     assert grids["paged_decode"][0] > 16, "a split count from the table's width"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import bundled
+from ...integrations.transformers import chat
 from ...integrations.transformers.generation import PREFILL_CHUNK
 from ...integrations.transformers.language_model import LanguageModel
 from ...integrations.transformers.recording import recorded_attention
@@ -29,10 +30,11 @@ class TransformersSubject:
 
     Args:
         begin: a prefix of every text, with special tokens by name; None: the BOS token if the tokenizer adds one.
+        chats: questions are conversations, so that the end of a turn ends an answer.
     """
 
-    def __init__(self, language: LanguageModel, begin: str | None = None):
-        self.language, self._begin = language, begin
+    def __init__(self, language: LanguageModel, begin: str | None = None, *, chats: bool = False):
+        self.language, self._begin, self._chats = language, begin, chats
         self._moments: list[Moments] = []
 
     @property
@@ -58,7 +60,17 @@ class TransformersSubject:
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        return self.language.stop_tokens
+        return chat.stop_tokens(self.language) if self._chats else self.language.stop_tokens
+
+    def render(self, messages: Sequence[chat.Message], answer: bool) -> str:
+        """A conversation as text, without the BOS token that `begin` puts before every text; with `answer`, including
+        the prefix of the next answer.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses the conversation.
+        """
+        text = chat.render(self.language, messages, answer=answer)
+        return text.removeprefix(self.language.tokenizer.bos_token or "") if self.begin else text
 
     def encode(self, text: str) -> list[int]:
         return list(self.language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

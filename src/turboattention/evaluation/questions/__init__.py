@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ...errors import InputError
 from . import aqua, bbh, gsm8k
-from .question import Question, QuestionSet
+from .conversation import Render, as_conversation
+from .question import Example, Question, QuestionSet
 
-__all__ = ["Question", "QuestionSet", "is_question_set", "load"]
+__all__ = ["Example", "Question", "QuestionSet", "Render", "as_conversation", "is_question_set", "load"]
 
 
 def is_question_set(name: str) -> bool:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .question import Question, QuestionSet, read_lines
+from .question import Example, Question, QuestionSet, read_lines
 
 SHOTS = 5
 FIELDS = ("question", "options", "rationale", "correct")
@@ -22,7 +22,9 @@ def load(folder: Path) -> QuestionSet:
     return QuestionSet(
         name="aqua",
         head="",
-        shots=tuple(f"{_prompt(row)} {row['rationale'].strip()}\nThe answer is {row['correct']}.\n\n" for row in shots),
+        examples=tuple(
+            Example(_prompt(row), f" {row['rationale'].strip()}\nThe answer is {row['correct']}.\n\n") for row in shots
+        ),
         questions=tuple(Question(_prompt(row), row["correct"]) for row in questions),
         extract=extract,
         stops=("\n\nQuestion:", "Question:"),

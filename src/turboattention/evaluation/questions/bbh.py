@@ -11,11 +11,12 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...files import parse_json
-from .question import Question, QuestionSet, check_fields, read_text
+from .question import Example, Question, QuestionSet, check_fields, read_text
 
 _RULE = "\n-----\n"
 """Ends the notice at the top of a prompt file."""
 _MARK = "Q: "
+_CUE = "\nA: Let's think step by step."
 
 
 def names(folder: Path) -> list[str]:
@@ -43,14 +44,16 @@ def load(folder: Path, task: str) -> QuestionSet:
         examples = parse_json(read_text(path))["examples"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"--data: expected an object with examples in {path}, got something else: {error}") from error
+    if not examples:
+        raise InputError(f"--data: expected questions in {path}, got none")
     for index, row in enumerate(examples):
         check_fields(row, ("input", "target"), f"{path}, example {index}")
-    head, shots = split_prompt(read_text(folder / "cot-prompts" / f"{task}.txt"))
+    head, worked = split_prompt(read_text(folder / "cot-prompts" / f"{task}.txt"))
     options = all(re.fullmatch(r"\([A-Z]\)", row["target"]) for row in examples)
     return QuestionSet(
         name=f"bbh/{task}",
         head=head,
-        shots=shots,
+        examples=worked,
         questions=tuple(Question(_prompt(row["input"]), normal(row["target"])) for row in examples),
         extract=partial(extract, options=options),
         stops=("\n\nQ:", "\nQ:"),
@@ -59,14 +62,19 @@ def load(folder: Path, task: str) -> QuestionSet:
 
 
 def _prompt(question: str) -> str:
-    return f"{_MARK}{question}\nA: Let's think step by step.\n"
+    return f"{_MARK}{question}{_CUE}\n"
 
 
-def split_prompt(text: str) -> tuple[str, tuple[str, ...]]:
-    """The description of the task and its worked examples, each followed by an empty line."""
+def split_prompt(text: str) -> tuple[str, tuple[Example, ...]]:
+    """The description of the task, and its worked examples."""
     body = text.split(_RULE, 1)[-1].strip()
     head, *shots = re.split(rf"(?m)^(?={_MARK})", body)
-    return head, tuple(shot.strip() + "\n\n" for shot in shots)
+    return head, tuple(_example(shot.strip() + "\n\n") for shot in shots)
+
+
+def _example(text: str) -> Example:
+    problem, cue, solution = text.partition(_CUE)
+    return Example(problem + cue, solution)
 
 
 def extract(text: str, *, options: bool) -> str | None:

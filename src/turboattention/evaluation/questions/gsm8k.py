@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .question import NUMBER, Question, QuestionSet, plain_number, read_lines
+from .question import NUMBER, Example, Question, QuestionSet, plain_number, read_lines
 
 SHOTS = 5
 FIELDS = ("question", "answer")
@@ -22,7 +22,7 @@ def load(folder: Path) -> QuestionSet:
     return QuestionSet(
         name="gsm8k",
         head="",
-        shots=tuple(f"{_prompt(row)} {row['answer']}\n\n" for row in shots),
+        examples=tuple(Example(_prompt(row), f" {row['answer']}\n\n") for row in shots),
         questions=tuple(Question(_prompt(row), extract(row["answer"]) or "") for row in questions),
         extract=extract,
         stops=("\n\nQuestion:", "Question:"),

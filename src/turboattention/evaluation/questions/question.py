@@ -23,27 +23,37 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A worked example: a prompt like that of a question, and the text that solves it."""
+
+    prompt: str
+    solution: str
+
+
+@dataclass(frozen=True)
 class QuestionSet:
     """A benchmark.
 
     Attributes:
         head: instructions before the examples, or "".
-        shots: worked examples, each a whole paragraph; as many are used as fit the model's context.
+        examples: as many are used as fit the model's context.
         extract: the answer in a generated text, or None if there is none.
         stops: strings that end a generated text, because the model starts another question there.
+        chat: prompts and solutions are rendered with a chat template.
     """
 
     name: str
     head: str
-    shots: tuple[str, ...]
+    examples: tuple[Example, ...]
     questions: tuple[Question, ...]
     extract: Callable[[str], str | None]
     stops: tuple[str, ...]
     max_new_tokens: int
+    chat: bool = False
 
     def context(self, shots: int) -> str:
         """Everything before a question, with the first `shots` examples."""
-        return self.head + "".join(self.shots[:shots])
+        return self.head + "".join(example.prompt + example.solution for example in self.examples[:shots])
 
     def until_stop(self, generated: str) -> str:
         """The generated text before the first stop string."""

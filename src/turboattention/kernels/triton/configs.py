@@ -45,8 +45,8 @@ class Architecture:
 
     assembly: "ptx" if inline PTX may be used, else "". slow_int_to_float: whether integer conversion has low
     throughput, so that adding a magic number is faster. least_rows: minimum number of columns of a product in decode.
-    skips_rescaling: whether prefill skips rescaling if no row max increased. warps: resident decode warps per
-    processor.
+    skips_rescaling: whether prefill skips rescaling if no row max increased. restores_pages: whether prefill over a
+    server's pages restores them once per step (`restored_pages`). warps: resident decode warps per processor.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Architecture:
     slow_int_to_float: bool
     least_rows: int
     skips_rescaling: bool
+    restores_pages: bool
     warps: int
 
 
@@ -61,10 +62,10 @@ class Architecture:
 # registers per lane, and decode on gfx942 uses more than half of them. On an H100, limits of 168 and 128 registers
 # gained 4 % at INT3 and were slower otherwise: more warps run, but their spills cost as much as the latency they hide.
 ARCHITECTURES = {
-    "sm_80": Architecture("sm_80", "ptx", True, 4, False, 8),
-    "sm_90": Architecture("sm_90", "ptx", False, 4, False, 8),
-    "gfx942": Architecture("gfx942", "", False, 16, False, 4),
-    "interpreter": Architecture("interpreter", "", False, 4, True, 8),
+    "sm_80": Architecture("sm_80", "ptx", True, 4, False, False, 8),
+    "sm_90": Architecture("sm_90", "ptx", False, 4, False, False, 8),
+    "gfx942": Architecture("gfx942", "", False, 16, False, False, 4),
+    "interpreter": Architecture("interpreter", "", False, 4, True, False, 8),
 }
 
 # By head_dim, up to and including the key.
@@ -138,6 +139,12 @@ def paged_prefill(architecture: Architecture, head_dim: int) -> Launch:
     """Configuration of prefill over a server's pages."""
     table = _PAGED_PREFILL[architecture.name]
     return table[min(size for size in table if size >= head_dim)]
+
+
+@functools.cache
+def restored_prefill(architecture: Architecture, head_dim: int) -> Launch:
+    """The same over pages that are restored in memory: as for `prefill`, which reads the like."""
+    return prefill(architecture, head_dim, False)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from .paged_decode import paged_decode
 from .paged_prefill import paged_prefill
 from .pages import layout_facts
 from .quantize import quantize_queries
+from .restored_pages import NOTHING_RESTORED, restored
 from .storing import fill_pages, hold_rows, store_rows
 
 
@@ -188,12 +189,19 @@ def _prefill_rows(
     config: TurboConfig, layout: PageLayout, batch: Ragged, out: Tensor, arguments: dict[str, Any]
 ) -> None:
     architecture = configs.architecture_of(out.device)
-    launch = configs.paged_prefill(architecture, layout.head_dim)
-    tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
-    for (k_bits, v_bits), chosen in pairs_of_widths(layout):
-        paged_prefill[tiles, len(chosen)](
-            **arguments, page_offsets_ptr=head_page_offsets(layout, chosen, out.device), out_ptr=out,
+    as_read = configs.paged_prefill(architecture, layout.head_dim)
+    parts = [(as_read, widths, heads, False) for widths, heads in pairs_of_widths(layout)]
+    # Restoring in memory is worth it for sequences of three programs or more.
+    least, pages = 2 * as_read.rows, NOTHING_RESTORED
+    if architecture.restores_pages and batch.most * arguments["group"] > least:
+        pages = restored(layout, batch.sequences, least, architecture.assembly, arguments)
+        launch = configs.restored_prefill(architecture, layout.head_dim)
+        parts.append((launch, (8, 8), tuple(range(layout.num_kv_heads)), True))
+    for launch, (k_bits, v_bits), heads, in_memory in parts:
+        tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
+        paged_prefill[tiles, len(heads)](
+            **arguments, **pages, page_offsets_ptr=head_page_offsets(layout, heads, out.device), out_ptr=out,
             out_stride_t=out.stride(0), out_stride_h=out.stride(1), sequences=batch.sequences, steps=batch.steps,
             M=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ROTATE=config.rotate, SLOW=architecture.slow_int_to_float,
-            ASM=architecture.assembly, **launch.options,
+            ASM=architecture.assembly, RESTORED=in_memory, **launch.options,
         )  # fmt: skip

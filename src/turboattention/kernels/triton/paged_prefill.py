@@ -1,7 +1,8 @@
-"""Attention of many query rows over pages that a server manages: pages restored to INT8 as they are read.
+"""Attention of many query rows over pages that a server manages: pages restored to INT8 as they are read, or before.
 
 A program takes M rows of a sequence that has more than `most` of them (`paged_decode` takes the others). Every
-query reads blocks before its own as pages and its own as INT8 rows.
+query reads blocks before its own as pages and its own as INT8 rows. Where `restored_pages` restored them, pages are
+read from its memory; results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import triton.language as tl
 
 from .page_offsets import OFFSETS, section_offsets
 from .ragged import sequence_at, span_of, tail_rows_of
+from .restored_pages import are_restored, first_block
 from .restoring import halves, page_keys, page_values
 from .rotation import rotate_back
 from .softmax import as_float, rescaled
 from .stored import weigh_stored
-from .unpacked_kv import token_scales
+from .unpacked_kv import by_value_columns, token_scales
 
 
 @triton.jit
@@ -48,28 +50,45 @@ def _add_values(acc, p, v, rescale, each, SLOW: tl.constexpr):
 
 @triton.jit
 def _fold_page(
-    state, page, head_ptr, block, queries, sees, sees_end, cap, threshold,
+    state, source, block, queries, sees, sees_end, cap, threshold,
     WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
-    SLOW: tl.constexpr, ASM: tl.constexpr,
+    SLOW: tl.constexpr, ASM: tl.constexpr, RESTORED: tl.constexpr,
 ):  # fmt: skip
-    k_offsets, v_offsets = section_offsets(head_ptr, D)
+    """source: (pages, their stride, numbers of the sequence's, offsets of the head) or, RESTORED, (k, v, their scales,
+    the restored block that would be the sequence's first)."""
+    HALF: tl.constexpr = WIDE // 2
     t = tl.arange(0, 64)
-    k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
-    v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
-    k = tl.trans(page_keys(page, k_offsets, WIDE, D, K_BITS, ASM))
+    if RESTORED:
+        k_ptr, v_ptr, k_scales, v_scales, first = source
+        at = first + block
+        k_scale = tl.load(k_scales + at * 64 + t)
+        v_scale = tl.load(v_scales + at * 64 + t)
+        k = tl.load(k_ptr + at * (64 * WIDE) + t[None, :] * WIDE + tl.arange(0, WIDE)[:, None])
+    else:
+        pages, page_stride, table, head_ptr = source
+        page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
+        k_offsets, v_offsets = section_offsets(head_ptr, D)
+        k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
+        v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
+        k = tl.trans(page_keys(page, k_offsets, WIDE, D, K_BITS, ASM))
     weighed = _weights(
         k, k_scale, v_scale, block * 64 + t, queries, sees, sees_end, cap, threshold, FORM, CUT, ROW, SEEN, OWN, CAP,
         SLOW,
     )  # fmt: skip
     row_sum, row_max, rescale, each = _scaled(state, weighed)
-    # Restored behind the weights, in halves of the channels: all at once would take too many registers.
-    HALF: tl.constexpr = WIDE // 2
-    v = tl.trans(page_values(page, v_offsets, 0, HALF, D, V_BITS, ASM))
-    first = _add_values(state[0], weighed[0], v, rescale, each, SLOW)
-    v = tl.trans(page_values(page, v_offsets, HALF, HALF, D, V_BITS, ASM))
-    second = _add_values(state[1], weighed[0], v, rescale, each, SLOW)
-    return first, second, row_sum, row_max
+    if RESTORED:
+        p = by_value_columns(weighed[0])
+        v_ptr += at * (64 * WIDE) + tl.arange(0, HALF)[None, :] * 64 + t[:, None]
+        first_half = _add_values(state[0], p, tl.load(v_ptr), rescale, each, SLOW)
+        second_half = _add_values(state[1], p, tl.load(v_ptr + HALF * 64), rescale, each, SLOW)
+    else:
+        # Restored behind the weights, in halves of the channels: all at once would take too many registers.
+        v = tl.trans(page_values(page, v_offsets, 0, HALF, D, V_BITS, ASM))
+        first_half = _add_values(state[0], weighed[0], v, rescale, each, SLOW)
+        v = tl.trans(page_values(page, v_offsets, HALF, HALF, D, V_BITS, ASM))
+        second_half = _add_values(state[1], weighed[0], v, rescale, each, SLOW)
+    return first_half, second_half, row_sum, row_max
 
 
 @triton.jit
@@ -108,23 +127,34 @@ def _rows_of(tile, rows, M: tl.constexpr):
     return row, row < rows
 
 
-@triton.jit(do_not_specialize=["sequences", "steps", "table_stride", "ring", "room", "tokens", "most", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "sequences", "steps", "table_stride", "ring", "room", "tokens", "most", "window", "capacity",
+    ]
+)  # fmt: skip
 def paged_prefill(
     q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, page_offsets_ptr,
-    k8, v8, k_scales, v_scales, ring, room, out_ptr, out_stride_t, out_stride_h,
+    k8, v8, k_scales, v_scales, ring, room,
+    origins, restored_k, restored_v, restored_k_scales, restored_v_scales, capacity,
+    out_ptr, out_stride_t, out_stride_h,
     sequences, steps, kv_heads, group, tokens, most, window, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, MEAN: tl.constexpr, RING: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, RESTORED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads of one pair of widths): tile i is the one of sequence b, the last with
-    `starts[b] group // M + b <= i`. q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T], out [T, Hkv g, D]."""
+    `starts[b] group // M + b <= i`. q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T], out [T, Hkv g, D].
+
+    RESTORED: takes the sequences that `restore_pages` had memory for, else the others; origins None: there was none."""
     i = tl.program_id(0)
     b = sequence_at(starts, sequences, steps, i, group, M, 1)
     start, count, length = span_of(starts, lengths, b)
     tile = i - (start * group // M + b)
-    if (count * group > most) & (tile * M < count * group):
+    taken = (count * group > most) & (tile * M < count * group)
+    if origins is not None:
+        taken = taken & (are_restored(origins, b, capacity) == RESTORED)
+    if taken:
         row, there = _rows_of(tile, count * group, M)
         head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
         h = tl.load(head_ptr)
@@ -151,19 +181,21 @@ def paged_prefill(
         # Both halves of the result's channels, the sum and the maximum of each row's weights.
         half = tl.zeros((M, WIDE // 2), tl.float32)
         state = half, half, tl.zeros((M,), tl.float32), tl.full((M,), float("-inf"), tl.float32)
-        table += b.to(tl.int64) * table_stride
+        if RESTORED:
+            first = h.to(tl.int64) * capacity + tl.load(origins + b) - first_block(before, window, WINDOW)
+            source = restored_k, restored_v, restored_k_scales, restored_v_scales, first
+        else:
+            source = pages, page_stride, table + b.to(tl.int64) * table_stride, head_ptr
         for block in tl.range(clear, oldest):
-            page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
-                state, page, head_ptr, block, queries, sees, own, cap, threshold,
-                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, False, False, CAP, SLOW, ASM,
+                state, source, block, queries, sees, own, cap, threshold,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, False, False, CAP, SLOW, ASM, RESTORED,
             )  # fmt: skip
         for j in tl.range(0, clear - low + newest - oldest, num_stages=1):
             block = tl.where(j < clear - low, low + j, oldest + j - (clear - low))
-            page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
             state = _fold_page(
-                state, page, head_ptr, block, queries, sees, own, cap, threshold,
-                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM,
+                state, source, block, queries, sees, own, cap, threshold,
+                WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM, RESTORED,
             )  # fmt: skip
         for block in tl.range(oldest, newest + 1, num_stages=1):
             origin = tail_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
@@ -171,8 +203,8 @@ def paged_prefill(
                 state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
                 tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,
             )  # fmt: skip
-        first, second, row_sum, _ = state
-        acc = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (M, WIDE))
+        first_half, second_half, row_sum, _ = state
+        acc = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (M, WIDE))
         out = acc * (1.0 / tl.maximum(row_sum, 1.0))[:, None]
         if ROTATE:
             out = rotate_back(out, M, WIDE, D & -D, False)

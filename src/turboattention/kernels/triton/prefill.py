@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .rotation import rotate_back
 from .softmax import as_float, log_sum_exp, rescaled, weigh
+from .unpacked_kv import by_value_columns
 from .visibility import visible_range
 
 
@@ -25,13 +26,6 @@ def _add_values(acc, p, rescale, each, rose, v_ptr, SLOW: tl.constexpr):
     if rose > 0:  # else all of `rescale` is 1
         acc = acc * rescale[:, None]
     return tl.fma(o, each[:, None], acc)
-
-
-@triton.jit
-def _by_columns(p):
-    """Weights [M, 64] in the order of `unpacked_kv.value_column`."""
-    M: tl.constexpr = p.shape[0]
-    return tl.reshape(tl.permute(tl.reshape(p, (M, 4, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, 64))
 
 
 @triton.jit
@@ -63,7 +57,7 @@ def _fold_block(
     each = each * tl.load(v_scale_ptr + block)
     if ROW:
         each *= share
-    p = _by_columns(p).to(tl.int8)
+    p = by_value_columns(p).to(tl.int8)
     first = _add_values(first, p, rescale, each, rose, v_ptr + at, SLOW)
     second = _add_values(second, p, rescale, each, rose, v_ptr + at + 32 * WIDE, SLOW)
     return first, second, row_sum, row_max

@@ -29,6 +29,13 @@ def value_column(t):
 
 
 @triton.jit
+def by_value_columns(p):
+    """Weights or values [M, 64] of tokens in order, in that of `value_column`."""
+    M: tl.constexpr = p.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(p, (M, 4, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, 64))
+
+
+@triton.jit
 def token_scales(page, offsets, t, BY_TOKEN: tl.constexpr):
     """Scales of tokens t of a page, float32; `offsets`: offsets of K or V from `section_offsets`."""
     bits = tl.zeros_like(t) + tl.load((page + offsets[4]).to(tl.pointer_type(tl.int32)))

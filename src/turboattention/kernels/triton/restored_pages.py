@@ -1,0 +1,127 @@
+"""Pages restored to INT8 in memory once per step, for sequences whose rows fill several programs of `paged_prefill`.
+
+Blocks are numbered through all of these sequences: `origins[b]` to `origins[b + 1]` (exclusive) are what sequence b
+reads as pages, in order. Memory is for the first `capacity` numbers; sequences beyond it are left to programs that
+restore pages as they read them. The device decides this, so that the host needs to know neither lengths nor pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...kv.layout import PageLayout
+from ..inputs import BLOCK
+from .page_offsets import OFFSETS, head_page_offsets, pairs_of_widths, section_offsets
+from .ragged import sequence_at, span_of
+from .restoring import page_keys, page_values
+from .unpacked_kv import by_value_columns, token_scales
+
+RESTORED_BYTES = 1 << 28
+"""Memory for restored pages, at most."""
+
+_PROGRAMS = 512
+"""Per KV head: enough for all processors, and few where nothing is to be done."""
+
+NOTHING_RESTORED = {
+    **dict.fromkeys(["origins", "restored_k", "restored_v", "restored_k_scales", "restored_v_scales"]),
+    "capacity": 0,
+}
+"""The arguments of `paged_prefill` that `restored` gives, where it is not called."""
+
+
+@triton.jit
+def first_block(before, window, WINDOW: tl.constexpr):
+    """The first block that rows see which stand behind `before` tokens or more."""
+    return tl.maximum(before - window + 1, 0) // 64 if WINDOW else before * 0
+
+
+@triton.jit
+def are_restored(origins, b, capacity):
+    """Whether memory has the pages of sequence b; false if it reads none."""
+    end = tl.load(origins + b + 1)
+    return (end > tl.load(origins + b)) & (end <= capacity)
+
+
+@triton.jit(do_not_specialize=["sequences", "group", "least", "window"])
+def number_blocks(
+    starts, lengths, origins, sequences, group, least, window, WINDOW: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """One program: origins int32 [R + 1]; sequences of at most `least` rows have no blocks."""
+    b = tl.arange(0, SIZE)
+    there = b < sequences
+    start = tl.load(starts + b, mask=there, other=0).to(tl.int32)
+    count = tl.load(starts + b + 1, mask=there, other=0).to(tl.int32) - start
+    length = tl.load(lengths + b, mask=there, other=0).to(tl.int32)
+    blocks = tl.maximum(length - 1, 0) // 64 - first_block(length - count, window, WINDOW)
+    blocks = tl.where(count * group > least, blocks, 0)
+    tl.store(origins, 0)
+    tl.store(origins + 1 + b, tl.cumsum(blocks, 0), mask=there)
+
+
+@triton.jit(do_not_specialize=["table_stride", "sequences", "steps", "capacity", "window"])
+def restore_pages(
+    starts, lengths, table, table_stride, pages, page_stride, page_offsets_ptr, origins,
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sequences, steps, capacity, window,
+    D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    WINDOW: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Grid (any number, heads of one pair of widths). K int8 [Hkv, capacity, 64, WIDE], channels as in
+    `restoring.halves`; V^T int8 [Hkv, capacity, WIDE, 64], tokens as in `unpacked_kv.value_column`; undefined in octets
+    past D; scales float32 [Hkv, capacity, 64]."""
+    head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
+    head = tl.load(head_ptr).to(tl.int64) * capacity
+    k_offsets, v_offsets = section_offsets(head_ptr, D)
+    t = tl.arange(0, 64)
+    d = tl.arange(0, WIDE)
+    for i in tl.range(tl.program_id(0), tl.minimum(tl.load(origins + sequences), capacity), tl.num_programs(0)):
+        b = sequence_at(origins, sequences, steps, i, 1, 1, 0)
+        if are_restored(origins, b, capacity):
+            _, count, length = span_of(starts, lengths, b)
+            block = first_block(length - count, window, WINDOW) + i - tl.load(origins + b)
+            number = tl.load(table + b.to(tl.int64) * table_stride + block)
+            page = tl.multiple_of(pages + number.to(tl.int64) * page_stride, 16)
+            at = head + i
+            k = page_keys(page, k_offsets, WIDE, D, K_BITS, ASM)
+            tl.store(k_ptr + at * (64 * WIDE) + t[:, None] * WIDE + d[None, :], k)
+            v = page_values(page, v_offsets, 0, WIDE, D, V_BITS, ASM)
+            tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + t[None, :], by_value_columns(v))
+            tl.store(k_scale_ptr + at * 64 + t, token_scales(page, k_offsets, t, BY_TOKEN))
+            tl.store(v_scale_ptr + at * 64 + t, token_scales(page, v_offsets, t, BY_TOKEN))
+
+
+def restored(
+    layout: PageLayout, sequences: int, least: int, assembly: str, arguments: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """Launch both for sequences of more than `least` rows. arguments: of `paged_prefill`. Returns what that takes."""
+    table, heads, wide = arguments["table"], layout.num_kv_heads, arguments["WIDE"]
+    device, steps = table.device, sequences.bit_length()
+    capacity = max(1, min(sequences * table.shape[1], RESTORED_BYTES // (heads * bytes_per_block(wide))))
+    k, v = (torch.empty(heads, capacity, BLOCK, wide, dtype=torch.int8, device=device) for _ in range(2))
+    k_scales, v_scales = (torch.empty(heads, capacity, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
+    origins = torch.empty(sequences + 1, dtype=torch.int32, device=device)
+    common = {name: arguments[name] for name in ("starts", "lengths", "window", "WINDOW")}
+    size = triton.next_power_of_2(sequences)
+    number_blocks[(1,)](
+        **common, origins=origins, sequences=sequences, group=arguments["group"], least=least, SIZE=size
+    )
+    common |= {name: arguments[name] for name in ("table", "table_stride", "pages", "page_stride")}
+    common |= {name: arguments[name] for name in ("D", "WIDE", "BY_TOKEN")}
+    for (k_bits, v_bits), chosen in pairs_of_widths(layout):
+        restore_pages[min(capacity, _PROGRAMS), len(chosen)](
+            **common, page_offsets_ptr=head_page_offsets(layout, chosen, device), origins=origins, k_ptr=k, v_ptr=v,
+            k_scale_ptr=k_scales, v_scale_ptr=v_scales, sequences=sequences, steps=steps, capacity=capacity,
+            K_BITS=k_bits, V_BITS=v_bits, ASM=assembly,
+        )  # fmt: skip
+    return {
+        "origins": origins, "restored_k": k, "restored_v": v, "restored_k_scales": k_scales,
+        "restored_v_scales": v_scales, "capacity": capacity,
+    }  # fmt: skip
+
+
+def bytes_per_block(wide: int) -> int:
+    """Bytes of one restored block of a KV head."""
+    return BLOCK * (2 * wide + 4 + 4)
