@@ -123,12 +123,17 @@ def test_questions_from_files(run, model: Path, sums: Path) -> None:
     assert unit["shown"][0]["target"] == "4"
 
 
-def test_questions_in_a_conversation(run, chat_model: Path, model: Path, sums: Path) -> None:
+def test_questions_in_a_conversation(run, chat_model: Path, sums: Path) -> None:
     call = ("--methods", "turbo-4", "--tasks", "gsm8k", "--data", sums, "--chat")
     (unit,) = run("eval", "--model", chat_model, *call, "--json").json["units"]
     assert (unit["settings"]["task"]["chat"], unit["fewest_shots"]) == (True, 1)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_conversation_needs_a_template(run, model: Path, sums: Path) -> None:
+    call = ("--methods", "turbo-4", "--tasks", "gsm8k", "--data", sums, "--chat")
     error = run("eval", "--model", model, *call).error
-    assert error == f"model: expected one with a chat template, got {model}, which has none"
+    assert error == f"--model: expected one with a chat template, got {model}, which has none"
 
 
 def test_what_cannot_be_measured_is_told_at_the_end(run, model: Path) -> None:

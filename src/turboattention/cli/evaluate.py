@@ -190,12 +190,11 @@ def _run(request: Request, name: str | None, device: str, dtype: Dtype, threads:
     bars = Bars(hidden=request.json)
     opened = open_model(name, device, dtype, threads, bars)
     from ..evaluation.hf.subject import TransformersSubject, renderer
+    from ..integrations.transformers import registry
 
     options = replace(request.options, render=renderer(opened, request.begin) if request.chat else None)
     chosen = suite.make_tasks(request.tasks, options, opened.context)
     language = load_weights(opened, bars)
-    from ..integrations.transformers import registry
-
     facts, units = _facts(language, request.begin), []
     subject = TransformersSubject(language, request.begin, chats=request.chat)
     try:
