@@ -86,7 +86,7 @@ Rows quantized(void* x, int64_t kind, int64_t channels, bool rotate) {
 // Pages of one width, with their sections one after another.
 struct Pages {
     turbo::HeadOffsets offsets[kHeads][2];
-    turbo::PageOffsets page;
+    turbo::PageSections layout;
     int64_t bytes_a_page;
     std::vector<std::uint8_t> bytes;
 
@@ -97,9 +97,9 @@ struct Pages {
         for (auto& head : offsets)
             for (auto& side : head)
                 if (bits < 8) side.step = section(channels), side.zero = section(channels);
-        plan.offsets = &offsets[0][0];
-        for (int side = 0; side < 2; ++side) plan.token_scales[side] = section(kHeads * kBlock);
-        for (int side = 0; side < 2; ++side) plan.scales[side] = section(kHeads * 4);
+        layout.offsets = &offsets[0][0];
+        for (int side = 0; side < 2; ++side) layout.token_scales[side] = section(kHeads * kBlock);
+        for (int side = 0; side < 2; ++side) layout.scales[side] = section(kHeads * 4);
         bytes_a_page = (bytes_a_page + 15) / 16 * 16;
         bytes.assign(kPages * bytes_a_page, 0);
     }
@@ -111,7 +111,7 @@ void encode(const Rows (&kv)[2], int64_t bits, int64_t channels, Pages& pages) {
     Rows tiles[2];
     turbo::PageArgs args{};
     args.pages = kPages, args.heads = kHeads, args.head_dim = args.value_dim = channels, args.block = kBlock;
-    args.head_rows = kBlock, args.page_bytes = pages.bytes_a_page, args.search = 1, args.plan = pages.plan;
+    args.head_rows = kBlock, args.page_bytes = pages.bytes_a_page, args.search = 1, args.layout = pages.layout;
     args.bytes = pages.bytes.data(), args.threads = 1;
     for (int side = 0; side < 2; ++side) {
         for (int64_t tile = 0; tile < kPages * kHeads; ++tile) {
@@ -148,21 +148,24 @@ void attend(Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t
     args.out = rows_of(out.data(), turbo::kFloat32, queries, channels);
     args.lse = lse.data();
     args.first_position = &first, args.valid_rows = &valid, args.lengths = &length, args.mean_from_block = kPages + 1;
-    args.pages = addresses, args.page_counts = &count, args.page_stride = kPages, args.sinks = pages.plan;
-    args.compressed = pages.plan;
+    args.pages = addresses, args.page_counts = &count, args.page_stride = kPages, args.sinks = pages.layout;
+    args.compressed = pages.layout;
     for (int side = 0; side < 2; ++side) {
         args.tail.codes[side] = kv[side].codes.data() + start * channels;
         args.tail.scales[side] = kv[side].scales.data() + start;
     }
     args.tail.start = &start, args.tail.batch_rows = kHeads * kTokens, args.tail.head_rows = kTokens;
     args.threshold = -9.0f, args.row_scale = 1, args.causal = 1, args.threads = 1;
-    for (args.softmax = 0; args.softmax < 3; ++args.softmax) {
+    const auto both_windows = [&](const char* what) {
         for (const int64_t window : {int64_t{0}, int64_t{100}}) {
             args.window = window;
             turbo::serial::kernels().attend(args);
-            print("attend", bits, queries, out);  // lse takes the C library's logarithm, whose last bit differs
+            print(what, bits, queries, out);  // lse takes the C library's logarithm, whose last bit differs
         }
-    }
+    };
+    for (args.softmax = 0; args.softmax <= 3; ++args.softmax) both_windows("attend");
+    args.softmax = 0, args.row_scale = 0, args.by_tile = args.approximate_rescale = 1;  // the paper's
+    both_windows("by tile");
     if (unfit) std::puts("unfit");
 }
 
