@@ -79,11 +79,14 @@ _PREFILL = {
 # With a mask, whose addresses and values need registers; other entries are as without.
 _MASKED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "sm_90": {128: Launch(64, 8, 2)}}
 
+# Over pages that are restored in memory; other entries are as for `prefill`, which reads the like.
+_RESTORED_PREFILL = {"gfx942": {64: Launch(128, 4, 1)}}
+
 # Over a server's pages, by head_dim as above. Programs are wide: all rows of one share what restoring a page takes.
 _PAGED_PREFILL = {
     "sm_80": {64: Launch(128, 8, 2), 128: Launch(64, 8, 2), 256: Launch(32, 8, 1)},
     "sm_90": {128: Launch(128, 8, 2), 256: Launch(64, 8, 3)},
-    "gfx942": {64: Launch(128, 8, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
+    "gfx942": {64: Launch(128, 4, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
     "interpreter": {256: Launch(64, 4, 1)},
 }
 
@@ -143,8 +146,10 @@ def paged_prefill(architecture: Architecture, head_dim: int) -> Launch:
 
 @functools.cache
 def restored_prefill(architecture: Architecture, head_dim: int) -> Launch:
-    """The same over pages that are restored in memory: as for `prefill`, which reads the like."""
-    return prefill(architecture, head_dim, False)
+    """Configuration of prefill over a server's pages that are restored in memory."""
+    table = _PREFILL[architecture.name]
+    size = min(size for size in table if size >= head_dim)
+    return _RESTORED_PREFILL.get(architecture.name, {}).get(size, table[size])
 
 
 @functools.cache
