@@ -9,10 +9,9 @@ MAIN = (
     "kivi-4,kivi-2,gear-l-4,saw-int4-kv"
 )
 """Methods of the longer contexts."""
-ASKED = "fp16,turbo-4-reordered,turbo-3-reordered,turbo-2-reordered,turbo-mixed,kivi-4,kivi-2,gear-l-4"
+ASKED = "fp16,turbo-4-reordered,turbo-3-reordered,turbo-2-reordered,turbo-mixed,kivi-4,kivi-2,gear-l-4,turbo-paper-4"
 """Methods that questions are asked through first."""
-ASKED_LATER = "turbo-4,turbo-3,turbo-2,turbo-paper-4"
-"""The paper's scales per tile are for comparison only and run in PyTorch: ten times as long as the others together."""
+ASKED_LATER = "turbo-4,turbo-3,turbo-2"
 CALIBRATED = "turbo-calibrated-4,turbo-calibrated,turbo-calibrated-2.5"
 """Widths chosen for averages of 4, 3 and 2.5 bits."""
 
