@@ -159,7 +159,7 @@ def test_a_file_that_says_other_widths_is_refused(tmp_path):
 def test_the_guard_looks_at_values_of_their_own_width():
     q, k, v = tensors((64, 32), batch=1)
     cache = ta.KVCache(1, 2, 64, v_head_dim=32, config=ta.TurboConfig(bits=2))
-    with pytest.warns(ta.errors.GuardWarning, match="KV heads"):
+    with pytest.warns(ta.errors.GuardWarning, match="KV head"):
         run(cache, 8 * q, k, v, "cpu", [sum(PIECES)])
     assert pages_of(cache) is not None
 
