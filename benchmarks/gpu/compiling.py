@@ -157,7 +157,10 @@ def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Ass
 
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)\s*(.*?)\s*;")
-_REGISTER_A = re.compile(r"R(\d+), R(\d+), gdesc")
+_REGISTER_A = re.compile(r"R\d+, R(\d+)(?:\.reuse)?, gdesc")
+_WRITTEN = re.compile(r"(?:U?P\w+, )*R(\d+)\b")
+_WIDTH = re.compile(r"\.(128|64|WIDE)\b|^LDSM.*\.([24])$")
+_REGISTERS = {"128": 4, "64": 2, "WIDE": 2, "4": 4, "2": 2}
 _PLAIN_STORES = (
     "ST",
     "RED",
@@ -170,6 +173,10 @@ _PLAIN_STORES = (
     "FSETP",
     "PLOP3",
     "R2UR",
+    "R2P",
+    "DSETP",
+    "HSETP",
+    "FCHK",
     "U",
     "LDGSTS",
 )
@@ -177,19 +184,26 @@ _PLAIN_STORES = (
 
 def register_hazards(lines: list[tuple[str, str]]) -> list[str]:
     """Instructions that write a register which an asynchronous product before them, not yet waited for, reads as its
-    first operand (64 x 32 INT8 of it are four registers). lines: mnemonics and operands of NVIDIA's assembly."""
+    first operand (64 x 32 INT8 of it are four registers). lines: mnemonics and operands of NVIDIA's assembly.
+
+    They are read in the order of the code, twice, so that products at a loop's end meet what stands at its beginning;
+    branches are not followed. A wait for all but some products counts as none. Not looked at: accumulators of later
+    products, which follow each other in order."""
     busy: set[int] = set()
-    found = []
-    for name, operands in lines:
+    found: dict[str, None] = {}
+    for name, operands in (*lines, *lines):
         if name.startswith("WARPGROUP.DEPBAR"):
-            busy.clear()
-        elif name.startswith("IGMMA") and (match := _REGISTER_A.match(operands)):
-            busy |= {int(match[2]) + i for i in range(4)}
-        elif busy and not name.startswith(_PLAIN_STORES) and (match := re.match(r"R(\d+)\b", operands)):
-            wide = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
-            if busy & {int(match[1]) + i for i in range(wide)}:
-                found.append(f"{name} {operands}")
-    return found
+            if operands.endswith(" 0x0"):
+                busy.clear()
+        elif name.startswith("IGMMA"):
+            if match := _REGISTER_A.match(operands):
+                busy |= {int(match[1]) + i for i in range(4)}
+        elif busy and not name.startswith(_PLAIN_STORES) and (match := _WRITTEN.match(operands)):
+            wide = _WIDTH.search(name)
+            count = _REGISTERS[wide[1] or wide[2]] if wide else 1
+            if busy & {int(match[1]) + i for i in range(count)}:
+                found[f"{name} {operands}"] = None
+    return list(found)
 
 
 def _nvidia(asm: dict[str, Any]) -> tuple[int, int, list[str], list[tuple[str, str]]]:
