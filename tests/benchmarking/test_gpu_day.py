@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "day.py"
 INJECTED = ["--only", "facts", "--only", "a crash", "--only", "a hang"]
 PLACEHOLDERS = ["compile", "profile decode 4", "profile decode 3", "profile decode 2", "profile prefill", "sanitizer"]
+PLACEHOLDERS += ["gate pages of other sizes"]
 """Steps that a machine without a GPU, and thus without its tools, leaves out."""
 
 
