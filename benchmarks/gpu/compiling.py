@@ -45,7 +45,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Assembly:
     """One compiled kernel. registers: of a thread (AMD: with accumulators); spill_bytes: local or scratch memory of a
     thread; shared: bytes of a program; code: its instructions, without operands; inline_assembly: operations of
-    that kind, packed_lanes: those of them over several elements at once; overwritten: `register_hazards`."""
+    that kind, packed_lanes: those of them over several elements at once; overwritten: `register_hazards`; loops: their
+    first instruction and the branch back to it, as places in the code. The last two are empty for AMD."""
 
     kernel: str
     constants: dict[str, Any]
@@ -58,6 +59,7 @@ class Assembly:
     inline_assembly: int = 0
     packed_lanes: int = 0
     overwritten: list[str] = field(default_factory=list)
+    loops: list[tuple[int, int]] = field(default_factory=list)
 
     @functools.cached_property
     def mnemonics(self) -> Counter:
@@ -146,18 +148,22 @@ def _twice(compile_it: Any) -> Any:
 def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Assembly:
     meta = kernel.metadata
     read = _nvidia if target.startswith("sm") else _amd
-    registers, spill, code, lines = read(kernel.asm)
+    registers, spill, code, lines, loops = read(kernel.asm)
     packed = [
         int(match) for match in re.findall(r"elementwise_inline_asm.*?packed_element = (\d+)", kernel.asm["ttgir"])
     ]
     return Assembly(
         name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, code,
-        len(packed), sum(lanes > 1 for lanes in packed), register_hazards(lines),
+        len(packed), sum(lanes > 1 for lanes in packed), register_hazards(lines), loops,
     )  # fmt: skip
 
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)\s*(.*?)\s*;")
-_REGISTER_A = re.compile(r"R(\d+), R(\d+), gdesc")
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+_REGISTER_A = re.compile(r"R\d+, R(\d+)(?:\.reuse)?, gdesc")
+_WRITTEN = re.compile(r"(?:U?P\w+, )*R(\d+)\b")
+_WIDTH = re.compile(r"\.(128|64|WIDE)\b|^LDSM.*\.([24])$")
+_REGISTERS = {"128": 4, "64": 2, "WIDE": 2, "4": 4, "2": 2}
 _PLAIN_STORES = (
     "ST",
     "RED",
@@ -170,6 +176,10 @@ _PLAIN_STORES = (
     "FSETP",
     "PLOP3",
     "R2UR",
+    "R2P",
+    "DSETP",
+    "HSETP",
+    "FCHK",
     "U",
     "LDGSTS",
 )
@@ -177,37 +187,58 @@ _PLAIN_STORES = (
 
 def register_hazards(lines: list[tuple[str, str]]) -> list[str]:
     """Instructions that write a register which an asynchronous product before them, not yet waited for, reads as its
-    first operand (64 x 32 INT8 of it are four registers). lines: mnemonics and operands of NVIDIA's assembly."""
+    first operand (64 x 32 INT8 of it are four registers). lines: mnemonics and operands of NVIDIA's assembly.
+
+    They are read in the order of the code, twice, so that products at a loop's end meet what stands at its beginning;
+    branches are not followed. A wait for all but some products counts as none. Not looked at: accumulators of later
+    products, which follow each other in order."""
     busy: set[int] = set()
-    found = []
-    for name, operands in lines:
+    found: dict[str, None] = {}
+    for name, operands in (*lines, *lines):
         if name.startswith("WARPGROUP.DEPBAR"):
-            busy.clear()
-        elif name.startswith("IGMMA") and (match := _REGISTER_A.match(operands)):
-            busy |= {int(match[2]) + i for i in range(4)}
-        elif busy and not name.startswith(_PLAIN_STORES) and (match := re.match(r"R(\d+)\b", operands)):
-            wide = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
-            if busy & {int(match[1]) + i for i in range(wide)}:
-                found.append(f"{name} {operands}")
-    return found
+            if operands.endswith(" 0x0"):
+                busy.clear()
+        elif name.startswith("IGMMA"):
+            if match := _REGISTER_A.match(operands):
+                busy |= {int(match[1]) + i for i in range(4)}
+        elif busy and not name.startswith(_PLAIN_STORES) and (match := _WRITTEN.match(operands)):
+            wide = _WIDTH.search(name)
+            count = _REGISTERS[wide[1] or wide[2]] if wide else 1
+            if busy & {int(match[1]) + i for i in range(count)}:
+                found[f"{name} {operands}"] = None
+    return list(found)
 
 
-def _nvidia(asm: dict[str, Any]) -> tuple[int, int, list[str], list[tuple[str, str]]]:
+_Read = tuple[int, int, list[str], list[tuple[str, str]], list[tuple[int, int]]]
+
+
+def _nvidia(asm: dict[str, Any]) -> _Read:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         usage = _output(_TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
         text = _output(_TOOLS / "nvdisasm", "-c", file.name)
     size = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = [(match[1], match[2]) for line in text.splitlines() if (match := _SASS.match(line)) and match[1] != "NOP"]
-    return size["REG"], size["STACK"] + size["LOCAL"], [name for name, _ in lines], lines
+    lines: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if match := _LABEL.match(line):
+            labels[match[1]] = len(lines)
+        elif (match := _SASS.match(line)) and match[1] != "NOP":
+            lines.append((match[1], match[2]))
+    loops = []
+    for end, (name, operands) in enumerate(lines):
+        target = re.search(r"\.L_\w+", operands) if name.startswith("BRA") else None
+        if target and (start := labels.get(target[0], end)) < end:
+            loops.append((start, end))
+    return size["REG"], size["STACK"] + size["LOCAL"], [name for name, _ in lines], lines, loops
 
 
-def _amd(asm: dict[str, Any]) -> tuple[int, int, list[str], list[tuple[str, str]]]:
+def _amd(asm: dict[str, Any]) -> _Read:
     text = asm["amdgcn"]
     number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
     names = (match[1] for match in re.finditer(r"^\t((?:[vs]|ds|global|buffer|flat|scratch)_[a-z0-9_]+)", text, re.M))
-    return number["vgpr_count"], number["private_segment_fixed_size"], list(names), []
+    return number["vgpr_count"], number["private_segment_fixed_size"], list(names), [], []
 
 
 def _output(*command: Any) -> str:

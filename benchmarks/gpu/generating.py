@@ -44,12 +44,12 @@ def rows(parts: Sequence[str] = (*TIMED, *GATE, "torch.compile"), limit: float =
     """The parts' rows; what a part raises is a row as well."""
     begin = time.monotonic()
     setup = Setup()
-    yield setup.facts
+    yield {"note": "setup", **setup.facts}
     for name in parts:
         part = _PARTS[name]
         spent = time.monotonic() - begin
         if spent > limit:
-            yield {"part": name, "refused": f"no time left after {spent:.0f} s"}
+            yield {"part": name, "skipped": f"no time left after {spent:.0f} s"}
             continue
         try:
             for row in part(setup):
@@ -57,7 +57,7 @@ def rows(parts: Sequence[str] = (*TIMED, *GATE, "torch.compile"), limit: float =
         except Exception as problem:
             said = f"{type(problem).__name__}: {str(problem)[:2000]}"
             yield {"part": name, "passed": False, "problem": said, "trace": traceback.format_exc()[-4000:]}
-        yield {"part": name, "seconds": round(time.monotonic() - begin - spent, 2)}
+        yield {"note": "time", "part": name, "seconds": round(time.monotonic() - begin - spent, 2)}
 
 
 class Setup:
@@ -321,7 +321,7 @@ def _devices(setup: Setup) -> Iterator[Row]:
     """Greedy tokens of the GPU and of the CPU, from the same cache and configuration. They may part where the model's
     own bfloat16 arithmetic differs; said is how far they go together."""
     if not setup.gpu:
-        yield {"refused": "no GPU"}
+        yield {"missing": "a GPU"}
         return
     steps = 48
     try:
@@ -351,7 +351,7 @@ class _Moved:
 def _padded(setup: Setup) -> Iterator[Row]:
     """A left-padded batch."""
     if not setup.gpu:
-        yield {"refused": "no GPU"}
+        yield {"missing": "a GPU"}
         return
     ids, mask = setup.prompt.clone(), torch.ones_like(setup.prompt)
     mask[0, :70] = 0

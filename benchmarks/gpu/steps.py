@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from supervising import CRASHED, FOUND_WRONG, TIMED_OUT, Results, Step
+from supervising import CRASHED, FOUND_WRONG, LEFT_OUT, TIMED_OUT, Results, Step
 
 from turboattention.files import write_text
 
@@ -62,16 +62,34 @@ def run(name: str, results: Results, rehearse: bool) -> int:
     start = time.monotonic()
     print(f"-- {name}", flush=True)
     call = _OF.get(name) or _OF[kind]
-    wrong = False
+    before, rows = results.rows(name), []
     for row in call(shapes, which, results):
         print({"step": name, **row}, flush=True)
         results.write(name, **row)
-        wrong |= row.get("passed") is False or "WRONG" in (row.get("refused") or "")
+        rows.append(row)
     print(f"-- {name}: {time.monotonic() - start:.1f} s", flush=True)
-    return FOUND_WRONG if wrong else 0
+    return status_of(rows, before)
 
 
 Rows = Iterable[dict[str, Any]]
+
+
+def status_of(rows: Rows, before: Rows = ()) -> int:
+    """Exit status of a step that ran to its end. before: its rows of earlier runs, which it need not find again.
+
+    Rows with `note` describe the step; `refused` says what a try failed with, `missing` what there is not on this
+    machine, `skipped` why something was left out for this time."""
+    tried = [row for row in rows if "note" not in row]
+    if any(row.get("passed") is False or "WRONG" in (row.get("refused") or "") for row in tried):
+        return FOUND_WRONG
+    if any("skipped" in row for row in tried) or (tried and all("missing" in row for row in tried)):
+        return LEFT_OUT
+    return 0 if any(found(row) for row in (*before, *tried)) else 1
+
+
+def found(row: dict[str, Any]) -> bool:
+    """Whether the row says what was found, and not why nothing was."""
+    return not (row.get("refused") or row.keys() & {"note", "missing", "skipped"})
 
 
 def _facts(shapes: Any, which: str, results: Results) -> Rows:
@@ -96,8 +114,8 @@ def _facts(shapes: Any, which: str, results: Results) -> Rows:
 
 def _compile(shapes: Any, which: str, results: Results) -> Rows:
     """Nothing to compile for in a rehearsal: the interpreter takes the kernels as they are."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        yield {"key": "none"}
+    if _rehearsed():
+        yield {"missing": "a GPU"}
         return
     import ahead
     import torch
@@ -105,21 +123,26 @@ def _compile(shapes: Any, which: str, results: Results) -> Rows:
 
     major, minor = torch.cuda.get_device_capability()
     target = f"sm_{major}{minor}"
-    if target in TARGETS:
-        yield from ahead.compile_all(target)
+    if target not in TARGETS:
+        yield {"missing": f"{target} among the targets of compiling.py"}
+        return
+    yield from ahead.compile_all(target)
 
 
 def _gate(shapes: Any, which: str, results: Results) -> Rows:
     import correctness
 
-    for name, check in correctness.checks(shapes)[which].items():
+    checks = correctness.checks(shapes)[which]
+    if not checks:  # a gate of sizes that only a GPU can take
+        yield {"missing": "a GPU"}
+    for name, check in checks.items():
         yield correctness.outcome(name, check)
 
 
 def _sweep(shapes: Any, which: str, results: Results) -> Rows:
     import sweeping
 
-    have = {row["key"] for row in results.rows(f"sweep {which}") if "key" in row}
+    have = {row["key"] for row in results.rows(f"sweep {which}") if found(row)}
     kind, _, bits = which.partition(" ")
     if kind == "pages":
         return sweeping.pages(shapes, have)
@@ -183,9 +206,13 @@ def _profile(shapes: Any, which: str, results: Results) -> Rows:
 
 def _sanitizer(shapes: Any, which: str, results: Results) -> Rows:
     out = results.path.parent
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", str(_ERRORS)]
     for work in ("decode", "prefill"):
         yield from _tool(command, [work, "3", "--small"], out / f"sanitizer-{work}.txt")
+
+
+_ERRORS = 9
+"""Exit status of compute-sanitizer where it found errors."""
 
 
 def _tool(command: list[str], arguments: list[str], log: Path) -> Rows:
@@ -195,14 +222,23 @@ def _tool(command: list[str], arguments: list[str], log: Path) -> Rows:
             [*command, sys.executable, script, *arguments], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        yield {"tool": command[0], "missing": True}
+        yield {"missing": command[0]}
         return
     write_text(log, done.stdout + done.stderr)
-    yield {"tool": command[0], "arguments": arguments, "status": done.returncode, "log": log.name}
+    row = {"tool": command[0], "arguments": arguments, "status": done.returncode, "log": log.name}
+    if done.returncode == _ERRORS:
+        row["passed"] = False
+    elif done.returncode:
+        row["refused"] = f"{command[0]} ended with {done.returncode}"
+    yield row
 
 
-def _generate(shapes: Any, which: str, results: Results, *parts: str) -> Rows:
-    """Its timing, or the parts named."""
+def _rehearsed() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _generate(shapes: Any, which: str, results: Results, *parts: str, step: str = "generate") -> Rows:
+    """Its timing, or the parts named, within the time limit of the step."""
     import importlib.util
 
     if importlib.util.find_spec("transformers") is None:
@@ -210,21 +246,22 @@ def _generate(shapes: Any, which: str, results: Results, *parts: str) -> Rows:
         return
     import generating
 
-    yield from generating.rows(parts or generating.TIMED)
+    limit = next(each.seconds for each in steps(_rehearsed()) if each.name == step)
+    yield from generating.rows(parts or generating.TIMED, 0.8 * limit)  # the rest is for the part begun last
 
 
 def _generate_gate(shapes: Any, which: str, results: Results) -> Rows:
     import generating
 
-    yield from _generate(shapes, which, results, *generating.GATE)
+    yield from _generate(shapes, which, results, *generating.GATE, step="gate generate")
 
 
 def _torch_compile(shapes: Any, which: str, results: Results) -> Rows:
-    yield from _generate(shapes, which, results, "torch.compile")
+    yield from _generate(shapes, which, results, "torch.compile", step="torch.compile")
 
 
 def _large_model(shapes: Any, which: str, results: Results) -> Rows:
-    yield from _generate(shapes, which, results, "large")
+    yield from _generate(shapes, which, results, "large", step="large model")
 
 
 def _plain(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -279,6 +316,9 @@ def summary(results: Results) -> None:
     for row in results.rows():
         if row.get("passed") is False:
             print(f"WRONG {row.get('name', row['step'])}: {row.get('problem', row)}")
+        for why in ("skipped", "missing"):
+            if why in row:
+                print(f"{why} {', '.join(filter(None, (row['step'], row.get('part'))))}: {row[why]}")
     for bits in WIDTHS:
         found = sweeping.best(results.rows(f"sweep decode {bits}"), bits=str(bits))
         if found:

@@ -20,6 +20,8 @@ from typing import Any
 DONE, WRONG, CRASHED, TIMED_OUT, SKIPPED = "done", "wrong", "crashed", "timed out", "skipped"
 FOUND_WRONG = 3
 """Exit status of a step that ran to its end and found wrong results."""
+LEFT_OUT = 4
+"""Exit status of a step that left something out, for want of time or of what it needs."""
 
 _LEAST_SECONDS = 3.0  # a process takes as long to start
 
@@ -126,7 +128,7 @@ def _side_by_side(
                 yield step, TIMED_OUT if status is None else _ENDS.get(status, CRASHED), spent
 
 
-_ENDS = {0: DONE, FOUND_WRONG: WRONG}
+_ENDS = {0: DONE, FOUND_WRONG: WRONG, LEFT_OUT: SKIPPED}
 
 
 def _tell(results: Results, counts: Counter[str], step: Step, status: str, seconds: float, why: str = "") -> None:

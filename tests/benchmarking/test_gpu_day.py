@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,80 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "day.py"
 INJECTED = ["--only", "facts", "--only", "a crash", "--only", "a hang"]
+PLACEHOLDERS = ["compile", "profile decode 4", "profile decode 3", "profile decode 2", "profile prefill", "sanitizer"]
+PLACEHOLDERS += ["gate pages of other sizes"]
+"""Steps that a machine without a GPU, and thus without its tools, leaves out."""
+
+
+@pytest.fixture
+def imported(monkeypatch):
+    """Imports modules of the script's folder, for one test."""
+    folder, before = str(SCRIPT.parent), set(sys.modules)
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize(
-    ("selected", "done"), [(INJECTED, 1), pytest.param([], 30, marks=pytest.mark.long)], ids=["injected", "all"]
+    ("selected", "done", "skipped"),
+    [(INJECTED, 1, 0), pytest.param([], 30 - len(PLACEHOLDERS), len(PLACEHOLDERS), marks=pytest.mark.long)],
+    ids=["injected", "all"],
 )
-def test_rehearsal(tmp_path, selected, done):
+def test_rehearsal(tmp_path, selected, done, skipped):
     command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path), *selected]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3700)
     last = ended.stdout.strip().splitlines()[-1]
-    assert last.startswith(f"steps: {done} done, 0 wrong, 1 crashed, 1 timed out, 0 skipped"), ended.stdout
+    assert last.startswith(f"steps: {done} done, 0 wrong, 1 crashed, 1 timed out, {skipped} skipped"), ended.stdout
     assert ended.returncode == 0
+
+
+REFUSED, MEASURED = {"key": "b", "refused": "IndexError: 1"}, {"key": "a", "seconds": 1.0}
+NOTE, MISSING = {"note": "time", "seconds": 2.0}, {"missing": "a GPU"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [
+        ([], "crashed"),
+        ([NOTE, REFUSED, REFUSED], "crashed"),
+        ([REFUSED, MISSING], "crashed"),
+        ([NOTE, REFUSED, MEASURED], "done"),
+        ([MEASURED | {"refused": None}, MISSING], "done"),
+        ([MISSING, NOTE], "skipped"),
+        ([MEASURED, {"part": "speed", "skipped": "no time left after 61 s"}], "skipped"),
+        ([MEASURED, {"refused": "WRONG"}], "wrong"),
+        ([{"passed": False}, {"skipped": "no time left"}], "wrong"),
+        ([REFUSED, {"passed": True}], "done"),
+    ],
+)
+def test_a_step_is_done_where_it_found_something(imported, tmp_path, monkeypatch, rows, status):
+    steps, supervising = imported("steps"), imported("supervising")
+    results = supervising.Results(tmp_path / "results.jsonl")
+    monkeypatch.setitem(steps._OF, "sweep", lambda *_: rows)
+    ended = steps.run("sweep decode 4", results, rehearse=True)
+    assert supervising._ENDS.get(ended, supervising.CRASHED) == status
+    assert results.rows() == [{"step": "sweep decode 4", **row} for row in rows]
+
+
+def test_a_sweep_that_goes_on_tries_again_what_was_refused(imported, tmp_path, monkeypatch):
+    steps, sweeping = imported("steps"), imported("sweeping")
+    results = imported("supervising").Results(tmp_path / "results.jsonl")
+    results.write("sweep decode 4", **REFUSED)
+    results.write("sweep decode 4", **MEASURED)
+    found = []
+    monkeypatch.setattr(sweeping, "decode", lambda shapes, bits, have: found.append((bits, have)) or [])
+    assert steps.run("sweep decode 4", results, rehearse=True) == 0  # what is there is not measured again
+    assert found == [(4, {"a"})]
+
+
+def test_what_is_compiled_ahead(imported):
+    """Names do not hide each other, and each work can be called; nothing is compiled."""
+    works = imported("ahead").works()
+    sweeping, kernels = imported("sweeping"), imported("kernels")
+    assert all(map(callable, works.values()))
+    quick = [name for name, _ in kernels.calls(quick=True) if "mask" not in name]
+    assert len(set(quick)) == len(quick)
+    launches = 3 * len(sweeping.DECODE) + len(sweeping.FORMS) * (len(sweeping.PREFILL) + 1)
+    assert len(works) == launches + 2 * 2 + len(sweeping.RESTORED) - 1 + len(quick)

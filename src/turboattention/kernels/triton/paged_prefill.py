@@ -2,7 +2,8 @@
 
 A program takes M rows of a sequence that has more than `most` of them (`paged_decode` takes the others). Every
 query reads blocks before its own as pages and its own as INT8 rows. Where `restored_pages` restored them, pages are
-read from its memory; results are the same to the bit.
+read from its memory; results are the same to the bit, except with a window at launches of other M, since
+blocks that all rows of a program see are folded first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Pages restored to INT8 in memory once per step, for sequences whose rows fill several programs of `paged_prefill`.
 
 Blocks are numbered through all of these sequences: `origins[b]` to `origins[b + 1]` (exclusive) are what sequence b
-reads as pages, in order. Memory is for the first `capacity` numbers; sequences beyond it are left to programs that
-restore pages as they read them. The device decides this, so that the host needs to know neither lengths nor pages.
+reads as pages, in order. Memory is for the first `capacity` numbers; the first sequence that goes beyond it and all
+behind it are left to programs that restore pages as they read them. The device decides this, so that the host needs to
+know neither lengths nor pages.
 """
 
 from __future__ import annotations
