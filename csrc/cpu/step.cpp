@@ -35,17 +35,28 @@ std::uint16_t narrowed(float scale) {  // 4 mantissa bits: exact
     return static_cast<std::uint16_t>(bits >> 16);
 }
 
-// Scale `i` of the buffer.
-float scale_at(const StepArgs& step, int side, std::int64_t i) {
-    if (step.store.universal[side]) return static_cast<const float*>(step.scales[side])[i];
-    return widened(static_cast<const std::uint16_t*>(step.scales[side])[i]);
+// Scales of the buffer, `count` from `at` on: bfloat16, or float32 where all rows of a head take the same.
+void read_scales(const StepArgs& step, int side, std::int64_t at, std::int64_t count, float* to) {
+    if (step.store.universal[side]) {
+        std::memcpy(to, static_cast<const float*>(step.scales[side]) + at, sizeof(float) * count);
+        return;
+    }
+    const auto* narrow = static_cast<const std::uint16_t*>(step.scales[side]) + at;
+    for (std::int64_t t = 0; t < count; ++t) to[t] = widened(narrow[t]);
 }
 
-void set_scale(const StepArgs& step, int side, std::int64_t i, float scale) {
-    if (step.store.universal[side])
-        static_cast<float*>(step.scales[side])[i] = scale;
-    else
-        static_cast<std::uint16_t*>(step.scales[side])[i] = narrowed(scale);
+void write_scales(const StepArgs& step, int side, std::int64_t at, std::int64_t count, const float* from) {
+    if (step.store.universal[side]) {
+        std::memcpy(static_cast<float*>(step.scales[side]) + at, from, sizeof(float) * count);
+        return;
+    }
+    auto* narrow = static_cast<std::uint16_t*>(step.scales[side]) + at;
+    for (std::int64_t t = 0; t < count; ++t) narrow[t] = narrowed(from[t]);
+}
+
+void clear_scales(const StepArgs& step, int side, std::int64_t at, std::int64_t count) {
+    const std::int64_t size = step.store.universal[side] ? sizeof(float) : sizeof(std::uint16_t);
+    std::memset(static_cast<char*>(step.scales[side]) + at * size, 0, static_cast<std::size_t>(count * size));
 }
 
 // Channels of a row of keys or values.
@@ -66,7 +77,7 @@ Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
             if (s.fresh)
                 std::memcpy(rows.codes[side] + to * width, step.codes[side] + from * width,
                             static_cast<std::size_t>(held * width));
-            for (std::int64_t t = 0; t < held; ++t) scales[to + t] = scale_at(step, side, from + t);
+            read_scales(step, side, from, held, scales + to);
         }
     }
     return rows;
@@ -82,11 +93,10 @@ void keep_rows(const StepArgs& step, const Workspace& w, const Int8Rows& rows) {
             const std::int64_t left = held + s.tokens - filled, from = i * rows.head_rows + filled;
             std::int8_t* codes = step.codes[side] + i * step.capacity * width;
             if (s.fresh) std::memcpy(codes, rows.codes[side] + from * width, static_cast<std::size_t>(left * width));
-            for (std::int64_t t = 0; t < left; ++t)
-                set_scale(step, side, i * step.capacity + t, rows.scales[side][from + t]);
+            write_scales(step, side, i * step.capacity, left, rows.scales[side] + from);
             if (left >= held) continue;
             std::memset(codes + left * width, 0, static_cast<std::size_t>((held - left) * width));
-            for (std::int64_t t = left; t < held; ++t) set_scale(step, side, i * step.capacity + t, 0.0f);
+            clear_scales(step, side, i * step.capacity + left, held - left);
         }
     }
 }
