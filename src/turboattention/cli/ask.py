@@ -21,7 +21,7 @@ from .document import Document, Ready
 from .facts import facts, slower_than_kernels
 from .interrupt import Interrupt
 from .lines import Lines
-from .model import load_weights, open_model
+from .model import check_caches, load_weights, open_model
 from .options import (
     INPUT,
     QUANTIZING,
@@ -193,8 +193,7 @@ def _compare(request: Request, opened: Opened, bars: Bars) -> None:
     assert request.questions is not None
     document = Document(opened, request.text, request.source)
     asked = [(question, document.check_length(question, request.limit)) for question in request.questions]
-    for setting in request.settings:
-        opened.new_cache(setting.config, setting.calibration)  # raises for models and calibrations that do not fit
+    check_caches(opened, request.settings)
     language = load_weights(opened, bars)
     described = facts(language, request.settings[0].config)
     live = None if request.json else Live(results(), described, len(document.prefix))
@@ -289,10 +288,11 @@ def _continued(
     request: Request, ready: Ready, ids: list[int], bars: Bars, enough: Callable[[], bool] | None = None
 ) -> Result:
     """The answer to the question at the end of `ids`, written on stdout except with --json."""
-    from ..integrations.transformers import chat
     from ..integrations.transformers.generation import Sampler
 
     run, shared = ready.ask(ids)
     start = Start(ids, run.cache, shared)  # type: ignore[arg-type]
-    write, stop = None if request.json else write_text, chat.stop_tokens(run.language)
-    return continue_text(run.language, start, request.limit, Sampler(), bars, write=write, stop=stop, enough=enough)
+    write = None if request.json else write_text
+    return continue_text(
+        run.language, start, request.limit, Sampler(), bars, write=write, stop=ready.stop, enough=enough
+    )

@@ -114,9 +114,7 @@ def _over(
     own: Sequence[Outcome] | None,
     audience: Audience | None,
 ) -> Prompted:
-    from ..integrations.transformers import chat
-
-    label, stop = OWN if setting is None else setting.label, chat.stop_tokens(language)
+    label = OWN if setting is None else setting.label
     outcomes, agreements = [], []
     with guard_warnings(show=False) as said:
         warm_up(language, document.prefix, setting, label, bars)
@@ -131,7 +129,7 @@ def _over(
             run.prefill(ids[shared:])
             seconds = time.perf_counter() - begun
             reference = own[index].tokens if own else ()
-            outcome, ranked = go_on(run, label, limit, bars, stop, reference, seconds)
+            outcome, ranked = go_on(run, label, limit, bars, ready.stop, reference, seconds)
             outcomes.append(outcome)
             if own:
                 agreements.append(agreement(language, own[index], outcome, ranked))

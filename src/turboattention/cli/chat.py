@@ -16,7 +16,7 @@ from .device import Dtype
 from .facts import slower_than_kernels
 from .interrupt import Interrupt
 from .lines import Lines
-from .model import load_weights, open_model
+from .model import check_caches, load_weights, open_model
 from .options import (
     INPUT,
     QUANTIZING,
@@ -101,7 +101,7 @@ def chat(
     bars = Bars(hidden=False)
     opened = open_model(model, device, dtype, threads, bars)
     check_conversation(opened, system)
-    opened.new_cache(setting.config, setting.calibration)  # raises for models and calibrations that do not fit
+    check_caches(opened, [setting])
     kept = None if load is None else Kept.read(opened, load, "--load")
     language = load_weights(opened, bars)
     import torch

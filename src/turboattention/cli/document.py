@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,13 @@ class Ready:
             begun = time.perf_counter()
             run.prefill(document.prefix[loaded:], update)
             return cls(document, run, loaded, time.perf_counter() - begun)
+
+    @cached_property
+    def stop(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        from ..integrations.transformers import chat
+
+        return chat.stop_tokens(self.run.language)
 
     def ask(self, ids: list[int]) -> tuple[Run, int]:
         """A copy for one question, and the number of prompt tokens that it already contains."""

@@ -14,7 +14,7 @@ from .comparison import compare
 from .comparison_view import as_json, show
 from .device import Dtype
 from .facts import facts, slower_than_kernels
-from .model import load_weights, open_model
+from .model import check_caches, load_weights, open_model
 from .options import (
     INPUT,
     QUANTIZING,
@@ -195,8 +195,7 @@ def _check(request: Request) -> None:
 def _compare(request: Request, opened: Opened, bars: Bars) -> None:
     assert request.prompt is not None
     ids = _ids(request, opened, request.prompt)
-    for setting in request.settings:
-        opened.new_cache(setting.config, setting.calibration)  # raises for models and calibrations that do not fit
+    check_caches(opened, request.settings)
     language = load_weights(opened, bars)
     config = request.settings[0].config  # the settings do not differ in what kernels support
     warnings = _warned(request, language, config)

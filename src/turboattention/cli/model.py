@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..bundled import model_path
@@ -11,6 +12,7 @@ from .progress import Bars
 
 if TYPE_CHECKING:
     from ..integrations.transformers.language_model import LanguageModel, Opened
+    from .settings import Setting
 
 
 def open_model(name: str | None, device: str, dtype: Dtype, threads: int | None, bars: Bars) -> Opened:
@@ -28,6 +30,12 @@ def open_model(name: str | None, device: str, dtype: Dtype, threads: int | None,
 
         use_threads(threads)
         return language_model.open_model(name, *choose(device, dtype))
+
+
+def check_caches(opened: Opened, settings: Sequence[Setting]) -> None:
+    """Raises UnsupportedError for a model without quantized caches, InputError for the calibration of another one."""
+    for setting in settings:
+        opened.new_cache(setting.config, setting.calibration)
 
 
 def load_weights(opened: Opened, bars: Bars) -> LanguageModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ FITTED_TO = 2048
 def begin_tokens(language: Described, begin: str | None) -> list[int]:
     """The tokens before every text: those of `begin`; None: BOS if the tokenizer adds it."""
     if begin is not None:
-        return list(language.tokenizer(begin, add_special_tokens=False, verbose=False)["input_ids"])
+        return chat.encode(language, begin)
     # Many tokenizers define a BOS token but do not add it, Qwen2.5's <|endoftext|> for example.
     tokenizer = language.tokenizer
     ids = tokenizer("", verbose=False)["input_ids"]
@@ -77,12 +78,12 @@ class TransformersSubject:
     def begin(self) -> list[int]:
         return begin_tokens(self.language, self._begin)
 
-    @property
-    def stop_tokens(self) -> frozenset[int]:
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:  # asked for after every token of an answer
         return chat.stop_tokens(self.language) if self._chats else self.language.stop_tokens
 
     def encode(self, text: str) -> list[int]:
-        return list(self.language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return chat.encode(self.language, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.language.decode(ids)
