@@ -78,8 +78,12 @@ class TransformersSubject:
     def begin(self) -> list[int]:
         return begin_tokens(self.language, self._begin)
 
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return self._stop_tokens
+
     @cached_property
-    def stop_tokens(self) -> frozenset[int]:  # asked for after every token of an answer
+    def _stop_tokens(self) -> frozenset[int]:  # asked for after every token of an answer, and slow to find
         return chat.stop_tokens(self.language) if self._chats else self.language.stop_tokens
 
     def encode(self, text: str) -> list[int]:
