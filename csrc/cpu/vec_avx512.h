@@ -15,8 +15,9 @@ constexpr std::uint8_t kFlip = 0;  // tiles multiply signed bytes
 #else
 constexpr std::uint8_t kFlip = 0x80;  // the first factor is unsigned: X8 + 128
 #endif
-constexpr int kQueryVectors = 2;       // of sixteen queries each, at once
-constexpr int kFewRowsAtOnce = 4;      // rows that share an unpacked vector of codes
+constexpr int kQueryVectors = 2;  // of sixteen queries each, at once
+// Rows that share an unpacked vector of codes: these, or the most where there are more; and sums in registers.
+constexpr int kFewRowsAtOnce = 4, kMostRowsAtOnce = 8, kSums = 16;
 constexpr std::int32_t kOffset = 128;  // dot_full multiplies codes as they are stored: X8 + 128
 
 struct F {

@@ -13,7 +13,7 @@ namespace turbo::TURBO_ISA {
 
 constexpr std::uint8_t kFlip = 0x80;
 constexpr int kQueryVectors = 1;
-constexpr int kFewRowsAtOnce = 2;
+constexpr int kFewRowsAtOnce = 2, kMostRowsAtOnce = 2, kSums = 4;
 constexpr std::int32_t kOffset = 128;
 
 struct F {

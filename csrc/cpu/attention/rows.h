@@ -30,10 +30,10 @@ struct Running {
     int wide;
 };
 
-struct Weights {  // of R rows
-    alignas(64) std::int32_t scores[kFewRowsAtOnce][kBlock];
-    alignas(64) std::uint8_t p[kFewRowsAtOnce][kBlock];
-    std::int32_t p_sum[kFewRowsAtOnce];
+struct Weights {  // of the rows of a pass
+    alignas(64) std::int32_t scores[kMostRowsAtOnce][kBlock];
+    alignas(64) std::uint8_t p[kMostRowsAtOnce][kBlock];
+    std::int32_t p_sum[kMostRowsAtOnce];
     alignas(64) float rescale[16], unit[16];
 };
 
