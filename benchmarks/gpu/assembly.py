@@ -1,7 +1,8 @@
 """What the kernels become on GPUs, without one: `PYTHONPATH=src python3 benchmarks/gpu/assembly.py [TARGET ...]`.
 
-Compiles every kernel as its launcher launches it and prints a table, or JSON with --json; --write puts the table into
-docs/gpu.md. TARGET: sm_80, sm_90, gfx942 (all by default).
+Compiles every kernel as its launcher launches it and prints a table, or JSON with --json. TARGET: sm_80, sm_90, gfx942
+(all by default). With `--write FILE ...`, nothing is compiled: docs/gpu.md gets the table of what --json printed with
+one or several releases of Triton.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="every launch configuration once")
     parser.add_argument("--only", default="", help="calls whose name begins so")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--write", action="store_true", help="write docs/gpu.md")
+    parser.add_argument("--write", nargs="+", type=Path, metavar="FILE", help="write docs/gpu.md from these")
     options = parser.parse_args()
+    if options.write:
+        found = [row for file in options.write for row in json.loads(file.read_text(encoding="utf-8"))]
+        head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        write_text(PAGE, f"{head}{BEGIN}\n{table(found)}\n{END}{rest.split(END)[1]}")
+        return 0
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET: expected it unset, got 1: interpreted kernels cannot be compiled")
     rows = [row for target in options.targets for row in compile_all(target, options.quick, options.only)]
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
-    text = table(rows)
-    print(text)
-    if options.write:
-        page = PAGE.read_text()
-        head, rest = page.split(BEGIN)
-        write_text(PAGE, f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    print(table(rows))
     return 0
 
 
@@ -47,6 +48,7 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
     """A row for every kernel: what it is for, its name, registers, spills, shared memory, products."""
     import kernels
     import torch
+    import triton
     from compiling import cross_compiling
 
     rows = []
@@ -60,6 +62,7 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
         for kernel in compiled:
             rows.append(
                 {
+                    "triton": triton.__version__,
                     "target": target,
                     "purpose": purpose,
                     "kernel": kernel.kernel,
@@ -68,6 +71,7 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
                     "stages": kernel.stages,
                     "registers": kernel.registers,
                     "spill_bytes": kernel.spill_bytes,
+                    "spills_in_loops": kernel.spills_in_loops,
                     "shared": kernel.shared,
                     "instructions": kernel.instructions,
                     "products": kernel.products,
@@ -81,30 +85,33 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
     return rows
 
 
-ATTENTION = ("prefill", "decode")
+ATTENTION = ("prefill", "decode", "paged_prefill", "paged_decode")
 
 
 def table(rows: list[dict]) -> str:
-    """Of every call prefill or decode; what else they launch once for all that launch the same."""
-    import triton
-
-    lines = [
-        f"Triton {triton.__version__}; registers of a thread (AMD: with accumulators), shared memory of a program.",
-        "",
-        "| GPU | for | kernel | integer products | instructions | registers | spilled bytes | shared | warps, stages |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    told = set()
+    """Of every kernel of attention without a mask, what it becomes with each release of Triton. `rows`: of one or several
+    releases; where calls differ in other kernels only, the first stands for them."""
+    releases = sorted({row["triton"] for row in rows})
+    found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        same = tuple(row[name] for name in ("target", "kernel", "instructions", "registers", "shared", "warps"))
-        if row["kernel"] not in ATTENTION and same in told:
-            continue
-        told.add(same)
-        products = ", ".join(f"{count} {name}" for name, count in row["products"].items())
-        lines.append(
-            f"| {row['target']} | {row['purpose']} | {row['kernel']} | {products} | {row['instructions']} "
-            f"| {row['registers']} | {row['spill_bytes']} | {row['shared']} | {row['warps']}, {row['stages']} |"
-        )
+        if row["kernel"] in ATTENTION and not row["constants"].get("MASK"):
+            what = row["target"], row["kernel"], repr(row["constants"])
+            found.setdefault(what, {}).setdefault(row["triton"], row)
+    columns = ["GPU", "for", "kernel", "warps, stages", "shared", *(f"Triton {release}" for release in releases)]
+    lines = [
+        "With each release: instructions; registers of a thread (AMD: with accumulators); bytes that a thread spills. "
+        "Shared: bytes of a program, with the first release.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for by_release in found.values():
+        one = next(iter(by_release.values()))
+        cells = [one["target"], one["purpose"], one["kernel"], f"{one['warps']}, {one['stages']}", f"{one['shared']:,}"]
+        for release in releases:
+            row = by_release.get(release)
+            cells.append(f"{row['instructions']:,}; {row['registers']}; {row['spill_bytes']}" if row else "–")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -74,6 +74,12 @@ class Assembly:
         return len(self.code)
 
     @property
+    def spills_in_loops(self) -> int:
+        """Reads and writes of spilled registers in innermost loops; always 0 for AMD."""
+        inner = [(a, b) for a, b in self.loops if not any(a < c and d < b for c, d in self.loops)]
+        return sum(name.startswith(("LDL", "STL")) for a, b in inner for name in self.code[a : b + 1])
+
+    @property
     def accesses(self) -> str:
         """Loads (L) and stores (S) of global memory and barriers (B), as they follow each other in the code."""
         return "".join(letter for name in self.code for prefix, letter in _ACCESSES.items() if name.startswith(prefix))

@@ -126,6 +126,9 @@ def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
     q: [B, Hq, Lq, D]; counted: bool [B, Lq] (CPU), the rows to include. Rows with a value that is not finite or
     above 1e18 in magnitude are ignored here; a GPU reports them on a later call.
     """
+    rows = counted.any(0).nonzero().flatten()
+    end = int(rows[-1]) + 1 if len(rows) else 0  # a long prompt's other queries are not read
+    q, counted = q[:, :, :end], counted[:, :end]
     counts = counted.to(q.device)[:, None, :, None] & (q.abs() <= _LARGEST).all(-1, keepdim=True)
     squares = torch.where(counts, q.double(), 0.0).square()
     return squares.sum((0, 2)).unflatten(0, (kv_heads, -1)).sum(1)

@@ -50,16 +50,27 @@ def of(target: str, kernel: str) -> list[dict[str, Any]]:
     return [row for row in compiled(target) if row["kernel"] == kernel]
 
 
+# Of a thread, with Triton 3.6 as on GPUs so far, and with later releases.
+MOST_SPILLED, MOST_SPILLED_LATER = 16, 96
+# With later releases, a program of these is short of registers whatever its launch.
+SPILLED_LATER = {("sm_80", "paged_prefill", 256): 208}
+
+
 @every_target
-def test_kernels_spill_no_more_than_a_few_registers_to_memory(target):
-    """A dozen words of a thread that a loop reads and does not write cost less than launches that spill nothing: decode
-    in two warps takes 1.6 times as long as in one on an H100. Prefill's loops have none to spare. Where heads differ,
-    decode has a loop over pages for each kind, and holds more beside them. Later releases of Triton than that of the
-    GPUs so far, 3.6, spill around the loop over open rows, too."""
+def test_kernels_spill_no_more_than_a_few_registers_and_in_no_loop(target):
+    """A few words that are stored before a loop and read behind it cost less than launches that spill nothing: decode in
+    two warps takes 1.6 times as long as in one on an H100. Later releases of Triton spill more."""
     rows = compiled(target)
     later = tuple(map(int, metadata.version("triton").split(".")[:2])) > (3, 6)
-    most = {row["purpose"]: 96 if later or row["constants"].get("PAIRS") in BOTH else 64 for row in rows}
-    assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"] > most[row["purpose"]]} == {}
+
+    def most(row: dict[str, Any]) -> int:
+        if not later:
+            return MOST_SPILLED
+        return SPILLED_LATER.get((target, row["kernel"], row["constants"].get("D")), MOST_SPILLED_LATER)
+
+    assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"] > most(row)} == {}
+    if not later:
+        assert {row["purpose"]: row["spills_in_loops"] for row in rows if row["spills_in_loops"]} == {}
     plain = [row for row in rows if row["kernel"] == "prefill" and not row["constants"]["MASK"]]
     assert all(row["spill_bytes"] == 0 for row in plain)
     assert all(0 < row["registers"] <= (512 if target == "gfx942" else 255) for row in rows)

@@ -77,14 +77,18 @@ _PREFILL = {
 }
 
 # With a mask, whose addresses and values need registers; other entries are as without.
-_MASKED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "sm_90": {128: Launch(64, 8, 2)}}
+_MASKED_PREFILL = {
+    "sm_80": {256: Launch(32, 8, 1)},
+    "sm_90": {128: Launch(64, 8, 2)},
+    "gfx942": {64: Launch(128, 4, 1)},
+}
 
 # Over pages that are restored in memory; other entries are as for `prefill`, which reads the like.
-_RESTORED_PREFILL = {"gfx942": {64: Launch(128, 4, 1)}}
+_RESTORED_PREFILL = {"sm_80": {256: Launch(32, 8, 1)}, "gfx942": {64: Launch(128, 4, 1)}}
 
 # Over a server's pages, by head_dim as above. Programs are wide: all rows of one share what restoring a page takes.
 _PAGED_PREFILL = {
-    "sm_80": {64: Launch(128, 8, 2), 128: Launch(64, 8, 2), 256: Launch(32, 8, 1)},
+    "sm_80": {64: Launch(128, 8, 2), 128: Launch(64, 8, 1), 256: Launch(32, 8, 1)},
     "sm_90": {128: Launch(128, 8, 2), 256: Launch(64, 8, 3)},
     "gfx942": {64: Launch(128, 4, 1), 128: Launch(64, 4, 1), 256: Launch(32, 4, 1)},
     "interpreter": {256: Launch(64, 4, 1)},
@@ -105,7 +109,10 @@ _DECODE = {
 }
 
 # With a mask or softcap; other entries are as above.
-_ADJUSTED_DECODE = {"sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 2)}}}
+_ADJUSTED_DECODE = {
+    "sm_80": {128: {4: Launch(4, 2, 3)}},
+    "sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 2)}},
+}
 
 
 @functools.cache

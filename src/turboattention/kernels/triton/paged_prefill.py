@@ -198,20 +198,22 @@ def paged_prefill(
                 state, source, block, queries, sees, own, cap, threshold,
                 WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM, RESTORED,
             )  # fmt: skip
+        # Counted again from memory: over the pages there are no registers for what only open blocks and the result need.
+        h = tl.load(head_ptr)
+        start, count, length = span_of(starts, lengths, b)
+        row, there = _rows_of(i - (start * group // M + b), count * group, M)
+        position = length - count + tl.minimum(row, count * group - 1) // group
         for block in tl.range(oldest, newest + 1, num_stages=1):
-            origin = tail_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
+            origin = tail_rows_of(slots, b, h, kv_heads, start, block, (length - count) // 64, ring, room, RING)
             state = _fold_rows(
                 state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
-                tl.maximum(sees, own), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,
+                tl.maximum(sees, position // 64 * 64), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,
             )  # fmt: skip
         first_half, second_half, row_sum, _ = state
         acc = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (M, WIDE))
         out = acc * (1.0 / tl.maximum(row_sum, 1.0))[:, None]
         if ROTATE:
             out = rotate_back(out, M, WIDE, D & -D, False)
-        # Counted again from memory: over the pages there are no registers for what only the result needs.
-        start, count, length = span_of(starts, lengths, b)
-        row, there = _rows_of(tile, count * group, M)
         to = (start + row // group).to(tl.int64) * out_stride_t + (h * group + row % group).to(tl.int64) * out_stride_h
         d = tl.arange(0, WIDE)[None, :]
         tl.store(out_ptr + to[:, None] + d, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (d < D))
