@@ -89,8 +89,10 @@ ATTENTION = ("prefill", "decode", "paged_prefill", "paged_decode")
 
 
 def table(rows: list[dict]) -> str:
-    """Of every kernel of attention without a mask, what it becomes with each release of Triton. `rows`: of one or several
-    releases; where calls differ in other kernels only, the first stands for them."""
+    """Of every kernel of attention without a mask, what it becomes with each release of Triton.
+
+    rows: of one or several releases. Where calls differ in other kernels only, the first is listed.
+    """
     releases = sorted({row["triton"] for row in rows})
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:

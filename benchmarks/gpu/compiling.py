@@ -75,8 +75,9 @@ class Assembly:
 
     @property
     def spills_in_loops(self) -> int:
-        """Reads and writes of spilled registers in innermost loops; always 0 for AMD."""
-        inner = [(a, b) for a, b in self.loops if not any(a < c and d < b for c, d in self.loops)]
+        """Reads and writes of spilled registers in innermost loops; always 0 for AMD. An outer loop is one within which
+        another ends: it may branch back into the middle of itself."""
+        inner = [(a, b) for a, b in self.loops if not any(a < end < b for _, end in self.loops)]
         return sum(name.startswith(("LDL", "STL")) for a, b in inner for name in self.code[a : b + 1])
 
     @property

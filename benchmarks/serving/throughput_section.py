@@ -93,8 +93,8 @@ def _latency(document: dict[str, Any]) -> str:
     ]
     if at_once:
         told.append(
-            f"With all requests at once, a token takes TurboAttention {_range(at_once)} times as long; more requests then run concurrently, "
-            "and wait less for their first token. `--max-num-seqs` limits this."
+            f"With all requests at once, a token takes TurboAttention {_range(at_once)} times as long; more requests "
+            "then run concurrently, and wait less for their first token. `--max-num-seqs` limits this."
         )
     return " ".join(told)
 
@@ -104,8 +104,8 @@ def _range(times: list[float]) -> str:
 
 
 def scenarios(document: dict[str, Any]) -> dict[tuple[int, str], dict[str, Rows]]:
-    """Rounds by scenario (budget and load) and contender, in the order they ran; without a scenario that was interrupted,
-    which not all contenders have run."""
+    """Rounds by scenario (budget and load) and contender, in the order they ran; without an interrupted scenario, which
+    not all contenders have run."""
     found: dict[tuple[int, str], dict[str, Rows]] = {}
     for row in document["rows"]:
         found.setdefault((row["budget"], load_of(row)), {}).setdefault(row["contender"], []).append(row)

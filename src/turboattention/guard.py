@@ -174,8 +174,8 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
 
 
 def _check_int8(first_head: int, sample: Sample, errors: Tensor, failing: Tensor, planned: Tensor) -> None:
-    """Raises `BeyondInt8Error` where heads are `failing` at the planned widths, with these errors, and 8 bits do not cure
-    them, or where INT8's own error is beyond `EARLY_BOUND` and half of the planned width's bound."""
+    """Raises `BeyondInt8Error` where heads are `failing` at the planned widths, with these `errors`, and 8 bits do not
+    cure them, or where INT8's own error is beyond `EARLY_BOUND` and half of the planned width's bound."""
     bound = (bound_of(planned) / 2).clamp(min=EARLY_BOUND)
     if not bool((failing | ~(errors <= bound)).any()):  # they include INT8's own
         return

@@ -30,9 +30,11 @@ def relative_errors(got: Tensor, exact: Tensor, kv_heads: int) -> Tensor:
 def float_attention(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, lengths: Tensor, params: AttentionParams
 ) -> Tensor:
-    """Causal attention in float32, whose error is far below every bound: q [B, Hq, Lq, D] at `positions` (int64 [B, Lq])
-    over the first `lengths[b]` tokens of k [B, Hkv, L, D] and v [B, Hkv, L, Dv] -> [B, Hq, Lq, Dv]; rows without a
-    visible key give 0. The window, scale and softcap of `params` apply, its mask does not.
+    """Causal attention in float32, whose error is far below every bound.
+
+    q [B, Hq, Lq, D] at `positions` (int64 [B, Lq]) over the first `lengths[b]` tokens of k [B, Hkv, L, D] and v
+    [B, Hkv, L, Dv] -> [B, Hq, Lq, Dv]; rows without a visible key give 0. The window, scale and softcap of `params`
+    apply, its mask does not.
     """
     keys = torch.arange(k.shape[2])
     behind = positions[..., None] - keys

@@ -58,7 +58,7 @@ SPILLED_LATER = {("sm_80", "paged_prefill", 256): 208}
 
 @every_target
 def test_kernels_spill_no_more_than_a_few_registers_and_in_no_loop(target):
-    """A few words that are stored before a loop and read behind it cost less than launches that spill nothing: decode in
+    """A few words that are stored before a loop and read after it cost less than launches that spill nothing: decode in
     two warps takes 1.6 times as long as in one on an H100. Later releases of Triton spill more."""
     rows = compiled(target)
     later = tuple(map(int, metadata.version("triton").split(".")[:2])) > (3, 6)

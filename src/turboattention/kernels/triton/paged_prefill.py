@@ -198,7 +198,7 @@ def paged_prefill(
                 state, source, block, queries, sees, own, cap, threshold,
                 WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM, RESTORED,
             )  # fmt: skip
-        # Counted again from memory: over the pages there are no registers for what only open blocks and the result need.
+        # Counted again from memory: pages leave no registers for what only open blocks and the result need.
         h = tl.load(head_ptr)
         start, count, length = span_of(starts, lengths, b)
         row, there = _rows_of(i - (start * group // M + b), count * group, M)
