@@ -10,22 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import time
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+import os
 
 import transformers
 
 from turboattention.files import write_text
 
-from . import tiny
-from .judge import Finding, Verdict, judge
-from .page import of, page
-
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
-PAGE = ROOT / "docs" / "models.md"
+from . import page, tiny
+from .judge import judge
+from .verdict import Finding, Verdict
 
 
 def main() -> int:
@@ -35,16 +28,17 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=180, help="seconds for each")
     options = parser.parse_args()
     if options.page:
-        write_page()
+        write_text(page.PAGE, page.of_results())
         return 0
-    start, verdicts = time.time(), []
+    verdicts = []
     for name in options.only or tiny.names():
         verdicts.append(apart(name, options.timeout))
-        say(verdicts[-1], time.time() - start, details=bool(options.only))
+        say(verdicts[-1], details=bool(options.only))
     if not options.only:
-        write(verdicts, time.time() - start)
-        write_page()
-    return int(any(x.verdict in ("wrong", "foreign") for verdict in verdicts for x in verdict.found.values()))
+        write(verdicts)
+        write_text(page.PAGE, page.of_results())
+    findings = [x for verdict in verdicts for x in verdict.found.values()]
+    return int(any(x.verdict in ("wrong", "foreign") for x in findings))
 
 
 def apart(name: str, timeout: float) -> Verdict:
@@ -67,36 +61,27 @@ def apart(name: str, timeout: float) -> Verdict:
         mine.close()
 
 
-def say(verdict: Verdict, seconds: float, details: bool) -> None:
-    found = of(verdict)
-    print(f"{seconds:6.0f} s  {verdict.name}: {found.verdict}  {found.note[:90]}", flush=True)
+def processor_time() -> float:
+    """Seconds of this process and of those that it started, which is the same beside other work."""
+    return sum(os.times()[:4])
+
+
+def say(verdict: Verdict, details: bool) -> None:
+    counted = verdict.counted
+    print(f"{processor_time():6.0f} s  {verdict.name}: {counted.verdict}  {counted.note[:90]}", flush=True)
+    if details and verdict.built.note:
+        print(f"{'':10}built: {verdict.built.verdict} {verdict.built.note}", flush=True)
     for kind, found in verdict.found.items():
         if details or found.verdict in ("wrong", "foreign"):
             error = "" if found.error is None else f"{found.error:.1e}"
             print(f"{'':10}{kind}: {found.verdict} {error} {found.note}", flush=True)
 
 
-def write(verdicts: list[Verdict], seconds: float) -> None:
+def write(verdicts: list[Verdict]) -> None:
     """One line for each architecture, so that a change shows in a diff."""
-    lines = ",\n".join(f"  {json.dumps(_brief(asdict(verdict)))}" for verdict in verdicts)
-    head = f'"transformers": "{transformers.__version__}", "seconds": {seconds:.0f}'
-    write_text(RESULTS, f'{{{head}, "architectures": [\n{lines}\n]}}\n')
-
-
-def _brief(value: Any) -> Any:
-    """Without what is empty, which the defaults say."""
-    if not isinstance(value, dict):
-        return value
-    return {name: _brief(x) for name, x in value.items() if x is not None and x != ""}
-
-
-def write_page() -> None:
-    results = json.loads(RESULTS.read_text())
-    verdicts = [
-        Verdict(x["name"], Finding(**x["built"]), {kind: Finding(**found) for kind, found in x["found"].items()})
-        for x in results["architectures"]
-    ]
-    write_text(PAGE, page(verdicts, results["transformers"], results["seconds"]))
+    lines = ",\n".join(f"  {json.dumps(verdict.brief())}" for verdict in verdicts)
+    head = f'"transformers": "{transformers.__version__}", "seconds": {processor_time():.0f}'
+    write_text(page.RESULTS, f'{{{head}, "architectures": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

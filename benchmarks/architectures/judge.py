@@ -7,14 +7,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from tests.exact_core import STANDINS
 from turboattention import TurboConfig
@@ -22,6 +21,7 @@ from turboattention.errors import TurboError
 from turboattention.integrations import transformers as integration
 
 from . import tiny
+from .verdict import WORSE, Finding, Verdict
 
 PIECES = [40, 1, 1, 9, 1, 1]
 LENGTH = sum(PIECES)
@@ -34,28 +34,8 @@ CACHES: dict[str, Callable[[Any], Any]] = {
     "StaticCache": lambda config: StaticCache(config=config, max_cache_len=LENGTH + 3),
 }
 
-
-WORSE = ["right", "refused", "foreign", "wrong"]
-
-
-@dataclass
-class Finding:
-    """`verdict`: right, refused, foreign, wrong, or not built. `note`: the message or the reason. `error`: the largest
-    relative error of the logits, of a model that ran."""
-
-    verdict: str
-    note: str = ""
-    error: float | None = None
-
-
-@dataclass
-class Verdict:
-    """What became of one architecture: how it was built, and by cache the worse finding of two ways to run; "INT8" is a
-    `TurboCache` of 8 bits in its own arithmetic, "default sizes" whether one is made for the config as it is."""
-
-    name: str
-    built: Finding
-    found: dict[str, Finding] = field(default_factory=dict)
+Way = Callable[[Any, Any], Tensor]
+"""What a model is run for, over a cache: its logits."""
 
 
 class UnusableError(Exception):
@@ -69,25 +49,37 @@ def judge(name: str) -> Verdict:
     try:
         model, turbo = _build(name), _turbo(name)
         turbo.load_state_dict(model.state_dict())
-        wanted = {way.__name__: way(model, None) for way in (pieces, padded)}
+        wanted, left_out = _wanted(model)
         if not _past_matters(model):
             raise UnusableError("its logits do not depend on earlier tokens at these sizes")
     except Exception as error:  # any library's
-        return Verdict(name, Finding("not built", _line(error)))
-    verdict = Verdict(name, Finding("right"))
+        return Verdict(name, Finding("not built", _line(error)), _refused(name))
+    verdict = Verdict(name, Finding("right", left_out))
     with exact_core():
         for kind in CACHES:
-            found = [_compare((model, turbo), kind, way, wanted[way.__name__]) for way in (pieces, padded)]
+            found = [_compare((model, turbo), kind, way, logits) for way, logits in wanted.items()]
             verdict.found[kind] = max(found, key=lambda x: (WORSE.index(x.verdict), x.error or 0))
-    verdict.found["INT8"] = _compare((model, turbo), "TurboCache", pieces, wanted["pieces"], bound=math.inf)
-    verdict.found["default sizes"] = _at_default_sizes(name)
+    way, logits = next(iter(wanted.items()))
+    verdict.found["INT8"] = _compare((model, turbo), "TurboCache", way, logits, bound=math.inf)
+    if pieces in wanted:
+        verdict.found["at once"] = _at_once(model, wanted[pieces])
+    verdict.found["default sizes"] = _made(tiny.default(name))  # tiny ones hide wide heads
     return verdict
 
 
-def _at_default_sizes(name: str) -> Finding:
-    """Whether a `TurboCache` is made for the config as it is; tiny sizes hide wide heads."""
+def _refused(name: str) -> dict[str, Finding]:
+    """What a `TurboCache` says to the config of a model that cannot be compared, if it says anything."""
+    for config in (tiny.config, tiny.default):
+        with contextlib.suppress(Exception):  # transformers refuses the sizes
+            made = _made(config(name))
+            return {} if made.verdict == "right" else {"TurboCache": made}
+    return {}
+
+
+def _made(config: Any) -> Finding:
+    """Whether a `TurboCache` is made for a config."""
     try:
-        integration.TurboCache(tiny.default(name))
+        integration.TurboCache(config)
     except TurboError as refusal:
         return Finding("refused", _line(refusal))
     except Exception as fault:
@@ -114,18 +106,17 @@ def _turbo(name: str) -> Any:
 
 
 def _build(name: str, attention: str = "eager") -> Any:
-    config = tiny.config(name)
     with torch.device("meta"):
-        size = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(x.numel() for x in tiny.model(name).parameters())
     if size > LARGEST:
         raise UnusableError(f"{size / 1e6:.0f} million parameters at these sizes")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = tiny.model(name, attention).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # larger than any initializer's: attention must matter to the logits
             parameter.data.normal_(0, 0.12, generator=generator)
-    model.generation_config.eos_token_id = None
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, decoder_start_token_id=1)
     return model
 
 
@@ -133,12 +124,23 @@ def _ids(rows: int, length: int) -> Tensor:
     return torch.randint(3, tiny.VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-@torch.no_grad()
 def pieces(model: Any, cache: Any) -> Tensor:
     """Logits [2, L, V]: a prompt, single tokens, several at once, and single ones again."""
+    return _fed(model, cache, PIECES)
+
+
+def singly(model: Any, cache: Any) -> Tensor:
+    """Logits [2, L, V] of a model that takes single tokens only."""
+    return _fed(model, cache, [1] * (tiny.WINDOW // 2))
+
+
+@torch.no_grad()
+def _fed(model: Any, cache: Any, sizes: list[int]) -> Tensor:
     ids, start, logits = _ids(2, LENGTH), 0, []
-    for size in PIECES:
-        out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
+    numbered = model.config.model_type in tiny.NUMBERED_BY_THE_CALLER
+    for size in sizes:
+        positions = {"position_ids": torch.arange(start, start + size).expand(2, -1)} if numbered else {}
+        out = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True, **positions)
         cache = getattr(out, "past_key_values", None)
         if cache is None:
             raise UnusableError("it has no past_key_values, the cache of attention layers")
@@ -157,34 +159,60 @@ def padded(model: Any, cache: Any) -> Tensor:
     return torch.stack(model.generate(ids, attention_mask=mask, **options).logits, 1)
 
 
+def _wanted(model: Any) -> tuple[dict[Way, Tensor], str]:
+    """The logits of eager attention over the model's own cache, by the way to run; and what transformers says to a way
+    that the model cannot go."""
+    wanted, left_out = {}, ""
+    for way in (pieces, padded):
+        try:
+            wanted[way] = way(model, None)
+        except UnusableError:
+            raise
+        except Exception as fault:  # any library's
+            left_out = _line(fault)
+    return wanted or {singly: singly(model, None)}, left_out
+
+
 @torch.no_grad()
 def _past_matters(model: Any) -> bool:
     ids = _ids(2, LENGTH)
-    before = model(input_ids=ids).logits[:, -1]
+    before = model(input_ids=ids, use_cache=False).logits[:, -1]
     ids[:, -5] = (ids[:, -5] + 1) % tiny.VOCAB
-    return distance(model(input_ids=ids).logits[:, -1], before) > 20 * CLOSE
+    return distance(model(input_ids=ids, use_cache=False).logits[:, -1], before) > 20 * CLOSE
 
 
-def _compare(
-    models: tuple[Any, Any], kind: str, way: Callable[..., Tensor], wanted: Tensor, bound: float = CLOSE
-) -> Finding:
+@torch.no_grad()
+def _at_once(model: Any, wanted: Tensor) -> Finding:
+    """Whether transformers itself gives the logits of `pieces` in one forward pass without a cache."""
+    error = distance(model(input_ids=_ids(2, LENGTH), use_cache=False).logits, wanted)
+    return Finding("right" if error < CLOSE else "differs", error=error)
+
+
+def _compare(models: tuple[Any, Any], kind: str, way: Way, wanted: Tensor, bound: float = CLOSE) -> Finding:
     """A run over a cache of this kind beside the wanted logits."""
+    eager, turbo = models
     try:
-        error = distance(way(models[1], CACHES[kind](models[1].config)), wanted)
+        cache = CACHES[kind](turbo.config)
+        result = way(turbo, cache)
     except TurboError as refusal:
         return Finding("refused", _line(refusal))
     except Exception as fault:
-        if kind != "TurboCache" and (own := _own_fault(models[0], kind, way)):
+        if kind != "TurboCache" and (own := _own_fault(eager, kind, way)):
             return Finding("refused", f"eager attention fails over this cache, too: {own}")
         return Finding("foreign", _line(fault))
+    if kind == "TurboCache" and not cache.get_seq_length():
+        return Finding("foreign", "the model leaves its TurboCache empty")
+    error = distance(result, wanted)
     if error < bound:
         return Finding("right", error=error)
-    if kind == "StaticCache" and distance(way(models[0], CACHES[kind](models[0].config)), wanted) >= CLOSE:
-        return Finding("refused", "eager attention is wrong over a static cache, too")
+    if kind != "TurboCache" and not _own_fault(eager, kind, way):
+        own = way(eager, CACHES[kind](eager.config))
+        if distance(own, wanted) >= CLOSE and distance(result, own) < CLOSE:
+            return Finding("as eager", "wrong in transformers, too: eager attention gives the same logits", error)
     return Finding("wrong", error=error)
 
 
-def _own_fault(model: Any, kind: str, way: Callable[..., Tensor]) -> str | None:
+def _own_fault(model: Any, kind: str, way: Way) -> str | None:
     """What eager attention says to a cache of this kind."""
     try:
         way(model, CACHES[kind](model.config))

@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
+import json
 import re
+import textwrap
 from collections import defaultdict
+from pathlib import Path
 
-from .judge import Finding, Verdict
+from .verdict import Finding, Verdict
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+PAGE = ROOT / "docs" / "models.md"
 
 _INTRODUCTION = """# Models
 
 Which causal language models of transformers {version} work with `attn_implementation="turbo"`. This page is written by
-`make architectures`, which builds a tiny random model of each architecture ({seconds} s for all), runs prompts, single
-tokens, several tokens at once and a padded batch in `generate`, and compares the logits with eager attention over the
-model's own cache. Quantization is replaced by exact arithmetic there, so that nothing but rounding may differ: "works"
-means a relative error below 1e-4. The last column is the error with 8 bits in the actual arithmetic; random models with
-experts may route a token differently, which shows as a larger one.
+`make architectures` ({seconds} s of one core), which builds a tiny random model of each architecture and compares two
+sets of logits with those of eager attention over the model's own cache:
 
-Of {count} architectures and variants, {right} work, {refused} are refused with an error that names the reason, {wrong}
-give wrong results, {foreign} fail otherwise, and {unbuilt} cannot be compared.
+- of two sequences of 53 tokens, in forward passes of 40, 1, 1, 9, 1 and 1 tokens;
+- of 6 steps of greedy `generate` after a batch of prompts of 40 and 29 tokens, left-padded.
 
-What a `TurboCache` does not support is refused when it is made, or else in the model's first forward pass. Models from
-outside transformers meet the same checks: keys or values that a layer changes after the cache, a layer that reads what
-the cache stores, new tokens that no attention function took, masks without the window of the cache, and masks that a
-model computes with by itself all raise an error. Beyond these checks no forward pass is compared with exact attention.
-That would cost a second attention over the whole prompt in every layer, and no bound tells quantization from a mistake:
-it would refuse models with hard heads, which the [guard](numerics.md#the-guard) measures and reports.
+Quantization is replaced by exact arithmetic there, so that nothing but rounding may differ: "works" means a relative
+error below 1e-4 in both. Nothing else is compared here: neither other decoding modes, nor real weights and sizes, nor
+other dtypes than float32. The last column is the error of the first set with 8 bits in the actual arithmetic; random
+models with experts may route a token differently, which shows as a larger one.
+
+Of {count} architectures and variants, {right} work with a `TurboCache`, {refused} are refused with an error that names
+the reason, {wrong} give other logits, {foreign} fail otherwise, and {unbuilt} cannot be compared.
+
+What a `TurboCache` does not support is refused when it is made, or else in the model's first forward passes. Models
+from outside transformers meet the same checks: keys or values that a layer changes after the cache, a layer that reads
+what the cache stores, new tokens that no attention function took, masks without the window of the cache, and masks that
+a model computes with by itself all raise an error. Beyond these checks no forward pass is compared with exact
+attention. That would cost a second attention over the whole prompt in every layer, and no bound tells quantization from
+a mistake: it would refuse models with hard heads, which the [guard](numerics.md#the-guard) measures and reports.
 
 Decoders with cross-attention (Bart, Marian and others) take
 `EncoderDecoderCache(TurboCache(model.config), DynamicCache(config=model.config))`: the `TurboCache` holds the tokens,
 and transformers' own cache what the encoder said.
 """
 
+_IN_PART = """## Compared in part
+
+Eager attention over the model's own cache raises an error in one set of logits. Where it does in both, 12 forward
+passes of one token were compared.
+
+"""
+_SPLIT = """## Other logits in transformers itself
+
+Eager attention over the model's own cache gives other logits in several forward passes than without a cache in one, for
+example because states start anew in a pass of several tokens. Here, "works" means that a `TurboCache` gives the same as
+the model's own cache; prompts in chunks are such passes.
+
+| architecture | difference |
+|---|---|"""
+
+
+def of_results() -> str:
+    """The page that the last results make."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return page([Verdict.of(x) for x in results["architectures"]], results["transformers"], results["seconds"])
+
 
 def page(verdicts: list[Verdict], version: str, seconds: float) -> str:
     by = defaultdict(list)
     for verdict in verdicts:
-        by[of(verdict).verdict].append(verdict)
+        by[verdict.counted.verdict].append(verdict)
     counts = {"right": "right", "refused": "refused", "wrong": "wrong", "foreign": "foreign", "unbuilt": "not built"}
     text = _INTRODUCTION.format(
         version=version,
@@ -44,6 +77,17 @@ def page(verdicts: list[Verdict], version: str, seconds: float) -> str:
         **{name: len(by[verdict]) or "none" for name, verdict in counts.items()},
     )
     parts = [text, _works(by["right"])]
+    in_part = {x.name: x.built for x in verdicts if x.compared and x.built.note}
+    if in_part:
+        parts.append(_IN_PART + _reasons(in_part))
+    split = [x for x in by["right"] if "at once" in x.found and x.found["at once"].verdict != "right"]
+    if split:
+        rows = [f"| {x.name} | {x.found['at once'].error:.0e} |" for x in split]
+        parts.append("\n".join([_SPLIT, *rows, ""]))
+    wide = {x.name: x.found["default sizes"] for x in by["right"] if x.found["default sizes"].verdict != "right"}
+    if wide:
+        start = "## Work at tiny sizes, and are refused at those of their default config\n\n"
+        parts.append(start + _reasons(wide))
     for title, verdict in (
         ("Wrong", "wrong"),
         ("Fail", "foreign"),
@@ -51,22 +95,10 @@ def page(verdicts: list[Verdict], version: str, seconds: float) -> str:
         ("Not compared", "not built"),
     ):
         if by[verdict]:
-            parts.append(f"## {title}\n\n" + _reasons({x.name: of(x) for x in by[verdict]}))
-    wide = {x.name: x.found["default sizes"] for x in by["right"] if x.found["default sizes"].verdict != "right"}
-    if wide:
-        start = "## Work at tiny sizes, and are refused at those of their default config\n\n"
-        parts.insert(2, start + _reasons(wide))
-    for kind in ("DynamicCache", "StaticCache"):
-        others = {x.name: x.found[kind] for x in verdicts if x.found and x.found[kind].verdict != "right"}
-        if others:
-            start = f'## "turbo" over a {kind}\n\nWithout a `TurboCache`. All compared architectures work but:\n\n'
-            parts.append(start + _reasons(others))
+            parts.append(f"## {title}\n\n" + _reasons({x.name: x.counted for x in by[verdict]}))
+    compared = [x for x in verdicts if x.compared]
+    parts += [_over(kind, {x.name: x.found[kind] for x in compared}) for kind in ("DynamicCache", "StaticCache")]
     return "\n".join(parts)
-
-
-def of(verdict: Verdict) -> Finding:
-    """What the architecture is counted as."""
-    return verdict.found["TurboCache"] if verdict.found else verdict.built
 
 
 def _works(verdicts: list[Verdict]) -> str:
@@ -74,6 +106,18 @@ def _works(verdicts: list[Verdict]) -> str:
         f"| {x.name} | {x.found['TurboCache'].error or 0:.0e} | {x.found['INT8'].error or 0:.3f} |" for x in verdicts
     ]
     return "\n".join(["## Work\n", "| architecture | error, exact | error, 8 bits |", "|---|---|---|", *rows, ""])
+
+
+def _over(kind: str, found: dict[str, Finding]) -> str:
+    """Of "turbo" over a cache of transformers."""
+    others = {name: finding for name, finding in found.items() if finding.verdict != "right"}
+    said = (
+        f"Without a `TurboCache`, the same two sets of logits over a `{kind}`. Of "
+        f"{len(found)} architectures whose eager attention runs over its own cache, {len(found) - len(others)} give "
+        "those of eager attention" + ("; the others:" if others else ".")
+    )
+    start = f'## "turbo" over a {kind}\n\n{textwrap.fill(said, 120)}\n'
+    return start + ("\n" + _reasons(others) if others else "")
 
 
 def _reasons(found: dict[str, Finding]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB, WINDOW, LAYERS = 96, 24, 4
 
@@ -84,10 +84,22 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots1": {
         name: SIZES[name] for name in "n_routed_experts n_shared_experts n_group topk_group num_experts_per_tok".split()
     },
-    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "dots3_note_text": _DOTS3,
     "falcon_h1": _MAMBA,
     "gemma4": {"text_config": _GEMMA4, "vision_config": None, "audio_config": None},
+    "gemma4_assistant": {
+        "text_config": {
+            "layer_types": _ALTERNATING,
+            "num_kv_shared_layers": LAYERS,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
     "gemma4_text": _GEMMA4,
     "gemma4_unified": {"text_config": _GEMMA4, "vision_config": None, "audio_config": None},
     "gemma4_unified_text": _GEMMA4,
@@ -109,6 +121,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """By architecture: what the sizes above leave contradictory or too large."""
 
+NUMBERED_BY_THE_CALLER = {"bamba"}
+"""Architectures whose forward numbers the tokens of every call from 0, unless it gets their positions, as `generate`
+hands them on. All others number them by their cache, which is part of what is compared."""
+
+_DECODERS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+"""The part of a config that the causal model takes, where transformers does not take it out itself."""
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon, ALiBi": ("falcon", {"alibi": True}),
     "qwen2, sliding windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
@@ -127,12 +146,21 @@ def config(name: str) -> Any:
     return AutoConfig.for_model(kind, **_small(CONFIG_MAPPING[kind], {**CHANGES.get(kind, {}), **extra}))
 
 
+def model(name: str, attention: str = "eager") -> Any:
+    """The causal language model of an architecture or a variant, initialized at random."""
+    whole = config(name)
+    if name not in _DECODERS:
+        return AutoModelForCausalLM.from_config(whole, attn_implementation=attention)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)]
+    return kind._from_config(getattr(whole, _DECODERS[name]), attn_implementation=attention)
+
+
 def default(name: str) -> Any:
     """The config with the sizes that transformers gives it, as that of a decoder alone, which causal models make it."""
     kind, extra = VARIANTS.get(name, (name, {}))
     whole = AutoConfig.for_model(kind, **extra)
     whole.is_encoder_decoder = False
-    return whole
+    return getattr(whole, _DECODERS[name]) if name in _DECODERS else whole
 
 
 def _small(kind: Any, changes: dict[str, Any]) -> dict[str, Any]:

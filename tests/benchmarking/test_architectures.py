@@ -1,0 +1,59 @@
+"""What benchmarks/architectures makes of its results. `make architectures` runs the sweep itself."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.architectures.{name}")
+
+
+def test_page_is_what_the_results_say(module: Any) -> None:
+    page = module("page")
+    assert page.PAGE.read_text(encoding="utf-8") == page.of_results()
+
+
+def test_readme_has_the_counts(module: Any) -> None:
+    architectures = json.loads(module("page").RESULTS.read_text(encoding="utf-8"))["architectures"]
+    counted = [module("verdict").Verdict.of(x).counted.verdict for x in architectures]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(r"in \[(\d+) of (\d+) architectures\].*? (\d+) others are rejected .*? (\d+) could not be", readme)
+    assert said is not None
+    right, refused, unbuilt = (counted.count(x) for x in ("right", "refused", "not built"))
+    assert tuple(map(int, said.groups())) == (right, len(counted), refused, unbuilt)
+
+
+def test_what_an_architecture_is_counted_as(module: Any) -> None:
+    verdict = module("verdict")
+    finding, kinds = verdict.Finding, ("TurboCache", "DynamicCache", "StaticCache", "INT8", "default sizes")
+    right = {kind: finding("right", error=1e-7) for kind in kinds}
+    verdicts = [
+        verdict.Verdict("works", finding("right"), right),
+        verdict.Verdict(
+            "in part", finding("right", "no padding"), {**right, "StaticCache": finding("as eager", "too")}
+        ),
+        verdict.Verdict("refused as it runs", finding("right"), {**right, "TurboCache": finding("refused", "a mask")}),
+        verdict.Verdict(
+            "refused unbuilt", finding("not built", "no such size"), {"TurboCache": finding("refused", "it")}
+        ),
+        verdict.Verdict("unbuilt", finding("not built", "no such library")),
+    ]
+    assert [x.counted.verdict for x in verdicts] == ["right", "right", "refused", "refused", "not built"]
+    assert [verdict.Verdict.of(json.loads(json.dumps(x.brief()))) for x in verdicts] == verdicts
+    text = module("page").page(verdicts, "5", 1.0)
+    assert "Of 5 architectures and variants, 2 work with a `TurboCache`, 2 are refused" in text
+    assert "| a mask | refused as it runs |\n| it | refused unbuilt |\n" in text
+    assert "| no such library | unbuilt |\n" in text
+    assert "| no padding | in part |\n" in text
+    assert "Of 3 architectures whose eager attention runs over its own cache, 2 give" in text
