@@ -80,6 +80,7 @@ def compile_all(target: str, quick: bool, only: str = "") -> list[dict]:
                     "inline_assembly": kernel.inline_assembly,
                     "packed_lanes": kernel.packed_lanes,
                     "overwritten": kernel.overwritten,
+                    "from_registers": kernel.from_registers,
                 }
             )
     return rows

@@ -45,8 +45,9 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Assembly:
     """One compiled kernel. registers: of a thread (AMD: with accumulators); spill_bytes: local or scratch memory of a
     thread; shared: bytes of a program; code: its instructions, without operands; inline_assembly: operations of
-    that kind, packed_lanes: those of them over several elements at once; overwritten: `register_hazards`; loops: their
-    first instruction and the branch back to it, as places in the code. The last two are empty for AMD."""
+    that kind, packed_lanes: those of them over several elements at once; overwritten: `register_hazards`;
+    from_registers: asynchronous products that read their first operand from registers; loops: their first instruction
+    and the branch back to it, as places in the code. The last three are empty or 0 for AMD."""
 
     kernel: str
     constants: dict[str, Any]
@@ -59,6 +60,7 @@ class Assembly:
     inline_assembly: int = 0
     packed_lanes: int = 0
     overwritten: list[str] = field(default_factory=list)
+    from_registers: int = 0
     loops: list[tuple[int, int]] = field(default_factory=list)
 
     @functools.cached_property
@@ -159,9 +161,12 @@ def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Ass
     packed = [
         int(match) for match in re.findall(r"elementwise_inline_asm.*?packed_element = (\d+)", kernel.asm["ttgir"])
     ]
+    from_registers = sum(
+        name.startswith("IGMMA") and _REGISTER_A.match(operands) is not None for name, operands in lines
+    )
     return Assembly(
         name, constants, meta.num_warps, meta.num_stages, registers, spill, meta.shared, code,
-        len(packed), sum(lanes > 1 for lanes in packed), register_hazards(lines), loops,
+        len(packed), sum(lanes > 1 for lanes in packed), register_hazards(lines), from_registers, loops,
     )  # fmt: skip
 
 

@@ -23,6 +23,9 @@ FOUND_WRONG = 3
 LEFT_OUT = 4
 """Exit status of a step that left something out, for want of time or of what it needs."""
 
+NO_TIME = "no time left"
+"""Why a step was skipped whose turn came after the budget was spent."""
+
 _LEAST_SECONDS = 3.0  # a process takes as long to start
 
 
@@ -61,6 +64,19 @@ class Results:
         """How each step ended last."""
         return {row["step"]: row["ended"] for row in self._lines() if "ended" in row}
 
+    def skipped_for(self, why: str) -> bool:
+        """Whether a step ended last because of this."""
+        last = {row["step"]: row.get("why") for row in self._lines() if "ended" in row}
+        return why in last.values()
+
+    def keep_apart(self, commit: str) -> Path | None:
+        """Rename a file whose last session ran other sources, so that no step of it counts as done; its new name."""
+        sessions = [row["commit"] for row in self.rows("session")]
+        if not sessions or "unknown" in (sessions[-1], commit) or sessions[-1] == commit:
+            return None
+        kept = self.path.with_name(f"{self.path.stem}-{sessions[-1][:12]}-{len(sessions)}.jsonl")
+        return self.path.rename(kept)
+
     def _lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return
@@ -83,7 +99,7 @@ def run_steps(
             wrong = [name for name in step.sound if ended.get(name) in (WRONG, CRASHED, TIMED_OUT)]
             left = budget - (time.monotonic() - begin)
             if wrong or left < _LEAST_SECONDS:
-                why = f"{wrong[0]} {ended[wrong[0]]}" if wrong else "no time left"
+                why = f"{wrong[0]} {ended[wrong[0]]}" if wrong else NO_TIME
                 _tell(results, counts, step, SKIPPED, 0.0, why)
             else:
                 fit.append((step, min(step.seconds, left)))

@@ -72,3 +72,22 @@ def test_rows_outlive_a_line_that_was_cut_off(supervising, tmp_path):
         file.write('{"step": "sweep", "key": "b", "sec')
     results.write("sweep", key="c", seconds=2.0)
     assert [row["key"] for row in results.rows("sweep")] == ["a", "c"]
+
+
+def test_results_of_other_sources_are_kept_apart(supervising, tmp_path):
+    results = supervising.Results(tmp_path / "results.jsonl")
+    assert results.keep_apart("a" * 40) is None
+    results.write("session", commit="a" * 40)
+    results.write("gate", ended="done")
+    assert results.keep_apart("a" * 40) is None
+    assert results.keep_apart("unknown") is None
+    kept = results.keep_apart("b" * 40)
+    assert kept.name == "results-aaaaaaaaaaaa-1.jsonl"
+    assert results.ended() == {}
+    assert supervising.Results(kept).ended() == {"gate": "done"}
+
+
+def test_steps_without_time_are_known(supervising, tmp_path):
+    _, results = run(supervising, tmp_path, ["fine"], budget=0.0)
+    assert results.skipped_for(supervising.NO_TIME)
+    assert not results.skipped_for("gate wrong")

@@ -59,7 +59,7 @@ SPILLED_LATER = {("sm_80", "paged_prefill", 256): 208}
 @every_target
 def test_kernels_spill_no_more_than_a_few_registers_and_in_no_loop(target):
     """A few words that are stored before a loop and read after it cost less than launches that spill nothing: decode in
-    two warps takes 1.6 times as long as in one on an H100. Later releases of Triton spill more."""
+    two warps takes 1.2 to 1.9 times as long as in one on an H100. Later releases of Triton spill more."""
     rows = compiled(target)
     later = tuple(map(int, metadata.version("triton").split(".")[:2])) > (3, 6)
 
@@ -162,3 +162,5 @@ def test_no_product_on_tensor_cores_reads_registers_that_are_written_again(targe
     """Before CUDA 13.3 the assembler may reuse registers that an asynchronous product still reads as its first operand.
     What is checked: `register_hazards` of benchmarks/gpu/compiling.py."""
     assert {row["purpose"]: row["overwritten"] for row in compiled(target) if row["overwritten"]} == {}
+    if target == "sm_90":  # else the check would look at nothing: weights times values is such a product
+        assert all(row["from_registers"] for row in of(target, "prefill"))

@@ -13,9 +13,22 @@ WAIT, PARTIAL = (("WARPGROUP.DEPBAR.LE", f"gsb0, {left}") for left in ("0x0", "0
 
 
 @pytest.fixture(scope="module")
-def hazards():
+def compiling():
     with benchmark_script("gpu/compiling.py") as module:
-        yield module.register_hazards
+        yield module
+
+
+@pytest.fixture(scope="module")
+def hazards(compiling):
+    return compiling.register_hazards
+
+
+def test_spills_count_in_innermost_loops_alone(compiling):
+    code = ["STL", "IMMA", "LDL", "BRA", "LDL.LU", "BRA", "BRA"]
+    loops = [(1, 3), (0, 5), (2, 6)]  # the last one branches back into the middle of an inner loop
+    numbers = {"warps": 1, "stages": 1, "registers": 255, "spill_bytes": 8, "shared": 0}
+    kernel = compiling.Assembly("decode", {}, **numbers, code=code, loops=loops)
+    assert kernel.spills_in_loops == 1
 
 
 @pytest.mark.parametrize(

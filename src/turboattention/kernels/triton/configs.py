@@ -1,11 +1,12 @@
 """Launch configurations: a table by architecture, head_dim and rows.
 
-The entries of sm_90 at head_dim 128, for decode with up to four rows and for prefill, were within 4 % of the fastest
-of a sweep on an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl). The others
-were chosen by reading the assembly. The configurations that benchmarks/gpu/kernels.py lists as quick spill at most 16
-bytes per thread with Triton 3.6, none in a loop, and 96 with later releases (but for one, 200), and prefill without
-masks none (tests/kernels/triton/test_assembly.py). Decode with two warps spills less but took 1.6 times as long. An
-architecture also represents later ones with as much shared memory (`architecture_of`).
+The entries of sm_90 at head_dim 128, for decode with up to four rows and for prefill, were within 5 % of the fastest of
+a sweep on an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl). The others were
+chosen by reading the assembly. The configurations that benchmarks/gpu/kernels.py lists as quick spill at most 16 bytes
+per thread with Triton 3.6, none in a loop, and 96 with later releases (but for one, 200), and prefill without masks
+none (tests/kernels/triton/test_assembly.py). Decode with two warps spills less but took 1.2 to 1.3 times as long at 4
+bits and 1.8 to 1.9 times at 3 (metadata.jsonl there). An architecture also represents later ones with as much shared
+memory (`architecture_of`).
 """
 
 from __future__ import annotations
@@ -44,15 +45,14 @@ class Architecture:
     """Properties of a device.
 
     assembly: "ptx" if inline PTX may be used, else "". slow_int_to_float: whether integer conversion has low
-    throughput, so that adding a magic number is faster. least_rows: minimum number of columns of a product in decode.
-    skips_rescaling: whether prefill skips rescaling if no row max increased. restores_pages: whether prefill over a
-    server's pages restores them once per step (`restored_pages`). warps: resident decode warps per processor.
+    throughput, so that adding a magic number is faster. skips_rescaling: whether prefill skips rescaling if no row max
+    increased. restores_pages: whether prefill over a server's pages restores them once per step (`restored_pages`).
+    warps: resident decode warps per processor.
     """
 
     name: str
     assembly: str
     slow_int_to_float: bool
-    least_rows: int
     skips_rescaling: bool
     restores_pages: bool
     warps: int
@@ -62,10 +62,10 @@ class Architecture:
 # registers per lane, and decode on gfx942 uses more than half of them. On an H100, limits of 168 and 128 registers
 # gained 4 % at INT3 and were slower otherwise: more warps run, but their spills cost as much as the latency they hide.
 ARCHITECTURES = {
-    "sm_80": Architecture("sm_80", "ptx", True, 4, False, False, 8),
-    "sm_90": Architecture("sm_90", "ptx", False, 4, False, False, 8),
-    "gfx942": Architecture("gfx942", "", False, 16, False, False, 4),
-    "interpreter": Architecture("interpreter", "", False, 4, True, False, 8),
+    "sm_80": Architecture("sm_80", "ptx", True, False, False, 8),
+    "sm_90": Architecture("sm_90", "ptx", False, False, False, 8),
+    "gfx942": Architecture("gfx942", "", False, False, False, 4),
+    "interpreter": Architecture("interpreter", "", False, True, False, 8),
 }
 
 # By head_dim, up to and including the key.
