@@ -79,6 +79,8 @@ def refuse_device(config: TurboConfig, dtype: torch.dtype, device: torch.device)
 
 def refuse_calibration(config: VllmConfig) -> None:
     """Raises `UnsupportedError` for features that need more than the layers of one model, which a calibration knows."""
+    if config.model_config.is_hybrid:
+        refuse("a calibration of models that mix attention with recurrent layers")
     draft = config.speculative_config
     if draft is not None and draft.method in DRAFT_MODELS:
         refuse(f"a calibration with speculative decoding by {draft.method!r}, whose layers it does not know")
@@ -86,8 +88,10 @@ def refuse_calibration(config: VllmConfig) -> None:
 
 def _of_engine(config: VllmConfig) -> Iterator[str]:
     model, parallel = config.model_config, config.parallel_config
-    if model.is_hybrid:
-        yield "models that mix attention with recurrent layers"
+    if model.is_hybrid and config.device_config.device_type != "cpu":
+        yield "models that mix attention with recurrent layers on GPUs (not tested)"
+    if model.is_hybrid and config.cache_config.enable_prefix_caching:
+        yield "prefix caching in models that mix attention with recurrent layers (use --no-enable-prefix-caching)"
     if model.is_mm_prefix_lm or config.attention_config.use_non_causal:
         yield "attention that is not causal"
     if model.rswa_window is not None:
@@ -113,6 +117,8 @@ def _of_drafts(config: VllmConfig) -> Iterator[str]:
         return
     if draft.method not in ("ngram", *DRAFT_MODELS):
         yield f"speculative decoding by {draft.method!r} (only by ngram, {', '.join(DRAFT_MODELS)})"
+    if config.model_config.is_hybrid:
+        yield "speculative decoding in models that mix attention with recurrent layers"
     if draft.method != "ngram" and device != "cpu":
         yield f"speculative decoding by {draft.method!r} on GPUs (not tested; 'ngram' is supported)"
     if draft.method != "ngram" and draft.parallel_drafting:

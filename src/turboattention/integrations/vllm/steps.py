@@ -57,6 +57,9 @@ def follow_steps() -> None:
 def _executing(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(execute_model)
     def follow(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # Pages are written whole. vLLM zeroes new blocks beside recurrent layers, and its CPU runner takes their
+        # numbers for those of pages: where a block has several, it would zero pages and states in use.
+        scheduler_output.new_block_ids_to_zero = None
         slots = _slots_of(self)
         slots.step(scheduler_output)
         with _during(Step(self, slots)):

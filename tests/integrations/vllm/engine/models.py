@@ -98,6 +98,37 @@ def save_gpt_oss(folder: Path, sinks: Sequence[float] = (-2.0, 0.0, 2.0, 4.0)) -
     return save(model, folder)
 
 
+def save_falcon_h1(folder: Path) -> Path:
+    """Random weights; Mamba 2 beside attention in every layer, whose states vLLM keeps beside the pages."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    torch.manual_seed(0)
+    config = FalconH1Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        mamba_d_ssm=128,
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_chunk_size=64,
+        max_position_embeddings=1024,
+        initializer_range=0.07,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = FalconH1ForCausalLM(config)
+    model.model.embed_tokens.weight.data.mul_(0.5)
+    model.model.final_layernorm.weight.data.fill_(5.0)
+    return save(model, folder)
+
+
 def save(model: Any, folder: Path) -> Path:
     """With the bundled model's tokenizer."""
     model.save_pretrained(folder)

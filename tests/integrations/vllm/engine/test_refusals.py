@@ -64,6 +64,7 @@ def engine(**changes: Any) -> Any:
         block_size=128,
         user_specified_block_size=True,
         is_hybrid=False,
+        enable_prefix_caching=False,
         is_mm_prefix_lm=False,
         use_non_causal=False,
         rswa_window=None,
@@ -92,7 +93,11 @@ def engine(**changes: Any) -> Any:
     "changes, named",
     [
         ({"block_size": 32}, "--block-size 32 (a multiple of 64 is needed)"),
-        ({"is_hybrid": True}, "models that mix attention with recurrent layers in vLLM"),
+        (
+            {"is_hybrid": True, "device_type": "cuda"},
+            "models that mix attention with recurrent layers on GPUs (not tested)",
+        ),
+        ({"is_hybrid": True, "enable_prefix_caching": True}, "prefix caching in models that mix attention with"),
         ({"is_mm_prefix_lm": True}, "attention that is not causal"),
         ({"use_non_causal": True}, "attention that is not causal"),
         ({"rswa_window": 100}, "reference sliding windows"),
@@ -103,6 +108,7 @@ def engine(**changes: Any) -> Any:
         ({"transfer": SimpleNamespace(is_kv_transfer_instance=True, kv_connector="Some")}, "the KV connector Some ("),
         ({"drafts": drafts("suffix")}, "speculative decoding by 'suffix' (only by ngram, draft_model, eagle,"),
         ({"drafts": drafts("medusa")}, "speculative decoding by 'medusa' (only by ngram, draft_model, eagle,"),
+        ({"drafts": drafts("ngram"), "is_hybrid": True}, "speculative decoding in models that mix attention with"),
         ({"drafts": drafts("eagle"), "device_type": "cuda"}, "speculative decoding by 'eagle' on GPUs"),
         ({"drafts": drafts("draft_model", parallel_drafting=True)}, "drafts that are computed in parallel"),
         ({"drafts": drafts("ngram", num_speculative_tokens=64)}, "64 speculative tokens"),
@@ -116,14 +122,22 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
         refuse_engine(engine(**changes))
     refuse_engine(engine(drafts=drafts("ngram", num_speculative_tokens=63), data_parallel_size=2))
     refuse_engine(engine(drafts=drafts("eagle3", num_speculative_tokens=63)))
+    refuse_engine(engine(is_hybrid=True))
+    refuse_engine(engine(enable_prefix_caching=True))
 
 
-def test_calibrations() -> None:
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"drafts": drafts("mtp")}, "a calibration with speculative decoding by 'mtp', whose layers it does not know"),
+        ({"is_hybrid": True}, "a calibration of models that mix attention with recurrent layers"),
+    ],
+)
+def test_calibrations(changes: dict[str, Any], named: str) -> None:
     from turboattention.integrations.vllm.refusals import refuse_calibration
 
-    named = "a calibration with speculative decoding by 'mtp', whose layers it does not know in vLLM"
-    with pytest.raises(UnsupportedError, match=re.escape(f"TurboAttention does not support {named}")):
-        refuse_calibration(engine(drafts=drafts("mtp")))
+    with pytest.raises(UnsupportedError, match=re.escape(f"TurboAttention does not support {named} in vLLM")):
+        refuse_calibration(engine(**changes))
     refuse_calibration(engine(drafts=drafts("ngram")))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .answers import MOVED_BY_SHAPE, Answer, answer, assert_same, greedy, metric, prompts
-from .models import save_gemma, save_window
+from .models import save_falcon_h1, save_gemma, save_window
 
 LENGTHS = (3, 64, 65, 130, 200, 1, 127, 300, 256)
 
@@ -114,6 +114,23 @@ def test_slots_are_given_back(busy, asked) -> None:
     runner = busy.llm_engine.model_executor.driver_worker.worker.model_runner
     answer(busy, asked[:1], max_tokens=2)
     assert len(steps._slots[runner]) == 1  # the one that just ended: vLLM says so with the next step
+
+
+def test_recurrent_layers_preempted(start, token_ids, tmp_path) -> None:
+    """Their states are in blocks of vLLM, too. At 8 bits, since random weights magnify what rounding moves."""
+    served: dict[str, Any] = dict(
+        model=str(save_falcon_h1(tmp_path / "m")),
+        enable_prefix_caching=False,
+        block_size=128,
+        additional_config={"turboattention": {"bits": 8}},
+    )
+    asked = prompts(token_ids, LENGTHS)
+    alone = start(**served)
+    solo = [answer(alone, [prompt], max_tokens=80)[0] for prompt in asked]
+    few = start(max_num_batched_tokens=56, num_gpu_blocks_override=11, max_num_seqs=6, max_model_len=512, **served)
+    before = metric(few, "num_preemptions")
+    assert_same(answer(few, asked, max_tokens=80), solo, MOVED_BY_SHAPE)
+    assert metric(few, "num_preemptions") > before
 
 
 @pytest.mark.parametrize("save, blocks", [(save_window, 11), (save_gemma, 14)], ids=["window", "windows and none"])
