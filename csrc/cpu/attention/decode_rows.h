@@ -1,4 +1,4 @@
-// Few query rows (decode): pages are read as they lie, a lane is a token, then a channel.
+// Decode: a few query rows over pages in packed form and over tail rows; a lane is a token, then a channel.
 #pragma once
 
 #include <algorithm>
@@ -6,31 +6,32 @@
 #include <cstring>
 
 #include "../widths.h"
-#include "operand.h"
 #include "packed.h"
 #include "page.h"
 #include "products.h"
 #include "queries.h"
 #include "rows.h"
+#include "tail_block.h"
 #include "task.h"
 
 namespace turbo::TURBO_ISA {
 
-struct FewScratch {
-    RowOperand tail;
+struct DecodeScratch {
+    UnpackedRows tail;
     Weights weights;
     BlockScales scales;
     FixedScales fixed;
-    alignas(64) std::int8_t q[2][kFewRows][kMaxHeadDim];  // for INT8 rows, and for pages in order (queries.h)
-    Row rows[2][kFewRows];
-    alignas(64) float spare[kMaxHeadDim];  // where rows that fill up a group of R write
+    // For INT8 rows, and for pages with reordered channels (queries.h).
+    alignas(64) std::int8_t q[2][kMaxDecodeRows][kMaxHeadDim];
+    Row rows[2][kMaxDecodeRows];
+    alignas(64) float spare[kMaxHeadDim];  // output of the rows that fill up a pass
 };
 
 template <class Level, int R>
-struct Pass {  // R rows over one block; those from `used` on repeat the last one and count nothing
+struct Pass {  // R rows over one block; those from `used` on repeat the last one and contribute nothing
     const Job& job;
     const Level& level;
-    FewScratch& scratch;
+    DecodeScratch& scratch;
     Running& state;
     const std::int8_t* q[R];
     std::int32_t q_sum[R];
@@ -43,7 +44,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         return visible_keys(job.a, job.b, job.a.first_position[job.b] + row[r].query, block, page);
     }
 
-    void weigh_fixed(std::int64_t block, bool page, Seen* seen) {
+    void weigh_fixed(std::int64_t block, bool page, BlockStats* seen) {
         Weights& w = scratch.weights;
         set_fixed_scales(scratch.scales, scratch.fixed);
         const FixedBlock fixed(scratch.fixed);
@@ -55,7 +56,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
             alignas(64) std::int32_t shown[kBlock];
             const std::int64_t head = job.h * job.a.group + row[r].group;
             if (job.a.mask_kind) mask_shows(job.a, job.b, head, row[r].query, block, shown);
-            seen[r] = fixed_row_weights(rows, r, fixed, mean_of(job.a, row[r].taken, block), job.a.row_scale,
+            seen[r] = fixed_row_weights(rows, r, fixed, mean_logit_of(job.a, row[r].taken, block), job.a.row_scale,
                                         visible(r, block, page), job.a.mask_kind ? shown : nullptr, w.scores[r], w.p[r],
                                         w.p_sum[r]);
         }
@@ -63,7 +64,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
 
     void weigh(std::int64_t block, bool page) {
         Weights& w = scratch.weights;
-        Seen seen[R];
+        BlockStats seen[R];
         if (Level::kFixed && fixed_point(job.a))
             weigh_fixed(block, page, seen);
         else
@@ -85,7 +86,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         Weights& w = scratch.weights;
         key_products<R>(q, q_sum, scratch.tail.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
         weigh(block, false);
-        value_products<R>(w.p, w.p_sum, scratch.tail.values, state.wide, out, w.rescale, w.unit);
+        value_products<R>(w.p, w.p_sum, scratch.tail.values, state.padded_dim, out, w.rescale, w.unit);
     }
 
     void over_page(const PageHead& page, std::int64_t block) {
@@ -106,11 +107,11 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
     }
 };
 
-// Runs a task of `rows` rows; `state` holds them query head by query head.
+// Runs a task; `state` has its rows by query head, then by query.
 template <class Level>
-inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& level, FewScratch& scratch,
+inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& level, DecodeScratch& scratch,
                             Running& state) {
-    constexpr int R = kFewRowsAtOnce;
+    constexpr int R = kDecodeRowsPerPass;
     const Job job{a, task.b, task.h};
     const int queries = static_cast<int>(task.last_query - task.first_query);
     const int rows = queries * static_cast<int>(a.group);
@@ -130,7 +131,7 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
                 if (visible_keys(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
                 const int r = pass.used++;
                 pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[form][row], pass.q_sum[r] = at.taken.sum;
-                pass.out[r] = state.out + static_cast<std::size_t>(row) * state.wide;
+                pass.out[r] = state.out + static_cast<std::size_t>(row) * state.padded_dim;
             }
             if (!pass.used) continue;
             for (int r = pass.used; r < R; ++r) {
@@ -149,7 +150,7 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
         if (task_sees(a, task, block, false)) {
             const TailBlock tail = tail_block(a, task.b, task.h, block);
             read_scales(scratch.scales, tail);
-            row_operand(scratch.tail, tail, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
+            unpack_rows(scratch.tail, tail, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
             pass_over(block, false, [&](auto& pass) { pass.over_tail(block); });
         }
     }

@@ -1,6 +1,6 @@
-// Stage 2 of one head's tile: INT8 to 5, 4, 3, 2 or 1 bits (flashq/progressive.py, numerics.md section 2). Each vector
-// lane processes one of sixteen channels, so there are no sums across lanes. Values are small integers in float32, and
-// all sums and products below are exact.
+// Stage 2 of one head's tile: INT8 to 5, 4, 3, 2 or 1 bits (flashq/progressive.py). Each vector lane processes one of
+// sixteen channels, so there are no sums across lanes. Values are small integers in float32, and all sums and products
+// below are exact.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace turbo::TURBO_ISA {
 
 constexpr int kLanes = 16;
 constexpr int kMaxBlock = 256;
-constexpr std::int32_t kLargestStep = 127;  // limits only steps of one bit; steps are int8
+constexpr std::int32_t kLargestStep = 127;  // steps are int8; only steps of 1-bit codes reach it
 
 // Sixteen channels of a tile, token by token.
 struct ChannelTile {
