@@ -100,7 +100,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
                 packed_key_products<kWide, kNarrow, R>(q, q_sum, page, d, w.scores);
         });
         weigh(block, true);
-        with_width<8, 4, 3, 2>(page.offsets(1).bits[0], [&](auto bits) {
+        with_width<kValueWidths>(page.offsets(1).bits[0], [&](auto bits) {
             packed_value_products<decltype(bits)::value, R>(w.p, w.p_sum, page, static_cast<int>(job.a.value_dim), out,
                                                             w.rescale, w.unit);
         });

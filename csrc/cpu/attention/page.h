@@ -146,11 +146,11 @@ inline void unpack_values(UnpackedKV& out, const PageHead& source, int value_dim
 inline void unpack_kv(UnpackedKV& out, const PageHead& source, int head_dim, int value_dim) {
     out.keys = out.own_keys;
     over_runs(source.offsets(0), head_dim / 8, kBlock, [&](const Run& run) {
-        with_width<8, 5, 4, 3, 2, 1>(
-            run.bits, [&](auto bits) { unpack_keys<decltype(bits)::value>(out, source, head_dim, run); });
+        with_width<kCodeWidths>(run.bits,
+                                [&](auto bits) { unpack_keys<decltype(bits)::value>(out, source, head_dim, run); });
     });
-    with_width<8, 4, 3, 2>(source.offsets(1).bits[0],
-                           [&](auto bits) { unpack_values<decltype(bits)::value>(out, source, value_dim); });
+    with_width<kValueWidths>(source.offsets(1).bits[0],
+                             [&](auto bits) { unpack_values<decltype(bits)::value>(out, source, value_dim); });
 }
 
 }  // namespace turbo::TURBO_ISA

@@ -172,8 +172,10 @@ inline void progressive_quantize(const std::int8_t* values, int tokens, std::int
         load_channels(values + at, row, tokens, lanes, tile);
         Range range = min_max(tile, levels, middle);
         if (searching)
-            with_width<5, 4, 3, 2, 1>(bits,
-                                      [&](auto width) { range = search<decltype(width)::value>(tile, range, middle); });
+            with_width<kCodeWidths>(bits, [&](auto width) {
+                constexpr int kBits = decltype(width)::value;
+                if constexpr (kBits < 8) range = search<kBits>(tile, range, middle);
+            });
         encode_channels(tile, range, levels, lanes, codes + at, row);
         for (int c = 0; c < lanes; ++c) {
             step[at + c] = static_cast<std::uint8_t>(range.step[c]);
