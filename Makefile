@@ -72,9 +72,9 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-long coverage sanitize test-transformers-oldest vllm vllm-test vllm-models \
-  vllm-bench vllm-bench-models vllm-soak lint lint-code lint-format lint-cpp lint-types lint-imports format model bench-ggml bench-peers \
-  peers-onnxruntime peers-openvino bench-here build-arm test-arm test-triton-oldest test-triton-assembly gpu-day \
+.PHONY: help setup build demo test test-long nightly coverage sanitize test-transformers-oldest vllm vllm-test vllm-models \
+  vllm-bench vllm-bench-models vllm-soak lint lint-code lint-format lint-cpp lint-types lint-imports format model \
+  bench-ggml bench-peers peers-onnxruntime peers-openvino bench-here build-arm test-arm test-triton-oldest test-triton-assembly gpu-day \
   accuracy architectures clean
 
 help: ## list the targets
@@ -131,6 +131,9 @@ test: $(BUILT) ## run the tests, in two processes at a time
 
 test-long: $(BUILT) ## compile the GPU kernels, and run what takes minutes in Triton's interpreter, which `make test` leaves out
 	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long
+
+# What takes too long for every commit, in order of what finds most.
+nightly: test-long test-transformers-oldest test-triton-oldest sanitize vllm-test $(if $(MODELS),vllm-models) ## all tests that `make test` leaves out: make nightly MODELS='smollm2=FOLDER qwen=FOLDER gemma3=FOLDER'
 
 coverage: $(BUILT) ## run the tests and list the lines that none of them reaches
 	$(BIN)/python -m pytest -q --cov=src

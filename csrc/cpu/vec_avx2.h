@@ -12,7 +12,7 @@ namespace turbo::TURBO_ISA {
 
 constexpr std::uint8_t kFlip = 0x80;  // the first factor is unsigned: X8 + 128
 constexpr int kQueryVectors = 1;
-constexpr int kDecodeRowsPerPass = 2;
+constexpr int kRowsPerPass = 2, kMaxRowsPerPass = 2, kSumsPerPass = 4;
 
 struct F {
     __m256 a, b;

@@ -15,8 +15,9 @@ constexpr std::uint8_t kFlip = 0;  // tiles multiply signed bytes
 #else
 constexpr std::uint8_t kFlip = 0x80;  // the first factor is unsigned: X8 + 128
 #endif
-constexpr int kQueryVectors = 2;       // of sixteen queries each, processed at once
-constexpr int kDecodeRowsPerPass = 4;  // rows that share an unpacked vector of codes
+constexpr int kQueryVectors = 2;  // of sixteen queries each, processed at once
+// Decode rows that share an unpacked vector of codes, the maximum if there are more; and sums held in registers.
+constexpr int kRowsPerPass = 4, kMaxRowsPerPass = 8, kSumsPerPass = 16;
 constexpr std::int32_t kOffset = 128;  // dot_full multiplies codes as they are stored: X8 + 128
 
 struct F {

@@ -13,7 +13,7 @@ namespace turbo::TURBO_ISA {
 
 constexpr std::uint8_t kFlip = 0x80;
 constexpr int kQueryVectors = 1;
-constexpr int kDecodeRowsPerPass = 2;
+constexpr int kRowsPerPass = 2, kMaxRowsPerPass = 2, kSumsPerPass = 4;
 constexpr std::int32_t kOffset = 128;
 
 struct F {

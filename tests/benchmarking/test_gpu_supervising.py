@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "supervising.py"
+from ..scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def supervising():
-    spec = importlib.util.spec_from_file_location("gpu_supervising", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with benchmark_script("gpu/supervising.py") as module:
+        yield module
 
 
 CODE = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -13,17 +12,13 @@ import torch
 
 from turboattention.softmax import sas16_power
 
-ROOT = Path(__file__).parents[2]
+from ..scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
-def phases() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prefill_phases", ROOT / "benchmarks" / "prefill_phases.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def phases() -> Iterator[ModuleType]:
+    with benchmark_script("prefill_phases.py") as module:
+        yield module
 
 
 @pytest.mark.skipif(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,19 +13,17 @@ import torch
 
 from turboattention.softmax import SAS_COEFFICIENTS, sas
 
+from ..scripts import benchmark_script
+
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sas_study", ROOT / "benchmarks" / "sas.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def study() -> Iterator[ModuleType]:
+    with benchmark_script("sas.py") as module:
+        yield module
 
 
 def test_its_exponential_is_sas(study):

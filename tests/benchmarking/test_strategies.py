@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -13,18 +12,13 @@ import pytest
 pytest.importorskip("transformers")
 
 from ..calibration.samples import calibration
-
-ROOT = Path(__file__).parents[2]
+from ..scripts import benchmark_script
 
 
 @pytest.fixture(scope="module")
-def strategies() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("strategies", ROOT / "benchmarks" / "strategies.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def strategies() -> Iterator[ModuleType]:
+    with benchmark_script("strategies.py") as module:
+        yield module
 
 
 def test_differences_are_between_the_same_tokens(strategies):

@@ -63,6 +63,14 @@ def test_rows(document) -> None:
     assert memory == [(70, None), (70, 35), (140, None), (140, 70)]
 
 
+def test_channels_of_keys_are_reordered_as_in_the_commands_that_run_models(run) -> None:
+    call = ("bench", "decode", *TINY, "--lengths", "200", "--bits", "3", "--bits", "mixed", "--peers", "none")
+    plain, reordered = run(*call, "--json").json["rows"], run(*call, "--reorder-k", "--json").json["rows"]
+    assert [row["bits"] for row in plain] == ["3 bits", "mixed"]
+    assert [row["bits"] for row in reordered] == ["3 bits, reordered", "mixed"]
+    assert all(0 < row["error"] < 0.05 for row in plain + reordered)
+
+
 def test_figures(document) -> None:
     decode = [row for row in document["rows"] if row["work"] == "decode"]
     for row in decode:

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../widths.h"
 #include "packed.h"
@@ -111,7 +112,6 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
 template <class Level>
 inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& level, DecodeScratch& scratch,
                             Running& state) {
-    constexpr int R = kDecodeRowsPerPass;
     const Job job{a, task.b, task.h};
     const int queries = static_cast<int>(task.last_query - task.first_query);
     const int rows = queries * static_cast<int>(a.group);
@@ -122,23 +122,31 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
         plain.group = ordered.group = g, plain.query = ordered.query = i;
         take_query(a, task.b, task.h, g, i, scratch.q[0][row], plain.taken, scratch.q[1][row], ordered.taken);
     }
-    const auto pass_over = [&](std::int64_t block, bool page, auto&& run) {
+    // A pass over up to R rows, from `row` on, that see the block; returns the row after them.
+    const auto pass_from = [&](auto rows_per_pass, int row, std::int64_t block, bool page, auto&& run) {
+        constexpr int R = decltype(rows_per_pass)::value;
         const int form = form_of(a, task.h, block, page);
-        for (int row = 0; row < rows;) {
-            Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
-            for (; pass.used < R && row < rows; ++row) {
-                const Row& at = scratch.rows[form][row];
-                if (visible_keys(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
-                const int r = pass.used++;
-                pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[form][row], pass.q_sum[r] = at.taken.sum;
-                pass.out[r] = state.out + static_cast<std::size_t>(row) * state.padded_dim;
-            }
-            if (!pass.used) continue;
-            for (int r = pass.used; r < R; ++r) {
-                pass.q[r] = pass.q[r - 1], pass.q_sum[r] = pass.q_sum[r - 1], pass.out[r] = scratch.spare;
-            }
-            run(pass);
+        Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
+        for (; pass.used < R && row < rows; ++row) {
+            const Row& at = scratch.rows[form][row];
+            if (visible_keys(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
+            const int r = pass.used++;
+            pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[form][row], pass.q_sum[r] = at.taken.sum;
+            pass.out[r] = state.out + static_cast<std::size_t>(row) * state.padded_dim;
         }
+        if (!pass.used) return row;
+        for (int r = pass.used; r < R; ++r) {
+            pass.q[r] = pass.q[r - 1], pass.q_sum[r] = pass.q_sum[r - 1], pass.out[r] = scratch.spare;
+        }
+        run(pass);
+        return row;
+    };
+    const auto pass_over = [&](std::int64_t block, bool page, auto&& run) {
+        for (int row = 0; row < rows;)
+            if (rows - row > kRowsPerPass)
+                row = pass_from(std::integral_constant<int, kMaxRowsPerPass>{}, row, block, page, run);
+            else
+                row = pass_from(std::integral_constant<int, kRowsPerPass>{}, row, block, page, run);
     };
     std::memset(scratch.spare, 0, sizeof scratch.spare);
     for (std::int64_t block = task.first_block; block < task.last_block; ++block) {

@@ -47,21 +47,22 @@ TURBO_ALWAYS_INLINE Bytes table_keys(const KeyTable& table, const std::uint8_t* 
     return keys;
 }
 
-// acc[r][n] += the products of q[r] with vector n of the keys of octets `first` to `last`, whose codes are at `octet`.
-template <int Bits, int R>
-TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R][4], const std::int8_t* const* q, const PageHead& source,
+// acc[r][n] += the products of q[r] with vector `from + n` of the keys of octets `first` to `last`, whose codes are at
+// `octet`.
+template <int Bits, int R, int N>
+TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R][N], const std::int8_t* const* q, const PageHead& source, int from,
                                     const std::uint8_t* octet, int first, int last) {
     for (int o = first; o < last; ++o, octet += octet_bytes(Bits)) {
 #pragma GCC unroll 2
         for (int quad = 0; quad < 2; ++quad) {
             const int channel = 8 * o + 4 * quad;
             const KeyTable table = key_table<Bits>(source.steps(0) + channel, source.zeros(0) + channel);
-            Bytes key[4];
+            Bytes key[N];
 #pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) key[n] = table_keys<Bits>(table, octet, 4 * quad + n);
+            for (int n = 0; n < N; ++n) key[n] = table_keys<Bits>(table, octet, 4 * quad + from + n);
             for (int r = 0; r < R; ++r) {
                 const Bytes word = b_broadcast(q[r] + channel);
-                for (int n = 0; n < 4; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);
+                for (int n = 0; n < N; ++n) acc[r][n] = dot_full(acc[r][n], key[n], word);
             }
         }
     }
@@ -71,16 +72,20 @@ TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R][4], const std::int8_t* const* q,
 template <int Wide, int Narrow, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
                                 int head_dim, std::int32_t (*out)[kBlock]) {
-    I acc[R][4];
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < 4; ++n) acc[r][n] = i_set(-128 * sums[r]);
+    constexpr int N = kSumsPerPass / R;
     const std::uint8_t* codes = source.codes(0);
     const int wide = wide_octets<Wide, Narrow>(head_dim);
-    add_octets<Wide>(acc, q, source, codes, 0, wide);
-    if constexpr (Wide != Narrow)
-        add_octets<Narrow>(acc, q, source, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < 4; ++n) i_store(out[r] + 16 * n, acc[r][n]);
+#pragma GCC unroll 4
+    for (int from = 0; from < 4; from += N) {
+        I acc[R][N];
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) acc[r][n] = i_set(-128 * sums[r]);
+        add_octets<Wide>(acc, q, source, from, codes, 0, wide);
+        if constexpr (Wide != Narrow)
+            add_octets<Narrow>(acc, q, source, from, codes + wide * octet_bytes(Wide), wide, head_dim / 8);
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) i_store(out[r] + 16 * (from + n), acc[r][n]);
+    }
 }
 
 #else

@@ -8,27 +8,29 @@
 
 namespace turbo::TURBO_ISA {
 
-constexpr int kVectors = kDecodeRowsPerPass >= 4 ? 4 : 2;  // of tokens or channels at once
+template <int R>
+constexpr int kVectors = kSumsPerPass / R;  // of tokens or channels at once
 
 // out[r][t] = sum_c q[r][c] X8[t][c], exact. sums[r] = sum_c q[r][c].
 template <int R>
 inline void key_products(const std::int8_t* const* q, const std::int32_t* sums, const std::uint8_t* keys, int quads,
                          std::int32_t (*out)[kBlock]) {
-    for (int t = 0; t < kBlock; t += 16 * kVectors) {
-        I acc[R][kVectors];
+    constexpr int N = kVectors<R>;
+    for (int t = 0; t < kBlock; t += 16 * N) {
+        I acc[R][N];
         for (int r = 0; r < R; ++r)
-            for (int n = 0; n < kVectors; ++n) acc[r][n] = i_set(-kOffset * sums[r]);
+            for (int n = 0; n < N; ++n) acc[r][n] = i_set(-kOffset * sums[r]);
         const std::uint8_t* line = keys + 4 * t;
         for (int quad = 0; quad < quads; ++quad, line += 4 * kBlock) {
-            Prepared k[kVectors];
-            for (int n = 0; n < kVectors; ++n) k[n] = prepare(b_load(line + 64 * n));
+            Prepared k[N];
+            for (int n = 0; n < N; ++n) k[n] = prepare(b_load(line + 64 * n));
             for (int r = 0; r < R; ++r) {
                 const Bytes word = b_broadcast(q[r] + 4 * quad);
-                for (int n = 0; n < kVectors; ++n) acc[r][n] = dot_full(acc[r][n], k[n], word);
+                for (int n = 0; n < N; ++n) acc[r][n] = dot_full(acc[r][n], k[n], word);
             }
         }
         for (int r = 0; r < R; ++r)
-            for (int n = 0; n < kVectors; ++n) i_store(out[r] + t + 16 * n, acc[r][n]);
+            for (int n = 0; n < N; ++n) i_store(out[r] + t + 16 * n, acc[r][n]);
     }
 }
 
@@ -58,9 +60,10 @@ inline void value_products_at(const std::uint8_t (*p)[kBlock], const std::int32_
 template <int R>
 inline void value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const std::uint8_t* values,
                            int padded_dim, float* const* out, const float* rescale, const float* unit) {
+    constexpr int N = kVectors<R>;
     int channel = 0;
-    for (; channel + 16 * kVectors <= padded_dim; channel += 16 * kVectors)
-        value_products_at<R, kVectors>(p, sums, values, padded_dim, channel, out, rescale, unit);
+    for (; channel + 16 * N <= padded_dim; channel += 16 * N)
+        value_products_at<R, N>(p, sums, values, padded_dim, channel, out, rescale, unit);
     for (; channel < padded_dim; channel += 16)
         value_products_at<R, 1>(p, sums, values, padded_dim, channel, out, rescale, unit);
 }

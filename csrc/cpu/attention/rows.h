@@ -31,9 +31,9 @@ struct Running {
 };
 
 struct Weights {  // of the rows of a pass
-    alignas(64) std::int32_t scores[kDecodeRowsPerPass][kBlock];
-    alignas(64) std::uint8_t p[kDecodeRowsPerPass][kBlock];
-    std::int32_t p_sum[kDecodeRowsPerPass];
+    alignas(64) std::int32_t scores[kMaxRowsPerPass][kBlock];
+    alignas(64) std::uint8_t p[kMaxRowsPerPass][kBlock];
+    std::int32_t p_sum[kMaxRowsPerPass];
     alignas(64) float rescale[16], unit[16];
 };
 

@@ -19,7 +19,7 @@ from .device import use_threads
 from .options import MACHINE, MEASURED, Threads, numbers
 from .output import note, notices, print_json, results
 from .progress import Bars
-from .settings import bits_label, parse_bits
+from .settings import bits_label, parse_bits, reordered
 from .targets import check_target
 
 if TYPE_CHECKING:
@@ -70,6 +70,14 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    reorder_k: Annotated[
+        bool,
+        typer.Option(
+            "--reorder-k",
+            help="Reorder the channels of K at 4, 3 and 2 bits, as the commands that run models do.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = False,
     mask: Annotated[Mask, typer.Option(help="Of prefill.", rich_help_panel=MEASURED)] = Mask.both,
     dtype: Annotated[
         BenchDtype, typer.Option(help="Dtype of TurboAttention's inputs.", rich_help_panel=MEASURED)
@@ -111,6 +119,8 @@ def bench(
     """
     tokens, dims = numbers("--lengths", lengths), numbers("--head-dim", head_dim)
     configs = [TurboConfig(bits=parse_bits(text)) for text in bits or ["4", "3", "mixed", "2"]]
+    if reorder_k:
+        configs = [reordered(config) for config in configs]
     if heads % kv_heads:
         raise InputError(f"--heads: expected a multiple of --kv-heads ({kv_heads}), got {heads}")
     check_target("--out", out)
@@ -136,7 +146,7 @@ def bench(
     plan = plans.Plan(
         works=works,
         backend=chosen,
-        settings=[(bits_label(config.bits), config) for config in configs],
+        settings=[(bits_label(config.bits) + ", reordered" * config.reorder_k, config) for config in configs],
         heads=heads,
         kv_heads=kv_heads,
         lengths=dict.fromkeys(works, tokens) if tokens else dict(plans.QUICK_LENGTHS) if small else {},

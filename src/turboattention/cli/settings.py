@@ -52,17 +52,22 @@ def make_setting(
     guard: Guard | None = None,
     calibration: Calibration | None = None,
 ) -> Setting:
-    """The default preset reorders the channels of K of 4, 3 and 2 bits, except "mixed": a command runs one sequence, or
-    copies of one, so that no other sequence can have decided the order. Raises ConfigError for invalid bits."""
+    """The default preset reorders the channels of K: a command runs one sequence, or copies of one, so that no other
+    sequence can have decided the order. Raises ConfigError for invalid bits."""
     make = TurboConfig.paper if preset is Preset.paper else TurboConfig
     widths = parse_bits(bits)
     config = make(bits=widths) if guard is None else make(bits=widths, guard=guard.value)
     if preset is Preset.default:
-        config = config.replace(reorder_k=widths != "mixed" and config.kv_bits[0] < 8)
+        config = reordered(config)
     label = bits_label(widths)
     if widths == "mixed" and calibration is not None:
         label = "measured"
     return Setting(bits, f"paper {label}" if preset is Preset.paper else label, config, calibration)
+
+
+def reordered(config: TurboConfig) -> TurboConfig:
+    """The configuration with the channels of K reordered, where K has 4, 3 or 2 bits and widths are not "mixed"."""
+    return config.replace(reorder_k=config.bits != "mixed" and config.kv_bits[0] < 8)
 
 
 def parse_bits(text: str) -> Bits:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu" / "compiling.py"
+from ...scripts import benchmark_script
+
 PRODUCT = ("IGMMA.64x64x32.S8.S8", "R24, R4, gdesc[UR4], R24, gsb0")
 WAIT, PARTIAL = (("WARPGROUP.DEPBAR.LE", f"gsb0, {left}") for left in ("0x0", "0x1"))
 
 
 @pytest.fixture(scope="module")
 def hazards():
-    spec = importlib.util.spec_from_file_location("gpu_compiling", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module.register_hazards
-    del sys.modules[spec.name]
+    with benchmark_script("gpu/compiling.py") as module:
+        yield module.register_hazards
 
 
 @pytest.mark.parametrize(
