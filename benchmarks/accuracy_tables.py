@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accuracy_claims import against, aims, lengths
+from accuracy_claims import MOST_KL, against, aims, lengths, real_aims
 from accuracy_questions import questions
 
 from turboattention.evaluation.report import summary
@@ -49,7 +49,9 @@ def _chapter(label: str, document: Document) -> str:
         stage = {"units": units, "methods": methods(units)}
         if name in STAGES:
             parts += [f"### {STAGES[name]}", _what(units), markdown(*_text_table(stage, name))]
-            parts += _rivals(stage) if name == FIRST else []
+            if name == FIRST:
+                parts += ["#### Its aims", markdown(*real_aims(label, stage))] if label in MOST_KL else []
+                parts += _rivals(stage)
         elif name == "recall":
             parts += ["### Long recall", *(markdown(*table) for table in lengths(stage))]
         else:

@@ -93,7 +93,7 @@ def _latency(document: dict[str, Any]) -> str:
     ]
     if at_once:
         told.append(
-            f"With all requests at once it takes {_range(at_once)} times as long; more requests then run concurrently, "
+            f"With all requests at once, a token takes TurboAttention {_range(at_once)} times as long; more requests then run concurrently, "
             "and wait less for their first token. `--max-num-seqs` limits this."
         )
     return " ".join(told)
@@ -104,11 +104,13 @@ def _range(times: list[float]) -> str:
 
 
 def scenarios(document: dict[str, Any]) -> dict[tuple[int, str], dict[str, Rows]]:
-    """Rounds by scenario (budget and load) and contender, in the order they ran."""
+    """Rounds by scenario (budget and load) and contender, in the order they ran; without a scenario that was interrupted,
+    which not all contenders have run."""
     found: dict[tuple[int, str], dict[str, Rows]] = {}
     for row in document["rows"]:
         found.setdefault((row["budget"], load_of(row)), {}).setdefault(row["contender"], []).append(row)
-    return found
+    everyone = {row["contender"] for row in document["rows"]}
+    return {scenario: runs for scenario, runs in found.items() if runs.keys() == everyone}
 
 
 def middle(rows: Rows, name: str, at: str | None = None) -> float:

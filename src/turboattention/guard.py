@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .config import TurboConfig
 from .errors import GuardWarning
-from .guard_sample import QUERIES, TOKENS, Sample, relative_errors
+from .guard_sample import QUERIES, TOKENS, Sample, float_attention, relative_errors
 from .impl.contract import AttentionParams
 from .kv.cache import KVCache
 from .kv.channel_order import ChannelOrder
 from .kv.compression import compression_of
 from .kv.stage1 import Stage
-from .reference.exact import exact_attention
+from .softmax import logit_scale
 from .words import listed
 
 BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
@@ -76,7 +76,7 @@ def guarded_bits(
     failing = beyond.clone()
     if cache.config.guard == "adapt" and cache.given_bits is None:
         if cache.exact_past is not None:
-            _check_int8(cache.first_head, sample, failing, planned)
+            _check_int8(cache.first_head, sample, first, failing, planned)
         while bool(beyond.any()) and bool((bits[:, beyond] < 8).any()):
             bits = widen(bits, beyond)
             errors = sample.errors(bits)
@@ -121,11 +121,13 @@ def fixed_widths_message(
     config = config.replace(guard="off")
     cache = KVCache(1, heads, head_dim, config=config, head_bits=head_bits, k_mean=k_mean, k_order=k_order)
     cache.append(k, v)
+    q = q[:, :, -QUERIES:]
+    positions = torch.arange(tokens - q.shape[2], tokens)[None]
+    params = AttentionParams(True, logit_scale(scale, head_dim), window_size, softcap, None)
     exact, stored = (
-        exact_attention(q[:, :, -QUERIES:], *kv, is_causal=True, scale=scale, softcap=softcap, window_size=window_size)
-        for kv in ((k, v), cache.dequantize())
+        float_attention(q, positions, *kv, torch.tensor([tokens]), params) for kv in ((k, v), cache.dequantize())
     )
-    errors = relative_errors(stored[0], exact[0], heads)
+    errors = relative_errors(stored, exact, heads)
     beyond = _beyond(errors, head_bits)
     if not bool(beyond.any()):
         return None
@@ -171,11 +173,13 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
     return f"{what} ({how}); raised to K/V bits {widths}{still}"
 
 
-def _check_int8(first_head: int, sample: Sample, failing: Tensor, planned: Tensor) -> None:
-    """Raises `BeyondInt8Error` where heads are `failing` at the planned widths and 8 bits do not cure them, or where
-    INT8's own error is beyond `EARLY_BOUND` and half of the planned width's bound."""
-    errors = sample.errors(torch.full((2, len(failing)), 8))
+def _check_int8(first_head: int, sample: Sample, errors: Tensor, failing: Tensor, planned: Tensor) -> None:
+    """Raises `BeyondInt8Error` where heads are `failing` at the planned widths, with these errors, and 8 bits do not cure
+    them, or where INT8's own error is beyond `EARLY_BOUND` and half of the planned width's bound."""
     bound = (bound_of(planned) / 2).clamp(min=EARLY_BOUND)
+    if not bool((failing | ~(errors <= bound)).any()):  # they include INT8's own
+        return
+    errors = sample.errors(torch.full((2, len(failing)), 8))
     hopeless = ~(errors <= bound) | (failing & ~(errors <= BOUNDS[8]))
     if bool(hopeless.any()):
         raise BeyondInt8Error(_int8_message(first_head, errors, hopeless, BOUNDS[8]))
@@ -188,7 +192,7 @@ def early_int8_message(got: Tensor, exact: Tensor, kv_heads: int, first_head: in
     got, exact: outputs [B, Hq, Lq, D] over the same tokens, before any block is compressed.
     """
     bound = max(EARLY_BOUND, BOUNDS[bits] / 2)
-    errors = relative_errors(got.double(), exact.double(), kv_heads)
+    errors = relative_errors(got, exact, kv_heads)
     beyond = ~(errors <= bound)
     return _int8_message(first_head, errors, beyond, bound) if bool(beyond.any()) else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,6 @@ from .kv.compression import Compression
 from .kv.growth import encode
 from .kv.pages import Tiles
 from .kv.stage1 import Stage
-from .reference.exact import exact_attention
 
 QUERIES = 32
 """Query rows sampled per head."""
@@ -21,8 +22,33 @@ TOKENS = 512
 
 def relative_errors(got: Tensor, exact: Tensor, kv_heads: int) -> Tensor:
     """Relative error (Frobenius norm) per KV head, float64 [Hkv] on the CPU, of outputs [B, Hq, Lq, D]; NaN is inf."""
+    got, exact = got.double(), exact.double()
     lost, whole = ((x.unflatten(1, (kv_heads, -1)) ** 2).sum((0, 2, 3, 4)) for x in (got - exact, exact))
-    return (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf).double().cpu()
+    return (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf).cpu()
+
+
+def float_attention(
+    q: Tensor, positions: Tensor, k: Tensor, v: Tensor, lengths: Tensor, params: AttentionParams
+) -> Tensor:
+    """Causal attention in float32, whose error is far below every bound: q [B, Hq, Lq, D] at `positions` (int64 [B, Lq])
+    over the first `lengths[b]` tokens of k [B, Hkv, L, D] and v [B, Hkv, L, Dv] -> [B, Hq, Lq, Dv]; rows without a
+    visible key give 0. The window, scale and softcap of `params` apply, its mask does not.
+    """
+    keys = torch.arange(k.shape[2])
+    behind = positions[..., None] - keys
+    seen = (behind >= 0) & (keys < lengths[:, None, None])
+    if params.window_size is not None:
+        seen &= behind < params.window_size
+    unseen = ~seen[:, None, None].to(q.device)
+    q, k, v = q.float(), k.float(), v.float()
+    # The queries of a GQA group are rows of one product, so that keys and values are not copied for each head.
+    group, queries = q.shape[1] // k.shape[1], q.shape[2]
+    logits = (q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)) * params.scale
+    if params.softcap is not None:
+        logits = params.softcap * torch.tanh(logits / params.softcap)
+    logits = logits.unflatten(2, (group, queries)).masked_fill_(unseen, -torch.inf)
+    weights = torch.softmax(logits, -1).masked_fill_(unseen, 0.0)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (group, queries)).flatten(1, 2)
 
 
 class Sample:
@@ -63,7 +89,7 @@ class Sample:
 
     def errors(self, bits: Tensor) -> Tensor:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
-        k, v = self._floats(self.stored)
+        k, v = (x.clone() for x in self._rows)
         size = self.cache.config.block_size
         for part in encode(self.cache, self.compression.of(self.compression.flush, bits)):
             device = part.pages.device
@@ -73,6 +99,11 @@ class Sample:
                 target.unflatten(2, (-1, size))[at] = values.to(target.dtype)
         k = self._with_mean(k, self.start)
         return relative_errors(self._attend(*self._behind_pages(k, v)), self.wanted, self.cache.num_kv_heads)
+
+    @functools.cached_property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The INT8 rows behind the pages as floats, keys without their mean."""
+        return self._floats(self.stored)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
@@ -151,10 +182,4 @@ class Sample:
         return k + self.cache.restore(self.mean.to(k.dtype))[:, :, None] * smoothed[:, None]
 
     def _attend(self, k: Tensor, v: Tensor) -> Tensor:
-        keys = torch.arange(k.shape[2])
-        behind = self.positions[..., None] - keys
-        mask = (behind >= 0) & (keys < self.length[:, None, None])
-        if self.params.window_size is not None:
-            mask &= behind < self.params.window_size
-        scale, softcap = self.params.scale, self.params.softcap
-        return exact_attention(self.q, k, v, mask[:, None], scale=scale, softcap=softcap)[0]
+        return float_attention(self.q, self.positions, k, v, self.length, self.params)

@@ -64,6 +64,25 @@ def test_aims(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
+def test_aims_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and size are told apart, and no baseline is passed over."""
+    every = [("turbo-4-reordered", 4.2, 0.004, -0.008), ("turbo-3-reordered", 3.64, 0.03, 0.015)]
+    every += [("turbo-2-reordered", 2.3, 0.08, 0.0), ("kivi-4", 5.3, 0.0005, 0.0), ("int4", 4.6, 0.1, 0.0)]
+    found = [units(*row, 1.0)[0] for row in [*every, ("kivi-2", 2.2, 0.5, 0.0)]]
+    stage = document({"model": "some"}, [METHODS[unit["method"]] for unit in found], found)
+    _, rows = module("accuracy_claims", monkeypatch).real_aims("qwen", stage)
+    assert [row[2:] for row in rows] == [
+        ["reached", "4.20", "reached"],
+        ["missed", "3.64", "missed by 0.34"],
+        ["not decided: the interval holds the bound", "2.30", "reached"],
+        ["reached", "4.20", "–"],
+        ["not decided: the interval holds the bound", "3.64", "–"],
+        ["missed", "–", "–"],
+    ]
+    assert rows[0][0] == "TurboAttention 4, reordered: KL of at most 0.008 at 4.3 bits"
+    assert rows[-1][1] == "lower than 1 of 3\nKIVI-2: nothing as small\nKIVI-4: higher"
+
+
 def test_each_baseline_meets_our_best_of_at_most_its_size(
     measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

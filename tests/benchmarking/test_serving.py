@@ -114,13 +114,15 @@ def row(contender: str, seconds: float, rate: float | None = None) -> dict[str, 
 
 
 def test_throughput_section(script: Any) -> None:
-    rows = [row("stock", 4.0), row("turbo-4", 2.0), row("stock", 6.0), row("turbo-4", 2.0), row("stock", 5.0, 1.0)]
+    rows = [row("stock", 4.0), row("turbo-4", 2.0), row("stock", 6.0), row("turbo-4", 2.0)]
+    rows += [row("stock", 5.0, 1.0), row("turbo-4", 5.0, 1.0), row("stock", 5.0, 7.0)]
     plan = {"requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4}
     document = {"facts": FACTS, "model": "some", "plan": plan, "rounds": 2, "rows": rows}
     text = script("throughput_section").throughput(document, "picture").splitlines()
     assert "| 24 MiB, all at once | stock | 4,096 | 21 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
     assert "| 24 MiB, all at once | turbo-4 | 4,096 | 50 | 2.50 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
     assert "| 24 MiB, 1 a second | stock | 4,096 | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+    assert not [line for line in text if "7 a second" in line]  # interrupted before turbo-4 ran
 
 
 def test_throughput_section_of_a_real_model(script: Any) -> None:

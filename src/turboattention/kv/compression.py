@@ -12,6 +12,7 @@ from ..config import TurboConfig
 from .channel_order import ChannelOrder, channel_order, restore_keys
 from .layout import PageLayout
 from .pages import Tiles, decode_pages
+from .quantizer import quantizer_for
 from .stage1 import Stage
 from .widths import mixed_head_bits
 
@@ -56,7 +57,7 @@ class Encoded:
 
     def floats(self) -> tuple[Tensor, Tensor]:
         """The dequantized k (without its mean) and v [N, H, B, D] in the model's space."""
-        k, v = self.decoded().floats()
+        k, v = Tiles(*quantizer_for(self.pages.device).decode_pages(self.layout, self.pages)).floats()
         return restore_keys(k, self.order, self.rotated), restore_keys(v, None, self.rotated)
 
 

@@ -35,6 +35,10 @@ from .tail_buffer import TailBuffer
 from .window import first_kept_blocks, tokens_seen
 
 _LARGEST = 1e30
+_AGAIN = (
+    "read its text again, in Python or with the command that saved it, for example: turboattention generate --model "
+    "MODEL --file TEXT --max-new-tokens 0 --save-cache PATH"
+)
 _LARGEST_HEADER = 2**24
 """Bytes of the header of a safetensors file: metadata, and 100 to 150 for every tensor."""
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError)
@@ -273,7 +277,7 @@ def _config_of_version_2(config: TurboConfig) -> TurboConfig:
     if config.reorders_k and config.bits != "mixed" and config.kv_bits[0] < 4:
         raise FormatError(
             "path: expected a saved cache of version 3 where keys are reordered (reorder_k), got one of version 2, "
-            "whose INT8 rows are not rotated: recreate the cache from its tokens"
+            f"whose INT8 rows are not rotated: {_AGAIN}"
         )
     return config.replace(reorder_k=False)
 
@@ -284,7 +288,7 @@ def _mean_of_version_3(mean: Tensor) -> Tensor:
     if not torch.equal(rounded.float(), mean.float()):
         raise FormatError(
             "path: expected a saved cache of version 4, whose mean of K is bfloat16, got one of version 3 or earlier, "
-            "whose mean is float32: recreate the cache from its tokens"
+            f"whose mean is float32: {_AGAIN}"
         )
     return rounded
 

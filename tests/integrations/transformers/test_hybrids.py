@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from turboattention import TurboConfig
 from turboattention.errors import ConfigError, FormatError, InputError, NonFiniteError, UnsupportedError
@@ -28,22 +30,38 @@ COMMON = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+LINEAR = {
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 CONFIGS = {
     # Linear attention and attention, one with a gate.
     "qwen3_next": {
-        "num_hidden_layers": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
+        **LINEAR,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
         "num_experts_per_tok": 2,
         "num_experts": 4,
     },
+    "qwen3_5_text": LINEAR,
+    # A convolution each for queries, keys and values.
+    "olmo_hybrid": LINEAR,
     # Both in every layer.
     "falcon_h1": {"num_hidden_layers": 2, "mamba_d_ssm": 128, **MAMBA},
+    # Convolutions and a state of the router in every layer, some with a window.
+    "zaya": {
+        "num_hidden_layers": 2,
+        "layer_types": ["hybrid", "hybrid_sliding"],
+        "sliding_window": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "router_hidden_size": 16,
+    },
     # State-space layers, attention, and layers with neither.
     "nemotron_h": {
         "layer_types": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
@@ -70,6 +88,20 @@ CONFIGS = {
         "num_experts_per_tok": 2,
         "num_dense_layers": 1,
     },
+    # Sliding windows, too.
+    "lfm3": {
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "sliding_attention", "full_attention", "conv"],
+        "sliding_window": 24,
+    },
+    # Lightning attention, in a cache of the model's own class.
+    "minimax": {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "block_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     # Mamba alone, and with attention.
     "zamba": {
         "num_hidden_layers": 4,
@@ -87,7 +119,9 @@ CONFIGS = {
         "mamba_d_state": 8,
     },
 }
-RECURRENT = [name for name in CONFIGS if name != "lfm2_moe"]
+CONFIGS = {name: sizes for name, sizes in CONFIGS.items() if name in CONFIG_MAPPING}  # older releases have fewer
+CONVOLUTIONS = [name for name in CONFIGS if name.startswith("lfm")]
+RECURRENT = [name for name in CONFIGS if name not in CONVOLUTIONS]
 LENGTH, PIECES = 50, [30, 1, 1, 17, 1]
 QUANTIZED = TurboConfig(bits=8, block_size=16, sink_tokens=16, softmax="exp", guard="off")
 
@@ -114,16 +148,39 @@ def model(request, hybrid):
     return hybrid(request.param)
 
 
+def own_cache(config):
+    """transformers' cache for a model."""
+    return MiniMaxCache() if config.model_type == "minimax" else DynamicCache(config=config)
+
+
+def generated(model, attention, ids, mask, **settings):
+    """Ids of a prompt and of 8 new tokens."""
+    model.set_attn_implementation(attention)
+    torch.manual_seed(1)
+    options = {"past_key_values": (TurboCache if attention == "turbo" else own_cache)(model.config)}
+    if model.config.model_type == "minimax" and attention == "eager" and "num_beams" in settings:
+        options = {"use_cache": False}  # a MiniMaxCache does not reorder its states
+    return model.generate(ids, attention_mask=mask, max_new_tokens=8, **options, **settings)
+
+
+def assistant(model):
+    """A model that drafts some tokens right and some wrong."""
+    drafting = copy.deepcopy(model)
+    drafting.set_attn_implementation("eager")
+    drafting.lm_head.weight.data += 0.02 * torch.randn_like(drafting.lm_head.weight)
+    return drafting
+
+
 def close(result, expected):
     torch.testing.assert_close(result, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_equals_eager_with_the_models_own_cache(exact_core, model, forward, tokens):
-    ids, own, cache = tokens(2, LENGTH), DynamicCache(config=model.config), TurboCache(model.config)
+    ids, own, cache = tokens(2, LENGTH), own_cache(model.config), TurboCache(model.config)
     expected = forward(model, "eager", ids, PIECES, own)
     close(forward(model, "turbo", ids, PIECES, cache), expected)
     for mine, theirs in zip(cache.layers, own.layers, strict=True):
-        for name in ("conv_states", "recurrent_states"):
+        for name in ("conv_states", "|recurrent_states"):
             for number, x in getattr(theirs, name, {}).items():
                 if x is not None:
                     torch.testing.assert_close(getattr(mine, name)[number], x, rtol=1e-3, atol=1e-3)
@@ -131,7 +188,7 @@ def test_equals_eager_with_the_models_own_cache(exact_core, model, forward, toke
 
 def test_padding(exact_core, model, forward, tokens, padded):
     ids, mask = padded([tokens(1, LENGTH), tokens(1, 37, seed=1)])
-    expected = forward(model, "eager", ids, PIECES, DynamicCache(config=model.config), mask)
+    expected = forward(model, "eager", ids, PIECES, own_cache(model.config), mask)
     result = forward(model, "turbo", ids, PIECES, TurboCache(model.config), mask)
     close(result[mask.bool()], expected[mask.bool()])
 
@@ -143,30 +200,37 @@ def test_padding(exact_core, model, forward, tokens, padded):
 )
 def test_generate(exact_core, model, settings, tokens, padded):
     ids, mask = padded([tokens(1, 20), tokens(1, 13, seed=1)])
-    results = []
-    for attention, kind in (("eager", lambda c: DynamicCache(config=c)), ("turbo", TurboCache)):
-        model.set_attn_implementation(attention)
-        torch.manual_seed(1)
-        options = {"max_new_tokens": 12, "attention_mask": mask, "past_key_values": kind(model.config)}
-        results.append(model.generate(ids, **options, **settings))
-    assert torch.equal(*results)
+    expected = generated(model, "eager", ids, mask, **settings)
+    assert torch.equal(generated(model, "turbo", ids, mask, **settings), expected)
 
 
-def test_prompt_lookup_where_the_model_can_go_back(exact_core, hybrid, tokens):
-    """Convolutions can; transformers itself refuses it with recurrent states."""
-    model, ids = hybrid("lfm2_moe"), torch.cat([tokens(1, 8)] * 3, 1)
-    settings = {"max_new_tokens": 16, "do_sample": False, "prompt_lookup_num_tokens": 4}
-    results = []
-    for attention, kind in (("eager", lambda c: DynamicCache(config=c)), ("turbo", TurboCache)):
-        model.set_attn_implementation(attention)
-        options = {"attention_mask": torch.ones_like(ids), "past_key_values": kind(model.config)}
-        results.append(model.generate(ids, **options, **settings))
-    assert torch.equal(*results)
+def test_a_prompt_in_chunks(exact_core, model, tokens, padded):
+    ids, mask = padded([tokens(1, 20), tokens(1, 13, seed=1)])
+    settings = {"do_sample": False, "prefill_chunk_size": 8}
+    expected = generated(model, "eager", ids, mask, **settings)
+    assert torch.equal(generated(model, "turbo", ids, mask, **settings), expected)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("drafts", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_drafts_where_the_model_can_go_back(exact_core, name, drafts, hybrid, tokens):
+    model, ids = hybrid(name), torch.cat([tokens(1, 8)] * 3, 1)
+    settings = {"do_sample": False, drafts: 4 if drafts == "prompt_lookup_num_tokens" else assistant(model)}
+    expected = generated(model, "eager", ids, torch.ones_like(ids), do_sample=False)
+    assert torch.equal(generated(model, "turbo", ids, torch.ones_like(ids), **settings), expected)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_drafts_are_refused_where_it_cannot(name, hybrid, tokens):
+    """By transformers, or by the crop that a rejected draft wants."""
+    model, ids, drafting = hybrid(name), tokens(1, 20), hybrid("lfm2_moe")
+    with pytest.raises((ValueError, UnsupportedError), match=r"stateful models|recurrent state, which"):
+        generated(model, "turbo", ids, torch.ones_like(ids), do_sample=False, assistant_model=drafting)
 
 
 def test_quantized_attention_stays_close(model, forward, tokens, distance):
     ids = tokens(2, LENGTH)
-    expected = forward(model, "eager", ids, PIECES, DynamicCache(config=model.config))
+    expected = forward(model, "eager", ids, PIECES, own_cache(model.config))
     cache = TurboCache(model.config, QUANTIZED)
     assert distance(forward(model, "turbo", ids, PIECES, cache), expected) < 0.1
     assert cache.nbytes == sum(layer.kv.nbytes for layer in cache.attention_layers)
@@ -182,7 +246,7 @@ def test_quantized_attention_stays_close(model, forward, tokens, distance):
 
 def test_exact_layers(model, forward, tokens):
     ids, attending = tokens(1, LENGTH), [layer.index for layer in TurboCache(model.config).attention_layers]
-    expected = forward(model, "eager", ids, PIECES, DynamicCache(config=model.config))
+    expected = forward(model, "eager", ids, PIECES, own_cache(model.config))
     cache = TurboCache(model.config, QUANTIZED, exact_layers=attending)
     close(forward(model, "turbo", ids, PIECES, cache), expected)
     assert cache.exact_layers == tuple(attending)
@@ -336,7 +400,7 @@ def test_what_is_not_supported(hybrid, tokens):
         (UnsupportedError, InputError), match="layers other than attention are not supported in a graph"
     ):
         GraphedDecoding(model, TurboCache(model.config, max_tokens=64), capture=False)
-    for kind, said in (("mamba", "without"), ("minimax", "class of its own"), ("recurrent_gemma", "in its modules")):
+    for kind, said in (("mamba", "without"), ("rwkv", "does not take"), ("recurrent_gemma", "in its modules")):
         with pytest.raises(UnsupportedError, match=said):
             TurboCache(AutoConfig.for_model(kind))
 

@@ -94,6 +94,32 @@ class TestModels:
         with pytest.raises(UnsupportedError, match="architecture 'git' is not supported"):
             check_declared(AutoConfig.for_model("git"))
 
+    @pytest.mark.parametrize("kind", ["axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"])
+    def test_keys_chosen_by_masks(self, kind):
+        """Masks for a static cache are plain tensors, and their indexers would add "visible" to scores as 1."""
+        if kind not in CONFIG_MAPPING:
+            pytest.skip(f"this release of transformers has no {kind}")
+        with pytest.raises(UnsupportedError, match=f"architecture '{kind}' is not supported"):
+            check_declared(AutoConfig.for_model(kind))
+
+    @pytest.mark.parametrize(
+        ("kind", "why"),
+        [
+            ("blt", "a cache each"),
+            ("mllama", "an image's keys"),
+            ("openai-gpt", "does not take past_key_values"),
+            ("prophetnet", "computes attention by itself"),
+            ("gemma4_assistant", "the model that it assists"),
+        ],
+    )
+    def test_caches_that_are_none_of_ours(self, kind, why):
+        if kind not in CONFIG_MAPPING:
+            pytest.skip(f"this release of transformers has no {kind}")
+        sizes = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+        config = AutoConfig.for_model(kind, **({"text_config": sizes} if kind == "gemma4_assistant" else {}))
+        with pytest.raises(UnsupportedError, match=why):
+            TurboCache(config)
+
     def test_attention_of_its_own_with_masks_of_its_own(self, tokens):
         config = AutoConfig.for_model(
             "falcon", vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
@@ -306,7 +332,7 @@ class TestNoNewTokens:
         assert torch.equal(result, forward(model, "turbo", tokens(1, 40), [30, 7, 3], again)[:, 37:])
 
     def test_positions_inside_the_cache(self, model, cache, tokens):
-        message = r"^input_ids: expected new tokens after the 37 that .*, got some that end at position 36; "
+        message = r"^input_ids: expected new tokens after the 37 that .*, got some .* 36; .* needs position_ids$"
         with pytest.raises(InputError, match=message), torch.no_grad():
             model(tokens(1, 3), position_ids=torch.tensor([[34, 35, 36]]), past_key_values=cache)
         with torch.no_grad():

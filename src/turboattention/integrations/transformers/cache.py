@@ -81,6 +81,9 @@ class TurboCache(Cache):
     layers: list[Any]
     attention_layers: list[TurboLayer]
 
+    def __new__(cls, model_config: Any = None, *_: Any, **__: Any) -> TurboCache:
+        return object.__new__(cls.of_kind(getattr(model_config, "model_type", None)))
+
     def __init__(
         self,
         model_config: Any,
@@ -128,6 +131,15 @@ class TurboCache(Cache):
             layer.may_stay_empty = shares_keys(text_config(model_config))
         self.ids = KnownIds(checked=check_prompts)
         self._may_cross = may_cross(text_config(model_config))
+
+    @classmethod
+    def of_kind(cls, model_type: str | None) -> type[TurboCache]:
+        """The class for an architecture: MiniMax takes caches of its own class only."""
+        if cls is not TurboCache or model_type != "minimax":
+            return cls
+        from .minimax import MiniMaxTurboCache
+
+        return MiniMaxTurboCache
 
     @classmethod
     def from_layers(cls, layers: list[Any], prompt_ids: Tensor | None = None, check_prompts: bool = True) -> TurboCache:

@@ -27,8 +27,9 @@ _PARTS = frozenset("__getitem__ size expand index_select select narrow repeat_in
 """Functions that take parts of a matrix [B, 1, Lq, Lk]; a mask [B, Lk] has none of the dimensions they expect."""
 
 
-_BESIDE = {"git"}
-"""Architectures whose decoders compute attention by themselves, in modules that know the interface for other parts."""
+_BESIDE = {"axk2", "deepseek_v32", "dots3_note_text", "git", "glm_moe_dsa", "hy_v4"}
+"""Architectures whose decoders compute attention by themselves, or choose by masks which keys it gets, in modules that
+know the interface for other parts."""
 
 
 class GuardedMask(Tensor):

@@ -420,7 +420,8 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             raise InputError(
                 f"input_ids: expected new tokens after the {self._stored} that the TurboCache already holds, got some "
                 f"that end at position {int(positions[:, -1].min())}; a prompt has to begin with the cache's tokens "
-                "and be longer, new ids alone need an attention_mask of all positions"
+                "and be longer, new ids alone need an attention_mask of all positions, and a model that numbers the "
+                "tokens of every call from 0, as Bamba does, needs position_ids"
             )
 
     def _check_length(self, length: int) -> None:

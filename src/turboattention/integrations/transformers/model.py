@@ -14,12 +14,22 @@ from ..model_shape import by_layer, text_config
 from .layer import BESIDE_AN_ENCODER
 from .states import EmptyLayer
 
-_DEPEND_ON_ALL = {
-    "doge": "its masks depend on the values of all past tokens, which a TurboCache does not return",
+_UNSUPPORTED = {
+    "blt": "its encoder and its decoder have a cache each",
     "diffllama": "it changes values after the cache",
-    "minimax": "it needs a cache class of its own",
+    "doge": "its masks depend on the values of all past tokens, which a TurboCache does not return",
+    "mllama_text_model": "some of its layers keep an image's keys in the same cache",
+    "prophetnet": "it computes attention by itself",
     "recurrent_gemma": "it keeps states in its modules, beside the cache",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"), "it attends to the keys of the model that it assists"
+    ),
+    **dict.fromkeys(
+        ("openai-gpt", "reformer", "rwkv", "xlm", "xlnet", "xlstm"),
+        "its forward does not take past_key_values",
+    ),
 }
+"""By architecture, why it is refused."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,9 @@ def layer_kinds(config: Any) -> list[LayerKind]:
         UnsupportedError: layers that need another kind of cache.
     """
     text = text_config(config)
+    for kind in (getattr(x, "model_type", None) for x in (config, text)):
+        if kind in _UNSUPPORTED:
+            raise UnsupportedError(f"model_config: the architecture {kind!r} is not supported: {_UNSUPPORTED[kind]}")
     crossed = getattr(text, "add_cross_attention", False) or getattr(text, "cross_attention_layers", None)
     if getattr(config, "is_encoder_decoder", False) or crossed:
         raise UnsupportedError(
@@ -67,8 +80,6 @@ def layer_kinds(config: Any) -> list[LayerKind]:
             "compressed latents, which are smaller than quantized keys and values of all heads; leave past_key_values "
             "out to attend in INT8 over them"
         )
-    if (kind := getattr(text, "model_type", None)) in _DEPEND_ON_ALL:
-        raise UnsupportedError(f"model_config: the architecture {kind!r} is not supported: {_DEPEND_ON_ALL[kind]}")
     for name in ("head_dim", "v_head_dim"):
         for index, width in enumerate(by_layer(text, name)):
             if isinstance(width, int) and (width > MAX_HEAD_DIM or width % 8):

@@ -124,7 +124,8 @@ def load_cache(
         raise FormatError(f"path: expected a file written by TurboCache.save, got a damaged one: {path}") from error
     if model is not None and model_config is not None:
         model.check(model_config)
-    cache = cls.from_layers(layers, tensors.get(_PROMPT), bool(content.get(_CHECKED, True)))
+    kind = cls.of_kind(None if model is None else model.model_type)
+    cache = kind.from_layers(layers, tensors.get(_PROMPT), bool(content.get(_CHECKED, True)))
     expected = (cache.batch_size, cache.get_seq_length())
     if cache.prompt_ids is not None and cache.prompt_ids.shape != expected:
         raise FormatError(f"{_PROMPT}: expected shape {expected}, got {tuple(cache.prompt_ids.shape)} in {path}")

@@ -54,6 +54,10 @@ class TurboBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return current_platform.is_cpu()
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

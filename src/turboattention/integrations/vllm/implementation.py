@@ -92,7 +92,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.total_kv_heads = config.model_config.get_total_num_kv_heads()
-        self.window, self.softcap = sliding_window, logits_soft_cap or None
+        self.window, self.softcap, self.sinks = sliding_window, logits_soft_cap or None, sinks
         self.kv_cache_dtype = kv_cache_dtype
         self.device = torch.get_default_device()
         refuse_device(self.widths.config, config.model_config.dtype, self.device)
@@ -161,6 +161,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            sinks=self.sinks,
         )
         self.report_nonfinite(finite)
         return output
@@ -172,7 +173,8 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             logger.error("%s: NaN or infinity among queries, keys or values; they are treated as zeros", self.name)
 
     def _guard(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Compare attention over this layer's first prompt, as stored, with exact attention; once."""
+        """Compare attention over this layer's first prompt, as stored, with exact attention; once. Both without sinks,
+        which scale both alike."""
         self.guard_pending = False
         message = fixed_widths_message(
             self.format.config,

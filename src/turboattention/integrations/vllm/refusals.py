@@ -46,8 +46,8 @@ def refuse_layer(
         refuse(f'kv_cache_dtype {kv_cache_dtype!r} (leave it "auto": blocks have a format of their own)')
     if alibi_slopes is not None:
         refuse("ALiBi")
-    if sinks is not None:
-        refuse("attention sinks")
+    if sinks is not None and device_type != "cpu":
+        refuse("attention sinks on GPUs (the kernels for pages do not compute them there)")
     if kv_sharing_target is not None:
         refuse(f"layers that share the cache of another ({kv_sharing_target})")
     asked = [name for name, value in others.items() if value not in (None, False)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,52 @@ def save_gemma(folder: Path, head_dim: int = 64) -> Path:
     # Small embeddings leave the word to the layers; a large last norm parts the logits again.
     model.model.embed_tokens.weight.data.mul_(0.2)
     model.model.norm.weight.data.fill_(20.0)
+    return save(model, folder)
+
+
+def save_gpt_oss(folder: Path, sinks: Sequence[float] = (-2.0, 0.0, 2.0, 4.0)) -> Path:
+    """Random weights; learned sinks (of the four heads of each layer), layers that see a window and all tokens in turn,
+    and experts, all of which compute every token: a choice of some would be another where rounding differs."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=4,
+        num_experts_per_tok=4,
+        sliding_window=70,
+        max_position_embeddings=1024,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 512,
+        },
+        initializer_range=0.07,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = GptOssForCausalLM(config)
+    model.model.embed_tokens.weight.data.mul_(0.5)
+    model.model.norm.weight.data.fill_(5.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data.copy_(torch.tensor(sinks))
+    return save(model, folder)
+
+
+def save(model: Any, folder: Path) -> Path:
+    """With the bundled model's tokenizer."""
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder / name)
