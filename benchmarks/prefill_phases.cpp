@@ -18,7 +18,7 @@
 #include "attention/fixed_lanes.h"
 #include "attention/lane_products.h"
 #include "attention/lane_products_amx.h"
-#include "attention/operand.h"
+#include "attention/tail_block.h"
 
 using namespace turbo;
 using namespace turbo::bench;
@@ -56,7 +56,7 @@ extern "C" void time_phases(int head_dim, int repeats, double* out) {
     syscall(SYS_arch_prctl, 0x1023, 18);  // Linux wants to be asked for tile registers
 #endif
     const Tiles tiles(head_dim);
-    static Operand block;
+    static UnpackedKV block;
     static Group g;
     static GroupWork w, scored;
     static BlockScales scales;

@@ -28,7 +28,7 @@ def test_the_page_has_references():
 def test_a_reference_exists(path, names):
     text = located(path).read_text(encoding="utf-8")
     for name in filter(None, names.split(", ")):
-        defined = rf"(?:def|class|struct|inline \w+|int|void|Unfit) {name}\b|^{name}\b.*="
+        defined = rf"(?:def|class|struct|inline \w+|int|void|NonFinite) {name}\b|^{name}\b.*="
         assert re.search(defined, text, re.MULTILINE), f"docs/architecture.md: {path} does not define {name}"
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import turboattention as ta
-from turboattention.errors import ConfigError, InputError, ShapeError
+from turboattention.errors import ConfigError, DtypeError, InputError, ShapeError, UnsupportedError
 from turboattention.kv.cache import KVCache
 from turboattention.kv.channel_order import ChannelOrder
 from turboattention.paged import BLOCK, PAGE_UNIT, PagedBatch, PagedFormat, TailBlocks, paged_attention
 
 from .helpers import relative_error
 from .kernels.cpu import tools  # noqa: F401
-from .paging import CONFIG, HEADS, MIXED, UNIFORM, Server, draft, expected, random_schedule, serve, tokens
+from .paging import CONFIG, HEADS, MIXED, QUERY_HEADS, UNIFORM, Server, draft, expected, random_schedule, serve, tokens
 
 TOTALS = {7: 200, 3: 131, 5: 64, 1: 1}
 
@@ -263,6 +265,44 @@ def test_places_out_of_range_are_refused_before_anything_is_written(change, mess
     assert torch.equal(server.tail_blocks.codes[0], codes)
 
 
+FLOATS = "expected torch.float32 on cpu, as q is, got"
+MEMORY = "expected memory on cpu, as q is, got meta"
+SCALE = "expected a number of at most 1e+06 in magnitude, got"
+GRADIENTS = "expected a tensor without gradients (quantized attention has no backward pass; use torch.no_grad()), got"
+
+
+@pytest.mark.parametrize(
+    "name, change, error, message",
+    [
+        ("q", lambda q: q.double(), DtypeError, "expected float32, bfloat16 or float16, got torch.float64"),
+        ("q", lambda q: q.numpy(), DtypeError, "expected a tensor, got ndarray"),
+        ("k", lambda k: k.half(), DtypeError, f"{FLOATS} torch.float16 on cpu"),
+        ("v", lambda v: v.to("meta"), DtypeError, f"{FLOATS} torch.float32 on meta"),
+        ("out", lambda out: out.bfloat16(), DtypeError, f"{FLOATS} torch.bfloat16 on cpu"),
+        ("k", lambda k: k.requires_grad_(), UnsupportedError, f"{GRADIENTS} requires_grad=True"),
+        ("pages", lambda pages: pages.to("meta"), DtypeError, MEMORY),
+        ("tail_blocks", lambda _: TailBlocks(1, 4, HEADS, 16, device="meta"), DtypeError, MEMORY),
+        ("sinks", lambda _: torch.zeros(QUERY_HEADS, device="meta"), DtypeError, MEMORY),
+        ("scale", lambda _: math.nan, ConfigError, f"{SCALE} nan"),
+        ("scale", lambda _: True, ConfigError, f"{SCALE} True"),
+        ("softcap", lambda _: 0.0, ConfigError, "expected a positive number, got 0.0"),
+        ("softcap", lambda _: math.inf, ConfigError, "expected a positive number, got inf"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(name, change, error, message):
+    server, (q, k, v) = Server(), (x.transpose(0, 1).contiguous() for x in tokens(1, 3))
+    batch = PagedBatch(*(torch.tensor(x) for x in ([0, 3], [3], [[5]], [1])))
+    arguments = {"q": q, "k": k, "v": v, "out": torch.zeros_like(q), "pages": server.pages}
+    arguments |= {"tail_blocks": server.tail_blocks, "sinks": None, "scale": None, "softcap": None}
+    pages, codes = server.pages.clone(), server.tail_blocks.codes[0].clone()
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error) as caught:
+        paged_attention(server.fmt, 0, batch, **arguments)
+    assert str(caught.value) == f"{name}: {message}"
+    assert torch.equal(server.pages, pages)
+    assert torch.equal(server.tail_blocks.codes[0], codes)
+
+
 def test_places_that_do_not_fit_are_refused():
     server, (q, k, v) = Server(), (x.transpose(0, 1).contiguous() for x in tokens(1, 3))
     batch = PagedBatch(*(torch.tensor(x) for x in ([0, 3], [3], [[5]], [1])))
@@ -272,7 +312,7 @@ def test_places_that_do_not_fit_are_refused():
         paged_attention(server.fmt, layer, batch, q, k, v, out, server.pages, opened, **options)
 
     apart = torch.empty(*q.shape, 2)[..., 0]
-    with pytest.raises(ShapeError, match=r"^out: expected channels side by side, got strides"):
+    with pytest.raises(ShapeError, match=r"^out: expected last stride 1, got strides"):
         call(out=apart)
     with pytest.raises(ShapeError, match=r"^tail_blocks: expected 2 heads of 16 channels, got 2 of 8$"):
         call(opened=TailBlocks(1, 4, 2, 8))

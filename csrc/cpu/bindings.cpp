@@ -1,5 +1,5 @@
-// The Python module turboattention._cpu. Everything is an address or a number; shapes, strides and
-// memory are the launchers' affair (src/turboattention/kernels/cpu).
+// The Python module turboattention._cpu. Arguments are addresses and numbers; the launchers
+// (src/turboattention/kernels/cpu) see to shapes, strides and memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -18,15 +18,15 @@ void bind_quantize(nb::module_&);
 
 namespace {
 
-// Structs that Python packs field by field (kernels/cpu/*.py) are read as they lie.
+// Structs that Python fills field by field (kernels/cpu/*.py) are read without conversion.
 bool attend(std::uintptr_t arguments, const std::string& isa) {
     const auto& kernels = isa.empty() ? turbo::kernels() : turbo::kernels_for(isa);
     const nb::gil_scoped_release unlocked;
     auto a = *reinterpret_cast<const turbo::AttendArgs*>(arguments);
-    std::atomic<std::int32_t> unfit{0};
-    a.unfit = &unfit;
+    std::atomic<std::int32_t> non_finite{0};
+    a.non_finite = &non_finite;
     kernels.attend(a);
-    return !unfit;
+    return !non_finite;
 }
 
 int step(std::uintptr_t arguments) {
@@ -39,7 +39,7 @@ int store(std::uintptr_t arguments) {
     return turbo::store(*reinterpret_cast<const turbo::StoreArgs*>(arguments));
 }
 
-// INT8 operations a second, in billions, that `threads` threads reach in registers.
+// The peak INT8 throughput of `threads` threads on registers, in 10^9 operations per second.
 double peak_gops(const std::string& isa, int threads) {
     const auto& kernels = turbo::kernels_for(isa);
     const nb::gil_scoped_release unlocked;
@@ -59,18 +59,19 @@ double peak_gops(const std::string& isa, int threads) {
 
 NB_MODULE(_cpu, m) {
     m.doc() = "TurboAttention's CPU kernels.";
-    m.def("isas", &turbo::usable_isas, "Instruction sets compiled in that this processor has, the best first.");
-    m.def("isa", [] { return std::string(turbo::kernels().isa); }, "The one in use (TURBOATTENTION_ISA overrides).");
-    m.def("threads", [] { return std::string(turbo::thread_provider()); }, "What carries the threads.");
+    m.def("isas", &turbo::usable_isas, "Instruction sets compiled in that this processor supports, the best first.");
+    m.def(
+        "isa", [] { return std::string(turbo::kernels().isa); }, "The one in use, which TURBOATTENTION_ISA overrides.");
+    m.def("threads", [] { return std::string(turbo::thread_provider()); }, "The source of threads.");
     m.def("take_most_workers", &turbo::take_most_workers,
-          "The most threads that shared the work of one call since this was last asked.");
+          "The largest number of threads that worked on one call since this was last asked.");
     m.def("attend", &attend, nb::arg("arguments"), nb::arg("isa") = "",
-          "Attention; `arguments` is an AttendArgs. Whether all queries were finite.");
+          "Attention; `arguments` is the address of an AttendArgs. Whether all queries were finite.");
     m.def("peak_gops", &peak_gops, nb::arg("isa"), nb::arg("threads") = 1,
-          "INT8 operations a second, in billions, that an instruction set reaches in registers.");
-    m.def("step", &step, nb::arg("arguments"), "A decode step; 1, 2, 3 where q, k, v are not finite.");
+          "The peak INT8 throughput of an instruction set on registers, in 10^9 operations per second.");
+    m.def("step", &step, nb::arg("arguments"), "A decode step; 1, 2 or 3 if q, k or v is not finite, else 0.");
     m.def("store", &store, nb::arg("arguments"),
-          "New tokens into tail blocks and pages; 1, 2 where k, v are not finite.");
+          "Stores new tokens in tail rows and pages; 2 or 3 if k or v is not finite, else 0.");
     m.attr("format") = turbo::kFormat;
     m.attr("store_bytes") = sizeof(turbo::StoreArgs);
     m.attr("step_bytes") = sizeof(turbo::StepArgs);

@@ -1,5 +1,5 @@
-// Stage 1 and the page codec for Python: each call is one struct of quantize/interface.h, cut into
-// parts that threads share.
+// Stage 1 and the page codec for Python: each call takes one struct of quantize/interface.h, and is divided into parts
+// for the threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -12,7 +12,7 @@ namespace nb = nanobind;
 
 namespace {
 
-constexpr std::int64_t kRowsAPart = 64;
+constexpr std::int64_t kRowsPerPart = 64;
 // Waking threads costs as much as a few hundred rows.
 constexpr std::int64_t kRowsWorthThreads = 512;
 
@@ -20,21 +20,21 @@ const turbo::Kernels& chosen(const std::string& isa) {
     return isa.empty() ? turbo::kernels() : turbo::kernels_for(isa);
 }
 
-std::int64_t parts_of(std::int64_t rows) { return (rows + kRowsAPart - 1) / kRowsAPart; }
+std::int64_t parts_of(std::int64_t rows) { return (rows + kRowsPerPart - 1) / kRowsPerPart; }
 
 int threads_for(std::int64_t threads, std::int64_t rows) {
     return rows < kRowsWorthThreads ? 1 : static_cast<int>(threads);
 }
 
-// body(b, h, begin, end) over `heads` and tokens from_token .. to_token of every sequence, in parts.
+// body(b, h, begin, end) over all heads and tokens `from` to `to` (exclusive) of every sequence, in parts.
 template <class F>
 void over_rows(std::int64_t batch, std::int64_t heads, std::int64_t from, std::int64_t to, std::int64_t threads,
                const F& body) {
     if (to <= from) return;
     const std::int64_t parts = parts_of(to - from), count = batch * heads * parts;
     turbo::parallel_for(count, threads_for(threads, batch * heads * (to - from)), [&](std::int64_t i) {
-        const std::int64_t begin = from + i % parts * kRowsAPart, head = i / parts;
-        body(head / heads, head % heads, begin, std::min(begin + kRowsAPart, to));
+        const std::int64_t begin = from + i % parts * kRowsPerPart, head = i / parts;
+        body(head / heads, head % heads, begin, std::min(begin + kRowsPerPart, to));
     });
 }
 
@@ -45,11 +45,11 @@ bool quantize_tokens(std::uintptr_t address, const std::string& isa) {
     if (!a.batch) return true;
     const std::int64_t from = *std::min_element(a.begin, a.begin + a.batch);
     const std::int64_t to = *std::max_element(a.end, a.end + a.batch);
-    std::atomic<bool> fine{true};
+    std::atomic<bool> finite{true};
     over_rows(a.batch, a.heads, from, to, a.threads, [&](auto b, auto h, auto begin, auto end) {
-        if (!kernels.quantize_tokens(a, b, h, std::max(begin, a.begin[b]), std::min(end, a.end[b]))) fine = false;
+        if (!kernels.quantize_tokens(a, b, h, std::max(begin, a.begin[b]), std::min(end, a.end[b]))) finite = false;
     });
-    return fine;
+    return finite;
 }
 
 void first_block_mean(std::uintptr_t address, const std::string& isa) {
@@ -85,8 +85,8 @@ void decode_pages(std::uintptr_t address, const std::string& isa) {
 void bind_quantize(nb::module_& m) {
     const auto arguments = nb::arg("arguments");
     const auto isa = nb::arg("isa") = "";
-    m.def("quantize_tokens", &quantize_tokens, arguments, isa, "Stage 1 of tokens; whether all were finite.");
-    m.def("first_block_mean", &first_block_mean, arguments, isa, "The mean that keys are smoothed by.");
+    m.def("quantize_tokens", &quantize_tokens, arguments, isa, "Stage 1 of tokens; whether all values were finite.");
+    m.def("first_block_mean", &first_block_mean, arguments, isa, "The mean that smoothing subtracts from keys.");
     m.def("encode_pages", &encode_pages, arguments, isa, "INT8 tiles to pages.");
     m.def("decode_pages", &decode_pages, arguments, isa, "Pages to INT8 tiles.");
     m.attr("quantize_bytes") =

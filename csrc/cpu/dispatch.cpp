@@ -39,11 +39,6 @@ Kernels kernels();
 
 namespace {
 
-struct Candidate {
-    bool usable;
-    Kernels (*make)();
-};
-
 #if defined(__x86_64__) && defined(__GNUC__)
 bool has_avxvnni() {
     unsigned a, b, c, d;

@@ -1,5 +1,6 @@
 // The instruction set that a file is compiled for. A kernels_<isa>.cpp defines TURBO_ISA, the namespace of its kernels
-// within turbo, TURBO_NAME, and TURBO_VECTORS, the header of its vector types; without them it is the portable one.
+// within turbo, TURBO_NAME, and TURBO_VECTORS, the header of its vector types. Without them, the portable kernels are
+// compiled.
 #pragma once
 
 #ifndef TURBO_ISA

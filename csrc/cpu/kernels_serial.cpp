@@ -1,2 +1,2 @@
-// Portable: what isa.h defines.
+// Portable: isa.h has the definitions.
 #include "kernels_isa.inc"

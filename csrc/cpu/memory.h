@@ -8,8 +8,8 @@
 #include "isa.h"
 #include "threads.h"
 
-// For small functions of vectors in inner loops: a call would pass the vectors through memory. And for large ones,
-// beside which their callers' other loops would run out of registers.
+// TURBO_ALWAYS_INLINE is for small vector functions in inner loops, since a call would pass the vectors through memory;
+// TURBO_NEVER_INLINE for large functions, which would take registers from the other loops of their callers.
 #if defined(__GNUC__)
 #define TURBO_ALWAYS_INLINE inline __attribute__((always_inline))
 #define TURBO_NEVER_INLINE inline __attribute__((noinline))

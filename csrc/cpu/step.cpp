@@ -35,7 +35,7 @@ std::uint16_t narrowed(float scale) {  // 4 mantissa bits: exact
     return static_cast<std::uint16_t>(bits >> 16);
 }
 
-// Scales of the buffer, `count` from `at` on: bfloat16, or float32 where all rows of a head take the same.
+// Scales of the buffer, `count` from `at` on: bfloat16, or float32 if they are universal.
 void read_scales(const StepArgs& step, int side, std::int64_t at, std::int64_t count, float* to) {
     if (step.store.universal[side]) {
         std::memcpy(to, static_cast<const float*>(step.scales[side]) + at, sizeof(float) * count);
@@ -62,7 +62,7 @@ void clear_scales(const StepArgs& step, int side, std::int64_t at, std::int64_t 
 // Channels of a row of keys or values.
 std::int64_t channels(const StoreArgs& s, int side) { return side ? s.value_dim : s.head_dim; }
 
-// The buffer as rows with scales in float32. Where a block fills, a copy, which has room for all new tokens.
+// The buffer as rows with float32 scales. If a block fills, a copy with room for all new tokens.
 Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
     const StoreArgs& s = step.store;
     Int8Rows rows = s.tail;
@@ -83,7 +83,7 @@ Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
     return rows;
 }
 
-// Leaves the rows behind the blocks that filled in the buffer, with their scales.
+// Keeps the rows after a filled block in the buffer, with their scales; clears the rest.
 void keep_rows(const StepArgs& step, const Workspace& w, const Int8Rows& rows) {
     const StoreArgs& s = step.store;
     for (int side = 0; side < 2; ++side) {
@@ -101,7 +101,7 @@ void keep_rows(const StepArgs& step, const Workspace& w, const Int8Rows& rows) {
     }
 }
 
-// Undoes what `quantize_new` wrote in the buffer itself.
+// Clears what `quantize_new` wrote to the buffer itself.
 void clear_new_rows(const StepArgs& step, const Workspace& w) {
     const StoreArgs& s = step.store;
     if (s.fresh) return;
@@ -125,29 +125,29 @@ void set_positions(const StoreArgs& s, AttendArgs& a, Workspace& w) {
 
 }  // namespace
 
-Unfit run_step(const StepArgs& step) {
+NonFinite run_step(const StepArgs& step) {
     static thread_local Workspace w;
     const Kernels& kernels = turbo::kernels();
     AttendArgs a = step.attend;
     StoreArgs s = step.store;
     set_positions(s, a, w);
     a.tail = s.tail = tail_rows(step, w);
-    Unfit unfit = s.tokens ? quantize_new(kernels, s) : kFine;
-    if (unfit == kFine && a.queries) {
+    NonFinite non_finite = s.tokens ? quantize_new(kernels, s) : kAllFinite;
+    if (non_finite == kAllFinite && a.queries) {
         std::atomic<std::int32_t> queries{0};
-        a.unfit = &queries;
+        a.non_finite = &queries;
         kernels.attend(a);
-        if (queries) unfit = kUnfitQuery;
+        if (queries) non_finite = kNonFiniteQuery;
     }
-    if (unfit != kFine) {
+    if (non_finite != kAllFinite) {
         clear_new_rows(step, w);
-        return unfit;
+        return non_finite;
     }
-    if (s.tokens) {  // else other threads may read the same buffer
+    if (s.tokens) {  // otherwise other threads may be reading the same buffer
         fill_pages(kernels, s);
         keep_rows(step, w, s.tail);
     }
-    return kFine;
+    return kAllFinite;
 }
 
 }  // namespace turbo

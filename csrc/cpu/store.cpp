@@ -25,8 +25,8 @@ FloatRows of_sequence(FloatRows rows, std::int64_t b) {
 
 }  // namespace
 
-Unfit quantize_new(const Kernels& kernels, const StoreArgs& s) {
-    std::atomic<bool> fine[2] = {true, true};
+NonFinite quantize_new(const Kernels& kernels, const StoreArgs& s) {
+    std::atomic<bool> finite[2] = {true, true};
     const std::int64_t heads = 2 * s.heads, parts = (s.tokens + kBlock - 1) / kBlock + 1;
     const bool alone = s.batch * heads * s.tokens < kRowsWorthThreads;
     parallel_for(s.batch * heads * parts, alone ? 1 : static_cast<int>(s.threads), [&](std::int64_t i) {
@@ -36,16 +36,16 @@ Unfit quantize_new(const Kernels& kernels, const StoreArgs& s) {
         const std::int64_t from = std::max(block, before), to = std::min(block + kBlock, before + s.tokens);
         if (from >= to) return;
         const std::int64_t begin = from - before, target = s.tail.row(b, 0, from) - begin;
-        TokenArgs t{};  // of this sequence
+        TokenArgs t{};  // for this sequence
         t.batch = 1, t.heads = s.heads, t.head_dim = side ? s.value_dim : s.head_dim, t.rotate = s.rotate;
         t.x = of_sequence(side ? s.v : s.k, b);
         t.first = &before, t.target = &target;
         t.mean = side || !s.mean ? nullptr : s.mean + b * s.heads * s.head_dim, t.mean_from = s.mean_from;
         t.given_scale = s.universal[side] ? s.universal[side] + b * s.heads : nullptr;
         t.codes = s.tail.codes[side], t.scales = s.tail.scales[side], t.head_rows = s.tail.head_rows;
-        if (!kernels.quantize_tokens(t, 0, h, begin, to - before)) fine[side] = false;
+        if (!kernels.quantize_tokens(t, 0, h, begin, to - before)) finite[side] = false;
     });
-    return fine[0] ? (fine[1] ? kFine : kUnfitValue) : kUnfitKey;
+    return finite[0] ? (finite[1] ? kAllFinite : kNonFiniteValue) : kNonFiniteKey;
 }
 
 void fill_pages(const Kernels& kernels, const StoreArgs& s) {
@@ -75,11 +75,11 @@ void fill_pages(const Kernels& kernels, const StoreArgs& s) {
     });
 }
 
-Unfit store(const StoreArgs& s) {
+NonFinite store(const StoreArgs& s) {
     const Kernels& kernels = turbo::kernels();
-    const Unfit unfit = quantize_new(kernels, s);
-    if (unfit == kFine) fill_pages(kernels, s);
-    return unfit;
+    const NonFinite non_finite = quantize_new(kernels, s);
+    if (non_finite == kAllFinite) fill_pages(kernels, s);
+    return non_finite;
 }
 
 }  // namespace turbo

@@ -1,5 +1,5 @@
-// Sixteen 32-bit lanes as two AVX2 registers, with AVX-VNNI's dot product where it is compiled for
-// (TURBO_AVXVNNI). Same names and results as vec_serial.h.
+// Sixteen 32-bit lanes as two AVX2 registers, with the dot product of AVX-VNNI if compiled for it (TURBO_AVXVNNI). Same
+// names and results as vec_serial.h.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ namespace turbo::TURBO_ISA {
 
 constexpr std::uint8_t kFlip = 0x80;  // the first factor is unsigned: X8 + 128
 constexpr int kQueryVectors = 1;
-constexpr int kFewRowsAtOnce = 2, kMostRowsAtOnce = 2, kSums = 4;
+constexpr int kRowsPerPass = 2, kMaxRowsPerPass = 2, kSumsPerPass = 4;
 
 struct F {
     __m256 a, b;
@@ -37,18 +37,18 @@ inline F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.
 inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F f_min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F f_fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
-inline F f_missed(F x, F y, F guess) {
+inline F f_residual(F x, F y, F guess) {
     return {_mm256_fnmadd_ps(guess.a, y.a, x.a), _mm256_fnmadd_ps(guess.b, y.b, x.b)};
 }
-// x / y of small integers, given 1 / y: a guess, and what it misses x by. Rounded afterwards it is what
-// the quotient is, because halves, all that rounding is sensitive to, come out exactly.
+// x / y of small integers, given 1 / y: a guess, corrected by its residual. It rounds to the same integer as the
+// quotient, because halves, the only ties, come out exactly.
 inline F f_quotient(F x, F y, F inverse) {
     const F guess = x * inverse;
-    return f_fma(f_missed(x, y, guess), inverse, guess);
+    return f_fma(f_residual(x, y, guess), inverse, guess);
 }
 inline F f_divide(F x, F y, F inverse) {
     const F guess = f_quotient(x, y, inverse);
-    return f_fma(f_missed(x, y, guess), inverse, guess);
+    return f_fma(f_residual(x, y, guess), inverse, guess);
 }
 inline F f_add_square(F sum, F x) { return f_fma(x, x, sum); }
 inline F f_abs(F x) {
@@ -224,7 +224,7 @@ inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
 inline I dot_small(I acc, Bytes codes, Bytes q) {
     return {dot_half(acc.a, codes.a, q.a), dot_half(acc.b, codes.b, q.b)};
 }
-// acc += the two products of each lane, of 16 bits: quicker where both factors have signs.
+// acc += the two 16-bit products of each lane: faster if both factors are signed.
 #define TURBO_WIDE_KEYS
 inline I dot_wide(I acc, Bytes x, Bytes y) {
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
@@ -325,7 +325,7 @@ template <int N>
 inline W w_shr(W x) {
     return {_mm256_srli_epi16(x.v, N)};
 }
-inline W w_shr(W x, W by) {  // lanes of 32 bits can be shifted apart, those of 16 cannot
+inline W w_shr(W x, W by) {  // only 32-bit lanes have shifts that differ by lane
     const __m256i even = _mm256_set1_epi32(0xFFFF);
     const __m256i low = _mm256_srlv_epi32(_mm256_and_si256(x.v, even), _mm256_and_si256(by.v, even));
     const __m256i high = _mm256_srlv_epi32(_mm256_srli_epi32(x.v, 16), _mm256_srli_epi32(by.v, 16));
@@ -343,7 +343,7 @@ inline W w_between(W low, W t, W high, W x, W y) {
 }
 inline W w_keep_other(W x, W y, W z) { return {_mm256_andnot_si256(_mm256_cmpeq_epi16(x.v, y.v), z.v)}; }
 
-// 16 rows of 16 words, each row `stride` bytes behind the one before, to their transpose.
+// Transposes 16 rows of 16 words; rows begin `in_stride` and `out_stride` bytes after one another.
 inline void words_transposed(const std::uint8_t* in, int in_stride, std::uint8_t* out, int out_stride) {
     for (int row = 0; row < 16; row += 8)
         for (int word = 0; word < 16; word += 8) {

@@ -1,5 +1,5 @@
-// Sixteen 32-bit lanes on AVX-512 VNNI. The same names exist in vec_avx2.h and vec_serial.h, with the
-// same results to the last bit: floats are never contracted, sums over lanes follow one fixed tree.
+// Sixteen 32-bit lanes on AVX-512 VNNI. The same names exist in vec_avx2.h and vec_serial.h, with bit-equal results:
+// floats are never contracted, and sums over lanes follow one fixed tree.
 #pragma once
 
 #include <immintrin.h>
@@ -15,9 +15,9 @@ constexpr std::uint8_t kFlip = 0;  // tiles multiply signed bytes
 #else
 constexpr std::uint8_t kFlip = 0x80;  // the first factor is unsigned: X8 + 128
 #endif
-constexpr int kQueryVectors = 2;  // of sixteen queries each, at once
-// Rows that share an unpacked vector of codes: these, or the most where there are more; and sums in registers.
-constexpr int kFewRowsAtOnce = 4, kMostRowsAtOnce = 8, kSums = 16;
+constexpr int kQueryVectors = 2;  // of sixteen queries each, processed at once
+// Decode rows that share an unpacked vector of codes, the maximum if there are more; and sums held in registers.
+constexpr int kRowsPerPass = 4, kMaxRowsPerPass = 8, kSumsPerPass = 16;
 constexpr std::int32_t kOffset = 128;  // dot_full multiplies codes as they are stored: X8 + 128
 
 struct F {
@@ -41,19 +41,19 @@ inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F f_max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F f_min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F f_fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline F f_missed(F x, F y, F guess) { return {_mm512_fnmadd_ps(guess.v, y.v, x.v)}; }  // x - y guess
-// x / y of small integers, given 1 / y: a guess, and what it misses x by. Rounded afterwards it is what
-// the quotient is, because halves, all that rounding is sensitive to, come out exactly.
+inline F f_residual(F x, F y, F guess) { return {_mm512_fnmadd_ps(guess.v, y.v, x.v)}; }  // x - y guess
+// x / y of small integers, given 1 / y: a guess, corrected by its residual. It rounds to the same integer as the
+// quotient, because halves, the only ties, come out exactly.
 inline F f_quotient(F x, F y, F inverse) {
     const F guess = x * inverse;
-    return f_fma(f_missed(x, y, guess), inverse, guess);
+    return f_fma(f_residual(x, y, guess), inverse, guess);
 }
-// x / y as a division rounds it, given 1 / y so rounded (Markstein): a guess within two units in the last place,
-// corrected twice. Neither the quotient nor what a guess misses x by may overflow; where they underflow, both are next
-// to zero.
+// x / y rounded as by a division, given 1 / y rounded likewise (Markstein): a guess within two units in the last place,
+// corrected twice. Neither the quotient nor the residual of a guess may overflow; if they underflow, this and the
+// division are both close to zero.
 inline F f_divide(F x, F y, F inverse) {
     const F guess = f_quotient(x, y, inverse);
-    return f_fma(f_missed(x, y, guess), inverse, guess);
+    return f_fma(f_residual(x, y, guess), inverse, guess);
 }
 // sum + x^2, rounded once or twice: for sums that are exact.
 inline F f_add_square(F sum, F x) { return f_fma(x, x, sum); }
@@ -157,7 +157,7 @@ template <int N>
 inline Bytes b_shl(Bytes a, int mask) {
     return {_mm512_and_si512(_mm512_slli_epi16(a.v, N), _mm512_set1_epi8(static_cast<char>(mask)))};
 }
-// The same, and b's bits: one instruction behind the shift.
+// The same, ORed with b: one instruction after the shift.
 template <int N>
 inline Bytes b_shr_or(Bytes a, int mask, Bytes b) {
     const __m512i shifted = N ? _mm512_srli_epi16(a.v, N) : a.v;
@@ -177,11 +177,10 @@ inline I dot_small(I acc, Bytes codes, Bytes q) { return {_mm512_dpbusd_epi32(ac
 inline Prepared prepare(Bytes codes) { return codes; }
 inline I dot_full(I acc, Prepared codes, Bytes q) { return {_mm512_dpbusd_epi32(acc.v, codes.v, q.v)}; }
 
-// With VBMI's byte lookup, packed keys become X8 + 128 through a table a quad of channels.
+// With the byte lookup of VBMI, packed keys become X8 + 128 through a table for each quad of channels.
 #define TURBO_TABLES
 
-// table[16 i + code] = code * step[i] + zero[i] + 128 for the four channels i; codes that their width
-// allows stay within a byte.
+// table[16 i + code] = code * step[i] + zero[i] + 128 for the four channels i; for the codes of a width it fits a byte.
 inline Bytes b_code_table(const std::int8_t* step, const std::int8_t* zero) {
     const __m512i spread = _mm512_set_epi64(0x0303030303030303, 0x0303030303030303, 0x0202020202020202,
                                             0x0202020202020202, 0x0101010101010101, 0x0101010101010101, 0, 0);
@@ -195,13 +194,13 @@ inline Bytes b_code_table(const std::int8_t* step, const std::int8_t* zero) {
     return {_mm512_xor_si512(_mm512_add_epi8(product, zeros), _mm512_set1_epi8(static_cast<char>(0x80)))};
 }
 
-// table[16 (byte % 4) + code] for every byte; indices are codes and `b_table_channels`.
+// table[16 (byte % 4) + code] for every byte; indices are codes ORed with `b_table_channels`.
 inline Bytes b_table_channels() { return {_mm512_set1_epi32(0x30201000)}; }
 inline Bytes b_from_table(Bytes table, Bytes indices) { return {_mm512_permutexvar_epi8(indices.v, table.v)}; }
 
 // Every byte + 128.
 inline Bytes b_offset(Bytes a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(static_cast<char>(0x80)))}; }
-// a, and b added in the bytes whose bit n is set in `plane`.
+// a + b in the bytes whose bit n is set in `plane`, else a.
 inline Bytes b_add_where(Bytes a, Bytes plane, int n, Bytes b) {
     const __mmask64 set = _mm512_test_epi8_mask(plane.v, _mm512_set1_epi8(static_cast<char>(1 << n)));
     return {_mm512_mask_add_epi8(a.v, set, a.v, b.v)};
@@ -232,7 +231,8 @@ inline D d_butterfly(D a) {
     return {_mm512_fmadd_pd(a.v, signs, other)};
 }
 
-// Lanes of 16 bits, as many as queries at once: kQueryVectors vectors of 32-bit lanes, saturated with or without sign.
+// Lanes of 16 bits, one for each query processed at once: kQueryVectors vectors of 32-bit lanes, packed with signed or
+// unsigned saturation.
 struct W {
     __m512i v;  // packed within quarters
 };
@@ -275,7 +275,7 @@ inline W w_shr(W a) {
 inline int w_largest(W a) {
     const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
     const __m128i quarter = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    const __m128i flip = _mm_set1_epi16(0x7FFF);  // turns the order round, and into that of unsigned numbers
+    const __m128i flip = _mm_set1_epi16(0x7FFF);  // reverses the order, and turns it into that of unsigned numbers
     const int least = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(quarter, flip)));
     return static_cast<std::int16_t>(least ^ 0x7FFF);
 }
@@ -288,7 +288,7 @@ inline W w_between(W low, W t, W high, W a, W b) {
 // a where x is not y, else 0.
 inline W w_keep_other(W x, W y, W a) { return {_mm512_maskz_mov_epi16(_mm512_cmpneq_epi16_mask(x.v, y.v), a.v)}; }
 
-// 16 rows of 16 words, each row `stride` bytes behind the one before, to their transpose.
+// Transposes 16 rows of 16 words; rows begin `in_stride` and `out_stride` bytes after one another.
 inline void words_transposed(const std::uint8_t* in, int in_stride, std::uint8_t* out, int out_stride) {
     __m512i x[16], y[16];
     for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(in + i * in_stride);

@@ -1,5 +1,5 @@
-// Sixteen 32-bit lanes in portable C++, for any processor; the pattern that the other headers match
-// to the last bit.
+// Sixteen 32-bit lanes in portable C++, for any processor: the specification, which the other headers match bit for
+// bit.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace turbo::TURBO_ISA {
 
 constexpr std::uint8_t kFlip = 0x80;
 constexpr int kQueryVectors = 1;
-constexpr int kFewRowsAtOnce = 2, kMostRowsAtOnce = 2, kSums = 4;
+constexpr int kRowsPerPass = 2, kMaxRowsPerPass = 2, kSumsPerPass = 4;
 constexpr std::int32_t kOffset = 128;
 
 struct F {
@@ -64,7 +64,7 @@ inline F f_min(F a, F b) {
 inline F f_fma(F a, F b, F c) {
     return lanes<F>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
 }
-// As in vec_avx512.h, but for processors where a fused product is slower than a division.
+// As in vec_avx512.h, for processors where a fused multiply-add is slower than a division.
 inline F f_quotient(F x, F y, F) { return x / y; }
 inline F f_divide(F x, F y, F) { return x / y; }
 inline F f_add_square(F sum, F x) { return sum + x * x; }
@@ -80,7 +80,7 @@ inline F f_round(F a) {
 inline F f_from_int(I a) {
     return lanes<F>([&](int i) { return static_cast<float>(a.v[i]); });
 }
-// Rounds half to even; what no int32 holds becomes the smallest one, as processors have it.
+// Rounds half to even; values beyond int32 become the smallest int32, as on x86.
 inline I i_from_float(F a) {
     return lanes<I>([&](int i) {
         const float x = std::nearbyint(a.v[i]);
@@ -278,7 +278,7 @@ inline D operator-(D a, D b) {
 inline D operator*(D a, D b) {
     return doubles([&](int i) { return a.v[i] * b.v[i]; });
 }
-// For exact products, which make it the same as a fused one.
+// For exact products, which make it equal to a fused multiply-add.
 inline D d_fma(D a, D b, D c) { return a * b + c; }
 template <int Distance>
 inline D d_butterfly(D a) {
@@ -374,7 +374,7 @@ inline W w_keep_other(W x, W y, W a) {
     return words([&](int i) { return x.v[i] != y.v[i] ? a.v[i] : 0; });
 }
 
-// 16 rows of 16 words, each row `stride` bytes behind the one before, to their transpose.
+// Transposes 16 rows of 16 words; rows begin `in_stride` and `out_stride` bytes after one another.
 inline void words_transposed(const std::uint8_t* in, int in_stride, std::uint8_t* out, int out_stride) {
     for (int row = 0; row < 16; ++row)
         for (int word = 0; word < 16; ++word)

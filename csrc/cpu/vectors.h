@@ -11,7 +11,8 @@
 
 namespace turbo::TURBO_ISA {
 
-// Sums of dot_small's products, which the caller adds up (acc + 2^Shift x) before they can exceed kPartialLimit.
+// Partial sums of dot_small's products. The caller adds them to 32-bit sums (acc + 2^Shift x) before they can exceed
+// kPartialLimit.
 using Partial = I;
 constexpr std::int32_t kPartialLimit = 0x7fffffff;
 inline Partial partial_zero() { return i_set(0); }

@@ -1,8 +1,10 @@
-// Dispatch over the widths of codes, their planes (flashq/packing.py), and the runs of channels of one width
-// (kv/layout.py).
+// The widths of codes and their dispatch, and the runs of channels with one width (kv/layout.py). Every kernel that is
+// compiled per width takes it from these tables.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
 
 #include "attention/arguments.h"
@@ -10,44 +12,57 @@
 
 namespace turbo::TURBO_ISA {
 
+// Bits of a code, and how many of them its lower plane holds; an upper plane holds the highest bit of codes of 5 and 3
+// bits (flashq/packing.py: PLANES).
+constexpr int kCodeWidths[] = {8, 5, 4, 3, 2, 1};
+constexpr int kLowerPlanes[] = {8, 4, 4, 2, 2, 1};
+// Widths of values.
+constexpr int kValueWidths[] = {8, 4, 3, 2};
+// Widths of the two halves of a head's keys, which are equal or differ by 2 bits (kv/layout.py: K_HALVES).
+struct KeyWidths {
+    int wide, narrow;
+};
+constexpr KeyWidths kKeyWidths[] = {{8, 8}, {5, 3}, {4, 4}, {4, 2}, {3, 3}, {3, 1}, {2, 2}};
+
+static_assert(std::size(kCodeWidths) == std::size(kLowerPlanes));
+
+constexpr int lower_plane(int bits) {
+    for (std::size_t i = 0; i < std::size(kCodeWidths); ++i)
+        if (kCodeWidths[i] == bits) return kLowerPlanes[i];
+    return bits;
+}
+
 template <int Bits>
 using Width = std::integral_constant<int, Bits>;
 
-// Bits of the lower plane of a code; 5 and 3 bits have a second plane for the highest bit.
-constexpr int lower_plane(int bits) { return bits == 5 || bits == 3 ? bits - 1 : bits; }
-
-// Calls body(Width<bits>); `bits` must be one of the template arguments.
-template <int First, int... Rest, class Body>
+// Calls body(Width<bits>), compiled for every entry of `Widths`; `bits` must be one of them.
+template <const auto& Widths, std::size_t Entry = 0, class Body>
 inline void with_width(std::int64_t bits, const Body& body) {
-    if constexpr (sizeof...(Rest) > 0) {
-        if (bits != First) return with_width<Rest...>(bits, body);
+    if constexpr (Entry + 1 < std::size(Widths)) {
+        if (bits != Widths[Entry]) return with_width<Widths, Entry + 1>(bits, body);
     }
-    body(Width<First>{});
+    body(Width<Widths[Entry]>{});
 }
 
-// Calls body(wide, narrow): the widths of the two halves of a head's K, which are equal or differ by 2 bits.
-template <class Body>
+// Calls body(Width<wide>, Width<narrow>) likewise for the entries of kKeyWidths.
+template <std::size_t Entry = 0, class Body>
 inline void with_key_widths(const HeadOffsets& offsets, const Body& body) {
-    with_width<8, 5, 4, 3, 2>(offsets.bits[0], [&](auto wide) {
-        constexpr int kWide = decltype(wide)::value;
-        if constexpr (kWide == 5) {
-            body(wide, Width<3>{});
-        } else if constexpr (kWide == 4 || kWide == 3) {
-            if (offsets.bits[1] == kWide) return body(wide, wide);
-            body(wide, Width<kWide - 2>{});
-        } else {
-            body(wide, wide);
-        }
-    });
+    constexpr KeyWidths kEntry = kKeyWidths[Entry];
+    if constexpr (Entry + 1 < std::size(kKeyWidths)) {
+        if (offsets.bits[0] != kEntry.wide || offsets.bits[1] != kEntry.narrow)
+            return with_key_widths<Entry + 1>(offsets, body);
+    }
+    body(Width<kEntry.wide>{}, Width<kEntry.narrow>{});
 }
 
-// Octets `first` to `last` (exclusive) of a head, of equal width; their codes start `offset` bytes after the head's.
+// Octets `first` to `last` (exclusive) of a head, of equal width; their codes begin `offset` bytes after the head's.
 struct Run {
     std::int64_t bits;
     int first, last;
     std::int64_t offset;
 };
 
+// Calls body(run) for the one or two runs of a head.
 template <class Body>
 inline void over_runs(const HeadOffsets& offsets, int octets, int tokens, const Body& body) {
     if (offsets.bits[0] == offsets.bits[1]) return body(Run{offsets.bits[0], 0, octets, 0});

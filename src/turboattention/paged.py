@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .config import TurboConfig
 from .dispatch import TABLE, CallTraits, choose
-from .errors import InputError, ShapeError, UnsupportedError
+from .errors import DtypeError, InputError, ShapeError, UnsupportedError
 from .impl.contract import PagedAttention
 from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, PagedBatch, PagedFormat, TailBlocks, reserved_bytes
 from .softmax import logit_scale
+from .validation import check_floats, check_softmax
 from .words import number_of
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "paged_attention",
     "reserved_bytes",
 ]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def paged_attention(
@@ -54,7 +57,8 @@ def paged_attention(
     """Store the new tokens of all sequences, then write causal attention to `out`.
 
     Args:
-        q, out: [T, Hq, D]; k, v: [T, H, D]. float32, bfloat16 or float16.
+        q, out: [T, Hq, D]; k, v: [T, H, D]. float32, bfloat16 or float16, all on the device of the pages. out has last
+            stride 1.
         pages: uint8 [N, page_bytes or more] with last stride 1, the pages of this layer; blocks that fill are written.
         fmt: the page format of all layers. layer: index into its layouts and into `tail_blocks`.
         batch: the sequences of this step: their query rows, lengths, pages and slots.
@@ -65,14 +69,16 @@ def paged_attention(
         softcap, backend: as in `turbo_attention`.
 
     Returns:
-        Whether all values of q, k and v were finite. Values that are not finite are read as zeros, on a GPU together
-        with the rest of their row. A GPU always returns True, without waiting:
-        `TailBlocks.notice` reports such values later.
+        Whether all values of q, k and v were finite. Values that are not finite are read as zeros: rows of q as a
+        whole, on a GPU also rows of k and v. A GPU always returns True, without waiting: `TailBlocks.notice` reports
+        such values later.
 
     Raises:
-        ShapeError: shapes do not match. InputError: layer or window is out of range; on a CPU also lengths, slots or
-            page numbers (a GPU does not check them). Nothing is stored then. BackendError, UnsupportedError: as in
-            `turbo_attention`; UnsupportedError also for `reorder_k` on a GPU.
+        ShapeError: shapes do not match. DtypeError: q, k, v and out have no dtype of these in common, or a tensor is on
+            another device. ConfigError: scale or softcap is out of range. InputError: layer or window is out of range;
+            on a CPU also lengths, slots or page numbers (a GPU does not check them). Nothing is stored then.
+            BackendError, UnsupportedError (gradients): as in `turbo_attention`; UnsupportedError also for `reorder_k`
+            on a GPU.
 
     Examples:
         Rows are the flat query tokens, columns the positions of the token's own sequence; 1 is attended to. Tokens from
@@ -90,8 +96,10 @@ def paged_attention(
             0 1 1 0 0
             0 0 0 1 1    # sequence 2; sequence 1 has no tokens in this step
     """
-    _check(fmt, q, k, v, out, pages)
+    _check_tensors(q, k, v, out, pages, tail_blocks, sinks)
+    _check_shapes(fmt, q, k, v, out, pages)
     _check_place(fmt, layer, tail_blocks, window)
+    check_softmax(scale, softcap)
     if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
         raise ShapeError(f"sinks: expected floats of shape [{q.shape[1]}], got {sinks.dtype} {list(sinks.shape)}")
     which = fmt.config, q.dtype, q.device, backend
@@ -130,7 +138,19 @@ def _over_caches(config: TurboConfig) -> TurboConfig:
     return config.replace(stored_prefill=False)
 
 
-def _check(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages: Tensor) -> None:
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages: Tensor, tail_blocks: TailBlocks, sinks: Tensor | None
+) -> None:
+    """One dtype of those that the kernels read, one device, no gradients."""
+    if isinstance(q, Tensor) and q.dtype not in _DTYPES:
+        raise DtypeError(f"q: expected float32, bfloat16 or float16, got {q.dtype}")
+    check_floats(q=q, k=k, v=v, out=out)
+    for name, x in (("pages", pages), ("tail_blocks", tail_blocks.codes[0]), ("sinks", sinks)):
+        if x is not None and x.device != q.device:
+            raise DtypeError(f"{name}: expected memory on {q.device}, as q is, got {x.device}")
+
+
+def _check_shapes(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages: Tensor) -> None:
     heads, head_dim = fmt.kv_heads, fmt.head_dim
     if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % heads or out.shape != q.shape:
         raise ShapeError(
@@ -141,7 +161,7 @@ def _check(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages
         if x.shape != (q.shape[0], heads, head_dim):
             raise ShapeError(f"{name}: expected [{q.shape[0]}, {heads}, {head_dim}], got {list(x.shape)}")
     if out.stride(-1) != 1:
-        raise ShapeError(f"out: expected channels side by side, got strides {out.stride()}")
+        raise ShapeError(f"out: expected last stride 1, got strides {out.stride()}")
     if pages.dim() != 2 or pages.dtype != torch.uint8 or pages.shape[1] < fmt.page_bytes or pages.stride(1) != 1:
         raise ShapeError(
             f"pages: expected uint8 [pages, {fmt.page_bytes} or more], got {pages.dtype} {list(pages.shape)}"

@@ -1,5 +1,5 @@
-// Attention as tasks: tiles of query rows, and for few rows also runs of blocks, merged afterwards.
-// How work is cut depends on shapes alone, so that results do not depend on the number of threads.
+// Attention as tasks: tiles of query rows and, if there is one tile, splits of the blocks, whose results are merged.
+// The partition depends on shapes and lengths alone, so that results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -18,38 +18,37 @@
 
 namespace turbo::TURBO_ISA {
 
-constexpr int kRowsATask = 256;  // their output stays in the second-level cache
-constexpr int kBlocksASplit = 16;
-// Every run of blocks has a result of its own, so that their number must not grow with the keys: at most
-// 64 of few rows, 8 of more, which are less than 1.1 MB a KV head.
-constexpr int kFewRowsSplits = 64, kManyRowsSplits = 8;
+constexpr int kRowsPerTask = 256;  // their output stays in the L2 cache
+constexpr int kBlocksPerSplit = 16;
+// Each split has its own partial result, so that their number must not grow with the keys: at most 64 in decode and 8
+// in prefill, which take less than 1.1 MB per KV head.
+constexpr int kDecodeSplits = 64, kPrefillSplits = 8;
 
 struct Plan {
     std::int64_t tile, tiles, splits, most_splits;
 
-    // Of one sequence, from its own length alone.
-    std::int64_t blocks_a_split(std::int64_t blocks) const {
+    // For one sequence, from its own length alone.
+    std::int64_t blocks_per_split(std::int64_t blocks) const {
         if (tiles > 1) return blocks;
-        return std::max<std::int64_t>(kBlocksASplit, (blocks + most_splits - 1) / most_splits);
+        return std::max<std::int64_t>(kBlocksPerSplit, (blocks + most_splits - 1) / most_splits);
     }
 };
 
 inline Plan plan_of(const AttendArgs& a) {
-    std::int64_t tile = kRowsATask / a.group;
-    if (a.by_tile) tile = std::max<std::int64_t>(1, tile / kBlock) * kBlock;  // tiles of weights stay whole
+    std::int64_t tile = kRowsPerTask / a.group;
+    if (a.by_tile) tile = std::max<std::int64_t>(1, tile / kBlock) * kBlock;  // tiles of weights are not divided
     tile = std::max<std::int64_t>(1, std::min(a.queries, tile));
     Plan plan{tile, (a.queries + tile - 1) / tile, 1,
-              a.queries * a.group <= kFewRows ? kFewRowsSplits : kManyRowsSplits};
-    if (a.by_tile) plan.most_splits = 1;  // a running maximum passes through all blocks
+              a.queries * a.group <= kMaxDecodeRows ? kDecodeSplits : kPrefillSplits};
+    if (a.by_tile) plan.most_splits = 1;  // the running maximum passes through all blocks
     for (std::int64_t b = 0; b < a.batch && plan.tiles == 1; ++b) {
-        const std::int64_t blocks = (a.lengths[b] + kBlock - 1) / kBlock, each = plan.blocks_a_split(blocks);
+        const std::int64_t blocks = (a.lengths[b] + kBlock - 1) / kBlock, each = plan.blocks_per_split(blocks);
         plan.splits = std::max(plan.splits, (blocks + each - 1) / each);
     }
     return plan;
 }
 
-// Writes query i of a query head: normalized, rotated back, with its log-sum-exp; 0 and -inf where
-// nothing was seen.
+// Writes query i of a query head: normalized, rotated back, with its log-sum-exp; 0 and -inf if it saw no key.
 inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t i, float row_max,
                        float row_sum, const float* out) {
     static const Signs signs;
@@ -69,12 +68,12 @@ inline void finish_row(const AttendArgs& a, std::int64_t b, std::int64_t head, s
         seen ? row_max + std::log(row_sum) : -std::numeric_limits<float>::infinity();
 }
 
-// Adds the runs of blocks of a row up, in their order.
-inline void merge_row(const Running* parts, std::int64_t count, int row, int wide, float& row_max, float& row_sum,
+// Merges the partial results of a row, in the order of the splits.
+inline void merge_row(const Running* parts, std::int64_t count, int row, int padded_dim, float& row_max, float& row_sum,
                       float* out) {
     row_max = -std::numeric_limits<float>::infinity(), row_sum = 0.0f;
     for (std::int64_t s = 0; s < count; ++s) row_max = std::max(row_max, parts[s].row_max[row]);
-    fill(out, wide, 0.0f);
+    fill(out, padded_dim, 0.0f);
     if (row_max == -std::numeric_limits<float>::infinity()) return;
     for (std::int64_t s = 0; s < count; ++s) {
         const Running& part = parts[s];
@@ -82,14 +81,15 @@ inline void merge_row(const Running* parts, std::int64_t count, int row, int wid
         f_store(factor, f_exp(f_set(part.row_max[row] - row_max)));
         if (factor[0] == 0.0f) continue;
         row_sum += part.row_sum[row] * factor[0];
-        const float* from = part.out + static_cast<std::size_t>(row) * wide;
-        for (int c = 0; c < wide; c += 16) f_store(out + c, f_fma(f_load(from + c), f_set(factor[0]), f_load(out + c)));
+        const float* from = part.out + static_cast<std::size_t>(row) * padded_dim;
+        for (int c = 0; c < padded_dim; c += 16)
+            f_store(out + c, f_fma(f_load(from + c), f_set(factor[0]), f_load(out + c)));
     }
 }
 
 struct Scratch {
-    FewScratch few;
-    ManyScratch many;
+    DecodeScratch decode;
+    PrefillScratch prefill;
 };
 
 template <class Level>
@@ -97,27 +97,28 @@ inline void run_task(const AttendArgs& a, const Task& task, const Level& level, 
     const std::int64_t rows = (task.last_query - task.first_query) * a.group;
     fill(state.row_max, rows, -std::numeric_limits<float>::infinity());
     fill(state.row_sum, rows, 0.0f);
-    fill(state.out, rows * state.wide, 0.0f);
+    fill(state.out, rows * state.padded_dim, 0.0f);
     if (!rows) return;
-    // By the task's full size, so that a ragged batch takes one path. Rows of a tile wait for each other.
-    if (std::min<std::int64_t>(a.queries, kRowsATask) * a.group <= kFewRows && !(a.by_tile && a.queries > 1))
-        run_decode_rows(a, task, level, scratch.few, state);
+    // The full size of tasks decides, so that a ragged batch takes one path. Decode has no scales for tiles of several
+    // rows.
+    if (std::min<std::int64_t>(a.queries, kRowsPerTask) * a.group <= kMaxDecodeRows && !(a.by_tile && a.queries > 1))
+        run_decode_rows(a, task, level, scratch.decode, state);
     else
-        run_prefill_rows(a, task, level, scratch.many, state);
+        run_prefill_rows(a, task, level, scratch.prefill, state);
 }
 
 template <class Level>
 inline void attend_with(const AttendArgs& a, const Level& level) {
     const Plan plan = plan_of(a);
-    const int wide = padded(a.value_dim), rows_a_task = static_cast<int>(plan.tile * a.group);
+    const int padded_dim = padded(a.value_dim), rows_per_task = static_cast<int>(plan.tile * a.group);
     const std::int64_t tasks = a.batch * a.heads * plan.tiles * plan.splits;
-    const std::size_t floats = (static_cast<std::size_t>(rows_a_task) * (wide + 2) + 15) / 16 * 16;
-    // One result a task where runs of blocks are merged, else one a thread.
+    const std::size_t floats = (static_cast<std::size_t>(rows_per_task) * (padded_dim + 2) + 15) / 16 * 16;
+    // One result per task if splits are merged, else one per thread.
     Buffer<float> kept(plan.splits > 1 ? floats * tasks : 0);
     Buffer<Running> parts(plan.splits > 1 ? tasks : 0);
     const auto place = [&](float* at) {
-        const std::int64_t out = static_cast<std::int64_t>(rows_a_task) * wide;
-        return Running{at + out, at + out + rows_a_task, at, wide};
+        const std::int64_t out = static_cast<std::int64_t>(rows_per_task) * padded_dim;
+        return Running{at + out, at + out + rows_per_task, at, padded_dim};
     };
     const auto for_rows = [&](const Task& task, auto&& body) {
         const std::int64_t queries = task.last_query - task.first_query;
@@ -128,11 +129,11 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
     };
     const auto task_of = [&](std::int64_t index) {
         const std::int64_t split = index % plan.splits, rest = index / plan.splits;
-        // The last tiles see most under a causal mask: they go first.
+        // The last tiles see most keys under a causal mask: they run first.
         const std::int64_t tile = plan.tiles - 1 - rest / (a.batch * a.heads);
         const std::int64_t bh = rest % (a.batch * a.heads);
         const std::int64_t b = bh / a.heads, own = (a.lengths[b] + kBlock - 1) / kBlock;
-        const std::int64_t each = plan.blocks_a_split(own);
+        const std::int64_t each = plan.blocks_per_split(own);
         Task task{b, bh % a.heads, tile * plan.tile, 0, split * each, 0};
         task.last_query = std::min({(tile + 1) * plan.tile, a.queries, a.valid_rows[task.b]});
         task.last_query = std::max(task.last_query, task.first_query);
@@ -153,7 +154,7 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
         run_task(a, task, level, scratch[0], state);
         for_rows(task, [&](int row, std::int64_t head, std::int64_t i) {
             finish_row(a, task.b, head, i, state.row_max[row], state.row_sum[row],
-                       state.out + static_cast<std::size_t>(row) * wide);
+                       state.out + static_cast<std::size_t>(row) * padded_dim);
         });
     });
     if (plan.splits > 1)
@@ -161,11 +162,11 @@ inline void attend_with(const AttendArgs& a, const Level& level) {
             alignas(64) float out[kMaxHeadDim];
             for_rows(task_of(bh * plan.splits), [&](int row, std::int64_t head, std::int64_t i) {
                 float row_max, row_sum;
-                merge_row(&parts[bh * plan.splits], plan.splits, row, wide, row_max, row_sum, out);
+                merge_row(&parts[bh * plan.splits], plan.splits, row, padded_dim, row_max, row_sum, out);
                 finish_row(a, bh / a.heads, head, i, row_max, row_sum, out);
             });
         });
-    // Rows of padding: zero, and nothing seen. Where sequences stand behind each other there is none.
+    // Padding rows are zero and saw no key. Concatenated sequences have none.
     if (a.out.starts) return;
     for (std::int64_t b = 0; b < a.batch; ++b)
         for (std::int64_t head = 0; head < a.heads * a.group; ++head)

@@ -1,4 +1,4 @@
-// Few query rows (decode): pages are read as they lie, a lane is a token, then a channel.
+// Decode: a few query rows over pages in packed form and over tail rows; a lane is a token, then a channel.
 #pragma once
 
 #include <algorithm>
@@ -7,31 +7,32 @@
 #include <type_traits>
 
 #include "../widths.h"
-#include "operand.h"
 #include "packed.h"
 #include "page.h"
 #include "products.h"
 #include "queries.h"
 #include "rows.h"
+#include "tail_block.h"
 #include "task.h"
 
 namespace turbo::TURBO_ISA {
 
-struct FewScratch {
-    RowOperand tail;
+struct DecodeScratch {
+    UnpackedRows tail;
     Weights weights;
     BlockScales scales;
     FixedScales fixed;
-    alignas(64) std::int8_t q[2][kFewRows][kMaxHeadDim];  // for INT8 rows, and for pages in order (queries.h)
-    Row rows[2][kFewRows];
-    alignas(64) float spare[kMaxHeadDim];  // where rows that fill up a group of R write
+    // For INT8 rows, and for pages with reordered channels (queries.h).
+    alignas(64) std::int8_t q[2][kMaxDecodeRows][kMaxHeadDim];
+    Row rows[2][kMaxDecodeRows];
+    alignas(64) float spare[kMaxHeadDim];  // output of the rows that fill up a pass
 };
 
 template <class Level, int R>
-struct Pass {  // R rows over one block; those from `used` on repeat the last one and count nothing
+struct Pass {  // R rows over one block; those from `used` on repeat the last one and contribute nothing
     const Job& job;
     const Level& level;
-    FewScratch& scratch;
+    DecodeScratch& scratch;
     Running& state;
     const std::int8_t* q[R];
     std::int32_t q_sum[R];
@@ -44,7 +45,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         return visible_keys(job.a, job.b, job.a.first_position[job.b] + row[r].query, block, page);
     }
 
-    void weigh_fixed(std::int64_t block, bool page, Seen* seen) {
+    void weigh_fixed(std::int64_t block, bool page, BlockStats* seen) {
         Weights& w = scratch.weights;
         set_fixed_scales(scratch.scales, scratch.fixed);
         const FixedBlock fixed(scratch.fixed);
@@ -56,7 +57,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
             alignas(64) std::int32_t shown[kBlock];
             const std::int64_t head = job.h * job.a.group + row[r].group;
             if (job.a.mask_kind) mask_shows(job.a, job.b, head, row[r].query, block, shown);
-            seen[r] = fixed_row_weights(rows, r, fixed, mean_of(job.a, row[r].taken, block), job.a.row_scale,
+            seen[r] = fixed_row_weights(rows, r, fixed, mean_logit_of(job.a, row[r].taken, block), job.a.row_scale,
                                         visible(r, block, page), job.a.mask_kind ? shown : nullptr, w.scores[r], w.p[r],
                                         w.p_sum[r]);
         }
@@ -64,7 +65,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
 
     void weigh(std::int64_t block, bool page) {
         Weights& w = scratch.weights;
-        Seen seen[R];
+        BlockStats seen[R];
         if (Level::kFixed && fixed_point(job.a))
             weigh_fixed(block, page, seen);
         else
@@ -86,7 +87,7 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
         Weights& w = scratch.weights;
         key_products<R>(q, q_sum, scratch.tail.keys, static_cast<int>(job.a.head_dim / 4), w.scores);
         weigh(block, false);
-        value_products<R>(w.p, w.p_sum, scratch.tail.values, state.wide, out, w.rescale, w.unit);
+        value_products<R>(w.p, w.p_sum, scratch.tail.values, state.padded_dim, out, w.rescale, w.unit);
     }
 
     void over_page(const PageHead& page, std::int64_t block) {
@@ -100,16 +101,16 @@ struct Pass {  // R rows over one block; those from `used` on repeat the last on
                 packed_key_products<kWide, kNarrow, R>(q, q_sum, page, d, w.scores);
         });
         weigh(block, true);
-        with_width<8, 4, 3, 2>(page.offsets(1).bits[0], [&](auto bits) {
+        with_width<kValueWidths>(page.offsets(1).bits[0], [&](auto bits) {
             packed_value_products<decltype(bits)::value, R>(w.p, w.p_sum, page, static_cast<int>(job.a.value_dim), out,
                                                             w.rescale, w.unit);
         });
     }
 };
 
-// Runs a task of `rows` rows; `state` holds them query head by query head.
+// Runs a task; `state` has its rows by query head, then by query.
 template <class Level>
-inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& level, FewScratch& scratch,
+inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& level, DecodeScratch& scratch,
                             Running& state) {
     const Job job{a, task.b, task.h};
     const int queries = static_cast<int>(task.last_query - task.first_query);
@@ -121,9 +122,9 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
         plain.group = ordered.group = g, plain.query = ordered.query = i;
         take_query(a, task.b, task.h, g, i, scratch.q[0][row], plain.taken, scratch.q[1][row], ordered.taken);
     }
-    // A pass over the rows from `row` on that see the block, up to R; returns the row after them.
-    const auto pass_from = [&](auto at_once, int row, std::int64_t block, bool page, auto&& run) {
-        constexpr int R = decltype(at_once)::value;
+    // A pass over up to R rows, from `row` on, that see the block; returns the row after them.
+    const auto pass_from = [&](auto rows_per_pass, int row, std::int64_t block, bool page, auto&& run) {
+        constexpr int R = decltype(rows_per_pass)::value;
         const int form = form_of(a, task.h, block, page);
         Pass<Level, R> pass{job, level, scratch, state, {}, {}, {}, {}, {}, 0};
         for (; pass.used < R && row < rows; ++row) {
@@ -131,7 +132,7 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
             if (visible_keys(a, task.b, a.first_position[task.b] + at.query, block, page).none()) continue;
             const int r = pass.used++;
             pass.row[r] = at, pass.index[r] = row, pass.q[r] = scratch.q[form][row], pass.q_sum[r] = at.taken.sum;
-            pass.out[r] = state.out + static_cast<std::size_t>(row) * state.wide;
+            pass.out[r] = state.out + static_cast<std::size_t>(row) * state.padded_dim;
         }
         if (!pass.used) return row;
         for (int r = pass.used; r < R; ++r) {
@@ -142,10 +143,10 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
     };
     const auto pass_over = [&](std::int64_t block, bool page, auto&& run) {
         for (int row = 0; row < rows;)
-            if (rows - row > kFewRowsAtOnce)
-                row = pass_from(std::integral_constant<int, kMostRowsAtOnce>{}, row, block, page, run);
+            if (rows - row > kRowsPerPass)
+                row = pass_from(std::integral_constant<int, kMaxRowsPerPass>{}, row, block, page, run);
             else
-                row = pass_from(std::integral_constant<int, kFewRowsAtOnce>{}, row, block, page, run);
+                row = pass_from(std::integral_constant<int, kRowsPerPass>{}, row, block, page, run);
     };
     std::memset(scratch.spare, 0, sizeof scratch.spare);
     for (std::int64_t block = task.first_block; block < task.last_block; ++block) {
@@ -157,7 +158,7 @@ inline void run_decode_rows(const AttendArgs& a, const Task& task, const Level& 
         if (task_sees(a, task, block, false)) {
             const TailBlock tail = tail_block(a, task.b, task.h, block);
             read_scales(scratch.scales, tail);
-            row_operand(scratch.tail, tail, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
+            unpack_rows(scratch.tail, tail, static_cast<int>(a.head_dim), static_cast<int>(a.value_dim));
             pass_over(block, false, [&](auto& pass) { pass.over_tail(block); });
         }
     }

@@ -1,4 +1,4 @@
-// Weights of many query rows in fixed point (fixed_softmax.h): a lane is a query.
+// Weights of prefill in fixed point (fixed_softmax.h): a lane is a query.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace turbo::TURBO_ISA {
 
-// What turns the scores of a group over a block into distances (`FixedRows`), in lanes of 16 bits.
+// `FixedRows` of a group over a block, in lanes of 16 bits: how its scores become distances.
 struct FixedGroup {
     I shift[kQueryVectors];
     F logit[kQueryVectors], cut[kQueryVectors];
@@ -27,15 +27,15 @@ struct FixedGroup {
     }
 };
 
-// INT8 codes into w.p, w.rescale and w.factor, as `group_scaled_weights` of lanes.h, from the products in w.scores.
-// `Partial`: some keys are hidden, by w.low and w.high and, unless it is null, by `shown` (1 where a mask shows a key,
-// else 0).
+// Writes INT8 codes to w.p, and w.rescale and w.factor, like `group_scaled_weights` of lanes.h, from the products in
+// w.scores. `Partial`: some keys are hidden, by w.low and w.high and, unless it is null, by `shown` (1 if a mask shows
+// a key, else 0).
 template <bool Partial>
 inline bool group_fixed_weights(const FixedScales& scales, const LaneQueries& q, const F* mean, bool row_scale,
                                 const std::int32_t (*shown)[kQueryLanes], Group& g, GroupWork& w) {
     constexpr int kRow = 2 * kQueryLanes;  // bytes
     const FixedGroup fixed(q, scales.key_top);
-    auto* kept = reinterpret_cast<std::uint8_t*>(w.scores);  // scores, then products: half of what they replace
+    auto* kept = reinterpret_cast<std::uint8_t*>(w.scores);  // 16-bit scores, then products, over the 32-bit scores
     const W unseen = w_set(kUnseen);
     W first = unseen, end = unseen, top = unseen;
     I lanes[kQueryVectors];
@@ -61,7 +61,7 @@ inline bool group_fixed_weights(const FixedScales& scales, const LaneQueries& q,
     I sum[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) sum[n] = i_set(0);
     W largest = w_set(0);
-    for (int t = 0; t < kBlock; t += 16) {  // whose sums fit 16 bits
+    for (int t = 0; t < kBlock; t += 16) {  // the sums of 16 tokens fit 16 bits
         W part = w_set(0);
         for (int k = t; k < t + 16; ++k) {
             const W score = w_load(kept + kRow * k);
@@ -90,21 +90,21 @@ inline bool group_fixed_weights(const FixedScales& scales, const LaneQueries& q,
     }
     w_unpack(top, lanes);
     const F none = f_set(-std::numeric_limits<float>::infinity()), lowest = f_set(static_cast<float>(kUnseen));
-    bool shrinks = false;
+    bool rescales = false;
     for (int n = 0; n < kQueryVectors; ++n) {
         const F seen = f_from_int(lanes[n]), logit = f_fma(seen + fixed.cut[n], fixed.logit[n], mean[n]);
         const F row_max = f_keep_gt(seen, lowest, logit) + f_keep_ge(lowest, seen, none);
         const F row_sum = f_from_int(sum[n]) / f_set(static_cast<float>(kFixedSums));
-        shrinks = fold_lanes(g, w, n, row_max, row_sum, unit[n]) || shrinks;
+        rescales = fold_lanes(g, w, n, row_max, row_sum, unit[n]) || rescales;
     }
-    return shrinks;
+    return rescales;
 }
 
 inline bool group_fixed(const Job& job, std::int64_t block, const FixedScales& scales, const LaneQueries& q, Group& g,
                         GroupWork& w) {
     const AttendArgs& a = job.a;
     F mean[kQueryVectors];
-    const bool with_mean = lacks_mean(a, block);
+    const bool with_mean = mean_subtracted(a, block);
     for (int n = 0; n < kQueryVectors; ++n) mean[n] = with_mean ? f_load(g.mean + 16 * n) : f_set(0.0f);
     if (!a.mask_kind)
         return w.all ? group_fixed_weights<false>(scales, q, mean, a.row_scale, nullptr, g, w)

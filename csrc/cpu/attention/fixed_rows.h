@@ -1,4 +1,4 @@
-// Weights of few query rows in fixed point (fixed_softmax.h): a lane is a token.
+// Weights of decode in fixed point (fixed_softmax.h): a lane is a token.
 #pragma once
 
 #include <cmath>
@@ -12,15 +12,15 @@
 
 namespace turbo::TURBO_ISA {
 
-// What a row saw in a block: its maximum, the sum of its weights, and what one unit of its products is.
-struct Seen {
+// A row over a block: its maximum, the sum of its weights, and the unit of its products.
+struct BlockStats {
     float row_max, row_sum, value_unit;
 };
 
 // Vectors of a block's tokens, each of kQueryVectors vectors of 32-bit lanes.
 constexpr int kWords = kBlock / kQueryLanes;
 
-// 64 numbers of 16 bits, as tokens lie in vectors.
+// 64 numbers of 16 bits, in the order of tokens in vectors.
 struct TokenWords {
     W words[kWords];
 
@@ -68,11 +68,11 @@ inline std::int32_t largest_of(const W* words) {
     return w_largest(top);
 }
 
-// Weights of row r of the table from its products with the block's keys: fills p and p_sum. shown: 1 where a mask shows
-// a key, else 0; or null.
-inline Seen fixed_row_weights(const FixedRowTable& rows, int r, const FixedBlock& block, float mean, bool row_scale,
-                              VisibleKeys visible, const std::int32_t* shown, const std::int32_t* products,
-                              std::uint8_t* p, std::int32_t& p_sum) {
+// Weights of row r of the table from its products with the keys of the block: writes p and p_sum. shown: 1 if a mask
+// shows a key, else 0; or null.
+inline BlockStats fixed_row_weights(const FixedRowTable& rows, int r, const FixedBlock& block, float mean,
+                                    bool row_scale, VisibleKeys visible, const std::int32_t* shown,
+                                    const std::int32_t* products, std::uint8_t* p, std::int32_t& p_sum) {
     const W unseen = w_set(kUnseen), low = w_set(visible.low), high = w_set(visible.high);
     const bool partial = shown || !visible.all();
     const I shift = i_set(rows.shift[r]);

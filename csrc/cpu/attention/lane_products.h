@@ -1,4 +1,4 @@
-// The two products with a lane a query (the layouts are in lanes.h), by dot products of four bytes;
+// The two integer products of prefill, with a query per lane (layouts in lanes.h), by dot products of four bytes;
 // lane_products_amx.h has them for tiles.
 #pragma once
 
@@ -19,7 +19,7 @@ constexpr int kAcross = kQueryVectors == 2 ? 8 : 4;  // tokens or channels at on
 
 #ifdef TURBO_WIDE_KEYS
 
-inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim, GroupWork& w) {
+inline void lane_scores(const UnpackedKV& block, const LaneQueries& g, int head_dim, GroupWork& w) {
     static_assert(kQueryVectors == 1);
     for (int t = 0; t < kBlock; t += kAcross) {
         I acc[kAcross];
@@ -38,7 +38,7 @@ inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim
 
 #else
 
-inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim, GroupWork& w) {
+inline void lane_scores(const UnpackedKV& block, const LaneQueries& g, int head_dim, GroupWork& w) {
     for (int t = 0; t < kBlock; t += kAcross) {
         I acc[kAcross][kQueryVectors];
         for (int n = 0; n < kQueryVectors; ++n) {
@@ -61,8 +61,8 @@ inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim
 
 #endif
 
-template <bool Shrinks>
-inline void lane_outputs_as(const Operand& block, Group& g, int value_dim, const GroupWork& w) {
+template <bool Rescales>
+inline void lane_outputs_as(const UnpackedKV& block, Group& g, int value_dim, const GroupWork& w) {
     F rescale[kQueryVectors], factor[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
         rescale[n] = f_load(w.rescale + 16 * n), factor[n] = f_load(w.factor + 16 * n);
@@ -84,14 +84,14 @@ inline void lane_outputs_as(const Operand& block, Group& g, int value_dim, const
         for (int k = 0; k < kAcross; ++k)
             for (int n = 0; n < kQueryVectors; ++n) {
                 float* at = g.out[c + k] + 16 * n;
-                const F before = Shrinks ? f_load(at) * rescale[n] : f_load(at);
+                const F before = Rescales ? f_load(at) * rescale[n] : f_load(at);
                 f_store(at, f_fma(f_from_int(acc[k][n]), factor[n], before));
             }
     }
 }
 
-inline void lane_outputs(const Operand& block, Group& g, int value_dim, const GroupWork& w, bool shrinks) {
-    if (shrinks)
+inline void lane_outputs(const UnpackedKV& block, Group& g, int value_dim, const GroupWork& w, bool rescales) {
+    if (rescales)
         lane_outputs_as<true>(block, g, value_dim, w);
     else
         lane_outputs_as<false>(block, g, value_dim, w);

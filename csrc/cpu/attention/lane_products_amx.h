@@ -1,4 +1,4 @@
-// The two products with a lane a query, on AMX tiles: 16 x 16 sums of int32, 64 bytes deep.
+// The two integer products of prefill on AMX tiles: 16 x 16 sums of int32, 64 bytes deep.
 //
 // Tiles: 0-3 sums, 4-5 keys or values (16 rows of 64 bytes), 6-7 queries or weights.
 #pragma once
@@ -19,7 +19,7 @@ struct alignas(64) TileShapes {
     std::uint8_t rows[16] = {};
 };
 
-// Holds the tiles while a task runs.
+// Configures the tiles while a task runs.
 class Tiles {
   public:
     explicit Tiles(int) { shape(64); }
@@ -27,20 +27,20 @@ class Tiles {
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
 
-    // Factors `depth` bytes deep (a multiple of 4 up to 64).
+    // For factors that are `depth` bytes deep (a multiple of 4 up to 64).
     static void shape(int depth) {
         TileShapes shapes;
         for (int t = 0; t < 8; ++t) {
             shapes.bytes[t] = static_cast<std::uint16_t>(t == 4 || t == 5 ? depth : 64);
             shapes.rows[t] = static_cast<std::uint8_t>(t >= 6 ? depth / 4 : 16);
         }
-        // The instruction reads all of it, which GCC's intrinsic does not say.
+        // The instruction reads the whole struct, which the intrinsic of GCC does not declare.
         __asm__ volatile("" : : "r"(&shapes) : "memory");
         _tile_loadconfig(&shapes);
     }
 };
 
-// 32 tokens x 32 queries at once; `first` starts the sums, else they go on.
+// 32 tokens x 32 queries at once; the sums begin at zero if `first`, else at those in `out`.
 inline void score_tiles(const std::uint8_t* keys, const std::int8_t* q, int head_dim, std::int32_t* out, bool first) {
     constexpr int kStride = 4 * kQueryLanes;
     if (first) {
@@ -72,12 +72,12 @@ inline void store_tiles(std::int32_t* out) {
     _tile_stored(3, out + 16 * kQueryLanes + 16, kStride);
 }
 
-inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim, GroupWork& w) {
+inline void lane_scores(const UnpackedKV& block, const LaneQueries& g, int head_dim, GroupWork& w) {
     const int whole = head_dim / 64 * 64, rest = head_dim - whole;
     for (int t = 0; t < kBlock; t += 32) {
         const std::uint8_t* keys = block.keys + t * head_dim;
         for (int c = 0; c < whole; c += 64) {
-            // Sums stay in their tiles over the steps.
+            // Sums stay in their tiles from step to step.
             if (c == 0) {
                 score_tiles(keys, g.q[0][0], head_dim, w.scores[t], true);
             } else {
@@ -103,9 +103,9 @@ inline void lane_scores(const Operand& block, const LaneQueries& g, int head_dim
     Tiles::shape(64);
 }
 
-// sums [32][kQueryLanes] of 32 channels from `c` on. Past value_dim the operand holds older bytes, whose
-// sums are not used.
-inline void output_tiles(const Operand& block, int c, std::int32_t (*sums)[kQueryLanes]) {
+// sums [32][kQueryLanes] of 32 channels from `c` on. Beyond value_dim, the values are older bytes, whose sums are not
+// used.
+inline void output_tiles(const UnpackedKV& block, int c, std::int32_t (*sums)[kQueryLanes]) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -119,7 +119,7 @@ inline void output_tiles(const Operand& block, int c, std::int32_t (*sums)[kQuer
     store_tiles(sums[0]);
 }
 
-template <bool Shrinks>
+template <bool Rescales>
 inline void add_outputs(Group& g, const GroupWork& w, int c, int channels, const std::int32_t (*sums)[kQueryLanes]) {
     F rescale[kQueryVectors], factor[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
@@ -128,13 +128,13 @@ inline void add_outputs(Group& g, const GroupWork& w, int c, int channels, const
     for (int k = 0; k < channels; ++k)
         for (int n = 0; n < kQueryVectors; ++n) {
             float* at = g.out[c + k] + 16 * n;
-            const F before = Shrinks ? f_load(at) * rescale[n] : f_load(at);
+            const F before = Rescales ? f_load(at) * rescale[n] : f_load(at);
             f_store(at, f_fma(f_from_int(i_load(sums[k] + 16 * n)), factor[n], before));
         }
 }
 
-inline void lane_outputs(const Operand& block, Group& g, int value_dim, const GroupWork& w, bool shrinks) {
-    // Tiles run ahead by one step: what they sum takes longer to arrive than adding it does.
+inline void lane_outputs(const UnpackedKV& block, Group& g, int value_dim, const GroupWork& w, bool rescales) {
+    // Tiles are one step ahead: their sums take longer to arrive than to be added.
     alignas(64) std::int32_t sums[2][32][kQueryLanes];
     _tile_loadd(6, w.p[0][0], 4 * kQueryLanes);
     _tile_loadd(7, w.p[0][16], 4 * kQueryLanes);
@@ -142,7 +142,7 @@ inline void lane_outputs(const Operand& block, Group& g, int value_dim, const Gr
     for (int c = 0, at = 0; c < value_dim; c += 32, at ^= 1) {
         if (c + 32 < value_dim) output_tiles(block, c + 32, sums[at ^ 1]);
         const int channels = std::min(32, value_dim - c);
-        if (shrinks)
+        if (rescales)
             add_outputs<true>(g, w, c, channels, sums[at]);
         else
             add_outputs<false>(g, w, c, channels, sums[at]);

@@ -1,5 +1,5 @@
-// Many query rows over blocks: a lane is a query. Maxima, sums and rescaling are then plain vector
-// operations, and both integer products read keys and values as rows:
+// Prefill over blocks: a lane is a query. Maxima, sums and rescaling are then plain vector operations, and both integer
+// products read keys and values as rows:
 //
 //   scores^T [64 tokens][queries] = keys [64 tokens][D] . queries [D / 4 quads][queries][4 channels] (2 of 16 bits)
 //   out^T    [Dv][queries]       += values [Dv][64 tokens] . weights [16 quads of tokens][queries][4]
@@ -19,31 +19,31 @@ namespace turbo::TURBO_ISA {
 
 constexpr int kQueryLanes = 16 * kQueryVectors;  // queries at once
 
-// One block of keys and values. Keys are X8 ^ kFlip (X8 + 128 where the dot product takes its first
-// factor unsigned), in own_keys or where they lie; values are INT8 as they are.
-struct Operand {
+// One block of keys and values, unpacked to INT8. Keys are X8 ^ kFlip (X8 + 128 if the dot product takes its first
+// factor unsigned), in own_keys or in the rows of a tail block; values are X8.
+struct UnpackedKV {
     const std::uint8_t* keys;
     alignas(64) std::uint8_t own_keys[kBlock * kMaxHeadDim];
-    alignas(64) std::int8_t values[(kMaxHeadDim + 32) * kBlock];  // tiles read past the last channels
+    alignas(64) std::int8_t values[(kMaxHeadDim + 32) * kBlock];  // tiles read beyond the last channels
     alignas(64) std::uint8_t work[kBlock * kMaxHeadDim];
 #ifdef TURBO_WIDE_KEYS
     alignas(64) std::int16_t wide[kBlock * kMaxHeadDim];  // the keys' INT8 as 16 bits
 #endif
 };
 
-// What lane_scores reads of the keys besides their bytes.
-inline void finish_keys([[maybe_unused]] Operand& block, [[maybe_unused]] int head_dim) {
+// Widens the keys to 16 bits, if lane_scores reads them in that form.
+inline void finish_keys([[maybe_unused]] UnpackedKV& block, [[maybe_unused]] int head_dim) {
 #ifdef TURBO_WIDE_KEYS
     for (int i = 0; i < kBlock * head_dim; ++i) block.wide[i] = static_cast<std::int8_t>(block.keys[i] ^ kFlip);
 #endif
 }
 
-// Of a block: the keys' scales, the values', those over the largest of them, that one, and that one / 127.
+// Scales of the tokens of a block.
 struct BlockScales {
     alignas(64) float key[kBlock];
-    alignas(64) float own[kBlock];
-    alignas(64) float value[kBlock];
-    float value_top, value_unit;
+    alignas(64) float own[kBlock];    // of values
+    alignas(64) float value[kBlock];  // the same, relative to the largest
+    float value_top, value_unit;      // the largest, and the largest / 127
 };
 
 inline void set_value_scales(BlockScales& block, const float* scale) {
@@ -90,21 +90,20 @@ struct LaneQueries {
     alignas(64) float unit[kQueryLanes];
 };
 
-// What a group of queries needs while it runs over blocks.
+// The state of a group of queries over all blocks.
 struct Group {
-    LaneQueries form[2];  // for INT8 rows, and for pages in order (queries.h)
+    LaneQueries form[2];  // for INT8 rows, and for pages with reordered channels (queries.h)
     alignas(64) float mean[kQueryLanes];
     alignas(64) float row_max[kQueryLanes], row_sum[kQueryLanes];
     alignas(64) float out[kMaxHeadDim][kQueryLanes];
     std::int64_t position[kQueryLanes], query[kQueryLanes];
-    int head[kQueryLanes];  // of the group of query heads
-    int used;
-    std::int64_t nearest, farthest;  // positions
+    int head[kQueryLanes];           // index within the group of query heads
+    int used;                        // lanes
+    std::int64_t nearest, farthest;  // smallest and largest position
 };
 
 struct GroupWork {
-    // Scores, then logits, then weights, in one place: two of these and a group's output compete for the first-level
-    // cache.
+    // Scores, then logits, then weights share memory: two of these and the output of a group compete for the L1 cache.
     union {
         alignas(64) std::int32_t scores[kBlock][kQueryLanes];
         float x[kBlock][kQueryLanes];
@@ -112,11 +111,11 @@ struct GroupWork {
     alignas(64) std::uint8_t p[kBlock / 4][kQueryLanes][4];
     alignas(64) float rescale[kQueryLanes], factor[kQueryLanes];
     alignas(64) std::int32_t low[kQueryLanes], high[kQueryLanes];
-    bool all, shrinks;
+    bool all, rescales;
 };
 
-// Whether every lane sees the whole block (its page, or its tail rows); fills low and high where not. `none`: no lane
-// sees any.
+// Whether every lane sees the whole block (its page, or its tail rows); if not, sets low and high. `none`: whether no
+// lane sees any key.
 inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bool page, const Group& g, GroupWork& w,
                      bool& none) {
     const std::int64_t first = block * kBlock, last = first + kBlock - 1;
@@ -136,12 +135,12 @@ inline bool sees_all(const AttendArgs& a, std::int64_t b, std::int64_t block, bo
     return false;
 }
 
-// Logits of all lanes into w.x, their maximum over the block into `row_max`.
+// Writes the logits of all lanes to w.x, and their maxima over the block to `row_max`.
 inline void group_logits(const Job& job, std::int64_t block, int form, const BlockScales& scales, const Group& g,
                          GroupWork& w, bool partial, F* row_max) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
-    const bool with_mean = lacks_mean(a, block);
+    const bool with_mean = mean_subtracted(a, block);
     F unit[kQueryVectors], mean[kQueryVectors], top[kQueryVectors];
     for (int n = 0; n < kQueryVectors; ++n) {
         unit[n] = f_load(g.form[form].unit + 16 * n), top[n] = lowest;
@@ -181,14 +180,15 @@ inline void group_logits(const Job& job, std::int64_t block, int form, const Blo
     }
 }
 
-// Codes of four tokens.
+// Stores the codes of four tokens.
 inline void store_codes(GroupWork& w, int quad, int n, const I* code) {
     i_store(reinterpret_cast<std::int32_t*>(w.p[quad][16 * n]),
             (code[0] | i_shl<8>(code[1])) | (i_shl<16>(code[2]) | i_shl<24>(code[3])));
 }
 
-// Folds the maximum and the sum of weights of 16 lanes over a block into the running ones. `unit`: what one of the
-// block's products counts. Returns whether any result shrinks.
+// Merges the row max and the row sum of 16 lanes over a block into the running ones; sets the rescale factor of the
+// running output, and the factor of the products of the block, whose unit is `unit`. Returns whether any output has to
+// be rescaled.
 inline bool fold_lanes(Group& g, GroupWork& w, int n, F row_max, F row_sum, F unit) {
     const F none = f_set(-std::numeric_limits<float>::infinity());
     const F old = f_load(g.row_max + 16 * n), top = f_max(old, row_max);
@@ -201,13 +201,13 @@ inline bool fold_lanes(Group& g, GroupWork& w, int n, F row_max, F row_sum, F un
     return f_any_lt(rescale, f_set(1.0f));
 }
 
-// Weights of all lanes: INT8 codes into w.p, by how much results shrink into w.rescale, and what a
-// product of this block counts into w.factor. `Own`: value scales relative to the largest that a lane sees. Returns
-// whether any result shrinks.
+// Weights of all lanes: writes INT8 codes to w.p, the rescale factor of the running output to w.rescale, and the factor
+// of the products of this block to w.factor. `Own`: value scales are relative to the largest that a lane sees. Returns
+// whether any output has to be rescaled.
 template <bool Own, class Levels>
 inline bool group_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w, const F* row_max) {
     const F none = f_set(-std::numeric_limits<float>::infinity());
-    bool shrinks = false;
+    bool rescales = false;
     for (int n = 0; n < kQueryVectors; ++n) {
         const F against = f_keep_gt(row_max[n], none, row_max[n]);
         F largest = f_set(0.0f), divisor = f_set(1.0f);
@@ -228,17 +228,17 @@ inline bool group_weights(const Levels& levels, const BlockScales& scales, Group
             store_codes(w, t / 4, n, code);
         }
         const F unit = Own ? largest / f_set(kLevels) : f_set(scales.value_unit);
-        shrinks = fold_lanes(g, w, n, row_max[n], f_from_int(row_sum) / f_set(kLevels), unit) || shrinks;
+        rescales = fold_lanes(g, w, n, row_max[n], f_from_int(row_sum) / f_set(kLevels), unit) || rescales;
     }
-    return shrinks;
+    return rescales;
 }
 
-// The same with a scale per lane: its largest product of a weight and its value's scale is the code 127.
+// The same with a scale per lane: the largest product of a weight and the scale of its value gets the code 127.
 template <class Levels>
 inline bool group_scaled_weights(const Levels& levels, const BlockScales& scales, Group& g, GroupWork& w,
                                  const F* row_max) {
     const F none = f_set(-std::numeric_limits<float>::infinity());
-    bool shrinks = false;
+    bool rescales = false;
     for (int n = 0; n < kQueryVectors; ++n) {
         const F against = f_keep_gt(row_max[n], none, row_max[n]);
         F top = f_set(0.0f);
@@ -257,9 +257,9 @@ inline bool group_scaled_weights(const Levels& levels, const BlockScales& scales
             store_codes(w, t / 4, n, code);
         }
         const F unit = top / f_set(kRowLargest * kFineLevels);
-        shrinks = fold_lanes(g, w, n, row_max[n], f_from_int(row_sum) / f_set(kFineLevels), unit) || shrinks;
+        rescales = fold_lanes(g, w, n, row_max[n], f_from_int(row_sum) / f_set(kFineLevels), unit) || rescales;
     }
-    return shrinks;
+    return rescales;
 }
 
 }  // namespace turbo::TURBO_ISA

@@ -1,8 +1,8 @@
-// The two products over a page as it lies, for few rows of queries: nothing is decompressed.
+// The two integer products of decode over a page in packed form: no INT8 values are written to memory.
 //
-// K: where bytes can be looked up in a table, codes become INT8 in registers. Elsewhere
-// q . (code step + zero) = (q step) . code + q . zero; q step takes up to 16 bits, is split into
-// 128 high + low, both int8, and costs two dot products over the same unpacked codes.
+// K: with byte lookups (TURBO_TABLES), codes become INT8 in registers. Without,
+// q . (code step + zero) = (q step) . code + q . zero; q step has up to 16 bits, is split into 128 high + low, both
+// int8, and takes two dot products over the same unpacked codes.
 // V: sum_t p (code step + zero) = step sum_t p code + zero sum_t p.
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace turbo::TURBO_ISA {
 
-// How many octets of K are coded in Wide bits; the others are coded in Narrow ones.
+// The number of octets of K that have Wide bits; the others have Narrow bits.
 template <int Wide, int Narrow>
 inline int wide_octets(int head_dim) {
     return Wide == Narrow ? head_dim / 8 : head_dim / 16;
@@ -24,8 +24,8 @@ inline int wide_octets(int head_dim) {
 
 #ifdef TURBO_TABLES
 
-// The keys of four channels as they are looked up: values by code, of 5 bits by the lower four, and what the highest
-// bit adds (of 5 bits and of 1).
+// The lookup table for the keys of four channels: values by code (at 5 bits by its lower four bits), and what the
+// highest bit adds (at 5 bits and at 1).
 struct KeyTable {
     Bytes values, top;
 };
@@ -36,8 +36,8 @@ inline KeyTable key_table(const std::int8_t* step, const std::int8_t* zero) {
     return {Bits == 1 ? b_offset(b_broadcast(zero)) : b_code_table(step, zero), top};
 }
 
-// X8 + 128 of vector `i` of an octet (page.h, `unpack`). One bit of all vectors takes as many bytes as a vector, and is
-// a mask for each: adding under it is the quickest.
+// X8 + 128 of vector `i` of an octet (page.h, `unpack`). A plane of one bit takes as many bytes as a vector, with a bit
+// for every vector, which serves as a mask: a masked addition is the fastest.
 template <int Bits>
 TURBO_ALWAYS_INLINE Bytes table_keys(const KeyTable& table, const std::uint8_t* octet, int i) {
     constexpr int kIndexed = Bits == 5 ? 4 : Bits;
@@ -47,8 +47,8 @@ TURBO_ALWAYS_INLINE Bytes table_keys(const KeyTable& table, const std::uint8_t* 
     return keys;
 }
 
-// acc[r][n] += the products of q[r] with vector `from + n` of the keys of octets `first` to `last`, coded from `octet`
-// on.
+// acc[r][n] += the products of q[r] with vector `from + n` of the keys of octets `first` to `last`, whose codes are at
+// `octet`.
 template <int Bits, int R, int N>
 TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R][N], const std::int8_t* const* q, const PageHead& source, int from,
                                     const std::uint8_t* octet, int first, int last) {
@@ -72,7 +72,7 @@ TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R][N], const std::int8_t* const* q,
 template <int Wide, int Narrow, int R>
 inline void packed_key_products(const std::int8_t* const* q, const std::int32_t* sums, const PageHead& source,
                                 int head_dim, std::int32_t (*out)[kBlock]) {
-    constexpr int N = kSums / R;
+    constexpr int N = kSumsPerPass / R;
     const std::uint8_t* codes = source.codes(0);
     const int wide = wide_octets<Wide, Narrow>(head_dim);
 #pragma GCC unroll 4
@@ -116,14 +116,14 @@ inline void scale_queries(ScaledQueries<R>& out, const std::int8_t* const* q, co
     }
 }
 
-// acc[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, coded from `octet` on.
+// acc[r] += the products of q[r] step with vector `n` of the codes of octets `first` to `last`, which begin at `octet`.
 template <int Bits, int R>
 TURBO_ALWAYS_INLINE void add_octets(I (&acc)[R], const ScaledQueries<R>& q, int n, const std::uint8_t* octet, int first,
                                     int last) {
-    // A lane of 16 bits gets two products of a quad, of a code and at most 118.
-    constexpr int kOctetsARun = kPartialLimit / (2 * 2 * 118 * ((1 << Bits) - 1));
+    // A lane of 16 bits accumulates two products of a quad, of a code and at most 118.
+    constexpr int kOctetsPerRun = kPartialLimit / (2 * 2 * 118 * ((1 << Bits) - 1));
     while (first < last) {
-        const int end = std::min(last - first, kOctetsARun) + first;
+        const int end = std::min(last - first, kOctetsPerRun) + first;
         Partial low[R], high[R];
         for (int r = 0; r < R; ++r) low[r] = high[r] = partial_zero();
         for (; first < end; ++first, octet += octet_bytes(Bits)) {
@@ -161,8 +161,8 @@ inline void packed_key_products(const std::int8_t* const* q, const std::int32_t*
 
 #endif
 
-// acc[r][c] = acc[r][c] * rescale[r] + unit[r] * sum_t p[r][t] X8[t][c], from codes. The integers stay
-// below 2^24, so that the floats they pass through hold them exactly.
+// acc[r][c] = acc[r][c] * rescale[r] + unit[r] * sum_t p[r][t] X8[t][c], from codes. The integers stay below 2^24, so
+// that float32 is exact.
 template <int Bits, int R>
 inline void packed_value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const PageHead& source,
                                   int head_dim, float* const* out, const float* rescale, const float* unit) {
@@ -184,7 +184,7 @@ inline void packed_value_products(const std::uint8_t (*p)[kBlock], const std::in
                     for (int r = 0; r < R; ++r) acc[r][half] = dot_full(acc[r][half], ready, b_load(words[r][i]));
                 }
             } else {
-                // A lane of 16 bits gets two products a vector, of a code and a weight of at most 127.
+                // A lane of 16 bits accumulates two products per vector, of a code and a weight of at most 127.
                 static_assert(8 * 2 * 127 * ((1 << Bits) - 1) <= kPartialLimit);
                 Partial sum[R];
                 for (int r = 0; r < R; ++r) sum[r] = partial_zero();

@@ -1,4 +1,4 @@
-// Reading a page (kv/layout.py): codes of every width, steps and zeros, scales.
+// Reads a page (kv/layout.py): codes of every width, steps and zeros, scales.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace turbo::TURBO_ISA {
 
-// `low`, and of every byte of `plane` the bits that are `n` positions above `mask` (below it, where n is negative).
-// Inlined, since unrolled loops know n.
+// low | (plane >> n & mask) for every byte, with a left shift if n is negative. Inlined, since n is a constant in
+// unrolled loops.
 TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
     switch (n) {
         case -4: return b_shl_or<4>(plane, mask, low);
@@ -31,8 +31,8 @@ TURBO_ALWAYS_INLINE Bytes with_bits(Bytes low, Bytes plane, int n, int mask) {
     }
 }
 
-// Vector `i` (0 .. 7) of an octet's eight, 64 codes each, and the bits of `base`. The octet is 512 codes in planes of
-// bits: a plane of w bits is w vectors of bytes.
+// Vector `i` (0 .. 7) of the eight of an octet, 64 codes each, ORed with `base`. An octet is 512 codes in bit planes; a
+// plane of w bits takes w vectors of bytes.
 template <int Bits>
 TURBO_ALWAYS_INLINE Bytes unpack(const std::uint8_t* octet, int i, Bytes base) {
     constexpr int kLower = lower_plane(Bits);
@@ -59,7 +59,7 @@ struct PageHead {
     const std::int8_t* steps(int side) const { return reinterpret_cast<const std::int8_t*>(page + offsets(side).step); }
     const std::int8_t* zeros(int side) const { return reinterpret_cast<const std::int8_t*>(page + offsets(side).zero); }
 
-    // The 64 tokens' scales: bits(S) - (e << 19), or S itself without token scales.
+    // The scales of the 64 tokens: bits(S) - (e << 19), or S itself without token scales.
     void scales(int side, float* out) const {
         std::int32_t bits;
         std::memcpy(&bits, page + layout->scales[side] + 4 * head, 4);
@@ -100,8 +100,7 @@ struct CodeRanges {
     }
 };
 
-// The INT8 values of vector `i` of an octet, XORed with `flip`. Bytes wrap, but `code step + zero`
-// fits one.
+// The INT8 values of vector `i` of an octet, XORed with `flip`. The product wraps, but `code step + zero` fits a byte.
 template <int Bits>
 inline void restore(std::uint8_t* out, const std::uint8_t* octet, int i, const CodeRanges& ranges, std::uint8_t flip) {
     b_store(out, unpack<Bits>(octet, i));
@@ -114,7 +113,7 @@ inline void restore(std::uint8_t* out, const std::uint8_t* octet, int i, const C
 }
 
 template <int Bits>
-inline void lane_keys(Operand& out, const PageHead& source, int head_dim, const Run& run) {
+inline void unpack_keys(UnpackedKV& out, const PageHead& source, int head_dim, const Run& run) {
     alignas(64) std::uint8_t code[64];
     CodeRanges ranges;
     const std::uint8_t* at = source.codes(0) + run.offset;
@@ -129,7 +128,7 @@ inline void lane_keys(Operand& out, const PageHead& source, int head_dim, const 
 }
 
 template <int Bits>
-inline void lane_values(Operand& out, const PageHead& source, int value_dim) {
+inline void unpack_values(UnpackedKV& out, const PageHead& source, int value_dim) {
     alignas(64) std::uint8_t code[64];
     CodeRanges ranges;
     for (int octet = 0; octet < value_dim / 8; ++octet) {
@@ -143,15 +142,15 @@ inline void lane_values(Operand& out, const PageHead& source, int value_dim) {
     }
 }
 
-// The page's INT8 values, for many rows of queries.
-inline void lane_operand(Operand& out, const PageHead& source, int head_dim, int value_dim) {
+// Unpacks the page to INT8, for prefill.
+inline void unpack_kv(UnpackedKV& out, const PageHead& source, int head_dim, int value_dim) {
     out.keys = out.own_keys;
     over_runs(source.offsets(0), head_dim / 8, kBlock, [&](const Run& run) {
-        with_width<8, 5, 4, 3, 2, 1>(run.bits,
-                                     [&](auto bits) { lane_keys<decltype(bits)::value>(out, source, head_dim, run); });
+        with_width<kCodeWidths>(run.bits,
+                                [&](auto bits) { unpack_keys<decltype(bits)::value>(out, source, head_dim, run); });
     });
-    with_width<8, 4, 3, 2>(source.offsets(1).bits[0],
-                           [&](auto bits) { lane_values<decltype(bits)::value>(out, source, value_dim); });
+    with_width<kValueWidths>(source.offsets(1).bits[0],
+                             [&](auto bits) { unpack_values<decltype(bits)::value>(out, source, value_dim); });
 }
 
 }  // namespace turbo::TURBO_ISA

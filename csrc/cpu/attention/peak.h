@@ -1,4 +1,4 @@
-// The processor's own limit for INT8 products: dot products of registers with themselves.
+// The peak INT8 throughput of the processor: dot products of registers with themselves.
 #pragma once
 
 #include <atomic>
@@ -10,7 +10,7 @@
 
 namespace turbo::TURBO_ISA {
 
-// Runs `rounds` rounds; returns how many multiplications and additions one round is.
+// Runs `rounds` rounds; returns the number of multiplications and additions in one.
 inline std::int64_t peak_round(std::int64_t rounds) {
 #ifdef TURBO_AMX
     alignas(64) static const std::int8_t kSome[64 * 16] = {1, 2, 3};
@@ -36,8 +36,8 @@ inline std::int64_t peak_round(std::int64_t rounds) {
 #pragma GCC unroll 12
     for (int k = 0; k < kSums; ++k) sums[k] = i_set(0);
     for (std::int64_t i = 0; i < rounds; ++i) {
-        // Where a product is several instructions: other bytes each time, or all but the sum would be
-        // computed once for all.
+        // Other bytes each time: if a product takes several instructions, all but the sum would be computed once for
+        // all.
         const Bytes a = b_load(some);
 #pragma GCC unroll 12
         for (int k = 0; k < kSums; ++k) sums[k] = dot_small(sums[k], a, b_load(kOffset ? some : some + k));
@@ -45,7 +45,7 @@ inline std::int64_t peak_round(std::int64_t rounds) {
         __asm__ volatile("" : : "r"(some) : "memory");
 #endif
     }
-    // What is not used might not be computed.
+    // Unused results might not be computed.
     I total = i_set(0);
 #pragma GCC unroll 12
     for (int k = 0; k < kSums; ++k) total = total + sums[k];

@@ -1,4 +1,4 @@
-// Many query rows (prefill): groups of queries as lanes over blocks of INT8 keys and values.
+// Prefill: groups of queries, one per lane, over blocks of INT8 keys and values.
 #pragma once
 
 #include <algorithm>
@@ -11,23 +11,23 @@
 #include "lane_products.h"
 #include "lane_products_amx.h"
 #include "lanes.h"
-#include "operand.h"
 #include "page.h"
 #include "queries.h"
 #include "rows.h"
+#include "tail_block.h"
 #include "task.h"
 #include "tile_lanes.h"
 
 namespace turbo::TURBO_ISA {
 
-struct ManyScratch {
-    Operand block;
+struct PrefillScratch {
+    UnpackedKV block;
     GroupWork work[2];
     BlockScales scales;
     FixedScales fixed;
 };
 
-// Queries row .. row + kQueryLanes of the task, with nothing seen yet.
+// Initializes a group with queries row .. row + kQueryLanes of the task.
 inline void start_group(const AttendArgs& a, const Task& task, int row, int rows, Group& g) {
     const int queries = static_cast<int>(task.last_query - task.first_query);
     const int head_dim = static_cast<int>(a.head_dim);
@@ -35,7 +35,7 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
     g.used = std::min(kQueryLanes, rows - row);
     g.nearest = std::numeric_limits<std::int64_t>::max(), g.farthest = std::numeric_limits<std::int64_t>::min();
     for (int lane = 0; lane < kQueryLanes; ++lane) {
-        // Lanes past the last row repeat it; they see nothing and are dropped.
+        // Lanes after the last row repeat its position; they see nothing and are dropped.
         const int at = row + std::min(lane, g.used - 1);
         g.head[lane] = at / queries, g.query[lane] = task.first_query + at % queries;
         g.position[lane] = a.first_position[task.b] + g.query[lane];
@@ -59,11 +59,11 @@ inline void start_group(const AttendArgs& a, const Task& task, int row, int rows
     fill(g.out[0], a.value_dim * kQueryLanes, 0.0f);
 }
 
-// All groups over one block, as a pipeline: while weights of one group are computed, the products of
-// the next one's scores and of the last one's outputs are under way, and nothing waits for its stores.
+// All groups over one block, as a pipeline: while the weights of one group are computed, the products for the scores of
+// the next and for the outputs of the previous one are in flight, and nothing waits for its stores.
 template <class Level>
 inline void groups_over_block(const Job& job, const Level& level, std::int64_t block, bool page, Buffer<Group>& groups,
-                              int count, ManyScratch& s) {
+                              int count, PrefillScratch& s) {
     const int head_dim = static_cast<int>(job.a.head_dim), value_dim = static_cast<int>(job.a.value_dim);
     const int form = form_of(job.a, job.h, block, page);
     finish_keys(s.block, head_dim);
@@ -80,27 +80,27 @@ inline void groups_over_block(const Job& job, const Level& level, std::int64_t b
     int last = -1, now = next_seen(0, s.work[0]);
     for (int at = 0; now < count; at ^= 1) {
         GroupWork &w = s.work[at], &other = s.work[at ^ 1];
-        Group* behind = last < 0 ? nullptr : &groups[last];
-        // The other work's weights are still to be used: only its scores and sights are written.
-        const bool shrinks = other.shrinks;
+        Group* previous = last < 0 ? nullptr : &groups[last];
+        // The weights of the other work are still needed: only its scores and visible ranges are written.
+        const bool rescales = other.rescales;
         const int next = next_seen(now + 1, other);
         F row_max[kQueryVectors];
         if (!fixed) group_logits(job, block, form, s.scales, groups[now], w, !w.all, row_max);
         if (fixed)
-            w.shrinks = group_fixed(job, block, s.fixed, groups[now].form[form], groups[now], w);
+            w.rescales = group_fixed(job, block, s.fixed, groups[now].form[form], groups[now], w);
         else if (job.a.row_scale)
-            w.shrinks = group_scaled_weights(level, s.scales, groups[now], w, row_max);
+            w.rescales = group_scaled_weights(level, s.scales, groups[now], w, row_max);
         else if (job.a.stored && (!w.all || job.a.mask_kind))
-            w.shrinks = group_weights<true>(level, s.scales, groups[now], w, row_max);
+            w.rescales = group_weights<true>(level, s.scales, groups[now], w, row_max);
         else
-            w.shrinks = group_weights<false>(level, s.scales, groups[now], w, row_max);
-        if (behind) lane_outputs(s.block, *behind, value_dim, other, shrinks);
+            w.rescales = group_weights<false>(level, s.scales, groups[now], w, row_max);
+        if (previous) lane_outputs(s.block, *previous, value_dim, other, rescales);
         last = now, now = next;
-        if (now >= count) lane_outputs(s.block, groups[last], value_dim, w, w.shrinks);
+        if (now >= count) lane_outputs(s.block, groups[last], value_dim, w, w.rescales);
     }
 }
 
-// Rows row .. row + kQueryLanes of the task's result, whose channels past Dv are not read.
+// Copies rows row .. row + kQueryLanes of the task to its result, of which channels beyond Dv are not read.
 inline void finish_group(const Group& g, int row, int rows, int value_dim, Running& state) {
     const int used = std::min(kQueryLanes, rows - row);
     std::copy_n(g.row_max, used, state.row_max + row), std::copy_n(g.row_sum, used, state.row_sum + row);
@@ -110,13 +110,13 @@ inline void finish_group(const Group& g, int row, int rows, int value_dim, Runni
             const auto* from = reinterpret_cast<const std::uint8_t*>(g.out[c] + first);
             words_transposed(from, sizeof g.out[c], reinterpret_cast<std::uint8_t*>(some), sizeof some[0]);
             for (int lane = 0; lane < std::min(16, used - first); ++lane)
-                std::memcpy(state.out + static_cast<std::size_t>(row + first + lane) * state.wide + c, some[lane],
+                std::memcpy(state.out + static_cast<std::size_t>(row + first + lane) * state.padded_dim + c, some[lane],
                             sizeof some[lane]);
         }
 }
 
 template <class Level>
-inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level& level, ManyScratch& scratch,
+inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level& level, PrefillScratch& scratch,
                              Running& state) {
     static thread_local Buffer<Group> groups;
     const Job job{a, task.b, task.h};
@@ -136,13 +136,13 @@ inline void run_prefill_rows(const AttendArgs& a, const Task& task, const Level&
         if (task_sees(a, task, block, true)) {
             const PageHead page = page_of(a, task.b, task.h, block);
             read_scales(scratch.scales, page);
-            lane_operand(scratch.block, page, head_dim, value_dim);
+            unpack_kv(scratch.block, page, head_dim, value_dim);
             over_block(block, true);
         }
         if (task_sees(a, task, block, false)) {
             const TailBlock tail = tail_block(a, task.b, task.h, block);
             read_scales(scratch.scales, tail);
-            lane_operand(scratch.block, tail, head_dim, value_dim);
+            unpack_kv(scratch.block, tail, head_dim, value_dim);
             over_block(block, false);
         }
     }

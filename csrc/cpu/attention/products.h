@@ -1,4 +1,4 @@
-// The two integer products of R query rows with a block of INT8 rows (operand.h, RowOperand).
+// The two integer products of R decode rows with a block of INT8 rows (tail_block.h: UnpackedRows).
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace turbo::TURBO_ISA {
 
 template <int R>
-constexpr int kVectors = kSums / R;  // of tokens or channels at once
+constexpr int kVectors = kSumsPerPass / R;  // of tokens or channels at once
 
 // out[r][t] = sum_c q[r][c] X8[t][c], exact. sums[r] = sum_c q[r][c].
 template <int R>
@@ -37,12 +37,12 @@ inline void key_products(const std::int8_t* const* q, const std::int32_t* sums, 
 // acc[r][c] = acc[r][c] * rescale[r] + unit[r] * sum_t p[r][t] X8[t][c] for N vectors of channels.
 template <int R, int N>
 inline void value_products_at(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const std::uint8_t* values,
-                              int wide, int channel, float* const* out, const float* rescale, const float* unit) {
+                              int padded_dim, int channel, float* const* out, const float* rescale, const float* unit) {
     I acc[R][N];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) acc[r][n] = i_set(-kOffset * sums[r]);
     const std::uint8_t* line = values + 4 * channel;
-    for (int quad = 0; quad < kBlock / 4; ++quad, line += 4 * wide) {
+    for (int quad = 0; quad < kBlock / 4; ++quad, line += 4 * padded_dim) {
         Prepared v[N];
         for (int n = 0; n < N; ++n) v[n] = prepare(b_load(line + 64 * n));
         for (int r = 0; r < R; ++r) {
@@ -59,12 +59,13 @@ inline void value_products_at(const std::uint8_t (*p)[kBlock], const std::int32_
 
 template <int R>
 inline void value_products(const std::uint8_t (*p)[kBlock], const std::int32_t* sums, const std::uint8_t* values,
-                           int wide, float* const* out, const float* rescale, const float* unit) {
+                           int padded_dim, float* const* out, const float* rescale, const float* unit) {
     constexpr int N = kVectors<R>;
     int channel = 0;
-    for (; channel + 16 * N <= wide; channel += 16 * N)
-        value_products_at<R, N>(p, sums, values, wide, channel, out, rescale, unit);
-    for (; channel < wide; channel += 16) value_products_at<R, 1>(p, sums, values, wide, channel, out, rescale, unit);
+    for (; channel + 16 * N <= padded_dim; channel += 16 * N)
+        value_products_at<R, N>(p, sums, values, padded_dim, channel, out, rescale, unit);
+    for (; channel < padded_dim; channel += 16)
+        value_products_at<R, 1>(p, sums, values, padded_dim, channel, out, rescale, unit);
 }
 
 }  // namespace turbo::TURBO_ISA

@@ -1,4 +1,4 @@
-// Query rows as INT8: stage 1 where they are used, or as given.
+// Query rows as INT8: quantized by stage 1 when a task reads them, or as given.
 #pragma once
 
 #include <atomic>
@@ -15,33 +15,35 @@
 namespace turbo::TURBO_ISA {
 
 struct QueryRow {
-    float unit, mean_logit;
-    std::int32_t sum;    // of the codes
-    std::int32_t shift;  // of products (fixed_softmax.h)
+    float unit, mean_logit;  // of logits, see AttendArgs
+    std::int32_t sum;        // of the codes
+    std::int32_t shift;      // of products (fixed_softmax.h)
 };
 
 inline bool has_mean(const AttendArgs& a) { return a.q.data ? a.mean != nullptr : a.q_mean_logit != nullptr; }
 
-// Whether a block's keys are stored without the mean; the logit that a query's then lack.
-inline bool lacks_mean(const AttendArgs& a, std::int64_t block) { return has_mean(a) && block >= a.mean_from_block; }
-inline float mean_of(const AttendArgs& a, const QueryRow& row, std::int64_t block) {
-    return lacks_mean(a, block) ? row.mean_logit : 0.0f;
+// Whether the mean is subtracted from the keys of a block, and the logit of a query to add back if it is.
+inline bool mean_subtracted(const AttendArgs& a, std::int64_t block) {
+    return has_mean(a) && block >= a.mean_from_block;
+}
+inline float mean_logit_of(const AttendArgs& a, const QueryRow& row, std::int64_t block) {
+    return mean_subtracted(a, block) ? row.mean_logit : 0.0f;
 }
 
-// The order of K's channels in a head's compressed pages; null where they are as INT8 rows.
+// The order of the channels of K in the compressed pages of a head; null if it is that of INT8 rows.
 inline const std::int32_t* order_of(const AttendArgs& a, std::int64_t h) {
     const std::int32_t* order = a.order ? a.order + h * a.head_dim : nullptr;
     return order && *order >= 0 ? order : nullptr;
 }
 
-// Which of a query's two forms a block takes: 0 for INT8 rows, 1 for compressed pages in order.
+// Which of the two forms of a query a block takes: 0 for INT8 rows, 1 for compressed pages with reordered channels.
 inline int form_of(const AttendArgs& a, std::int64_t h, std::int64_t block, bool page) {
     return page && block >= a.sink_blocks && order_of(a, h) ? 1 : 0;
 }
 
 inline void quantize_query(const AttendArgs& a, const float* x, std::int8_t* codes, QueryRow& row) {
     const int head_dim = static_cast<int>(a.head_dim);
-    const float scale = safe_scale(float_of(peak_bits(x, head_dim)) / kCodeMax);
+    const float scale = safe_scale(float_of(max_magnitude_bits(x, head_dim)) / kCodeMax);
     I sum = i_set(0), magnitudes = i_set(0);
     quantize_row(x, head_dim, scale, codes,
                  [&](I code) { sum = sum + code, magnitudes = magnitudes + i_max(code, i_set(0) - code); });
@@ -49,8 +51,8 @@ inline void quantize_query(const AttendArgs& a, const float* x, std::int8_t* cod
     row.sum = i_sum(sum), row.shift = fixed_shift(i_sum(magnitudes));
 }
 
-// Query i of query head g of KV head h in the form for INT8 rows, and, if the head's pages have an order, in theirs.
-// The mean's logit is the same for both: a rotation does not change q . mu.
+// Query i of query head g of KV head h in the form for INT8 rows and, if the pages of the head have another order, in
+// theirs. The mean logit is the same for both: a rotation does not change q . mu.
 inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t g, std::int64_t i,
                        std::int8_t* codes, QueryRow& row, std::int8_t* ordered_codes, QueryRow& ordered) {
     const int head_dim = static_cast<int>(a.head_dim);
@@ -60,8 +62,8 @@ inline void take_query(const AttendArgs& a, std::int64_t b, std::int64_t h, std:
         static const Signs signs;
         alignas(64) float x[kMaxHeadDim];
         load_row(a.q, row_offset(a.q, b, head, i), head_dim, x);
-        if (peak_bits(x, head_dim) > bits_of(kLargest)) {
-            a.unfit->store(1, std::memory_order_relaxed);
+        if (max_magnitude_bits(x, head_dim) > bits_of(kLargest)) {
+            a.non_finite->store(1, std::memory_order_relaxed);
             fill(x, head_dim, 0.0f);
         }
         if (const std::int32_t* order = order_of(a, h)) {

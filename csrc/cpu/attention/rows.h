@@ -1,4 +1,4 @@
-// Few query rows over one block: weights from scores, and what they add to the running result.
+// Decode rows over one block: weights from scores, and their merge into the running result.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace turbo::TURBO_ISA {
 
-// The rows of one task: query head g (of the group), query i.
+// A row of a task: query head `group` of the KV head, query `query`.
 struct Row {
     int group;
     std::int64_t query;
@@ -27,21 +27,21 @@ struct Running {
     float* row_max;
     float* row_sum;
     float* out;
-    int wide;
+    int padded_dim;
 };
 
 struct Weights {  // of the rows of a pass
-    alignas(64) std::int32_t scores[kMostRowsAtOnce][kBlock];
-    alignas(64) std::uint8_t p[kMostRowsAtOnce][kBlock];
-    std::int32_t p_sum[kMostRowsAtOnce];
+    alignas(64) std::int32_t scores[kMaxRowsPerPass][kBlock];
+    alignas(64) std::uint8_t p[kMaxRowsPerPass][kBlock];
+    std::int32_t p_sum[kMaxRowsPerPass];
     alignas(64) float rescale[16], unit[16];
 };
 
-// Weights of one row from their distances to its maximum: the largest product of a weight and its value's scale is
-// the code 127.
+// Weights of one row from their distances to its maximum: the largest product of a weight and the scale of its value
+// gets the code 127.
 template <class Level>
-inline Seen scaled_weights(const Level& level, const F* distance, const BlockScales& scales, float row_max,
-                           std::uint8_t* p, std::int32_t& p_sum) {
+inline BlockStats scaled_weights(const Level& level, const F* distance, const BlockScales& scales, float row_max,
+                                 std::uint8_t* p, std::int32_t& p_sum) {
     F product[4];
     I row_sum = i_set(0), sum = i_set(0);
     for (int n = 0; n < 4; ++n) {
@@ -60,14 +60,14 @@ inline Seen scaled_weights(const Level& level, const F* distance, const BlockSca
     return {row_max, static_cast<float>(i_sum(row_sum)) / kFineLevels, top / (kRowLargest * kFineLevels)};
 }
 
-// Weights of one row: fills p and p_sum. before: the running maximum.
+// Weights of one row: writes p and p_sum. before: the running maximum.
 template <class Level>
-inline Seen row_weights(const Job& job, const Level& level, const Row& row, std::int64_t block, VisibleKeys visible,
-                        const BlockScales& scales, float before, const std::int32_t* scores, std::uint8_t* p,
-                        std::int32_t& p_sum) {
+inline BlockStats row_weights(const Job& job, const Level& level, const Row& row, std::int64_t block,
+                              VisibleKeys visible, const BlockScales& scales, float before, const std::int32_t* scores,
+                              std::uint8_t* p, std::int32_t& p_sum) {
     const AttendArgs& a = job.a;
     const F lowest = f_set(-std::numeric_limits<float>::infinity());
-    const F unit = f_set(row.taken.unit), mean = f_set(mean_of(a, row.taken, block));
+    const F unit = f_set(row.taken.unit), mean = f_set(mean_logit_of(a, row.taken, block));
     F x[4];
     for (int n = 0; n < 4; ++n)
         x[n] = f_fma(f_from_int(i_load(scores + 16 * n)), unit * f_load(scales.key + 16 * n), mean);
@@ -109,9 +109,9 @@ inline Seen row_weights(const Job& job, const Level& level, const Row& row, std:
     return {row_max, static_cast<float>(i_sum(row_sum)) / kLevels, value_unit};
 }
 
-// Folds what `rows` rows saw in a block into their running maximum and row_sum; leaves in `w` by how much
-// their output shrinks (rescale) and what a product of this block counts (unit).
-inline void fold(Weights& w, Running& state, int rows, const int* index, const Seen* seen) {
+// Merges the row max and row sum of a block into the running ones of `rows` rows; sets the factor by which their output
+// is rescaled (w.rescale) and the unit of the products of the block (w.unit).
+inline void fold(Weights& w, Running& state, int rows, const int* index, const BlockStats* seen) {
     const float none = -std::numeric_limits<float>::infinity();
     alignas(64) float old_max[16], new_max[16], block_max[16];
     for (int r = 0; r < 16; ++r) {
@@ -131,10 +131,10 @@ inline void fold(Weights& w, Running& state, int rows, const int* index, const S
     }
 }
 
-// The same for weights against the running maximum, which `seen` has, or -infinity where a row saw nothing.
+// The same for weights relative to the running maximum: `seen` has that, or -infinity if a row saw nothing.
 template <class Level>
 inline void fold_tiles(const AttendArgs& a, const Level& level, Weights& w, Running& state, int rows, const int* index,
-                       const Seen* seen) {
+                       const BlockStats* seen) {
     const float none = -std::numeric_limits<float>::infinity();
     alignas(64) float step[16] = {};
     for (int r = 0; r < rows; ++r)

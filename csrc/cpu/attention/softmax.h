@@ -1,4 +1,4 @@
-// Exponentials of the weights on sixteen lanes: SAS, its base-2 form, and e^x (numerics.md section 5).
+// Exponentials of the weights on sixteen lanes: SAS, its base-2 form, and e^x (softmax.py).
 #pragma once
 
 #include "../memory.h"
@@ -24,7 +24,7 @@ inline F f_exp(F x) {
     return f_keep_ge(x, f_set(-87.0f), p * power);
 }
 
-// tanh through e^-2|x|; near 0, where that cancels, by its series: the first term left out is x^11 / 113.
+// tanh through e^-2|x|; near 0, where that cancels, by its series: the first omitted term is x^11 / 113.
 inline F f_tanh(F x) {
     const F zero = f_set(0.0f), small = f_set(0.25f);
     const F negative = f_min(x, zero - x), magnitude = zero - negative;
@@ -41,17 +41,17 @@ inline F f_tanh(F x) {
 
 enum class Softmax { sas, sas2, exp, sas16 };
 
-// The largest INT8 weight. Weights come out in units of 1 / 127, or finer where they take a scale per row: they are
-// summed as integers in that unit. With a scale per tile they are summed as they are.
+// The largest INT8 weight. Weights are computed in units of 1 / 127, or finer if they take a scale per row, and are
+// summed as integers in that unit. With a scale per tile they are summed as floats.
 constexpr float kLevels = 127.0f, kFineLevels = 127.0f * 256.0f;
-// Of a row's products, which rounds to the code 127: with 127 itself, scales that are half the largest, which are
-// common, would be rounding ties.
+// With a scale per row, its largest product is scaled to this, which rounds to the code 127. With 127 itself, products
+// whose value scale is half the largest, which are common, would be rounding ties.
 constexpr float kRowLargest = 126.96875f;
 
 struct Exponential {
     float full;       // the weight 1
     float table[16];  // full e^-n
-    float limit;      // weights beyond are zero
+    float limit;      // weights at larger distances are zero
 
     Exponential(float threshold, float full) : full(full), limit(-threshold) {
         double power = full;
@@ -60,12 +60,12 @@ struct Exponential {
             power *= 0.36787944117144233;
         }
     }
-    // Else 127 e^-y rounds to zero beyond the limit, within the approximations' errors.
+    // If not, 127 e^-y rounds to zero beyond the limit by itself, within the errors of the approximations.
     bool cuts() const { return full != kLevels || limit < 5.7f; }
 };
 
-// full e^-y for y >= 0 (infinity gives 0, or what rounds to it). kFixed: in fixed point from the products on, where
-// nothing asks for the logits themselves.
+// full e^-y for y >= 0 (for infinity 0, or a value that rounds to 0). kFixed: weights are computed in fixed point from
+// the integer products on, if the logits themselves are not needed.
 template <Softmax Form, bool Cut>
 struct Levels {
     const Exponential& e;

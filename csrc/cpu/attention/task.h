@@ -1,4 +1,4 @@
-// One task: some query rows of one KV head over a run of blocks; where those blocks are.
+// A task: query rows of one KV head over a range of blocks; and the addresses of these blocks.
 #pragma once
 
 #include <algorithm>
@@ -6,20 +6,20 @@
 
 #include "../isa.h"
 #include "arguments.h"
-#include "operand.h"
 #include "page.h"
+#include "tail_block.h"
 #include "visibility.h"
 
 namespace turbo::TURBO_ISA {
 
 struct Task {
     std::int64_t b, h;
-    std::int64_t first_query, last_query;  // of every query head of the group
+    std::int64_t first_query, last_query;  // exclusive; of every query head of the group
     std::int64_t first_block, last_block;
 };
 
-// Up to this many rows read pages as they lie; more pay for restoring INT8 once.
-constexpr int kFewRows = 16;
+// Tasks of up to this many rows read pages in packed form (decode); larger ones unpack them to INT8 once (prefill).
+constexpr int kMaxDecodeRows = 16;
 
 inline PageHead page_of(const AttendArgs& a, std::int64_t b, std::int64_t h, std::int64_t block) {
     const auto* page = reinterpret_cast<const std::uint8_t*>(a.pages[b * a.page_stride + block]);
@@ -32,7 +32,7 @@ inline TailBlock tail_block(const AttendArgs& a, std::int64_t b, std::int64_t h,
             a.tail.scales[1] + at, static_cast<int>(std::min<std::int64_t>(kBlock, a.lengths[b] - block * kBlock))};
 }
 
-// Whether a row of the task sees the block's page, or its tail rows.
+// Whether any row of the task sees keys of the page of a block, or of its tail rows.
 inline bool task_sees(const AttendArgs& a, const Task& task, std::int64_t block, bool page) {
     if (page && !(is_page(a, task.b, block) && a.pages[task.b * a.page_stride + block])) return false;  // evicted
     if (!page && !in_tail(a, task.b, block)) return false;

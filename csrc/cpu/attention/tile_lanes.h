@@ -1,5 +1,5 @@
-// The paper's weights (p_scale "tile") of many query rows: a lane is a query. The 64 query rows of a tile of a head
-// have one scale, so that all groups of a task weigh a block before weights become codes.
+// The weights of the paper (p_scale "tile") in prefill: a lane is a query. The 64 query rows of a tile of a head share
+// a scale, so that all groups of a task compute their weights over a block before these are quantized.
 #pragma once
 
 #include <algorithm>
@@ -19,18 +19,19 @@ namespace turbo::TURBO_ISA {
 // A group over one block.
 struct TileWork {
     GroupWork work;
-    alignas(64) float largest[kQueryLanes];  // products of a weight and its value's relative scale
+    alignas(64) float largest[kQueryLanes];  // product of a weight and a relative value scale
     bool sees;
 };
 
-// Products of weights and their values' relative scales into w.x, and each lane's largest; folds maxima, and sums of
-// weights before they are codes, into the running ones; how much results shrink into w.rescale.
+// Writes products of weights and relative value scales to w.x, the largest of each lane to tile.largest, and the
+// rescale factor of results to w.rescale; merges maxima, and sums of weights before these are quantized, into the
+// running ones.
 template <class Level>
 inline void weigh_lanes(const AttendArgs& a, const Level& level, const BlockScales& scales, const F* row_max, Group& g,
                         TileWork& tile) {
     const F none = f_set(-std::numeric_limits<float>::infinity());
     GroupWork& w = tile.work;
-    w.shrinks = false;
+    w.rescales = false;
     for (int n = 0; n < kQueryVectors; ++n) {
         const F old = f_load(g.row_max + 16 * n), top = f_max(old, row_max[n]);
         const F against = f_keep_gt(top, none, top);
@@ -42,18 +43,18 @@ inline void weigh_lanes(const AttendArgs& a, const Level& level, const BlockScal
             largest = f_max(largest, product);
             f_store(w.x[t] + 16 * n, product);
         }
-        // Where a row sees nothing, nothing shrinks: SAS at 0 is not 1.
+        // A row that sees nothing is not rescaled: SAS at 0 is not 1.
         const F rescale = f_keep_gt(row_max[n], none, tile_rescale(a, level, against - old)) +
                           f_keep_ge(none, row_max[n], f_set(1.0f));
         f_store(g.row_max + 16 * n, top);
         f_store(g.row_sum + 16 * n, f_fma(f_load(g.row_sum + 16 * n), rescale, row_sum));
         f_store(w.rescale + 16 * n, rescale);
         f_store(tile.largest + 16 * n, largest);
-        w.shrinks = f_any_lt(rescale, f_set(1.0f)) || w.shrinks;
+        w.rescales = f_any_lt(rescale, f_set(1.0f)) || w.rescales;
     }
 }
 
-// INT8 codes from the products in w.x, and what one of the block's products counts; `scale` of each lane's tile.
+// Quantizes the products in w.x and sets the factor of the products of the block; `scale` of the tile of each lane.
 inline void encode_lanes(const BlockScales& scales, const float* scale, GroupWork& w) {
     for (int n = 0; n < kQueryVectors; ++n) {
         const F unit = f_load(scale + 16 * n);
@@ -69,7 +70,7 @@ inline void encode_lanes(const BlockScales& scales, const float* scale, GroupWor
 // All groups of a task, which begins with the first row of a tile, over one block.
 template <class Level>
 inline void tiles_over_block(const Job& job, const Level& level, const Task& task, std::int64_t block, bool page,
-                             Operand& operand, const BlockScales& scales, Buffer<Group>& groups, int count) {
+                             UnpackedKV& unpacked, const BlockScales& scales, Buffer<Group>& groups, int count) {
     static thread_local Buffer<TileWork> works;
     static thread_local Buffer<float> largest;  // of each query head's tiles
     const AttendArgs& a = job.a;
@@ -80,7 +81,7 @@ inline void tiles_over_block(const Job& job, const Level& level, const Task& tas
     };
     works.hold(count), largest.hold(a.group * tiles);
     fill(&largest[0], a.group * tiles, 0.0f);
-    finish_keys(operand, static_cast<int>(a.head_dim));
+    finish_keys(unpacked, static_cast<int>(a.head_dim));
     for (int n = 0; n < count; ++n) {
         Group& g = groups[n];
         TileWork& tile = works[n];
@@ -90,7 +91,7 @@ inline void tiles_over_block(const Job& job, const Level& level, const Task& tas
         tile.sees = w.all || !none;
         if (!tile.sees) continue;
         F row_max[kQueryVectors];
-        lane_scores(operand, g.form[form], static_cast<int>(a.head_dim), w);
+        lane_scores(unpacked, g.form[form], static_cast<int>(a.head_dim), w);
         group_logits(job, block, form, scales, g, w, !w.all, row_max);
         weigh_lanes(a, level, scales, row_max, g, tile);
         for (int lane = 0; lane < g.used; ++lane) {
@@ -104,7 +105,7 @@ inline void tiles_over_block(const Job& job, const Level& level, const Task& tas
         alignas(64) float scale[kQueryLanes];
         for (int lane = 0; lane < kQueryLanes; ++lane) scale[lane] = tile_scale(largest[tile_of(groups[n], lane)]);
         encode_lanes(scales, scale, w);
-        lane_outputs(operand, groups[n], static_cast<int>(a.value_dim), w, w.shrinks);
+        lane_outputs(unpacked, groups[n], static_cast<int>(a.value_dim), w, w.rescales);
     }
 }
 

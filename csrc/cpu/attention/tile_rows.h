@@ -1,4 +1,4 @@
-// The paper's weights (p_scale "tile") of few query rows, each a tile of its own: a lane is a token.
+// The weights of the paper (p_scale "tile") in decode, where each query row is a tile of its own: a lane is a token.
 #pragma once
 
 #include <cstdint>
@@ -10,16 +10,16 @@
 
 namespace turbo::TURBO_ISA {
 
-// Of a tile's largest product of a weight and its value's relative scale: products over this are codes.
+// The scale of the codes of a tile, from its largest product of a weight and a relative value scale.
 inline float tile_scale(float largest) { return largest > 0 ? largest / kCodeMax : 1.0f; }
 
-// By how much results shrink where the maximum grows by `step`, infinity where nothing was seen before.
+// The rescale factor of running results if the maximum grows by `step`, which is infinite if nothing was seen before.
 template <class Level>
 TURBO_ALWAYS_INLINE F tile_rescale(const AttendArgs& a, const Level& level, F step) {
     return a.approximate_rescale ? level(step) : f_exp(f_set(0.0f) - step);
 }
 
-// The sum of sixteen lanes, in an order of its own: that of a float matters.
+// The sum of sixteen lanes in a fixed order, on which the rounding of floats depends.
 inline float lane_sum(F x) {
     alignas(64) float lanes[16];
     f_store(lanes, x);
@@ -29,10 +29,10 @@ inline float lane_sum(F x) {
 }
 
 // Weights of one row from their distances to `row_max`, its running maximum with this block. The normalizer is the sum
-// of weights before they are codes.
+// of weights before they are quantized.
 template <class Level>
-inline Seen tile_weights(const Level& level, const F* distance, const BlockScales& scales, float row_max,
-                         std::uint8_t* p, std::int32_t& p_sum) {
+inline BlockStats tile_weights(const Level& level, const F* distance, const BlockScales& scales, float row_max,
+                               std::uint8_t* p, std::int32_t& p_sum) {
     F product[4], row_sum = f_set(0.0f), largest = f_set(0.0f);
     for (int n = 0; n < 4; ++n) {
         const F weight = level(distance[n]);

@@ -23,12 +23,12 @@ inline bool in_tail(const AttendArgs& a, std::int64_t b, std::int64_t block) {
     return block >= a.page_counts[b] || (a.stored && a.tail.codes[0] && block * kBlock >= a.tail.start[b]);
 }
 
-// Of the block's page, or of its tail rows.
+// The keys of the page of a block, or of its tail rows, that a query at `position` sees.
 inline VisibleKeys visible_keys(const AttendArgs& a, std::int64_t b, std::int64_t position, std::int64_t block,
                                 bool page) {
     const std::int64_t first = block * kBlock;
-    const bool behind = position >= first + kBlock;
-    if (page != behind && is_page(a, b, block) && in_tail(a, b, block)) return {0, 0};
+    const bool later = position >= first + kBlock;
+    if (page != later && is_page(a, b, block) && in_tail(a, b, block)) return {0, 0};
     std::int64_t low = 0, high = std::min<std::int64_t>(kBlock, a.lengths[b] - first);
     if (a.causal) high = std::min(high, position + 1 - first);
     if (a.window) {
@@ -38,13 +38,13 @@ inline VisibleKeys visible_keys(const AttendArgs& a, std::int64_t b, std::int64_
     return {static_cast<int>(std::min<std::int64_t>(low, kBlock)), static_cast<int>(std::max<std::int64_t>(high, 0))};
 }
 
-// 64 mask values of a row as numbers to add.
+// The 64 mask values of a query row for a block, as numbers to add to logits.
 inline void mask_values(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t query, std::int64_t block,
                         float* out) {
     const std::int64_t at = b * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
     const float unseen = -std::numeric_limits<float>::infinity();
     for (int t = 0; t < kBlock; ++t) {
-        // Keys past the mask are past every length too.
+        // Keys beyond the mask are beyond every length, too.
         const std::int64_t key = at + std::min(block * kBlock + t, a.mask_keys - 1) * a.mask_stride[3];
         switch (a.mask_kind) {
             case 1: out[t] = static_cast<const std::uint8_t*>(a.mask)[key] ? 0.0f : unseen; break;
@@ -57,7 +57,7 @@ inline void mask_values(const AttendArgs& a, std::int64_t b, std::int64_t head, 
     }
 }
 
-// 64 values of a row of a boolean mask: 1 where it shows a key, else 0.
+// The same for a boolean mask: 1 if it shows a key, else 0.
 inline void mask_shows(const AttendArgs& a, std::int64_t b, std::int64_t head, std::int64_t query, std::int64_t block,
                        std::int32_t* out) {
     alignas(64) float mask[kBlock];
@@ -65,13 +65,13 @@ inline void mask_shows(const AttendArgs& a, std::int64_t b, std::int64_t head, s
     for (int t = 0; t < kBlock; ++t) out[t] = mask[t] == 0.0f;
 }
 
-// Whether the softmax may go from integer products to weights in fixed point. With `stored`, results must not depend
-// on tokens that a query does not see, and the largest scale of a block does.
+// Whether the softmax may stay in fixed point from integer products to weights. With `stored`, results must not depend
+// on tokens that a query does not see, but the largest scale of a block does.
 inline bool fixed_point(const AttendArgs& a) {
     return a.scale > 0 && !(a.softcap > 0) && a.mask_kind <= 1 && !a.stored && !a.by_tile;
 }
 
-struct Job {  // what rows over a block need to know
+struct Job {  // KV head h of sequence b
     const AttendArgs& a;
     std::int64_t b, h;
 };

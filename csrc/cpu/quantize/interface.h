@@ -1,4 +1,4 @@
-// Arguments of stage 1 and the page codec. Every member has eight bytes, as in the ctypes structs of
+// Arguments of stage 1 and of the page codec. Every member takes eight bytes, as in the ctypes structs of
 // kernels/cpu/quantize.py. Strides are in elements; channels are contiguous. B sequences, H heads, T tokens, D
 // channels.
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace turbo {
 
-// Quantize tokens begin[b] to end[b] (exclusive) of every head; token t is written to row target[b] + t.
+// Quantizes tokens begin[b] to end[b] (exclusive) of every head; token t is written to row target[b] + t.
 struct TokenArgs {
     std::int64_t batch, heads, head_dim, rotate;
     FloatRows x;
@@ -17,10 +17,10 @@ struct TokenArgs {
     const std::int64_t* end;     // [B]
     const std::int64_t* first;   // [B], position of token 0
     const std::int64_t* target;  // [B], row of token 0
-    // bfloat16 [B, H, D] (rotated, if `rotate`) or null, subtracted from position `mean_from` on.
+    // bfloat16 [B, H, D] (rotated, if `rotate`) or null, subtracted from the tokens from position `mean_from` on.
     const std::uint16_t* mean;
     std::int64_t mean_from;
-    // [B, H], or null: the scale of every row, beyond which values are clamped.
+    // [B, H], the scale of every row, to whose range values are clamped; null for a scale per row.
     const float* given_scale;
     std::int8_t* codes;  // rows of D
     float* scales;
@@ -31,16 +31,16 @@ struct TokenArgs {
 // The mean of rows `begin` to `end` (exclusive) of every head, for smoothing (kv/stage1.py).
 struct MeanArgs {
     std::int64_t batch, heads, head_dim, begin, end;
-    const std::int64_t* wanted;  // [B], zero for sequences whose mean does not change
+    const std::int64_t* wanted;  // [B], 0 for sequences whose mean stays as it is
     const std::int8_t* codes;
     const float* scales;
     std::int64_t batch_rows, head_rows;
     std::uint16_t* mean;  // bfloat16 [B, H, D]
 };
 
-// INT8 tiles [N, H, B, D] of K and [N, H, B, Dv] of V with scales [N, H, B], and N pages. `head_rows`: stride between
-// the tiles of heads, in rows, at least B. Encoding brings K into the order of channels [H, D] (AttendArgs), after
-// undoing the rotation if `rotated`; decoding gives rows as stored.
+// INT8 tiles [N, H, block, D] of K and [N, H, block, Dv] of V with scales [N, H, block], and N pages. `head_rows`: the
+// stride between the tiles of heads, in rows, at least `block`. Encoding permutes the channels of K by `order` [H, D]
+// (AttendArgs), after undoing the rotation if `rotated`; decoding returns rows as stored.
 struct PageArgs {
     std::int64_t pages, heads, head_dim, value_dim, block, head_rows, page_bytes, search;
     PageSections layout;

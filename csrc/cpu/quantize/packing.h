@@ -69,7 +69,7 @@ inline const std::uint8_t* unpack_plane(const std::uint8_t* bytes, int count, in
 }
 
 inline void pack_line(const std::uint8_t* line, int count, std::int64_t bits, std::uint8_t* bytes) {
-    with_width<8, 5, 4, 3, 2, 1>(bits, [&](auto width) {
+    with_width<kCodeWidths>(bits, [&](auto width) {
         constexpr int kBits = decltype(width)::value, kLower = lower_plane(kBits);
         std::uint8_t* rest = pack_plane<kLower>(line, count, 0, bytes);
         if constexpr (kBits > kLower) pack_plane<1>(line, count, kLower, rest);
@@ -77,7 +77,7 @@ inline void pack_line(const std::uint8_t* line, int count, std::int64_t bits, st
 }
 
 inline void unpack_line(const std::uint8_t* bytes, int count, std::int64_t bits, std::uint8_t* line) {
-    with_width<8, 5, 4, 3, 2, 1>(bits, [&](auto width) {
+    with_width<kCodeWidths>(bits, [&](auto width) {
         constexpr int kBits = decltype(width)::value, kLower = lower_plane(kBits);
         const std::uint8_t* rest = unpack_plane<kLower>(bytes, count, 0, line);
         if constexpr (kBits > kLower) unpack_plane<1>(rest, count, kLower, line);

@@ -1,6 +1,6 @@
-// Stage 2 of one head's tile: INT8 to 5, 4, 3, 2 or 1 bits (flashq/progressive.py, numerics.md section 2). Each vector
-// lane processes one of sixteen channels, so there are no sums across lanes. Values are small integers in float32, and
-// all sums and products below are exact.
+// Stage 2 of one head's tile: INT8 to 5, 4, 3, 2 or 1 bits (flashq/progressive.py). Each vector lane processes one of
+// sixteen channels, so there are no sums across lanes. Values are small integers in float32, and all sums and products
+// below are exact.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace turbo::TURBO_ISA {
 
 constexpr int kLanes = 16;
 constexpr int kMaxBlock = 256;
-constexpr std::int32_t kLargestStep = 127;  // limits only steps of one bit; steps are int8
+constexpr std::int32_t kLargestStep = 127;  // steps are int8; only steps of 1-bit codes reach it
 
 // Sixteen channels of a tile, token by token.
 struct ChannelTile {
@@ -172,8 +172,10 @@ inline void progressive_quantize(const std::int8_t* values, int tokens, std::int
         load_channels(values + at, row, tokens, lanes, tile);
         Range range = min_max(tile, levels, middle);
         if (searching)
-            with_width<5, 4, 3, 2, 1>(bits,
-                                      [&](auto width) { range = search<decltype(width)::value>(tile, range, middle); });
+            with_width<kCodeWidths>(bits, [&](auto width) {
+                constexpr int kBits = decltype(width)::value;
+                if constexpr (kBits < 8) range = search<kBits>(tile, range, middle);
+            });
         encode_channels(tile, range, levels, lanes, codes + at, row);
         for (int c = 0; c < lanes; ++c) {
             step[at + c] = static_cast<std::uint8_t>(range.step[c]);

@@ -23,7 +23,7 @@ struct Signs {
 
 inline int block_of(int head_dim) { return head_dim & -head_dim; }
 
-constexpr int kInRegisters = 128;  // doubles of a transform that are not stored in between
+constexpr int kInRegisters = 128;  // the largest transform, in doubles, that stays in registers
 
 // Sums and differences of vectors whose indices differ in one bit, from Distance on. Recursive, so that all indices are
 // constants and the vectors stay in registers.

@@ -1,4 +1,4 @@
-// Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py, numerics.md section 1).
+// Stage 1 of rows: rotate, smooth, quantize (flashq/symmetric.py).
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,15 @@
 namespace turbo::TURBO_ISA {
 
 constexpr float kCodeMax = 119.0f;
-constexpr float kLargest = 1e18f;  // the largest magnitude that is accepted (validation.py)
+constexpr float kLargest = 1e18f;  // the largest magnitude accepted (validation.py)
 constexpr float kSmallestScale = 0x1p-100f;
 
-// The bits of the largest magnitude. As integers they have the order of the magnitudes, with infinity and NaN largest.
-inline std::uint32_t peak_bits(const float* x, int count) {
-    I peak = i_set(0);
+// The bits of the largest magnitude. As integers they compare like the magnitudes, with infinity and NaN largest.
+inline std::uint32_t max_magnitude_bits(const float* x, int count) {
+    I lanes = i_set(0);
     const int whole = count / 16 * 16;
-    for (int c = 0; c < whole; c += 16) peak = i_max(peak, i_bits(f_abs(f_load(x + c))));
-    auto largest = static_cast<std::uint32_t>(i_reduce_max(peak));
+    for (int c = 0; c < whole; c += 16) lanes = i_max(lanes, i_bits(f_abs(f_load(x + c))));
+    auto largest = static_cast<std::uint32_t>(i_reduce_max(lanes));
     for (int c = whole; c < count; ++c) {
         const std::uint32_t magnitude = bits_of(x[c]) & 0x7FFFFFFFu;
         largest = magnitude > largest ? magnitude : largest;
@@ -40,15 +40,15 @@ inline float up_to_grid(float scale) {
     return float_of((bits_of(scale) + (kStep - 1)) & ~(kStep - 1));
 }
 
-// Moves channel order[c] to place c.
+// Permutes channels: channel order[c] moves to place c.
 inline void reorder_row(float* x, int head_dim, const std::int32_t* order) {
     float old[kMaxHeadDim];
     std::memcpy(old, x, sizeof(float) * head_dim);
     for (int c = 0; c < head_dim; ++c) x[c] = old[order[c]];
 }
 
-// round_half_even(x / scale); `sink` gets the codes of each sixteen channels. The lowest bits of the sum with 1.5 *
-// 2^23 are the rounded integer.
+// round_half_even(x / scale); `sink` receives the codes, sixteen channels at a time. The lowest bits of the sum with
+// 1.5 * 2^23 are the rounded integer.
 template <class Sink>
 TURBO_ALWAYS_INLINE void quantize_row(const float* x, int count, float scale, std::int8_t* codes, const Sink& sink) {
     const F divisor = f_set(scale), inverse = f_set(1.0f / scale), round = f_set(12582912.0f);
@@ -75,22 +75,22 @@ inline void quantize_row(const float* x, int count, float scale, std::int8_t* co
     quantize_row(x, count, scale, codes, [](I) {});
 }
 
-// A row with a scale on the grid, which it returns.
+// Quantizes a row with its own scale, rounded up to the grid; returns the scale.
 inline float quantize_token(const float* x, int count, std::int8_t* codes) {
-    const float scale = safe_scale(up_to_grid(float_of(peak_bits(x, count)) / kCodeMax));
+    const float scale = safe_scale(up_to_grid(float_of(max_magnitude_bits(x, count)) / kCodeMax));
     quantize_row(x, count, scale, codes);
     return scale;
 }
 
-// A row with a given scale; values beyond its codes are clamped.
+// Quantizes a row with a given scale; values beyond its range are clamped.
 inline void quantize_clamped(float* x, int count, float scale, std::int8_t* codes) {
     const float limit = kCodeMax * scale;
     for (int c = 0; c < count; ++c) x[c] = x[c] > limit ? limit : x[c] < -limit ? -limit : x[c];
     quantize_row(x, count, scale, codes);
 }
 
-// INT8 keys in the form that compressed pages store (kv/channel_order.py): rotated back if `rotated`, quantized again
-// and permuted.
+// Converts INT8 keys to the form of compressed pages (kv/channel_order.py): undoes the rotation if `rotated`, permutes
+// the channels and quantizes again.
 inline void ordered_rows(const std::int8_t* rows, const float* scales, int tokens, int head_dim,
                          const std::int32_t* order, bool rotated, std::int8_t* codes, float* new_scales) {
     static const Signs signs;
@@ -115,10 +115,10 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
     const float* given = a.given_scale ? a.given_scale + b * a.heads + h : nullptr;
     const std::int64_t first_row = b * a.batch_rows + h * a.head_rows + a.target[b];
     float x[kMaxHeadDim];
-    bool fine = true;
+    bool finite = true;
     for (std::int64_t t = begin; t < end; ++t) {
         load_row(a.x, row_offset(a.x, b, h, t), head_dim, x);
-        fine &= peak_bits(x, head_dim) <= bits_of(kLargest);
+        finite &= max_magnitude_bits(x, head_dim) <= bits_of(kLargest);
         if (a.rotate) rotate_row(x, head_dim, signs);
         if (mean && a.first[b] + t >= a.mean_from) {
             for (int c = 0; c < head_dim; ++c) x[c] -= float_from_bfloat(mean[c]);
@@ -127,7 +127,7 @@ inline bool quantize_tokens(const TokenArgs& a, std::int64_t b, std::int64_t h, 
         if (given) quantize_clamped(x, head_dim, *given, codes);
         a.scales[first_row + t] = given ? *given : quantize_token(x, head_dim, codes);
     }
-    return fine;
+    return finite;
 }
 
 // Dot product in double, in which products of floats are exact: sixteen partial sums, added in a fixed order.

@@ -87,11 +87,11 @@ Rows quantized(void* x, int64_t kind, int64_t channels, bool rotate) {
 struct Pages {
     turbo::HeadOffsets offsets[kHeads][2];
     turbo::PageSections layout;
-    int64_t bytes_a_page;
+    int64_t bytes_per_page;
     std::vector<std::uint8_t> bytes;
 
-    Pages(int64_t bits, int64_t channels) : bytes_a_page(0) {
-        const auto section = [&](int64_t size) { return bytes_a_page += size, bytes_a_page - size; };
+    Pages(int64_t bits, int64_t channels) : bytes_per_page(0) {
+        const auto section = [&](int64_t size) { return bytes_per_page += size, bytes_per_page - size; };
         for (auto& head : offsets)
             for (auto& side : head) side = {{bits, bits}, section(kBlock * channels * bits / 8), -1, -1};
         for (auto& head : offsets)
@@ -100,8 +100,8 @@ struct Pages {
         layout.offsets = &offsets[0][0];
         for (int side = 0; side < 2; ++side) layout.token_scales[side] = section(kHeads * kBlock);
         for (int side = 0; side < 2; ++side) layout.scales[side] = section(kHeads * 4);
-        bytes_a_page = (bytes_a_page + 15) / 16 * 16;
-        bytes.assign(kPages * bytes_a_page, 0);
+        bytes_per_page = (bytes_per_page + 15) / 16 * 16;
+        bytes.assign(kPages * bytes_per_page, 0);
     }
     Pages(const Pages&) = delete;
 };
@@ -111,7 +111,7 @@ void encode(const Rows (&kv)[2], int64_t bits, int64_t channels, Pages& pages) {
     Rows tiles[2];
     turbo::PageArgs args{};
     args.pages = kPages, args.heads = kHeads, args.head_dim = args.value_dim = channels, args.block = kBlock;
-    args.head_rows = kBlock, args.page_bytes = pages.bytes_a_page, args.search = 1, args.layout = pages.layout;
+    args.head_rows = kBlock, args.page_bytes = pages.bytes_per_page, args.search = 1, args.layout = pages.layout;
     args.bytes = pages.bytes.data(), args.threads = 1;
     for (int side = 0; side < 2; ++side) {
         for (int64_t tile = 0; tile < kPages * kHeads; ++tile) {
@@ -137,13 +137,13 @@ void attend(Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t
     const int64_t first = kTokens - queries, valid = queries, length = kTokens, count = kPages, start = kPages * kBlock;
     std::uint64_t addresses[kPages];
     for (int64_t p = 0; p < kPages; ++p)
-        addresses[p] = reinterpret_cast<std::uint64_t>(pages.bytes.data() + p * pages.bytes_a_page);
+        addresses[p] = reinterpret_cast<std::uint64_t>(pages.bytes.data() + p * pages.bytes_per_page);
     auto q = values(3, kHeads * kGroup * queries, channels);
     std::vector<float> out(q.size()), lse(kHeads * kGroup * queries);
-    std::atomic<std::int32_t> unfit{0};
+    std::atomic<std::int32_t> non_finite{0};
     turbo::AttendArgs args{};
     args.batch = 1, args.heads = kHeads, args.group = kGroup, args.queries = queries;
-    args.head_dim = args.value_dim = channels, args.rotate = 1, args.scale = 0.125, args.unfit = &unfit;
+    args.head_dim = args.value_dim = channels, args.rotate = 1, args.scale = 0.125, args.non_finite = &non_finite;
     args.q = rows_of(q.data(), turbo::kFloat32, queries, channels);
     args.out = rows_of(out.data(), turbo::kFloat32, queries, channels);
     args.lse = lse.data();
@@ -166,7 +166,7 @@ void attend(Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t
     for (args.softmax = 0; args.softmax <= 3; ++args.softmax) both_windows("attend");
     args.softmax = 0, args.row_scale = 0, args.by_tile = args.approximate_rescale = 1;  // the paper's
     both_windows("by tile");
-    if (unfit) std::puts("unfit");
+    if (non_finite) std::puts("not finite");
 }
 
 }  // namespace

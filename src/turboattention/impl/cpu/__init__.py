@@ -28,7 +28,7 @@ class CpuBackend(KernelBackend):
     def availability(self) -> Availability:
         try:
             return _availability(os.environ.get("TURBOATTENTION_ISA"))
-        except ValueError as error:  # an instruction set that is not here
+        except ValueError as error:  # an instruction set that is not available
             return Availability("cpu", False, str(error))
 
     def refusal(self, call: CallTraits) -> str | None:

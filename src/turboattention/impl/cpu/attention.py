@@ -115,5 +115,5 @@ def _attend(
             quantized=quantized,
         )
     except NonFiniteError:
-        check_finite("q", q, query_positions.valid)  # says which values
+        check_finite("q", q, query_positions.valid)  # reports which values
         raise

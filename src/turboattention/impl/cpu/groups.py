@@ -22,9 +22,9 @@ class Group:
     """Sequences with equally many new tokens, which are all stored in their slots, or all in temporary memory.
 
     rows: their rows of q, k and v. slots: int64 [B]. offsets: int64 [B, P], byte offsets of their pages. filled: int64
-    [B, F], those of the blocks that the step fills, -1 behind a sequence's last, or None if it fills none. first: int64
-    [B], the first row of each slot. in_place: whether new tokens fit in the slots. used: smallest and largest page and
-    slot number that the kernels access.
+    [B, F], those of the blocks that the step fills, -1 after the last of a sequence, or None if none fills. first:
+    int64 [B], the first row of each slot. in_place: whether new tokens fit in the slots. used: smallest and largest
+    page and slot number that the kernels access.
     """
 
     rows: FlatRows
@@ -50,7 +50,7 @@ class Group:
         rows in that block."""
         codes, scales = pool.of(layer)
         if self.in_place:
-            return TailSlots(codes, scales, self.rows.open_start, self.first, pool.ring, pool.ring)
+            return TailSlots(codes, scales, self.rows.tail_start, self.first, pool.ring, pool.ring)
         before, (heads, _, head_dim) = self.rows.before, codes[0].shape[1:]
         width = int(((self.rows.after + BLOCK - 1) // BLOCK - before // BLOCK).max()) * BLOCK
         shape = len(before), heads, width
@@ -62,7 +62,7 @@ class Group:
                 tail[side][row, :, :held] = codes[side][slot, :, first : first + held]
                 tail_scales[side][row, :, :held] = scales[side][slot, :, first : first + held]
         first = torch.arange(len(before)) * (heads * width)
-        return TailSlots(tail, tail_scales, self.rows.open_start, first, width, 0)
+        return TailSlots(tail, tail_scales, self.rows.tail_start, first, width, 0)
 
     def keep_last(self, pool: TailBlocks, layer: int, tail: TailSlots) -> None:
         """Copy the incomplete block of each sequence from temporary memory to its slot.
@@ -82,7 +82,7 @@ class Group:
 
 
 def blocks_filled(held: Counts, tokens: Counts) -> Counts:
-    """Blocks of a sequence that `tokens` more tokens fill, behind `held` ones that are not in pages."""
+    """Blocks of a sequence that `tokens` more tokens fill, after `held` tokens that are not in pages."""
     return (held + tokens) // BLOCK
 
 
@@ -145,9 +145,9 @@ def _filled(offsets: np.ndarray, before: np.ndarray, fills: np.ndarray) -> Tenso
     if not fills.any():
         return None
     column = np.arange(fills.max())
-    behind = column >= fills[:, None]
-    at = np.where(behind, 0, before[:, None] // BLOCK + column)
-    return torch.from_numpy(np.where(behind, -1, np.take_along_axis(offsets, at, 1)))
+    past = column >= fills[:, None]
+    at = np.where(past, 0, before[:, None] // BLOCK + column)
+    return torch.from_numpy(np.where(past, -1, np.take_along_axis(offsets, at, 1)))
 
 
 def _int64(x: Tensor) -> np.ndarray:

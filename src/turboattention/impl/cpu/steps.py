@@ -26,8 +26,8 @@ def step(
 ) -> tuple[Tensor, Tensor] | None:
     """Attend and append in one call, if no sequence fills more than one block. Shapes are checked.
 
-    q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lq, D] or None. Returns out and lse, or None if the call needs the general path.
-    Raises NonFiniteError. In both cases the cache is unchanged.
+    q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lq, D] or None. Returns out and lse, or None if the call needs the general path;
+    the cache is then unchanged, as it is if NonFiniteError is raised.
     """
     tokens = k.shape[2] if k is not None else 0
     if counts is not None or params.attn_mask is not None or (k is not None and q.shape[2] != tokens):
@@ -49,7 +49,7 @@ def step(
         steps.discard(cache, pages)
         for name, x in (("k_new", k), ("v_new", v), ("q", q)):
             if x is not None:
-                check_finite(name, x)  # says which values
+                check_finite(name, x)  # reports which values
         raise
     if tokens:
         steps.count(cache, tokens, filled, pages)
@@ -85,9 +85,9 @@ class _Steps:
         assert cache.page_table is not None
         self.addresses = cache.page_table.addresses()
         self._pages, self._start = pages_of(cache), cache.page_counts * cache.config.block_size
-        self._open = (cache.lengths - self._start).tolist()
+        self._tail_lengths = (cache.lengths - self._start).tolist()
         self._universal = None if cache.universal is None else cache.universal.contiguous()
-        self._began = int(cache.lengths.min()) > 0  # where a sequence begins, its universal scales are decided
+        self._began = int(cache.lengths.min()) > 0  # the first tokens decide the universal scales
         self._size, self._stored = cache.config.block_size, cache.config.stored_prefill
         state = cache.state(torch.device("cpu"))
         self._mean, self._order = None if state.k_mean is None else state.k_mean.contiguous(), cache.k_order
@@ -96,10 +96,10 @@ class _Steps:
 
     def fit(self, cache: KVCache, tokens: int, filled: list[int]) -> None:
         """Resize the buffer for `tokens` more tokens per sequence; sequences in `filled` fill a block with them."""
-        held = max(self._open)
+        held = max(self._tail_lengths)
         if not filled and tokens and held + tokens <= self._rows:
             return
-        left = [rows + tokens for rows in self._open]
+        left = [rows + tokens for rows in self._tail_lengths]
         for sequence in filled:
             left[sequence] -= self._size
         rows = tail_rows(cache, max(held, *left))  # rows of a block that fills are read from the buffer
@@ -122,14 +122,14 @@ class _Steps:
     def filled_by(self, tokens: int) -> list[int] | None:
         """Sequences that fill a block with `tokens` more tokens; None if that needs the general path."""
         if self._universal is not None and (not self._began or tokens >= self._size):
-            return None  # a block of new tokens alone has scales of its own
+            return None  # a block of new tokens only gets its own scales
         if tokens <= self._room:
             return []
         if not self._may_fill or tokens > LARGEST:
             return None
-        if self._stored and max(self._open) + tokens > self._size:
+        if self._stored and max(self._tail_lengths) + tokens > self._size:
             return None  # later rows must read the filled block from its page, which a step writes last
-        return [b for b, rows in enumerate(self._open) if blocks_filled(rows, tokens)]
+        return [b for b, rows in enumerate(self._tail_lengths) if blocks_filled(rows, tokens)]
 
     def fresh(self, cache: KVCache, filled: list[int]) -> tuple[list[int], Tensor | None]:
         """Pages for the blocks that the sequences in `filled` fill, and their addresses int64 [B, 1] (0 for others)."""
@@ -138,7 +138,7 @@ class _Steps:
         table = cache.page_table
         assert table is not None
         pages = table.fresh_pages(len(filled))
-        addresses = [[0]] * len(self._open)
+        addresses = [[0]] * len(self._tail_lengths)
         for sequence, page in zip(filled, pages, strict=True):
             addresses[sequence] = [table.page_address(page)]
         return pages, torch.tensor(addresses)
@@ -152,19 +152,19 @@ class _Steps:
         """Update lengths and counts after a step."""
         extend(cache, tokens, filled, pages)
         self._room -= tokens
-        self._open = [rows + tokens for rows in self._open]
+        self._tail_lengths = [rows + tokens for rows in self._tail_lengths]
         if filled:
             assert self._pages is not None
             for sequence in filled:
-                self._open[sequence] -= self._size
+                self._tail_lengths[sequence] -= self._size
                 self._start[sequence] += self._size
                 self._pages.counts[sequence] += 1
-            self._room = self._capacity - max(self._open)
+            self._room = self._capacity - max(self._tail_lengths)
             self.fit(cache, 0, [])
 
 
 def _steps_of(cache: KVCache) -> _Steps | None:
-    """The cache's `_Steps`, made anew if something else changed the cache; None for caches without such steps."""
+    """The cache's `_Steps`, new if something else changed the cache; None for caches without such steps."""
     if cache.page_table is None or cache.dtype is None or not cache.batch_size:
         return None
     steps = backend_state_of(cache, _Steps)

@@ -9,10 +9,10 @@ _cpu = importlib.import_module("turboattention._cpu")
 
 def in_use() -> str:
     """The instruction set of the kernels: the best that was compiled and the processor has, or the
-    one that the environment variable TURBOATTENTION_ISA names (ValueError where it is not there)."""
+    one that the environment variable TURBOATTENTION_ISA names (ValueError if it is not available)."""
     return _cpu.isa()
 
 
 def available() -> list[str]:
-    """Instruction sets compiled in that the processor has, the best first."""
+    """Instruction sets compiled in that the processor supports, the best first."""
     return _cpu.isas()

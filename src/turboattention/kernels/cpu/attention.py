@@ -27,8 +27,8 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16
 
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not compute a configuration, or None. The paper's running maximum and weight scales per tile
-    are computed together only."""
+    """Why these kernels do not compute a configuration, or None. They compute the running maximum and the weight scales
+    per tile of the paper only together."""
     if config.row_max != "running" or config.p_scale != "tile":
         return inputs.refusal(config, dtype)
     together = {"row_max": ("running",), "p_scale": ("tile",), "rescale": ("exact", "sas"), "stored_prefill": (False,)}
@@ -54,11 +54,11 @@ def attend(
     order: ChannelOrder | None = None,
     quantized: Int8Queries | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq].
+    """Attention of q [B, Hq, Lq, D] over pages and later rows: out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq].
 
-    mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
-    or None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: that of K's channels in compressed pages,
-    or None; `quantized` takes the place of q's values.
+    mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows), subtracted from keys from block `mean_from_block` on, or
+    None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: of the channels of K in compressed pages, or
+    None; `quantized` replaces the values of q.
 
     Raises UnsupportedError for what `refusal` names, NonFiniteError if a valid row of q is not finite or beyond 1e18.
     """
@@ -91,15 +91,15 @@ def attend(
         mask = mask.to(torch.float32)
     fill_call(a, config, causal=causal, window=window, softcap=softcap, mask=mask)
     a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
-    check_fit(0 if _cpu.attend(ctypes.addressof(a)) else 1)
+    refuse_non_finite(0 if _cpu.attend(ctypes.addressof(a)) else 1)
     del kept, channels
     return out, lse
 
 
-def check_fit(unfit: int) -> None:
+def refuse_non_finite(which: int) -> None:
     """Raise NonFiniteError unless a kernel returned 0; 1, 2, 3: q, k, v has a value that is not finite."""
-    if unfit:
-        name = ("q", "k", "v")[unfit - 1]
+    if which:
+        name = ("q", "k", "v")[which - 1]
         raise NonFiniteError(f"{name}: expected finite values up to 1e18 in magnitude, got others")
 
 
@@ -112,8 +112,8 @@ def fill_queries(
     scale: float,
     mean: Tensor | None,
 ) -> Tensor:
-    """Where queries are and results go; `order` from `channel_table`. Returns what must outlive the call beside the
-    tensors given."""
+    """Set the addresses of queries and results; `order` from `channel_table`. Returns a tensor that must outlive the
+    call, as the arguments must."""
     a.q, kept = float_rows(q)
     a.out, _ = float_rows(out)
     a.rotate, a.scale = config.rotate, scale
@@ -128,7 +128,7 @@ def channel_table(order: ChannelOrder | None) -> Tensor | None:
 
 
 def fill_pages(a: Arguments, pages: Pages) -> None:
-    """The page tables, which must outlive the call."""
+    """Set the page tables, which must outlive the call."""
     a.pages, a.page_counts = pages.addresses.data_ptr(), pages.counts.data_ptr()
     a.page_stride, a.sink_blocks = pages.addresses.shape[1], pages.sink_blocks
     a.sinks, a.compressed = page_sections(pages.sinks), page_sections(pages.compressed or pages.sinks)
@@ -137,7 +137,7 @@ def fill_pages(a: Arguments, pages: Pages) -> None:
 def fill_call(
     a: Arguments, config: TurboConfig, *, causal: bool, window: int | None, softcap: float | None, mask: Tensor | None
 ) -> None:
-    """What a call asks for; a mask, of a dtype in `_MASK_KINDS`, must outlive it."""
+    """Set the options of a call; a mask has a dtype of `_MASK_KINDS` and must outlive the call."""
     a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, softcap or 0.0
     a.row_scale, a.by_tile = config.p_scale == "row", config.p_scale == "tile"
     a.approximate_rescale = config.rescale == "sas"
@@ -150,7 +150,7 @@ def fill_call(
 
 
 class PageSections(ctypes.Structure):
-    """`PageSections` of csrc/cpu, and what its first field points at."""
+    """`PageSections` of csrc/cpu, with the table that its first field points to."""
 
     table: np.ndarray
     _fields_ = [
@@ -169,7 +169,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rotate",)),
         ("order", ctypes.c_void_p),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("mean", "unfit", "q_codes", "q_unit", "q_mean_logit")),
+        *((name, ctypes.c_void_p) for name in ("mean", "non_finite", "q_codes", "q_unit", "q_mean_logit")),
         *((name, ctypes.c_void_p) for name in ("first_position", "valid_rows", "lengths")),
         ("mean_from_block", ctypes.c_int64),
         ("pages", ctypes.c_void_p),
@@ -202,7 +202,7 @@ check_size(Arguments, _cpu.attend_bytes)
 
 @functools.cache
 def page_sections(layout: PageLayout) -> PageSections:
-    """Kept for good, with the table that it points into: there are no more than models have kinds of layers."""
+    """Cached for good, with the table that it points to: a model has few kinds of layers."""
     table = _head_offsets(layout)
     sections = PageSections(
         table.ctypes.data,

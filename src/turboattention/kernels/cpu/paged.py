@@ -1,4 +1,4 @@
-"""Steps over paged memory: the launchers of csrc/cpu/store.cpp, and of attention over flat tokens."""
+"""Steps over paged memory: the launchers of csrc/cpu/store.cpp, and of attention over concatenated sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK
-from .attention import Arguments, check_fit, fill_call, page_sections
+from .attention import Arguments, fill_call, page_sections, refuse_non_finite
 from .rows import Int8Rows, flat_rows, mean_address
 from .store import Store
 
@@ -21,9 +21,9 @@ _cpu = importlib.import_module("turboattention._cpu")
 
 
 class TailSlots:
-    """Tail blocks: codes int8 [..., D] and scales float32 [...] of K and V, contiguous. Sequence b's begin at row
-    `first[b]`, with position `start[b]` (int64 [B]), and have `head_rows` for each head; `ring`: see `Int8Rows` of
-    csrc/cpu, 0 for none. `memory`: for kernels."""
+    """Tail blocks: codes int8 [..., D] and scales float32 [...] of K and V, contiguous. The rows of sequence b begin at
+    row `first[b]`, with position `start[b]` (int64 [B]); each head has `head_rows`. `ring`: as in `Int8Rows` of
+    csrc/cpu, 0 for none. `memory`: the argument of the kernels."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class TailSlots:
 
 @dataclass(frozen=True)
 class FlatRows:
-    """B sequences that take `tokens` tokens each, from token `starts[b]` of the flat tensors on, behind `before[b]`
-    stored ones. int64 [B], contiguous, as what follows from them."""
+    """B sequences with `tokens` new tokens each, which begin at token `starts[b]` of the concatenated tensors and
+    follow `before[b]` stored ones. Unless stated otherwise, tensors are int64 [B] and contiguous."""
 
     tokens: int
     starts: Tensor
@@ -50,7 +50,7 @@ class FlatRows:
 
     @cached_property
     def flat(self) -> Tensor:
-        """Indices of all their tokens, sequence by sequence."""
+        """int64 [B tokens], the indices of all their tokens, sequence by sequence."""
         return (self.starts[:, None] + torch.arange(self.tokens)).flatten()
 
     @cached_property
@@ -59,25 +59,25 @@ class FlatRows:
 
     @cached_property
     def after(self) -> Tensor:
-        """Tokens stored behind the step."""
+        """Tokens stored after the step."""
         return self.before + self.tokens
 
     @cached_property
     def full(self) -> Tensor:
-        """Blocks that are full then."""
+        """Blocks that are full after the step."""
         return self.after // BLOCK
 
     @cached_property
-    def open_start(self) -> Tensor:
-        """Where the first block begins that the step touches."""
+    def tail_start(self) -> Tensor:
+        """Position of the first block that the step writes to."""
         return self.before // BLOCK * BLOCK
 
 
 class PagedCall:
-    """What a step asks of layers of one kind. What these have in common is filled in once: Python's share of a step
-    of few tokens is not small.
+    """The calls of a step for layers of one kind. The arguments that they share are filled in once, since Python takes
+    a considerable part of a step of few tokens.
 
-    rows: whose tokens; `group` query heads per KV head, `scale` of logits.
+    rows: the sequences; `group`: query heads per KV head; `scale`: factor of the logits.
     """
 
     def __init__(
@@ -106,14 +106,15 @@ class PagedCall:
         self._store, self._attend = s, a
 
     def take_order(self, order: Tensor | None) -> None:
-        """For the calls that follow: `ChannelOrder.table` of the layer's pages, or None; it must outlive them."""
+        """Set `ChannelOrder.table` of the pages for the calls that follow, or None; it must outlive them."""
         self._store.order = self._attend.order = None if order is None else order.data_ptr()
 
     def store(self, k: Tensor, v: Tensor, mean: Tensor | None, tail: TailSlots, fresh: Tensor | None) -> None:
-        """k, v [T, H, D] into tail rows, and blocks that are full then into pages; `fresh` as for `Store.fill_blocks`.
+        """Store k, v [T, H, D] in tail rows, and compress the blocks that are full then into pages; `fresh` as for
+        `Store.fill_blocks`.
 
-        mean: bfloat16 [B, H, D] in the stored space, or None. Raises NonFiniteError where k or v is not finite: no page
-        is written then, and tail rows from `before` on are to be written anew.
+        mean: bfloat16 [B, H, D] in the stored space, or None. Raises NonFiniteError if k or v is not finite: no page is
+        written then, and tail rows from `before` on have to be written again.
         """
         s, starts = self._store, self._rows.starts
         s.k, kept_k = flat_rows(k, starts)
@@ -121,7 +122,7 @@ class PagedCall:
         s.mean = mean_address(mean)
         s.tail = tail.memory
         s.fill_blocks(fresh)
-        check_fit(_cpu.store(ctypes.addressof(s)))
+        refuse_non_finite(_cpu.store(ctypes.addressof(s)))
         del kept_k, kept_v
 
     def attend(
@@ -133,10 +134,10 @@ class PagedCall:
         addresses: Tensor,
         sinks: Tensor | None = None,
     ) -> bool:
-        """q [T, Hq, D] of these rows, causally, over pages and tail rows, which hold their own tokens -> out, likewise.
+        """Causal attention of q [T, Hq, D] over pages and tail rows, which hold the new tokens, too -> out, like q.
 
-        mean: as for `store`. addresses: int64 [B, P], of the pages. sinks: float [Hq], or None. False where q is not
-        finite: what is not counts as zeros.
+        mean: as for `store`. addresses: int64 [B, P], of the pages. sinks: float [Hq], or None. Returns whether q is
+        finite: rows that are not count as zeros.
         """
         a, starts = self._attend, self._rows.starts
         lse = None if sinks is None else torch.empty((len(starts), q.shape[1], self._rows.tokens))

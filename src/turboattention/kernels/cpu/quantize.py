@@ -1,8 +1,7 @@
 """Stage 1 and the page codec: the launchers of csrc/cpu/quantize.
 
-Each has the meaning and the results, to the last bit, of its namesake in `kv.quantizer` (`kv.pages`
-for pages). Tensors are on the CPU; float64 is left to PyTorch.
-`isa` picks an instruction set of `_cpu.isas()`, by default the best.
+Each computes what its namesake in `kv.quantizer` (`kv.pages` for pages) does, with bit-equal results. Tensors are on
+the CPU; float64 is left to PyTorch. `isa` selects an instruction set of `_cpu.isas()`, by default the best.
 """
 
 from __future__ import annotations
@@ -51,16 +50,16 @@ def quantize_tokens(
     a.mean = mean_address(mean)
     a.codes, a.scales, a.batch_rows, a.head_rows = _tile(codes, scales)
     a.threads = torch.get_num_threads()
-    fine = _cpu.quantize_tokens(ctypes.addressof(a), isa)
+    finite = _cpu.quantize_tokens(ctypes.addressof(a), isa)
     del kept
-    return fine
+    return finite
 
 
 def first_block_mean(
     codes: Tensor, scales: Tensor, begin: int, end: int, wanted: Tensor, mean: Tensor, isa: str = ""
 ) -> Tensor:
-    """bfloat16 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows
-    `begin` to `end` (exclusive) of codes [B, H, W, D] under scales [B, H, W]."""
+    """bfloat16 [B, H, D]: `mean`, but for the sequences `wanted` (bool [B]) the mean of their rows `begin` to `end`
+    (exclusive) of codes [B, H, W, D] with scales [B, H, W]."""
     mean = mean.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
     batch, heads, _, head_dim = codes.shape
     wanted = _indices(wanted)

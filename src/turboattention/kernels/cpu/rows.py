@@ -1,4 +1,4 @@
-"""Rows as the kernels take them: float rows of any strides, channels side by side; INT8 rows with a scale each."""
+"""Row arguments of the kernels: float rows of any strides with contiguous channels, and INT8 rows with a scale each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def check_size(structure: type[ctypes.Structure], size: int) -> None:
-    """Raises ImportError if a structure has not the `size` in bytes that the extension says."""
+    """Raises ImportError unless a structure has the `size` in bytes that the extension reports."""
     if ctypes.sizeof(structure) != size:
         raise ImportError("turboattention._cpu: expected the build of this version, got another: rebuild it")
 
 
 def check_format(version: int | None) -> None:
-    """Raises ImportError if the extension was built for another `version` of the format (None: it does not say)."""
+    """Raises ImportError if the extension was built for another `version` of the format (None: unknown)."""
     if version != FORMAT_VERSION:
         got = version or "an earlier one"
         raise ImportError(
@@ -49,21 +49,21 @@ class Int8Rows(ctypes.Structure):
 
 
 def float_rows(x: Tensor) -> tuple[FloatRows, Tensor]:
-    """Float rows, and the tensor to keep while they are in use: a copy where channels lie apart."""
-    kind, x = _kind(x), _side_by_side(x)
+    """Float rows [B, H, T, D], and the tensor to keep while they are in use: a copy if the last stride is not 1."""
+    kind, x = _kind(x), _with_contiguous_channels(x)
     return FloatRows(x.data_ptr(), kind, *x.stride()[:3]), x
 
 
 def flat_rows(x: Tensor, starts: Tensor) -> tuple[FloatRows, Tensor]:
-    """The same for sequences that stand behind each other: x [T, H, D], of which sequence b begins at token
-    `starts[b]` (int64, contiguous; it must outlive the call, too)."""
-    kind, x = _kind(x), _side_by_side(x)
+    """The same for concatenated sequences: x [T, H, D], of which sequence b begins at token `starts[b]` (int64,
+    contiguous; it must outlive the call, too)."""
+    kind, x = _kind(x), _with_contiguous_channels(x)
     token, head, _ = x.stride()
     return FloatRows(x.data_ptr(), kind, 0, head, token, starts.data_ptr()), x
 
 
 def mean_address(mean: Tensor | None) -> int | None:
-    """Where a mean of K [B, H, D] stands, or None. Raises DtypeError unless it is bfloat16 and contiguous."""
+    """Address of a mean of K [B, H, D], or None. Raises DtypeError unless it is bfloat16 and contiguous."""
     if mean is None:
         return None
     if mean.dtype != torch.bfloat16 or not mean.is_contiguous():
@@ -77,5 +77,5 @@ def _kind(x: Tensor) -> int:
     return _KINDS[x.dtype]
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def _with_contiguous_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()

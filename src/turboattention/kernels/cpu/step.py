@@ -11,7 +11,7 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...kv.channel_order import ChannelOrder
 from ..inputs import BLOCK, Pages
-from .attention import Arguments, channel_table, check_fit, fill_call, fill_pages, fill_queries
+from .attention import Arguments, channel_table, fill_call, fill_pages, fill_queries, refuse_non_finite
 from .rows import check_size, float_rows, mean_address
 from .store import Store
 
@@ -19,17 +19,17 @@ _cpu = importlib.import_module("turboattention._cpu")
 
 
 LARGEST = BLOCK
-"""Tokens of a step that may fill blocks: no sequence then fills two."""
+"""The most tokens of a step that may fill blocks: no sequence then fills two."""
 
 
 class Step:
-    """What stays the same from step to step of a cache: kept until pages or sequences change.
+    """The arguments that steps of a cache share: kept until pages or sequences change.
 
-    pages: as for attention. start: int64 [B], position of the buffer's row 0. codes: int8 keys and
-    values [B, H, capacity, D or Dv], scales: bfloat16 [B, H, capacity], or float32 with `universal`; both written into.
-    mean: bfloat16 [B, H, D] or None, off the keys from position `mean_from` on. order: that of K's channels in
-    compressed pages, or None. universal: float32 [2, B, H], the scales of K and V that every new row takes; None where
-    each row has its own. The caller may change the page addresses, page counts and starts in place between steps.
+    pages: as for attention. start: int64 [B], position of row 0 of the buffer. codes: int8 keys and values [B, H,
+    capacity, D or Dv], scales: bfloat16 [B, H, capacity], or float32 with `universal`; both written to. mean: bfloat16
+    [B, H, D], subtracted from the keys from position `mean_from` on, or None. order: of the channels of K in compressed
+    pages, or None. universal: float32 [2, B, H], the scales of all new rows of K and V; None for a scale per row. The
+    caller may change the page addresses, page counts and starts in place between steps.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Step:
         args.scales[:] = [x.data_ptr() for x in scales]
 
     def append(self, k: Tensor, v: Tensor, before: Tensor, fresh: Tensor | None) -> None:
-        """Store k, v as `run` does, without queries."""
+        """Store k, v like `run`, without queries."""
         args = self._copy()
         self._call(args, k, v, before, fresh)
 
@@ -83,13 +83,14 @@ class Step:
         window: int | None,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D or Dv], if any, behind `before` (int64 [B]) stored ones ->
-        out [B, Hq, Lq, Dv] in q's dtype and lse float32 [B, Hq, Lq]. The last query stands at the last token.
+        """Attention of q [B, Hq, Lq, D], with new tokens k, v [B, H, T, D or Dv], if any, after `before` (int64 [B])
+        stored ones: out [B, Hq, Lq, Dv] in the dtype of q and lse float32 [B, Hq, Lq]. The last query is at the last
+        token.
 
-        fresh: int64 [B, 1], addresses of pages for the block that a sequence fills, 0 where it fills none;
-        None where none does. The rest of the buffer moves to its front.
+        fresh: int64 [B, 1], addresses of pages for the block that a sequence fills, 0 if it fills none; None if no
+        sequence does. The rest of the buffer moves to its front.
 
-        Raises NonFiniteError where q, k or v is not finite; buffer and pages are then as they were.
+        Raises NonFiniteError if q, k or v is not finite; buffer and pages are then unchanged.
         """
         heads, count = q.shape[1], q.shape[2]
         args = self._copy()
@@ -114,12 +115,12 @@ class Step:
             kept = kept_k, kept_v
         s.fill_blocks(fresh)
         args.attend.threads = s.threads = torch.get_num_threads()
-        unfit = _cpu.step(ctypes.addressof(args))
+        non_finite = _cpu.step(ctypes.addressof(args))
         del kept
-        check_fit(unfit)
+        refuse_non_finite(non_finite)
 
     def _copy(self) -> _Arguments:
-        """Of its own for every call: several threads may read one cache."""
+        """A copy for every call: several threads may read one cache."""
         return _Arguments.from_buffer_copy(self._arguments)
 
 

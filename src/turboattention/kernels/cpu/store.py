@@ -33,8 +33,8 @@ class Store(ctypes.Structure):
     ]
 
     def fill_blocks(self, fresh: Tensor | None) -> None:
-        """fresh: int64 [B, F], addresses of the pages for the blocks that the step fills, from the one on where a
-        sequence's tail rows begin; 0 behind the last. None if it fills none. It must outlive the call."""
+        """fresh: int64 [B, F], page addresses for the blocks that the step fills, from the block on that contains the
+        first tail row of a sequence; 0 after the last. None if no block fills. It must outlive the call."""
         self.fresh = None if fresh is None else fresh.data_ptr()
         self.fresh_blocks = 0 if fresh is None else fresh.shape[1]
 

@@ -1,4 +1,4 @@
-// INT8 rows that are not in pages (the buffer, a call's own tokens) as operands.
+// Reads a block of INT8 rows that are not in pages: of the buffer, or the tokens of the call itself.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace turbo::TURBO_ISA {
 
-// For few query rows a lane is a token or a channel, and codes are X8 + 128:
+// In decode a lane is a token or a channel, and codes are X8 + 128:
 //   keys    [D / 4 quads of channels][64 tokens][4 channels]
-//   values  [16 quads of tokens][Dp channels][4 tokens], Dp: Dv in 16s
-struct RowOperand {
+//   values  [16 quads of tokens][Dp channels][4 tokens], Dp: Dv rounded up to a multiple of 16
+struct UnpackedRows {
     alignas(64) std::uint8_t keys[kMaxHeadDim * kBlock];
     alignas(64) std::uint8_t values[kMaxHeadDim * kBlock];
     alignas(64) std::uint8_t work[kMaxHeadDim * kBlock];
@@ -28,7 +28,7 @@ struct TailBlock {  // `rows` rows of D or Dv codes, and their scales
     int rows;
 };
 
-// The block's other rows have scale zero.
+// Missing rows have the scale 0.
 inline void read_scales(BlockScales& out, const TailBlock& in) {
     alignas(64) float scale[kBlock] = {};
     std::memcpy(scale, in.v_scale, in.rows * sizeof(float));
@@ -37,18 +37,18 @@ inline void read_scales(BlockScales& out, const TailBlock& in) {
     std::memcpy(out.key, in.k_scale, in.rows * sizeof(float));
 }
 
-// 64 rows, missing ones zero, every byte XORed with `flip`.
+// Copies rows, pads them to 64 with zeros, and XORs every byte with `flip`.
 inline void copy_rows(std::uint8_t* out, const std::int8_t* in, int rows, int head_dim, std::uint8_t flip) {
     const int bytes = rows * head_dim;
     for (int i = 0; i < bytes; ++i) out[i] = static_cast<std::uint8_t>(in[i]) ^ flip;
     std::memset(out + bytes, flip, static_cast<std::size_t>(kBlock * head_dim - bytes));
 }
 
-// rows [64][D] -> words of four tokens [16][wide], channels past D left alone.
-inline void words_from_rows(std::uint8_t* out, const std::uint8_t* rows, int head_dim, int wide) {
+// rows [64][D] -> words of four tokens [16][padded_dim], channels beyond D are not written.
+inline void words_from_rows(std::uint8_t* out, const std::uint8_t* rows, int head_dim, int padded_dim) {
     for (int quad = 0; quad < kBlock / 4; ++quad) {
         const std::uint8_t* in = rows + 4 * quad * head_dim;
-        std::uint8_t* at = out + 4 * quad * wide;
+        std::uint8_t* at = out + 4 * quad * padded_dim;
         for (int c = 0; c < head_dim; ++c) {
             const std::uint32_t word = static_cast<std::uint32_t>(in[c]) |
                                        static_cast<std::uint32_t>(in[c + head_dim]) << 8 |
@@ -59,19 +59,20 @@ inline void words_from_rows(std::uint8_t* out, const std::uint8_t* rows, int hea
     }
 }
 
-inline void row_operand(RowOperand& out, const TailBlock& in, int head_dim, int value_dim) {
+inline void unpack_rows(UnpackedRows& out, const TailBlock& in, int head_dim, int value_dim) {
     copy_rows(out.work, in.k, in.rows, head_dim, 0x80);
     for (int quad = 0; quad < head_dim / 4; ++quad)
         for (int t = 0; t < kBlock; ++t)
             std::memcpy(out.keys + 4 * (quad * kBlock + t), out.work + t * head_dim + 4 * quad, 4);
-    const int wide = padded(value_dim);
+    const int padded_dim = padded(value_dim);
     copy_rows(out.work, in.v, in.rows, value_dim, 0x80);
-    words_from_rows(out.values, out.work, value_dim, wide);
+    words_from_rows(out.values, out.work, value_dim, padded_dim);
     for (int quad = 0; quad < kBlock / 4; ++quad)
-        std::memset(out.values + 4 * (quad * wide + value_dim), 0x80, 4 * static_cast<std::size_t>(wide - value_dim));
+        std::memset(out.values + 4 * (quad * padded_dim + value_dim), 0x80,
+                    4 * static_cast<std::size_t>(padded_dim - value_dim));
 }
 
-inline void lane_operand(Operand& out, const TailBlock& in, int head_dim, int value_dim) {
+inline void unpack_kv(UnpackedKV& out, const TailBlock& in, int head_dim, int value_dim) {
     const bool whole = in.rows == kBlock;
     out.keys = out.own_keys;
     if (whole && !kFlip)
