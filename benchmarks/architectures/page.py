@@ -112,7 +112,8 @@ def _over(kind: str, found: dict[str, Finding]) -> str:
     """Of "turbo" over a cache of transformers."""
     others = {name: finding for name, finding in found.items() if finding.verdict != "right"}
     said = (
-        f"Without a `TurboCache`, the same two sets of logits over a `{kind}`. Of "
+        f"Without a `TurboCache`, the same two sets of logits over a `{kind}`; architectures that do not call "
+        "transformers' attention interface attend by themselves then. Of "
         f"{len(found)} architectures whose eager attention runs over its own cache, {len(found) - len(others)} give "
         "those of eager attention" + ("; the others:" if others else ".")
     )
@@ -135,4 +136,5 @@ def reason(finding: Finding) -> str:
     """The message, without what differs between architectures."""
     note = finding.note or f"relative error {finding.error:.1e}"
     note = re.sub(r"(architecture|kind) '[\w.-]+'", r"\1 NAME", note)
+    note = re.sub(r"\d+ new tokens", "new tokens", note)
     return re.sub(r"\b(layer|layer's) \d+", r"\1 N", note).replace("|", r"\|")
