@@ -102,7 +102,7 @@ def table(rows: list[dict]) -> str:
             found.setdefault(what, {}).setdefault(row["triton"], row)
     columns = ["GPU", "for", "kernel", "warps, stages", "shared", *(f"Triton {release}" for release in releases)]
     lines = [
-        "With each release: instructions; registers of a thread (AMD: with accumulators); bytes that a thread spills. "
+        "With each release: instructions; registers of a thread (AMD: with accumulators); bytes that a thread spills.",
         "Shared: bytes of a program, with the first release.",
         "",
         f"| {' | '.join(columns)} |",
