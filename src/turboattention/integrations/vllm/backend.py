@@ -59,7 +59,7 @@ class TurboBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return current_platform.is_cpu()
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

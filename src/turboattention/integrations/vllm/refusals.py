@@ -19,6 +19,9 @@ from .settings import VARIABLE
 DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 """Methods of speculative decoding in which a model drafts, one token after another, over a cache of its own."""
 
+CONNECTORS = ("ExampleConnector",)
+"""KV connectors that were tested. They store and load full blocks alone: rows of an incomplete one are not in pages."""
+
 
 def largest_head(device_type: str) -> int:
     """Channels per head that the kernels for this type of device support."""
@@ -102,13 +105,25 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
         yield "data parallelism on GPUs (nothing tells its idle steps from others)"
     if parallel.use_ubatching:
         yield "batches split in two (--enable-dbo)"
-    transfer = config.kv_transfer_config
-    if transfer is not None and transfer.is_kv_transfer_instance:
-        yield (
-            f"the KV connector {transfer.kv_connector} (connectors and offloading move vLLM's pages alone, and "
-            "incomplete blocks are not in them)"
-        )
+    yield from _of_connectors(config)
     yield from _of_drafts(config)
+
+
+def _of_connectors(config: VllmConfig) -> Iterator[str]:
+    transfer = config.kv_transfer_config
+    if transfer is None or not transfer.is_kv_transfer_instance:
+        return
+    named = f"the KV connector {transfer.kv_connector}"
+    if transfer.kv_connector not in CONNECTORS:
+        yield f"{named} (not tested, and rows of incomplete blocks are not in pages; only {', '.join(CONNECTORS)})"
+    if config.device_config.device_type != "cpu":
+        yield f"{named} on GPUs (not tested)"
+    if config.cache_config.block_size != BLOCK:  # it takes numbers of blocks for those of pages
+        yield f"{named} with blocks of {config.cache_config.block_size} tokens (use --block-size {BLOCK})"
+    if config.parallel_config.world_size > 1:  # it writes the files of all ranks under the same names
+        yield f"{named} with {config.parallel_config.world_size} processes to an engine"
+    if config.speculative_config is not None or config.model_config.is_hybrid:
+        yield f"{named} with speculative decoding or recurrent layers (not tested)"
 
 
 def _of_drafts(config: VllmConfig) -> Iterator[str]:

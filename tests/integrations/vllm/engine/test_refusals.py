@@ -59,6 +59,10 @@ def drafts(method: str, **changes: Any) -> Any:
     return SimpleNamespace(**{"method": method, "num_speculative_tokens": 3, "parallel_drafting": False, **changes})
 
 
+def connector(name: str = "ExampleConnector") -> Any:
+    return SimpleNamespace(is_kv_transfer_instance=True, kv_connector=name)
+
+
 def engine(**changes: Any) -> Any:
     values = dict(
         block_size=128,
@@ -72,6 +76,7 @@ def engine(**changes: Any) -> Any:
         prefill_context_parallel_size=1,
         use_ubatching=False,
         data_parallel_size=1,
+        world_size=1,
         device_type="cpu",
         transfer=None,
         drafts=None,
@@ -105,7 +110,21 @@ def engine(**changes: Any) -> Any:
         ({"prefill_context_parallel_size": 2}, "context parallelism"),
         ({"use_ubatching": True}, "batches split in two"),
         ({"data_parallel_size": 2, "device_type": "cuda"}, "data parallelism on GPUs"),
-        ({"transfer": SimpleNamespace(is_kv_transfer_instance=True, kv_connector="Some")}, "the KV connector Some ("),
+        ({"transfer": connector("NixlConnector")}, "the KV connector NixlConnector (not tested, and rows of incompl"),
+        ({"transfer": connector(), "device_type": "cuda"}, "the KV connector ExampleConnector on GPUs"),
+        ({"transfer": connector()}, "the KV connector ExampleConnector with blocks of 128 tokens (use --block-size"),
+        (
+            {"transfer": connector(), "block_size": 64, "world_size": 2},
+            "the KV connector ExampleConnector with 2 processes to an engine",
+        ),
+        (
+            {"transfer": connector(), "block_size": 64, "drafts": drafts("ngram")},
+            "the KV connector ExampleConnector with speculative decoding or recurrent layers",
+        ),
+        (
+            {"transfer": connector(), "block_size": 64, "is_hybrid": True},
+            "the KV connector ExampleConnector with speculative decoding or recurrent layers",
+        ),
         ({"drafts": drafts("suffix")}, "speculative decoding by 'suffix' (only by ngram, draft_model, eagle,"),
         ({"drafts": drafts("medusa")}, "speculative decoding by 'medusa' (only by ngram, draft_model, eagle,"),
         ({"drafts": drafts("ngram"), "is_hybrid": True}, "speculative decoding in models that mix attention with"),
@@ -123,6 +142,7 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
     refuse_engine(engine(drafts=drafts("ngram", num_speculative_tokens=63), data_parallel_size=2))
     refuse_engine(engine(drafts=drafts("eagle3", num_speculative_tokens=63)))
     refuse_engine(engine(is_hybrid=True))
+    refuse_engine(engine(transfer=connector(), block_size=64))
     refuse_engine(engine(enable_prefix_caching=True))
 
 
@@ -207,7 +227,7 @@ def test_models(start, tmp_path, kind: str, changes: dict[str, Any], named: str)
     [
         ({"block_size": 32}, UnsupportedError, "--block-size 32"),
         ({"kv_cache_dtype": "fp8"}, UnsupportedError, "kv_cache_dtype 'fp8'"),
-        ({"kv_offloading_size": 1.0}, UnsupportedError, "the KV connector OffloadingConnector (connectors and off"),
+        ({"kv_offloading_size": 1.0}, UnsupportedError, "the KV connector OffloadingConnector (not tested, and"),
         ({"additional_config": {"turboattention": {"bits": "mixed"}}}, ConfigError, '"mixed" needs a calibration'),
     ],
 )
