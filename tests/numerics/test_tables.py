@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from turboattention.evaluation.errors_by_preset import LONG_CONTEXT, PRESETS, long_context_error, preset_error
+from turboattention.evaluation.errors_by_preset import (
+    EARLY,
+    LONG_CONTEXT,
+    PRESETS,
+    early_error,
+    long_context_error,
+    preset_error,
+)
 from turboattention.evaluation.synthetic import KINDS
 
 WIDTHS = (8, 4, 3, 2)
@@ -32,6 +39,7 @@ def recorded(title: str) -> dict[str, dict[str, tuple[float, ...]]]:
 
 STORAGE = recorded("Storage only")
 WHOLE = recorded("The whole path")
+FIRST_ROWS = recorded("The default at 8 bits from the first row on")
 
 measure = functools.lru_cache(maxsize=None)(preset_error)
 
@@ -48,6 +56,13 @@ def test_row_of_the_preset_table(row, kind):
 
 def test_every_row_is_recorded():
     assert list(STORAGE) == list(WHOLE) == list(PRESETS)
+    assert list(FIRST_ROWS) == list(EARLY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", EARLY)
+def test_row_of_the_table_of_first_rows(row, kind):
+    assert early_error(kind, *EARLY[row]) == pytest.approx(FIRST_ROWS[row][kind], rel=0.02, abs=0.0006)
 
 
 def test_default_is_better_than_the_paper_wherever_keys_are_not_plain_noise():

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..api import turbo_attention_with_kvcache
 from ..config import TurboConfig
 from ..kv.cache import KVCache
+from ..kv.stage1 import MEAN_SKIPS
 from ..reference.exact import exact_attention
 from .synthetic import long_context_sink, synthetic_qkv
 
@@ -23,6 +24,14 @@ PRESETS: dict[str, TurboConfig] = {
     "+ K of 4, 3 and 2 bits in order": TurboConfig(reorder_k=True, guard="off"),
 }
 """Rows of the table, from the paper's preset to the default and beyond."""
+
+EARLY: dict[str, tuple[int, bool]] = {
+    "all rows": (1024, False),
+    "first 128 rows": (128, False),
+    "all rows, first block smoothed": (1024, True),
+    "first 128 rows, first block smoothed": (128, True),
+}
+"""Rows of the table of the first rows: the arguments of `early_error`."""
 
 _RUNNING = TurboConfig(bits=8, row_max="running", softmax="sas", sas_threshold=-6.0, guard="off")
 
@@ -44,14 +53,31 @@ def preset_error(kind: str, bits: int, config: TurboConfig) -> tuple[float, floa
 
     Returns (storage, whole): exact attention over what the cache stores, and the whole integer path.
     """
+    wanted, *got = _outputs(kind, config.replace(bits=bits), slice(-LAST_ROWS, None), False)
+    stored, whole = (relative_error(x, wanted) for x in got)
+    return stored, whole
+
+
+def early_error(kind: str, rows: int, known_mean: bool) -> tuple[float, float]:
+    """As `preset_error`, for the default at 8 bits, over the first `rows` rows.
+
+    known_mean: as if the mean of the first block were known before its keys are quantized, so that they are smoothed.
+    """
+    wanted, *got = _outputs(kind, TurboConfig(bits=8, guard="off"), slice(None), known_mean)
+    stored, whole = (relative_error(x[:, :, :rows], wanted[:, :, :rows]) for x in got)
+    return stored, whole
+
+
+def _outputs(kind: str, config: TurboConfig, rows: slice, known_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of exact attention, of exact attention over what the cache stores, and of the whole integer path."""
     q, k, v = (torch.from_numpy(x) for x in synthetic_qkv(kind))
-    q = q[:, :, -LAST_ROWS:]
-    wanted, _ = exact_attention(q, k, v, is_causal=True)
-    cache = KVCache(1, k.shape[1], k.shape[3], config=config.replace(bits=bits))
+    q = q[:, :, rows]
+    mean = k[0, :, MEAN_SKIPS : config.block_size].mean(1).float() if known_mean else None
+    cache = KVCache(1, k.shape[1], k.shape[3], config=config, k_mean=mean)
     cache.append(k.float(), v.float())
+    wanted, _ = exact_attention(q, k, v, is_causal=True)
     stored, _ = exact_attention(q, *cache.dequantize(), is_causal=True)
-    whole = turbo_attention_with_kvcache(q.float(), cache, backend="reference")
-    return relative_error(stored, wanted), relative_error(whole, wanted)
+    return wanted, stored, turbo_attention_with_kvcache(q.float(), cache, backend="reference")
 
 
 def long_context_error(tokens: int, gap: float, config: TurboConfig) -> float:
