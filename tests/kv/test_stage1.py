@@ -198,7 +198,7 @@ def test_the_universal_scale_comes_from_the_first_append_of_each_sequence():
 
 
 def test_a_block_that_fills_up_in_pieces_is_stored_under_the_universal_scale():
-    """Nothing that was buffered is scaled again (numerics.md, section 4)."""
+    """Nothing that was buffered is scaled again."""
     k, v = tokens(1, 1, 100, 16)
     cache = ta.KVCache(1, 1, 16, config=PAPER)
     cache.append(k[:, :, :40], v[:, :, :40])

@@ -1,4 +1,4 @@
-"""FlashQ: the two stages of quantization (paper section 3, numerics.md sections 1 to 3)."""
+"""FlashQ: the two stages of quantization (paper section 3; docs/numerics.md)."""
 
 from .head_priority import assign_head_bits, head_priority
 from .packing import pack_codes, unpack_codes

@@ -1,4 +1,4 @@
-"""Head priority, gap x std, which selects the heads stored at 2 bits (paper section 3.2, numerics.md section 3)."""
+"""Head priority, gap x std, which selects the heads stored at 2 bits (paper section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 2: INT8 to 5, 4, 3, 2 or 1 bits with a step and zero per channel, in integers (numerics.md section 2).
+"""Stage 2: INT8 to 5, 4, 3, 2 or 1 bits with a step and zero per channel, in integers.
 
 `step = max(1, ceil((hi - lo) / (2^bits - 1)))` (at most 127), `zero = lo`,
 `code = clip(round_half_even((X8 - zero) / step), 0, 2^bits - 1)`, `X8' = code step + zero`.

@@ -1,4 +1,4 @@
-"""Stage 1: symmetric quantization of floats to INT8, per tile or per token (numerics.md section 1).
+"""Stage 1: symmetric quantization of floats to INT8, per tile or per token.
 
 Codes are within +-119 instead of +-127, so that values rounded to a step by stage 2 still fit in INT8.
 

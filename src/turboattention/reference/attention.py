@@ -1,4 +1,4 @@
-"""The loop over blocks that prefill and decode share (numerics.md section 6)."""
+"""The loop over blocks that prefill and decode share."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Accumulator:
 def online_softmax_update(
     config: TurboConfig, softmax: str, state: Accumulator, rows: slice, scores: Tensor, v8: Tensor, v_scale: Tensor
 ) -> None:
-    """Fold n blocks into `state` (numerics.md section 6).
+    """Fold n blocks into `state`.
 
     Args:
         softmax: of `TurboConfig.softmax_on`.

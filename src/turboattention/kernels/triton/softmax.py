@@ -1,4 +1,4 @@
-"""Attention weights of one block against the block's own maximum, as INT8 (numerics.md sections 5 and 6).
+"""Attention weights of one block against the block's own maximum, as INT8 (docs/numerics.md).
 
 Weights are in units of 1/127. The exponentials: `sas` takes e^-n from the exponential unit and a cubic,
 `sas2` takes 2^-n from exponent bits and a cubic, `exp` is exact. Arguments of the latter two are in base 2.
