@@ -70,6 +70,15 @@ def test_plain_output(run: Run, chat_model: Path, chat_language, file: Path, exp
     assert "\x1b" not in ran.stderr
 
 
+def test_a_pipe_without_questions(run: Run, chat_model: Path, file: Path, tmp_path: Path) -> None:
+    ran = call(run, chat_model, file, stdin="")
+    message = "error: --question: expected at least one, or a question in each line of stdin, got none"
+    assert (ran.code, ran.stderr.splitlines()[-1]) == (2, message)
+    ran = call(run, chat_model, file, "--save-cache", tmp_path / "document", stdin="")
+    assert (tmp_path / "document").exists()
+    assert ran.stdout == ""
+
+
 def test_one_question_gets_the_answer_alone(run: Run, chat_model: Path, chat_language, file: Path, expected) -> None:
     ran = run("ask", "--model", chat_model, "--file", file, "-q", QUESTIONS[0], "--max-new-tokens", 6)
     assert ran.stdout == f"{chat_language.decode(expected[0])}\n"

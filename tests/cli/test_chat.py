@@ -241,7 +241,7 @@ def test_help_and_clear(run: Run, chat_model: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
-        ("/nothing\n", "/nothing: expected one of the commands that /help lists, got another"),
+        ("/nothing\n", "/nothing: expected a command that /help lists, got an unknown one"),
         ("/save\n", "/save: expected a file, as in /save talk.cache, got none"),
         ("/save x\n", "/save: expected a conversation of at least one turn, got none"),
         ("/load none\n", "/load: expected a file, got none: no such file"),

@@ -258,13 +258,19 @@ def _ready(request: Request, document: Document, start: Start, language: Languag
 
 
 def _answer_lines(request: Request, ready: Ready, bars: Bars) -> None:
-    """Answer the questions of stdin, each as it comes."""
+    """Answer the questions of stdin, each as it comes. A pipe without any is an error, unless the document was to be
+    saved."""
+    lines, asked = Lines("stdin", "? "), 0
 
     def answer(question: str) -> None:
+        nonlocal asked
+        asked += 1
         _until_stopped(request, ready, ready.document.check_length(question, request.limit), bars)
 
-    if Lines("stdin", "? ").each(answer):
+    if lines.each(answer):
         raise typer.Exit(2)
+    if not asked and not lines.typed and request.save_cache is None:
+        raise InputError("--question: expected at least one, or a question in each line of stdin, got none")
 
 
 def _until_stopped(request: Request, ready: Ready, ids: list[int], bars: Bars) -> None:

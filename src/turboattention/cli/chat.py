@@ -83,8 +83,8 @@ def chat(
 ) -> None:
     """Chat with a model. The quantized cache is kept between turns, and saved to a file with /save.
 
-    Each line of stdin is a message. The cost of each turn is printed on stderr; a line that fails, too, and the next
-    one follows.
+    Each line of stdin is a message. What each turn cost is printed on stderr. After a line that fails, the error is
+    printed there too, and the next line follows.
 
     Example: turboattention chat --model SmolLM2-135M-Instruct.Q4_1.gguf --bits 3
     """
@@ -173,4 +173,4 @@ class Chat:
             self.session.clear()
             note("a new conversation")
         else:
-            raise InputError(f"{name}: expected one of the commands that /help lists, got another")
+            raise InputError(f"{name}: expected a command that /help lists, got an unknown one")
