@@ -154,13 +154,11 @@ def test_the_threads_that_torch_has_share_the_work(name, monkeypatch):
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            most = 0
-            for _ in range(200 if threads == 2 else 3):
+            most, until = 0, time.monotonic() + (60 if threads == 2 else 0.1)  # a busy machine lets the second one wait
+            while most < 2 and time.monotonic() < until:
                 _cpu.take_most_workers()
                 call()
                 most = max(most, _cpu.take_most_workers())
-                if most == 2:
-                    break
             assert most == threads
     finally:
         torch.set_num_threads(before)

@@ -228,7 +228,7 @@ def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
     monkeypatch.setattr(configs, "architecture_of", lambda device: sm_90)
     monkeypatch.setattr(configs, "_processors", lambda device: 132)
     with torch.device("meta"):
-        server_blocks = TailBlocks(1, 4, HEADS, 16)
+        server_blocks = TailBlocks(1, 4, HEADS, 16, device="meta")
         index = torch.zeros(4, dtype=torch.int32)
         batch = PagedBatch(index, index[1:], torch.zeros(3, 999, dtype=torch.int32), index[1:], most)
         q, k, v = (torch.zeros(200, heads, 16, dtype=torch.bfloat16) for heads in (4, HEADS, HEADS))
