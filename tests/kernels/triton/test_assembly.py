@@ -39,7 +39,7 @@ LATER = tuple(map(int, metadata.version("triton").split(".")[:2])) > (3, 6)
 
 
 def decode_product(target: str, row: dict[str, Any]) -> str | tuple[str, ...]:
-    """How its instructions begin. IGMMA takes four warps, and Triton takes it for 16 columns or more, after 3.6 for 8."""
+    """How its instructions begin. IGMMA takes four warps, and Triton takes it for 16 columns (after 3.6, 8) or more."""
     fewest = 8 if LATER else 16
     return "IMMA" if target == "sm_90" and (row["warps"] < 4 or row["constants"]["R"] < fewest) else NAMES[target]
 
