@@ -18,6 +18,19 @@ from .answers import Answer
 
 MODEL = Path(bundled.__file__).parent / "model"
 
+_SIZES: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+"""Of the models with random weights; their words are those of the bundled model's tokenizer."""
+
 
 def save_window(folder: Path, window: int = 70) -> Path:
     """The bundled weights with every layer looking back `window` tokens: what Mistral is to Llama."""
@@ -34,21 +47,13 @@ def save_gemma(folder: Path, head_dim: int = 64) -> Path:
 
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=2048,
-        hidden_size=128,
+        **_SIZES,
         intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=head_dim,
         query_pre_attn_scalar=head_dim,
         attn_logit_softcapping=5.0,
         sliding_window=70,
-        max_position_embeddings=1024,
         initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     model = Gemma2ForCausalLM(config)
     # Small embeddings leave the word to the layers; a large last norm parts the logits again.
@@ -64,17 +69,12 @@ def save_gpt_oss(folder: Path, sinks: Sequence[float] = (-2.0, 0.0, 2.0, 4.0)) -
 
     torch.manual_seed(0)
     config = GptOssConfig(
-        vocab_size=2048,
-        hidden_size=128,
+        **_SIZES,
         intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
         num_local_experts=4,
         num_experts_per_tok=4,
         sliding_window=70,
-        max_position_embeddings=1024,
         rope_parameters={
             "rope_type": "yarn",
             "rope_theta": 150000.0,
@@ -85,9 +85,6 @@ def save_gpt_oss(folder: Path, sinks: Sequence[float] = (-2.0, 0.0, 2.0, 4.0)) -
             "original_max_position_embeddings": 512,
         },
         initializer_range=0.07,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     model = GptOssForCausalLM(config)
     model.model.embed_tokens.weight.data.mul_(0.5)
@@ -104,12 +101,8 @@ def save_falcon_h1(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = FalconH1Config(
-        vocab_size=2048,
-        hidden_size=128,
+        **_SIZES,
         intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
         mamba_d_ssm=128,
         mamba_n_heads=4,
@@ -117,11 +110,7 @@ def save_falcon_h1(folder: Path) -> Path:
         mamba_d_state=16,
         mamba_n_groups=1,
         mamba_chunk_size=64,
-        max_position_embeddings=1024,
         initializer_range=0.07,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     model = FalconH1ForCausalLM(config)
     model.model.embed_tokens.weight.data.mul_(0.5)
