@@ -281,8 +281,8 @@ def _pages(plan: Plan) -> None:
         layout = PageLayout(plan.head_dim, 64, *bits, token_scales=True, k_halves=some)
         order = None
         if some:
-            places = normals(plan.kv_heads, plan.head_dim, seed=7).argsort(-1).to(torch.uint8)
-            order = ChannelOrder(places, torch.tensor(some))
+            permutation = normals(plan.kv_heads, plan.head_dim, seed=7).argsort(-1).to(torch.uint8)
+            order = ChannelOrder(permutation, torch.tensor(some))
         given = layout, k8, v8, scale, scale, search, order, True
         got, want = pages.encode_pages(*given), quantizer.PYTORCH.encode_pages(*given)
         assert torch.equal(got, want), f"{int((got != want).sum())} of {got.numel()} bytes differ"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.inputs import BLOCK, QueryPositions, TailRows
 from ...kernels.triton.append import flush_blocks, store_tokens
 from ...kernels.triton.attention import attend
-from ...kernels.triton.lengths import advance, stand
+from ...kernels.triton.lengths import advance, new_tokens
 from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kernels.triton.smoothing import first_block_mean
@@ -101,7 +101,7 @@ class Steps:
         Without counts, a step is device work only, and the same for all steps, so a CUDA graph can capture it.
         """
         tokens = 0 if k is None else k.shape[2]
-        taken = stand(self._lengths, tokens, q.shape[2], self._uploaded(counts))
+        taken = new_tokens(self._lengths, tokens, q.shape[2], self._uploaded(counts))
         if k is not None and v is not None:
             self._write(k, v, taken.tokens)
         result = self._attend(q, taken.query_positions, call, self._cleaned(mask))
@@ -113,7 +113,7 @@ class Steps:
     @on_own_device
     def store(self, k: Tensor, v: Tensor, *, fills: Fills, counts: Tensor | None = None) -> None:
         """Store new tokens k, v [B, H, T, D] without attention."""
-        taken = stand(self._lengths, k.shape[2], 0, self._uploaded(counts)).tokens
+        taken = new_tokens(self._lengths, k.shape[2], 0, self._uploaded(counts)).tokens
         self._write(k, v, taken)
         self._advance(taken, fills)
 

@@ -101,7 +101,7 @@ def _queries_kernel(
     q,
     valid,
     mean,
-    places,
+    permutation,
     halved,
     codes,
     units,
@@ -137,11 +137,11 @@ def _queries_kernel(
     to = row.to(tl.int64)
     store_codes(codes, to, there, values, D, WIDTH)
     tl.store(units + to, unit * scale, mask=there)
-    if places is not None:
+    if permutation is not None:
         channel = tl.arange(0, WIDTH)[None, :]
         some = tl.load(halved + h // group) != 0
         taken = (wanted & fine & some)[:, None] & (channel < D)
-        place = tl.load(places + (h // group)[:, None] * D + channel, mask=taken, other=0)
+        place = tl.load(permutation + (h // group)[:, None] * D + channel, mask=taken, other=0)
         y = tl.load(q + offsets[:, None] + place, mask=taken, other=0.0).to(tl.float32)
         values, unit = token_codes(tl.where(some[:, None], y, x), False)
         store_codes(ordered_codes, to, there, values, D, WIDTH)
@@ -180,7 +180,7 @@ def quantize_queries(
     codes = torch.empty(batch, kv_heads, heads // kv_heads, count, head_dim, dtype=torch.int8, device=q.device)
     unit = torch.empty(codes.shape[:-1], dtype=torch.float32, device=q.device)
     logits = None if mean is None else torch.empty_like(unit)
-    places, halved = order or (None, None)
+    permutation, halved = order or (None, None)
     ordered = (None, None) if order is None else (torch.empty_like(codes), torch.empty_like(unit))
     if flag is None:
         flag = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -188,7 +188,7 @@ def quantize_queries(
     if rows:
         shape, single = row_shape(rows, head_dim), float(np.float32(scale))
         _queries_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-            q, indices(valid, q), means(mean), places, halved, codes, unit, *ordered, logits, flag, rows, heads,
+            q, indices(valid, q), means(mean), permutation, halved, codes, unit, *ordered, logits, flag, rows, heads,
             heads // kv_heads, count, single, scale - single, *q.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
         )  # fmt: skip
     return Int8Queries(codes, unit, logits, *ordered), flag
