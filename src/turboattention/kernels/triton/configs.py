@@ -62,9 +62,9 @@ class Architecture:
 # registers per lane, and decode on gfx942 uses more than half of them. On an H100, limits of 168 and 128 registers
 # gained 4 % at INT3 and were slower otherwise: more warps run, but their spills cost as much as the latency they hide.
 ARCHITECTURES = {
-    "sm_80": Architecture("sm_80", "ptx", True, False, False, 8),
-    "sm_90": Architecture("sm_90", "ptx", False, False, False, 8),
-    "gfx942": Architecture("gfx942", "", False, False, False, 4),
+    "sm_80": Architecture("sm_80", "ptx", True, False, True, 8),
+    "sm_90": Architecture("sm_90", "ptx", False, False, True, 8),
+    "gfx942": Architecture("gfx942", "", False, False, True, 4),
     "interpreter": Architecture("interpreter", "", False, True, False, 8),
 }
 
