@@ -47,7 +47,7 @@ class Assembly:
     thread; shared: bytes of a program; code: its instructions, without operands; inline_assembly: operations of
     that kind, packed_lanes: those of them over several elements at once; overwritten: `register_hazards`;
     from_registers: asynchronous products that read their first operand from registers; loops: their first instruction
-    and the branch back to it, as places in the code. The last three are empty or 0 for AMD."""
+    and the branch back to it, as places in the code. For AMD, `overwritten` is empty and `from_registers` 0."""
 
     kernel: str
     constants: dict[str, Any]

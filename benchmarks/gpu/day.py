@@ -18,6 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+BUDGET = 540.0
+"""Seconds of a session, by default."""
+
 ROOT = Path(__file__).parents[2]
 # In front of all: another package `tests`, or another turboattention, may be installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(Path(__file__).parent)]
@@ -39,7 +42,7 @@ def main() -> int:
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.budget is None:
-        options.budget = 3600.0 if options.rehearse else 540.0  # the interpreter is slow
+        options.budget = 3600.0 if options.rehearse else BUDGET  # the interpreter is slow
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if options.device_check:
