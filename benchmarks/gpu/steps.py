@@ -140,8 +140,8 @@ def _compile(shapes: Any, which: str, results: Results) -> Rows:
 
 def _cubins(shapes: Any, which: str, results: Results) -> Rows:
     """What was compiled, in one file beside the results."""
-    folder = os.environ.get("TRITON_CACHE_DIR")
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix in _COMPILED) if folder else []
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", results.path.parent))
+    found = sorted(path for path in folder.rglob("*") if path.suffix in _COMPILED)
     if _rehearsed() or not found:
         yield {"missing": "a GPU" if _rehearsed() else "compiled kernels"}
         return

@@ -130,12 +130,10 @@ class Waits(TorchFunctionMode):
 
     def _note(self, name: str) -> None:
         frame = sys._getframe(1)
-        while frame is not None and PACKAGE not in (path := Path(frame.f_code.co_filename)).parents:
+        while frame is not None and PACKAGE not in Path(frame.f_code.co_filename).parents:
             frame = frame.f_back
-        if frame is None:
-            self.found.append(("", "", name))
-        else:
-            self.found.append((str(path.relative_to(PACKAGE)), frame.f_code.co_name, name))
+        where = ("", "") if frame is None else (frame.f_code.co_filename, frame.f_code.co_name)
+        self.found.append((where[0].removeprefix(f"{PACKAGE}/"), where[1], name))
 
 
 def _is_device(x: object) -> bool:

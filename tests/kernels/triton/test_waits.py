@@ -130,7 +130,7 @@ def test_the_stand_in_lets_pass_what_does_not_wait(monkeypatch):
         assert back.device.type == "cpu"
         assert waits.found == []
         with pytest.raises(AssertionError, match="on the device and on the CPU"):
-            x + host
+            torch.add(x, host)
 
 
 # -- what prompts store and tell ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ stored as on the general path, but values that are not finite are read as zeros 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from .attention import attend_state
 from .deferred_error import cleaned, flag_of
 from .device import on_own_device
 from .steps import tokens_decide
+
+if TYPE_CHECKING:
+    from ...kv.quantizer import TokenQuantizer
 
 
 @in_own_modes
@@ -81,7 +84,7 @@ def _staged(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor) -> tuple[Stage
     cache.look()
     allocate(cache, k.device)
     flag = flag_of(cache).on_device
-    return stage(cache, k, v, counts, quantizer=_Telling(flag)), flag
+    return stage(cache, k, v, counts, quantizer=cast("TokenQuantizer", _Telling(flag))), flag
 
 
 def _commit(cache: KVCache, staged: Stage) -> None:

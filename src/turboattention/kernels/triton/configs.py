@@ -3,10 +3,10 @@
 The entries of sm_90 at head_dim 128, for decode with up to four rows and for prefill, were within 5 % of the fastest of
 a sweep on an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl). The others were
 chosen by reading the assembly. The configurations that benchmarks/gpu/kernels.py lists as quick spill at most 16 bytes
-per thread with Triton 3.6, none in a loop, and 96 with later releases (but for one, 200), and prefill without masks
-none (tests/kernels/triton/test_assembly.py). Decode with two warps spills less but took 1.2 to 1.3 times as long at 4
-bits and 1.8 to 1.9 times at 3 (metadata.jsonl there). An architecture also represents later ones with as much shared
-memory (`architecture_of`).
+per thread with Triton 3.6, none in a loop, and 96 with later releases, and prefill without masks none
+(tests/kernels/triton/test_assembly.py). Decode with two warps spills less but took 1.2 to 1.3 times as long at 4 bits
+and 1.8 to 1.9 times at 3 (metadata.jsonl there). An architecture also represents later ones with as much shared memory
+(`architecture_of`).
 """
 
 from __future__ import annotations
