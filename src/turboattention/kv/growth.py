@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..modes import in_own_modes
-from .compression import Compression, Encoded, compression_of
+from .compression import Compression, Encoded
 from .page_table import PageTable
 from .stage1 import Stage
 from .stage1 import stage as stage_tokens
@@ -67,12 +67,11 @@ def encode(cache: KVCache, compression: Compression) -> list[Encoded]:
 
 
 @in_own_modes
-def commit(cache: KVCache, staged: Stage, head_bits: Tensor | None = None) -> None:
-    """Store staged tokens; `head_bits` int64 [2, Hkv] overrides widths that are not frozen yet."""
+def commit(cache: KVCache, staged: Stage, compression: Compression) -> None:
+    """Store staged tokens; `compression`: of `staged` (`compression_of`)."""
     table, tail, size = cache.page_table, cache.tail, cache.config.block_size
     assert table is not None and tail is not None
     cache.backend_state = None
-    compression = compression_of(cache, staged, head_bits)
     flush, first = compression.flush, first_kept_blocks(staged.lengths, cache.window_size, size)
     seen = flush.block >= first[flush.batch]
     parts = encode(cache, compression.of(flush.where(seen)))

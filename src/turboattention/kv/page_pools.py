@@ -34,6 +34,10 @@ class PagePools:
         self.compressed = PagePool(self._layout(head_bits, order), self.device)
         self._order = None if order is None else packed(order.permutation)
 
+    def thaw(self) -> None:
+        """Undo `freeze`, while no page has that format."""
+        self.compressed = self._order = None
+
     @property
     def head_bits(self) -> Tensor | None:
         """int64 [2, Hkv], widths of K and V in compressed pages; None until they are fixed."""

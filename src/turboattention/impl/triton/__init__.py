@@ -22,6 +22,7 @@ class TritonBackend(KernelBackend):
     name = "triton"
     checks_finite = ("q", "k", "v")
     reorders_pages = False
+    prompt = None
 
     def availability(self) -> Availability:
         return _availability(_interpreted())

@@ -16,6 +16,7 @@ from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
+from ...kv.compression import Compression
 from ...kv.stage1 import MEAN_SKIPS, SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
@@ -73,14 +74,14 @@ def attend_cache(
     staged: Stage | None,
     params: AttentionParams,
     *,
-    head_bits: Tensor | None,
+    compression: Compression | None,
     positions: Tensor,
     valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
 
     Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `query_positions_of`.
-    `head_bits` is unused: it matters only with `stored_prefill`, which this backend refuses.
+    `compression` is unused: it matters only with `stored_prefill`, which this backend refuses.
     """
     cache.look()
     state = staged if staged is not None else cache.state(q.device)
