@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,15 @@ def section(name: str, results: Sequence[Result]) -> str:
     """The text between the markers of a page."""
     up = "../" * name.count("/")
     text = PAGES[name](results).replace("(RESULTS/", f"({up}benchmarks/results/")
+    text = "\n\n".join(map(_wrapped, text.split("\n\n")))
     return f"{BEGIN}\n{text}\n{END}"
+
+
+def _wrapped(paragraph: str) -> str:
+    """In lines of at most 120 columns, except tables."""
+    if paragraph.startswith("|"):
+        return paragraph
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def current(text: str) -> str | None:

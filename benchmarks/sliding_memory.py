@@ -47,8 +47,11 @@ def rows() -> list[tuple[str, int, int, int]]:
 
 
 def table(found: list[tuple[str, int, int, int]]) -> str:
-    head = "| sliding windows, crops, selections | whole cache, bytes | what is held | made anew |\n|---|---|---|---|"
-    return "\n".join([head, *(f"| {name} | {a:,} | {b:,} | {c:,} |" for name, a, b, c in found)]) + "\n"
+    head = "| sliding windows, crops, selections | all tokens, bytes | after the operation | new cache |"
+    return (
+        "\n".join([head, "|---|---|---|---|", *(f"| {name} | {a:,} | {b:,} | {c:,} |" for name, a, b, c in found)])
+        + "\n"
+    )
 
 
 def of_model(folder: str, step: int) -> str:

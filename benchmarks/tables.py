@@ -30,7 +30,10 @@ PEERS = {
     "openvino-u8": "OpenVINO u8, storing",
     "openvino-u4": "OpenVINO u4, storing",
 }
-STORING = "Storing: a call of such a peer stores one token, too, and so does TurboAttention's beside it."
+STORING = (
+    "*Storing*: each call of such an implementation also stores one token; so does the TurboAttention call that it is\n"
+    "compared with."
+)
 SHORT = tuple(name for name in PEERS if name not in ("dequantize", "int4", "ort-f32", "openvino-f32"))
 """Peers that the summary shows."""
 OTHER_ISAS = "isa-"
