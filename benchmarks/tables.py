@@ -135,7 +135,7 @@ def targets(results: Sequence[Result]) -> str:
 
 
 def limits(results: Sequence[Result]) -> str:
-    """What share of the processor's own limits the best rows reach."""
+    """The shares of the processor's limits that the best rows reach."""
     lines = []
     for result in results:
         peaks, isa = result.facts.get("peaks", {}), result.facts.get("isa")
@@ -157,7 +157,7 @@ def limits(results: Sequence[Result]) -> str:
 
 
 def ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """How much faster TurboAttention is than each peer: medians, and p20 to p80 where there is room."""
+    """Times of peers relative to TurboAttention: medians, and p20 to p80."""
     rows = [row for row in rows if row.refused is None]
     if not rows:
         return ""
@@ -202,7 +202,7 @@ def steps(rows: Sequence[Row]) -> str:
 
 def compress(rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row.work == "compress" and row.seconds is not None]
-    columns = ["bits", "tokens", "compress a block", "decode step", "a token's part", "append one by one"]
+    columns = ["bits", "tokens", "compress a block", "decode step", "share per token", "append one by one"]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows:
         assert row.seconds is not None
@@ -236,7 +236,7 @@ def models(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def real_models(entries: Sequence[dict[str, Any]]) -> str:
-    """Prompt time and tokens per second over each cache, in turns with the own one, and llama.cpp's caches."""
+    """Prompt time and tokens per second over each cache, alternating with the model's own, and llama.cpp's caches."""
     columns = ["real model, prompt", "cache", "prompt, s", "× own", "tokens/s", "× own", "in attention", "KV, MiB"]
     columns += ["peak, MiB", "KL"]
     lines = [_line(columns), _line(["---"] * len(columns))]

@@ -173,7 +173,7 @@ def test_targets_say_where_the_floor_is_missed(report: ModuleType, tree: Path) -
     assert values[0] == "1.50 to 1.70x; at the floor in 1 of 2 shapes (below the floor)"
     assert values[1:4] == ["–", "–", "12.00x at 8,192"]
     assert values[4:7] == ["–", "0.90x (below the floor)", "–"]
-    assert values[7:10] == ["2.00 %", "1.50x at a flush, 0% off a line at most", "3.70x"]
+    assert values[7:10] == ["2.00 %", "1.50x at a flush, at most 0% from a line", "3.70x"]
 
 
 def test_a_page_without_markers_is_left_alone(report: ModuleType, tree: Path) -> None:
