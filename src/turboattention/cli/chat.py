@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from ..integrations.transformers.generation import Sampler
 
 HELP = """\
-/save PATH  keep the conversation and its cache in a file
-/load PATH  go on with a kept conversation
-/clear      begin anew
-/help       this list
-/exit       end; so does Ctrl-D
-Ctrl-C      end the answer that is being written"""
+/save PATH  save the conversation and its cache to a file
+/load PATH  continue a saved conversation
+/clear      start a new conversation
+/help       show this list
+/exit       quit; also Ctrl-D
+Ctrl-C      end the current answer"""
 
 
 def chat(
@@ -83,8 +83,8 @@ def chat(
 ) -> None:
     """Chat with a model. The quantized cache is kept between turns, and saved to a file with /save.
 
-    Each line of stdin is a message. What each turn cost is printed on stderr. After a line that fails, the error is
-    printed there too, and the next line follows.
+    Each line of stdin is a message. The cost of each turn is printed on stderr. If a line fails, the error is printed
+    there too, and the chat continues with the next line.
 
     Example: turboattention chat --model SmolLM2-135M-Instruct.Q4_1.gguf --bits 3
     """
@@ -130,8 +130,8 @@ class Chat:
     bars: Bars
 
     def run(self) -> bool:
-        """Run until the end of input. Errors are printed, and the chat continues. Returns whether there were any in
-        lines that nobody typed."""
+        """Run until the end of input. Errors are printed, and the chat continues. Returns whether any line failed that
+        was not typed at a terminal."""
         lines = Lines("chat", ">>> ")
         if lines.typed:
             note(f"{self.session.about}; /help lists commands")

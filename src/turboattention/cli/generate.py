@@ -256,7 +256,7 @@ def _start(request: Request, opened: Opened) -> Start:
 
 
 def _ids(request: Request, language: Described, prompt: str) -> list[int]:
-    """The tokens of the prompt. Raises InputError where they and the new ones do not fit into the context."""
+    """The tokens of the prompt. Raises InputError if they and the new tokens do not fit into the context."""
     if not request.chat:
         return _fitting(request, language, language.encode(prompt))
     from ..integrations.transformers import chat
