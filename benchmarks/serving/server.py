@@ -18,7 +18,7 @@ from typing import Any
 
 import processes
 
-_PATIENCE = 300  # seconds until it serves, or answers
+_PATIENCE = 1800  # seconds until it serves, or answers, beside other work too
 
 
 class Server:

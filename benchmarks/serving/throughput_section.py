@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from contenders import FP8
 from sections import MIB, machine, markdown
 
 Rows = list[dict[str, Any]]
@@ -26,7 +27,7 @@ def throughput(document: dict[str, Any], name: str) -> str:
             "of tokens per step. *Times*: the speedup over the first row for all requests; with staggered arrivals "
             "the arrival rate is the limit." + (_quality(quality) if quality else ""),
             table(document),
-            _latency(document),
+            _latency(document) + _without_fp8(document),
             f"![throughput and latency, all at once]({name}.png)",
         ]
     )
@@ -99,6 +100,16 @@ def _latency(document: dict[str, Any]) -> str:
             "number."
         )
     return " ".join(told)
+
+
+def _without_fp8(document: dict[str, Any]) -> str:
+    """What a reader has to know of a table that was measured without vLLM's fp8 cache."""
+    if any(row["contender"] == FP8.name for row in document["rows"]):
+        return ""
+    return (
+        f" *{FP8.title}* was not measured in this table. It holds twice the tokens of 16 bits ([capacity](#capacity)); "
+        "the tables of real models have its throughput."
+    )
 
 
 def _range(times: list[float]) -> str:

@@ -34,6 +34,20 @@ def test_readme_has_the_counts(module: Any) -> None:
     assert tuple(map(int, said.groups())) == (right, len(counted), refused, unbuilt)
 
 
+def test_what_refusals_advise_works(module: Any) -> None:
+    """Where they say to leave the cache out, "turbo" is right over the model's own; else eager attention runs."""
+    architectures = json.loads(module("page").RESULTS.read_text(encoding="utf-8"))["architectures"]
+    refused = [x["found"] | {"built": x["built"]} for x in architectures if "past_key_values out" in json.dumps(x)]
+    advised = {
+        "DynamicCache": "leave past_key_values out to attend",
+        "built": 'load it with attn_implementation="eager"',
+    }
+    for where, advice in advised.items():
+        found = [x[where]["verdict"] for x in refused if advice in x["TurboCache"]["note"]]
+        assert found
+        assert set(found) == {"right"}
+
+
 def test_what_an_architecture_is_counted_as(module: Any) -> None:
     verdict = module("verdict")
     finding, kinds = verdict.Finding, ("TurboCache", "DynamicCache", "StaticCache", "INT8", "default sizes")

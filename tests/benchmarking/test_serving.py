@@ -137,6 +137,15 @@ def test_throughput_section_of_a_real_model(script: Any) -> None:
     assert next(line for line in text if "| stock |" in line).endswith("| – | – | – |")
 
 
+@pytest.mark.parametrize("fp8", [[], [row("stock-fp8", 3.0)]], ids=["without", "with"])
+def test_throughput_section_tells_of_missing_fp8(script: Any, fp8: list[dict[str, Any]]) -> None:
+    plan = {"requests": 2, "prompt": [5, 9], "output": [2, 3], "sequences": 4}
+    rows = [row("stock", 4.0), *fp8, row("turbo-4", 2.0)]
+    document = {"facts": FACTS, "model": "some", "plan": plan, "rounds": 1, "rows": rows}
+    text = script("throughput_section").throughput(document, "picture")
+    assert ("vLLM, fp8* was not measured in this table" in text) == (not fp8)
+
+
 def test_capacity_section_tells_of_a_missed_floor(script: Any) -> None:
     common = {"model": "m", "blocks": 1, "block_size": 128, "tokens_per_gib": 9, "with_side_pool": 8}
     common |= {"side_pool_bytes": 1 << 20, "times_with_side_pool": 3.0, "title": "t"}

@@ -33,6 +33,20 @@ OWN_ATTENTION = {
     "xglm": {"d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32},
 }
 
+LATENT = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 96),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 16),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    "qk_rope_head_dim": 8,
+    "index_topk": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "eos_token_id": None,
+}
+"""Tiny sizes of DeepSeek's models."""
+
 SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
 
 
@@ -147,14 +161,35 @@ class TestModels:
             with pytest.raises(UnsupportedError, match=r"'llama' is not supported: it reads keys or values .* layer 1"):
                 getattr(cache.layers[1], name)
 
-    @pytest.mark.parametrize("kind", ["deepseek_v3", "dots3_note_text"])
-    def test_latent_attention(self, kind):
-        """Ranks of Dots 3 differ between its layers."""
+    @pytest.mark.parametrize(
+        ("kind", "advice"),
+        [
+            ("deepseek_v3", "leave past_key_values out to attend in INT8"),
+            ("deepseek_v32", 'attn_implementation="eager" and leave past_key_values out'),
+            ("dots3_note_text", 'attn_implementation="eager" and leave past_key_values out'),  # ranks of each layer
+        ],
+    )
+    def test_latent_attention(self, kind, advice):
         if kind not in CONFIG_MAPPING:
             pytest.skip(f"this release of transformers has no {kind}")
-        config = AutoConfig.for_model(kind)
-        with pytest.raises(UnsupportedError, match="MLA"):
-            TurboCache(config)
+        message = f"expected a model that caches keys and values, got the architecture '{kind}', .*MLA.*{advice}"
+        with pytest.raises(UnsupportedError, match=message):
+            TurboCache(AutoConfig.for_model(kind))
+
+    @pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v32"])
+    def test_advice_for_latent_attention(self, kind, tokens):
+        """What the message says works: without a cache of ours, and by eager attention where "turbo" is refused."""
+        if kind not in CONFIG_MAPPING:
+            pytest.skip(f"this release of transformers has no {kind}")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **LATENT), attn_implementation="turbo")
+        settings = {"attention_mask": torch.ones(1, 8, dtype=torch.int64), "max_new_tokens": 3, "do_sample": False}
+        with pytest.raises(UnsupportedError) as refused:
+            TurboCache(model.config)
+        if "eager" in str(refused.value):
+            with pytest.raises(UnsupportedError, match='not supported with "turbo"'):
+                model.generate(tokens(1, 8), **settings)
+            model.set_attn_implementation("eager")
+        assert model.generate(tokens(1, 8), **settings).shape == (1, 11)
 
     def test_encoder_decoder(self):
         with pytest.raises(UnsupportedError, match="got a model with an encoder"):

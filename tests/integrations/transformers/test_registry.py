@@ -5,15 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, GenerationMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from turboattention import TurboConfig
 from turboattention.errors import BackendError, ConfigError, InputError
-from turboattention.integrations.transformers import disable, enable
+from turboattention.integrations.transformers import disable, enable, registry
 
 SOURCE = Path(__file__).parents[3] / "src"
 REGISTRIES = (AttentionInterface, AttentionMaskInterface)
@@ -33,6 +34,17 @@ def test_disable_leaves_the_registries_as_they_were():
     disable()
     assert snapshot() == before
     disable()
+    assert snapshot() == before
+
+
+def test_a_release_with_another_name_for_the_cache_is_refused(monkeypatch):
+    """As 5.24: prompts would not be compared with what a cache holds."""
+    disable()
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lambda self, input_ids, cache=None: {})
+    monkeypatch.setattr(registry, "transformers", SimpleNamespace(__version__="5.24.0"))
+    before = snapshot()
+    with pytest.raises(BackendError, match=r"expected a release from 5\.16 to 5\.23, got 5\.24\.0, whose models"):
+        enable()
     assert snapshot() == before
 
 

@@ -11,6 +11,9 @@ Without a `TurboCache`, "turbo" runs on the model's own full-precision cache. No
 
 from __future__ import annotations
 
+RELEASES = "5.16 to 5.23"
+"""Those of transformers that this integration is tested with."""
+
 try:
     from .cache import TurboCache
     from .calibration import calibrate
@@ -20,7 +23,7 @@ except ImportError as error:
     if (error.name or "").partition(".")[0] != "transformers":
         raise
     raise ModuleNotFoundError(
-        "turboattention.integrations.transformers needs transformers 5.16 to 5.23 "
+        f"turboattention.integrations.transformers needs transformers {RELEASES} "
         f'(pip install ".[transformers]" in a clone of the repository): {error}',
         name="transformers",
     ) from None

@@ -27,9 +27,9 @@ _PARTS = frozenset("__getitem__ size expand index_select select narrow repeat_in
 """Functions that take parts of a matrix [B, 1, Lq, Lk]; a mask [B, Lk] has none of the dimensions they expect."""
 
 
-_BESIDE = {"axk2", "deepseek_v32", "dots3_note_text", "git", "glm_moe_dsa", "hy_v4"}
+COMPUTES_BESIDE = {"axk2", "deepseek_v32", "dots3_note_text", "git", "glm_moe_dsa", "hy_v4"}
 """Architectures whose decoders compute attention by themselves, or choose by masks which keys it gets, in modules that
-know the interface for other parts."""
+know the interface for other parts. "turbo" refuses them over any cache."""
 
 
 class GuardedMask(Tensor):
@@ -70,7 +70,7 @@ def check_declared(config: Any) -> None:
     kind = str(getattr(config, "model_type", "unknown"))
     if config is None or torch.compiler.is_dynamo_compiling():
         return
-    if kind in _BESIDE or _computes_by_itself(type(config)):
+    if kind in COMPUTES_BESIDE or _computes_by_itself(type(config)):
         raise _refusal(kind)
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ...errors import UnsupportedError
 from ...validation import MAX_HEAD_DIM
 from ..model_shape import by_layer, text_config
+from .guarded_mask import COMPUTES_BESIDE
 from .layer import BESIDE_AN_ENCODER
 from .states import EmptyLayer
 
@@ -75,11 +76,7 @@ def layer_kinds(config: Any) -> list[LayerKind]:
             f"alone (AutoModelForCausalLM) that attend to an encoder's output take {BESIDE_AN_ENCODER}"
         )
     if _somewhere(text, "kv_lora_rank"):
-        raise UnsupportedError(
-            "model_config: multi-head latent attention (MLA) is not supported by a TurboCache: transformers caches the "
-            "compressed latents, which are smaller than quantized keys and values of all heads; leave past_key_values "
-            "out to attend in INT8 over them"
-        )
+        raise UnsupportedError(_latent_attention(text.model_type))
     for name in ("head_dim", "v_head_dim"):
         for index, width in enumerate(by_layer(text, name)):
             if isinstance(width, int) and (width > MAX_HEAD_DIM or width % 8):
@@ -101,6 +98,18 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     if not any(kind.attends for kind in kinds):
         raise UnsupportedError("model_config: expected a model with attention layers, got one without")
     return kinds
+
+
+def _latent_attention(kind: str) -> str:
+    """Why models that cache latents are refused, and what works instead."""
+    instead = "leave past_key_values out to attend in INT8 over them"
+    if kind in COMPUTES_BESIDE:
+        instead = 'load it with attn_implementation="eager" and leave past_key_values out'
+    return (
+        f"model_config: expected a model that caches keys and values, got the architecture {kind!r}, whose multi-head "
+        "latent attention (MLA) caches compressed latents, which are smaller than quantized keys and values of all "
+        f"heads; {instead}"
+    )
 
 
 def _kind(index: int, layer: Any, shared: bool) -> LayerKind:
