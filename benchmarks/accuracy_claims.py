@@ -16,7 +16,7 @@ LOOSE = "turbo-2"
 KL_AIMS = (("turbo-4-reordered", 4.3), ("turbo-3-reordered", 3.3), ("turbo-2-reordered", 2.3))
 """Methods, and the bits per element (all overhead included) at which the aims of `MOST_KL` apply."""
 MOST_KL = {"qwen": (0.008, 0.02, 0.08), "smollm2": (0.006, 0.02, 0.08), "gemma3": (0.006, 0.02, 0.08)}
-"""By real model, the most KL for each of `KL_AIMS`."""
+"""By real model, the largest KL for each of `KL_AIMS`."""
 PERPLEXITY_AIMS = (("turbo-4-reordered", 0.005), ("turbo-3-reordered", 0.015))
 NOT_SMALLER = "no configuration this small"
 Table = tuple[list[str], list[list[str]]]

@@ -63,7 +63,7 @@ def _chapter(label: str, document: Document) -> str:
 
 
 def first(document: Document) -> list[dict[str, Any]]:
-    """The units that the picture and README's table are of; none where they are not measured yet."""
+    """The units of the picture and of README's table; empty if they are not measured yet."""
     return document["units"] if "units" in document else document["stages"].get(FIRST, [])
 
 

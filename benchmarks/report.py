@@ -29,7 +29,7 @@ DRAWN = ("sdpa", "sdpa-folded", "sdpa-bf16", "ggml-f16", "ggml-q8_0", "ggml-q4_0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail where a page differs from the files")
+    parser.add_argument("--check", action="store_true", help="fail if a page differs from the files")
     check = parser.parse_args().check
     results = load(RESULTS)
     stale = [name for name in PAGES if not update(ROOT, name, results, check=check)]

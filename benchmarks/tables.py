@@ -37,7 +37,7 @@ STORING = (
 SHORT = tuple(name for name in PEERS if name not in ("dequantize", "int4", "ort-f32", "openvino-f32"))
 """Peers that the summary shows."""
 OTHER_ISAS = "isa-"
-"""What files are called that measure an instruction set other than the best: the summary leaves them out."""
+"""Prefix of files that measure an instruction set other than the best; the summary leaves them out."""
 
 
 class Result(NamedTuple):
@@ -92,7 +92,7 @@ def _summary(results: Sequence[Result]) -> list[str]:
 
 
 def full(results: Sequence[Result]) -> str:
-    """Everything measured, and the targets beside it."""
+    """All measurements, and the targets."""
     parts = [targets(results)]
     for result in results:
         rows = result.rows

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from turboattention.benchmarking.records import Rival, Row
 
 FAST_SDPA = 80
-"""GFLOPS above which SDPA uses the processor's float units so well that 1.6x of it is asked, not 2x."""
+"""GFLOPS above which SDPA uses the processor's float units so well that the floor is 1.6x instead of 2x."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the table. `measured` gives what the rows say and whether the floor holds everywhere;
-    None where there are no such rows."""
+    """One line of the table. `measured` returns a text and whether all rows reach the floor; None if there are no such
+    rows."""
 
     work: str
     floor: str

@@ -7,7 +7,7 @@ from typing import Any
 
 MIB = 2**20
 FLOORS = {"turbo-4": 3.6, "turbo-3": 4.4}
-"""Times the tokens of 16-bit pages."""
+"""Minimum number of tokens relative to 16-bit pages."""
 
 
 def capacity(document: dict[str, Any], name: str) -> str:

@@ -103,7 +103,7 @@ def _latency(document: dict[str, Any]) -> str:
 
 
 def _without_fp8(document: dict[str, Any]) -> str:
-    """What a reader has to know of a table that was measured without vLLM's fp8 cache."""
+    """A note on a table that was measured without vLLM's fp8 cache."""
     if any(row["contender"] == FP8.name for row in document["rows"]):
         return ""
     return (

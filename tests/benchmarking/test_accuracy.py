@@ -1,4 +1,4 @@
-"""The pages about accuracy say what the files of results say."""
+"""The pages on accuracy agree with the files of results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_aims(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_aims_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and size are told apart, and no baseline is passed over."""
+    """Loss and size have separate verdicts, and no baseline is omitted."""
     every = [("turbo-4-reordered", 4.2, 0.004, -0.008), ("turbo-3-reordered", 3.64, 0.03, 0.015)]
     every += [("turbo-2-reordered", 2.3, 0.08, 0.0), ("kivi-4", 5.3, 0.0005, 0.0), ("int4", 4.6, 0.1, 0.0)]
     found = [units(*row, 1.0)[0] for row in [*every, ("kivi-2", 2.2, 0.5, 0.0)]]

@@ -1,4 +1,4 @@
-"""What benchmarks/architectures makes of its results. `make architectures` runs the sweep itself."""
+"""The page that benchmarks/architectures generates from its results. `make architectures` runs the sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What benchmarks/serving makes of its measurements. What starts engines needs vLLM: `make vllm-bench` runs that."""
+"""The pages that benchmarks/serving generates from its measurements. The engines need vLLM: `make vllm-bench`."""
 
 from __future__ import annotations
 

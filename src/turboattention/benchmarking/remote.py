@@ -35,7 +35,8 @@ def missing(name: str) -> str | None:
     """Why the peers of an environment cannot be used here; None if they can."""
     if _python(name).exists():
         return None
-    return f"{_python(name).parents[1]} is no environment: `make peers-{name}` makes it ({FOLDER} names another folder)"
+    folder = _python(name).parents[1]
+    return f"{folder} is not an environment: `make peers-{name}` creates it ({FOLDER} names another folder)"
 
 
 def versions() -> dict[str, str]:

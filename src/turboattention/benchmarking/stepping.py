@@ -14,7 +14,7 @@ from .problem import Problem, fill
 from .storing import Growing
 from .timing import Measured
 
-STORES = "one token is stored a call"
+STORES = "one token stored per call"
 """Note on a comparison in which both sides are such steps."""
 
 _GROWTH = 8

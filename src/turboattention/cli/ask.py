@@ -79,7 +79,7 @@ def ask(
             "--question",
             "-q",
             metavar="TEXT",
-            help="A question; may be repeated. Without any, each line of stdin is one.",
+            help="A question; may be repeated. Without it, each line of stdin is a question.",
             rich_help_panel=INPUT,
         ),
     ] = None,
@@ -123,8 +123,8 @@ def ask(
     """
     if load_cache is not None and (bits or preset or guard or calibration):
         raise InputError(
-            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file says how it is "
-            "quantized"
+            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file has its own "
+            "quantization"
         )
     if compare and (save_cache or load_cache):
         raise InputError("--compare: expected no --save-cache or --load-cache with it")

@@ -120,7 +120,7 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
             cache.crop(kept - len(cached))
         except InputError as error:  # a sliding window has released tokens that the crop needs
             raise InputError(
-                "--load-cache: expected a prompt that goes on from the cached one "
+                "--load-cache: expected a prompt that continues the cached one "
                 f"({number_of(len(cached), 'token')}), since this model's sliding windows cannot go back far, got one "
                 f"that shares {shared:,} of its tokens; run it without --load-cache"
             ) from error

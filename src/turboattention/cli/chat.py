@@ -57,7 +57,8 @@ def chat(
         typer.Option(metavar="TEXT", help="The system prompt.", rich_help_panel=INPUT),
     ] = None,
     load: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Go on with what /save kept.", rich_help_panel=INPUT)
+        Path | None,
+        typer.Option(metavar="PATH", help="Continue a conversation saved with /save.", rich_help_panel=INPUT),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of tokens of an answer.", rich_help_panel=INPUT)
@@ -150,7 +151,7 @@ class Chat:
                 result = self.session.answer(line, self.limit, self.sampler, self.bars, write_text, interrupt)
             except KeyboardInterrupt:
                 typer.echo()
-                note("stopped: this turn is forgotten")
+                note("stopped: this turn is discarded")
                 return
         typer.echo()
         stopped = "stopped; " if interrupt.asked else ""

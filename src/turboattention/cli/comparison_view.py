@@ -157,7 +157,7 @@ def _speed(outcome: Outcome) -> tuple[str, str]:
 def _legend(comparison: Comparison) -> str:
     tokens = len(comparison.own.tokens)
     differ = any(row.agreement.first_difference is not None for row in comparison.rows)
-    lines = [f"{MARK} marks where a text leaves the own cache's."] if differ else []
+    lines = [f"{MARK} marks the first difference from the own cache's text."] if differ else []
     lines += [
         f"{number_of(tokens, 'new token')}, the likeliest each time. KV size: bytes allocated; own cache: its elements "
         "in FP16. first diff.: the first token that is not the own cache's. same tokens: equal at the same position, "

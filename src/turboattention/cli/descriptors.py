@@ -40,10 +40,10 @@ def settle() -> None:
 def check_results() -> None:
     """Raises InputError if there is no stdout for results."""
     if sys.stdout is None:
-        raise InputError("stdout: expected a place for results, got it closed (>/dev/null discards them)")
+        raise InputError("stdout: expected an open stream for results, got a closed one (>/dev/null discards them)")
 
 
 def check_input(option: str) -> None:
     """Raises InputError if there is no stdin for `option` to read."""
     if sys.stdin is None:
-        raise InputError(f"{option}: expected text on stdin, got it closed")
+        raise InputError(f"{option}: expected text on stdin, got a closed stream")

@@ -162,8 +162,8 @@ def _settings(
 ) -> list[Setting]:
     if load_cache is not None and (bits or preset or guard or calibration):
         raise InputError(
-            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file says how it is "
-            "quantized"
+            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file has its own "
+            "quantization"
         )
     if not bits:
         bits = ["4", "3", "mixed"] if demo and compare else ["4" if calibration is None else "mixed"]

@@ -36,7 +36,7 @@ class Layer:
         self._kind, self._arrays = kind, {"q": q[None], "k": k[None], "v": v[None]}
         self._inputs = self._feed(slice(-1, None))
         self._fill()
-        self.detail = f"openvino {ov.__version__}, a model of one layer, 1 stored a call"
+        self.detail = f"openvino {ov.__version__}, a model of one layer, 1 stored per call"
 
     @staticmethod
     def _check(compiled: ov.CompiledModel) -> None:
