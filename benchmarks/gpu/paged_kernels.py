@@ -45,20 +45,19 @@ def _decode(head_dim: int, bits: int, group: int, **options: Any) -> Work:
     return _step(head_dim, bits, group, 1, SEQUENCES, **options)
 
 
-def mixed(head_dim: int, bits: int, **options: Any) -> Work:
-    """Decoding beside prefill."""
-    return _step(head_dim, bits, GROUP, 512, 1024, **options)
-
-
-def restored(head_dim: int, bits: int) -> Work:
-    """The same where pages are restored once per step."""
-    work = mixed(head_dim, bits)
+def mixed(head_dim: int, bits: int, once: bool = False, **options: Any) -> Work:
+    """Decoding beside prefill. once: also the launches that restore pages once per step and read them."""
+    work = _step(head_dim, bits, GROUP, 512, 1024, **options)
 
     def changed_work() -> None:
-        with changed(restores_pages=True):
+        with changed(restores_pages=once):
             work()
 
     return changed_work
+
+
+def restored(head_dim: int, bits: int) -> Work:
+    return mixed(head_dim, bits, once=True)
 
 
 def _step(

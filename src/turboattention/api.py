@@ -176,7 +176,8 @@ def turbo_attention_with_kvcache(
         [B, Hq, Lq, Dv] in the dtype of q; with `return_lse` also the log-sum-exp, as in `turbo_attention`.
 
     Raises:
-        As `turbo_attention`; the cache is then unchanged. Warns `GuardWarning` (see guard.py).
+        As `turbo_attention`; the cache is then unchanged. On a GPU, a later call raises NonFiniteError instead, unless
+        the cache's format is decided in this one (docs/gpu.md). Warns `GuardWarning` (see guard.py).
 
     Source: TurboAttention (arXiv 2412.08585), algorithm 2.
 

@@ -15,6 +15,7 @@ from .kv.compression import Compression
 from .kv.growth import encode
 from .kv.pages import Tiles
 from .kv.stage1 import Stage
+from .uploads import upload
 from .validation import check_finite
 
 QUERIES = 32
@@ -44,7 +45,7 @@ def float_attention(
     seen = (behind >= 0) & (keys < lengths[:, None, None])
     if params.window_size is not None:
         seen &= behind < params.window_size
-    unseen = ~seen[:, None, None].to(q.device)
+    unseen = upload(~seen[:, None, None], q.device)
     q, k, v = q.float(), k.float(), v.float()
     # The queries of a GQA group are rows of one product, so that keys and values are not copied for each head.
     group, queries = q.shape[1] // k.shape[1], q.shape[2]
@@ -87,7 +88,7 @@ class Sample:
         self.tokens = int(self.length.max())
         size = cache.config.block_size
         self.blocks = -(-(self.tokens - self.start) // size)
-        at = batch.to(staged.stored.k8.device)
+        at = upload(batch, staged.stored.k8.device)
         self.stored = staged.stored.map(lambda x: x[at][:, :, : self.blocks * size])
         self.mean = None if staged.k_mean is None else staged.k_mean[at]
         # The pages before the stage: fewer than the sinks if a call ended among these.
@@ -96,7 +97,8 @@ class Sample:
         self.compression = compression.of(flush.where(sampled))
         self.rotated = cache.config.rotate and compression.order is None
         self.q, self.positions = self._queries(q, positions, valid)
-        if not bool(torch.isfinite(self.q).all()):  # calls that store at once have not looked yet
+        # Calls that store at once have not looked yet; on a GPU, where looking waits, there are none.
+        if q.device.type == "cpu" and not bool(torch.isfinite(self.q).all()):
             check_finite("q", q, valid.sum(1))
         exact = self._exact(staged, new)
         self.wanted = float_attention(self.q, self.positions, *exact, self.length, params)
@@ -108,7 +110,7 @@ class Sample:
         for part in encode(self.cache, self.compression.at(bits)):
             device = part.pages.device
             row = torch.searchsorted(self.batch, part.flush.batch)
-            at = row.to(device), slice(None), (part.flush.block - self.start // size).to(device)
+            at = upload(row, device), slice(None), upload(part.flush.block - self.start // size, device)
             part_k, part_v = part.floats()
             part_k = part_k if rotated else restore_keys(part_k, part.order, part.rotated)
             for target, values in ((k, part_k), (v, part_v)):
@@ -138,7 +140,7 @@ class Sample:
         useful = (inside & (positions >= self.tokens // 2))[self.batch].all(0)
         rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
         rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(QUERIES, len(rows))).long()]
-        chosen = q.index_select(0, self.batch.to(q.device)).index_select(2, rows.to(q.device))
+        chosen = q.index_select(0, upload(self.batch, q.device)).index_select(2, upload(rows, q.device))
         return chosen, positions[self.batch][:, rows]
 
     def _sees_all(self, positions: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ class Sample:
     def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, and older ones as INT8
         unless they are kept."""
-        at = self.batch.to(self.q.device)
+        at = upload(self.batch, self.q.device)
         before = staged.before[self.batch]
         k_new, v_new = (x[at][:, :, : self.tokens] for x in new)
         if not bool(before.any()) and bool((self.length == self.tokens).all()):
@@ -202,5 +204,5 @@ class Sample:
         if self.mean is None:
             return k
         mean = self.mean.to(k.dtype)
-        smoothed = (start + torch.arange(k.shape[2]) >= self.cache.mean_from).to(k.device)
+        smoothed = upload(start + torch.arange(k.shape[2]) >= self.cache.mean_from, k.device)
         return k + (mean if rotated else self.cache.restore(mean))[:, :, None] * smoothed[:, None]

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..errors import ConfigError, DtypeError, InputError, ShapeError
 from ..flashq import quantize_tokens, rotate
+from ..uploads import upload
 from .layout import K_HALVES
 
 HALVES_PAY = 3.2
@@ -133,7 +134,7 @@ def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
     rows = counted.any(0).nonzero().flatten()
     end = int(rows[-1]) + 1 if len(rows) else 0  # a long prompt's other queries are not read
     q, counted = q[:, :, :end], counted[:, :end]
-    counts = counted.to(q.device)[:, None, :, None] & (q.abs() <= _LARGEST).all(-1, keepdim=True)
+    counts = upload(counted, q.device)[:, None, :, None] & (q.abs() <= _LARGEST).all(-1, keepdim=True)
     squares = torch.where(counts, q.double(), 0.0).square()
     return squares.sum((0, 2)).unflatten(0, (kv_heads, -1)).sum(1)
 

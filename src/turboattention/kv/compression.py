@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from ..uploads import upload
 from .channel_order import ChannelOrder, channel_order
 from .layout import PageLayout
 from .pages import Tiles, decode_pages
@@ -34,7 +35,7 @@ class Flush:
 
     def where(self, chosen: Tensor) -> Flush:
         """The rows selected by a bool [N]."""
-        rows = chosen.to(self.tiles.k8.device)
+        rows = upload(chosen.nonzero().flatten(), self.tiles.k8.device)
         return Flush(self.batch[chosen], self.block[chosen], self.tiles.map(lambda x: x[rows]))
 
 
@@ -99,7 +100,7 @@ def compression_of(cache: KVCache, staged: Stage) -> Compression:
         order = channel_order(cache.restore(k), staged.query_energy)
     if bits is None:
         if staged.k_mean is not None and sink_blocks * cache.config.block_size >= cache.mean_from:
-            first = flush.batch[flush.block == sink_blocks].to(k.device)
+            first = upload(flush.batch[flush.block == sink_blocks], k.device)
             k = k + staged.k_mean.to(k.dtype)[first][:, :, None]
         bits = mixed_head_bits(cache.config, cache.restore(k), cache.restore(v))
     return Compression(flush, bits, order, True)
@@ -111,7 +112,7 @@ def _full_blocks(config: TurboConfig, staged: Stage) -> Flush:
     full = (staged.lengths - staged.start - config.flush_lag).clamp(min=0) // size
     width = tiles.k8.shape[2] // size
     batch, block = (torch.arange(width) < full[:, None]).nonzero(as_tuple=True)
-    at = batch.to(tiles.k8.device), slice(None), block.to(tiles.k8.device)
+    at = upload(batch, tiles.k8.device), slice(None), upload(block, tiles.k8.device)
     picked = tiles.map(lambda x: x.unflatten(2, (width, size))[at])
     single = replace(picked, k_scale=picked.k_scale.float(), v_scale=picked.v_scale.float())
     return Flush(batch, block + staged.start[batch] // size, single)

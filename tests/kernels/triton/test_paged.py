@@ -209,8 +209,9 @@ def test_padding_is_left_alone():
     assert all(int((x != y).any(-1).sum()) <= HEADS for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("most", [1, 70, 200])
-def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
+def test_no_launch_depends_on_what_tensors_hold(most, gpu, monkeypatch):
     """Tensors without values: whoever asked for one would fail, as a graph's capture does."""
     launched = []
 
@@ -228,8 +229,7 @@ def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
     for name in ("number_blocks", "restore_pages"):
         monkeypatch.setattr(restored_pages, name, Recorder(name))
     monkeypatch.setattr(quantize, "_queries_kernel", Recorder("queries"))
-    sm_90 = replace(configs.ARCHITECTURES["sm_90"], restores_pages=True)
-    monkeypatch.setattr(configs, "architecture_of", lambda device: sm_90)
+    monkeypatch.setattr(configs, "architecture_of", lambda device: configs.ARCHITECTURES[gpu])
     monkeypatch.setattr(configs, "_processors", lambda device: 132)
     with torch.device("meta"):
         server_blocks = TailBlocks(1, 4, HEADS, 16, device="meta")

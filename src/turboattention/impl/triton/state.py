@@ -19,8 +19,9 @@ from ...kv.cache import KVCache
 from ...kv.in_place import extend
 from ...kv.stage1 import MEAN_SKIPS
 from ...modes import in_own_modes
-from .deferred_error import flag_of
-from .device import on_own_device, upload
+from ...uploads import upload
+from .deferred_error import cleaned, flag_of
+from .device import on_own_device
 from .host_lengths import Fills, HostLengths, Plan
 from .tables import PageTables
 
@@ -104,7 +105,7 @@ class Steps:
         taken = new_tokens(self._lengths, tokens, q.shape[2], self._uploaded(counts))
         if k is not None and v is not None:
             self._write(k, v, taken.tokens)
-        result = self._attend(q, taken.query_positions, call, self._cleaned(mask))
+        result = self._attend(q, taken.query_positions, call, cleaned(mask, self.flag))
         if tokens:
             self._advance(taken.tokens, fills)
         return result
@@ -119,14 +120,6 @@ class Steps:
 
     def _uploaded(self, counts: Tensor | None) -> Tensor | None:
         return None if counts is None else upload(counts, self._lengths.device)
-
-    def _cleaned(self, mask: Tensor | None) -> Tensor | None:
-        """Replace NaN and +inf in a mask by 0 and set the flag if there are any."""
-        if mask is None or not mask.is_floating_point():
-            return mask
-        bad = ~(mask < torch.inf)
-        self.flag.bitwise_or_(bad.any().to(self.flag.dtype))
-        return mask.masked_fill(bad, 0)
 
     def _attend(
         self, q: Tensor, query_positions: QueryPositions, call: StepCall, mask: Tensor | None

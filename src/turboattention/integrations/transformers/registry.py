@@ -51,7 +51,7 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
 
 def _check_release() -> None:
     """From 5.24 on models take `cache` for `past_key_values`, and the prompts of `generate` would go unchecked."""
-    taken = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    taken = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
     if "past_key_values" not in taken:
         raise BackendError(
             f"transformers: expected a release from {RELEASES}, got {transformers.__version__}, whose models do not "

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv.channel_order import ChannelOrder
+from ...uploads import upload
 from .arguments import row_shape
 from .rotation import rotate_back
 from .rows import token_codes
@@ -24,8 +25,8 @@ class Order(NamedTuple):
     def of(cls, order: ChannelOrder | None, beside: Tensor) -> Order | None:
         if order is None:
             return None
-        device = beside.device
-        return cls(order.permutation.to(device).contiguous(), order.halved.to(device).byte().contiguous())
+        permutation, halved = order.permutation.contiguous(), order.halved.byte().contiguous()
+        return cls(upload(permutation, beside.device), upload(halved, beside.device))
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "size", "width"])

@@ -105,8 +105,11 @@ def _fold_rows(
     key = block * 64 + t
     there = key < length
     at = (origin + t)[:, None] * D
-    channel = halves(WIDE)
-    k = tl.trans(tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0))
+    channel = tl.arange(0, WIDE)
+    k = tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0)
+    # Into the order of `halves` in registers: gathered in it, every byte would be a load.
+    k = tl.reshape(tl.permute(tl.reshape(k, (64, WIDE // 8, 2, 4)), (0, 2, 1, 3)), (64, WIDE))
+    k = tl.trans(k)
     k_scale = tl.load(k_scales + origin + t, mask=there, other=0.0)
     v_scale = tl.load(v_scales + origin + t, mask=there, other=0.0)
     weighed = _weights(

@@ -68,6 +68,7 @@ def quantize_tokens(
     codes: Tensor,
     scales: Tensor,
     target: Tensor,
+    flag: Tensor | None = None,
 ) -> bool:
     """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
@@ -75,7 +76,8 @@ def quantize_tokens(
     to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W], both contiguous. Other tokens
     of x are not read, other rows of the result not written. span, first and target are int64 [B].
 
-    Returns whether all values were finite and at most 1e18 in magnitude, which waits for the device. Raises DtypeError.
+    Returns whether all values were finite and at most 1e18 in magnitude, which waits for the device. With a `flag`,
+    int32 [1] on the device, that is set to 1 if they were not, and the result is True. Raises DtypeError.
     """
     batch, heads, tokens, head_dim = x.shape
     if not x.numel():
@@ -83,14 +85,14 @@ def quantize_tokens(
     x = float_rows(x)
     check_tiles(codes, scales)
     begin, end, first, target = (indices(i, x) for i in (*span, first, target))
-    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    found = torch.zeros(1, dtype=torch.int32, device=x.device) if flag is None else flag
     rows = batch * heads * tokens
     shape = row_shape(rows, head_dim)
     _tokens_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        x, begin, end, first, target, means(mean), codes, scales, flag, rows, heads, tokens,
+        x, begin, end, first, target, means(mean), codes, scales, found, rows, heads, tokens,
         codes.shape[2], mean_from, *x.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
     )  # fmt: skip
-    return not bool(flag)
+    return flag is not None or not bool(found)
 
 
 # -- queries --------------------------------------------------------------------------------------------
