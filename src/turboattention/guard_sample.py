@@ -1,4 +1,4 @@
-"""The guard's sample of a cache's first blocks: what quantization does to the output of attention over them."""
+"""The guard's sample of a cache's first blocks: the error that quantization causes in attention over them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .validation import check_finite
 QUERIES = 32
 """Query rows sampled per head."""
 TOKENS = 512
-"""Keys that they attend to at most."""
+"""The largest number of keys that they attend to."""
 
 
 def relative_errors(got: Tensor, exact: Tensor, kv_heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the two backends that run compiled kernels share: their kernels are imported at the first call."""
+"""Shared by the two backends with compiled kernels, which are imported at the first call."""
 
 from __future__ import annotations
 

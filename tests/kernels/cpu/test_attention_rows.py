@@ -1,4 +1,4 @@
-"""What attention does with its own rows, to the last bit: queries to INT8, results rotated back and rounded."""
+"""Query rows, bit for bit: quantization to INT8, and results rotated back and rounded."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def tokens_decide(cache: KVCache, attends: bool) -> bool:
 
 @contextlib.contextmanager
 def _taken(steps: Steps, cache: KVCache, plan: Plan) -> Iterator[None]:
-    """Take pages for the blocks that fill, and count the step afterwards.
+    """Allocate pages for the blocks that fill, and count the step afterwards.
 
     If the step fails, all its pages are released, and the device's state is discarded, since it may be incomplete.
     """
@@ -103,7 +103,7 @@ def _taken(steps: Steps, cache: KVCache, plan: Plan) -> Iterator[None]:
 
 
 def steps_of(cache: KVCache) -> Steps | None:
-    """The cache's `Steps`, made anew if something else changed the cache; None for caches without such steps."""
+    """The cache's `Steps`, newly created if something else changed the cache; None for caches without such steps."""
     if cache.page_table is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
     if refusal(cache.config, cache.dtype) or gpu_refusal((cache.head_dim, cache.v_head_dim)):

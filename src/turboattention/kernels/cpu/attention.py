@@ -28,8 +28,8 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16
 
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not compute a configuration, or None. They compute the running maximum and the weight scales
-    per tile of the paper only together."""
+    """The reason why these kernels do not support a configuration, or None. They support the paper's running maximum
+    and weight scales per tile only in combination."""
     if config.row_max != "running" or config.p_scale != "tile":
         return inputs.refusal(config, dtype)
     together = {"row_max": ("running",), "p_scale": ("tile",), "rescale": ("exact", "sas"), "stored_prefill": (False,)}
@@ -197,7 +197,7 @@ check_size(Arguments, _cpu.attend_bytes)
 
 @functools.cache
 def page_sections(layout: PageLayout) -> PageSections:
-    """Cached for good, with the table that it points to: a model has few kinds of layers."""
+    """Cached permanently, with the table that it points to: a model has few different layouts."""
     table = _head_offsets(layout)
     sections = PageSections(
         table.ctypes.data,

@@ -75,7 +75,7 @@ class FlatRows:
 
 
 class PagedCall:
-    """The calls of a step for layers of one kind. The arguments that they share are filled in once, since Python takes
+    """The calls of a step for layers with equal shapes. Shared arguments are filled in once, because Python overhead is
     a considerable part of a step of few tokens.
 
     rows: the sequences; `group`: query heads per KV head.
@@ -101,8 +101,7 @@ class PagedCall:
         self._store.order = self._attend.order = None if order is None else order.data_ptr()
 
     def store(self, k: Tensor, v: Tensor, mean: Tensor | None, tail: TailSlots, fresh: Tensor | None) -> None:
-        """Store k, v [T, H, D] in tail rows, and compress the blocks that are full then into pages; `fresh` as for
-        `Store.fill_blocks`.
+        """Store k, v [T, H, D] in tail rows, then compress full blocks into pages; `fresh` as for `Store.fill_blocks`.
 
         mean: bfloat16 [B, H, D] in the stored space, or None. Raises NonFiniteError if k or v is not finite: no page is
         written then, and tail rows from `before` on have to be written again.
@@ -125,7 +124,7 @@ class PagedCall:
         addresses: Tensor,
         sinks: Tensor | None = None,
     ) -> bool:
-        """Causal attention of q [T, Hq, D] over pages and tail rows, which hold the new tokens, too -> out, like q.
+        """Causal attention of q [T, Hq, D] over pages and tail rows, which include the new tokens -> out, like q.
 
         mean: as for `store`. addresses: int64 [B, P], of the pages. sinks: float [Hq], or None. Returns whether q is
         finite: rows that are not count as zeros.

@@ -20,11 +20,11 @@ _cpu = importlib.import_module("turboattention._cpu")
 
 
 LARGEST = BLOCK
-"""The most tokens of a step that may fill blocks: no sequence then fills two."""
+"""The largest number of tokens of a step that may fill blocks, so that no sequence fills two."""
 
 
 class Step:
-    """The arguments that steps of a cache share: kept until pages or sequences change.
+    """The arguments that steps of a cache share, valid until pages or sequences change.
 
     pages: as for attention. start: int64 [B], position of row 0 of the buffer. codes: int8 keys and values [B, H,
     capacity, D or Dv], scales: bfloat16 [B, H, capacity], or float32 with `universal`; both written to. mean: bfloat16
@@ -118,7 +118,7 @@ class Step:
         refuse_non_finite(non_finite)
 
     def _copy(self) -> _Arguments:
-        """A copy for every call: several threads may read one cache."""
+        """A copy for every call, because several threads may read one cache."""
         return _Arguments.from_buffer_copy(self._arguments)
 
 
