@@ -45,7 +45,7 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
     for head_dim in (64, 128, 256):
         yield f"prefill d{head_dim}", _prefill(CONFIG, head_dim)
         for name, dtype in MASKS.items():
-            yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, mask=_mask(dtype, 256))
+            yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, attn_mask=_mask(dtype, 256))
     for head_dim, (group, bits) in itertools.product((128, 256), widths.items()):
         purpose = f"decode d{head_dim} int{bits}, group {group}"
         yield purpose, _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group)

@@ -129,10 +129,12 @@ class AttentionCall:
                 tensors = {f.name: getattr(x, f.name) for f in fields(x)}
                 return replace(x, **{name: y[some] for name, y in tensors.items() if isinstance(y, Tensor)})
 
-            mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[some]
+            params, mask = self.params, self.params.attn_mask
+            if mask is not None and mask.shape[0] > 1:
+                params = replace(params, attn_mask=mask[some])
             yield replace(
                 self, quantized=of(self.quantized), query_positions=of(self.query_positions), pages=of(self.pages),
-                tail=of(self.tail), mask=mask, out=self.out[some], lse=self.lse[some],
+                tail=of(self.tail), params=params, out=self.out[some], lse=self.lse[some],
             )  # fmt: skip
 
     @property
