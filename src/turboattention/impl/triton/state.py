@@ -93,7 +93,7 @@ class Steps:
         counts: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D] -> out in q's dtype, lse float32 [B, Hq, Lq].
+        """q [B, Hq, Lq, D] and new tokens k [B, H, T, D], v [B, H, T, Dv] -> out in q's dtype, lse float32 [B, Hq, Lq].
 
         fills: what is stored if blocks fill. counts: int64 [B] (CPU), new tokens and rows of q of each sequence;
         default all. mask: as in `attend`; NaN and +inf are replaced by 0.
@@ -131,7 +131,7 @@ class Steps:
     def _attend(
         self, q: Tensor, query_positions: QueryPositions, call: StepCall, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        kv_heads = self._codes[0].shape[1]
+        kv_heads, v_head_dim = self._codes[0].shape[1], self._codes[1].shape[3]
         quantized, _ = quantize_queries(
             q, kv_heads, query_positions.valid, self._mean, call.scale, self._config.rotate, self._order, self.flag
         )
@@ -142,6 +142,7 @@ class Steps:
             self.tables.on_device if self.host_lengths.paged else None,
             TailRows(*self._codes, *self._scales, self._start),
             kv_heads=kv_heads,
+            v_head_dim=v_head_dim,
             scale=call.scale,
             mean=self._mean,
             mean_from_block=self._mean_from // BLOCK,

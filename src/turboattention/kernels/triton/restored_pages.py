@@ -75,7 +75,7 @@ def restore_pages(
     past D; scales float32 [Hkv, capacity, 64]."""
     head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
     head = tl.load(head_ptr).to(tl.int64) * capacity
-    k_offsets, v_offsets = section_offsets(head_ptr, D)
+    k_offsets, v_offsets = section_offsets(head_ptr, D, D)
     t = tl.arange(0, 64)
     d = tl.arange(0, WIDE)
     for i in tl.range(tl.program_id(0), tl.minimum(tl.load(origins + sequences), capacity), tl.num_programs(0)):
@@ -100,7 +100,7 @@ def restored(
     """Launch both for sequences of more than `least` rows. arguments: of `paged_prefill`. Returns what that takes."""
     table, heads, wide = arguments["table"], layout.num_kv_heads, arguments["WIDE"]
     device, steps = table.device, sequences.bit_length()
-    capacity = max(1, min(sequences * table.shape[1], RESTORED_BYTES // (heads * bytes_per_block(wide))))
+    capacity = max(1, min(sequences * table.shape[1], RESTORED_BYTES // (heads * bytes_per_block(wide, wide))))
     k, v = (torch.empty(heads, capacity, BLOCK, wide, dtype=torch.int8, device=device) for _ in range(2))
     k_scales, v_scales = (torch.empty(heads, capacity, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
     origins = torch.empty(sequences + 1, dtype=torch.int32, device=device)
