@@ -32,9 +32,9 @@ def tensors(dims: tuple[int, int], tokens: int, batch: int = 1, heads: int = 4, 
     return [normals(batch, n, tokens, width, seed=seed + i) for i, (n, width) in enumerate(shapes)]
 
 
-def of_cache(dims: tuple[int, int], bits: object, tokens: int, **options: object) -> tuple:
-    """q, a cache of 150 tokens (a sink block, a page, open rows), and new (k, v)."""
-    cache = filled([150], dims[0], OFF.replace(bits=bits, **options), v_head_dim=dims[1])
+def of_cache(dims: tuple[int, int], bits: object, tokens: int, held: int = 150, **options: object) -> tuple:
+    """q, a cache of a sink block, pages (of 150 tokens, one) and open rows, and new (k, v)."""
+    cache = filled([held], dims[0], OFF.replace(bits=bits, **options), v_head_dim=dims[1])
     q, k, v = tensors(dims, tokens)
     return q, cache, (k, v)
 
@@ -61,7 +61,8 @@ def test_keys_in_their_order(dims):
 
 def test_splits(monkeypatch):
     monkeypatch.setattr(configs, "splits", lambda blocks, programs, launch, device: max(1, min(blocks, 3)))
-    both(*of_cache((24, 40), 4, 2), window=90)
+    both(*of_cache((24, 40), 4, 2, held=400))
+    both(*of_cache((40, 24), 4, 2, held=400), window=90)
 
 
 @DIMS

@@ -32,7 +32,7 @@ def _attend(call: AttentionCall) -> None:
     shape = call.batch, call.kv_heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, call.v_wide, dtype=torch.float32, device=device)
     row_max, row_sum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    plain = PageLayout.uniform(call.kv_heads, call.head_dim, BLOCK, WIDEST, call.config.token_scales, call.v_head_dim)
+    plain = PageLayout.uniform(call.kv_heads, call.head_dim, BLOCK, WIDEST, call.config.token_scales)
     sinks, compressed = (pages.sinks, pages.compressed) if pages else (plain, None)
     sizes = [layout.page_bytes for layout in (sinks, compressed) if layout is not None]
     arguments = {

@@ -100,7 +100,7 @@ def restored(
     """Launch both for sequences of more than `least` rows. arguments: of `paged_prefill`. Returns what that takes."""
     table, heads, wide = arguments["table"], layout.num_kv_heads, arguments["WIDE"]
     device, steps = table.device, sequences.bit_length()
-    capacity = max(1, min(sequences * table.shape[1], RESTORED_BYTES // (heads * bytes_per_block(wide, wide))))
+    capacity = max(1, min(sequences * table.shape[1], RESTORED_BYTES // (heads * bytes_per_block(wide))))
     k, v = (torch.empty(heads, capacity, BLOCK, wide, dtype=torch.int8, device=device) for _ in range(2))
     k_scales, v_scales = (torch.empty(heads, capacity, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
     origins = torch.empty(sequences + 1, dtype=torch.int32, device=device)
