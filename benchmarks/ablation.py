@@ -70,8 +70,8 @@ class Row(TurboMethod):
             text = model_config.get_text_config(decoder=True)
             heads, head_dim = text.num_key_value_heads, getattr(text, "head_dim", None)
             head_dim = head_dim or text.hidden_size // text.num_attention_heads
-            places = torch.arange(head_dim).expand(heads, -1).contiguous()
-            orders = [ChannelOrder(places, torch.ones(heads, dtype=torch.bool))] * text.num_hidden_layers
+            permutation = torch.arange(head_dim).expand(heads, -1).contiguous()
+            orders = [ChannelOrder(permutation, torch.ones(heads, dtype=torch.bool))] * text.num_hidden_layers
         return TurboCache(model_config, self.config, k_order=orders, exact_layers=[0] if self.exact else [])
 
 

@@ -147,10 +147,10 @@ def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
     for name, found in measured.items():
         units = [_short(unit, facts) for unit in found]
         stages[name] = units + [unit for unit in stages.get(name, []) if _completes(unit, units)]
-    order, places = list(METHODS), [stage.name for stage in STAGES]
+    order, names = list(METHODS), [stage.name for stage in STAGES]
     for units in stages.values():
         units.sort(key=lambda u: (u["task"], order.index(u["method"]) if u["method"] in order else len(order)))
-    document = rounded({"facts": facts, "stages": dict(sorted(stages.items(), key=lambda s: places.index(s[0])))})
+    document = rounded({"facts": facts, "stages": dict(sorted(stages.items(), key=lambda s: names.index(s[0])))})
     write_text(path, json.dumps(document, indent=1) + "\n")
     return document
 

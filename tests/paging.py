@@ -97,7 +97,6 @@ def expected(sequence, head_bits, config=CONFIG, backend="reference", order=None
     """The whole sequence through a cache of its own, and the cache. Sinks: a column of the softmax without a value."""
     q, k, v = (x[None] for x in sequence)
     sinks = options.pop("sinks", None)
-    options["window_size"] = options.pop("window", None)
     sizes = 1, HEADS, q.shape[3]
     cache = KVCache(*sizes, config=config, head_bits=torch.tensor(head_bits), k_order=order)
     if sinks is None:

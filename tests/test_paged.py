@@ -23,7 +23,7 @@ TOTALS = {7: 200, 3: 131, 5: 64, 1: 1}
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, MIXED], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 90}, {"softcap": 3.0, "scale": 0.5}, {"sinks": torch.tensor([-1.0, 0.5, 2.0, 9.0])}],
+    [{}, {"window_size": 90}, {"softcap": 3.0, "scale": 0.5}, {"sinks": torch.tensor([-1.0, 0.5, 2.0, 9.0])}],
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_any_schedule_gives_what_a_cache_of_its_own_does(bits, options):
@@ -118,12 +118,12 @@ ORDERED = CONFIG.replace(reorder_k=True)
 
 def an_order(head_dim: int = 16, seed: int = 0) -> ChannelOrder:
     """Of two heads, of which the second has one width."""
-    places = torch.rand(HEADS, head_dim, generator=torch.Generator().manual_seed(seed)).argsort(-1)
-    return ChannelOrder(places, torch.tensor([True, False]))
+    permutation = torch.rand(HEADS, head_dim, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return ChannelOrder(permutation, torch.tensor([True, False]))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, MIXED], ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": 90, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window_size": 90, "softcap": 3.0}], ids=str)
 def test_keys_in_a_calibrated_order(bits, options):
     """Pages are those of the reference's cache with this order, byte for byte, and attention is its attention."""
     head_bits = UNIFORM.get(bits, MIXED) if isinstance(bits, int) else MIXED
@@ -192,7 +192,7 @@ def test_orders_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError, match=r"^orders: expected shapes \(2, 32\) and \(2,\), got \(2, 16\) and \(2,\)$"):
         PagedFormat.of(ORDERED, 32, [UNIFORM[4]], orders=(order,))
     with pytest.raises(InputError, match=r"^orders: expected a permutation of 16 channels for each head"):
-        PagedFormat.of(ORDERED, 16, [UNIFORM[4]], orders=(order._replace(places=order.places // 2),))
+        PagedFormat.of(ORDERED, 16, [UNIFORM[4]], orders=(order._replace(permutation=order.permutation // 2),))
 
 
 def test_all_layers_reserve_the_bytes_of_the_widest():
@@ -248,7 +248,7 @@ def test_refusals():
     [
         (lambda b: b.block_table.fill_(-1), "block_table: expected numbers from 0 to 63, got -1 to -1"),
         (lambda b: b.block_table.fill_(64), "block_table: expected numbers from 0 to 63, got 64 to 64"),
-        (lambda b: b.slots.fill_(9), "slots: expected numbers from 0 to 3, got 9 to 9"),
+        (lambda b: b.tail_slots.fill_(9), "tail_slots: expected numbers from 0 to 3, got 9 to 9"),
         (lambda b: b.seq_lens.fill_(2), "seq_lens: expected at least the tokens of the step, got [2] for [3]"),
         (lambda b: b.seq_lens.fill_(65), "block_table: expected a column for each block of up to 65 tokens, got 1"),
     ],
@@ -318,8 +318,8 @@ def test_places_that_do_not_fit_are_refused():
         call(opened=TailBlocks(1, 4, 2, 8))
     with pytest.raises(InputError, match=r"^layer: expected one of 1, got 1$"):
         call(layer=1)
-    with pytest.raises(InputError, match=r"^window: expected at least 1, or None, got 0$"):
-        call(window=0)
+    with pytest.raises(InputError, match=r"^window_size: expected at least 1, or None, got 0$"):
+        call(window_size=0)
     with pytest.raises(ShapeError, match=r"^sinks: expected floats of shape \[4\], got torch.float32 \[2\]$"):
         call(sinks=torch.zeros(2))
     with pytest.raises(ShapeError, match=r"^sinks: expected floats of shape \[4\], got torch.int64 \[4\]$"):

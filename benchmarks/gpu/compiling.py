@@ -47,7 +47,7 @@ class Assembly:
     thread; shared: bytes of a program; code: its instructions, without operands; inline_assembly: operations of
     that kind, packed_lanes: those of them over several elements at once; overwritten: `register_hazards`;
     from_registers: asynchronous products that read their first operand from registers; loops: their first instruction
-    and the branch back to it, as places in the code. The last three are empty or 0 for AMD."""
+    and the branch back to it, as instruction indices. For AMD, `overwritten` is empty and `from_registers` 0."""
 
     kernel: str
     constants: dict[str, Any]
@@ -173,6 +173,8 @@ def _read(target: str, kernel: Any, name: str, constants: dict[str, Any]) -> Ass
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _REGISTER_A = re.compile(r"R\d+, R(\d+)(?:\.reuse)?, gdesc")
+_AMD_LABEL = re.compile(r"^(\.LBB\w+):")
+_AMD_LINE = re.compile(r"^\t((?:[vs]|ds|global|buffer|flat|scratch)_[a-z0-9_]+)\s*(\S*)")
 _WRITTEN = re.compile(r"(?:U?P\w+, )*R(\d+)\b")
 _WIDTH = re.compile(r"\.(128|64|WIDE)\b|^LDSM.*\.([24])$")
 _REGISTERS = {"128": 4, "64": 2, "WIDE": 2, "4": 4, "2": 2}
@@ -249,8 +251,18 @@ def _nvidia(asm: dict[str, Any]) -> _Read:
 def _amd(asm: dict[str, Any]) -> _Read:
     text = asm["amdgcn"]
     number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
-    names = (match[1] for match in re.finditer(r"^\t((?:[vs]|ds|global|buffer|flat|scratch)_[a-z0-9_]+)", text, re.M))
-    return number["vgpr_count"], number["private_segment_fixed_size"], list(names), [], []
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in text.splitlines():
+        if match := _AMD_LABEL.match(line):
+            labels[match[1]] = len(names)
+        elif match := _AMD_LINE.match(line):
+            target = labels.get(match[2]) if match[1].startswith(("s_branch", "s_cbranch")) else None
+            if target is not None:
+                loops.append((target, len(names)))
+            names.append(match[1])
+    return number["vgpr_count"], number["private_segment_fixed_size"], names, [], loops
 
 
 def _output(*command: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 import tempfile
@@ -11,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chained
 import torch
 from architecture import changed
 from paging import paged
 from plan import Plan
-from problem import dtype, filled_cache, normals
+from problem import device, dtype, filled_cache, normals
 from timing import on_gpu, relative_error, said
 from torch import Tensor
 
@@ -47,6 +49,13 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
             "values that are not finite": lambda: _flagged(plan),
             "a prompt without a cache waits for nothing": lambda: _launched_alone(plan),
         },
+        "chained products": {
+            f"chained INT8 products, {rows} rows, head_dim {size}, {stages} stages": functools.partial(
+                chained.check, rows, size, warps, stages
+            )
+            for rows, warps in (((16, 1), (64, 4), (128, 8)) if real else ((16, 1),))
+            for size, stages in (((64, 2), (128, 3), (256, 1), (256, 3)) if real else ((64, 1),))
+        },
         "prefill": {
             f"prefill, {form}": lambda form=form: _prefill(plan, tokens, OFF.replace(softmax=form), is_causal=True)
             for form in (("sas", "sas2", "exp") if real else ("sas",))
@@ -75,6 +84,7 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
         },
         "pages restored once": {
             "pages that a server manages, 4 bits, restored once per step": lambda: _restored_once(plan),
+            "pages that a server manages, 4 bits, restored as they are read": lambda: _as_read(plan),
         },
         "pages of other sizes": {
             f"pages that a server manages, {bits} bits, head_dim {size}": lambda size=size, bits=bits: paged(
@@ -85,7 +95,11 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
         "steps": {
             "masks, lengths, first blocks and lags": lambda: _other_steps(plan),
             "a step's graph over a flush": lambda: _graph(plan, 8190 if real else 190),
+            "many steps of a graph": lambda: _many_graph_steps(plan, 190, 1000 if real else 3),
             "saved, loaded on the CPU, and back": lambda: _moved(plan, 1023 if real else 191),
+        },
+        "streams": {
+            "on a second stream": lambda: _on_a_second_stream(plan),
         },
         "repeats": {
             "50 runs of prefill are equal to the bit": lambda: _repeated(_prefill_call(plan, tokens)),
@@ -214,8 +228,59 @@ def _graph(plan: Plan, tokens: int) -> float:
     return worst
 
 
+def _many_graph_steps(plan: Plan, tokens: int, count: int) -> float:
+    """Over many flushes a graph's steps store what eager ones do, and give the same up to what splits change."""
+    cache = filled_cache(2, plan.kv_heads, plan.head_dim, tokens, OFF, max_tokens=tokens + count + 64)
+    other, worst = cache.clone(), 0.0
+    graph = DecodeGraph(cache, plan.heads, capture=on_gpu())
+    q, k, v = _new(plan, 2, 0, count)
+    for turn in range(count):
+        new = [x[:, :, turn : turn + 1].contiguous() for x in (q, k, v)]
+        want = ta.turbo_attention_with_kvcache(new[0], other, *new[1:], return_lse=True, backend="triton")
+        got = graph.step(*new)
+        if turn % 50 == count % 50 or turn == count - 1:
+            assert_close(got, want)
+            worst = max(worst, relative_error(got[0], want[0]))
+    graph.close()
+    _assert_same(cache, other)
+    return worst
+
+
+def _on_a_second_stream(plan: Plan) -> None:
+    """Prompts, steps over a flush and prefill on a stream of their own give what they do on the default one, to the
+    bit, and the host waits for nothing, while the default stream is held up: what ran there would come too late."""
+    tokens = [_new(plan, 2, turn, count) for turn, count in enumerate((126, 70, 1, 1))]
+
+    def calls() -> tuple[list[Tensor], ta.KVCache]:
+        cache = ta.KVCache(2, plan.kv_heads, plan.head_dim, config=OFF, device=device())
+        results = [ta.turbo_attention_with_kvcache(q, cache, k, v, backend="triton") for q, k, v in tokens]
+        return [*results, ta.turbo_attention(*tokens[0], is_causal=True, config=OFF, backend="triton")], cache
+
+    want, other = calls()  # compiles
+    if on_gpu():
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        torch.cuda._sleep(1 << 30)  # about half a second
+        with torch.cuda.stream(stream), _never_waiting():
+            got, cache = calls()
+        stream.synchronize()
+        with torch.cuda.stream(stream):
+            same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        torch.cuda.synchronize()
+    else:
+        got, cache = calls()
+        same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert same, "results differ from those of the default stream"
+    _assert_same(cache, other)
+
+
 def _restored_once(plan: Plan) -> float:
     with changed(restores_pages=True):
+        return paged(plan, 4)
+
+
+def _as_read(plan: Plan) -> float:
+    with changed(restores_pages=False):
         return paged(plan, 4)
 
 
@@ -281,8 +346,8 @@ def _pages(plan: Plan) -> None:
         layout = PageLayout(plan.head_dim, 64, *bits, token_scales=True, k_halves=some)
         order = None
         if some:
-            places = normals(plan.kv_heads, plan.head_dim, seed=7).argsort(-1).to(torch.uint8)
-            order = ChannelOrder(places, torch.tensor(some))
+            permutation = normals(plan.kv_heads, plan.head_dim, seed=7).argsort(-1).to(torch.uint8)
+            order = ChannelOrder(permutation, torch.tensor(some))
         given = layout, k8, v8, scale, scale, search, order, True
         got, want = pages.encode_pages(*given), quantizer.PYTORCH.encode_pages(*given)
         assert torch.equal(got, want), f"{int((got != want).sum())} of {got.numel()} bytes differ"

@@ -18,11 +18,14 @@ import sys
 import time
 from pathlib import Path
 
+BUDGET = 540.0
+"""Seconds of a session, by default."""
+
 ROOT = Path(__file__).parents[2]
 # In front of all: another package `tests`, or another turboattention, may be installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(Path(__file__).parent)]
 
-from supervising import CRASHED, DONE, NO_TIME, SKIPPED, TIMED_OUT, WRONG, Results, run_steps  # noqa: E402
+from supervising import CRASHED, DONE, NO_TIME, SKIPPED, TIMED_OUT, WRONG, Results, outlook, run_steps  # noqa: E402
 
 
 def main() -> int:
@@ -39,7 +42,7 @@ def main() -> int:
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.budget is None:
-        options.budget = 3600.0 if options.rehearse else 540.0  # the interpreter is slow
+        options.budget = 3600.0 if options.rehearse else BUDGET  # the interpreter is slow
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if options.device_check:
@@ -52,7 +55,8 @@ def main() -> int:
     if unknown:
         parser.error(f"expected steps of {', '.join(names)}, got {unknown[0]}")
     if options.list:
-        print("\n".join(f"{step.name:24} at most {step.seconds:4.0f} s" for step in table))
+        lines = (f"{step.name:24} about {step.expected:3.0f}, at most {step.seconds:3.0f} s" for step in table)
+        print("\n".join(lines))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "results.jsonl")
@@ -69,6 +73,11 @@ def main() -> int:
     results.write("session", commit=commit, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(options.out).resolve().parent / "gpu-day-compiled"))
     chosen = [s for s in table if s.name not in options.skip and (not options.only or s.name in options.only)]
+    if not options.rehearse:  # expected times are those of a GPU
+        ended = results.ended()
+        within, beyond = outlook([step for step in chosen if ended.get(step.name) != DONE], options.budget)
+        print(f"probably within {options.budget:.0f} s: {', '.join(within) or 'none'}")
+        print(f"probably not: {', '.join(beyond) or 'none'}", flush=True)
     rest = ["--out", str(options.out), *(["--rehearse"] if options.rehearse else [])]
 
     def command(step: steps.Step) -> list[str]:

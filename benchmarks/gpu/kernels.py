@@ -20,7 +20,7 @@ BATCH, KV_HEADS, GROUP = 2, 8, 4
 CONFIG = TurboConfig(softmax="exp")  # what GPUs take
 
 MASKS = {"bool mask": torch.bool, "16-bit mask": torch.bfloat16, "32-bit mask": torch.float32}
-SIGHTS = {
+VISIBILITY = {
     "full": {"causal": False},
     "window": {"window": 100},
     "softcap": {"softcap": 30.0},
@@ -60,7 +60,7 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
     yield from paged_kernels.calls(quick=False)
     for head_dim, softmax in itertools.product((64, 128, 256), ("sas", "sas2")):
         yield f"prefill d{head_dim} {softmax}", _prefill(CONFIG.replace(softmax=softmax), head_dim)
-    for head_dim, (name, options) in itertools.product((64, 128, 256), SIGHTS.items()):
+    for head_dim, (name, options) in itertools.product((64, 128, 256), VISIBILITY.items()):
         yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, **options)
     for head_dim, bits in (*itertools.product((64, 256), (8, 4, 3, 2)), (128, 8)):
         yield f"decode d{head_dim} int{bits}, group 4", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, GROUP)
@@ -96,7 +96,7 @@ def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256, **options: A
     def work() -> None:
         fresh.mean_of_first_block(k, 4, padded(head_dim), config.rotate, flag)
         keys = Fresh(k, v, options["mean"], flag)
-        attention.attend(config, q, _standing(tokens, 0), None, None, fresh=keys, **options)
+        attention.attend(config, q, _query_positions(tokens, 0), None, None, fresh=keys, **options)
 
     return work
 
@@ -115,7 +115,7 @@ def _decode(
     if halves:
         options["order"] = _order(head_dim)
     rows = _rows(head_dim, 64, torch.bfloat16, options["v_head_dim"])
-    return lambda: attention.attend(config, q, _standing(1, 4096), table, rows, **options)
+    return lambda: attention.attend(config, q, _query_positions(1, 4096), table, rows, **options)
 
 
 def _chunk(head_dim: int, v_head_dim: int | None = None) -> Work:
@@ -124,7 +124,7 @@ def _chunk(head_dim: int, v_head_dim: int | None = None) -> Work:
     table = _table(head_dim, (2, 4) * (KV_HEADS // 2), SOME, v_head_dim)
     options = _options(head_dim) | {"order": _order(head_dim), "v_head_dim": v_head_dim}
     rows = _rows(head_dim, 256, torch.float32, v_head_dim)
-    return lambda: attention.attend(CONFIG, q, _standing(256, 4096), table, rows, **options)
+    return lambda: attention.attend(CONFIG, q, _query_positions(256, 4096), table, rows, **options)
 
 
 def _stage_one(head_dim: int) -> Work:
@@ -176,7 +176,7 @@ def _codec(head_dim: int) -> Work:
     return work
 
 
-def _standing(queries: int, before: int) -> QueryPositions:
+def _query_positions(queries: int, before: int) -> QueryPositions:
     first = torch.full((BATCH,), before)
     return QueryPositions(first, torch.full((BATCH,), queries), first + queries)
 

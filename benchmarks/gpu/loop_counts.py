@@ -14,18 +14,18 @@ import os
 from collections import Counter
 
 COUNTED = {
-    "products": ("IGMMA", "IMMA"),
+    "products": ("IGMMA", "IMMA", "v_mfma"),
     "copies": ("LDGSTS",),
-    "global loads": ("LDG",),
-    "waits": ("BAR", "DEPBAR"),
-    "spilled words read": ("LDL",),
+    "global loads": ("LDG", "global_load", "buffer_load"),
+    "waits": ("BAR", "DEPBAR", "s_barrier"),
+    "spilled words read": ("LDL", "scratch_load"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("call", help="name of a call of kernels.py")
-    parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90"))
+    parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "gfx942"))
     parser.add_argument("--kernel", default="", help="only this kernel")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -46,10 +46,15 @@ def main() -> None:
             continue
         print(f"{kernel.kernel}: {kernel.instructions} instructions, {kernel.spill_bytes} bytes spilled")
         for start, end in kernel.loops:
-            names = Counter(name.split(".")[0] for name in kernel.code[start : end + 1])
+            names = Counter(_kind(name) for name in kernel.code[start : end + 1])
             counts = {what: sum(names[name] for name in which) for what, which in COUNTED.items()}
             said = ", ".join(f"{count} {what}" for what, count in counts.items())
             print(f"  loop of {end - start + 1} instructions: {said}")
+
+
+def _kind(instruction: str) -> str:
+    """Its name without what says of which width or form it is: NVIDIA's up to a dot, of AMD's the first two words."""
+    return "_".join(instruction.split(".")[0].split("_")[:2])
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ def paged(plan: Plan, width: int) -> float:
     table = torch.randperm(2 * wide).view(2, wide).to(device(), torch.int32)
     pages = torch.full((2 * wide, fmt.page_bytes), 0xAB, dtype=torch.uint8, device=device())
     opened = TailBlocks(1, 2, plan.kv_heads, plan.head_dim, device())
-    slots, results = torch.tensor([1, 0], device=device()), [[], []]
+    tail_slots, results = torch.tensor([1, 0], device=device()), [[], []]
 
     def attend(rows: list[Tensor], starts: Tensor, lengths: Tensor, most: int) -> Tensor:
-        out, batch = torch.empty_like(rows[0]), PagedBatch(starts, lengths, table, slots, most)
+        out, batch = torch.empty_like(rows[0]), PagedBatch(starts, lengths, table, tail_slots, most)
         paged_attention(fmt, 0, batch, *rows, out, pages, opened, backend="triton")
         return out
 
@@ -79,8 +79,8 @@ def piece(plan: Plan, width: int, before: int, new: int) -> Callable[[], Tensor]
     def attend(rows: list[Tensor], begin: int) -> Callable[[], Tensor]:
         tokens, out = len(rows[0]), torch.empty_like(rows[0])
         given = ([0, tokens], [begin + tokens], [0])
-        starts, lengths, slots = (torch.tensor(x, dtype=torch.int32, device=device()) for x in given)
-        batch = PagedBatch(starts, lengths, table, slots, tokens)
+        starts, lengths, tail_slots = (torch.tensor(x, dtype=torch.int32, device=device()) for x in given)
+        batch = PagedBatch(starts, lengths, table, tail_slots, tokens)
 
         def call() -> Tensor:
             paged_attention(fmt, 0, batch, *rows, out, pages, opened, backend="triton")

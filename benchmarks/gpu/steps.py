@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -16,7 +17,8 @@ from supervising import CRASHED, FOUND_WRONG, LEFT_OUT, TIMED_OUT, Results, Step
 
 from turboattention.files import write_text
 
-GATES = ("stages", "prefill", "decode", "paged", "pages restored once", "pages of other sizes", "steps", "repeats")
+GATES = ("stages", "chained products", "prefill", "decode", "steps", "streams", "repeats")
+PAGED_GATES = ("paged", "pages restored once", "pages of other sizes")
 WIDTHS = (4, 3, 2)
 _DECODE_GATE, _PREFILL_GATE = ("gate decode",), ("gate prefill",)
 
@@ -25,27 +27,34 @@ INJECTED = {"a crash": CRASHED, "a hang": TIMED_OUT}
 
 
 def steps(rehearse: bool) -> list[Step]:
-    """In order of their worth. Gates run while kernels compile, since nothing is timed in them."""
-    table = [Step("facts", 40), Step("compile", 90, beside=not rehearse)]
-    table += [Step(f"gate {gate}", 150, beside=not rehearse) for gate in (*GATES, "generate")]
-    table += [Step(f"sweep decode {bits}", 60, sound=_DECODE_GATE) for bits in WIDTHS]
+    """In order of their worth: is it right, is it faster than the peers, which launches and variants would be faster
+    still, and then whole models and profiles. Gates run while kernels compile, since nothing is timed in them.
+
+    Expected times are those of runs on an H100 (benchmarks/results/gpu-h100), or guesses for what those did not end."""
+    table = [Step("facts", 40, 7), Step("compile", 150, 70, beside=not rehearse)]
+    table += [Step(f"gate {gate}", 150, 80, beside=not rehearse) for gate in GATES]
     table += [
-        Step("sweep prefill", 60, sound=_PREFILL_GATE),
-        Step("sweep pages", 60, sound=("gate pages restored once",)),
-        Step("peers decode", 150, sound=_DECODE_GATE),
-        Step("peers prefill", 60, sound=_PREFILL_GATE),
-        Step("trace", 30, sound=_PREFILL_GATE),
-        Step("graph", 60, sound=("gate steps",)),
-        Step("generate", 90, sound=("gate generate",)),
-        Step("large model", 120, sound=("gate generate",)),
-        Step("profile decode 4", 50, sound=_DECODE_GATE),
-        Step("profile decode 3", 50, sound=_DECODE_GATE),
-        Step("profile decode 2", 50, sound=_DECODE_GATE),
-        Step("profile prefill", 50, sound=_PREFILL_GATE),
-        Step("throughput", 90, sound=("gate decode", "gate steps")),
-        Step("sanitizer", 60),
-        Step("flex", 40, sound=_PREFILL_GATE),
-        Step("torch.compile", 60, sound=("gate steps",)),
+        Step("peers decode", 150, 60, sound=_DECODE_GATE),
+        Step("peers prefill", 60, 22, sound=_PREFILL_GATE),
+        Step("graph", 60, 8, sound=("gate steps",)),
+    ]
+    table += [Step(f"gate {gate}", 150, 90, beside=not rehearse) for gate in (*PAGED_GATES, "generate")]
+    table += [Step(f"sweep decode {bits}", 60, 10, sound=_DECODE_GATE) for bits in WIDTHS]
+    table += [
+        Step("sweep prefill", 60, 30, sound=_PREFILL_GATE),
+        Step("sweep pages", 60, 30, sound=("gate paged", "gate pages restored once")),
+        Step("cubins", 30, 5),
+        Step("throughput", 120, 110, sound=("gate decode", "gate steps")),
+        Step("generate", 90, 75, sound=("gate generate",)),
+        Step("trace", 30, 12, sound=_PREFILL_GATE),
+        Step("profile decode 4", 50, 12, sound=_DECODE_GATE),
+        Step("profile prefill", 50, 12, sound=_PREFILL_GATE),
+        Step("large model", 120, 120, sound=("gate generate",)),
+        Step("torch.compile", 60, 60, sound=("gate steps",)),
+        Step("flex", 40, 22, sound=_PREFILL_GATE),
+        Step("sanitizer", 60, 18),
+        Step("profile decode 3", 50, 12, sound=_DECODE_GATE),
+        Step("profile decode 2", 50, 12, sound=_DECODE_GATE),
     ]
     if rehearse:  # the interpreter takes its time
         table = [replace(step, seconds=600.0) for step in table]
@@ -127,6 +136,24 @@ def _compile(shapes: Any, which: str, results: Results) -> Rows:
         yield {"missing": f"{target} among the targets of compiling.py"}
         return
     yield from ahead.compile_all(target)
+
+
+def _cubins(shapes: Any, which: str, results: Results) -> Rows:
+    """What was compiled, in one file beside the results."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", results.path.parent))
+    found = sorted(path for path in folder.rglob("*") if path.suffix in _COMPILED)
+    if _rehearsed() or not found:
+        yield {"missing": "a GPU" if _rehearsed() else "compiled kernels"}
+        return
+    path = results.path.parent / "compiled.tar.xz"
+    with tarfile.open(path, "w:xz", preset=1) as archive:
+        for each in found:
+            archive.add(each, each.relative_to(folder))
+    yield {"files": len(found), "bytes": path.stat().st_size, "log": path.name}
+
+
+_COMPILED = (".cubin", ".hsaco", ".json")
+"""Files of Triton's cache: machine code, and what it was compiled with."""
 
 
 def _gate(shapes: Any, which: str, results: Results) -> Rows:
@@ -303,7 +330,7 @@ _OF: dict[str, _Call] = {
     "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph,
     "trace": _trace, "gate generate": _generate_gate, "torch.compile": _torch_compile, "large model": _large_model,
     "profile": _profile, "throughput": _throughput, "generate": _generate, "sanitizer": _sanitizer, "flex": _flex,
-    "a crash": _crash, "a hang": _hang,
+    "cubins": _cubins, "a crash": _crash, "a hang": _hang,
 }  # fmt: skip
 
 

@@ -31,11 +31,13 @@ _LEAST_SECONDS = 3.0  # a process takes as long to start
 
 @dataclass(frozen=True)
 class Step:
-    """name: of the step; seconds: its time limit; beside: whether it runs side by side with its neighbours that say
-    the same; sound: steps that must not have found wrong results before it."""
+    """name: of the step; seconds: its time limit; expected: what it probably takes, for `outlook`; beside: whether it
+    runs side by side with its neighbours that say the same; sound: steps that must not have found wrong results before
+    it."""
 
     name: str
     seconds: float
+    expected: float = 0.0
     beside: bool = False
     sound: tuple[str, ...] = ()
 
@@ -85,6 +87,15 @@ class Results:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
+
+
+def outlook(steps: Sequence[Step], budget: float) -> tuple[list[str], list[str]]:
+    """The steps that probably end within `budget` seconds, if all run in order, and the others."""
+    spent, within, beyond = 0.0, [], []
+    for together in _groups(steps):
+        spent += max(step.expected for step in together)
+        (within if spent <= budget else beyond).extend(step.name for step in together)
+    return within, beyond
 
 
 def run_steps(

@@ -27,7 +27,7 @@ GIB = 2**30
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="memory for pages")
-    parser.add_argument("--sequences", type=int, default=64, help="max_num_seqs, for which there are open blocks")
+    parser.add_argument("--sequences", type=int, default=64, help="max_num_seqs, the number of tail slots")
     parser.add_argument("--gpu", action="store_true", help="engines on a GPU")
     parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
     options = parser.parse_args()

@@ -18,19 +18,23 @@ def capacity(document: dict[str, Any]) -> Figure:
     figure = _figure(5.2 * len(models), 3.6)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         rows = [row for row in document["rows"] if row["model"] == model]
-        places = range(len(rows))
-        axes.bar(places, [row["tokens_per_gib"] for row in rows], 0.8, color="C0", label="pages")
+        positions = range(len(rows))
+        axes.bar(positions, [row["tokens_per_gib"] for row in rows], 0.8, color="C0", label="pages")
         axes.bar(
-            places, [row["with_side_pool"] for row in rows], 0.5, color="C1", label="pages and side pool (in brackets)"
+            positions,
+            [row["with_side_pool"] for row in rows],
+            0.5,
+            color="C1",
+            label="pages and side pool (in brackets)",
         )
-        for place, row in zip(places, rows, strict=True):
+        for position, row in zip(positions, rows, strict=True):
             times = (
                 f"{row['times']:.2f}x"
                 if row["times"] == 1
                 else f"{row['times']:.2f}x\n({row['times_with_side_pool']:.2f})"
             )
-            axes.annotate(times, (place, row["tokens_per_gib"]), ha="center", va="bottom", fontsize=7)
-        axes.set_xticks(places, [_short(row["title"]) for row in rows], fontsize=7)
+            axes.annotate(times, (position, row["tokens_per_gib"]), ha="center", va="bottom", fontsize=7)
+        axes.set_xticks(positions, [_short(row["title"]) for row in rows], fontsize=7)
         axes.set_title(model, fontsize=9)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
         axes.set_ylabel("tokens of cache per GiB")

@@ -43,13 +43,13 @@ class Answers:
 
 def ask(server: Server, *, chat: bool, tools: bool) -> Answers:
     reading = server.post("completions", {"prompt": TEXT, "max_tokens": 1, "prompt_logprobs": 1})
-    places = reading["choices"][0]["prompt_logprobs"][1:]
+    positions = reading["choices"][0]["prompt_logprobs"][1:]
     # The text's own token comes first, and then the likeliest, unless they are the same.
-    own = [next(iter(place.values()))["logprob"] for place in places]
+    own = [next(iter(position.values()))["logprob"] for position in positions]
     completion = server.post("completions", {"prompt": BEGINNING, "max_tokens": 32})["choices"][0]["text"]
     said = _say(server, [_user(QUESTION)])["content"] if chat else None
     call, told = _use_tool(server) if tools else (None, None)
-    return Answers([_likeliest(place) for place in places], -sum(own) / len(own), completion, said, call, told)
+    return Answers([_likeliest(each) for each in positions], -sum(own) / len(own), completion, said, call, told)
 
 
 def _use_tool(server: Server) -> tuple[tuple[str, dict[str, Any]], str]:
@@ -72,5 +72,5 @@ def _user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def _likeliest(place: dict[str, Any]) -> int:
-    return next(int(token) for token, found in place.items() if found["rank"] == 1)
+def _likeliest(position: dict[str, Any]) -> int:
+    return next(int(token) for token, found in position.items() if found["rank"] == 1)

@@ -9,11 +9,21 @@
 namespace turbo {
 namespace {
 
+constexpr std::size_t kKeptBytes = 1 << 20;
+
 // Temporary memory of a step, kept per thread to avoid allocations.
 struct Workspace {
     std::vector<std::int64_t> after, first, valid, held;  // [B]; held: tokens in the buffer
     std::vector<std::int8_t> codes[2];
     std::vector<float> scales[2];
+};
+
+// Returns the memory of a long prompt.
+struct Release {
+    Workspace& w;
+    ~Release() {
+        if (w.codes[0].size() > kKeptBytes) w = {};
+    }
 };
 
 template <class T>
@@ -62,7 +72,7 @@ void clear_scales(const StepArgs& step, int side, std::int64_t at, std::int64_t 
 // Channels of a row of keys or values.
 std::int64_t channels(const StoreArgs& s, int side) { return side ? s.value_dim : s.head_dim; }
 
-// The buffer as rows with float32 scales. If a block fills, a copy with room for all new tokens.
+// The buffer as rows with float32 scales. If blocks fill, a copy with room for all new tokens.
 Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
     const StoreArgs& s = step.store;
     Int8Rows rows = s.tail;
@@ -83,13 +93,14 @@ Int8Rows tail_rows(const StepArgs& step, Workspace& w) {
     return rows;
 }
 
-// Keeps the rows after a filled block in the buffer, with their scales; clears the rest.
+// Keeps the rows after the blocks that filled in the buffer, with their scales; clears the rest.
 void keep_rows(const StepArgs& step, const Workspace& w, const Int8Rows& rows) {
     const StoreArgs& s = step.store;
     for (int side = 0; side < 2; ++side) {
         const std::int64_t width = channels(s, side);
         for (std::int64_t i = 0; i < s.batch * s.heads; ++i) {
-            const std::int64_t b = i / s.heads, held = w.held[b], filled = s.fresh && s.fresh[b] ? kBlock : 0;
+            const std::int64_t held = w.held[i / s.heads];
+            const std::int64_t filled = s.fresh ? (held + s.tokens) / kBlock * kBlock : 0;
             const std::int64_t left = held + s.tokens - filled, from = i * rows.head_rows + filled;
             std::int8_t* codes = step.codes[side] + i * step.capacity * width;
             if (s.fresh) std::memcpy(codes, rows.codes[side] + from * width, static_cast<std::size_t>(left * width));
@@ -127,6 +138,7 @@ void set_positions(const StoreArgs& s, AttendArgs& a, Workspace& w) {
 
 NonFinite run_step(const StepArgs& step) {
     static thread_local Workspace w;
+    const Release release{w};
     const Kernels& kernels = turbo::kernels();
     AttendArgs a = step.attend;
     StoreArgs s = step.store;

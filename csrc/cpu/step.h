@@ -1,5 +1,6 @@
-// A decode step of a cache in one call: quantizes the new tokens, attends to pages, buffer and new tokens, undoes the
-// rotation, and compresses the blocks that fill into pages. The caller keeps the argument struct from step to step.
+// New tokens of a cache, of a decode step or a prompt, in one call: quantizes them, attends to pages, buffer and new
+// tokens, undoes the rotation, and compresses the blocks that fill into pages. The caller may keep the argument struct
+// from step to step.
 #pragma once
 
 #include "attention/arguments.h"
@@ -9,10 +10,10 @@ namespace turbo {
 
 struct StepArgs {
     AttendArgs attend;  // the step sets positions and tail rows; without queries it only stores
-    StoreArgs store;    // with tail.start; fresh_blocks is 1, since a step fills at most one block per sequence
+    StoreArgs store;    // with tail.start
     // The buffer: int8 [B, H, capacity, D] (Dv for values) and scales [B, H, capacity], bfloat16, or float32 with
-    // universal scales. Row 0 holds position tail.start[b]; rows beyond a sequence's length are zero. When a block
-    // fills, the rows after it move to the front.
+    // universal scales. Row 0 holds position tail.start[b]; rows beyond a sequence's length are zero. When
+    // blocks fill, the rows after them move to the front.
     std::int8_t* codes[2];
     void* scales[2];
     std::int64_t capacity;

@@ -53,13 +53,17 @@ void fill_pages(const Kernels& kernels, const StoreArgs& s) {
     struct Filled {
         std::int64_t b, position;
         std::uint8_t* page;
+        bool sink;
     };
     std::vector<Filled> filled;
     for (std::int64_t b = 0; b < s.batch; ++b)
         for (std::int64_t block = 0; block < s.fresh_blocks; ++block)
-            if (auto* page = reinterpret_cast<std::uint8_t*>(s.fresh[b * s.fresh_blocks + block]))
-                filled.push_back({b, s.tail.start[b] + block * kBlock, page});
-    for (const Filled& f : filled) std::memset(f.page, 0, static_cast<std::size_t>(s.page_bytes));
+            if (auto* page = reinterpret_cast<std::uint8_t*>(s.fresh[b * s.fresh_blocks + block])) {
+                const std::int64_t position = s.tail.start[b] + block * kBlock;
+                filled.push_back({b, position, page, position < s.sink_blocks * kBlock});
+            }
+    for (const Filled& f : filled)
+        std::memset(f.page, 0, static_cast<std::size_t>(f.sink ? s.sink_bytes : s.page_bytes));
     const std::int64_t each = 2 * s.heads;
     parallel_for(static_cast<std::int64_t>(filled.size()) * each, static_cast<int>(s.threads), [&](std::int64_t i) {
         const Filled& f = filled[i / each];
@@ -67,8 +71,8 @@ void fill_pages(const Kernels& kernels, const StoreArgs& s) {
         PageArgs p{};
         p.pages = 1, p.heads = s.heads, p.head_dim = s.head_dim, p.value_dim = s.value_dim;
         p.block = kBlock, p.head_rows = s.tail.head_rows;
-        p.page_bytes = s.page_bytes, p.search = s.search, p.layout = s.layout, p.bytes = f.page;
-        p.order = s.order, p.rotated = s.rotate;
+        p.page_bytes = f.sink ? s.sink_bytes : s.page_bytes, p.layout = f.sink ? s.sinks : s.layout, p.bytes = f.page;
+        p.order = f.sink ? nullptr : s.order, p.search = s.search, p.rotated = s.rotate;
         p.codes[side] = s.tail.codes[side] + first * (side ? s.value_dim : s.head_dim);
         p.scales[side] = s.tail.scales[side] + first;
         kernels.encode_head(p, 0, h, side);

@@ -10,11 +10,15 @@ from torch import Tensor
 from . import dispatch, ops
 from .checked_call import check_call
 from .config import TurboConfig
-from .guard import guarded_bits
+from .guard import guarded
+from .guard_sample import TOKENS
 from .impl.contract import AttentionParams, Availability, Backend, CheckedCall, Result
 from .kv.cache import KVCache
 from .kv.channel_order import query_energy
+from .kv.compression import Compression, compression_of
 from .kv.growth import commit, observe, stage
+from .kv.in_place import Decided, deciding_tokens, fills_at_once
+from .kv.stage1 import Stage
 from .kv.window import check_pages_kept
 from .modes import in_own_modes
 from .softmax import logit_scale
@@ -172,7 +176,8 @@ def turbo_attention_with_kvcache(
         [B, Hq, Lq, Dv] in the dtype of q; with `return_lse` also the log-sum-exp, as in `turbo_attention`.
 
     Raises:
-        As `turbo_attention`; the cache is then unchanged. Warns `GuardWarning` (see guard.py).
+        As `turbo_attention`; the cache is then unchanged. On a GPU, a later call raises NonFiniteError instead, unless
+        the cache's format is decided in this one (docs/gpu.md). Warns `GuardWarning` (see guard.py).
 
     Source: TurboAttention (arXiv 2412.08585), algorithm 2.
 
@@ -222,12 +227,34 @@ def turbo_attention_with_kvcache(
     chosen = dispatch.choose(backend, dispatch.CallTraits(cache.config, q.dtype, q.device, q.shape[2], head_dims))
     # Queries alone may reach back behind what a window has kept, which the general path looks at.
     result = chosen.step(call, cache) if k_new is not None or cache.window_size is None else None
+    if result is None and chosen.prompt is not None and _fills_at_once(call, cache):
+        result = chosen.prompt(call, cache, _decided(call, cache))
     if result is None:
         result = _attend_and_store(chosen, call, cache)
     elif k_new is not None and cache.learns_order:
         positions, valid = _rows(call, cache.lengths - _counts(call), cache.lengths)
         observe(cache, _energy(q, cache, positions, valid))
     return result if return_lse else result[0]
+
+
+def _fills_at_once(call: CheckedCall, cache: KVCache) -> bool:
+    """Whether `Backend.prompt` can take a call, whose queries are then those of the new tokens."""
+    tokens = 0 if call.k is None or call.counts is not None else call.k.shape[2]
+    plain = call.params.attn_mask is None and not cache.config.stored_prefill
+    return plain and tokens == call.q.shape[2] and fills_at_once(cache, tokens)
+
+
+def _decided(call: CheckedCall, cache: KVCache) -> Decided | None:
+    """What the first tokens of a call decide; None if nothing is left to decide."""
+    k, v = call.k, call.v
+    assert k is not None and v is not None
+    first = deciding_tokens(cache, k.shape[2], 0 if cache.config.guard == "off" else TOKENS)
+    if not first:
+        return None
+    positions, valid = _rows(call, cache.lengths, cache.lengths + k.shape[2])
+    energy = _energy(call.q, cache, positions, valid) if cache.learns_order else None
+    staged = stage(cache, k[:, :, :first], v[:, :, :first], None, energy, ("k_new", "v_new"))
+    return Decided(staged.k_mean, _compression(call, cache, staged, positions, valid))
 
 
 def _attend_and_store(backend: Backend, call: CheckedCall, cache: KVCache) -> Result:
@@ -238,15 +265,22 @@ def _attend_and_store(backend: Backend, call: CheckedCall, cache: KVCache) -> Re
     check_mask_values(params.attn_mask)
     check_finite("q", q, valid.sum(1))
     check_pages_kept(cache, positions, valid, params.window_size)
-    staged, bits = None, None
+    staged, compression = None, None
     if call.k is not None and call.v is not None:
         energy = _energy(q, cache, positions, valid) if cache.learns_order else None
         staged = stage(cache, call.k, call.v, counts, energy, ("k_new", "v_new"))
-        bits = guarded_bits(cache, staged, q, positions, valid, (call.k, call.v), params)
-    result = backend.attend_cache(call, cache, staged, head_bits=bits, positions=positions, valid=valid)
-    if staged is not None:
-        commit(cache, staged, bits)
+        compression = _compression(call, cache, staged, positions, valid)
+    result = backend.attend_cache(call, cache, staged, compression=compression, positions=positions, valid=valid)
+    if staged is not None and compression is not None:
+        commit(cache, staged, compression)
     return result
+
+
+def _compression(call: CheckedCall, cache: KVCache, staged: Stage, positions: Tensor, valid: Tensor) -> Compression:
+    """What committing `staged` compresses, at widths that the guard finds wide enough."""
+    assert call.k is not None and call.v is not None
+    planned = compression_of(cache, staged)
+    return guarded(cache, staged, planned, call.q, positions, valid, (call.k, call.v), call.params)
 
 
 def _counts(call: CheckedCall) -> Tensor:

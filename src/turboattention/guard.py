@@ -3,7 +3,7 @@
 Low-bit storage can make the output of single heads useless without any visible error. When a cache compresses its
 first block, sampled queries attend its tokens twice: at full precision, and as the tokens would be stored. A head
 whose relative error is beyond the bound of its width is promoted to the next wider one, with one `GuardWarning`
-(`guarded_bits`). Heads that 8 bits do not cure are beyond the cache: whoever still has its tokens at full precision
+(`guarded`). Heads that 8 bits do not cure are beyond the cache: whoever still has its tokens at full precision
 learns by `BeyondInt8Error` (`KVCache.exact_past`). Where widths cannot change, as in vLLM's pages, there is only the
 warning (`fixed_widths_message`). Bounds and procedure: numerics.md, The guard.
 """
@@ -21,7 +21,7 @@ from .guard_sample import QUERIES, TOKENS, Sample, float_attention, relative_err
 from .impl.contract import AttentionParams
 from .kv.cache import KVCache
 from .kv.channel_order import ChannelOrder
-from .kv.compression import compression_of
+from .kv.compression import Compression
 from .kv.stage1 import Stage
 from .softmax import logit_scale
 from .words import listed
@@ -42,17 +42,18 @@ class BeyondInt8Error(Exception):
     unchanged."""
 
 
-def guarded_bits(
+def guarded(
     cache: KVCache,
     staged: Stage,
+    compression: Compression,
     q: Tensor,
     positions: Tensor,
     valid: Tensor,
     new: tuple[Tensor, Tensor],
     params: AttentionParams,
-) -> Tensor | None:
-    """Widths int64 [2, Hkv] for the blocks that committing `staged` compresses first; None where it
-    compresses none, or the guard is off.
+) -> Compression:
+    """`compression` (`compression_of(cache, staged)`) at widths that every head can bear; as it is where it
+    decides none, or the guard is off.
 
     Widths given by the user are never changed, only warned about.
 
@@ -64,12 +65,9 @@ def guarded_bits(
     Raises:
         BeyondInt8Error: the cache has `exact_past`, widths may change, and 8 bits are not enough.
     """
-    if cache.config.guard == "off":
-        return None
-    compression = compression_of(cache, staged)
     planned = compression.head_bits
-    if not compression.decides or planned is None:
-        return None
+    if cache.config.guard == "off" or not compression.decides or planned is None:
+        return compression
     sample = Sample(cache, staged, compression, q, positions, valid, new, params)
     first = errors = sample.errors(planned)
     bits, beyond = planned, _beyond(errors, planned)
@@ -84,8 +82,8 @@ def guarded_bits(
     if bool(failing.any()):
         message = _message(cache.first_head, failing, beyond, first, planned, bits)
         advice = _advice(sample, planned, failing)
-        warnings.warn(f"{cache.label or 'cache'}: {message}; {advice}", GuardWarning, stacklevel=5)
-    return bits
+        warnings.warn(f"{cache.label or 'cache'}: {message}; {advice}", GuardWarning, stacklevel=6)
+    return compression.at(bits)
 
 
 def fixed_widths_message(

@@ -7,12 +7,16 @@ import functools
 import torch
 from torch import Tensor
 
+from .flashq import rotate
 from .impl.contract import AttentionParams
 from .kv.cache import KVCache
+from .kv.channel_order import restore_keys
 from .kv.compression import Compression
 from .kv.growth import encode
 from .kv.pages import Tiles
 from .kv.stage1 import Stage
+from .uploads import upload
+from .validation import check_finite
 
 QUERIES = 32
 """Query rows sampled per head."""
@@ -41,7 +45,7 @@ def float_attention(
     seen = (behind >= 0) & (keys < lengths[:, None, None])
     if params.window_size is not None:
         seen &= behind < params.window_size
-    unseen = ~seen[:, None, None].to(q.device)
+    unseen = upload(~seen[:, None, None], q.device)
     q, k, v = q.float(), k.float(), v.float()
     # The queries of a GQA group are rows of one product, so that keys and values are not copied for each head.
     group, queries = q.shape[1] // k.shape[1], q.shape[2]
@@ -55,7 +59,12 @@ def float_attention(
 
 class Sample:
     """The sampled queries, and the keys and values they attend to: exact, and as stored at given widths. Only the first
-    `TOKENS` tokens are restored and encoded, however long the call is."""
+    `TOKENS` tokens are encoded, however long the call is.
+
+    A product does not change if both of its factors are rotated. So keys and values are compared as they are stored:
+    the queries are rotated instead, and the outputs back. Only pages whose keys have an order of channels, and are not
+    rotated, need all keys in the model's space.
+    """
 
     def __init__(
         self,
@@ -79,33 +88,46 @@ class Sample:
         self.tokens = int(self.length.max())
         size = cache.config.block_size
         self.blocks = -(-(self.tokens - self.start) // size)
-        at = batch.to(staged.stored.k8.device)
+        at = upload(batch, staged.stored.k8.device)
         self.stored = staged.stored.map(lambda x: x[at][:, :, : self.blocks * size])
         self.mean = None if staged.k_mean is None else staged.k_mean[at]
         # The pages before the stage: fewer than the sinks if a call ended among these.
         self.pages = cache.page_tiles(0, self.start // size).map(lambda x: x[at]) if self.start else None
         sampled = torch.isin(flush.batch, batch) & (flush.block * size < self.tokens)
         self.compression = compression.of(flush.where(sampled))
+        self.rotated = cache.config.rotate and compression.order is None
         self.q, self.positions = self._queries(q, positions, valid)
-        self.wanted = self._attend(*self._exact(staged, new))
+        # Calls that store at once have not looked yet; on a GPU, where looking waits, there are none.
+        if q.device.type == "cpu" and not bool(torch.isfinite(self.q).all()):
+            check_finite("q", q, valid.sum(1))
+        exact = self._exact(staged, new)
+        self.wanted = float_attention(self.q, self.positions, *exact, self.length, params)
 
     def errors(self, bits: Tensor) -> Tensor:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
         k, v = (x.clone() for x in self._rows)
-        size = self.cache.config.block_size
-        for part in encode(self.cache, self.compression.of(self.compression.flush, bits)):
+        size, rotated = self.cache.config.block_size, self.rotated
+        for part in encode(self.cache, self.compression.at(bits)):
             device = part.pages.device
             row = torch.searchsorted(self.batch, part.flush.batch)
-            at = row.to(device), slice(None), (part.flush.block - self.start // size).to(device)
-            for target, values in zip((k, v), part.floats(), strict=True):
+            at = upload(row, device), slice(None), upload(part.flush.block - self.start // size, device)
+            part_k, part_v = part.floats()
+            part_k = part_k if rotated else restore_keys(part_k, part.order, part.rotated)
+            for target, values in ((k, part_k), (v, part_v)):
                 target.unflatten(2, (-1, size))[at] = values.to(target.dtype)
-        k = self._with_mean(k, self.start)
-        return relative_errors(self._attend(*self._behind_pages(k, v)), self.wanted, self.cache.num_kv_heads)
+        k, v = self._behind_pages(self._with_mean(k, self.start, rotated), v, rotated, True)
+        q = rotate(self.q.float()) if rotated else self.q
+        got = self.cache.restore(float_attention(q, self.positions, k, v, self.length, self.params))
+        return relative_errors(got, self.wanted, self.cache.num_kv_heads)
 
     @functools.cached_property
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """The INT8 rows behind the pages as floats, keys without their mean."""
-        return self._floats(self.stored)
+        """The INT8 rows behind the pages as floats, keys without their mean. Rows of blocks that are encoded are not
+        set."""
+        if len(self.compression.flush.batch) == len(self.batch) * self.blocks:
+            k, v, dtype = self.stored.k8, self.stored.v8, self.stored.k_scale.dtype
+            return torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
+        return self._floats(self.stored, self.rotated, True)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
@@ -118,7 +140,7 @@ class Sample:
         useful = (inside & (positions >= self.tokens // 2))[self.batch].all(0)
         rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
         rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(QUERIES, len(rows))).long()]
-        chosen = q.index_select(0, self.batch.to(q.device)).index_select(2, rows.to(q.device))
+        chosen = q.index_select(0, upload(self.batch, q.device)).index_select(2, upload(rows, q.device))
         return chosen, positions[self.batch][:, rows]
 
     def _sees_all(self, positions: Tensor) -> Tensor:
@@ -132,7 +154,7 @@ class Sample:
     def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, and older ones as INT8
         unless they are kept."""
-        at = self.batch.to(self.q.device)
+        at = upload(self.batch, self.q.device)
         before = staged.before[self.batch]
         k_new, v_new = (x[at][:, :, : self.tokens] for x in new)
         if not bool(before.any()) and bool((self.length == self.tokens).all()):
@@ -161,27 +183,26 @@ class Sample:
 
     def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] in the model's space: the pages, then the tiles [b, Hkv, W, D] behind them."""
-        k, v = self._floats(tiles)
-        return self._behind_pages(self._with_mean(k, self.start), v)
+        k, v = self._floats(tiles, False, False)
+        return self._behind_pages(self._with_mean(k, self.start, False), v, False, False)
 
-    def _behind_pages(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that follow the pages, with these before them."""
+    def _behind_pages(self, k: Tensor, v: Tensor, k_rotated: bool, v_rotated: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values that follow the pages, with these before them; which of them are as stored."""
         if self.pages is not None:
-            page_k, page_v = self._floats(self.pages.map(lambda x: x.transpose(1, 2).flatten(2, 3)))
-            k, v = torch.cat((self._with_mean(page_k, 0), k), 2), torch.cat((page_v, v), 2)
+            pages = self.pages.map(lambda x: x.transpose(1, 2).flatten(2, 3))
+            page_k, page_v = self._floats(pages, k_rotated, v_rotated)
+            k, v = torch.cat((self._with_mean(page_k, 0, k_rotated), k), 2), torch.cat((page_v, v), 2)
         return k[:, :, : self.tokens], v[:, :, : self.tokens]
 
-    def _floats(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        """INT8 rows as floats in the model's space, keys without their mean."""
+    def _floats(self, tiles: Tiles, k_rotated: bool, v_rotated: bool) -> tuple[Tensor, Tensor]:
+        """INT8 rows as floats, keys without their mean: as stored, or in the model's space."""
         k, v = tiles.floats()
-        return self.cache.restore(k), self.cache.restore(v)
+        return k if k_rotated else self.cache.restore(k), v if v_rotated else self.cache.restore(v)
 
-    def _with_mean(self, k: Tensor, start: int) -> Tensor:
+    def _with_mean(self, k: Tensor, start: int, rotated: bool) -> Tensor:
         """Keys whose first token is at position `start`, with their mean."""
         if self.mean is None:
             return k
-        smoothed = (start + torch.arange(k.shape[2]) >= self.cache.mean_from).to(k.device)
-        return k + self.cache.restore(self.mean.to(k.dtype))[:, :, None] * smoothed[:, None]
-
-    def _attend(self, k: Tensor, v: Tensor) -> Tensor:
-        return float_attention(self.q, self.positions, k, v, self.length, self.params)
+        mean = self.mean.to(k.dtype)
+        smoothed = upload(start + torch.arange(k.shape[2]) >= self.cache.mean_from, k.device)
+        return k + (mean if rotated else self.cache.restore(mean))[:, :, None] * smoothed[:, None]

@@ -1,7 +1,7 @@
-"""Paged attention for servers, which own the memory: block tables, slots of INT8 rows, ragged batches.
+"""Paged attention for servers, which own the memory: block tables, tail slots of INT8 rows, ragged batches.
 
 A page holds a full block of 64 tokens in the packed format (`kv/layout.py`) and is never modified. Incomplete blocks
-are INT8 rows in `TailBlocks`, one slot per running sequence. Attention follows `TurboConfig.stored_prefill`: a
+are INT8 rows in `TailBlocks`, one tail slot per running sequence. Attention follows `TurboConfig.stored_prefill`: a
 query in block j reads the blocks before j from their pages, and block j as INT8, so that the bytes of a page do not
 depend on how tokens were scheduled.
 """
@@ -49,7 +49,7 @@ def paged_attention(
     tail_blocks: TailBlocks,
     *,
     scale: float | None = None,
-    window: int | None = None,
+    window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
@@ -61,24 +61,27 @@ def paged_attention(
             stride 1.
         pages: uint8 [N, page_bytes or more] with last stride 1, the pages of this layer; blocks that fill are written.
         fmt: the page format of all layers. layer: index into its layouts and into `tail_blocks`.
-        batch: the sequences of this step: their query rows, lengths, pages and slots.
+        batch: the sequences of this step: their query rows, lengths, pages and tail slots.
         tail_blocks: INT8 rows of incomplete blocks; this layer's slots are written.
-        scale: of the logits, default `1 / sqrt(D)`. window: in tokens; a query at position p attends to keys
-            `p - window + 1` to p. Pages before every window are not read.
+        scale: of the logits, default `1 / sqrt(D)`.
+        window_size: in tokens; a query at position p attends to keys `p - window_size + 1` to p. Pages before every
+            window are not read.
         sinks: float [Hq], learned sink logits: an additional column of the softmax without a value. Only on CPUs.
         softcap, backend: as in `turbo_attention`.
 
     Returns:
         Whether all values of q, k and v were finite. Values that are not finite are read as zeros: rows of q as a
-        whole, on a GPU also rows of k and v. A GPU always returns True, without waiting: `TailBlocks.notice` reports
-        such values later.
+        whole, on a GPU also rows of k and v. A GPU always returns True, without waiting: `TailBlocks.poll_nonfinite`
+        reports such values later.
 
     Raises:
-        ShapeError: shapes do not match. DtypeError: q, k, v and out have no dtype of these in common, or a tensor is on
-            another device. ConfigError: scale or softcap is out of range. InputError: layer or window is out of range;
-            on a CPU also lengths, slots or page numbers (a GPU does not check them). Nothing is stored then.
-            BackendError, UnsupportedError (gradients): as in `turbo_attention`; UnsupportedError also for `reorder_k`
-            on a GPU.
+        ShapeError: shapes do not match.
+        DtypeError: q, k, v and out have different dtypes or an unsupported one, or a tensor is on another device.
+        ConfigError: scale or softcap is out of range.
+        InputError: layer or window_size is out of range; on a CPU also lengths, tail slots or page numbers (a GPU does
+            not check them). Nothing is stored then.
+        BackendError, UnsupportedError (gradients): as in `turbo_attention`; UnsupportedError also for `reorder_k` on a
+            GPU.
 
     Examples:
         Rows are the flat query tokens, columns the positions of the token's own sequence; 1 is attended to. Tokens from
@@ -90,7 +93,7 @@ def paged_attention(
             1 0 0 0 0    # sequence 1, its first token
             - - - - -
 
-            query_start=[0, 3, 3, 4], seq_lens=[3, 0, 5], tokens=4, window=2
+            query_start=[0, 3, 3, 4], seq_lens=[3, 0, 5], tokens=4, window_size=2
             1 0 0 0 0    # sequence 0
             1 1 0 0 0
             0 1 1 0 0
@@ -98,14 +101,14 @@ def paged_attention(
     """
     _check_tensors(q, k, v, out, pages, tail_blocks, sinks)
     _check_shapes(fmt, q, k, v, out, pages)
-    _check_place(fmt, layer, tail_blocks, window)
+    _check_place(fmt, layer, tail_blocks, window_size)
     check_softmax(scale, softcap)
     if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
         raise ShapeError(f"sinks: expected floats of shape [{q.shape[1]}], got {sinks.dtype} {list(sinks.shape)}")
     which = fmt.config, q.dtype, q.device, backend
     run = batch.once(which, lambda: _chosen(*which)[1])
     factor = logit_scale(scale, fmt.head_dim)
-    options = {"scale": factor, "window": window, "softcap": softcap, "sinks": sinks}
+    options = {"scale": factor, "window": window_size, "softcap": softcap, "sinks": sinks}
     return run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, **options)
 
 
@@ -168,7 +171,7 @@ def _check_shapes(fmt: PagedFormat, q: Tensor, k: Tensor, v: Tensor, out: Tensor
         )
 
 
-def _check_place(fmt: PagedFormat, layer: int, tail_blocks: TailBlocks, window: int | None) -> None:
+def _check_place(fmt: PagedFormat, layer: int, tail_blocks: TailBlocks, window_size: int | None) -> None:
     shape = tail_blocks.codes[0].shape
     if (shape[2], shape[4]) != (fmt.kv_heads, fmt.head_dim):
         raise ShapeError(
@@ -177,5 +180,5 @@ def _check_place(fmt: PagedFormat, layer: int, tail_blocks: TailBlocks, window: 
         )
     if not 0 <= layer < min(shape[0], len(fmt.layouts)):
         raise InputError(f"layer: expected one of {min(shape[0], len(fmt.layouts))}, got {layer}")
-    if window is not None and window < 1:
-        raise InputError(f"window: expected at least 1, or None, got {window}")
+    if window_size is not None and window_size < 1:
+        raise InputError(f"window_size: expected at least 1, or None, got {window_size}")

@@ -51,7 +51,7 @@ def test_channels_in_the_model_s_order_have_two_widths(ablation):
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
     orders = [layer._k_order for layer in row.make_cache(config).layers]
     assert len(orders) == 3
-    assert all(order.places.tolist() == 2 * [list(range(16))] and bool(order.halved.all()) for order in orders)
+    assert all(order.permutation.tolist() == 2 * [list(range(16))] and bool(order.halved.all()) for order in orders)
 
 
 def test_the_page_has_the_table_of_the_results(ablation):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "day.py"
 INJECTED = ["--only", "facts", "--only", "a crash", "--only", "a hang"]
 PLACEHOLDERS = ["compile", "profile decode 4", "profile decode 3", "profile decode 2", "profile prefill", "sanitizer"]
-PLACEHOLDERS += ["gate pages of other sizes"]
+PLACEHOLDERS += ["gate pages of other sizes", "cubins"]
 """Steps that a machine without a GPU, and thus without its tools, leaves out."""
 
 
@@ -31,7 +32,7 @@ def imported(monkeypatch):
 
 @pytest.mark.parametrize(
     ("selected", "done", "skipped"),
-    [(INJECTED, 1, 0), pytest.param([], 30 - len(PLACEHOLDERS), len(PLACEHOLDERS), marks=pytest.mark.long)],
+    [(INJECTED, 1, 0), pytest.param([], 33 - len(PLACEHOLDERS), len(PLACEHOLDERS), marks=pytest.mark.long)],
     ids=["injected", "all"],
 )
 def test_rehearsal(tmp_path, selected, done, skipped):
@@ -90,3 +91,53 @@ def test_what_is_compiled_ahead(imported):
     assert len(set(quick)) == len(quick)
     launches = 3 * len(sweeping.DECODE) + len(sweeping.FORMS) * (len(sweeping.PREFILL) + 1)
     assert len(works) == launches + 2 * 2 + len(sweeping.RESTORED) - 1 + len(quick)
+
+
+def test_the_default_budget_holds_the_gates_the_peers_and_the_sweeps(imported):
+    steps, day = imported("steps"), imported("day")
+    within, _ = imported("supervising").outlook(steps.steps(rehearse=False), day.BUDGET)
+    places = {name: place for place, name in enumerate(within)}
+    gates = [places[f"gate {name}"] for name in steps.GATES]
+    peers = [places[f"peers {name}"] for name in ("decode", "prefill")]
+    sweeps = [place for name, place in places.items() if name.startswith("sweep")]
+    assert max(gates) < min(peers) < max(peers) < min(sweeps)
+    assert len(sweeps) == len(steps.WIDTHS) + 2
+
+
+def test_what_was_compiled_is_one_file(imported, tmp_path, monkeypatch):
+    steps = imported("steps")
+    results = imported("supervising").Results(tmp_path / "results.jsonl")
+    cache = tmp_path / "compiled"
+    for path, content in {"a/decode.cubin": b"code", "a/decode.json": b"{}", "a/decode.ttir": b"text"}.items():
+        (cache / path).parent.mkdir(parents=True, exist_ok=True)
+        (cache / path).write_bytes(content)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert steps.run("cubins", results, rehearse=False) == 0
+    (row,) = results.rows("cubins")
+    assert row["files"] == 2
+    with tarfile.open(tmp_path / row["log"]) as archive:
+        assert archive.getnames() == ["a/decode.cubin", "a/decode.json"]
+        archive.extractall(tmp_path / "again", filter="data")
+    assert (tmp_path / "again" / "a" / "decode.cubin").read_bytes() == b"code"
+
+
+def test_products_that_are_not_exact_are_found(imported, monkeypatch):
+    """The interpreter's are; where one is off, the gate says so."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    chained = imported("chained")
+    chained.check(16, 64, 1, 1)
+    monkeypatch.setattr(chained, "BLOCKS", 2)
+    kernel = chained._chained
+
+    class Off:
+        def __getitem__(self, grid):
+            def launch(q, k, v, out, *rest, **options):
+                kernel[grid](q, k, v, out, *rest, **options)
+                out[1, 3, 5] += 1
+
+            return launch
+
+    monkeypatch.setattr(chained, "_chained", Off())
+    with pytest.raises(AssertionError, match=r"^1 of 3072 differ$"):
+        chained.check(16, 64, 1, 1)

@@ -91,3 +91,13 @@ def test_steps_without_time_are_known(supervising, tmp_path):
     _, results = run(supervising, tmp_path, ["fine"], budget=0.0)
     assert results.skipped_for(supervising.NO_TIME)
     assert not results.skipped_for("gate wrong")
+
+
+def test_what_probably_fits_a_budget(supervising):
+    """Steps side by side take as long as the longest; once one does not fit, none after it does."""
+    step = supervising.Step
+    steps = [step("a", 60, 10), step("b", 60, 40, beside=True), step("c", 60, 30, beside=True), step("d", 60, 60)]
+    steps.append(step("e", 60, 1))
+    assert supervising.outlook(steps, 50) == (["a", "b", "c"], ["d", "e"])
+    assert supervising.outlook(steps, 111) == (["a", "b", "c", "d", "e"], [])
+    assert supervising.outlook(steps, 5) == ([], ["a", "b", "c", "d", "e"])

@@ -145,7 +145,7 @@ def test_orders_follow_from_the_weights(tmp_path):
     for orders in (made.k_order, Calibration.load(tmp_path).k_order):
         assert orders is not None
         for order in orders:
-            assert order.places.tolist() == [[*range(8, 16), *range(8)]] * 2
+            assert order.permutation.tolist() == [[*range(8, 16), *range(8)]] * 2
             # The weights of the second head, 16^2 to 31^2, are more alike.
             assert order.halved.tolist() == [True, False]
 

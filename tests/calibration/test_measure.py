@@ -121,8 +121,8 @@ def test_texts_weigh_channels_together():
     other[1][..., 3] *= 100
     weight = measured(one, other).k_weight
     assert weight.argmax(-1).tolist() == [3, 3]
-    places = order_by(weight).places
-    assert all(3 in row for row in places[:, : places.shape[1] // 2].tolist())
+    permutation = order_by(weight).permutation
+    assert all(3 in row for row in permutation[:, : permutation.shape[1] // 2].tolist())
 
 
 @pytest.mark.parametrize("bits", [4, 3])

@@ -73,20 +73,20 @@ def test_rows_that_do_not_count_may_hold_anything():
 def test_the_first_half_has_the_largest_energy_times_spread():
     _, k, _ = problem(64)
     energy = torch.rand(HEADS, DIM, dtype=torch.float64)
-    order = channel_order(k, energy).places.long()
+    order = channel_order(k, energy).permutation.long()
     weight = (k.double().var(2, correction=0).mean(0) * energy).gather(-1, order)
     assert bool((weight[:, : DIM // 2].amin(1) >= weight[:, DIM // 2 :].amax(1)).all())
     ascending = order.unflatten(-1, (2, -1)).diff()
     assert bool((ascending > 0).all())
     spread = k.double().var(2, correction=0).mean(0)
     largest = spread.argsort(-1, descending=True)[:, : DIM // 2].sort(-1).values
-    assert torch.equal(channel_order(k, None).places[:, : DIM // 2].long(), largest)
+    assert torch.equal(channel_order(k, None).permutation[:, : DIM // 2].long(), largest)
 
 
 @pytest.mark.parametrize("head_dim", [8, 48, 256, 512])
 def test_an_order_is_kept_in_a_bit_for_each_channel(head_dim):
     weight = torch.rand(3, head_dim, generator=torch.Generator().manual_seed(0))
-    order = order_by(weight).places
+    order = order_by(weight).permutation
     assert packed(order).nbytes == 3 * head_dim // 8
     assert torch.equal(unpacked(packed(order), head_dim), order)
     older = weight.argsort(-1, descending=True).to(order.dtype)
@@ -101,13 +101,15 @@ def test_attention_does_not_depend_on_the_order_within_a_half(backend, monkeypat
 
     def descending(keys: torch.Tensor, energy: torch.Tensor | None) -> ChannelOrder:
         order = channel_order(keys, energy)
-        return order._replace(places=order.places.unflatten(-1, (2, -1)).flip(-1).flatten(-2))
+        return order._replace(permutation=order.permutation.unflatten(-1, (2, -1)).flip(-1).flatten(-2))
 
     monkeypatch.setattr("turboattention.kv.compression.channel_order", descending)
     other = fed([300], backend)
     assert ascending.k_order is not None
     assert other.k_order is not None
-    assert torch.equal(other.k_order.places.unflatten(-1, (2, -1)).flip(-1).flatten(-2), ascending.k_order.places)
+    assert torch.equal(
+        other.k_order.permutation.unflatten(-1, (2, -1)).flip(-1).flatten(-2), ascending.k_order.permutation
+    )
     for now, then in zip(attend(other, QUERY_HEADS), attend(ascending, QUERY_HEADS), strict=True):
         assert torch.equal(now, then)
     for now, then in zip(other.dequantize(), ascending.dequantize(), strict=True):
@@ -125,7 +127,7 @@ def test_the_order_does_not_depend_on_how_tokens_arrived(cuts):
     whole, cut = fed([300]), fed(cuts)
     assert whole.k_order is not None
     assert cut.k_order is not None
-    assert torch.equal(cut.k_order.places, whole.k_order.places)
+    assert torch.equal(cut.k_order.permutation, whole.k_order.permutation)
 
 
 def test_before_the_first_compressed_block_there_is_no_order():
@@ -179,7 +181,7 @@ def test_ordered_rows_are_rotated_back_and_quantized_again():
     order = ChannelOrder(normals(2, DIM, seed=1).argsort(-1).to(torch.uint8), torch.tensor([True, False]))
     codes, scales = ordered_rows(k8, scale, order, True)
     back = rotate(k8.double() * scale.double()[..., None], inverse=True).float()
-    wanted, wanted_scale = quantize_tokens(back[:, 0].gather(-1, order.places[0].long().expand(3, 16, -1)))
+    wanted, wanted_scale = quantize_tokens(back[:, 0].gather(-1, order.permutation[0].long().expand(3, 16, -1)))
     assert torch.equal(codes[:, 0], wanted)
     assert torch.equal(scales[:, 0], wanted_scale)
     assert torch.equal(codes[:, 1], k8[:, 1])
@@ -254,7 +256,7 @@ def test_a_loaded_cache_has_the_order(tmp_path):
     loaded = ta.KVCache.load(tmp_path / "cache")
     assert loaded.k_order is not None
     assert cache.k_order is not None
-    assert torch.equal(loaded.k_order.places, cache.k_order.places)
+    assert torch.equal(loaded.k_order.permutation, cache.k_order.permutation)
     assert torch.equal(loaded.k_order.halved, cache.k_order.halved)
     assert all(torch.equal(x, y) for x, y in zip(attend(loaded), attend(cache), strict=True))
 
@@ -287,10 +289,10 @@ def test_the_order_that_the_first_block_gives_stores_the_same(config, cuts, back
 def test_a_given_order_is_kept(backend):
     found = fed([300]).k_order
     assert found is not None
-    other = ChannelOrder(found.places.flip(-1), torch.tensor([False, True]))
+    other = ChannelOrder(found.permutation.flip(-1), torch.tensor([False, True]))
     cache = with_order(other, [300], backend)
     assert cache.k_order is not None
-    assert torch.equal(cache.k_order.places, other.places)
+    assert torch.equal(cache.k_order.permutation, other.permutation)
     assert cache.k_order.halved.tolist() == [False, True]
     assert content(cache) == content(with_order(other, [300])) != content(fed([300]))
 
@@ -310,11 +312,16 @@ def test_orders_that_do_not_fit_are_refused():
     sizes = 1, HEADS, DIM
     for given, config, error, message in (
         (order, PLAIN, ConfigError, "expected none, because reorder_k is off, got an order"),
-        (order.places, ORDERED, ConfigError, "expected a ChannelOrder, got Tensor"),
+        (order.permutation, ORDERED, ConfigError, "expected a ChannelOrder, got Tensor"),
         (order.of_heads(slice(1)), ORDERED, ShapeError, r"expected shapes \(2, 32\) and \(2,\), got \(1, 32\) and"),
-        (order._replace(places=order.places + 1), ORDERED, InputError, "expected a permutation of 32 channels for"),
         (
-            order._replace(places=order.places.float()),
+            order._replace(permutation=order.permutation + 1),
+            ORDERED,
+            InputError,
+            "expected a permutation of 32 channels for",
+        ),
+        (
+            order._replace(permutation=order.permutation.float()),
             ORDERED,
             DtypeError,
             "expected integers and bool, got torch.float",
@@ -339,7 +346,7 @@ def test_keys_of_8_bits_take_no_given_order():
 def test_a_loaded_cache_goes_on_with_the_given_order(length, tmp_path):
     order = fed([300]).k_order
     assert order is not None
-    other = order._replace(places=order.places.flip(-1))
+    other = order._replace(permutation=order.permutation.flip(-1))
     cache = with_order(other, [length])
     cache.save(tmp_path / "cache")
     loaded, (k, v) = ta.KVCache.load(tmp_path / "cache"), problem(400)[1:]
@@ -347,7 +354,7 @@ def test_a_loaded_cache_goes_on_with_the_given_order(length, tmp_path):
         each.append(k[:, :, length:], v[:, :, length:])
     assert content(loaded) == content(cache)
     assert loaded.k_order is not None
-    assert torch.equal(loaded.k_order.places, other.places)
+    assert torch.equal(loaded.k_order.permutation, other.permutation)
 
 
 def test_a_given_order_is_counted(tmp_path):
@@ -357,11 +364,11 @@ def test_a_given_order_is_counted(tmp_path):
     for cuts in ([100], [300]):
         cache, learned = with_order(order, cuts), fed(cuts)
         energy = 0 if learned.query_energy is None else learned.query_energy.nbytes
-        assert cache.nbytes - (learned.nbytes - energy) == order.places.nbytes + order.halved.nbytes
+        assert cache.nbytes - (learned.nbytes - energy) == order.permutation.nbytes + order.halved.nbytes
         cache.save(tmp_path / "cache")
         assert ta.KVCache.load(tmp_path / "cache").nbytes == cache.nbytes
         assert cache.given_order is not None
-        assert cache.k_order is None or cache.k_order.places.data_ptr() != cache.given_order.places.data_ptr()
+        assert cache.k_order is None or cache.k_order.permutation.data_ptr() != cache.given_order.permutation.data_ptr()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -373,6 +380,6 @@ def test_channels_beyond_256_keep_their_number(backend):
     cache = ta.KVCache(1, 1, wide, config=PLAIN.replace(bits=(4, 8), reorder_k=True), k_order=order)
     out = ta.turbo_attention_with_kvcache(q, cache, k, v, is_causal=True, backend=backend)
     assert cache.k_order is not None
-    assert torch.equal(cache.k_order.places.long(), order.places)
+    assert torch.equal(cache.k_order.permutation.long(), order.permutation)
     assert float((cache.dequantize()[0] - k).norm() / k.norm()) < 0.3
     assert out.isfinite().all()

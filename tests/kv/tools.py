@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import turboattention as ta
+from turboattention.kv.compression import compression_of
 from turboattention.kv.growth import commit, stage
 from turboattention.kv.stage1 import Stage
 
@@ -120,4 +121,5 @@ def stage_of(cache: ta.KVCache, k: Tensor, v: Tensor, lengths: Tensor | None = N
 
 def append_by_stages(cache: ta.KVCache, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
     """`KVCache.append` without a backend's kernels for few tokens."""
-    commit(cache, stage_of(cache, k, v, lengths))
+    staged = stage_of(cache, k, v, lengths)
+    commit(cache, staged, compression_of(cache, staged))

@@ -114,7 +114,7 @@ class Session:
         """
         import torch
 
-        from ..integrations.transformers.storage import save_cache
+        from ..integrations.transformers.serialization import save_cache
 
         if self._cache is None:
             raise InputError("/save: expected a conversation of at least one turn, got none")
@@ -166,7 +166,7 @@ class Kept:
     def read(cls, language: Described, path: Path, option: str = "/load") -> Kept:
         """Raises InputError, FormatError: the file does not exist, is damaged, of another model, or not a
         conversation."""
-        from ..integrations.transformers.storage import read_notes
+        from ..integrations.transformers.serialization import read_notes
 
         cache, ids = cache_file.load(language, path, option)
         notes = read_notes(path)

@@ -20,8 +20,8 @@ _LARGEST_STEP = 127
 """Steps are int8. Larger ones could only occur at one bit, where the search hardly ever chooses them."""
 
 
-def _steps(widest: Tensor, bits: int) -> list[Tensor]:
-    """Steps that the search tries, given the min-max step; few, since each costs passes over the block.
+def _candidate_steps(widest: Tensor, bits: int) -> list[Tensor]:
+    """The steps that the range search tries, given the min-max step; few, since each costs passes over the block.
 
     Below 4 bits, 16ths of the min-max step from 16/16 down to 8/16 (one bit: from 12/16 down to 4/16, since the optimal
     two levels lie much further inside the range than the optimal four). At 4 and 5 bits, the optimal range is close to
@@ -81,13 +81,13 @@ def _encode(values: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
 def _search(values: Tensor, widest: tuple[Tensor, Tensor], middle: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The (step, zero) with the least squared error; `middle` is min + max of the data.
 
-    Candidates: min-max (`widest`), then `_steps`, each with a range centred on the data, and shifted by a quarter of a
-    step down and up. Both ends of a range fit in int8. Ties keep the earlier candidate.
+    Candidates: min-max (`widest`), then `_candidate_steps`, each with a range centred on the data, and shifted by a
+    quarter of a step down and up. Both ends of a range fit in int8. Ties keep the earlier candidate.
     """
     levels = (1 << bits) - 1
     best_step, best_zero = widest
     best_error = _squared_error(values, best_step, best_zero, levels)
-    for step in _steps(widest[0], bits):
+    for step in _candidate_steps(widest[0], bits):
         for quarter in (0, -1, 1):
             zero = torch.div(2 * middle - 2 * step * levels + quarter * step, 4, rounding_mode="floor")
             zero = torch.minimum(zero, 127 - step * levels).clamp_(min=-128)

@@ -12,6 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ..uploads import upload
+
 ROTATION_ID = 1
 """Identifies the rotation in saved caches; must change with the signs or blocks."""
 
@@ -42,7 +44,7 @@ def _signed_hadamard(head_dim: int, device: torch.device) -> Tensor:
     while len(hadamard) < block:
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
     signs = torch.tensor([1.0 - 2.0 * (_SIGN_BITS >> (c % 64) & 1) for c in range(head_dim)], dtype=torch.float64)
-    return (signs[:, None] * torch.block_diag(*[hadamard] * (head_dim // block))).to(device)
+    return upload(signs[:, None] * torch.block_diag(*[hadamard] * (head_dim // block)), device)
 
 
 def _norm(head_dim: int) -> float:

@@ -12,6 +12,8 @@ from ..config import TurboConfig
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
+    from ..kv.compression import Compression
+    from ..kv.in_place import Decided
     from ..kv.paged import PagedBatch, PagedFormat, TailBlocks
     from ..kv.quantizer import Quantizer
     from ..kv.stage1 import Stage
@@ -71,6 +73,15 @@ class Availability:
 
 Result = tuple[Tensor, Tensor]
 """out [B, Hq, Lq, D] in q's dtype, and lse [B, Hq, Lq], natural logarithm."""
+
+
+class Prompt(Protocol):
+    """Attends and appends the new tokens of a call (`in_place.fills_at_once`) at once."""
+
+    def __call__(self, call: CheckedCall, cache: KVCache, decided: Decided | None) -> Result:
+        """decided: what the first tokens decide, if anything is left to decide (`in_place.deciding_tokens`). Raises
+        NonFiniteError; the cache is then unchanged."""
+        ...
 
 
 class PagedAttention(Protocol):
@@ -135,19 +146,24 @@ class Backend(Protocol):
         cache: KVCache,
         staged: Stage | None,
         *,
-        head_bits: Tensor | None,
+        compression: Compression | None,
         positions: Tensor,
         valid: Tensor,
     ) -> Result:
         """Attention over a cache and the call's new tokens, which are `staged`; the cache is not changed.
 
-        positions, valid: int64 and bool [B, Lq]; rows that are not valid give 0 and -inf. head_bits: int64 [2, Hkv],
-        the widths that committing `staged` would freeze; used only with `stored_prefill`."""
+        positions, valid: int64 and bool [B, Lq]; rows that are not valid give 0 and -inf. compression: what committing
+        `staged` compresses, which queries in later blocks read with `stored_prefill`; None without new tokens."""
         ...
 
     def step(self, call: CheckedCall, cache: KVCache) -> Result | None:
-        """Attend and append the call's new tokens at once. None, with the cache unchanged, if the call needs
-        `attend_cache`."""
+        """Attend and append the call's new tokens at once, if they are few. None, with the cache unchanged, if the call
+        needs `prompt` or `attend_cache`."""
+        ...
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """`step` for any number of new tokens, or None if the backend has no kernels for that."""
         ...
 
     @property

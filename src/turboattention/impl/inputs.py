@@ -11,6 +11,7 @@ from ..kv.cache import KVCache
 from ..kv.page_table import PageTable
 from ..kv.queries import quantize_queries
 from ..kv.stage1 import SequenceState, Stage, fresh_state, stage
+from ..uploads import upload
 
 
 def prefill_of(config: TurboConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[QueryPositions, Stage]:
@@ -50,7 +51,7 @@ def tail_rows_of(state: Stage | SequenceState, device: torch.device) -> TailRows
     if tiles is None:
         return None
     tiles = tiles.map(lambda x: x.contiguous())
-    return TailRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start.to(device).contiguous())
+    return TailRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, upload(state.start, device))
 
 
 def queries_by_tile(

@@ -20,6 +20,7 @@ class ReferenceBackend:
 
     name = "reference"
     checks_finite = ("k", "v")
+    prompt = None
     paged_attention = None
     reorders_pages = False
 

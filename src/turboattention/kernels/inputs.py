@@ -55,8 +55,8 @@ class Int8Queries:
 
 @dataclass(frozen=True)
 class QueryPositions:
-    """Where query rows stand: row i of sequence b at position `first[b] + i` of its `lengths[b]` keys;
-    rows from `valid[b]` on are not read and give 0 and -inf. int64 [B] each, contiguous."""
+    """Positions of query rows: row i of sequence b has position `first[b] + i` among its `lengths[b]` keys. Rows from
+    `valid[b]` on are not read; their output is 0 and their lse -inf. int64 [B] each, contiguous."""
 
     first: Tensor
     valid: Tensor

@@ -15,6 +15,7 @@ from ..modes import in_own_modes
 from ..validation import check_config, check_lengths, check_mean, check_new, check_sizes, refuse_gradients
 from .attachments import BackendState, DeferredError, ExactPast
 from .channel_order import ChannelOrder, check_order
+from .compression import compression_of
 from .crop import crop, crop_target
 from .growth import allocate, commit, stage
 from .handle import leave_graph, new_handle
@@ -282,7 +283,8 @@ class KVCache:
         check_new(self.token_shape, self.device, k, v)
         counts = None if lengths is None else check_lengths(lengths, self.batch_size, k.shape[2])
         if not quantizer_for(k.device, k.dtype).append(self, k, v, counts):
-            commit(self, stage(self, k, v, counts))
+            staged = stage(self, k, v, counts)
+            commit(self, staged, compression_of(self, staged))
 
     @in_own_modes
     def crop(self, length: int | Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..config import TurboConfig
 from ..errors import ConfigError, DtypeError, InputError, ShapeError
 from ..flashq import quantize_tokens, rotate
+from ..uploads import upload
 from .layout import K_HALVES
 
 HALVES_PAY = 3.2
@@ -37,61 +38,63 @@ _LARGEST = 1e18
 
 
 class ChannelOrder(NamedTuple):
-    """places: integers [Hkv, D] (`places_dtype`), the channel stored at each place; halved: bool [Hkv] (CPU), which
-    heads have two widths. Only those are stored in this order."""
+    """permutation: integers [Hkv, D] (`permutation_dtype`), `permutation[h, i]` is the channel of K stored at index i.
+    halved: bool [Hkv] (CPU), which heads have two widths; only those are stored in this order."""
 
-    places: Tensor
+    permutation: Tensor
     halved: Tensor
 
     def at(self, head_bits: Tensor) -> ChannelOrder:
         """A copy for heads of these widths (int64 [2, Hkv]): only some widths of K can be halved."""
         able = torch.tensor([int(bits) in K_HALVES for bits in head_bits[0]])
-        return ChannelOrder(self.places.clone(), self.halved & able)
+        return ChannelOrder(self.permutation.clone(), self.halved & able)
 
     def of_heads(self, heads: slice) -> ChannelOrder:
         """The order of some of the heads."""
-        return ChannelOrder(self.places[heads], self.halved[heads])
+        return ChannelOrder(self.permutation[heads], self.halved[heads])
 
     @property
     def nbytes(self) -> int:
-        return self.places.nbytes + self.halved.nbytes
+        return self.permutation.nbytes + self.halved.nbytes
 
     @property
     def table(self) -> Tensor:
         """For kernels: int32 [Hkv, D], contiguous, -1 in heads that are not stored in this order."""
-        return torch.where(self.halved[:, None], self.places.to(torch.int32), -1).contiguous()
+        return torch.where(self.halved[:, None], self.permutation.to(torch.int32), -1).contiguous()
 
 
-def places_dtype(head_dim: int) -> torch.dtype:
-    """The dtype of `ChannelOrder.places`."""
+def permutation_dtype(head_dim: int) -> torch.dtype:
+    """The dtype of `ChannelOrder.permutation`."""
     return torch.uint8 if head_dim <= 256 else torch.int16
 
 
-def is_permutation(places: Tensor) -> bool:
+def is_permutation(permutation: Tensor) -> bool:
     """Whether each row of integers [Hkv, D] (CPU) has every channel once."""
-    return torch.equal(places.long().sort(-1).values, torch.arange(places.shape[1]).expand(len(places), -1))
+    return torch.equal(
+        permutation.long().sort(-1).values, torch.arange(permutation.shape[1]).expand(len(permutation), -1)
+    )
 
 
-def by_halves(places: Tensor) -> Tensor:
+def by_halves(permutation: Tensor) -> Tensor:
     """The same two halves of channels [Hkv, D], each in ascending order."""
-    return places.unflatten(-1, (2, -1)).sort(-1).values.flatten(-2)
+    return permutation.unflatten(-1, (2, -1)).sort(-1).values.flatten(-2)
 
 
-def packed(places: Tensor) -> Tensor:
+def packed(permutation: Tensor) -> Tensor:
     """What `unpacked` needs, in few bytes: bit `c % 8` of byte `c // 8` is set for channels of the first half, uint8
     [Hkv, D / 8]. Given orders whose halves are not ascending stay as they are."""
-    head_dim = places.shape[-1]
-    first = torch.zeros_like(places, dtype=torch.uint8).scatter_(-1, places[:, : head_dim // 2].long(), 1)
-    bits = (first.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8, device=places.device)).sum(-1).to(torch.uint8)
-    return bits if torch.equal(unpacked(bits, head_dim), places) else places.clone()
+    head_dim = permutation.shape[-1]
+    first = torch.zeros_like(permutation, dtype=torch.uint8).scatter_(-1, permutation[:, : head_dim // 2].long(), 1)
+    bits = (first.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8, device=permutation.device)).sum(-1).to(torch.uint8)
+    return bits if torch.equal(unpacked(bits, head_dim), permutation) else permutation.clone()
 
 
 def unpacked(stored: Tensor, head_dim: int) -> Tensor:
-    """`ChannelOrder.places` from what `packed` returned."""
+    """`ChannelOrder.permutation` from what `packed` returned."""
     if stored.shape[-1] == head_dim:
         return stored
     first = (stored[..., None] // 2 ** torch.arange(8, device=stored.device)).flatten(-2) % 2
-    return first.argsort(dim=-1, descending=True, stable=True).to(places_dtype(head_dim))
+    return first.argsort(dim=-1, descending=True, stable=True).to(permutation_dtype(head_dim))
 
 
 def check_order(
@@ -105,19 +108,19 @@ def check_order(
         raise ConfigError(f"{name}: expected none, because reorder_k is off, got an order")
     if not isinstance(order, ChannelOrder):
         raise ConfigError(f"{name}: expected a ChannelOrder, got {type(order).__name__}")
-    places, halved = (x.detach().cpu() for x in order)
-    if places.shape != (heads, head_dim) or halved.shape != (heads,):
+    permutation, halved = (x.detach().cpu() for x in order)
+    if permutation.shape != (heads, head_dim) or halved.shape != (heads,):
         raise ShapeError(
-            f"{name}: expected shapes ({heads}, {head_dim}) and ({heads},), got {tuple(places.shape)} and "
+            f"{name}: expected shapes ({heads}, {head_dim}) and ({heads},), got {tuple(permutation.shape)} and "
             f"{tuple(halved.shape)}"
         )
-    if places.is_floating_point() or halved.dtype != torch.bool:
-        raise DtypeError(f"{name}: expected integers and bool, got {places.dtype} and {halved.dtype}")
+    if permutation.is_floating_point() or halved.dtype != torch.bool:
+        raise DtypeError(f"{name}: expected integers and bool, got {permutation.dtype} and {halved.dtype}")
     if head_dim % 16 and bool(halved.any()):
         raise InputError(f"{name}: expected no heads of two widths at a head_dim of {head_dim}, which is not in 16s")
-    if not is_permutation(places):
+    if not is_permutation(permutation):
         raise InputError(f"{name}: expected a permutation of {head_dim} channels for each head, got another tensor")
-    return ChannelOrder(places.to(places_dtype(head_dim)), halved.clone()) if config.reorders_k else None
+    return ChannelOrder(permutation.to(permutation_dtype(head_dim)), halved.clone()) if config.reorders_k else None
 
 
 def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
@@ -129,7 +132,7 @@ def query_energy(q: Tensor, counted: Tensor, kv_heads: int) -> Tensor:
     rows = counted.any(0).nonzero().flatten()
     end = int(rows[-1]) + 1 if len(rows) else 0  # a long prompt's other queries are not read
     q, counted = q[:, :, :end], counted[:, :end]
-    counts = counted.to(q.device)[:, None, :, None] & (q.abs() <= _LARGEST).all(-1, keepdim=True)
+    counts = upload(counted, q.device)[:, None, :, None] & (q.abs() <= _LARGEST).all(-1, keepdim=True)
     squares = torch.where(counts, q.double(), 0.0).square()
     return squares.sum((0, 2)).unflatten(0, (kv_heads, -1)).sum(1)
 
@@ -153,11 +156,11 @@ def channel_order(keys: Tensor, energy: Tensor | None) -> ChannelOrder:
 def order_by(weight: Tensor) -> ChannelOrder:
     """The order whose first half has the largest weights `E[q_c^2] var(k_c)`, float [Hkv, D] in any unit."""
     head_dim = weight.shape[-1]
-    places = weight.argsort(dim=-1, descending=True, stable=True)
-    first, second = weight.gather(-1, places).unflatten(-1, (2, -1)).mean(-1).unbind(-1)
+    permutation = weight.argsort(dim=-1, descending=True, stable=True)
+    first, second = weight.gather(-1, permutation).unflatten(-1, (2, -1)).mean(-1).unbind(-1)
     pays = (first > HALVES_PAY * second).cpu()
-    places = by_halves(places).to(places_dtype(head_dim))
-    return ChannelOrder(places, pays if head_dim % 16 == 0 else torch.zeros_like(pays))
+    permutation = by_halves(permutation).to(permutation_dtype(head_dim))
+    return ChannelOrder(permutation, pays if head_dim % 16 == 0 else torch.zeros_like(pays))
 
 
 def ordered_rows(k8: Tensor, k_scale: Tensor, order: ChannelOrder, rotated: bool) -> tuple[Tensor, Tensor]:
@@ -169,12 +172,12 @@ def ordered_rows(k8: Tensor, k_scale: Tensor, order: ChannelOrder, rotated: bool
     codes, scales = k8, k_scale
     if rotated:
         codes, scales = quantize_tokens(rotate(k8.to(k_scale.dtype) * k_scale[..., None], inverse=True))
-    return _of_halved(order, (reorder(codes, order.places, 1), scales), (k8, k_scale))
+    return _of_halved(order, (reorder(codes, order.permutation, 1), scales), (k8, k_scale))
 
 
 def unordered_rows(k8: Tensor, k_scale: Tensor, order: ChannelOrder, rotated: bool) -> tuple[Tensor, Tensor]:
     """Inverse of `ordered_rows`, up to the rounding of INT8."""
-    codes, scales = restore_order(k8, order.places, 1), k_scale
+    codes, scales = restore_order(k8, order.permutation, 1), k_scale
     if rotated:
         codes, scales = quantize_tokens(rotate(codes.to(k_scale.dtype) * k_scale[..., None]))
     return _of_halved(order, (codes, scales), (k8, k_scale))
@@ -185,7 +188,9 @@ def restore_keys(keys: Tensor, order: ChannelOrder | None, rotated: bool) -> Ten
     unrotated = rotate(keys, inverse=True) if rotated else keys
     if order is None:
         return unrotated
-    return torch.where(order.halved.to(keys.device)[:, None, None], restore_order(keys, order.places, 1), unrotated)
+    return torch.where(
+        order.halved.to(keys.device)[:, None, None], restore_order(keys, order.permutation, 1), unrotated
+    )
 
 
 def _of_halved(order: ChannelOrder, yes: tuple[Tensor, Tensor], no: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from .channel_order import places_dtype
+from .channel_order import permutation_dtype
 from .layout import PageLayout
 from .page_table import EVICTED
 from .stage1 import MEAN_DTYPE
@@ -116,7 +116,7 @@ def claim_cache(file: TensorFile, metadata: dict[str, Any], prefix: str, longest
         raise FormatError(f"{prefix}lengths: expected a tensor of that name, got none")
     (batch,) = lengths
     rows, scales = range(block + lag), (torch.bfloat16, torch.float32)
-    order = [places_dtype(dim)]
+    order = [permutation_dtype(dim)]
     fixed: dict[str, tuple[Sequence[torch.dtype], Sizes]] = {
         "head_bits": ([torch.int64], (2, heads)),
         "frozen_bits": ([torch.int64], (2, heads)),

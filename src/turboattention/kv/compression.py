@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from .channel_order import ChannelOrder, channel_order, restore_keys
+from ..uploads import upload
+from .channel_order import ChannelOrder, channel_order
 from .layout import PageLayout
 from .pages import Tiles, decode_pages
 from .quantizer import quantizer_for
@@ -34,7 +35,7 @@ class Flush:
 
     def where(self, chosen: Tensor) -> Flush:
         """The rows selected by a bool [N]."""
-        rows = chosen.to(self.tiles.k8.device)
+        rows = upload(chosen.nonzero().flatten(), self.tiles.k8.device)
         return Flush(self.batch[chosen], self.block[chosen], self.tiles.map(lambda x: x[rows]))
 
 
@@ -56,9 +57,8 @@ class Encoded:
         return decode_pages(self.layout, self.pages)
 
     def floats(self) -> tuple[Tensor, Tensor]:
-        """The dequantized k (without its mean) and v [N, H, B, D] in the model's space."""
-        k, v = Tiles(*quantizer_for(self.pages.device).decode_pages(self.layout, self.pages)).floats()
-        return restore_keys(k, self.order, self.rotated), restore_keys(v, None, self.rotated)
+        """The dequantized k (without its mean) and v [N, H, B, D or Dv], as stored: rotated, or in K's order."""
+        return Tiles(*quantizer_for(self.pages.device).decode_pages(self.layout, self.pages)).floats()
 
 
 @dataclass(frozen=True)
@@ -75,26 +75,32 @@ class Compression:
     order: ChannelOrder | None
     decides: bool
 
-    def of(self, flush: Flush, head_bits: Tensor | None = None) -> Compression:
-        """The same for other blocks, or at other widths."""
-        return replace(self, flush=flush, head_bits=self.head_bits if head_bits is None else head_bits)
+    def of(self, flush: Flush) -> Compression:
+        """The same for other blocks."""
+        return replace(self, flush=flush)
+
+    def at(self, head_bits: Tensor) -> Compression:
+        """The same at other widths, int64 [2, Hkv]."""
+        return replace(self, head_bits=head_bits)
 
 
-def compression_of(cache: KVCache, staged: Stage, head_bits: Tensor | None = None) -> Compression:
-    """What committing `staged` compresses. Widths and order that are fixed stay; else `head_bits` int64 [2, Hkv], or
-    without it what the user gave or the tokens decide, and the order that the user gave or tokens and queries
-    decide."""
+def compression_of(cache: KVCache, staged: Stage) -> Compression:
+    """What committing `staged` compresses. Widths and order that are fixed stay; else they are what the user gave, or
+    what tokens and queries decide."""
     flush, sink_blocks = _full_blocks(cache.config, staged), cache.sink_blocks
     assert cache.page_table is not None  # allocated by staging
     pools = cache.page_table.pools
     if cache.frozen or not bool((flush.block >= sink_blocks).any()):
         return Compression(flush, pools.head_bits, pools.order, False)
+    bits, order = cache.configured_bits, cache.given_order
+    if bits is not None and not cache.learns_order:
+        return Compression(flush, bits, order, True)
     k, v = flush.where(flush.block == sink_blocks).tiles.floats()
-    order = channel_order(cache.restore(k), staged.query_energy) if cache.learns_order else cache.given_order
-    bits = cache.configured_bits if head_bits is None else head_bits
+    if cache.learns_order:
+        order = channel_order(cache.restore(k), staged.query_energy)
     if bits is None:
         if staged.k_mean is not None and sink_blocks * cache.config.block_size >= cache.mean_from:
-            first = flush.batch[flush.block == sink_blocks].to(k.device)
+            first = upload(flush.batch[flush.block == sink_blocks], k.device)
             k = k + staged.k_mean.to(k.dtype)[first][:, :, None]
         bits = mixed_head_bits(cache.config, cache.restore(k), cache.restore(v))
     return Compression(flush, bits, order, True)
@@ -106,7 +112,7 @@ def _full_blocks(config: TurboConfig, staged: Stage) -> Flush:
     full = (staged.lengths - staged.start - config.flush_lag).clamp(min=0) // size
     width = tiles.k8.shape[2] // size
     batch, block = (torch.arange(width) < full[:, None]).nonzero(as_tuple=True)
-    at = batch.to(tiles.k8.device), slice(None), block.to(tiles.k8.device)
+    at = upload(batch, tiles.k8.device), slice(None), upload(block, tiles.k8.device)
     picked = tiles.map(lambda x: x.unflatten(2, (width, size))[at])
     single = replace(picked, k_scale=picked.k_scale.float(), v_scale=picked.v_scale.float())
     return Flush(batch, block + staged.start[batch] // size, single)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..modes import in_own_modes
-from .compression import Compression, Encoded, compression_of
+from .compression import Compression, Encoded
 from .page_table import PageTable
+from .quantizer import TokenQuantizer
 from .stage1 import Stage
 from .stage1 import stage as stage_tokens
 from .tail_buffer import TailBuffer
@@ -31,17 +32,18 @@ def stage(
     counts: Tensor | None,
     query_energy: Tensor | None = None,
     names: tuple[str, str] = ("k", "v"),
+    quantizer: TokenQuantizer | None = None,
 ) -> Stage:
     """Quantize the first `counts[b]` new tokens (int64 [B], CPU; None for all) of k [B, Hkv, T, D] and v [B, Hkv, T,
     Dv] to INT8. Shapes are checked.
 
-    query_energy: float64 [Hkv, D] of the queries of this call (`channel_order`). names: of k and v in messages. Raises
-    NonFiniteError.
+    query_energy: float64 [Hkv, D] of the queries of this call (`channel_order`). names: of k and v in messages.
+    quantizer: the device's by default. Raises NonFiniteError.
     """
     if counts is None:
         counts = torch.full((cache.batch_size,), k.shape[2])
     cache.look()
-    staged = stage_tokens(cache.config, cache.state(k.device), k, v, counts, names)
+    staged = stage_tokens(cache.config, cache.state(k.device), k, v, counts, names, quantizer)
     allocate(cache, k.device)
     if cache.dtype is None:
         cache.dtype = k.dtype
@@ -67,12 +69,11 @@ def encode(cache: KVCache, compression: Compression) -> list[Encoded]:
 
 
 @in_own_modes
-def commit(cache: KVCache, staged: Stage, head_bits: Tensor | None = None) -> None:
-    """Store staged tokens; `head_bits` int64 [2, Hkv] overrides widths that are not frozen yet."""
+def commit(cache: KVCache, staged: Stage, compression: Compression) -> None:
+    """Store staged tokens; `compression`: of `staged` (`compression_of`)."""
     table, tail, size = cache.page_table, cache.tail, cache.config.block_size
     assert table is not None and tail is not None
     cache.backend_state = None
-    compression = compression_of(cache, staged, head_bits)
     flush, first = compression.flush, first_kept_blocks(staged.lengths, cache.window_size, size)
     seen = flush.block >= first[flush.batch]
     parts = encode(cache, compression.of(flush.where(seen)))

@@ -32,7 +32,11 @@ class PagePools:
     def freeze(self, head_bits: Tensor, order: ChannelOrder | None = None) -> None:
         """Fix the widths int64 [2, Hkv] of all pages after the sinks, and the order of K's channels in them."""
         self.compressed = PagePool(self._layout(head_bits, order), self.device)
-        self._order = None if order is None else packed(order.places)
+        self._order = None if order is None else packed(order.permutation)
+
+    def thaw(self) -> None:
+        """Undo `freeze`, while no page has that format."""
+        self.compressed = self._order = None
 
     @property
     def head_bits(self) -> Tensor | None:

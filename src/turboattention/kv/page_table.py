@@ -107,6 +107,48 @@ class PageTable:
         releases pages one at a time."""
         return [1] * len(batch) if self.windowed else batch.unique_consecutive(return_counts=True)[1].tolist()
 
+    def allocate(self, counts: Sequence[int], first: Sequence[int]) -> list[list[int]]:
+        """Pages for the next `counts[b]` blocks of each sequence, `EVICTED` for those before block `first[b]`. The
+        caller writes the pages and passes them to `extend`, or to `give_back`."""
+        new = [[EVICTED] * count for count in counts]
+        try:
+            for sinks in (True, False):
+                wanted = [
+                    (b, i)
+                    for b, (table, count) in enumerate(zip(self.pages, counts, strict=True))
+                    for i in range(max(first[b] - len(table), 0), count)
+                    if (len(table) + i < self.sink_blocks) == sinks
+                ]
+                if wanted:
+                    runs = self.runs(torch.tensor([b for b, _ in wanted]))
+                    for (b, i), page in zip(wanted, self.pools.of(sinks).allocate(runs), strict=True):
+                        new[b][i] = page
+        except BaseException:  # no memory
+            self.give_back(new)
+            raise
+        return new
+
+    def give_back(self, new: list[list[int]]) -> None:
+        """Release pages from `allocate`."""
+        for table, pages in zip(self.pages, new, strict=True):
+            self.pools.release(pages, len(table))
+
+    def new_addresses(self, new: list[list[int]]) -> Tensor:
+        """int64 [B, F]: memory addresses of pages from `allocate`; 0 for evicted ones and after a sequence's last."""
+        width = max(map(len, new), default=0)
+        rows = [
+            [self.pools.of_block(len(table) + i).address(page) for i, page in enumerate(pages)]
+            for table, pages in zip(self.pages, new, strict=True)
+        ]
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).view(len(new), width)
+
+    def extend(self, new: list[list[int]], first: Sequence[int]) -> None:
+        """Append pages from `allocate` to the tables, and `evict` the blocks before `first[b]`."""
+        self.evict(first)
+        for table, pages in zip(self.pages, new, strict=True):
+            table += pages
+        self._addresses = None
+
     def fresh_pages(self, count: int, sinks: bool = False) -> list[int]:
         """Allocate `count` compressed pages (or sink pages); the caller passes each to `adopt` or `discard`."""
         pages = self.pools.of(sinks).allocate([1] * count)

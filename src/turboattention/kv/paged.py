@@ -134,10 +134,10 @@ def _layout(head_dim: int, bits: HeadBits, halves: tuple[bool, ...] = ()) -> Pag
 
 
 class TailBlocks:
-    """INT8 rows of incomplete blocks: one slot per running sequence, in all layers.
+    """INT8 rows of incomplete blocks: one tail slot per running sequence, in all layers.
 
-    codes: int8 [layers, slots, H, ring, D] of K and V; scales: float32 [layers, slots, H, ring]. Position p of a
-    sequence is row `p % ring` of its slot.
+    codes: int8 [layers, num_slots, H, ring, D] of K and V; scales: float32 [layers, num_slots, H, ring]. Position p of
+    a sequence is row `p % ring` of its slot.
 
     ring: 64, or 128 if up to 64 tokens may be rejected (speculative decoding). Raises InputError for other values.
     """
@@ -146,7 +146,7 @@ class TailBlocks:
     def __init__(
         self,
         layers: int,
-        slots: int,
+        num_slots: int,
         kv_heads: int,
         head_dim: int,
         device: torch.device | str = "cpu",
@@ -155,7 +155,7 @@ class TailBlocks:
         if ring not in (BLOCK, 2 * BLOCK):
             raise InputError(f"ring: expected {BLOCK} or {2 * BLOCK}, got {ring}")
         self.ring = ring
-        shape = layers, slots, kv_heads, ring
+        shape = layers, num_slots, kv_heads, ring
         self.codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device) for _ in "kv"]
         self.scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in "kv"]
         (kc, vc), (ks, vs) = self.codes, self.scales
@@ -169,7 +169,7 @@ class TailBlocks:
         return self._layers[layer]
 
     @in_own_modes
-    def notice(self) -> bool:
+    def poll_nonfinite(self) -> bool:
         """Whether an earlier step on a GPU had values that were not finite; clears the flag.
 
         Does not wait for the device: starts an asynchronous copy of the flag, which a later call reads.
@@ -183,7 +183,7 @@ class TailBlocks:
         return raised
 
     @property
-    def slots(self) -> int:
+    def num_slots(self) -> int:
         return self.codes[0].shape[1]
 
     @property
@@ -196,8 +196,8 @@ class PagedBatch:
     """The sequences of one step, for all layers.
 
     query_start: [R + 1], sequence r has rows `query_start[r]` to `query_start[r + 1]` (exclusive) of the flat tokens.
-    seq_lens: [R], tokens of each sequence, including this step's. block_table: [R, P], page numbers. slots: [R], slots
-    in the `TailBlocks`. All are int32 or int64, on the device of the tokens.
+    seq_lens: [R], tokens of each sequence, including this step's. block_table: [R, P], page numbers. tail_slots: [R],
+    slots in the `TailBlocks`. All are int32 or int64, on the device of the tokens.
 
     max_query_len: an upper bound of the tokens per sequence in this step, or None. On a GPU, it and the shapes
     determine which kernels run: steps of one token, or of up to 64 with a ring of 128, need no temporary memory.
@@ -210,7 +210,7 @@ class PagedBatch:
     query_start: Tensor
     seq_lens: Tensor
     block_table: Tensor
-    slots: Tensor
+    tail_slots: Tensor
     max_query_len: int | None = None
     _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

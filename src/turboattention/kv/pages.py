@@ -117,8 +117,7 @@ def _common_scale(codes: Tensor, scales: Tensor, by_token: bool) -> tuple[Tensor
         exponents = torch.zeros_like(scales, dtype=torch.uint8)
         return _requantize(codes, used, largest[..., None].expand_as(used)), largest, exponents
     power = ((largest.view(torch.int32) + ((1 << 23) - 1)) >> 23) << 23
-    steps = (power[..., None] - used.view(torch.int32)) >> TOKEN_SCALE_SHIFT
-    exponents = steps.clamp(0, 255)
+    exponents = ((power[..., None] - used.view(torch.int32)) >> TOKEN_SCALE_SHIFT).clamp(0, 255)
     kept = _token_scales(power.view(torch.float32), exponents)
     return _requantize(codes, used, kept), power.view(torch.float32), exponents.to(torch.uint8)
 

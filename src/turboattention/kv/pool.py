@@ -123,7 +123,7 @@ class PagePool:
 
         used: all pages in use, before pages that are `left` are released. Their slabs must not have been sparse before.
         """
-        cut = {id(slab): len(slab.memory) for slab, _ in self._places(left) if not slab.reserved}
+        cut = {id(slab): len(slab.memory) for slab, _ in self._locations(left) if not slab.reserved}
         kept: dict[int, list[int]] = {slab: [] for slab, rows in cut.items() if rows > 1}
         if kept:
             for page in sorted(used):
@@ -140,7 +140,7 @@ class PagePool:
 
     def extent(self, pages: Iterable[int]) -> int:
         """Bytes of the slabs that contain `pages`; in reserved slabs only the pages themselves count."""
-        rows = self._places({*pages})
+        rows = self._locations({*pages})
         own = sum(slab.reserved for slab, _ in rows)
         slabs = {id(slab): len(slab.memory) for slab, _ in rows if not slab.reserved}
         return (own + sum(slabs.values())) * self.layout.page_bytes
@@ -166,8 +166,8 @@ class PagePool:
     def _runs(self, pages: Sequence[int]) -> list[Tensor]:
         """Views uint8 [n, page_bytes] of the pages in order; n pages that are adjacent in a slab share one view."""
         parts = []
-        places: list[Any] = [(*self._pages[page], i) if page >= 0 else (None, 0, i) for i, page in enumerate(pages)]
-        for _, side_by_side in groupby(places, lambda place: (id(place[0]), place[1] - place[2])):
+        locations: list[Any] = [(*self._pages[page], i) if page >= 0 else (None, 0, i) for i, page in enumerate(pages)]
+        for _, side_by_side in groupby(locations, lambda location: (id(location[0]), location[1] - location[2])):
             (slab, row, _), *rest = side_by_side
             if slab is None:
                 parts.append(torch.zeros(1, self.layout.page_bytes, dtype=torch.uint8, device=self.device))
@@ -175,7 +175,7 @@ class PagePool:
                 parts.append(slab.memory[row : row + 1 + len(rest)])
         return parts
 
-    def _places(self, pages: Iterable[int]) -> list[tuple[_Slab, int]]:
+    def _locations(self, pages: Iterable[int]) -> list[tuple[_Slab, int]]:
         return [self._pages[page] for page in pages if page >= 0]
 
     def _free(self, slab: _Slab, row: int) -> None:
@@ -184,7 +184,7 @@ class PagePool:
         if not slab.used and self._held - rows >= self.reserved:
             self._held -= rows
             if slab.reserved and rows > 1:
-                self._idle = [place for place in self._idle if place[0] is not slab]
+                self._idle = [location for location in self._idle if location[0] is not slab]
         elif slab.reserved:
             self._idle.append((slab, row))
         elif not slab.used:

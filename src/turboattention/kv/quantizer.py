@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .cache import KVCache
 
 
-class Quantizer(Protocol):
-    """Stage 1 of tokens and the page codec, on tensors of one device.
+class TokenQuantizer(Protocol):
+    """Stage 1 of tokens, on tensors of one device.
 
     checks_finite: whether `quantize_tokens` looks for values that are not finite or out of range; it does so for free
     where it reads the values anyway and returns to the host.
@@ -65,6 +65,10 @@ class Quantizer(Protocol):
         codes: int8 [B, H, W, D], scales [B, H, W]; returns [B, H, D], rounded once to float32.
         """
         ...
+
+
+class Quantizer(TokenQuantizer, Protocol):
+    """Stage 1 of tokens and the page codec, on tensors of one device."""
 
     def encode_pages(
         self,

@@ -57,7 +57,7 @@ def ordered_queries(
     rotation does not change `q . mu`.
     """
     grouped = compute_dtype(q).unflatten(1, (kv_heads, -1))
-    codes, scales = quantize_int8(reorder(grouped, order.places, 1).flatten(1, 2), 1)
+    codes, scales = quantize_int8(reorder(grouped, order.permutation, 1).flatten(1, 2), 1)
     halved = order.halved.to(q.device)[:, None, None]
     codes = torch.where(halved[..., None], codes.to(rows.codes.dtype).unflatten(1, (kv_heads, -1)), rows.codes)
     unit = torch.where(halved, (scales * scale).unflatten(1, (kv_heads, -1)), rows.scale)

@@ -24,7 +24,7 @@ from ..files import kind_of, open_regular, parse_json, write_whole
 from ..flashq.rotation import ROTATION_ID
 from ..modes import in_own_modes
 from .cache import KVCache
-from .channel_order import ChannelOrder, is_permutation, places_dtype
+from .channel_order import ChannelOrder, is_permutation, permutation_dtype
 from .claims import MOST, TensorFile, claim_cache, counted
 from .layout import FORMAT_NAME, FORMAT_VERSION
 from .page_table import EVICTED, PageTable
@@ -174,7 +174,7 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
     tensors = {"lengths": cache.seq_lens}
     optional = {"head_bits": cache.head_bits, "given_mean": cache.given_mean}
     if cache.given_order is not None:
-        optional |= {"given_order": cache.given_order.places, "given_halved": cache.given_order.halved}
+        optional |= {"given_order": cache.given_order.permutation, "given_halved": cache.given_order.halved}
     if cache.page_table is not None and cache.tail is not None:
         pools, numbers = cache.page_table.pools, cache.page_table.pages
         tensors |= {f"buffer.{name}": getattr(cache.tail, name) for name in TailBuffer.TENSORS}
@@ -182,7 +182,7 @@ def cache_tensors(cache: KVCache, prefix: str) -> dict[str, Tensor]:
         optional["query_energy"] = cache.query_energy
         order = pools.order
         if order is not None:
-            optional |= {"k_order": order.places, "k_halved": order.halved}
+            optional |= {"k_order": order.permutation, "k_halved": order.halved}
         columns = max(map(len, numbers), default=0)
         table = torch.full((cache.batch_size, columns), EVICTED - 1)
         for row, pages in zip(table, numbers, strict=True):
@@ -343,18 +343,20 @@ def _owners(part: Tensor, count: int) -> Tensor:
 def _order(own: dict[str, Tensor], heads: int, head_dim: int, prefix: str = "k") -> ChannelOrder:
     """The order of K's channels in pages, or with the prefix "given" the one that the cache was made with. Raises
     `FormatError` unless each head has a permutation."""
-    places, halved = f"{prefix}_order", f"{prefix}_halved"
+    permutation, halved = f"{prefix}_order", f"{prefix}_halved"
     like = {
-        places: torch.empty(heads, head_dim, dtype=places_dtype(head_dim)),
+        permutation: torch.empty(heads, head_dim, dtype=permutation_dtype(head_dim)),
         halved: torch.empty(heads, dtype=torch.bool),
     }
     for name, tensor in like.items():
         if name not in own:
             raise FormatError(f"{name}: expected a tensor of that name, got none")
         _check(name, own[name], tensor)
-    order = own[places].clone()
+    order = own[permutation].clone()
     if not is_permutation(order):
-        raise FormatError(f"{places}: expected a permutation of {head_dim} channels for each head, got another tensor")
+        raise FormatError(
+            f"{permutation}: expected a permutation of {head_dim} channels for each head, got another tensor"
+        )
     return ChannelOrder(order, own[halved].clone())
 
 

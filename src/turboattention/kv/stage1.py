@@ -16,9 +16,10 @@ from ..config import TurboConfig
 from ..errors import NonFiniteError
 from ..flashq import quantize_int8, rotate
 from ..flashq.symmetric import CODE_MAX, SMALLEST_SCALE, compute_dtype
+from ..uploads import upload
 from ..validation import LARGEST, check_finite
 from .pages import Tiles
-from .quantizer import Quantizer, quantizer_for
+from .quantizer import TokenQuantizer, quantizer_for
 
 # The mean excludes the first tokens of a sequence, which are attention sinks in real models.
 MEAN_SKIPS = 4
@@ -90,7 +91,7 @@ def fresh_state(
     lengths = torch.zeros(batch, dtype=torch.int64)
     mean = torch.zeros(batch, heads, head_dim, dtype=MEAN_DTYPE, device=device) if config.smooth_k else None
     if given_mean is not None:
-        mean = stored_mean(config, given_mean.to(device)).expand(batch, -1, -1).contiguous()
+        mean = stored_mean(config, upload(given_mean, device)).expand(batch, -1, -1).contiguous()
     universal = None if config.token_scales else torch.zeros(2, batch, heads, dtype=dtype, device=device)
     return SequenceState(lengths, lengths, None, mean, given_mean is not None, universal)
 
@@ -102,16 +103,18 @@ def stage(
     v: Tensor,
     counts: Tensor,
     names: tuple[str, str] = ("k", "v"),
+    quantizer: TokenQuantizer | None = None,
 ) -> Stage:
     """Quantize the first `counts[b]` tokens of k [B, H, T, D] and v [B, H, T, Dv], which follow `state`.
 
     Computes in float64 if k and v are float64, else in float32. Raises NonFiniteError, with the `names` of k and v.
+    quantizer: that of k's device by default.
     """
     size = config.block_size
     after = state.lengths + counts
     width = max(size, _round_up(int((after - state.start).max()) if len(after) else 0, size))
     place = _Placement(state, counts, width, k.device)
-    quantizer = quantizer_for(k.device, k.dtype)
+    quantizer = quantizer or quantizer_for(k.device, k.dtype)
     if not (config.token_scales and quantizer.checks_finite):
         _check_finite(names, k, v, counts)
     if not config.token_scales:
@@ -137,7 +140,7 @@ def _check_finite(names: tuple[str, str], k: Tensor, v: Tensor, counts: Tensor) 
 class _Side:
     """New keys or values x [B, H, T, D], and the rows of the stage that receive them."""
 
-    quantizer: Quantizer
+    quantizer: TokenQuantizer
     state: SequenceState
     x: Tensor
     rotate: bool

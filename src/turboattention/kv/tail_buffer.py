@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..modes import in_own_modes
+from ..uploads import upload
 from .pages import Tiles
 
 _STEP = 16
@@ -94,8 +95,8 @@ class TailBuffer:
         count = self.rows_for(int(lengths.max()) if len(lengths) else 0, held)
         rows = first[:, None] + torch.arange(count, device=first.device)
         valid = torch.arange(count, device=first.device) < lengths[:, None]
-        rows = torch.where(valid, rows, 0).to(self.k8.device)[:, None, :]
-        valid = valid.to(self.k8.device)[:, None, :]
+        rows = upload(torch.where(valid, rows, 0), self.k8.device)[:, None, :]
+        valid = upload(valid, self.k8.device)[:, None, :]
         for name in self.TENSORS:
             source, mine = getattr(tiles, name), getattr(self, name)
             shape = (*mine.shape[:2], count, *mine.shape[3:])

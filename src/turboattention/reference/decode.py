@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..flashq.symmetric import compute_dtype
 from ..kv.cache import KVCache
+from ..kv.compression import Compression
 from ..kv.stage1 import Stage
 from ..softmax import logit_scale
 from .attention import attend
@@ -19,7 +20,7 @@ def attend_cache(
     cache: KVCache,
     staged: Stage | None,
     *,
-    head_bits: Tensor | None,
+    compression: Compression | None,
     positions: Tensor,
     valid: Tensor,
     attn_mask: Tensor | None,
@@ -31,16 +32,15 @@ def attend_cache(
     """Attention over a cache and new tokens; inputs are checked.
 
     q: [B, Hq, Lq, D]. staged: the new tokens, read as INT8, or None. positions, valid: int64 and bool [B, Lq]; rows
-    that are not valid give 0 and -inf, whatever q contains there. head_bits: int64 [2, Hkv], the widths that
-    committing `staged` would freeze; used only with `stored_prefill`.
+    that are not valid give 0 and -inf, whatever q contains there. compression: of `staged`, if that is not None.
 
     Returns out [B, Hq, Lq, Dv] in q's dtype, and lse [B, Hq, Lq] (natural log), float32 (float64 for float64 q).
     """
     config, size = cache.config, cache.config.block_size
     state = staged if staged is not None else cache.state(q.device)
     source = Source(state, cache if int(cache.page_counts.sum()) else None, size, cache.mean_from)
-    if config.stored_prefill and staged is not None:
-        source.read_back(cache, staged, head_bits)
+    if config.stored_prefill and compression is not None:
+        source.read_back(cache, compression)
     seen = Visibility(positions, state.lengths, is_causal, window_size, attn_mask, q.shape[1], valid)
     rows = valid.to(q.device)[:, None, :, None]
     clean = torch.where(rows, compute_dtype(q), 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kv.cache import KVCache
 from ..kv.channel_order import ChannelOrder
-from ..kv.compression import compression_of
+from ..kv.compression import Compression
 from ..kv.growth import encode
 from ..kv.pages import Tiles
 from ..kv.stage1 import SequenceState, Stage
@@ -51,10 +51,10 @@ class Source:
             for first in range(begin, end, at_once):
                 yield first, min(first + at_once, end)
 
-    def read_back(self, cache: KVCache, stage: Stage, head_bits: Tensor | None) -> None:
-        """Also hold the blocks that committing `stage` compresses in stored form, for queries in later blocks."""
+    def read_back(self, cache: KVCache, compression: Compression) -> None:
+        """Also hold the blocks that committing the stage compresses in stored form, for queries in later blocks."""
         assert self._open is not None
-        stored, compression = self._open.map(torch.clone), compression_of(cache, stage, head_bits)
+        stored = self._open.map(torch.clone)
         for part in encode(cache, compression):
             if part.order is not None and bool(part.order.halved.any()):
                 self.k_order, self._sinks = part.order, cache.sink_blocks

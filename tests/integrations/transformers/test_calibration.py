@@ -144,7 +144,7 @@ def test_orders_of_channels_come_from_it_where_the_config_reorders(tiny, tokens,
         pages.append([layer.kv.k_order for layer in cache.layers])
     assert made.k_order is not None
     for order, *found in zip(made.k_order, *pages, strict=True):
-        assert all(torch.equal(each.places, order.places) for each in found)
+        assert all(torch.equal(each.permutation, order.permutation) for each in found)
         assert all(each.halved.tolist() == [True, False] for each in found)
     plain = TurboCache(model.config, TurboConfig(bits=3), calibration=made)
     assert plain.layers[0]._k_order is None
@@ -160,7 +160,7 @@ def test_a_saved_cache_keeps_the_orders(tiny, tokens, forward, made, tmp_path):
     forward(model, "turbo", tokens(1, 150), None, loaded)
     assert made.k_order is not None
     for layer, order in zip(loaded.layers, made.k_order, strict=True):
-        assert torch.equal(layer.kv.given_order.places, order.places)
+        assert torch.equal(layer.kv.given_order.permutation, order.permutation)
 
 
 def test_a_file_does_the_same(tiny, tmp_path, made):

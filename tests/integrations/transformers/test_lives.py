@@ -21,7 +21,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from turboattention import TurboConfig
 from turboattention.integrations.transformers import TurboCache, enable
-from turboattention.integrations.transformers.storage import read_notes, save_cache
+from turboattention.integrations.transformers.serialization import read_notes, save_cache
 from turboattention.kv.serialization import cache_tensors
 
 Step = tuple[str, int]

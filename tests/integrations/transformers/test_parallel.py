@@ -183,7 +183,7 @@ class TestShares:
         for given in (order, order.of_heads(slice(2, 4))):
             layer = TurboLayer(0, config=config, k_order=given, model=shape, parallel=TensorParallel(1, 2))
             layer.update(torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 64))
-            assert layer.kv.given_order.places.tolist() == order.places[2:].tolist()
+            assert layer.kv.given_order.permutation.tolist() == order.permutation[2:].tolist()
             assert layer.kv.given_order.halved.tolist() == [False, True]
 
     def test_no_processes_started(self):

@@ -96,7 +96,7 @@ def test_calibrated_orders_of_a_rank(tmp_path, caplog) -> None:
     assert widths.config.reorder_k
     found = widths.format(1, Rank(1, 2, 2), D, CPU)
     (order,) = found.orders
-    assert order.places.tolist() == [[*range(D // 2, D), *range(D // 2)]] * 2
+    assert order.permutation.tolist() == [[*range(D // 2, D), *range(D // 2)]] * 2
     assert widths.order(1, Rank(0, 1, 4)).of_heads(slice(2, 4)).halved.tolist() == order.halved.tolist()
     # No larger than pages of one width per head.
     assert found.page_bytes == calibrated(tmp_path, bits=3).format(1, Rank(1, 2, 2), D, CPU).page_bytes

@@ -75,14 +75,12 @@ def test_steps_before_and_after_the_order_of_channels_is_fixed(tokens, sink_toke
     assert 0 < sum(fixed) < len(fixed)
 
 
-def test_only_caches_whose_blocks_need_no_decision_take_such_calls():
+def test_the_paper_and_a_lag_take_the_general_path():
+    """Whose blocks have scales of their own, and wait."""
     k, v = normals(2, 1, 2, 64, 16)
     refused = {
-        "empty": KVCache(1, 2, 16, config=OFF),
-        "first block": filled([63], config=OFF)[0],
         "paper": filled([200], config=ta.TurboConfig.paper())[0],
         "lag": filled([200], config=OFF.replace(flush_lag=8))[0],
-        "sinks": filled([70], config=OFF.replace(sink_tokens=128))[0],
     }
     for cache in refused.values():
         before = content(cache)

@@ -93,7 +93,7 @@ def kernels_and_reference(
         q,
         cache,
         staged,
-        head_bits=None,
+        compression=None,
         positions=first[:, None] + torch.arange(queries),
         valid=rows,
         attn_mask=mask,

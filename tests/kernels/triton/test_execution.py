@@ -29,6 +29,7 @@ from turboattention.impl.triton.state import StepCall, Steps
 from turboattention.kernels.triton import decode_rows
 from turboattention.kernels.triton.page_offsets import all_page_offsets, head_page_offsets
 from turboattention.kv.layout import PageLayout
+from turboattention.uploads import upload
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content, filled, live_pages, stage_of
@@ -228,6 +229,7 @@ def test_some_sequences_have_pages_reserved():
 
 def test_what_is_uploaded_without_waiting_is_pinned():
     class Recorder:
+        device = torch.device("cpu")
         calls: ClassVar = []
 
         def pin_memory(self):
@@ -238,7 +240,7 @@ def test_what_is_uploaded_without_waiting_is_pinned():
             self.calls.append((device, non_blocking))
             return self
 
-    triton_device.upload(Recorder(), torch.device("cuda", 1))
+    upload(Recorder(), torch.device("cuda", 1))
     assert Recorder.calls == ["pin", (torch.device("cuda", 1), True)]
 
 

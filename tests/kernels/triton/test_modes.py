@@ -148,8 +148,8 @@ def test_tail_blocks_of_a_server(modes):
     with torch.inference_mode():
         blocks.flag.fill_(1)
     with told():
-        assert blocks.notice()
-    assert not blocks.notice()
+        assert blocks.poll_nonfinite()
+    assert not blocks.poll_nonfinite()
     assert not [x for x in kept(blocks) if x.is_inference()]
 
 

@@ -30,10 +30,10 @@ def served(head_bits, given: dict, schedule: list[dict[int, int]], config=CONFIG
         want, cache = expected(sequence, head_bits, config, **options)
         assert relative_error(got[key], want) < 1e-3
         assert server.holds(key, cache, sequence[0].shape[1] // BLOCK)
-    assert not server.tail_blocks.notice()
+    assert not server.tail_blocks.poll_nonfinite()
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 90}, {"softcap": 3.0, "scale": -0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window_size": 90}, {"softcap": 3.0, "scale": -0.5}], ids=str)
 def test_mixed_steps_give_what_a_cache_of_its_own_does(options):
     served(UNIFORM[4], {key: tokens(10 * key, count) for key, count in SEQUENCES.items()}, SCHEDULE, **options)
 
@@ -117,8 +117,8 @@ PIECES = {7: 200, 3: 70, 5: 1}, [{7: 90, 3: 5}, {7: 110, 3: 65, 5: 1}]
     ("bits", "options", "blocks", "want"),
     [
         (4, {}, None, [3, 1, 0]),
-        (3, {"window": 90}, None, [3, 1, 0]),
-        (2, {"window": 20}, None, [2, 1, 0]),
+        (3, {"window_size": 90}, None, [3, 1, 0]),
+        (2, {"window_size": 20}, None, [2, 1, 0]),
         (MIXED, {"softcap": 3.0}, None, [3, 1, 0]),
         (4, {}, 3, [3, 0, 0]),
         (4, {}, 2, [0, 0, 0]),
@@ -173,7 +173,11 @@ def test_what_is_not_finite_counts_as_zero_and_raises_a_flag(name):
     server, other = Server(backend="triton"), Server(backend="triton")
     got, want = serve(server, {0: sequence}, [{0: 1}] * 2)[0], serve(other, {0: clean}, [{0: 1}] * 2)[0]
     assert server.finite
-    assert [server.tail_blocks.notice(), server.tail_blocks.notice(), other.tail_blocks.notice()] == [
+    assert [
+        server.tail_blocks.poll_nonfinite(),
+        server.tail_blocks.poll_nonfinite(),
+        other.tail_blocks.poll_nonfinite(),
+    ] == [
         True,
         False,
         False,
@@ -200,13 +204,14 @@ def test_padding_is_left_alone():
     paged_attention(server.fmt, 0, batch, q, k, v, out, server.pages, server.tail_blocks, backend="triton")
     assert relative_error(out[0], expected(sequence, UNIFORM[4])[0][:, 65]) < 1e-3
     assert bool((out[1:] == 7.0).all())
-    assert not server.tail_blocks.notice()
+    assert not server.tail_blocks.poll_nonfinite()
     after = server.tail_blocks.codes
     assert all(int((x != y).any(-1).sum()) <= HEADS for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("most", [1, 70, 200])
-def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
+def test_no_launch_depends_on_what_tensors_hold(most, gpu, monkeypatch):
     """Tensors without values: whoever asked for one would fail, as a graph's capture does."""
     launched = []
 
@@ -224,8 +229,7 @@ def test_no_launch_depends_on_what_tensors_hold(most, monkeypatch):
     for name in ("number_blocks", "restore_pages"):
         monkeypatch.setattr(restored_pages, name, Recorder(name))
     monkeypatch.setattr(quantize, "_queries_kernel", Recorder("queries"))
-    sm_90 = replace(configs.ARCHITECTURES["sm_90"], restores_pages=True)
-    monkeypatch.setattr(configs, "architecture_of", lambda device: sm_90)
+    monkeypatch.setattr(configs, "architecture_of", lambda device: configs.ARCHITECTURES[gpu])
     monkeypatch.setattr(configs, "_processors", lambda device: 132)
     with torch.device("meta"):
         server_blocks = TailBlocks(1, 4, HEADS, 16, device="meta")

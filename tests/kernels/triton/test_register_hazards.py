@@ -83,3 +83,25 @@ def test_a_product_at_a_loops_end_meets_its_beginning(hazards):
     write = ("MOV", "R6, R1")
     assert hazards([write, WAIT, PRODUCT, ("BRA", "`(.L_x_1)")]) == ["MOV R6, R1"]
     assert hazards([WAIT, write, PRODUCT, ("BRA", "`(.L_x_1)")]) == []
+
+
+def test_loops_of_amds_assembly(compiling):
+    """The branch back, and what stands before its label; branches forward are none."""
+    lines = [
+        ".LBB0_1:",
+        "\tv_mov_b32_e32 v1, v2",
+        "\ts_cbranch_scc1 .LBB0_3",
+        ".LBB0_2:",
+        "\tglobal_load_dword v1, v2, s[0:1]",
+    ]
+    lines += [
+        "\tv_mfma_i32_16x16x32_i8 a[0:3], v[0:1], v[2:3], 0",
+        "\ts_cbranch_vccnz .LBB0_2",
+        ".LBB0_3:",
+        "\ts_endpgm",
+    ]
+    lines += ["    .vgpr_count:     77", "    .private_segment_fixed_size: 12"]
+    registers, spilled, code, _, loops = compiling._amd({"amdgcn": "\n".join(lines)})
+    assert (registers, spilled, len(code)) == (77, 12, 6)
+    assert loops == [(2, 4)]
+    assert code[2:5] == ["global_load_dword", "v_mfma_i32_16x16x32_i8", "s_cbranch_vccnz"]

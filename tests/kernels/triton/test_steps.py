@@ -202,7 +202,7 @@ def test_pages_take_a_given_order():
         assert_close(got, other)
         assert content(cache) == content(want)
     assert cache.k_order is not None
-    assert torch.equal(cache.k_order.places.long(), order.places)
+    assert torch.equal(cache.k_order.permutation.long(), order.permutation)
     assert cache.page_table.pools.compressed.layout.k_halves == (False, True)
 
 
@@ -235,7 +235,7 @@ def test_queries_of_steps_count_for_the_order_of_channels():
         else:
             assert cache.page_table.pools.compressed.layout.k_halves == (False, True)
     assert isinstance(cache.backend_state, Steps)
-    assert torch.equal(cache.k_order.places, want.k_order.places)
+    assert torch.equal(cache.k_order.permutation, want.k_order.permutation)
 
 
 def test_queries_that_are_not_finite_leave_the_order_alone():

@@ -174,9 +174,9 @@ def by_layer(
     figure = _figure(8, 4)
     axes = figure.subplots()
     for index, (name, layers) in enumerate(series.items()):
-        places = [layer for layer, heads in enumerate(layers) for _ in heads]
+        positions = [layer for layer, heads in enumerate(layers) for _ in heads]
         values = [value for heads in layers for value in heads]
-        axes.scatter(places, values, s=18, label=name, color=f"C{index}", marker="osv^D"[index % 5])
+        axes.scatter(positions, values, s=18, label=name, color=f"C{index}", marker="osv^D"[index % 5])
     for layer, text in (emphasized or {}).items():
         axes.axvspan(layer - 0.4, layer + 0.4, color="C3", alpha=0.15, linewidth=0)
         axes.annotate(

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..contract import Availability, CallTraits
+from ..contract import Availability, CallTraits, CheckedCall, Result
 from ..kernels import KernelBackend
 
 if TYPE_CHECKING:
+    from ...kv.cache import KVCache
+    from ...kv.in_place import Decided
     from ...kv.quantizer import Quantizer
 
 SERIAL_QUERIES = 16
@@ -50,6 +52,9 @@ class CpuBackend(KernelBackend):
         if in_use() != "serial":
             return None
         return f"its serial path is slower than PyTorch for more than {SERIAL_QUERIES} query rows"
+
+    def prompt(self, call: CheckedCall, cache: KVCache, decided: Decided | None) -> Result:
+        return self._attention.prompt(call, cache, decided)
 
     def quantizer(self, device: torch.device) -> Quantizer | None:
         return _quantizer() if device.type == "cpu" else None

@@ -10,14 +10,16 @@ from ...kernels.cpu.attention import attend
 from ...kernels.inputs import Pages, QueryPositions
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
+from ...kv.compression import Compression
 from ...kv.stage1 import SequenceState, Stage
 from ...validation import check_finite
 from ..contract import AttentionParams
 from ..inputs import pages_of, prefill_of, queries_by_tile, query_positions_of, tail_rows_of
 from .filled import with_filled
+from .prompts import prompt
 from .steps import step
 
-__all__ = ["attend_cache", "prefill", "step"]
+__all__ = ["attend_cache", "prefill", "prompt", "step"]
 
 
 def prefill(
@@ -50,20 +52,20 @@ def attend_cache(
     staged: Stage | None,
     params: AttentionParams,
     *,
-    head_bits: Tensor | None,
+    compression: Compression | None,
     positions: Tensor,
     valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache: out [B, Hq, Lq, Dv] in q's dtype, lse float32 [B, Hq, Lq].
 
     Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `query_positions_of`.
-    `head_bits` int64 [2, Hkv] are the widths that committing `staged` would freeze; used only with `stored_prefill`.
+    `compression`: of `staged`, if that is not None.
     """
     config = cache.config
     state = staged if staged is not None else cache.state(q.device)
     pages, order = pages_of(cache), cache.k_order
-    if config.stored_prefill and staged is not None:
-        pages, order = with_filled(pages, cache, staged, head_bits)
+    if config.stored_prefill and compression is not None:
+        pages, order = with_filled(pages, cache, compression)
     return _attend(
         config,
         q,

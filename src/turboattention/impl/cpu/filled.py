@@ -5,27 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ...kernels.inputs import Pages
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
-from ...kv.compression import compression_of
+from ...kv.compression import Compression
 from ...kv.growth import encode
-from ...kv.stage1 import Stage
 from ..inputs import tables_of
 
 
 def with_filled(
-    pages: Pages | None, cache: KVCache, staged: Stage, head_bits: Tensor | None
+    pages: Pages | None, cache: KVCache, compression: Compression
 ) -> tuple[Pages | None, ChannelOrder | None]:
-    """The cache's page tables extended by the blocks that committing `staged` would compress, and the order of K's
-    channels in them.
-
-    Returns `pages` if no block fills. head_bits: int64 [2, Hkv], the widths if they are decided but not frozen yet.
-    """
-    compression, order = compression_of(cache, staged, head_bits), cache.k_order
-    flush, parts = compression.flush, encode(cache, compression)
+    """The cache's page tables extended by the blocks that `compression` compresses, and the order of K's channels in
+    them. Returns `pages` if no block fills."""
+    order, flush, parts = cache.k_order, compression.flush, encode(cache, compression)
     if not parts:
         return pages, order
     assert cache.page_table is not None  # allocated by staging

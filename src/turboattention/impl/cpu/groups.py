@@ -116,7 +116,7 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
     members: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for row, key in enumerate(zip(counts.tolist(), fits.tolist(), strict=True)):
         members[key].append(row)
-    slots, table, groups = _int64(batch.slots), batch.block_table.numpy(), []
+    slots, table, groups = _int64(batch.tail_slots), batch.block_table.numpy(), []
     for (count, in_place), at in members.items():
         if count:
             rows = FlatRows(count, *map(torch.from_numpy, (start[at], before[at])))
@@ -125,7 +125,7 @@ def grouped(batch: PagedBatch, slot_rows: int, ring: int, page_stride: int) -> l
             offsets = blocks * page_stride
             # Columns past a sequence's pages are not checked.
             own = blocks[np.arange(last) * BLOCK < lengths[at, None]]
-            used = {"block_table": _range(own), "slots": _range(slots[at])}
+            used = {"block_table": _range(own), "tail_slots": _range(slots[at])}
             groups.append(
                 Group(
                     rows,

@@ -34,7 +34,7 @@ def paged_attention(
     alike = layout.num_kv_heads * tail_blocks.ring, tail_blocks.ring, stride
     groups = batch.once(alike, lambda: grouped(batch, *alike))
     for group in groups:
-        group.check(len(pages), tail_blocks.slots)
+        group.check(len(pages), tail_blocks.num_slots)
     options = {"group": q.shape[1] // layout.num_kv_heads, "scale": scale, "window": window, "softcap": softcap}
     calls = batch.once(
         (alike, config, layout, *options.values()),

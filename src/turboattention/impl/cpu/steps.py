@@ -13,6 +13,7 @@ from ...kv.in_place import backend_state_of, extend, room, settled, tail_rows
 from ...validation import check_finite
 from ..contract import AttentionParams
 from ..inputs import pages_of
+from . import prompts
 from .groups import blocks_filled
 
 
@@ -64,7 +65,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None = None) -
     steps = _steps_of(cache)
     filled = steps.filled_by(tokens) if steps is not None else None
     if steps is None or filled is None:
-        return False
+        return prompts.append(cache, k, v)
     steps.fit(cache, tokens, filled)
     pages, fresh = steps.fresh(cache, filled)
     try:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ...kernels.inputs import gpu_refusal
-from ..contract import Availability, CallTraits
+from ..contract import Availability, CallTraits, CheckedCall, Result
 from ..kernels import KernelBackend
 
 if TYPE_CHECKING:
+    from ...kv.cache import KVCache
     from ...kv.quantizer import Quantizer
 
 
@@ -22,6 +23,7 @@ class TritonBackend(KernelBackend):
     name = "triton"
     checks_finite = ("q", "k", "v")
     reorders_pages = False
+    prompt = None
 
     def availability(self) -> Availability:
         return _availability(_interpreted())
@@ -49,11 +51,23 @@ class TritonBackend(KernelBackend):
 
         return cast("Quantizer", quantizer)
 
+    def step(self, call: CheckedCall, cache: KVCache) -> Result | None:
+        done = super().step(call, cache)
+        if done is not None:
+            return done
+        return self._prompts.attend(call.q, cache, call.k, call.v, call.params, call.counts)
+
     @functools.cached_property
     def _attention(self) -> Any:
         from . import attention
 
         return attention
+
+    @functools.cached_property
+    def _prompts(self) -> Any:
+        from . import prompts
+
+        return prompts
 
     @functools.cached_property
     def _paged(self) -> Any:

@@ -16,7 +16,9 @@ from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
+from ...kv.compression import Compression
 from ...kv.stage1 import MEAN_SKIPS, SequenceState, Stage
+from ...uploads import upload
 from ...validation import check_finite
 from ..contract import AttentionParams
 from ..inputs import prefill_of, queries_by_tile, query_positions_of, tail_rows_of
@@ -74,21 +76,38 @@ def attend_cache(
     staged: Stage | None,
     params: AttentionParams,
     *,
-    head_bits: Tensor | None,
+    compression: Compression | None,
     positions: Tensor,
     valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache: out [B, Hq, Lq, Dv] in q's dtype, lse float32 [B, Hq, Lq].
 
     Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `query_positions_of`.
-    `head_bits` is unused: it matters only with `stored_prefill`, which this backend refuses.
+    `compression` is unused: it matters only with `stored_prefill`, which this backend refuses.
     """
     cache.look()
     state = staged if staged is not None else cache.state(q.device)
+    # The caller has looked for values of q that are not finite.
+    told = torch.zeros(1, dtype=torch.int32, device=q.device)
+    return attend_state(q, cache, state, query_positions_of(positions, valid, state), params, told)
+
+
+def attend_state(
+    q: Tensor,
+    cache: KVCache,
+    state: Stage | SequenceState,
+    query_positions: QueryPositions,
+    params: AttentionParams,
+    flag: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a cache's pages and the INT8 rows behind them, without waiting for the device.
+
+    flag: int32 [1] on the device, set to 1 if a row of q is not finite, which is read as zeros.
+    """
     return _attend(
         cache.config,
         q,
-        query_positions_of(positions, valid, state),
+        query_positions,
         pages_of(cache),
         state,
         cache.k_order,
@@ -96,6 +115,7 @@ def attend_cache(
         kv_heads=cache.num_kv_heads,
         v_head_dim=cache.v_head_dim,
         mean_from_block=cache.mean_from // cache.config.block_size,
+        flag=flag,
     )
 
 
@@ -122,15 +142,19 @@ def _attend(
     kv_heads: int,
     v_head_dim: int,
     mean_from_block: int,
+    flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """With a `flag`, as in `attend_state`; without, raises NonFiniteError, for which the host waits."""
     mean = None if state.k_mean is None else state.k_mean.contiguous()
     first, rows, lengths = (
-        x.to(q.device) for x in (query_positions.first, query_positions.valid, query_positions.lengths)
+        upload(x, q.device) for x in (query_positions.first, query_positions.valid, query_positions.lengths)
     )
+    found = None
     if config.token_scales:
-        quantized, flag = quantize_queries(q, kv_heads, rows, mean, params.scale, config.rotate, Order.of(order, q))
+        ordered = Order.of(order, q)
+        quantized, found = quantize_queries(q, kv_heads, rows, mean, params.scale, config.rotate, ordered, flag)
     else:
-        quantized, flag = queries_by_tile(config, q, query_positions.valid, kv_heads, params.scale, mean), None
+        quantized = queries_by_tile(config, q, query_positions.valid, kv_heads, params.scale, mean)
     result = attend(
         config,
         q,
@@ -144,6 +168,6 @@ def _attend(
         quantized=quantized,
         **_options(params),
     )
-    if flag is not None and bool(flag):  # waits for the device, which is acceptable outside decode steps
+    if flag is None and found is not None and bool(found):
         check_finite("q", q, query_positions.valid)
     return result

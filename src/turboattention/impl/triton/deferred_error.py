@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...errors import NonFiniteError
 from ...kv.cache import KVCache
@@ -52,3 +53,12 @@ def flag_of(cache: KVCache) -> NonFiniteFlag:
         assert cache.page_table is not None
         cache.deferred_error = flag = NonFiniteFlag(cache.page_table.device)
     return flag
+
+
+def cleaned(mask: Tensor | None, flag: Tensor) -> Tensor | None:
+    """Replace NaN and +inf in a mask by 0, and set the flag (int32 [1] on the device) if there are any."""
+    if mask is None or not mask.is_floating_point():
+        return mask
+    bad = ~(mask < torch.inf)
+    flag.bitwise_or_(bad.any().to(flag.dtype))
+    return mask.masked_fill(bad, 0)

@@ -29,8 +29,3 @@ def on_own_device(call: Callable[P, R]) -> Callable[P, R]:
             return call(*args, **kwargs)
 
     return guarded
-
-
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Copy x to the device without waiting, through pinned memory."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device, copy=True)

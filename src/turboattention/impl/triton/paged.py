@@ -8,7 +8,7 @@ from torch import Tensor
 from ...errors import ShapeError, UnsupportedError
 from ...kernels.triton.call import FORMS
 from ...kernels.triton.configs import LARGEST_GRID
-from ...kernels.triton.paged import Ragged, Slots, attend, store
+from ...kernels.triton.paged import LayerTail, Ragged, attend, store
 from ...kv.paged import BLOCK, PagedBatch, PagedFormat, TailBlocks
 from .device import on_own_device
 
@@ -36,7 +36,7 @@ def paged_attention(
 ) -> bool:
     """`turboattention.paged.paged_attention` with checked arguments.
 
-    Always returns True: `TailBlocks.notice` reports values that are not finite.
+    Always returns True: `TailBlocks.poll_nonfinite` reports values that are not finite.
     """
     if sinks is not None:
         raise UnsupportedError("sinks: expected None for pages on a GPU, got sink logits (backend 'cpu' supports them)")
@@ -49,17 +49,17 @@ def paged_attention(
     if not ragged.tokens or not ragged.sequences:
         return True
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
-    slots, flag = Slots(*tail_blocks.of(layer), tail_blocks.ring), tail_blocks.flag
-    tail = store(config, layout, ragged, k, v, mean, pages, slots, flag)
+    layer_tail, flag = LayerTail(*tail_blocks.of(layer), tail_blocks.ring), tail_blocks.flag
+    tail = store(config, layout, ragged, k, v, mean, pages, layer_tail, flag)
     attend(
-        config, layout, ragged, q, out, mean, pages, slots, tail, flag,
+        config, layout, ragged, q, out, mean, pages, layer_tail, tail, flag,
         scale=scale, window=window, softcap=softcap,
     )  # fmt: skip
     return True
 
 
 def _ragged(batch: PagedBatch, q: Tensor, kv_heads: int) -> Ragged:
-    parts = {"query_start": batch.query_start, "seq_lens": batch.seq_lens, "slots": batch.slots}
+    parts = {"query_start": batch.query_start, "seq_lens": batch.seq_lens, "tail_slots": batch.tail_slots}
     parts["block_table"] = batch.block_table
     for name, x in parts.items():
         if x.dtype not in _INTEGERS or x.device != q.device or x.stride(-1) != 1:
@@ -77,7 +77,7 @@ def _ragged(batch: PagedBatch, q: Tensor, kv_heads: int) -> Ragged:
         longest = _LARGEST_OFFSET // (q[0].numel() // kv_heads)
         raise UnsupportedError(f"q: expected at most {longest} tokens in a step, got {tokens}")
     most = tokens if batch.max_query_len is None else min(tokens, batch.max_query_len)
-    return Ragged(batch.query_start, batch.seq_lens, batch.slots, batch.block_table, tokens, most)
+    return Ragged(batch.query_start, batch.seq_lens, batch.tail_slots, batch.block_table, tokens, most)
 
 
 def _check_alignment(pages: Tensor) -> None:

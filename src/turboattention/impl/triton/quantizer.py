@@ -6,14 +6,20 @@ from torch import Tensor
 
 from ...kernels.inputs import gpu_refusal
 from ...kernels.triton import pages, quantize, smoothing
+from ...kv.cache import KVCache
 from ...kv.layout import PageLayout
 from ...kv.quantizer import PYTORCH
+from ...validation import check_finite
+from . import prompts, steps
 from .device import on_own_device
-from .steps import append
 
 __all__ = ["append", "checks_finite", "decode_pages", "encode_pages", "first_block_mean", "quantize_tokens"]
 
-checks_finite = False
+checks_finite = True
+
+
+def append(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None = None) -> bool:
+    return steps.append(cache, k, v, counts) or prompts.append(cache, k, v, counts)
 
 
 @on_own_device
@@ -32,8 +38,11 @@ def first_block_mean(codes: Tensor, *arguments: Any) -> Tensor:
 
 
 @on_own_device
-def quantize_tokens(x: Tensor, *arguments: Any) -> bool:
-    return _for(quantize, x.shape[-1]).quantize_tokens(x, *arguments)
+def quantize_tokens(x: Tensor, span: tuple[Tensor, Tensor], *arguments: Any) -> bool:
+    kernels = _for(quantize, x.shape[-1])
+    if kernels is PYTORCH:
+        check_finite("x", x, span[1])  # which it does not do by itself
+    return kernels.quantize_tokens(x, span, *arguments)
 
 
 def _for(kernels: Any, head_dim: int, v_head_dim: int | None = None) -> Any:

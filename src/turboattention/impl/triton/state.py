@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.inputs import BLOCK, QueryPositions, TailRows
 from ...kernels.triton.append import flush_blocks, store_tokens
 from ...kernels.triton.attention import attend
-from ...kernels.triton.lengths import advance, stand
+from ...kernels.triton.lengths import advance, new_tokens
 from ...kernels.triton.ordering import Order
 from ...kernels.triton.quantize import quantize_queries
 from ...kernels.triton.smoothing import first_block_mean
@@ -19,8 +19,9 @@ from ...kv.cache import KVCache
 from ...kv.in_place import extend
 from ...kv.stage1 import MEAN_SKIPS
 from ...modes import in_own_modes
-from .deferred_error import flag_of
-from .device import on_own_device, upload
+from ...uploads import upload
+from .deferred_error import cleaned, flag_of
+from .device import on_own_device
 from .host_lengths import Fills, HostLengths, Plan
 from .tables import PageTables
 
@@ -101,10 +102,10 @@ class Steps:
         Without counts, a step is device work only, and the same for all steps, so a CUDA graph can capture it.
         """
         tokens = 0 if k is None else k.shape[2]
-        taken = stand(self._lengths, tokens, q.shape[2], self._uploaded(counts))
+        taken = new_tokens(self._lengths, tokens, q.shape[2], self._uploaded(counts))
         if k is not None and v is not None:
             self._write(k, v, taken.tokens)
-        result = self._attend(q, taken.query_positions, call, self._cleaned(mask))
+        result = self._attend(q, taken.query_positions, call, cleaned(mask, self.flag))
         if tokens:
             self._advance(taken.tokens, fills)
         return result
@@ -113,20 +114,12 @@ class Steps:
     @on_own_device
     def store(self, k: Tensor, v: Tensor, *, fills: Fills, counts: Tensor | None = None) -> None:
         """Store new tokens k, v [B, H, T, D] without attention."""
-        taken = stand(self._lengths, k.shape[2], 0, self._uploaded(counts)).tokens
+        taken = new_tokens(self._lengths, k.shape[2], 0, self._uploaded(counts)).tokens
         self._write(k, v, taken)
         self._advance(taken, fills)
 
     def _uploaded(self, counts: Tensor | None) -> Tensor | None:
         return None if counts is None else upload(counts, self._lengths.device)
-
-    def _cleaned(self, mask: Tensor | None) -> Tensor | None:
-        """Replace NaN and +inf in a mask by 0 and set the flag if there are any."""
-        if mask is None or not mask.is_floating_point():
-            return mask
-        bad = ~(mask < torch.inf)
-        self.flag.bitwise_or_(bad.any().to(self.flag.dtype))
-        return mask.masked_fill(bad, 0)
 
     def _attend(
         self, q: Tensor, query_positions: QueryPositions, call: StepCall, mask: Tensor | None

@@ -73,10 +73,14 @@ def _planned(cache: KVCache, tokens: int, counts: Tensor | None, attends: bool) 
     plan = steps.host_lengths.plan([tokens] * cache.batch_size if counts is None else counts.tolist())
     if plan is None or not plan.freezes:
         return None if plan is None else (steps, plan)
-    # The general path fixes channel orders and widths that depend on tokens, and runs the guard, which compares the
-    # first compressed blocks with exact attention.
-    decides = cache.config.reorders_k or cache.configured_bits is None or (attends and cache.config.guard != "off")
-    return None if decides else (steps, plan)
+    return None if tokens_decide(cache, attends) else (steps, plan)
+
+
+def tokens_decide(cache: KVCache, attends: bool) -> bool:
+    """Whether a call that compresses the first page after the sinks needs the general path. That fixes channel orders
+    and widths that depend on tokens, and runs the guard, which compares the first compressed blocks with exact
+    attention."""
+    return cache.config.reorders_k or cache.configured_bits is None or (attends and cache.config.guard != "off")
 
 
 @contextlib.contextmanager

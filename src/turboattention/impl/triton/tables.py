@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from ...kernels.inputs import Pages
 from ...kv.cache import KVCache
 from ...modes import in_own_modes
+from ...uploads import upload
 from .. import inputs
-from .device import upload
 from .host_lengths import Plan
 
 _SPARE_COLUMNS = 64  # added to a table that is full

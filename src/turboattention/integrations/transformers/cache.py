@@ -370,7 +370,7 @@ class TurboCache(Cache):
         Raises:
             InputError: `input_ids` are not as many tokens as the cache holds, or it holds none.
         """
-        from .storage import save_cache
+        from .serialization import save_cache
 
         save_cache(self, path, input_ids)
 
@@ -395,7 +395,7 @@ class TurboCache(Cache):
             FormatError: the file is damaged, foreign or of another version.
             InputError: it is another model's, or of other heads.
         """
-        from .storage import load_cache
+        from .serialization import load_cache
 
         return load_cache(cls, path, model_config, device, backend)
 

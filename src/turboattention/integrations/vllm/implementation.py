@@ -1,4 +1,4 @@
-"""Attention of one layer: stores new tokens in its pages and open blocks, and attends over both."""
+"""Attention of one layer: stores new tokens in its tail blocks and pages, and attends over both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..model_shape import ModelShape
 from .metadata import TurboMetadata
 from .refusals import refuse, refuse_calibration, refuse_device, refuse_engine, refuse_layer
 from .settings import VARIABLE, Settings
-from .slots import ring_for
+from .tail_slots import ring_for
 from .widths import Rank, Widths, widths_of
 
 # A child of vLLM's logger, so that its settings apply.
@@ -99,7 +99,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
         # One spare slot, for runs without a sequence (warm-up, profiling).
         self.tail_blocks = TailBlocks(
             layers=1,
-            slots=config.scheduler_config.max_num_seqs + 1,
+            num_slots=config.scheduler_config.max_num_seqs + 1,
             kv_heads=self.num_kv_heads,
             head_dim=head_size,
             device=self.device,
@@ -159,7 +159,7 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             kv_cache.view(kv_cache.shape[0], -1),
             self.tail_blocks,
             scale=self.scale,
-            window=self.window,
+            window_size=self.window,
             softcap=self.softcap,
             sinks=self.sinks,
         )

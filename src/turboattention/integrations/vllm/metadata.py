@@ -59,7 +59,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         self._slots = torch.full((self.spare_slot,), self.spare_slot, dtype=torch.int32, device=device)
         self._impls, self._builds, self._seen_prompt = impls, 0, False
         logger.info(
-            "TurboAttention: %s, %d bytes for %d tokens of a layer; %.1f MiB in addition for the open blocks of "
+            "TurboAttention: %s, %d bytes for %d tokens of a layer; %.1f MiB in addition for the tail blocks of "
             "%d sequences in %d layers",
             impls[0].widths.settings.name,
             impls[0].format.page_bytes,
@@ -82,7 +82,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
             query_start=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
-            slots=self._row_slots(common),
+            tail_slots=self._row_slots(common),
             max_query_len=common.max_query_len,
         )
         return TurboMetadata(batch, common.num_actual_tokens, self._first_prompt(common))
@@ -114,7 +114,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         self._builds += 1
         if self.device.type != "cpu" and self._builds % _POLL_INTERVAL == 0:
             for impl in self._impls:
-                impl.report_nonfinite(not impl.tail_blocks.notice())
+                impl.report_nonfinite(not impl.tail_blocks.poll_nonfinite())
 
     def _first_prompt(self, common: CommonAttentionMetadata) -> slice | None:
         """Lengths are read on the host. They are upper bounds that are exact for prompts."""

@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from .slots import Slots, ring_for
+from .tail_slots import TailSlotAllocator, ring_for
 
-_slots: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()
+_slots: WeakKeyDictionary[Any, TailSlotAllocator] = WeakKeyDictionary()
 _current: ContextVar[Step | None] = ContextVar("turboattention_step", default=None)
 
 
@@ -27,7 +27,7 @@ class Step:
     """The current step of `runner`."""
 
     runner: Any
-    slots: Slots
+    slots: TailSlotAllocator
 
     def row_slots(self, rows: int) -> list[int]:
         """The slots of the rows of the batch, without its padding.
@@ -61,7 +61,7 @@ def _executing(execute_model: Callable[..., Any]) -> Callable[..., Any]:
         # numbers for those of pages: where a block has several, it would zero pages and states in use.
         scheduler_output.new_block_ids_to_zero = None
         slots = _slots_of(self)
-        slots.step(scheduler_output)
+        slots.update(scheduler_output)
         with _during(Step(self, slots)):
             return execute_model(self, scheduler_output, *args, **kwargs)
 
@@ -80,11 +80,11 @@ def _sampling(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
     return follow
 
 
-def _slots_of(runner: Any) -> Slots:
+def _slots_of(runner: Any) -> TailSlotAllocator:
     slots = _slots.get(runner)
     if slots is None:
         ring = ring_for(runner.speculative_config is not None)
-        slots = _slots[runner] = Slots(runner.scheduler_config.max_num_seqs, ring)
+        slots = _slots[runner] = TailSlotAllocator(runner.scheduler_config.max_num_seqs, ring)
     return slots
 
 

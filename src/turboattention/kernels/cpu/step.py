@@ -1,4 +1,4 @@
-"""A decode step in one call: the launcher of csrc/cpu/step.cpp."""
+"""A decode step or a prompt in one call: the launcher of csrc/cpu/step.cpp."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Step:
         if pages is not None:
             fill_pages(a, pages)
             s.layout, s.page_bytes, s.search = a.compressed, (pages.compressed or pages.sinks).page_bytes, config.search
+            s.sinks, s.sink_bytes, s.sink_blocks = a.sinks, pages.sinks.page_bytes, pages.sink_blocks
         s.tail.start, s.rotate = start.data_ptr(), config.rotate
         s.mean, s.mean_from = mean_address(mean), mean_from
         if universal is not None:
@@ -87,8 +88,8 @@ class Step:
         stored ones: out [B, Hq, Lq, Dv] in the dtype of q and lse float32 [B, Hq, Lq]. The last query is at the last
         token.
 
-        fresh: int64 [B, 1], addresses of pages for the block that a sequence fills, 0 if it fills none; None if no
-        sequence does. The rest of the buffer moves to its front.
+        fresh: int64 [B, F], addresses of pages for the blocks that a sequence fills, 0 after the last, and for blocks
+        that are not kept; None if no sequence fills any. The rest of the buffer moves to its front.
 
         Raises NonFiniteError if q, k or v is not finite; buffer and pages are then unchanged.
         """

@@ -28,13 +28,16 @@ class Store(ctypes.Structure):
         ("fresh", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("fresh_blocks", "page_bytes", "search")),
         ("layout", PageSections),
+        *((name, ctypes.c_int64) for name in ("sink_blocks", "sink_bytes")),
+        ("sinks", PageSections),
         ("order", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
     ]
 
     def fill_blocks(self, fresh: Tensor | None) -> None:
         """fresh: int64 [B, F], page addresses for the blocks that the step fills, from the block on that contains the
-        first tail row of a sequence; 0 after the last. None if no block fills. It must outlive the call."""
+        first tail row of a sequence; 0 after the last, and for blocks that are not kept. None if none fills. It must
+        outlive the call."""
         self.fresh = None if fresh is None else fresh.data_ptr()
         self.fresh_blocks = 0 if fresh is None else fresh.shape[1]
 

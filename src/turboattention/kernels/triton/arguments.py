@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from ...errors import DtypeError
+from ...uploads import upload
 from .configs import EXACT
 
 TOKEN_SCALES = (torch.float32, torch.bfloat16)
@@ -28,7 +29,9 @@ def means(mean: Tensor | None) -> Tensor | None:
 
 
 def indices(x: Tensor, beside: Tensor) -> Tensor:
-    return x.to(beside.device, torch.int64).contiguous()
+    """int64, contiguous and on the other's device; from the CPU without waiting for that."""
+    x = x.to(torch.int64).contiguous()
+    return x if x.device == beside.device else upload(x, beside.device)
 
 
 def check_tiles(codes: Tensor, scales: Tensor, scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:

@@ -88,13 +88,13 @@ class Fresh:
 @dataclass(frozen=True)
 class AttentionCall:
     """A call of `attention.attend`, made ready; `blocks` is the most that a sequence may have. Keys are in pages and
-    open rows, or fresh."""
+    tail rows, or fresh."""
 
     config: TurboConfig
     quantized: Int8Queries
     query_positions: QueryPositions
     pages: Pages | None
-    open: TailRows | None
+    tail: TailRows | None
     fresh: Fresh | None
     kv_heads: int
     blocks: int
@@ -136,7 +136,7 @@ class AttentionCall:
             mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[some]
             yield replace(
                 self, quantized=of(self.quantized), query_positions=of(self.query_positions), pages=of(self.pages),
-                open=of(self.open), mask=mask, out=self.out[some], lse=self.lse[some],
+                tail=of(self.tail), mask=mask, out=self.out[some], lse=self.lse[some],
             )  # fmt: skip
 
     @property

@@ -3,10 +3,10 @@
 The entries of sm_90 at head_dim 128, for decode with up to four rows and for prefill, were within 5 % of the fastest of
 a sweep on an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl). The others were
 chosen by reading the assembly. The configurations that benchmarks/gpu/kernels.py lists as quick spill at most 16 bytes
-per thread with Triton 3.6, none in a loop, and 96 with later releases (but for one, 200), and prefill without masks
-none (tests/kernels/triton/test_assembly.py). Decode with two warps spills less but took 1.2 to 1.3 times as long at 4
-bits and 1.8 to 1.9 times at 3 (metadata.jsonl there). An architecture also represents later ones with as much shared
-memory (`architecture_of`).
+per thread with Triton 3.6, none in a loop, and 96 with later releases, and prefill without masks none
+(tests/kernels/triton/test_assembly.py). Decode with two warps spills less but took 1.2 to 1.3 times as long at 4 bits
+and 1.8 to 1.9 times at 3 (metadata.jsonl there). An architecture also represents later ones with as much shared memory
+(`architecture_of`).
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Architecture:
 # registers per lane, and decode on gfx942 uses more than half of them. On an H100, limits of 168 and 128 registers
 # gained 4 % at INT3 and were slower otherwise: more warps run, but their spills cost as much as the latency they hide.
 ARCHITECTURES = {
-    "sm_80": Architecture("sm_80", "ptx", True, False, False, 8),
-    "sm_90": Architecture("sm_90", "ptx", False, False, False, 8),
-    "gfx942": Architecture("gfx942", "", False, False, False, 4),
+    "sm_80": Architecture("sm_80", "ptx", True, False, True, 8),
+    "sm_90": Architecture("sm_90", "ptx", False, False, True, 8),
+    "gfx942": Architecture("gfx942", "", False, False, True, 4),
     "interpreter": Architecture("interpreter", "", False, True, False, 8),
 }
 

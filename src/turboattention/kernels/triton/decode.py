@@ -1,4 +1,4 @@
-"""Attention of few query rows over pages as they lie, sinks and open INT8 rows, in splits of a sequence.
+"""Attention of few query rows over packed pages, sinks and INT8 tail rows, in splits of a sequence.
 
 All is transposed, as in `products`: query rows are columns.
 """
@@ -72,7 +72,7 @@ def decode(
         acc = tl.zeros((V_WIDE, R), tl.float32)
         row_sum = tl.zeros((R,), tl.float32)
         row_max = tl.full((R,), float("-inf"), tl.float32)
-        # Open blocks first, compressed pages last: what the others alone need is then not held over these.
+        # Tail rows first, compressed pages last: registers that only tail rows need are then free in the page loop.
         if OPEN:
             start = tl.load(start_ptr + b).to(tl.int32)
             origin, used = base * width - start, tl.minimum(length, start + width)

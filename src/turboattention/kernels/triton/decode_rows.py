@@ -27,7 +27,7 @@ def _attend(call: AttentionCall) -> None:
     adjusted = call.mask is not None or call.softcap is not None
     launch = configs.decode(call.architecture, call.rows, max(call.head_dim, call.v_head_dim), adjusted)
     tiles = -(-call.rows // launch.rows)
-    device, pages, tail = call.out.device, call.pages, call.open
+    device, pages, tail = call.out.device, call.pages, call.tail
     splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, launch, device)
     shape = call.batch, call.kv_heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, call.v_wide, dtype=torch.float32, device=device)

@@ -16,7 +16,7 @@ from ..inputs import Pages, QueryPositions
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "queries"])
-def _stand(lengths, counts, taken, first, valid, after, batch, tokens, queries, SIZE: tl.constexpr):
+def _new_tokens(lengths, counts, taken, first, valid, after, batch, tokens, queries, SIZE: tl.constexpr):
     b = tl.arange(0, SIZE)
     there = b < batch
     n = tl.zeros((SIZE,), tl.int64) + tokens
@@ -54,14 +54,14 @@ def _advance(
 
 
 @dataclass(frozen=True)
-class Taken:
-    """New tokens of each sequence in a step (int64 [B]), and the positions of its queries."""
+class NewTokens:
+    """New tokens of each sequence in a step, int64 [B], and the positions of its queries."""
 
     tokens: Tensor
     query_positions: QueryPositions
 
 
-def stand(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> Taken:
+def new_tokens(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> NewTokens:
     """New tokens and query positions of a step.
 
     lengths: int64 [B] before the step. counts: int64 [B], new tokens and valid query rows of each sequence; if None,
@@ -69,8 +69,8 @@ def stand(lengths: Tensor, tokens: int, queries: int, counts: Tensor | None) -> 
     batch = len(lengths)
     taken, first, valid, after = torch.empty(4, batch, dtype=torch.int64, device=lengths.device)
     if batch:
-        _stand[(1,)](lengths, counts, taken, first, valid, after, batch, tokens, queries, **_shape(batch))
-    return Taken(taken, QueryPositions(first, valid, after))
+        _new_tokens[(1,)](lengths, counts, taken, first, valid, after, batch, tokens, queries, **_shape(batch))
+    return NewTokens(taken, QueryPositions(first, valid, after))
 
 
 def advance(lengths: Tensor, taken: Tensor, start: Tensor, pages: Pages | None, lag: int) -> tuple[Tensor, Tensor]:

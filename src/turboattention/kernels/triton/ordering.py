@@ -9,30 +9,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv.channel_order import ChannelOrder
+from ...uploads import upload
 from .arguments import row_shape
 from .rotation import rotate_back
 from .rows import token_codes
 
 
 class Order(NamedTuple):
-    """A `ChannelOrder` on the device. places: uint8 [H, D]; halved: int8 [H], 1 in heads that it applies to."""
+    """A `ChannelOrder` on the device. permutation: uint8 [H, D]; halved: int8 [H], 1 for heads that it applies to."""
 
-    places: Tensor
+    permutation: Tensor
     halved: Tensor
 
     @classmethod
     def of(cls, order: ChannelOrder | None, beside: Tensor) -> Order | None:
         if order is None:
             return None
-        device = beside.device
-        return cls(order.places.to(device).contiguous(), order.halved.to(device).byte().contiguous())
+        permutation, halved = order.permutation.contiguous(), order.halved.byte().contiguous()
+        return cls(upload(permutation, beside.device), upload(halved, beside.device))
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "size", "width"])
 def _order_kernel(
     codes,
     scales,
-    places,
+    permutation,
     halved,
     fresh,
     rows,
@@ -53,7 +54,7 @@ def _order_kernel(
     channel = tl.arange(0, WIDTH)[None, :]
     there = wanted[:, None] & (channel < D)
     at = tile.to(tl.int64) * width + row % size
-    place = tl.load(places + head[:, None] * D + channel, mask=there, other=0)
+    place = tl.load(permutation + head[:, None] * D + channel, mask=there, other=0)
     if ROTATED:
         x = tl.load(codes + at[:, None] * D + channel, mask=there, other=0).to(tl.float32)
         x *= tl.load(scales + at, mask=wanted, other=0.0).to(tl.float32)[:, None]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...kv.layout import WIDEST, PageLayout
 from ...modes import in_own_modes
+from ...uploads import upload
 from .widths import TWO_WIDTHS, pair_of
 
 # Entries in a head's row, and the first entry of its keys and of its values.
@@ -48,7 +49,7 @@ def head_page_offsets(layout: PageLayout, heads: tuple[int, ...], device: torch.
             width = group.bits + (TWO_WIDTHS if len(group.parts) > 1 else 0)
             row += [width, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
         rows.append(row + [0] * (OFFSETS.value - len(row)))
-    return torch.tensor(rows, dtype=torch.int32).view(len(rows), OFFSETS.value).to(device)
+    return upload(torch.tensor(rows, dtype=torch.int32).view(len(rows), OFFSETS.value), device)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Steps over pages that a server manages: the launchers of `storing`, `paged_decode` and `paged_prefill`.
+"""Launchers of `storing`, `paged_decode` and `paged_prefill`: a server's step over pages that the server manages.
 
-Nothing here reads a tensor's values: what depends on them is decided by the kernels, and grids follow from
-shapes and from the most tokens that a sequence may take. A CUDA graph may hold these launches.
+No launcher reads a tensor's values: kernels make decisions that depend on values, and grids follow from shapes and from
+`Ragged.most`. A CUDA graph can capture these launches.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from .storing import fill_pages, hold_rows, store_rows
 
 @dataclass(frozen=True)
 class Ragged:
-    """R sequences, one behind the other in flat tensors of T tokens: `starts` [R + 1], `lengths` [R] with the
-    step's own, `slots` [R], `table` [R, P] numbers of pages; int32 or int64, channels of each side by side.
-    most: tokens that one sequence takes at most. Tokens from `starts[R]` on are padding, and left alone."""
+    """R sequences, concatenated in flat tensors of T tokens.
+
+    starts: [R + 1], first row of each sequence; rows from `starts[R]` on are padding. lengths: [R], tokens including
+    this step's. tail_slots: [R]. table: [R, P], page numbers. All int32 or int64 with last stride 1. tokens: T. most:
+    an upper bound of the new tokens per sequence."""
 
     starts: Tensor
     lengths: Tensor
-    slots: Tensor
+    tail_slots: Tensor
     table: Tensor
     tokens: int
     most: int
@@ -47,13 +49,15 @@ class Ragged:
         return len(self.lengths)
 
     @property
-    def steps(self) -> int:
+    def bisections(self) -> int:
+        """Iterations of `ragged.sequence_at`."""
         return self.sequences.bit_length()
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Open blocks of a layer: int8 [slots, H, ring, D] and float32 [slots, H, ring] of K and V, contiguous."""
+class LayerTail:
+    """Tail blocks of a layer: codes int8 [slots, H, ring, D] and scales float32 [slots, H, ring] of K and V,
+    contiguous."""
 
     codes: tuple[Tensor, Tensor]
     scales: tuple[Tensor, Tensor]
@@ -61,8 +65,8 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Tail:
-    """Where a step's open blocks are: in slots, or (in_place false) in rows of its own, [H, room, D] and [H, room]."""
+class StepTail:
+    """The INT8 rows that a step reads: tail slots (in_place), or temporary codes [H, room, D], scales [H, room]."""
 
     codes: tuple[Tensor, Tensor]
     scales: tuple[Tensor, Tensor]
@@ -78,39 +82,41 @@ def store(
     v: Tensor,
     mean: Tensor | None,
     pages: Tensor,
-    slots: Slots,
+    layer_tail: LayerTail,
     flag: Tensor,
-) -> Tail:
-    """k, v [T, H, D] into open blocks, and blocks that are full then into `pages` uint8 [N, bytes].
+) -> StepTail:
+    """Store k, v [T, H, D] as INT8 tail rows, then compress full blocks into `pages` uint8 [N, bytes].
 
-    mean: bfloat16 [H, D] in the stored space, or None. flag: as in `append.store_tokens`. Beside the slots a step
-    of many tokens takes `2 H (T + 64 R) (D + 4)` bytes. Raises DtypeError."""
+    mean: bfloat16 [H, D] in the stored space, or None. flag: as in `append.store_tokens`. A step whose tokens do not
+    fit in the tail slots allocates `2 H (T + 64 R) (D + 4)` temporary bytes. Raises DtypeError."""
     k, v = map(float_rows, (k, v))
     heads, head_dim = k.shape[1:]
-    # What a slot has room for beside the rows that the step's queries still read.
-    in_place = batch.most == 1 or (slots.ring > BLOCK and batch.most <= BLOCK)
-    tail = Tail(slots.codes, slots.scales, 0, True)
+    # Tokens fit in a slot if they do not overwrite rows that this step's queries still read.
+    in_place = batch.most == 1 or (layer_tail.ring > BLOCK and batch.most <= BLOCK)
+    tail = StepTail(layer_tail.codes, layer_tail.scales, 0, True)
     rows = batch.tokens * heads
     shape = pair_shape(rows, head_dim, head_dim)
     if not in_place:
         room = batch.tokens + BLOCK * batch.sequences
         codes = tuple(torch.empty(heads, room, head_dim, dtype=torch.int8, device=k.device) for _ in range(2))
         scales = tuple(torch.empty(heads, room, dtype=torch.float32, device=k.device) for _ in range(2))
-        tail = Tail(codes, scales, room, False)
+        tail = StepTail(codes, scales, room, False)
         hold_rows[batch.sequences, heads, 2](
-            batch.starts, batch.lengths, batch.slots, *slots.codes, *slots.scales, *codes, *scales,
-            slots.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **configs.EXACT,
+            batch.starts, batch.lengths, batch.tail_slots, *layer_tail.codes, *layer_tail.scales, *codes, *scales,
+            layer_tail.ring, room, D=head_dim, WIDTH=shape["WIDTH"], num_warps=4, **configs.EXACT,
         )  # fmt: skip
     own = (None, None, None, None) if in_place else (*tail.codes, *tail.scales)
     store_rows[triton.cdiv(rows, shape["ROWS"]), 2](
-        k, v, means(mean), batch.lengths, None, None, batch.starts, batch.slots, *slots.codes, *slots.scales, *own,
-        flag, rows, heads, None, batch.sequences, batch.steps, slots.ring, tail.room, None,
+        k, v, means(mean), batch.lengths, None, None, batch.starts, batch.tail_slots,
+        *layer_tail.codes, *layer_tail.scales, *own, flag,
+        rows, heads, None, batch.sequences, batch.bisections, layer_tail.ring, tail.room, None,
         None, *k.stride()[:2], None, *v.stride()[:2], ROTATE=config.rotate, PAGED=True, **shape,
     )  # fmt: skip
     blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
     fill_pages[blocks, 2, heads](
-        *tail.codes, *tail.scales, all_page_offsets(layout, k.device), None, batch.lengths, batch.starts, batch.slots,
-        batch.table, pages, slots.ring, batch.sequences, batch.steps, tail.room, batch.table.stride(0), pages.stride(0),
+        *tail.codes, *tail.scales, all_page_offsets(layout, k.device), None,
+        batch.lengths, batch.starts, batch.tail_slots, batch.table, pages,
+        layer_tail.ring, batch.sequences, batch.bisections, tail.room, batch.table.stride(0), pages.stride(0),
         SEARCH=config.search, RING=in_place, PAGED=True, **layout_facts(layout),
     )  # fmt: skip
     return tail
@@ -124,16 +130,16 @@ def attend(
     out: Tensor,
     mean: Tensor | None,
     pages: Tensor,
-    slots: Slots,
-    tail: Tail,
+    layer_tail: LayerTail,
+    tail: StepTail,
     flag: Tensor,
     *,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """q [T, Hq, D] causally over pages and open blocks, which hold their own tokens -> out, likewise, whose channels
-    stand side by side. Arguments as for `store`. Raises DtypeError."""
+    """Causal attention of q [T, Hq, D] over pages and tail rows, which include this step's tokens; writes out, shaped
+    like q, with last stride 1. Arguments as for `store`. Raises DtypeError."""
     heads, valid = layout.num_kv_heads, batch.starts[-1:]
     # Without a softcap the mean's part is the same for all keys of a row.
     seen = mean[None] if mean is not None and softcap is not None else None
@@ -143,10 +149,10 @@ def attend(
     few = max(configs.LARGEST_DECODE_ROWS, group)
     arguments = {
         **query_arguments(x),
-        "starts": batch.starts, "lengths": batch.lengths, "slots": batch.slots,
+        "starts": batch.starts, "lengths": batch.lengths, "tail_slots": batch.tail_slots,
         "table": batch.table, "table_stride": batch.table.stride(0), "pages": pages, "page_stride": pages.stride(0),
         "k8": tail.codes[0], "v8": tail.codes[1], "k_scales": tail.scales[0], "v_scales": tail.scales[1],
-        "ring": slots.ring, "room": tail.room, "RING": tail.in_place,
+        "ring": layer_tail.ring, "room": tail.room, "RING": tail.in_place,
         "kv_heads": heads, "group": group, "tokens": batch.tokens, "most": few,
         "D": layout.head_dim, "WIDE": padded(layout.head_dim),
         "BY_TOKEN": layout.token_scales,
@@ -201,7 +207,8 @@ def _prefill_rows(
         tiles = batch.tokens * arguments["group"] // launch.rows + batch.sequences
         paged_prefill[tiles, len(heads)](
             **arguments, **pages, page_offsets_ptr=head_page_offsets(layout, heads, out.device), out_ptr=out,
-            out_stride_t=out.stride(0), out_stride_h=out.stride(1), sequences=batch.sequences, steps=batch.steps,
+            out_stride_t=out.stride(0), out_stride_h=out.stride(1),
+            sequences=batch.sequences, bisections=batch.bisections,
             M=launch.rows, K_BITS=k_bits, V_BITS=v_bits, ROTATE=config.rotate, SLOW=architecture.slow_int_to_float,
             ASM=architecture.assembly, RESTORED=in_memory, **launch.options,
         )  # fmt: skip

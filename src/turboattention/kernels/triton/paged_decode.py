@@ -18,7 +18,7 @@ from .widths import K_NUMBERS, V_NUMBERS, pair_of
 
 @triton.jit(do_not_specialize=["table_stride", "ring", "room", "tokens", "most", "window"])
 def paged_decode(
-    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, page_offsets_ptr,
+    q_ptr, unit_ptr, mean_ptr, starts, lengths, tail_slots, table, table_stride, pages, page_stride, page_offsets_ptr,
     k8, v8, k_scales, v_scales, ring, room, acc_ptr, row_max_ptr, row_sum_ptr,
     kv_heads, group, tokens, most, tiles, window, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
@@ -68,12 +68,12 @@ def paged_decode(
         acc = tl.zeros((WIDE, R), tl.float32)
         row_sum = tl.zeros((R,), tl.float32)
         row_max = tl.full((R,), float("-inf"), tl.float32)
-        # Open blocks first: what they alone need is then not held over the pages.
+        # Tail rows first: registers that only they need are then free in the page loop.
         d = tl.arange(0, WIDE)[:, None]
         q = tl.load(q_ptr + (at[None, :] * D + d), mask=there[None, :] & (d < D), other=0)
         oldest = tl.min(tl.where(there, position, length), 0) // 64
         for block in tl.range(tl.maximum(begin, oldest), end, num_stages=1):
-            origin = tail_rows_of(slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
+            origin = tail_rows_of(tail_slots, b, h, kv_heads, start, block, before // 64, ring, room, RING)
             acc, row_sum, row_max = fold_rows(
                 acc, row_sum, row_max, (k8, v8, k_scales, v_scales), origin + tl.arange(0, 64), block, length, q, unit,
                 mean, 0, (tl.maximum(sees, own), tl.where(there, position + 1, 0)), cap, threshold,

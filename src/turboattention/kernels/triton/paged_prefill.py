@@ -105,8 +105,11 @@ def _fold_rows(
     key = block * 64 + t
     there = key < length
     at = (origin + t)[:, None] * D
-    channel = halves(WIDE)
-    k = tl.trans(tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0))
+    channel = tl.arange(0, WIDE)
+    k = tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0)
+    # Into the order of `halves` in registers: gathered in it, every byte would be a load.
+    k = tl.reshape(tl.permute(tl.reshape(k, (64, WIDE // 8, 2, 4)), (0, 2, 1, 3)), (64, WIDE))
+    k = tl.trans(k)
     k_scale = tl.load(k_scales + origin + t, mask=there, other=0.0)
     v_scale = tl.load(v_scales + origin + t, mask=there, other=0.0)
     weighed = _weights(
@@ -130,15 +133,15 @@ def _rows_of(tile, rows, M: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "sequences", "steps", "table_stride", "ring", "room", "tokens", "most", "window", "capacity",
+        "sequences", "bisections", "table_stride", "ring", "room", "tokens", "most", "window", "capacity",
     ]
 )  # fmt: skip
 def paged_prefill(
-    q_ptr, unit_ptr, mean_ptr, starts, lengths, slots, table, table_stride, pages, page_stride, page_offsets_ptr,
+    q_ptr, unit_ptr, mean_ptr, starts, lengths, tail_slots, table, table_stride, pages, page_stride, page_offsets_ptr,
     k8, v8, k_scales, v_scales, ring, room,
     origins, restored_k, restored_v, restored_k_scales, restored_v_scales, capacity,
     out_ptr, out_stride_t, out_stride_h,
-    sequences, steps, kv_heads, group, tokens, most, window, cap, threshold,
+    sequences, bisections, kv_heads, group, tokens, most, window, cap, threshold,
     D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, MEAN: tl.constexpr, RING: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr,
@@ -149,7 +152,7 @@ def paged_prefill(
 
     RESTORED: takes the sequences that `restore_pages` had memory for, else the others; origins None: there was none."""
     i = tl.program_id(0)
-    b = sequence_at(starts, sequences, steps, i, group, M, 1)
+    b = sequence_at(starts, sequences, bisections, i, group, M, 1)
     start, count, length = span_of(starts, lengths, b)
     tile = i - (start * group // M + b)
     taken = (count * group > most) & (tile * M < count * group)
@@ -198,13 +201,13 @@ def paged_prefill(
                 state, source, block, queries, sees, own, cap, threshold,
                 WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, True, WINDOW, CAP, SLOW, ASM, RESTORED,
             )  # fmt: skip
-        # Counted again from memory: pages leave no registers for what only open blocks and the result need.
+        # Loaded again: the page loop leaves no registers for values that only tail rows and the output need.
         h = tl.load(head_ptr)
         start, count, length = span_of(starts, lengths, b)
         row, there = _rows_of(i - (start * group // M + b), count * group, M)
         position = length - count + tl.minimum(row, count * group - 1) // group
         for block in tl.range(oldest, newest + 1, num_stages=1):
-            origin = tail_rows_of(slots, b, h, kv_heads, start, block, (length - count) // 64, ring, room, RING)
+            origin = tail_rows_of(tail_slots, b, h, kv_heads, start, block, (length - count) // 64, ring, room, RING)
             state = _fold_rows(
                 state, (k8, v8, k_scales, v_scales, origin), block, length, queries,
                 tl.maximum(sees, position // 64 * 64), position + 1, cap, threshold, WIDE, D, FORM, CUT, ROW, CAP, SLOW,

@@ -73,7 +73,7 @@ def _parts(call: AttentionCall) -> Iterator[tuple[range, range]]:
 
 
 def _unpack(call: AttentionCall, sequences: range, heads: range, unpacked: tuple[Tensor, ...]) -> None:
-    pages, tail, device = call.pages, call.open, call.out.device
+    pages, tail, device = call.pages, call.tail, call.out.device
     if call.fresh is not None:
         x = call.fresh
         quantize_and_unpack((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, unpacked)

@@ -68,6 +68,7 @@ def quantize_tokens(
     codes: Tensor,
     scales: Tensor,
     target: Tensor,
+    flag: Tensor | None = None,
 ) -> bool:
     """Rotate, smooth and quantize tokens `span[0][b] .. span[1][b]` of each sequence of x [B, H, T, D].
 
@@ -75,7 +76,8 @@ def quantize_tokens(
     to row `target[b] + t` of codes int8 [B, H, W, D] and scales float32 [B, H, W], both contiguous. Other tokens
     of x are not read, other rows of the result not written. span, first and target are int64 [B].
 
-    Returns whether all values were finite and at most 1e18 in magnitude, which waits for the device. Raises DtypeError.
+    Returns whether all values were finite and at most 1e18 in magnitude, which waits for the device. With a `flag`,
+    int32 [1] on the device, that is set to 1 if they were not, and the result is True. Raises DtypeError.
     """
     batch, heads, tokens, head_dim = x.shape
     if not x.numel():
@@ -83,14 +85,14 @@ def quantize_tokens(
     x = float_rows(x)
     check_tiles(codes, scales)
     begin, end, first, target = (indices(i, x) for i in (*span, first, target))
-    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    found = torch.zeros(1, dtype=torch.int32, device=x.device) if flag is None else flag
     rows = batch * heads * tokens
     shape = row_shape(rows, head_dim)
     _tokens_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        x, begin, end, first, target, means(mean), codes, scales, flag, rows, heads, tokens,
+        x, begin, end, first, target, means(mean), codes, scales, found, rows, heads, tokens,
         codes.shape[2], mean_from, *x.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
     )  # fmt: skip
-    return not bool(flag)
+    return flag is not None or not bool(found)
 
 
 # -- queries --------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def _queries_kernel(
     q,
     valid,
     mean,
-    places,
+    permutation,
     halved,
     codes,
     units,
@@ -137,11 +139,11 @@ def _queries_kernel(
     to = row.to(tl.int64)
     store_codes(codes, to, there, values, D, WIDTH)
     tl.store(units + to, unit * scale, mask=there)
-    if places is not None:
+    if permutation is not None:
         channel = tl.arange(0, WIDTH)[None, :]
         some = tl.load(halved + h // group) != 0
         taken = (wanted & fine & some)[:, None] & (channel < D)
-        place = tl.load(places + (h // group)[:, None] * D + channel, mask=taken, other=0)
+        place = tl.load(permutation + (h // group)[:, None] * D + channel, mask=taken, other=0)
         y = tl.load(q + offsets[:, None] + place, mask=taken, other=0.0).to(tl.float32)
         values, unit = token_codes(tl.where(some[:, None], y, x), False)
         store_codes(ordered_codes, to, there, values, D, WIDTH)
@@ -180,7 +182,7 @@ def quantize_queries(
     codes = torch.empty(batch, kv_heads, heads // kv_heads, count, head_dim, dtype=torch.int8, device=q.device)
     unit = torch.empty(codes.shape[:-1], dtype=torch.float32, device=q.device)
     logits = None if mean is None else torch.empty_like(unit)
-    places, halved = order or (None, None)
+    permutation, halved = order or (None, None)
     ordered = (None, None) if order is None else (torch.empty_like(codes), torch.empty_like(unit))
     if flag is None:
         flag = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -188,7 +190,7 @@ def quantize_queries(
     if rows:
         shape, single = row_shape(rows, head_dim), float(np.float32(scale))
         _queries_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-            q, indices(valid, q), means(mean), places, halved, codes, unit, *ordered, logits, flag, rows, heads,
+            q, indices(valid, q), means(mean), permutation, halved, codes, unit, *ordered, logits, flag, rows, heads,
             heads // kv_heads, count, single, scale - single, *q.stride()[:3], D=head_dim, ROTATE=rotate, **shape,
         )  # fmt: skip
     return Int8Queries(codes, unit, logits, *ordered), flag

@@ -10,16 +10,16 @@ import triton.language as tl
 
 
 @triton.jit
-def sequence_at(starts, sequences, steps, i, times, over, APART: tl.constexpr):
+def sequence_at(starts, sequences, bisections, i, times, over, APART: tl.constexpr):
     """The last sequence b with `starts[b] times // over + APART b <= i`, int32, for a scalar or tensor i.
 
-    Binary search; steps: the bit length of `sequences`. If each token has `times` rows and programs take `over` rows,
-    this expression with APART = 1 is the first program of sequence b: programs do not span sequences, and some are
-    empty.
+    Binary search; bisections: the bit length of `sequences`. If each token has `times` rows and programs take `over`
+    rows, this expression with APART = 1 is the first program of sequence b: programs do not span sequences, and some
+    are empty.
     """
     low = i * 0
     high = low + sequences
-    for _ in range(steps):
+    for _ in range(bisections):
         middle = (low + high) // 2
         first = tl.load(starts + middle).to(tl.int32) * times // over + APART * middle
         low = tl.where(first <= i, middle, low)
@@ -35,14 +35,14 @@ def span_of(starts, lengths, b):
 
 
 @triton.jit
-def tail_rows_of(slots, b, h, heads, first, block, start, ring, room, RING: tl.constexpr):
+def tail_rows_of(tail_slots, b, h, heads, first, block, start, ring, room, RING: tl.constexpr):
     """Row (int64) of the first token of an INT8 block in codes and scales.
 
     With RING, position p is row p % ring of the sequence's slot [slots, heads, ring]. Otherwise rows are temporary,
     [heads, room]: those of sequence b start at `first + 64 b`, with its block `start`.
     """
     if RING:
-        row = (tl.load(slots + b).to(tl.int64) * heads + h) * ring + block * 64 % ring
+        row = (tl.load(tail_slots + b).to(tl.int64) * heads + h) * ring + block * 64 % ring
     else:
         row = h.to(tl.int64) * room + (first + 64 * b + (block - start) * 64)
     return row

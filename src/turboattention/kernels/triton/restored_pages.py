@@ -63,10 +63,10 @@ def number_blocks(
     tl.store(origins + 1 + b, tl.cumsum(blocks, 0), mask=there)
 
 
-@triton.jit(do_not_specialize=["table_stride", "sequences", "steps", "capacity", "window"])
+@triton.jit(do_not_specialize=["table_stride", "sequences", "bisections", "capacity", "window"])
 def restore_pages(
     starts, lengths, table, table_stride, pages, page_stride, page_offsets_ptr, origins,
-    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sequences, steps, capacity, window,
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sequences, bisections, capacity, window,
     D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
     WINDOW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def restore_pages(
     t = tl.arange(0, 64)
     d = tl.arange(0, WIDE)
     for i in tl.range(tl.program_id(0), tl.minimum(tl.load(origins + sequences), capacity), tl.num_programs(0)):
-        b = sequence_at(origins, sequences, steps, i, 1, 1, 0)
+        b = sequence_at(origins, sequences, bisections, i, 1, 1, 0)
         if are_restored(origins, b, capacity):
             _, count, length = span_of(starts, lengths, b)
             block = first_block(length - count, window, WINDOW) + i - tl.load(origins + b)
@@ -99,7 +99,7 @@ def restored(
 ) -> dict[str, Any]:  # fmt: skip
     """Launch both for sequences of more than `least` rows. arguments: of `paged_prefill`. Returns what that takes."""
     table, heads, wide = arguments["table"], layout.num_kv_heads, arguments["WIDE"]
-    device, steps = table.device, sequences.bit_length()
+    device, bisections = table.device, sequences.bit_length()
     capacity = max(1, min(sequences * table.shape[1], RESTORED_BYTES // (heads * bytes_per_block(wide))))
     k, v = (torch.empty(heads, capacity, BLOCK, wide, dtype=torch.int8, device=device) for _ in range(2))
     k_scales, v_scales = (torch.empty(heads, capacity, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
@@ -114,7 +114,7 @@ def restored(
     for (k_bits, v_bits), chosen in pairs_of_widths(layout):
         restore_pages[min(capacity, _PROGRAMS), len(chosen)](
             **common, page_offsets_ptr=head_page_offsets(layout, chosen, device), origins=origins, k_ptr=k, v_ptr=v,
-            k_scale_ptr=k_scales, v_scale_ptr=v_scales, sequences=sequences, steps=steps, capacity=capacity,
+            k_scale_ptr=k_scales, v_scale_ptr=v_scales, sequences=sequences, bisections=bisections, capacity=capacity,
             K_BITS=k_bits, V_BITS=v_bits, ASM=assembly,
         )  # fmt: skip
     return {

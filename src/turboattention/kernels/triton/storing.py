@@ -1,9 +1,9 @@
 """Storing new tokens as INT8 rows, and compressing blocks of rows that are full into pages.
 
 A cache has a buffer of rows per sequence, whose first row has position `start`, and addresses of pages. A server
-(PAGED) has a slot of rows per sequence, where position p is row p % width, and numbers of pages. Where a server's step
-would overwrite rows that its queries still read, the rows it attends to are temporary: `hold_rows` first copies the
-older rows of each open block there, and what stays open is written to the slot as well.
+(PAGED) has a tail slot of rows per sequence, where position p is row p % width, and numbers of pages. If a server's
+step would overwrite rows that its queries still read, it attends to temporary rows: `hold_rows` first copies the older
+rows of each tail block there, and rows of blocks that remain incomplete are written to the slot as well.
 
 Kernels read lengths, positions and page tables from device memory and grids follow from shapes alone, so the host does
 not wait, and a CUDA graph can replay the launches.
@@ -22,7 +22,7 @@ from .rows import stage_rows, store_codes
 
 @triton.jit(do_not_specialize=["ring", "room"])
 def hold_rows(
-    starts, lengths, slots, k_ring, v_ring, k_ring_scales, v_ring_scales, k_codes, v_codes, k_scales, v_scales,
+    starts, lengths, tail_slots, k_ring, v_ring, k_ring_scales, v_ring_scales, k_codes, v_codes, k_scales, v_scales,
     ring, room, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences, heads, K or V): copies a slot's rows of the block where the step begins to temporary rows."""
@@ -32,8 +32,8 @@ def hold_rows(
     held = before % 64
     if (count > 0) & (held > 0):
         token = tl.arange(0, 64)
-        at = tail_rows_of(slots, b, h, heads, first, before // 64, before // 64, ring, room, True) + token
-        to = tail_rows_of(slots, b, h, heads, first, before // 64, before // 64, ring, room, False) + token
+        at = tail_rows_of(tail_slots, b, h, heads, first, before // 64, before // 64, ring, room, True) + token
+        to = tail_rows_of(tail_slots, b, h, heads, first, before // 64, before // 64, ring, room, False) + token
         channel = tl.arange(0, WIDTH)[None, :]
         there = token < held
         if tl.program_id(2) == 0:
@@ -69,11 +69,11 @@ def _store_side(
         tl.store(own_scales + own_row, scale, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "sequences", "steps", "width", "room", "mean_from"])
+@triton.jit(do_not_specialize=["rows", "tokens", "sequences", "bisections", "width", "room", "mean_from"])
 def store_rows(
-    k, v, mean, lengths, counts, start, starts, slots,
+    k, v, mean, lengths, counts, start, starts, tail_slots,
     k_codes, v_codes, k_scales, v_scales, k_own, v_own, k_own_scales, v_own_scales, flag,
-    rows, heads, tokens, sequences, steps, width, room, mean_from,
+    rows, heads, tokens, sequences, bisections, width, room, mean_from,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     ROTATE: tl.constexpr, PAGED: tl.constexpr,
@@ -84,23 +84,26 @@ def store_rows(
     A cache: k [B, H, T, D], v [B, H, T, Dv], tokens t < counts[b] behind lengths[b]; mean bfloat16 [B, H, D],
     subtracted from keys from position mean_from on; tokens past the buffer's end are dropped.
     PAGED: flat k, v [T, H, D] (Dv is D), lengths with the step's tokens, mean bfloat16 [H, D]. With temporary rows
-    (k_own is not None), slots get what belongs to blocks that stay open (the last two, if width is two blocks).
+    (k_own is not None), slots get the rows of blocks that remain incomplete (of the last two blocks, if
+    width is two blocks).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     own_row = row
     if PAGED:
         t, h = row // heads, row % heads
-        b = sequence_at(starts, sequences, steps, t, 1, 1, 0)
+        b = sequence_at(starts, sequences, bisections, t, 1, 1, 0)
         first, count, length = span_of(starts, lengths, b)
         wanted = there & (t < first + count)
         before = length - count
         position = before + t - first
         block = position // 64
-        to = tail_rows_of(slots, b, h, heads, first, block, block, width, room, True) + position % 64
+        to = tail_rows_of(tail_slots, b, h, heads, first, block, block, width, room, True) + position % 64
         kept = wanted
         if k_own is not None:
-            own_row = tail_rows_of(slots, b, h, heads, first, block, before // 64, width, room, False) + position % 64
+            own_row = (
+                tail_rows_of(tail_slots, b, h, heads, first, block, before // 64, width, room, False) + position % 64
+            )
             kept = wanted & (block * 64 + width > length)
         mean_row, smoothed = h, wanted
         t, h = t.to(tl.int64), h.to(tl.int64)
@@ -143,10 +146,10 @@ def _move_rows(codes, scales, width, D: tl.constexpr, SIZE: tl.constexpr, WIDTH:
         tl.store(scales + here, scale, mask=here < width)
 
 
-@triton.jit(do_not_specialize=["width", "sequences", "steps", "room", "table_stride"])
+@triton.jit(do_not_specialize=["width", "sequences", "bisections", "room", "table_stride"])
 def fill_pages(
-    k_codes, v_codes, k_scales, v_scales, page_offsets, fresh, lengths, starts, slots, table, pages,
-    width, sequences, steps, room, table_stride, page_stride,
+    k_codes, v_codes, k_scales, v_scales, page_offsets, fresh, lengths, starts, tail_slots, table, pages,
+    width, sequences, bisections, room, table_stride, page_stride,
     HEADS: tl.constexpr, PAGE_BYTES: tl.constexpr, USED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr, RING: tl.constexpr, PAGED: tl.constexpr,
@@ -155,14 +158,14 @@ def fill_pages(
 
     A cache: the first block of the buffer of `width` rows goes to the page at address fresh[b], if that is not 0, and
     later rows move to the front.
-    PAGED: blocks that the step fills; one per sequence at most if they are in slots (RING), else the first axis of the
-    grid counts blocks that may fill.
+    PAGED: blocks that the step fills; at most one per sequence if they are in tail slots (RING), else the first axis of
+    the grid counts blocks that may fill.
     """
     i, h = tl.program_id(0), tl.program_id(2)
     if PAGED:
         b = i
         if not RING:
-            b = sequence_at(starts, sequences, steps, i, 1, 64, 1)
+            b = sequence_at(starts, sequences, bisections, i, 1, 64, 1)
         first, count, length = span_of(starts, lengths, b)
         start = (length - count) // 64
         block = start
@@ -177,7 +180,7 @@ def fill_pages(
         if PAGED:
             number = tl.load(table + b.to(tl.int64) * table_stride + block).to(tl.int64)
             page = tl.multiple_of(pages + number * page_stride, 16)
-            row = tail_rows_of(slots, b, h, HEADS, first, block, start, width, room, RING)
+            row = tail_rows_of(tail_slots, b, h, HEADS, first, block, start, width, room, RING)
         else:
             page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
             row = (b * HEADS + h) * width

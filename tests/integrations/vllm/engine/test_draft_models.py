@@ -1,5 +1,5 @@
 """Drafts by a model: answers are each prompt's alone, without drafts. The draft model's layers have a cache of their
-own, in the slots of the same requests; it decides how many drafts are accepted, and nothing else."""
+own, in the tail slots of the same requests; it decides how many drafts are accepted, and nothing else."""
 
 from __future__ import annotations
 

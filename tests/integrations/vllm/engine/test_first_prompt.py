@@ -70,7 +70,7 @@ def test_memory_is_said(start, logged) -> None:
     beside = sum(layer.self_attn.attn.impl.tail_blocks.nbytes for layer in layers) / 2**20
     (line,) = [line for line in logged if line.startswith("INFO TurboAttention")]
     assert line.endswith(
-        f"4 bits, 9024 bytes for 64 tokens of a layer; {beside:.1f} MiB in addition for the open blocks of "
+        f"4 bits, 9024 bytes for 64 tokens of a layer; {beside:.1f} MiB in addition for the tail blocks of "
         "3 sequences in 8 layers"
     )
     assert {layer.self_attn.attn.kv_cache.dtype for layer in layers} == {torch.uint8}

@@ -16,17 +16,17 @@ class Watch:
 
     def watch_drafts(self) -> None:
         """Count from now on."""
-        from turboattention.integrations.vllm.slots import Slots
+        from turboattention.integrations.vllm.tail_slots import TailSlotAllocator
 
         counting = self.counting = Counting()
-        step = Slots.step
+        step = TailSlotAllocator.update
 
         @wraps(step)
-        def watched(self: Slots, output: Any) -> None:
+        def watched(self: TailSlotAllocator, output: Any) -> None:
             counting.step(output)
             step(self, output)
 
-        Slots.step = watched
+        TailSlotAllocator.update = watched
 
     def drafts_seen(self) -> dict[str, int]:
         """What was counted since this was last asked."""
@@ -61,7 +61,7 @@ class Counting:
         self._stored: dict[str, tuple[int, int]] = {}
         """Of each request that runs: where its last step ended, and how many drafts were in it."""
 
-    def step(self, output: Any) -> None:
+    def update(self, output: Any) -> None:
         cached, preempted = output.scheduled_cached_reqs, output.preempted_req_ids or ()
         self.seen["preempted"] += len(preempted)
         for name in {*preempted, *output.finished_req_ids, *cached.resumed_req_ids}:

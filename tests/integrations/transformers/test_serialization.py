@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from turboattention import KVCache, TurboConfig
 from turboattention.errors import FormatError, InputError
-from turboattention.integrations.transformers import TurboCache, storage
+from turboattention.integrations.transformers import TurboCache, serialization
 
 SMALL = TurboConfig(bits=(4, 3), block_size=16, sink_tokens=16, guard="off")
 
@@ -246,7 +246,7 @@ class TestBadFiles:
     def test_ids_of_fewer_tokens_than_it_holds(self, tiny, forward, tokens, tmp_path, monkeypatch):
         cache = TurboCache(tiny("llama").config, SMALL)
         forward(tiny("llama"), "turbo", tokens(1, 20), [20], cache)
-        monkeypatch.setattr(storage, "checked_ids", lambda ids, *_: ids)
+        monkeypatch.setattr(serialization, "checked_ids", lambda ids, *_: ids)
         cache.save(tmp_path / "short", input_ids=tokens(1, 19))
         with pytest.raises(FormatError, match=r"prompt_ids: expected torch.int64 \(1, 20\), got torch.int64 \(1, 19\)"):
             TurboCache.load(tmp_path / "short")

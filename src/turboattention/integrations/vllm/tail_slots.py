@@ -1,4 +1,4 @@
-"""Slots of running requests: each slot has the INT8 rows of a request's incomplete block.
+"""Tail slots of running requests: each slot has the INT8 rows of a request's incomplete block.
 
 A request holds its slot from its first step until it finishes or is preempted, also in steps in which it is not
 scheduled. Inconsistent scheduler output raises an error.
@@ -18,8 +18,8 @@ def ring_for(speculative: bool) -> int:
     return 2 * BLOCK if speculative else BLOCK
 
 
-class Slots:
-    """The slots of one engine's worker, updated from the scheduler's output of each step.
+class TailSlotAllocator:
+    """The tail slots of one engine's worker, updated from the scheduler's output of each step.
 
     Args:
         count: the largest number of concurrent requests.
@@ -36,7 +36,7 @@ class Slots:
         """The number of slots in use."""
         return len(self._held)
 
-    def step(self, output: Any) -> None:
+    def update(self, output: Any) -> None:
         """Assign and release slots according to `output`, vLLM's SchedulerOutput of the next step.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Slots against scripted steps of a scheduler."""
+"""Tail slots against scripted steps of a scheduler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from turboattention.integrations.vllm.slots import Slots, ring_for
+from turboattention.integrations.vllm.tail_slots import TailSlotAllocator, ring_for
 
 
 def step(
@@ -31,95 +31,95 @@ def step(
 
 
 def test_a_request_keeps_its_slot_until_it_finishes() -> None:
-    slots = Slots(2)
-    slots.step(step(new={"a": (0, 70), "b": (0, 3)}))
+    slots = TailSlotAllocator(2)
+    slots.update(step(new={"a": (0, 70), "b": (0, 3)}))
     held = slots.of(["a", "b"])
     assert sorted(held) == [0, 1]
-    slots.step(step(cached={"b": (3, 1), "a": (70, 1)}))
+    slots.update(step(cached={"b": (3, 1), "a": (70, 1)}))
     assert slots.of(["b", "a"]) == held[::-1]
-    slots.step(step(cached={"b": (4, 1)}, finished=("a",)))
+    slots.update(step(cached={"b": (4, 1)}, finished=("a",)))
     assert len(slots) == 1
-    slots.step(step(new={"c": (0, 5)}, cached={"b": (5, 1)}))
+    slots.update(step(new={"c": (0, 5)}, cached={"b": (5, 1)}))
     assert slots.of(["c", "b"]) == held
 
 
 def test_what_is_not_scheduled_keeps_its_slot() -> None:
-    slots = Slots(2)
-    slots.step(step(new={"a": (0, 10), "b": (0, 10)}))
+    slots = TailSlotAllocator(2)
+    slots.update(step(new={"a": (0, 10), "b": (0, 10)}))
     a, b = slots.of(["a", "b"])
-    slots.step(step(cached={"a": (10, 1)}))
-    slots.step(step(cached={"b": (10, 1), "a": (11, 1)}))
+    slots.update(step(cached={"a": (10, 1)}))
+    slots.update(step(cached={"b": (10, 1), "a": (11, 1)}))
     assert slots.of(["a", "b"]) == [a, b]
 
 
 def test_a_slot_freed_in_a_step_can_be_taken_in_it() -> None:
-    slots = Slots(1)
-    slots.step(step(new={"a": (0, 10)}))
-    slots.step(step(new={"b": (0, 4)}, finished=("a",)))
+    slots = TailSlotAllocator(1)
+    slots.update(step(new={"a": (0, 10)}))
+    slots.update(step(new={"b": (0, 4)}, finished=("a",)))
     assert slots.of(["b"]) == [0]
 
 
 @pytest.mark.parametrize("told", [("a",), None], ids=["told when preempted", "told when resumed"])
 def test_preempted_and_resumed_elsewhere(told: tuple[str, ...] | None) -> None:
-    slots = Slots(2)
-    slots.step(step(new={"a": (0, 100)}))
-    slots.step(step(new={"b": (0, 10)}, preempted=told))
+    slots = TailSlotAllocator(2)
+    slots.update(step(new={"a": (0, 100)}))
+    slots.update(step(new={"b": (0, 10)}, preempted=told))
     assert len(slots) == (1 if told else 2)
     # Others have filled a block more of the same prompt meanwhile.
-    slots.step(step(cached={"b": (10, 1), "a": (128, 9)}, resumed=("a",)))
+    slots.update(step(cached={"b": (10, 1), "a": (128, 9)}, resumed=("a",)))
     assert sorted(slots.of(["a", "b"])) == [0, 1]
 
 
 def test_resumed_inside_a_block_raises() -> None:
-    slots = Slots(2)
-    slots.step(step(new={"a": (0, 100)}))
-    slots.step(step(preempted=("a",)))
+    slots = TailSlotAllocator(2)
+    slots.update(step(new={"a": (0, 100)}))
+    slots.update(step(preempted=("a",)))
     with pytest.raises(RuntimeError, match="request a: continues at token 70, inside a block, without a slot"):
-        slots.step(step(cached={"a": (70, 31)}, resumed=("a",)))
+        slots.update(step(cached={"a": (70, 31)}, resumed=("a",)))
 
 
 def test_aborted_and_sent_again_under_the_same_name() -> None:
-    slots = Slots(1)
-    slots.step(step(new={"a": (0, 10)}))
-    slots.step(step(new={"a": (0, 20)}, finished=("a",)))
-    slots.step(step(cached={"a": (20, 1)}))
+    slots = TailSlotAllocator(1)
+    slots.update(step(new={"a": (0, 10)}))
+    slots.update(step(new={"a": (0, 20)}, finished=("a",)))
+    slots.update(step(cached={"a": (20, 1)}))
     assert slots.of(["a"]) == [0]
 
 
 def test_aborted_before_its_first_step() -> None:
-    slots = Slots(1)
-    slots.step(step(finished=("never seen",)))
-    slots.step(step(new={"a": (0, 10)}))
+    slots = TailSlotAllocator(1)
+    slots.update(step(finished=("never seen",)))
+    slots.update(step(new={"a": (0, 10)}))
     assert len(slots) == 1
 
 
 def test_a_prefix_hit_starts_at_a_block() -> None:
-    slots = Slots(1)
-    slots.step(step(new={"a": (128, 10)}))
+    slots = TailSlotAllocator(1)
+    slots.update(step(new={"a": (128, 10)}))
     with pytest.raises(RuntimeError, match="inside a block"):
-        Slots(1).step(step(new={"a": (130, 10)}))
+        TailSlotAllocator(1).update(step(new={"a": (130, 10)}))
 
 
 def test_more_requests_than_slots_raise() -> None:
-    slots = Slots(1)
-    slots.step(step(new={"a": (0, 1)}))
+    slots = TailSlotAllocator(1)
+    slots.update(step(new={"a": (0, 1)}))
     with pytest.raises(RuntimeError, match="request b: all 1 slots are held"):
-        slots.step(step(new={"b": (0, 1)}, cached={"a": (1, 1)}))
+        slots.update(step(new={"b": (0, 1)}, cached={"a": (1, 1)}))
 
 
 @pytest.mark.parametrize("start", [12, 64])
 def test_a_gap_raises(start: int) -> None:
-    slots = Slots(1)
-    slots.step(step(new={"a": (0, 10)}))
+    slots = TailSlotAllocator(1)
+    slots.update(step(new={"a": (0, 10)}))
     with pytest.raises(
         RuntimeError, match=f"request a: continues at token {start}, but its slot holds tokens up to 10"
     ):
-        slots.step(step(cached={"a": (start, 1)}))
+        slots.update(step(cached={"a": (start, 1)}))
 
 
 def test_rows_of_requests_that_hold_none_raise() -> None:
     with pytest.raises(RuntimeError, match="requests without a slot: x, y"):
-        Slots(1).of(["x", "y"])
+        TailSlotAllocator(1).of(["x", "y"])
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_rows_of_requests_that_hold_none_raise() -> None:
 )
 def test_rejected_drafts(end: int, start: int, kept_by: set[int]) -> None:
     for ring in (64, 128):
-        slots = Slots(1, ring)
-        slots.step(step(new={"a": (0, end)}))
+        slots = TailSlotAllocator(1, ring)
+        slots.update(step(new={"a": (0, end)}))
         if ring in kept_by:
-            slots.step(step(cached={"a": (start, 3)}))
+            slots.update(step(cached={"a": (start, 3)}))
         else:
             with pytest.raises(RuntimeError, match=f"continues at token {start}, .* up to {end} in {ring} rows"):
-                slots.step(step(cached={"a": (start, 3)}))
+                slots.update(step(cached={"a": (start, 3)}))
 
 
 def test_rings() -> None:
