@@ -43,8 +43,10 @@ def prefill(
     if config.token_scales and k.shape[2] and takes_prefill_rows(q.shape[1] // kv_heads, q.shape[2]):
         return _prefill_at_once(config, q, k, v, params)
     query_positions, staged = prefill_of(config, q, k, v)
-    dims = {"kv_heads": kv_heads, "v_head_dim": v.shape[3]}
-    return _attend(config, q, query_positions, None, staged, None, params, mean_from_block=1, **dims)
+    return _attend(
+        config, q, query_positions, None, staged, None, params, kv_heads=kv_heads, v_head_dim=v.shape[3],
+        mean_from_block=1,
+    )  # fmt: skip
 
 
 def _prefill_at_once(
