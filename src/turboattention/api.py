@@ -12,7 +12,7 @@ from .checked_call import check_call
 from .config import TurboConfig
 from .guard import guarded
 from .guard_sample import TOKENS
-from .impl.contract import AttentionParams, Availability, Backend, CheckedCall, Result
+from .impl.contract import Availability, Backend, CheckedCall, Result
 from .kv.cache import KVCache
 from .kv.channel_order import query_energy
 from .kv.compression import Compression, compression_of
@@ -21,6 +21,7 @@ from .kv.in_place import Decided, deciding_tokens, fills_at_once
 from .kv.stage1 import Stage
 from .kv.window import check_pages_kept
 from .modes import in_own_modes
+from .params import AttentionParams
 from .softmax import logit_scale
 from .validation import (
     check_causal,

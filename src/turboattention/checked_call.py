@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .errors import InputError, ShapeError
-from .impl.contract import AttentionParams, CheckedCall
+from .impl.contract import CheckedCall
 from .kv.cache import KVCache
 from .kv.window import check_window_kept
+from .params import AttentionParams
 from .softmax import logit_scale
 from .validation import (
     check_floats,

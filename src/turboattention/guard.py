@@ -18,11 +18,11 @@ from torch import Tensor
 from .config import TurboConfig
 from .errors import GuardWarning
 from .guard_sample import QUERIES, TOKENS, Sample, float_attention, relative_errors
-from .impl.contract import AttentionParams
 from .kv.cache import KVCache
 from .kv.channel_order import ChannelOrder
 from .kv.compression import Compression
 from .kv.stage1 import Stage
+from .params import AttentionParams
 from .softmax import logit_scale
 from .words import listed
 

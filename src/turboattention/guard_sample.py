@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .flashq import rotate
-from .impl.contract import AttentionParams
 from .kv.cache import KVCache
 from .kv.channel_order import restore_keys
 from .kv.compression import Compression
 from .kv.growth import encode
 from .kv.pages import Tiles
 from .kv.stage1 import Stage
+from .params import AttentionParams
 from .uploads import upload
 from .validation import check_finite
 

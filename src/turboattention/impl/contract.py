@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from ..params import AttentionParams
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -17,21 +18,6 @@ if TYPE_CHECKING:
     from ..kv.paged import PagedBatch, PagedFormat, TailBlocks
     from ..kv.quantizer import Quantizer
     from ..kv.stage1 import Stage
-
-
-@dataclass(frozen=True)
-class AttentionParams:
-    """Parameters of attention, as `turbo_attention` describes them; checked.
-
-    scale: factor of the logits. window_size, softcap: None for none. attn_mask: [B or 1, Hq or 1, Lq or 1, Lk or 1],
-    bool or additive float, or None.
-    """
-
-    is_causal: bool
-    scale: float
-    window_size: int | None = None
-    softcap: float | None = None
-    attn_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +84,7 @@ class PagedAttention(Protocol):
         out: Tensor,
         pages: Tensor,
         tail_blocks: TailBlocks,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        params: AttentionParams,
         sinks: Tensor | None,
     ) -> bool:
         """False if values were not finite, as far as this is known without waiting."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import turboattention as ta
-from turboattention.impl.contract import AttentionParams
 from turboattention.impl.cpu import steps as cpu_steps
 from turboattention.kv.cache import KVCache
+from turboattention.params import AttentionParams
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content

@@ -16,10 +16,10 @@ from ...kernels.triton.attention import refusal
 from ...kv.cache import KVCache
 from ...kv.in_place import backend_state_of
 from ...modes import in_own_modes
-from ..contract import AttentionParams
+from ...params import AttentionParams
 from .deferred_error import flag_of
 from .host_lengths import Plan
-from .state import StepCall, Steps
+from .state import Steps
 
 
 @in_own_modes
@@ -45,9 +45,8 @@ def step(
     if found is None:
         return None
     steps, plan = found
-    call = StepCall(params.scale, params.is_causal, params.window_size, params.softcap)
     with _taken(steps, cache, plan):
-        return steps.run(q, k, v, call, fills=plan.fills, counts=counts, mask=params.attn_mask)
+        return steps.run(q, k, v, params, fills=plan.fills, counts=counts)
 
 
 @in_own_modes

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
+from ...params import AttentionParams
 from ..inputs import BLOCK
 from .attention import Arguments, fill_call, page_sections, refuse_non_finite
 from .rows import Int8Rows, flat_rows, mean_address
@@ -77,20 +78,10 @@ class PagedCall:
     """The calls of a step for layers with equal shapes. Shared arguments are filled in once, because Python overhead is
     a considerable part of a step of few tokens.
 
-    rows: the sequences; `group`: query heads per KV head; `scale`: factor of the logits.
+    rows: the sequences; `group`: query heads per KV head.
     """
 
-    def __init__(
-        self,
-        config: TurboConfig,
-        layout: PageLayout,
-        rows: FlatRows,
-        *,
-        group: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ):
+    def __init__(self, config: TurboConfig, layout: PageLayout, rows: FlatRows, params: AttentionParams, *, group: int):
         self._rows, batch, heads, sections = rows, len(rows.before), layout.num_kv_heads, page_sections(layout)
         s = Store(batch=batch, heads=heads, tokens=rows.tokens, rotate=config.rotate)
         s.head_dim = s.value_dim = layout.head_dim  # keys and values of servers have one
@@ -98,10 +89,10 @@ class PagedCall:
         a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens)
         a.head_dim = a.value_dim = layout.head_dim
         a.rotate = config.rotate
-        a.scale, a.sinks, a.compressed = scale, sections, sections
+        a.scale, a.sinks, a.compressed = params.scale, sections, sections
         a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
         a.page_counts = rows.full.data_ptr()
-        fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
+        fill_call(a, config, params)
         s.threads = a.threads = torch.get_num_threads()
         self._store, self._attend = s, a
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
+from ...params import AttentionParams
 from ..inputs import Int8Queries, Pages, QueryPositions, TailRows
 from . import configs
 from .softmax import LOG2_E
@@ -53,23 +54,21 @@ def ordered_arguments(x: Int8Queries) -> dict[str, Any]:
     return {"ordered_q_ptr": x.ordered_codes, "ordered_unit_ptr": x.ordered_unit}
 
 
-def softmax_arguments(
-    config: TurboConfig, device: torch.device, window: int | None, softcap: float | None
-) -> dict[str, Any]:
+def softmax_arguments(config: TurboConfig, device: torch.device, params: AttentionParams) -> dict[str, Any]:
     """Kernel arguments of the window, the softcap and the exponentials, constexpr ones included."""
     form, by_row = config.softmax_on(device), config.p_scale == "row"
     if form == "sas16":  # "auto" in the interpreter, whose tensors are on a CPU
         form = "sas"
     return {
-        "window": min(window or 0, _LARGEST_WINDOW),
-        "cap": softcap or 0.0,
+        "window": min(params.window_size or 0, _LARGEST_WINDOW),
+        "cap": params.softcap or 0.0,
         "threshold": config.sas_threshold * (1.0 if form == "sas" else LOG2_E.value),
         "FORM": form,
         # Else 127 e^-y rounds to zero beyond the threshold, within the approximations' errors.
         "CUT": form != "exp" and (by_row or config.sas_threshold > -5.7),
         "ROW": by_row,
-        "WINDOW": window is not None,
-        "CAP": softcap is not None,
+        "WINDOW": params.window_size is not None,
+        "CAP": params.softcap is not None,
     }
 
 
@@ -99,10 +98,7 @@ class AttentionCall:
     kv_heads: int
     blocks: int
     mean_from_block: int
-    causal: bool
-    window: int | None
-    softcap: float | None
-    mask: Tensor | None
+    params: AttentionParams
     out: Tensor
     lse: Tensor
 
@@ -164,7 +160,7 @@ class AttentionCall:
 
     def visibility_arguments(self) -> dict[str, Any]:
         """Kernel arguments of the mask, the window and the softmax, constexpr ones included."""
-        mask = self.mask
+        mask = self.params.attn_mask
         if mask is not None and mask.dtype not in _MASK_KINDS:
             mask = mask.to(torch.float32)
         kind = "" if mask is None else _MASK_KINDS[mask.dtype]
@@ -177,7 +173,7 @@ class AttentionCall:
             # A mask with one key is broadcast to all keys.
             "mask_keys": mask.shape[3] if mask.shape[3] > 1 else _LARGEST_WINDOW,
             "mean_from_block": self.mean_from_block,
-            "CAUSAL": self.causal,
+            "CAUSAL": self.params.is_causal,
             "MASK": kind,
-            **softmax_arguments(self.config, self.out.device, self.window, self.softcap),
+            **softmax_arguments(self.config, self.out.device, self.params),
         }

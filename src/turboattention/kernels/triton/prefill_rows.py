@@ -21,7 +21,7 @@ UNPACKED_BYTES = 1 << 28
 
 def attend_prefill_rows(call: AttentionCall) -> None:
     """Blocks are unpacked once, for as many heads and sequences at a time as memory allows."""
-    launch = configs.prefill(call.architecture, call.head_dim, call.mask is not None)
+    launch = configs.prefill(call.architecture, call.head_dim, call.params.attn_mask is not None)
     device, parts = call.out.device, list(_parts(call))
     for sequences, heads in parts:
         shape = len(sequences), len(heads), max(1, call.blocks)
