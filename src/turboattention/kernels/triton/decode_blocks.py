@@ -107,7 +107,7 @@ def fold_rows(
             s, unit, tl.where(block >= mean_from_block, mean, 0.0), key, v_scale / largest * LEVELS,
             visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
-    # In two halves of the channels: all at once would need too many registers.
+    # One half of the channels after the other: all at once would take too many registers.
     first = _row_products(v8_ptr, at, there, p.to(tl.int8), 0, WIDE // 2, D)
     o = stack(first, _row_products(v8_ptr, at, there, p.to(tl.int8), WIDE // 2, WIDE // 2, D), True).to(tl.float32)
     row_max, rescale, each = rescaled(row_max, block_max)
