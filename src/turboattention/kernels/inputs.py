@@ -81,7 +81,7 @@ def refusal(config: TurboConfig, dtype: torch.dtype, **wanted: tuple[object, ...
     """Why kernels do not support this, or None. `wanted`: the supported values of further fields of the configuration,
     if a backend's kernels do not support all."""
     if dtype == torch.float64:
-        return "only the reference computes float64"
+        return "inputs are float64, which only the reference supports"
     if config.block_size != BLOCK:
         return f"block_size is {config.block_size}, its kernels are written for {BLOCK}"
     wanted = {"row_max": ("block",), "p_scale": ("row", "static"), "rescale": ("exact",), **wanted}
