@@ -45,7 +45,7 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
     for head_dim in (64, 128, 256):
         yield f"prefill d{head_dim}", _prefill(CONFIG, head_dim)
         for name, dtype in MASKS.items():
-            yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, mask=_mask(dtype, 256))
+            yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, attn_mask=_mask(dtype, 256))
     for head_dim, (group, bits) in itertools.product((128, 256), widths.items()):
         purpose = f"decode d{head_dim} int{bits}, group {group}"
         yield purpose, _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group)
@@ -75,12 +75,26 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
         yield f"decode d128 int4, group 4, {softmax}", _decode(config, 128, (4,) * KV_HEADS, GROUP)
     yield "pages for prefill d128", _chunk(128)
     yield "page codec d128", _codec(128)
+    yield from _narrower_values()
 
 
-def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256, **options: Any) -> Work:
+def _narrower_values() -> Iterator[tuple[str, Work]]:
+    """Keys of 192 and values of 128 channels, as in models with latent attention."""
+    yield "prefill d192, values of 128", _prefill(CONFIG, 192, v_head_dim=128)
+    for bits, name in itertools.product((4, 3, 2), ("", ", two widths of K")):
+        widths = (bits,) * KV_HEADS
+        work = _decode(CONFIG, 192, widths, GROUP, HALVES[name], v_head_dim=128)
+        yield f"decode d192, values of 128, int{bits}, group {GROUP}{name}", work
+    yield "append d192, values of 128", _append(192, (2, 4) * (KV_HEADS // 2), 128)
+    yield "pages for prefill d192, values of 128", _chunk(192, 128)
+
+
+def _prefill(config: TurboConfig, head_dim: int, *, v_head_dim: int | None = None, **options: Any) -> Work:
+    tokens = 256
     q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
-    params, given = replace(PARAMS, **options), _given(head_dim)
-    k, v = (torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    params, given = replace(PARAMS, **options), _given(head_dim) | {"v_head_dim": v_head_dim}
+    dims = head_dim, v_head_dim or head_dim
+    k, v = (torch.zeros(BATCH, KV_HEADS, tokens, size, dtype=torch.bfloat16) for size in dims)
     flag = torch.zeros(1, dtype=torch.int32)
 
     def work() -> None:
@@ -97,25 +111,25 @@ def _decode(
     bits: tuple[int, ...],
     group: int,
     halves: tuple[bool, ...] = (),
+    v_head_dim: int | None = None,
     **options: Any,
 ) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * group, 1, head_dim, dtype=torch.bfloat16)
-    table, params, given = _table(head_dim, bits, halves), replace(PARAMS, **options), _given(head_dim)
+    params, given = replace(PARAMS, **options), _given(head_dim) | {"v_head_dim": v_head_dim}
+    table = _table(head_dim, bits, halves, v_head_dim)
     if halves:
         given["order"] = _order(head_dim)
-    return lambda: attention.attend(
-        config, q, _query_positions(1, 4096), table, _rows(head_dim, 64, torch.bfloat16), params, **given
-    )
+    rows = _rows(head_dim, 64, torch.bfloat16, v_head_dim)
+    return lambda: attention.attend(config, q, _query_positions(1, 4096), table, rows, params, **given)
 
 
-def _chunk(head_dim: int) -> Work:
+def _chunk(head_dim: int, v_head_dim: int | None = None) -> Work:
     """Many query rows over a cache."""
     q = torch.zeros(BATCH, KV_HEADS * GROUP, 256, head_dim, dtype=torch.bfloat16)
-    table = _table(head_dim, (2, 4) * (KV_HEADS // 2), SOME)
-    given = _given(head_dim) | {"order": _order(head_dim)}
-    return lambda: attention.attend(
-        CONFIG, q, _query_positions(256, 4096), table, _rows(head_dim, 256, torch.float32), PARAMS, **given
-    )
+    table = _table(head_dim, (2, 4) * (KV_HEADS // 2), SOME, v_head_dim)
+    given = _given(head_dim) | {"order": _order(head_dim), "v_head_dim": v_head_dim}
+    rows = _rows(head_dim, 256, torch.float32, v_head_dim)
+    return lambda: attention.attend(CONFIG, q, _query_positions(256, 4096), table, rows, PARAMS, **given)
 
 
 def _stage_one(head_dim: int) -> Work:
@@ -136,17 +150,18 @@ def _stage_one(head_dim: int) -> Work:
     return work
 
 
-def _append(head_dim: int, bits: tuple[int, ...]) -> Work:
-    layout = PageLayout(head_dim, 64, bits, bits, True, EVERY)
+def _append(head_dim: int, bits: tuple[int, ...], v_head_dim: int | None = None) -> Work:
+    layout = PageLayout(head_dim, 64, bits, bits, True, EVERY, v_head_dim=v_head_dim or 0)
 
     def work() -> None:
-        rows, none = _rows(head_dim, 64, torch.bfloat16), torch.zeros(BATCH, dtype=torch.int64)
-        x = torch.zeros(BATCH, KV_HEADS, 1, head_dim, dtype=torch.bfloat16)
+        rows, none = _rows(head_dim, 64, torch.bfloat16, v_head_dim), torch.zeros(BATCH, dtype=torch.int64)
+        k = torch.zeros(BATCH, KV_HEADS, 1, head_dim, dtype=torch.bfloat16)
+        v = torch.zeros(BATCH, KV_HEADS, 1, v_head_dim or head_dim, dtype=torch.bfloat16)
         codes, scales = (rows.k8, rows.v8), (rows.k_scale, rows.v_scale)
         mean = torch.zeros(BATCH, KV_HEADS, head_dim, dtype=torch.bfloat16)
         flag = torch.zeros(1, dtype=torch.int32)
         order = _order(head_dim)
-        append.store_tokens(CONFIG, (x, x), none, none + 1, none, mean, 64, codes, scales, flag)
+        append.store_tokens(CONFIG, (k, v), none, none + 1, none, mean, 64, codes, scales, flag)
         append.flush_blocks(layout, codes, scales, none, True)
         append.flush_blocks(layout, codes, scales, none, True, order, True)
 
@@ -171,15 +186,16 @@ def _query_positions(queries: int, before: int) -> QueryPositions:
     return QueryPositions(first, torch.full((BATCH,), queries), first + queries)
 
 
-def _rows(head_dim: int, tokens: int, dtype: torch.dtype) -> TailRows:
-    codes = torch.zeros(BATCH, KV_HEADS, tokens, head_dim, dtype=torch.int8)
+def _rows(head_dim: int, tokens: int, dtype: torch.dtype, v_head_dim: int | None = None) -> TailRows:
+    dims = head_dim, v_head_dim or head_dim
+    k8, v8 = (torch.zeros(BATCH, KV_HEADS, tokens, size, dtype=torch.int8) for size in dims)
     scales = torch.ones(BATCH, KV_HEADS, tokens, dtype=dtype)
-    return TailRows(codes, codes.clone(), scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
+    return TailRows(k8, v8, scales, scales.clone(), torch.zeros(BATCH, dtype=torch.int64))
 
 
-def _table(head_dim: int, bits: tuple[int, ...], halves: tuple[bool, ...]) -> Pages:
-    compressed = PageLayout(head_dim, 64, bits, bits, True, halves)
-    sinks = PageLayout.uniform(KV_HEADS, head_dim, 64, 8, True)
+def _table(head_dim: int, bits: tuple[int, ...], halves: tuple[bool, ...], v_head_dim: int | None = None) -> Pages:
+    compressed = PageLayout(head_dim, 64, bits, bits, True, halves, v_head_dim=v_head_dim or 0)
+    sinks = PageLayout.uniform(KV_HEADS, head_dim, 64, 8, True, v_head_dim or 0)
     counts = torch.full((BATCH,), 64)
     return Pages(torch.zeros(BATCH, 128, dtype=torch.int64), counts, 1, sinks, compressed)
 

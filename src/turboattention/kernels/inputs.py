@@ -69,11 +69,8 @@ GPU_HEAD_DIM = 256
 
 def gpu_refusal(head_dims: tuple[int, int]) -> str | None:
     """Why the GPU kernels do not compute heads of these sizes (of keys and of values), or None."""
-    k_dim, v_dim = head_dims
     if max(head_dims) > GPU_HEAD_DIM:
         return f"head_dim is {max(head_dims)}, the GPU kernels compute up to {GPU_HEAD_DIM}"
-    if k_dim != v_dim:
-        return f"keys have head_dim {k_dim} and values {v_dim}, the GPU kernels compute equal ones"
     return None
 
 

@@ -48,7 +48,7 @@ class KVCache:
         k_mean: float [Hkv, D], a calibrated mean of K for smoothing; by default it is taken from
             each sequence's first block.
         v_head_dim: head_dim of values if it differs from that of keys, also a multiple of 8 up to 512. The GPU kernels
-            do not support this; on GPUs, the reference computes such caches.
+            support up to 256; on GPUs, the reference computes other caches.
         k_order: with `reorder_k`, a `ChannelOrder` from a calibration, with which stored bytes do not depend on the
             batch; by default it is found when the first block is compressed.
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from turboattention import TurboConfig
 from turboattention.errors import BackendError, ConfigError, InputError
-from turboattention.integrations.transformers import disable, enable, registry
+from turboattention.integrations.transformers import disable, enable, followed
 
 SOURCE = Path(__file__).parents[3] / "src"
 REGISTRIES = (AttentionInterface, AttentionMaskInterface)
@@ -41,7 +41,7 @@ def test_a_release_with_another_name_for_the_cache_is_refused(monkeypatch):
     """As 5.24: prompts would not be compared with what a cache holds."""
     disable()
     monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lambda self, input_ids, cache=None: {})
-    monkeypatch.setattr(registry, "transformers", SimpleNamespace(__version__="5.24.0"))
+    monkeypatch.setattr(followed, "transformers", SimpleNamespace(__version__="5.24.0"))
     before = snapshot()
     with pytest.raises(BackendError, match=r"expected a release from 5\.16 to 5\.23, got 5\.24\.0, whose models"):
         enable()

@@ -29,7 +29,8 @@ def filled(lengths: list[int], head_dim: int = 16, config: ta.TurboConfig = OFF,
     channels that differ enough for two widths."""
     cache = KVCache(len(lengths), heads, head_dim, config=config, **options)
     if lengths and max(lengths):
-        k, v = normals(2, len(lengths), heads, max(lengths), head_dim, seed=9)
+        k = normals(len(lengths), heads, max(lengths), head_dim, seed=9)
+        v = normals(len(lengths), heads, max(lengths), cache.v_head_dim, seed=10)
         k[..., 1] += 4.0
         k[:, ::2, :, ::3] *= 4.0
         v[..., ::5, :] *= 6.0
@@ -82,6 +83,7 @@ def kernels_and_reference(
         None if tiles is None else TailRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start),
         params,
         kv_heads=cache.num_kv_heads,
+        v_head_dim=cache.v_head_dim,
         mean=mean,
         mean_from_block=cache.mean_from // config.block_size,
         quantized=Int8Queries(*_int8(codes), codes.mean_logit, *_int8(ordered)),

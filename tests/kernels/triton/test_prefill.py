@@ -159,7 +159,7 @@ def test_unpacked_in_parts(blocks, monkeypatch):
     """Of one KV head of one sequence at a time, of some, of all: the same to the last bit."""
     q, cache, new = tokens_for(filled([150, 60, 100], heads=3), 6, 20)
     whole = both(q, cache, new)
-    monkeypatch.setattr(prefill_rows, "UNPACKED_BYTES", blocks * prefill_rows.bytes_per_block(64))
+    monkeypatch.setattr(prefill_rows, "UNPACKED_BYTES", blocks * prefill_rows.bytes_per_block(64, 64))
     parts = both(q, cache, new)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

@@ -35,13 +35,14 @@ def prefill(
     config: TurboConfig,
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
-    """Attention without a cache: q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, Hq, Lq, D] in q's dtype, lse float32
-    [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
+    """Attention without a cache: q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv] in q's
+    dtype, lse float32 [B, Hq, Lq]. Inputs are checked; semantics as in reference/prefill.py."""
     kv_heads = k.shape[1]
     if config.token_scales and k.shape[2] and takes_prefill_rows(q.shape[1] // kv_heads, q.shape[2]):
         return _prefill_at_once(config, q, k, v, params)
     query_positions, staged = prefill_of(config, q, k, v)
-    return _attend(config, q, query_positions, None, staged, None, params, kv_heads=kv_heads, mean_from_block=1)
+    dims = {"kv_heads": kv_heads, "v_head_dim": v.shape[3]}
+    return _attend(config, q, query_positions, None, staged, None, params, mean_from_block=1, **dims)
 
 
 def _prefill_at_once(
@@ -57,8 +58,8 @@ def _prefill_at_once(
     first, valid, lengths = (torch.full((batch,), n, device=q.device) for n in (keys - queries, queries, keys))
     quantized, _ = quantize_queries(q, kv_heads, valid, mean, params.scale, config.rotate, flag=flag)
     result = attend(
-        config, q, QueryPositions(first, valid, lengths), None, None, params, kv_heads=kv_heads, mean=mean,
-        mean_from_block=1, quantized=quantized, fresh=Fresh(k, v, mean, flag),
+        config, q, QueryPositions(first, valid, lengths), None, None, params, kv_heads=kv_heads, v_head_dim=v.shape[3],
+        mean=mean, mean_from_block=1, quantized=quantized, fresh=Fresh(k, v, mean, flag),
     )  # fmt: skip
     if q.device.type == "cpu" and bool(flag):
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -77,7 +78,7 @@ def attend_cache(
     positions: Tensor,
     valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a cache: out [B, Hq, Lq, D] in q's dtype, lse float32 [B, Hq, Lq].
+    """Attention over a cache: out [B, Hq, Lq, Dv] in q's dtype, lse float32 [B, Hq, Lq].
 
     Inputs are checked; semantics as in reference/decode.py, `positions` and `valid` as in `query_positions_of`.
     `compression` is unused: it matters only with `stored_prefill`, which this backend refuses.
@@ -110,6 +111,7 @@ def attend_state(
         cache.k_order,
         params,
         kv_heads=cache.num_kv_heads,
+        v_head_dim=cache.v_head_dim,
         mean_from_block=cache.mean_from // cache.config.block_size,
         flag=flag,
     )
@@ -125,6 +127,7 @@ def _attend(
     params: AttentionParams,
     *,
     kv_heads: int,
+    v_head_dim: int,
     mean_from_block: int,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -147,6 +150,7 @@ def _attend(
         tail_rows_of(state, q.device),
         params,
         kv_heads=kv_heads,
+        v_head_dim=v_head_dim,
         mean=mean,
         mean_from_block=mean_from_block,
         quantized=quantized,

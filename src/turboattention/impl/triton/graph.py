@@ -75,15 +75,20 @@ class DecodeGraph:
         self._steps.tables.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
         self._params = AttentionParams(True, logit_scale(scale, cache.head_dim), window, softcap)
         self._inputs = tuple(
-            torch.zeros(cache.batch_size, heads, 1, cache.head_dim, dtype=cache.dtype, device=cache.device)
-            for heads in (num_heads, kv_heads, kv_heads)
+            torch.zeros(cache.batch_size, heads, 1, head_dim, dtype=cache.dtype, device=cache.device)
+            for heads, head_dim in (
+                (num_heads, cache.head_dim),
+                (kv_heads, cache.head_dim),
+                (kv_heads, cache.v_head_dim),
+            )
         )
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._graph = self._capture() if capture else None
 
     @in_own_modes
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, Hq, 1, D], k, v [B, Hkv, 1, D] -> out like q and lse float32 [B, Hq, 1], valid until the next step.
+        """q [B, Hq, 1, D], k [B, Hkv, 1, D], v [B, Hkv, 1, Dv] -> out [B, Hq, 1, Dv], lse float32 [B, Hq, 1], valid
+        until the next step.
 
         Raises InputError if the cache is full or was changed by something else; NonFiniteError for values of an earlier
         step; ShapeError, DtypeError, UnsupportedError (gradients). The step is then not counted.

@@ -84,7 +84,7 @@ class Steps:
         fills: Fills,
         counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """q [B, Hq, Lq, D] and new tokens k, v [B, H, T, D] -> out in q's dtype, lse float32 [B, Hq, Lq].
+        """q [B, Hq, Lq, D] and new tokens k [B, H, T, D], v [B, H, T, Dv] -> out in q's dtype, lse float32 [B, Hq, Lq].
 
         fills: what is stored if blocks fill. counts: int64 [B] (CPU), new tokens and rows of q of each sequence;
         default all. NaN and +inf in the mask are replaced by 0.
@@ -114,7 +114,7 @@ class Steps:
         return None if counts is None else upload(counts, self._lengths.device)
 
     def _attend(self, q: Tensor, query_positions: QueryPositions, params: AttentionParams) -> tuple[Tensor, Tensor]:
-        kv_heads = self._codes[0].shape[1]
+        kv_heads, v_head_dim = self._codes[0].shape[1], self._codes[1].shape[3]
         quantized, _ = quantize_queries(
             q, kv_heads, query_positions.valid, self._mean, params.scale, self._config.rotate, self._order, self.flag
         )
@@ -126,6 +126,7 @@ class Steps:
             TailRows(*self._codes, *self._scales, self._start),
             params,
             kv_heads=kv_heads,
+            v_head_dim=v_head_dim,
             mean=self._mean,
             mean_from_block=self._mean_from // BLOCK,
             quantized=quantized,

@@ -8,20 +8,34 @@ pass. Models that have their own of the latter are checked as well, but their ge
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 
-from ...errors import InputError
+from ...errors import BackendError, InputError
+from . import RELEASES
 from .cache import TurboCache
 from .layer import ALTERNATIVE
 
 _in_prefill: ContextVar[bool] = ContextVar("in_prefill", default=False)
 """Whether a prompt is being fed, of which `_prefill` took note."""
 _PREPARE, _PREFILL = "prepare_inputs_for_generation", "_prefill"
+
+
+def check_release() -> None:
+    """From 5.24 on models take `cache` for `past_key_values`, and the prompts of `generate` would go unchecked.
+
+    Raises BackendError for such a release."""
+    if "past_key_values" not in inspect.signature(getattr(GenerationMixin, _PREPARE)).parameters:
+        raise BackendError(
+            f"transformers: expected a release from {RELEASES}, got {transformers.__version__}, whose models do not "
+            "take past_key_values"
+        )
 
 
 def follow() -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import transformers
-from transformers import AttentionInterface, GenerationMixin
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ... import dispatch
 from ...config import TurboConfig
-from ...errors import BackendError
 from ...validation import check_config
-from . import RELEASES
 from .attention import turbo_attention_forward
-from .followed import follow, unfollow
+from .followed import check_release, follow, unfollow
 from .masks import turbo_mask
 
 NAME = "turbo"
@@ -37,9 +33,9 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
 
     Raises:
         ConfigError, InputError, BackendError: as a call with these arguments. BackendError: transformers is another
-            release than those of `RELEASES`, and calls the cache by another name. Nothing is registered then.
+            release than those that were tested, and calls the cache by another name. Nothing is registered then.
     """
-    _check_release()
+    check_release()
     check_config(config)
     dispatch.choose(backend)
     forward = partial(turbo_attention_forward, config=config, backend=backend)
@@ -47,16 +43,6 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
         _replaced.setdefault(registry, registry._global_mapping.get(NAME, _ABSENT))
         registry.register(NAME, function)
     follow()
-
-
-def _check_release() -> None:
-    """From 5.24 on models take `cache` for `past_key_values`, and the prompts of `generate` would go unchecked."""
-    taken = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
-    if "past_key_values" not in taken:
-        raise BackendError(
-            f"transformers: expected a release from {RELEASES}, got {transformers.__version__}, whose models do not "
-            "take past_key_values"
-        )
 
 
 def disable() -> None:

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from ...paged import BLOCK
 from .implementation import TurboImpl, latest_widths, widths_for
 from .metadata import TurboMetadataBuilder
-from .refusals import largest_head, refuse
+from .refusals import largest_head, refuse_latents
 
 
 class TurboBackend(AttentionBackend):
@@ -86,7 +86,7 @@ class RefusedMLA(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> NoReturn:
-        refuse("multi-head latent attention")
+        refuse_latents(get_current_vllm_config_or_none())
 
     @staticmethod
     def get_builder_cls() -> NoReturn:

@@ -66,6 +66,15 @@ def refuse_engine(config: VllmConfig) -> None:
         refuse(what)
 
 
+def refuse_latents(config: VllmConfig | None) -> NoReturn:
+    """Raises `UnsupportedError` for a model with multi-head latent attention."""
+    got = "one" if config is None else repr(config.model_config.hf_text_config.model_type)
+    refuse(
+        f"multi-head latent attention (model: expected one that caches keys and values, got {got} with cached latents, "
+        "which are smaller than quantized keys and values of all heads)"
+    )
+
+
 def refuse_block_size(size: int) -> None:
     """Raises `UnsupportedError` for a block size that is not a multiple of a page."""
     if size % BLOCK:

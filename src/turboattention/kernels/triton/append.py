@@ -8,7 +8,7 @@ from torch import Tensor
 from ...config import TurboConfig
 from ...errors import UnsupportedError
 from ...kv.layout import PageLayout
-from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, row_shape
+from .arguments import TOKEN_SCALES, check_tiles, float_rows, indices, means, pair_shape
 from .ordering import Order, order_rows
 from .page_offsets import all_page_offsets
 from .pages import layout_facts, refusal
@@ -30,29 +30,31 @@ def store_tokens(
     scales: Pair,
     flag: Tensor,
 ) -> None:
-    """Quantize new tokens t < counts[b] of k, v [B, H, T, D] (any strides) into rows
+    """Quantize new tokens t < counts[b] of k [B, H, T, D], v [B, H, T, Dv] (any strides) into rows
     `lengths[b] - start[b] + t` of the buffer. Other tokens are not read.
 
     lengths, counts, start: int64 [B], tokens stored before, new tokens, position of the buffer's row 0.
     mean: bfloat16 [B, H, D], subtracted from keys from position `mean_from` on, or None.
-    codes: int8 [B, H, W, D]; scales: float32 or bfloat16 [B, H, W]; contiguous outputs. Rows from W on are dropped.
+    codes: int8 [B, H, W, D or Dv]; scales: float32 or bfloat16 [B, H, W]; contiguous outputs. Rows from W on are
+    dropped.
     flag: int32 [1], set to 1 if a row is not finite or exceeds 1e18 in magnitude; it is stored as zeros with scale 1.
 
     Raises DtypeError.
     """
     batch, heads, tokens, head_dim = new[0].shape
+    v_head_dim = new[1].shape[3]
     k, v = map(float_rows, new)
     for side in zip(codes, scales, strict=True):
         check_tiles(*side, TOKEN_SCALES)
     rows = batch * heads * tokens
     if rows:
-        shape = row_shape(rows, head_dim)
+        shape = pair_shape(rows, head_dim, v_head_dim)
         lengths, counts, start = (indices(x, k) for x in (lengths, counts, start))
         strides = (x.stride(dim) for x in (k, v) for dim in (0, 2, 1))
         store_rows[(triton.cdiv(rows, shape["ROWS"]), 2)](
             k, v, means(mean), lengths, counts, start, None, None, *codes, *scales, None, None, None, None, flag,
             rows, heads, tokens, None, None, codes[0].shape[2], None, mean_from, *strides,
-            D=head_dim, ROTATE=config.rotate, PAGED=False, **shape,
+            ROTATE=config.rotate, PAGED=False, **shape,
         )  # fmt: skip
 
 
@@ -62,10 +64,10 @@ def flush_blocks(
 ) -> None:  # fmt: skip
     """Compress the first block of the buffer into page `fresh[b]`, for every sequence where that is not 0.
 
-    fresh: int64 [B], addresses (multiples of 16) of pages with this layout. codes: int8 [B, H, W, D], scales: float32
-    or bfloat16 [B, H, W], contiguous, W at least a block; rows after the block move to the front, followed by zeros.
-    Other sequences do not change. order: that of K's channels in these pages, or None; rotated: whether the buffer's
-    rows are. Raises DtypeError, UnsupportedError.
+    fresh: int64 [B], addresses (multiples of 16) of pages with this layout. codes: int8 [B, H, W, D or Dv], scales:
+    float32 or bfloat16 [B, H, W], contiguous, W at least a block; rows after the block move to the front, followed by
+    zeros. Other sequences do not change. order: that of K's channels in these pages, or None; rotated: whether the
+    buffer's rows are. Raises DtypeError, UnsupportedError.
     """
     refused = refusal(layout)
     if refused:

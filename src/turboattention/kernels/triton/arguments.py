@@ -48,3 +48,10 @@ def row_shape(rows: int, head_dim: int) -> dict[str, int]:
     width = triton.next_power_of_2(head_dim)
     values, warps = (min(32 * width, 4096), 4) if rows > 4096 else (512, 1)
     return {"ROWS": max(values // width, 1), "WIDTH": width, "num_warps": warps, **EXACT}
+
+
+def pair_shape(rows: int, head_dim: int, v_head_dim: int) -> dict[str, int]:
+    """`row_shape` of programs that take rows of keys or of values."""
+    shape = row_shape(rows, max(head_dim, v_head_dim))
+    widths = {"WIDTH": triton.next_power_of_2(head_dim), "V_WIDTH": triton.next_power_of_2(v_head_dim)}
+    return {**shape, **widths, "D": head_dim, "DV": v_head_dim}

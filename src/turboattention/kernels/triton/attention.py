@@ -40,21 +40,22 @@ def attend(
     order: Order | None = None,
     quantized: Int8Queries | None = None,
     fresh: Fresh | None = None,
+    v_head_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Lq, D] over pages, then rows -> out like q (contiguous) and lse float32 [B, Hq, Lq].
+    """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] in q's dtype and lse float32 [B, Hq, Lq].
 
     `fresh`: keys and values instead of pages and rows, for calls for which `takes_prefill_rows` is true.
 
     mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
-    or None; order: that of K's channels in compressed pages, or None; `quantized` takes the place of q's values. All
-    tensors on one device. `quantize_queries` alone reports whether q is finite.
+    or None; order: that of K's channels in compressed pages, or None; `quantized` takes the place of q's values;
+    v_head_dim: Dv, None if it is D. All tensors on one device. `quantize_queries` alone reports whether q is finite.
 
     Raises UnsupportedError if `refusal` or `configs.refusal` returns a reason.
     """
     reason = refusal(config, q.dtype) or configs.refusal(q.device)
     if reason:
         raise UnsupportedError(f'backend: expected a configuration that "triton" computes, got one where {reason}')
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(*q.shape[:-1], v_head_dim or q.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse

@@ -74,9 +74,9 @@ def softmax_arguments(config: TurboConfig, device: torch.device, params: Attenti
 
 @dataclass(frozen=True)
 class Fresh:
-    """Keys and values at hand, not yet INT8: k, v [B, Hkv, L, D] floats, and the mean bfloat16 [B, Hkv, D] of the keys
-    behind the first block, or None. flag: int32 [1], not 0 where a value of the call is not finite; results are then
-    NaN."""
+    """Keys and values at hand, not yet INT8: k [B, Hkv, L, D], v [B, Hkv, L, Dv] floats, and the mean bfloat16
+    [B, Hkv, D] of the keys behind the first block, or None. flag: int32 [1], not 0 where a value of the call is not
+    finite; results are then NaN."""
 
     k: Tensor
     v: Tensor
@@ -129,10 +129,12 @@ class AttentionCall:
                 tensors = {f.name: getattr(x, f.name) for f in fields(x)}
                 return replace(x, **{name: y[some] for name, y in tensors.items() if isinstance(y, Tensor)})
 
-            mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[some]
+            params, mask = self.params, self.params.attn_mask
+            if mask is not None and mask.shape[0] > 1:
+                params = replace(params, attn_mask=mask[some])
             yield replace(
                 self, quantized=of(self.quantized), query_positions=of(self.query_positions), pages=of(self.pages),
-                tail=of(self.tail), mask=mask, out=self.out[some], lse=self.lse[some],
+                tail=of(self.tail), params=params, out=self.out[some], lse=self.lse[some],
             )  # fmt: skip
 
     @property
@@ -142,6 +144,11 @@ class AttentionCall:
 
     @property
     def head_dim(self) -> int:
+        """Channels of queries and keys."""
+        return self.quantized.codes.shape[4]
+
+    @property
+    def v_head_dim(self) -> int:
         return self.out.shape[3]
 
     @property
@@ -151,6 +158,10 @@ class AttentionCall:
     @property
     def wide(self) -> int:
         return padded(self.head_dim)
+
+    @property
+    def v_wide(self) -> int:
+        return padded(self.v_head_dim)
 
     def row_arguments(self) -> dict[str, Any]:
         """Kernel arguments of queries and their positions."""

@@ -23,13 +23,14 @@ def decode(
     acc_ptr, row_max_ptr, row_sum_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     kv_heads, group, queries, tiles, window, mean_from_block, cap, threshold,
-    D: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, OPEN: tl.constexpr,
-    BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr, ASM: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, V_WIDE: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
+    SINKS: tl.constexpr, OPEN: tl.constexpr, BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr,
+    ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    MEAN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, KV heads x tiles of R rows, sequences).
 
-    Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, WIDE] (left as it was where a split sees
+    Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, V_WIDE] (left as it was where a split sees
     nothing), row_max (a logit, -inf where nothing is seen) and row_sum (in units of 1/127) [B, Hkv, tiles, splits, R].
     ordered_q, ordered_unit: queries for compressed pages if their channels are reordered, or None.
     PAIRS: bit mask of the heads' widths (`page_offsets.pairs_mask`); 0: no compressed pages.
@@ -68,7 +69,7 @@ def decode(
         mask_row = tl.minimum(row, rows - 1)
         mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
         visible = (begin, end, mask)
-        acc = tl.zeros((WIDE, R), tl.float32)
+        acc = tl.zeros((V_WIDE, R), tl.float32)
         row_sum = tl.zeros((R,), tl.float32)
         row_max = tl.full((R,), float("-inf"), tl.float32)
         # Tail rows first, compressed pages last: registers that only tail rows need are then free in the page loop.
@@ -82,7 +83,7 @@ def decode(
                 acc, row_sum, row_max = fold_rows(
                     acc, row_sum, row_max, (k8_ptr, v8_ptr, ks_ptr, vs_ptr), origin + (block * 64 + tl.arange(0, 64)),
                     block, used, q, unit, mean, mean_from_block, visible, cap, threshold,
-                    WIDE, D, FORM, CUT, ROW, CAP, MASK, False,
+                    WIDE, D, V_WIDE, DV, FORM, CUT, ROW, CAP, MASK, False,
                 )  # fmt: skip
         if SINKS or PAIRS > 0:
             count = tl.minimum(tl.load(counts_ptr + b).to(tl.int32), high)
@@ -93,7 +94,7 @@ def decode(
             acc, row_sum, row_max = over_pages(
                 acc, row_sum, row_max, table_ptr, blank_ptr, None, low, tl.minimum(count, sink_blocks), sink_head_ptr,
                 (q_first, q_second, unit, mean, mean_from_block), visible, cap, threshold,
-                WIDE, D, 8, 8, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, MASK, ASM, 1, False,
+                WIDE, D, V_WIDE, DV, 8, 8, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, MASK, ASM, 1, False,
             )  # fmt: skip
         if PAIRS > 0:
             of_pages, units = q_ptr, unit_ptr
@@ -111,10 +112,10 @@ def decode(
                             last = tl.where(own, count, 0)
                         acc, row_sum, row_max = over_pages(
                             acc, row_sum, row_max, table_ptr, blank_ptr, None, tl.maximum(low, sink_blocks), last,
-                            head_ptr, rows_seen, visible, cap, threshold, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT,
-                            ROW, WINDOW, CAP, MASK, ASM, None, False,
+                            head_ptr, rows_seen, visible, cap, threshold, WIDE, D, V_WIDE, DV, K_BITS, V_BITS, BY_TOKEN,
+                            FORM, CUT, ROW, WINDOW, CAP, MASK, ASM, None, False,
                         )  # fmt: skip
-        acc_ptr += partial.to(tl.int64) * WIDE
-        tl.store(acc_ptr + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)
+        acc_ptr += partial.to(tl.int64) * V_WIDE
+        tl.store(acc_ptr + (lane[None, :] * V_WIDE + tl.arange(0, V_WIDE)[:, None]), acc)
         tl.store(row_max_ptr + partial + lane, row_max)
         tl.store(row_sum_ptr + partial + lane, row_sum)

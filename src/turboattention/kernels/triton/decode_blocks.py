@@ -33,27 +33,28 @@ def _page(entry, pages, page_stride, PAGED: tl.constexpr):
 @triton.jit
 def over_pages(
     acc, row_sum, row_max, table_ptr, pages, page_stride, begin, end, head_ptr, queries, visible, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
-    FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PAGED: tl.constexpr,
+    WIDE: tl.constexpr, D: tl.constexpr, V_WIDE: tl.constexpr, DV: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    PAGED: tl.constexpr,
 ):  # fmt: skip
     """Folds pages `begin` to `end` of one layout in. queries: both halves of `products.key_products`, unit, mean,
     mean_from_block; visible: as in `softmax.weigh`."""
     q_first, q_second, unit, mean, mean_from_block = queries
-    k_offsets, v_offsets = section_offsets(head_ptr, D)
+    k_offsets, v_offsets = section_offsets(head_ptr, D, DV)
     t = tl.arange(0, 64)
     # Loaded a block ahead, so that loads of pages can be issued ahead as well.
     ahead = tl.load(table_ptr + begin, mask=begin < end, other=0).to(tl.int64)
     page = _page(ahead, pages, page_stride, PAGED)
     of_keys = key_metadata(page, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
-    of_values = value_metadata(page, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
+    of_values = value_metadata(page, v_offsets, V_WIDE, DV, V_BITS, BY_TOKEN)
     for block in tl.range(begin, end, num_stages=STAGES):
         page = _page(ahead, pages, page_stride, PAGED)
         evicted = ahead == 0
         ahead = tl.load(table_ptr + tl.minimum(block + 1, end - 1)).to(tl.int64)
         following = _page(ahead, pages, page_stride, PAGED)
         next_of_keys = key_metadata(following, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
-        next_of_values = value_metadata(following, v_offsets, WIDE, D, V_BITS, BY_TOKEN)
+        next_of_values = value_metadata(following, v_offsets, V_WIDE, DV, V_BITS, BY_TOKEN)
         s = key_products(page, k_offsets, of_keys, q_first, q_second, WIDE, D, K_BITS, ASM)
         s = s.to(tl.float32) * scales_of(of_keys[4], of_keys[5])[:, None]
         v_scale = scales_of(of_values[2], of_values[3])
@@ -68,7 +69,7 @@ def over_pages(
                 s, unit, tl.where(block >= mean_from_block, mean, 0.0), block * 64 + t, v_scale / largest * LEVELS,
                 visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
             )  # fmt: skip
-        o = value_products(page, v_offsets, of_values, p, WIDE, D, V_BITS, ASM)
+        o = value_products(page, v_offsets, of_values, p, V_WIDE, DV, V_BITS, ASM)
         if not PAGED:
             block_max = tl.where(evicted, float("-inf"), block_max)
         row_max, rescale, each = rescaled(row_max, block_max)
@@ -84,8 +85,8 @@ def over_pages(
 @triton.jit
 def fold_rows(
     acc, row_sum, row_max, rows, at, block, used, q, unit, mean, mean_from_block, visible, cap, threshold,
-    WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
-    MASK: tl.constexpr, PAGED: tl.constexpr,
+    WIDE: tl.constexpr, D: tl.constexpr, V_WIDE: tl.constexpr, DV: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr,
+    ROW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """Folds a block of INT8 rows in. rows: (k8, v8, their scales); at: the row of each token; used: the position behind
     the last row; q int8 [WIDE, R]."""
@@ -108,8 +109,9 @@ def fold_rows(
             visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
     # One half of the channels after the other: all at once would take too many registers.
-    first = _row_products(v8_ptr, at, there, p.to(tl.int8), 0, WIDE // 2, D)
-    o = stack(first, _row_products(v8_ptr, at, there, p.to(tl.int8), WIDE // 2, WIDE // 2, D), True).to(tl.float32)
+    first = _row_products(v8_ptr, at, there, p.to(tl.int8), 0, V_WIDE // 2, DV)
+    second = _row_products(v8_ptr, at, there, p.to(tl.int8), V_WIDE // 2, V_WIDE // 2, DV)
+    o = stack(first, second, True).to(tl.float32)
     row_max, rescale, each = rescaled(row_max, block_max)
     row_sum = row_sum * rescale + block_sum * each
     if ROW and not PAGED:

@@ -25,12 +25,12 @@ def attend_decode_rows(call: AttentionCall) -> None:
 
 def _attend(call: AttentionCall) -> None:
     adjusted = call.params.attn_mask is not None or call.params.softcap is not None
-    launch = configs.decode(call.architecture, call.rows, call.head_dim, adjusted)
+    launch = configs.decode(call.architecture, call.rows, max(call.head_dim, call.v_head_dim), adjusted)
     tiles = -(-call.rows // launch.rows)
     device, pages, tail = call.out.device, call.pages, call.tail
     splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, launch, device)
     shape = call.batch, call.kv_heads, tiles, splits, launch.rows
-    acc = torch.empty(*shape, call.wide, dtype=torch.float32, device=device)
+    acc = torch.empty(*shape, call.v_wide, dtype=torch.float32, device=device)
     row_max, row_sum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     plain = PageLayout.uniform(call.kv_heads, call.head_dim, BLOCK, WIDEST, call.config.token_scales)
     sinks, compressed = (pages.sinks, pages.compressed) if pages else (plain, None)
@@ -58,6 +58,8 @@ def _attend(call: AttentionCall) -> None:
         "tiles": tiles,
         "D": call.head_dim,
         "WIDE": call.wide,
+        "DV": call.v_head_dim,
+        "V_WIDE": call.v_wide,
         "R": launch.rows,
         "ASM": call.architecture.assembly,
         "SINKS": pages is not None and pages.sink_blocks > 0,
@@ -74,7 +76,7 @@ def _attend(call: AttentionCall) -> None:
     )
     combine[call.rows, call.kv_heads, call.batch](
         acc, row_max, row_sum, call.out, call.lse, None, splits, tiles, call.group, call.queries, None, None, None,
-        D=call.head_dim, WIDE=call.wide, R=launch.rows, SPLITS=1 << (splits - 1).bit_length(),
+        D=call.v_head_dim, WIDE=call.v_wide, R=launch.rows, SPLITS=1 << (splits - 1).bit_length(),
         ROTATE=call.config.rotate, num_warps=1, **configs.FUSION,
     )  # fmt: skip
 

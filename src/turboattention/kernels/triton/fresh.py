@@ -44,7 +44,8 @@ def unpack_fresh(
     k_in, v_in, mean_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr,
     tokens, kv_heads, first_head, heads, first_sequence, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
-    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, V_WIDE: tl.constexpr, ROWS: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, `heads` KV heads from first_head on, 2 x sequences from first_sequence on: K and V alternate).
 
@@ -54,6 +55,7 @@ def unpack_fresh(
     b, h = first_sequence + tl.program_id(2) // 2, first_head + tl.program_id(1)
     at = (((tl.program_id(2) // 2) * heads + tl.program_id(1)) * tl.num_programs(0) + block).to(tl.int64)
     d = tl.arange(0, WIDE)
+    c = tl.arange(0, V_WIDE)
     for part in tl.static_range(64 // ROWS):
         row = part * ROWS + tl.arange(0, ROWS)
         t = block * 64 + row
@@ -66,8 +68,8 @@ def unpack_fresh(
             tl.store(k_scale_ptr + at * 64 + row, tl.where(there, scale, 0.0))
         else:
             offsets = b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h + t.to(tl.int64) * v_stride_t
-            codes, scale = stage_rows(v_in, offsets, there, None, tile, there, flag_ptr, D, ROWS, WIDE, ROTATE)
-            tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + value_column(row)[None, :], tl.trans(codes))
+            rows, scale = stage_rows(v_in, offsets, there, None, tile, there, flag_ptr, DV, ROWS, V_WIDE, ROTATE)
+            tl.store(v_ptr + at * (64 * V_WIDE) + c[:, None] * 64 + value_column(row)[None, :], tl.trans(rows))
             tl.store(v_level_ptr + at * 64 + row, tl.where(there, scale, 0.0))
     if side == 1:
         tl.debug_barrier()  # all scales are written
@@ -87,7 +89,16 @@ def mean_of_first_block(k: Tensor, skipped: int, wide: int, rotate: bool, flag: 
     batch, heads, _, head_dim = k.shape
     mean = torch.empty(batch, heads, head_dim, dtype=torch.bfloat16, device=k.device)
     first_mean[(batch * heads,)](
-        k, mean, flag, heads, *k.stride()[:3], SKIPPED=skipped, ROTATE=rotate, **_shape(head_dim, wide)
+        k,
+        mean,
+        flag,
+        heads,
+        *k.stride()[:3],
+        SKIPPED=skipped,
+        ROTATE=rotate,
+        D=head_dim,
+        WIDE=wide,
+        **_rows(wide),
     )
     return mean
 
@@ -99,19 +110,20 @@ def quantize_and_unpack(
     flag: Tensor,
     sequences: range,
     heads: range,
-    wide: int,
     unpacked: tuple[Tensor, ...],
 ) -> None:
-    """Quantize k, v [B, Hkv, L, D] of these sequences and KV heads into `unpacked`.
+    """Quantize k [B, Hkv, L, D], v [B, Hkv, L, Dv] of these sequences and KV heads into `unpacked`.
 
     rotate: whether to rotate K and V. mean: bfloat16 [B, Hkv, D] or None. flag: as in `quantize.quantize_queries`.
     Raises DtypeError."""
     k, v = map(float_rows, new)
+    wide, v_wide = unpacked[0].shape[4], unpacked[1].shape[4]
     unpack_fresh[unpacked[0].shape[2], len(heads), 2 * len(sequences)](
         k, v, mean, *unpacked, flag, k.shape[2], k.shape[1], heads.start, len(heads), sequences.start,
-        *k.stride()[:3], *v.stride()[:3], ROTATE=rotate, **_shape(k.shape[3], wide),
+        *k.stride()[:3], *v.stride()[:3], ROTATE=rotate, D=k.shape[3], WIDE=wide, DV=v.shape[3], V_WIDE=v_wide,
+        **_rows(max(wide, v_wide)),
     )  # fmt: skip
 
 
-def _shape(head_dim: int, wide: int) -> dict[str, int | bool]:
-    return {"D": head_dim, "WIDE": wide, "ROWS": min(64, 4096 // wide), "num_warps": 4, **EXACT}
+def _rows(wide: int) -> dict[str, int | bool]:
+    return {"ROWS": min(64, 4096 // wide), "num_warps": 4, **EXACT}

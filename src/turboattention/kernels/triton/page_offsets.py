@@ -33,19 +33,19 @@ def head_page_offsets(layout: PageLayout, heads: tuple[int, ...], device: torch.
             "layout: expected pages of widths that a call before the capture had, got new ones: take a step first"
         )
     sides = (
-        (layout.k_groups, layout.k_coded, layout.k_steps, layout.k_token_scales, layout.k_scales),
-        (layout.v_groups, layout.v_coded, layout.v_steps, layout.v_token_scales, layout.v_scales),
+        (layout.k_groups, layout.k_coded, layout.k_steps, layout.head_dim, layout.k_token_scales, layout.k_scales),
+        (layout.v_groups, layout.v_coded, layout.v_steps, layout.v_head_dim, layout.v_token_scales, layout.v_scales),
     )
     rows = []
     for head in heads:
         row = [head]
-        for groups, coded, steps, token_scales, scales in sides:
+        for groups, coded, steps, head_dim, token_scales, scales in sides:
             group = next(group for group in groups if head in group.heads)
             codes = group.offset + group.heads.index(head) * group.head_bytes
             step = zero = 0
             if group.bits < WIDEST:
-                step = steps + coded.index(head) * layout.head_dim
-                zero = step + len(coded) * layout.head_dim
+                step = steps + coded.index(head) * head_dim
+                zero = step + len(coded) * head_dim
             width = group.bits + (TWO_WIDTHS if len(group.parts) > 1 else 0)
             row += [width, codes, step, zero, token_scales + head * layout.block_size, scales + 4 * head]
         rows.append(row + [0] * (OFFSETS.value - len(row)))
@@ -81,9 +81,9 @@ def pairs_mask(layout: PageLayout) -> int:
 
 
 @triton.jit
-def section_offsets(head_ptr, D: tl.constexpr):
+def section_offsets(head_ptr, D: tl.constexpr, DV: tl.constexpr):
     """A head's offsets of K and of V, with divisibility hints for the compiler."""
-    return _side(head_ptr + OF_KEYS, D), _side(head_ptr + OF_VALUES, D)
+    return _side(head_ptr + OF_KEYS, D), _side(head_ptr + OF_VALUES, DV)
 
 
 @triton.jit

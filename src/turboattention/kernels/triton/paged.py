@@ -18,7 +18,7 @@ from ...kv.layout import PageLayout
 from ...params import AttentionParams
 from ..inputs import BLOCK
 from . import configs
-from .arguments import float_rows, means, row_shape
+from .arguments import float_rows, means, pair_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
 from .combine import combine
 from .page_offsets import all_page_offsets, head_page_offsets, pairs_mask, pairs_of_widths
@@ -96,7 +96,7 @@ def store(
     in_place = batch.most == 1 or (layer_tail.ring > BLOCK and batch.most <= BLOCK)
     tail = StepTail(layer_tail.codes, layer_tail.scales, 0, True)
     rows = batch.tokens * heads
-    shape = row_shape(rows, head_dim)
+    shape = pair_shape(rows, head_dim, head_dim)
     if not in_place:
         room = batch.tokens + BLOCK * batch.sequences
         codes = tuple(torch.empty(heads, room, head_dim, dtype=torch.int8, device=k.device) for _ in range(2))
@@ -111,7 +111,7 @@ def store(
         k, v, means(mean), batch.lengths, None, None, batch.starts, batch.tail_slots,
         *layer_tail.codes, *layer_tail.scales, *own, flag,
         rows, heads, None, batch.sequences, batch.bisections, layer_tail.ring, tail.room, None,
-        None, *k.stride()[:2], None, *v.stride()[:2], D=head_dim, ROTATE=config.rotate, PAGED=True, **shape,
+        None, *k.stride()[:2], None, *v.stride()[:2], ROTATE=config.rotate, PAGED=True, **shape,
     )  # fmt: skip
     blocks = batch.sequences + (0 if in_place else batch.tokens // BLOCK)
     fill_pages[blocks, 2, heads](

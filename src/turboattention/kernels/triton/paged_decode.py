@@ -77,7 +77,7 @@ def paged_decode(
             acc, row_sum, row_max = fold_rows(
                 acc, row_sum, row_max, (k8, v8, k_scales, v_scales), origin + tl.arange(0, 64), block, length, q, unit,
                 mean, 0, (tl.maximum(sees, own), tl.where(there, position + 1, 0)), cap, threshold,
-                WIDE, D, FORM, CUT, ROW, CAP, "", True,
+                WIDE, D, WIDE, D, FORM, CUT, ROW, CAP, "", True,
             )  # fmt: skip
         q_first, q_second = halves_of_queries(q_ptr, at, there, WIDE, D)
         for K_BITS in tl.static_range(K_NUMBERS):
@@ -91,7 +91,7 @@ def paged_decode(
                         acc, row_sum, row_max, table + b.to(tl.int64) * table_stride, pages, page_stride,
                         begin, last, head_ptr, (q_first, q_second, unit, mean, 0),
                         (sees, tl.where(there, own, 0)), cap, threshold,
-                        WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, "", ASM, None, True,
+                        WIDE, D, WIDE, D, K_BITS, V_BITS, BY_TOKEN, FORM, CUT, ROW, WINDOW, CAP, "", ASM, None, True,
                     )  # fmt: skip
         acc_ptr += partial.to(tl.int64) * WIDE
         tl.store(acc_ptr + (lane[None, :] * WIDE + tl.arange(0, WIDE)[:, None]), acc)

@@ -69,7 +69,7 @@ def _fold_page(
     else:
         pages, page_stride, table, head_ptr = source
         page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
-        k_offsets, v_offsets = section_offsets(head_ptr, D)
+        k_offsets, v_offsets = section_offsets(head_ptr, D, D)
         k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
         v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
         k = tl.trans(page_keys(page, k_offsets, WIDE, D, K_BITS, ASM))

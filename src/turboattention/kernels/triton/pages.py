@@ -28,8 +28,10 @@ def _encode_kernel(
     PAGE_BYTES: tl.constexpr,
     USED: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -37,15 +39,15 @@ def _encode_kernel(
     tile = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
     page, head = pages + tile // HEADS * PAGE_BYTES, tile % HEADS
-    codes, scales = tile * (SIZE * D), tile * SIZE
+    scales = tile * SIZE
     if side == 0:
         head_ptr = page_offsets + head * OFFSETS + OF_KEYS
-        encode_head(k8 + codes, k_scale + scales, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+        encode_head(k8 + scales * D, k_scale + scales, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
         if head == 0:
             clear_padding(page, USED, PAGE_BYTES)
     else:
         head_ptr = page_offsets + head * OFFSETS + OF_VALUES
-        encode_head(v8 + codes, v_scale + scales, page, head_ptr, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+        encode_head(v8 + scales * DV, v_scale + scales, page, head_ptr, 1, DV, SIZE, V_WIDTH, WIDTHS, BY_TOKEN, SEARCH)
 
 
 @triton.jit
@@ -60,21 +62,23 @@ def _decode_kernel(
     PAGE_BYTES: tl.constexpr,
     USED: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     WIDTHS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1)
     page, head = pages + tile // HEADS * PAGE_BYTES, tile % HEADS
-    codes, scales = tile * (SIZE * D), tile * SIZE
+    scales = tile * SIZE
     if side == 0:
         head_ptr = page_offsets + head * OFFSETS + OF_KEYS
-        decode_head(k8 + codes, k_scale + scales, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
+        decode_head(k8 + scales * D, k_scale + scales, page, head_ptr, 0, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
     else:
         head_ptr = page_offsets + head * OFFSETS + OF_VALUES
-        decode_head(v8 + codes, v_scale + scales, page, head_ptr, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN)
+        decode_head(v8 + scales * DV, v_scale + scales, page, head_ptr, 1, DV, SIZE, V_WIDTH, WIDTHS, BY_TOKEN)
 
 
 def refusal(layout: PageLayout) -> str | None:
@@ -93,7 +97,7 @@ def encode_pages(
     order: ChannelOrder | None = None,
     rotated: bool = False,
 ) -> Tensor:
-    """Encode tiles k8, v8 int8 [N, H, B, D] with scales [N, H, B] as uint8 [N, page_bytes].
+    """Encode tiles k8 int8 [N, H, B, D], v8 int8 [N, H, B, Dv] with scales [N, H, B] as uint8 [N, page_bytes].
 
     Keys of heads that `order` applies to are brought into it first; rotated: whether INT8 rows are. Raises
     UnsupportedError unless the block size is a power of two."""
@@ -109,14 +113,15 @@ def encode_pages(
 
 
 def decode_pages(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse of `encode_pages`, up to the error of stage 2: k8, v8 int8 [N, H, B, D], scales float32 [N, H, B].
+    """Inverse of `encode_pages`, up to the error of stage 2: k8, v8 int8 [N, H, B, D or Dv], scales float32 [N, H, B].
 
     Raises UnsupportedError unless the block size is a power of two."""
     pages = pages.contiguous()
     if pages.data_ptr() % 16:  # scales are loaded as aligned words
         pages = pages.clone()
     shape = (len(pages), layout.num_kv_heads, layout.block_size)
-    codes = [torch.empty(*shape, layout.head_dim, dtype=torch.int8, device=pages.device) for _ in range(2)]
+    dims = layout.head_dim, layout.v_head_dim
+    codes = [torch.empty(*shape, width, dtype=torch.int8, device=pages.device) for width in dims]
     scales = [torch.empty(shape, dtype=torch.float32, device=pages.device) for _ in range(2)]
     _launch(_decode_kernel, layout, pages, codes, scales)
     return codes[0], codes[1], scales[0], scales[1]
@@ -135,16 +140,18 @@ def _launch(kernel, layout: PageLayout, pages: Tensor, codes: list[Tensor], scal
 
 def layout_facts(layout: PageLayout) -> dict:
     """Constexpr arguments and launch options of kernels that read or write pages of a layout."""
-    width = triton.next_power_of_2(layout.head_dim)
+    width, v_width = (triton.next_power_of_2(size) for size in (layout.head_dim, layout.v_head_dim))
     return {
         "HEADS": layout.num_kv_heads,
         "PAGE_BYTES": layout.page_bytes,
         "USED": layout.v_scales + 4 * layout.num_kv_heads,
         "D": layout.head_dim,
+        "DV": layout.v_head_dim,
         "SIZE": layout.block_size,
         "WIDTH": width,
+        "V_WIDTH": v_width,
         "WIDTHS": sum(1 << bits for bits in {*key_widths(layout), *layout.v_bits}),
         "BY_TOKEN": layout.token_scales,
-        "num_warps": min(max(layout.block_size * width // 1024, 1), 8),
+        "num_warps": min(max(layout.block_size * max(width, v_width) // 1024, 1), 8),
         **EXACT,
     }

@@ -1,6 +1,6 @@
 """Attention of many query rows over blocks of 64 INT8 keys and values, both products in integers.
 
-K [64, D] and V^T [D, 64] of a block come from `unpacked_kv`. Rows of a KV head are counted as in `visibility`, so that
+K [64, D] and V^T [Dv, 64] of a block come from `unpacked_kv`. Rows of a KV head are counted as in `visibility`, so that
 a program's rows are neighbours of all its query heads. Products with V are made in two halves of its channels, one
 after the other: their results take half the registers, and more programs are resident.
 """
@@ -31,8 +31,9 @@ def _add_values(acc, p, rescale, each, rose, v_ptr, SLOW: tl.constexpr):
 @triton.jit
 def _fold_block(
     first, second, row_sum, row_max, q, unit, ordered, mean, mean_from_block, block, unpacked, visible, cap, threshold,
-    WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
-    MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
+    WIDE: tl.constexpr, V_WIDE: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr,
+    SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr, SLOW: tl.constexpr,
+    SKIP: tl.constexpr,
 ):  # fmt: skip
     k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr = unpacked
     t = tl.arange(0, 64)
@@ -58,8 +59,9 @@ def _fold_block(
     if ROW:
         each *= share
     p = by_value_columns(p).to(tl.int8)
-    first = _add_values(first, p, rescale, each, rose, v_ptr + at, SLOW)
-    second = _add_values(second, p, rescale, each, rose, v_ptr + at + 32 * WIDE, SLOW)
+    v_ptr += block * tl.full((), 64 * V_WIDE, tl.int64)
+    first = _add_values(first, p, rescale, each, rose, v_ptr, SLOW)
+    second = _add_values(second, p, rescale, each, rose, v_ptr + 32 * V_WIDE, SLOW)
     return first, second, row_sum, row_max
 
 
@@ -80,15 +82,15 @@ def prefill(
     k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, flag_ptr, out_ptr, lse_ptr,
     mask_ptr, mask_b, mask_h, mask_q, mask_k, mask_keys,
     first_head, first_sequence, kv_heads, group, queries, blocks, window, mean_from_block, cap, threshold,
-    D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, MEAN: tl.constexpr,
-    ROTATE: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, V_WIDE: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr,
+    CUT: tl.constexpr, ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    MASK: tl.constexpr, MEAN: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of M rows, KV heads, sequences) of a part of the batch from first_head, first_sequence on.
 
     q int8 [B, Hkv, g, Lq, D]; unit, mean float32 [B, Hkv, g, Lq]; unpacked of `blocks` blocks a KV head of
     that part; ordered_q, ordered_unit: queries for the blocks from sink_blocks to counts[b] (int64 [B], exclusive), or
-    None, if they are the same; out [B, Hkv g, Lq, D] contiguous, lse float32. flag int32 [1] or None: where it is not
+    None, if they are the same; out [B, Hkv g, Lq, Dv] contiguous, lse float32. flag int32 [1] or None: where it is not
     0, results are NaN.
     """
     own = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
@@ -128,14 +130,14 @@ def prefill(
         clear_end = high
     blocks_before = own.to(tl.int64) * blocks
     k_ptr += blocks_before * (64 * WIDE)
-    v_ptr += blocks_before * (64 * WIDE)
+    v_ptr += blocks_before * (64 * V_WIDE)
     unpacked = (k_ptr, v_ptr, k_scale_ptr + blocks_before * 64, v_level_ptr + blocks_before * 64,
                 v_scale_ptr + blocks_before)  # fmt: skip
     mask_row = tl.minimum(row, queries * group - 1)
     mask = (mask_ptr + b.to(tl.int64) * mask_b, mask_row, h * group, group, mask_h, mask_q, mask_k, mask_keys)
     visible = (begin, end, mask)
-    first_half = tl.zeros((M, WIDE // 2), tl.float32)
-    second_half = tl.zeros((M, WIDE // 2), tl.float32)
+    first_half = tl.zeros((M, V_WIDE // 2), tl.float32)
+    second_half = tl.zeros((M, V_WIDE // 2), tl.float32)
     row_sum = tl.zeros((M,), tl.float32)
     row_max = tl.full((M,), float("-inf"), tl.float32)
     if MASK == "":
@@ -143,7 +145,7 @@ def prefill(
             first_half, second_half, row_sum, row_max = _fold_block(
                 first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from_block, block, unpacked,
                 visible, cap, threshold,
-                WIDE, FORM, CUT, ROW, False, CAP, MASK, MEAN, SLOW, SKIP,
+                WIDE, V_WIDE, FORM, CUT, ROW, False, CAP, MASK, MEAN, SLOW, SKIP,
             )  # fmt: skip
     before = tl.maximum(tl.minimum(clear, high) - low, 0)
     for i in tl.range(0, before + tl.maximum(high - tl.maximum(clear_end, low), 0)):
@@ -151,18 +153,19 @@ def prefill(
         first_half, second_half, row_sum, row_max = _fold_block(
             first_half, second_half, row_sum, row_max, q, unit, ordered, mean, mean_from_block, block, unpacked,
             visible, cap, threshold,
-            WIDE, FORM, CUT, ROW, True, CAP, MASK, MEAN, SLOW, SKIP,
+            WIDE, V_WIDE, FORM, CUT, ROW, True, CAP, MASK, MEAN, SLOW, SKIP,
         )  # fmt: skip
     row_sum = tl.where(some, row_sum, 0.0)
-    acc = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (M, WIDE))
+    acc = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (M, V_WIDE))
     out = acc * tl.where(row_sum > 0.0, 1.0 / tl.maximum(row_sum, 1.0), 0.0)[:, None]
     if ROTATE:
-        out = rotate_back(out, M, WIDE, D & -D, False)
+        out = rotate_back(out, M, V_WIDE, DV & -DV, False)
     result = log_sum_exp(row_max, row_sum)
     if flag_ptr is not None:
         bad = tl.load(flag_ptr) != 0
         out = tl.where(bad, float("nan"), out)
         result = tl.where(bad, float("nan"), result)
-    to = out_ptr + base * D + at.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside)
+    c = tl.arange(0, V_WIDE)[None, :]
+    to = out_ptr + base * DV + at.to(tl.int64)[:, None] * DV + c
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & (c < DV))
     tl.store(lse_ptr + base + at, result, mask=there)

@@ -21,11 +21,13 @@ UNPACKED_BYTES = 1 << 28
 
 def attend_prefill_rows(call: AttentionCall) -> None:
     """Blocks are unpacked once, for as many heads and sequences at a time as memory allows."""
-    launch = configs.prefill(call.architecture, call.head_dim, call.params.attn_mask is not None)
+    wider = max(call.head_dim, call.v_head_dim)
+    launch = configs.prefill(call.architecture, wider, call.params.attn_mask is not None)
     device, parts = call.out.device, list(_parts(call))
     for sequences, heads in parts:
         shape = len(sequences), len(heads), max(1, call.blocks)
-        k, v = (torch.empty(*shape, BLOCK, call.wide, dtype=torch.int8, device=device) for _ in range(2))
+        sizes = call.wide, call.v_wide
+        k, v = (torch.empty(*shape, BLOCK, size, dtype=torch.int8, device=device) for size in sizes)
         k_scale, v_level = (torch.empty(*shape, BLOCK, dtype=torch.float32, device=device) for _ in range(2))
         unpacked = k, v, k_scale, v_level, torch.empty(shape, dtype=torch.float32, device=device)
         _unpack(call, sequences, heads, unpacked)
@@ -46,6 +48,8 @@ def attend_prefill_rows(call: AttentionCall) -> None:
             queries=call.queries,
             D=call.head_dim,
             WIDE=call.wide,
+            DV=call.v_head_dim,
+            V_WIDE=call.v_wide,
             M=launch.rows,
             ROTATE=call.config.rotate,
             SLOW=call.architecture.slow_int_to_float,
@@ -61,7 +65,7 @@ def attend_prefill_rows(call: AttentionCall) -> None:
 
 def _parts(call: AttentionCall) -> Iterator[tuple[range, range]]:
     """Sequences and KV heads whose unpacked blocks fit `UNPACKED_BYTES`, one of each at least."""
-    fitting = max(1, UNPACKED_BYTES // max(1, call.blocks * bytes_per_block(call.wide)))
+    fitting = max(1, UNPACKED_BYTES // max(1, call.blocks * bytes_per_block(call.wide, call.v_wide)))
     heads = min(fitting, call.kv_heads)
     sequences = min(max(1, fitting // call.kv_heads), configs.LARGEST_GRID // 2)  # K and V are two programs
     for b in range(0, call.batch, sequences):
@@ -73,10 +77,10 @@ def _unpack(call: AttentionCall, sequences: range, heads: range, unpacked: tuple
     pages, tail, device = call.pages, call.tail, call.out.device
     if call.fresh is not None:
         x = call.fresh
-        quantize_and_unpack((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, call.wide, unpacked)
+        quantize_and_unpack((x.k, x.v), x.mean, call.config.rotate, x.flag, sequences, heads, unpacked)
         return
     sizes = {"first_head": heads.start, "first_sequence": sequences.start, "blocks": max(1, call.blocks)}
-    shape = {"D": call.head_dim, "WIDE": call.wide}
+    shape = {"D": call.head_dim, "WIDE": call.wide, "DV": call.v_head_dim, "V_WIDE": call.v_wide}
     if pages is not None:
         columns = pages.addresses.shape[1]
         sinks = min(pages.sink_blocks, columns)

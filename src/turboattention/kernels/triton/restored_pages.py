@@ -75,7 +75,7 @@ def restore_pages(
     past D; scales float32 [Hkv, capacity, 64]."""
     head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
     head = tl.load(head_ptr).to(tl.int64) * capacity
-    k_offsets, v_offsets = section_offsets(head_ptr, D)
+    k_offsets, v_offsets = section_offsets(head_ptr, D, D)
     t = tl.arange(0, 64)
     d = tl.arange(0, WIDE)
     for i in tl.range(tl.program_id(0), tl.minimum(tl.load(origins + sequences), capacity), tl.num_programs(0)):

@@ -75,15 +75,17 @@ def store_rows(
     k_codes, v_codes, k_scales, v_scales, k_own, v_own, k_own_scales, v_own_scales, flag,
     rows, heads, tokens, sequences, bisections, width, room, mean_from,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr, PAGED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    ROTATE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of ROWS of the heads of all tokens, K or V): quantizes new tokens into rows of `width` per sequence
     and head.
 
-    A cache: k, v [B, H, T, D], tokens t < counts[b] behind lengths[b]; mean bfloat16 [B, H, D], subtracted from keys
-    from position mean_from on; tokens past the buffer's end are dropped.
-    PAGED: flat k, v [T, H, D], lengths with the step's tokens, mean bfloat16 [H, D]. With temporary rows (k_own is not
-    None), slots get the rows of blocks that remain incomplete (of the last two blocks, if width is two blocks).
+    A cache: k [B, H, T, D], v [B, H, T, Dv], tokens t < counts[b] behind lengths[b]; mean bfloat16 [B, H, D],
+    subtracted from keys from position mean_from on; tokens past the buffer's end are dropped.
+    PAGED: flat k, v [T, H, D] (Dv is D), lengths with the step's tokens, mean bfloat16 [H, D]. With temporary rows
+    (k_own is not None), slots get the rows of blocks that remain incomplete (of the last two blocks, if width is two
+    blocks).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
@@ -125,7 +127,7 @@ def store_rows(
         offsets = _offsets(b, t, h, v_stride_b, v_stride_t, v_stride_h, PAGED)
         _store_side(
             v, offsets, wanted, None, mean_row, wanted, flag, v_codes, v_scales, to, kept,
-            v_own, v_own_scales, own_row, D, ROWS, WIDTH, ROTATE,
+            v_own, v_own_scales, own_row, DV, ROWS, V_WIDTH, ROTATE,
         )  # fmt: skip
 
 
@@ -148,9 +150,9 @@ def _move_rows(codes, scales, width, D: tl.constexpr, SIZE: tl.constexpr, WIDTH:
 def fill_pages(
     k_codes, v_codes, k_scales, v_scales, page_offsets, fresh, lengths, starts, tail_slots, table, pages,
     width, sequences, bisections, room, table_stride, page_stride,
-    HEADS: tl.constexpr, PAGE_BYTES: tl.constexpr, USED: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr, SEARCH: tl.constexpr, RING: tl.constexpr,
-    PAGED: tl.constexpr,
+    HEADS: tl.constexpr, PAGE_BYTES: tl.constexpr, USED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    SEARCH: tl.constexpr, RING: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences or blocks, K or V, heads): compresses full blocks into their pages.
 
@@ -191,6 +193,7 @@ def fill_pages(
                 clear_padding(page, USED, PAGE_BYTES)
         else:
             head_ptr = page_offsets + h * OFFSETS + OF_VALUES
-            encode_head(v_codes + row * D, v_scales + row, page, head_ptr, 1, D, SIZE, WIDTH, WIDTHS, BY_TOKEN, SEARCH)
+            v_codes += row * DV
+            encode_head(v_codes, v_scales + row, page, head_ptr, 1, DV, SIZE, V_WIDTH, WIDTHS, BY_TOKEN, SEARCH)
             if not PAGED:
-                _move_rows(v_codes + row * D, v_scales + row, width, D, SIZE, WIDTH)
+                _move_rows(v_codes, v_scales + row, width, DV, SIZE, V_WIDTH)

@@ -1,8 +1,8 @@
 """Unpacks pages and INT8 rows for `prefill`, once for all queries.
 
-A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [WIDE, 64] (channels from D on are zero; tokens in the
-order of `value_column`), with float32 K scales [64], V levels [64] (127 times the token's scale divided by the block's
-largest) and the largest V scale. Blocks are ordered by position. Temporary memory per block and KV head:
+A block of one KV head becomes K int8 [64, WIDE] and V^T int8 [V_WIDE, 64] (channels from D or Dv on are zero; tokens
+in the order of `value_column`), with float32 K scales [64], V levels [64] (127 times the token's scale divided by the
+block's largest) and the largest V scale. Blocks are ordered by position. Temporary memory per block and KV head:
 `bytes_per_block`.
 """
 
@@ -16,9 +16,9 @@ from .softmax import LEVELS
 from .widths import lower_plane, narrower, wider
 
 
-def bytes_per_block(wide: int) -> int:
+def bytes_per_block(wide: int, v_wide: int) -> int:
     """Bytes of one unpacked block of a KV head."""
-    return 64 * (2 * wide + 4 + 4) + 4
+    return 64 * (wide + v_wide + 4 + 4) + 4
 
 
 @triton.jit
@@ -98,11 +98,14 @@ def _restored(code, page, offsets, channel, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE: tl.constexpr):
+def _store(
+    k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t,
+    WIDE: tl.constexpr, V_WIDE: tl.constexpr,
+):  # fmt: skip
     at = at.to(tl.int64)
     largest = largest_of(v_scale)
-    tl.store(k_ptr + at * (64 * WIDE) + t[:, None] * WIDE + d[None, :], k)
-    tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + value_column(t)[None, :], v)
+    tl.store(k_ptr + at * (64 * WIDE) + t[:, None] * WIDE + tl.arange(0, WIDE)[None, :], k)
+    tl.store(v_ptr + at * (64 * V_WIDE) + tl.arange(0, V_WIDE)[:, None] * 64 + value_column(t)[None, :], v)
     tl.store(k_scale_ptr + at * 64 + t, k_scale)
     tl.store(v_level_ptr + at * 64 + t, v_scale / largest * LEVELS)
     tl.store(v_scale_ptr + at, largest)
@@ -112,7 +115,8 @@ def _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v
 def unpack_pages(
     table_ptr, counts_ptr, page_offsets_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
     table_stride, first_block, first_head, heads, first_sequence, blocks,
-    D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, V_WIDE: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks from first_block on, heads of one pair of widths, sequences from first_sequence on).
 
@@ -125,31 +129,31 @@ def unpack_pages(
     if (block < tl.load(counts_ptr + b)) & (address != 0):
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
-        k_offsets, v_offsets = section_offsets(head_ptr, D)
+        k_offsets, v_offsets = section_offsets(head_ptr, D, DV)
         t = tl.arange(0, 64)
         d = tl.arange(0, WIDE)
         inside = d < D
         k = _key_codes(page + k_offsets[0], t, d, inside, D, K_BITS)
         k = _restored(k, page, k_offsets, d[None, :], inside[None, :], K_BITS)
-        octet = (d // 8 * (64 * V_BITS))[:, None]
-        index = (d % 8 * 4)[:, None] + (t // 4 * 32 + t % 4)[None, :]
-        v = _codes(page + v_offsets[0] + octet, index, inside[:, None], V_BITS)
-        v = _restored(v, page, v_offsets, d[:, None], inside[:, None], V_BITS)
+        c = tl.arange(0, V_WIDE)[:, None]
+        index = c % 8 * 4 + (t // 4 * 32 + t % 4)[None, :]
+        v = _codes(page + v_offsets[0] + c // 8 * (64 * V_BITS), index, c < DV, V_BITS)
+        v = _restored(v, page, v_offsets, c, c < DV, V_BITS)
         k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
         v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
         at = (tl.program_id(2) * heads + tl.load(head_ptr) - first_head) * blocks + block
-        _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE)
+        _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, WIDE, V_WIDE)
 
 
 @triton.jit(do_not_specialize=["first_head", "first_sequence", "blocks"])
 def unpack_rows(
     k8_ptr, v8_ptr, ks_ptr, vs_ptr, start_ptr, lengths_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
     width, kv_heads, first_head, first_sequence, blocks,
-    D: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, V_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows, KV heads from first_head on, sequences from first_sequence on).
 
-    k8, v8: int8 [B, Hkv, width, D], with scales [B, Hkv, width] of any float dtype; row 0 has position start[b]."""
+    k8, v8: int8 [B, Hkv, width, D or Dv], scales [B, Hkv, width] of any float dtype; row 0 has position start[b]."""
     b = first_sequence + tl.program_id(2)
     start = tl.load(start_ptr + b).to(tl.int32)
     used = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32) - start, width)
@@ -161,10 +165,10 @@ def unpack_rows(
         there = row + t < used
         k_in = k8_ptr + of * D + t[:, None] * D + d[None, :]
         k = tl.load(k_in, mask=there[:, None] & (d < D)[None, :], other=0)
-        v_in = v8_ptr + of * D + t[:, None] * D + d[None, :]
-        v = tl.load(v_in, mask=there[:, None] & (d < D)[None, :], other=0)
+        c = tl.arange(0, V_WIDE)[None, :]
+        v = tl.load(v8_ptr + of * DV + t[:, None] * DV + c, mask=there[:, None] & (c < DV), other=0)
         k_scale = tl.load(ks_ptr + of + t, mask=there, other=0.0).to(tl.float32)
         v_scale = tl.load(vs_ptr + of + t, mask=there, other=0.0).to(tl.float32)
         at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * blocks + start // 64 + tl.program_id(0)
         v = tl.trans(v)
-        _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, d, WIDE)
+        _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, WIDE, V_WIDE)

@@ -202,6 +202,19 @@ SMALL = dict(
     num_key_value_heads=2,
     max_position_embeddings=1024,
 )
+LATENT = dict(
+    kv_lora_rank=512,
+    q_lora_rank=64,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    moe_intermediate_size=64,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+)
+"""DeepSeek's latents, and few small experts."""
 
 
 @pytest.mark.parametrize(
@@ -209,6 +222,17 @@ SMALL = dict(
     [
         ("Bloom", {"n_layer": 2, "n_head": 4}, "ALiBi"),
         ("Llama", {"head_dim": 20}, "head_dim 20 (a multiple of 8 up to 512 is needed)"),
+        (
+            "DeepseekV2",
+            LATENT,
+            "multi-head latent attention (model: expected one that caches keys and values, got "
+            "'deepseek_v2' with cached latents, which are smaller than quantized keys and values of all heads)",
+        ),
+        (
+            "DeepseekV3",
+            LATENT,
+            "multi-head latent attention (model: expected one that caches keys and values, got 'deepseek_v3'",
+        ),
     ],
 )
 def test_models(start, tmp_path, kind: str, changes: dict[str, Any], named: str) -> None:
@@ -218,7 +242,9 @@ def test_models(start, tmp_path, kind: str, changes: dict[str, Any], named: str)
     config = getattr(transformers, f"{kind}Config")(**SMALL, **changes)
     config.architectures = [f"{kind}ForCausalLM"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=re.escape(f"TurboAttention does not support {named} in vLLM; unset ")):
+    with pytest.raises(
+        UnsupportedError, match=re.escape(f"TurboAttention does not support {named}") + ".* in vLLM; unset"
+    ):
         start(model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512)
 
 
@@ -281,5 +307,6 @@ def test_devices(monkeypatch) -> None:
 def test_multi_head_latent_attention() -> None:
     from turboattention.integrations.vllm.backend import RefusedMLA
 
-    with pytest.raises(UnsupportedError, match="does not support multi-head latent attention in vLLM"):
+    named = r"does not support multi-head latent attention \(model: expected one .*, got one with .*\) in vLLM; unset"
+    with pytest.raises(UnsupportedError, match=named):
         RefusedMLA.get_impl_cls()
