@@ -47,8 +47,8 @@ def attend(
     `fresh`: keys and values instead of pages and rows, for calls for which `takes_prefill_rows` is true.
 
     mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
-    or None; order: that of K's channels in compressed pages, or None; `quantized` takes the place of q's values;
-    v_head_dim: Dv, None if it is D. All tensors on one device. `quantize_queries` alone reports whether q is finite.
+    or None; order: that of K's channels in compressed pages, or None; `quantized`: used instead of q's values;
+    v_head_dim: Dv, None if it is D. All tensors on one device. Only `quantize_queries` checks whether q is finite.
 
     Raises UnsupportedError if `refusal` or `configs.refusal` returns a reason.
     """

@@ -74,8 +74,8 @@ def softmax_arguments(config: TurboConfig, device: torch.device, params: Attenti
 
 @dataclass(frozen=True)
 class Fresh:
-    """Keys and values at hand, not yet INT8: k [B, Hkv, L, D], v [B, Hkv, L, Dv] floats, and the mean bfloat16
-    [B, Hkv, D] of the keys behind the first block, or None. flag: int32 [1], not 0 where a value of the call is not
+    """Keys and values before quantization: floats k [B, Hkv, L, D], v [B, Hkv, L, Dv]. mean: bfloat16 [B, Hkv, D],
+    subtracted from the keys after the first block, or None. flag: int32 [1], nonzero if a value of the call is not
     finite; results are then NaN."""
 
     k: Tensor

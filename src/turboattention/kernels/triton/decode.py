@@ -30,8 +30,8 @@ def decode(
 ):  # fmt: skip
     """Grid (splits, KV heads x tiles of R rows, sequences).
 
-    Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, V_WIDE] (left as it was where a split sees
-    nothing), row_max (a logit, -inf where nothing is seen) and row_sum (in units of 1/127) [B, Hkv, tiles, splits, R].
+    Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, V_WIDE] (not written if a split sees
+    no keys), row_max (a logit; -inf if no key is visible) and row_sum (in units of 1/127) [B, Hkv, tiles, splits, R].
     ordered_q, ordered_unit: queries for compressed pages if their channels are reordered, or None.
     PAIRS: bit mask of the heads' widths (`page_offsets.pairs_mask`); 0: no compressed pages.
     """

@@ -108,7 +108,7 @@ def fold_rows(
             s, unit, tl.where(block >= mean_from_block, mean, 0.0), key, v_scale / largest * LEVELS,
             visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
-    # One half of the channels after the other: all at once would take too many registers.
+    # In two halves of the channels: all at once would need too many registers.
     first = _row_products(v8_ptr, at, there, p.to(tl.int8), 0, V_WIDE // 2, DV)
     second = _row_products(v8_ptr, at, there, p.to(tl.int8), V_WIDE // 2, V_WIDE // 2, DV)
     o = stack(first, second, True).to(tl.float32)

@@ -1,8 +1,8 @@
 """Attention of many query rows over blocks of 64 INT8 keys and values, both products in integers.
 
 K [64, D] and V^T [Dv, 64] of a block come from `unpacked_kv`. Rows of a KV head are counted as in `visibility`, so that
-a program's rows are neighbours of all its query heads. Products with V are made in two halves of its channels, one
-after the other: their results take half the registers, and more programs are resident.
+a program's rows are neighbouring tokens of all its query heads. Products with V are computed in two halves of its
+channels, one after the other: this halves the registers of a product, and more programs are resident.
 """
 
 from __future__ import annotations
