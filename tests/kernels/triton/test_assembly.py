@@ -1,4 +1,4 @@
-"""What the kernels become on GPUs that are not here: integer matrix instructions for both products, and no spills.
+"""Assembly of the kernels, compiled without a GPU: integer matrix instructions for both products, and no spills.
 
 Compiled in processes of their own, which do not interpret; Triton keeps what it has compiled. Minutes for each target:
 `make test-long` runs them.
