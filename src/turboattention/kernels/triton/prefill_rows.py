@@ -1,4 +1,4 @@
-"""The launcher of `prefill`: many query rows over blocks that are unpacked first."""
+"""Launcher of `prefill`: many query rows over blocks that are unpacked first."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attend_prefill_rows(call: AttentionCall) -> None:
 
 
 def _parts(call: AttentionCall) -> Iterator[tuple[range, range]]:
-    """Sequences and KV heads whose unpacked blocks fit `UNPACKED_BYTES`, one of each at least."""
+    """Ranges of sequences and KV heads whose unpacked blocks fit in `UNPACKED_BYTES`, at least one of each."""
     fitting = max(1, UNPACKED_BYTES // max(1, call.blocks * bytes_per_block(call.wide, call.v_wide)))
     heads = min(fitting, call.kv_heads)
     sequences = min(max(1, fitting // call.kv_heads), configs.LARGEST_GRID // 2)  # K and V are two programs
