@@ -1,4 +1,4 @@
-"""What each part of the numerics does for whole models: alone, and by its absence.
+"""Ablation of the numerics on whole models: each part by itself, and all parts except one.
 
 `python benchmarks/ablation.py smollm2=FOLDER qwen=FOLDER --text WIKITEXT2` measures (with SmolLM2 about 5 minutes of
 one core), and writes benchmarks/results/numerics/ablation.json and the table of docs/numerics.md; without models it
@@ -43,7 +43,7 @@ NONE: dict[str, Any] = {
     "softmax": "sas",
     "guard": "off",
 }
-"""Token scales, 64 tokens at INT8 and the maximum of a block are what all rows have."""
+"""All rows have token scales, 64 tokens at INT8 and the block-local maximum."""
 PARTS: dict[str, dict[str, Any]] = {
     "rotation": {"rotate": True},
     "K smoothing": {"smooth_k": True},
@@ -76,7 +76,7 @@ class Row(TurboMethod):
 
 
 def rows(bits: int) -> list[Row]:
-    """No part, all, each alone, and all but each."""
+    """No part, all parts, only one part, and all parts except one."""
     every = {name: value for part in PARTS.values() for name, value in part.items()}
     absent = {
         f"all but {name}": {key: value for key, value in every.items() if key not in part}

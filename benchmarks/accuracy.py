@@ -71,10 +71,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", help="in place of the plan's")
     parser.add_argument("--dtype", help="of the weights, in place of the plan's")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
-    parser.add_argument("--calibration-tokens", type=int, default=8192, help="of the book, where a stage needs them")
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=8192, help="of the book, for stages with a calibration"
+    )
     parser.add_argument("--collect", action="store_true", help="measure nothing; take what there is")
     parser.add_argument("--table", action="store_true", help="only write the pages")
-    parser.add_argument("--check", action="store_true", help="fail where a page differs")
+    parser.add_argument("--check", action="store_true", help="fail if a page differs")
     return parser.parse_args()
 
 
@@ -116,7 +118,7 @@ def _calibrate(label: str, folder: str, options: argparse.Namespace) -> list[str
 
 
 def _bos(folder: Path) -> str | None:
-    """The token that a tokenizer names BOS, where it puts none in front of a text by itself."""
+    """The token that a tokenizer names BOS but does not add to a text; None if it adds one."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     return None if tokenizer("", verbose=False)["input_ids"] else tokenizer.bos_token
 
@@ -126,8 +128,8 @@ def _environment() -> dict[str, str]:
 
 
 def collect(label: str, build: Path = BUILD) -> dict[str, Any] | None:
-    """What there is of a model, written to its file of results: the units of the build folder, and from that file the
-    units that the folder lacks, where they are of the same weights and settings. None where there is nothing."""
+    """Write all units of a model to its file of results: those of the build folder, and those of the existing file that
+    the folder lacks, if they have the same weights and settings. None if there are no units."""
     path = RESULTS / f"accuracy-{label}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"facts": {}, "stages": {}}
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -166,7 +168,7 @@ def _completes(unit: dict[str, Any], measured: Sequence[dict[str, Any]]) -> bool
 
 
 def _short(unit: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Without what is the same for all units of a model or stage, or of no use in a table."""
+    """A unit without the fields that are equal for all units of a model or stage, or not used in tables."""
     given = unit["settings"]
     own = {
         name: given["facts"][name]
@@ -179,7 +181,7 @@ def _short(unit: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Six significant digits; what tells runs apart, and not what was measured, is left out."""
+    """Six significant digits; fields that identify a run instead of a measurement are left out."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -198,7 +200,7 @@ def load() -> dict[str, dict[str, Any]]:
 
 
 def update(name: str, documents: dict[str, dict[str, Any]], *, check: bool) -> bool:
-    """Whether the page already said this; otherwise, and unless `check`, it does now."""
+    """Whether the page is up to date; otherwise update it, unless `check`."""
     path = ROOT / name
     text = path.read_text(encoding="utf-8")
     new = with_section(text, PAGES[name](documents)) if BEGIN in text else text
@@ -214,7 +216,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def draw(documents: dict[str, dict[str, Any]]) -> Sequence[Path]:
-    """KL against bits, a picture for each model's first text."""
+    """Draw KL against bits for each model's first text."""
     drawn = []
     for label, document in documents.items():
         units = first(document)

@@ -11,13 +11,14 @@ from turboattention.evaluation.report.evaluation import LOSSES, loss_points
 
 POINTS = 0.01
 AIMS = (("turbo-4", 0.002), ("turbo-3", 0.005), ("turbo-calibrated", 0.005), ("turbo-2", 0.03))
-"""The most that perplexity may grow. No task may lose more than one point, but for the last."""
+"""Largest relative increase of perplexity. Except for the last, no task may lose more than one point."""
 LOOSE = "turbo-2"
 KL_AIMS = (("turbo-4-reordered", 4.3), ("turbo-3-reordered", 3.3), ("turbo-2-reordered", 2.3))
-"""Methods, and the bits per element, all included, at which the KL of real models is aimed at."""
+"""Methods, and the bits per element (all overhead included) at which the aims of `MOST_KL` apply."""
 MOST_KL = {"qwen": (0.008, 0.02, 0.08), "smollm2": (0.006, 0.02, 0.08), "gemma3": (0.006, 0.02, 0.08)}
-"""By real model, the most KL for each of `KL_AIMS`."""
+"""By real model, the largest KL for each of `KL_AIMS`."""
 PERPLEXITY_AIMS = (("turbo-4-reordered", 0.005), ("turbo-3-reordered", 0.015))
+NOT_SMALLER = "no configuration this small"
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -61,8 +62,8 @@ def real_aims(label: str, stage: dict[str, Any]) -> Table:
     told = {row[0]: row[-1] for row in against(stage)[1]}
     if told:
         behind = [f"{name}: {what}" for name, what in told.items() if what != "lower"]
-        missed = {"higher", "nothing as small"} & set(told.values())
-        reached = "missed" if missed else "not decided" if behind else "reached"
+        missed = {"higher", NOT_SMALLER} & set(told.values())
+        reached = "missed" if missed else "undecided" if behind else "reached"
         measured = "\n".join([f"lower than {len(told) - len(behind)} of {len(told)}", *behind])
         rows.append(["KL below that of every baseline, at no more bits", measured, reached, *2 * [summary.NOTHING]])
     return ["aim", "measured", "loss", "bits", "size"], rows
@@ -77,17 +78,17 @@ def lost(own: dict[str, Any], got: dict[str, Any]) -> dict[str, float]:
 
 def verdict(low: float, high: float, most: float) -> str:
     """Undecided if the interval contains the bound, because the text was too short."""
-    return "reached" if high <= most else "missed" if low > most else "not decided: the interval holds the bound"
+    return "reached" if high <= most else "missed" if low > most else "undecided: the interval contains the bound"
 
 
 def against(document: dict[str, Any], lag: bool = True) -> Table:
-    """For each baseline our method of at most its size that loses least; `lag`: those with a lag among them."""
+    """For each baseline, our method with the lowest KL that is no larger; `lag`: include methods with a lag."""
     points = loss_points(document, *LOSSES[0][::2])
     ours, rows = [point for point in points if point.own and (lag or not point.name.endswith(", lag"))], []
     for point in sorted((point for point in points if not point.own), key=lambda point: point.bits):
         fit = [one for one in ours if one.bits <= point.bits]
         best = min(fit, key=lambda one: one.value, default=None)
-        cells = ["–", "–", "–", "nothing as small"]
+        cells = ["–", "–", "–", NOT_SMALLER]
         if best is not None:
             told = "lower" if best.high < point.low else "higher" if best.low > point.high else "the same"
             cells = [best.name, f"{best.bits:.2f}", f"{best.value:.5f}", told]

@@ -20,9 +20,9 @@ CALIBRATED = "turbo-calibrated-4,turbo-calibrated,turbo-calibrated-2.5"
 class Stage:
     """One folder of results: a run of `turboattention eval`.
 
-    text: which of the given texts. least_context: models made for fewer tokens are left out. wants_data: questions from
-    files, for the models that are told to answer them. with_bos: behind the token that the tokenizer names BOS, for
-    models whose tokenizer puts none. calibrated: with a calibration of the model on the book.
+    text: which of the given texts. least_context: models with a shorter context are left out. wants_data: questions
+    from files, for the models selected to answer them. with_bos: after the token that the tokenizer names BOS, for
+    models whose tokenizer does not add one. calibrated: with a calibration of the model on the book.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Stage:
 
     @property
     def dtype(self) -> str:
-        """Of the weights. Thousands of generated answers take half the time in bfloat16, and what counts there is
-        whether they are right; a KL divergence has to resolve less than bfloat16 rounds."""
+        """Dtype of the weights. Thousands of generated answers take half the time in bfloat16, whose rounding does not
+        matter there; a KL divergence has to resolve differences smaller than that rounding."""
         return "bfloat16" if self.wants_data else "float32"
 
     def options(self) -> list[str]:

@@ -8,7 +8,7 @@ from turboattention.evaluation.intervals import mcnemar, share
 from turboattention.evaluation.report import summary
 
 RIVALS = ("fp16", "turbo-4-reordered", "kivi-4", "kivi-2", "gear-l-4")
-"""Whom each method is compared with."""
+"""The method with which each method is compared."""
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -16,7 +16,7 @@ def questions(stage: dict[str, Any]) -> list[Table]:
     """Two tables of one benchmark; BBH's tasks count as one."""
     answers = {method["name"]: _answers(stage, method["name"]) for method in stage["methods"]}
     most = max(len(solved) for solved in answers.values())
-    # A method that was ended before it had all questions has no row: shares of others do not compare.
+    # A method interrupted before it had all questions has no row: proportions over other questions are not comparable.
     answers = {name: solved for name, solved in answers.items() if len(solved) == most}
     titles = {method["name"]: method["title"] for method in stage["methods"]}
     rivals = [name for name in RIVALS if name in answers]

@@ -3,8 +3,8 @@
 `python benchmarks/end_to_end.py --out benchmarks/results/cpu/PROCESSOR/end-to-end.json`
 
 The model has the shape of Llama 3.2 1B and random weights, which take the same time as trained ones. Both caches are
-filled with the same random keys and values, in their stored form, instead of by a prompt. Steps are taken in turns, one
-with SDPA over a DynamicCache, one with TurboAttention over a TurboCache, on the same weights.
+filled with the same random keys and values, in their stored form, instead of by a prompt. Steps alternate between SDPA
+over a DynamicCache and TurboAttention over a TurboCache, on the same weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from turboattention.kv.cache import KVCache
 CHUNK = 1024
 WARM_UP = 2
 BOUND = 0.3
-"""Relative error of the logits between the two caches, which hold the same stored keys and values: what INT8 queries
-and weights cost, over all layers."""
+"""Bound of the relative error of the logits between the two caches, which hold the same stored keys and values: the
+error of INT8 queries and weights, over all layers."""
 
 LLAMA_3_2_1B = {
     "hidden_size": 2048,
@@ -130,7 +130,7 @@ def measure(model: LlamaForCausalLM, plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def beside(model: LlamaForCausalLM, plan: Plan, context: int, label: str, config: TurboConfig) -> dict[str, Any]:
-    """One context and one width: steps in turns, then what they took and what the caches weigh."""
+    """One context and one width: alternating steps; their times, and the sizes of the caches."""
     own, turbo = filled(model, plan, context, config)
     runs: list[tuple[str, Cache, list[float]]] = [("sdpa", own, []), ("turbo", turbo, [])]
     first: list[torch.Tensor] = []

@@ -1,11 +1,11 @@
-"""Saved caches, damaged and forged at random: every file must be refused, or load as one that is whole.
+"""Saved caches, damaged and forged at random: every file must be rejected, or load as a valid cache.
 
     python benchmarks/fuzz_files.py --files 100000 --seed 0
 
 Half of the files have bytes or headers changed; the others have tensors or metadata changed under a digest that fits,
-as someone would forge them. What loads is dequantized and attended: nothing of it may be NaN or infinite. Prints
-counts, the slowest load and the largest memory, and ends with 1 where a file was neither refused by an error of this
-package nor loaded, took too long, or gave what is not finite, or where an object could not be deleted.
+as someone would forge them. Loaded caches are dequantized and attended; no result may be NaN or infinite. Prints
+counts, the slowest load and the largest memory, and exits with 1 if a file was neither rejected by an error of this
+package nor loaded, took too long or gave values that are not finite, or if an object could not be deleted.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def forge_tensor(tensors: dict[str, torch.Tensor], pick: random.Random) -> None:
     elif x.numel():
         flat, count = x.view(-1), pick.choice((1, 1, x.numel()))
         at = torch.tensor([pick.randrange(x.numel()) for _ in range(count)]) if count == 1 else slice(None)
-        if kind == 4 and x.dtype == torch.uint8:  # pages: scales stand at their ends
+        if kind == 4 and x.dtype == torch.uint8:  # pages: scales are at their ends
             x[..., -pick.randrange(1, 40) :] = pick.choice((0, 127, 128, 255))
         elif x.is_floating_point():
             flat[at] = pick.choice(NUMBERS)
@@ -209,7 +209,7 @@ def forge_value(content: Any, pick: random.Random) -> None:
 
 
 def is_finite(loaded: Any) -> bool:
-    """Whether all that a loaded cache holds and gives is finite."""
+    """Whether the content and the results of a loaded cache are finite."""
     caches = [loaded] if isinstance(loaded, ta.KVCache) else [x.kv for x in loaded.layers if x.kv is not None]
     for cache in caches:
         parts = [*cache.dequantize()]

@@ -1,4 +1,4 @@
-"""Where a prefill's time goes on this CPU, phase by phase, with its softmax in floating point and in fixed point.
+"""The time of prefill on this CPU by phase, with the softmax in floating point and in fixed point.
 
 `python benchmarks/prefill_phases.py` prints the table of docs/performance.md. It needs a C++ compiler and AVX2.
 """

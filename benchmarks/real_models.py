@@ -3,11 +3,11 @@
 `python benchmarks/real_models.py --models smollm2=FOLDER qwen=FOLDER --text FILE \\
     --out benchmarks/results/cpu/PROCESSOR/NAME.json`
 
-Each model and context runs in a process of its own. The caches read the same text and continue with the same tokens, in
-turns, so that disturbances of the machine affect all of them. Peak memory comes from further processes with one cache
-each. `--gguf smollm2=FILE --llama PYTHON` adds llama.cpp (llama-cpp-python in that Python's environment) with f16, q8_0
-and q4_0 caches over the model's GGUF file. Its weights are quantized, unlike those here, so that only its caches can be
-compared with each other; it is not measured in turns.
+Each model and context runs in a separate process. The caches alternate in reading the same text and continuing with the
+same tokens, so that disturbances of the machine affect all of them. Peak memory comes from further processes with one
+cache each. `--gguf smollm2=FILE --llama PYTHON` adds llama.cpp (llama-cpp-python in that Python's environment) with
+f16, q8_0 and q4_0 caches over the model's GGUF file. Its weights are quantized, unlike those here, so that only its
+caches can be compared with each other; it is not measured in turns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from turboattention.integrations.transformers import TurboCache, disable, enable
 OWN = "own cache"
 CONFIGS = {"4 bits": TurboConfig(), "3 bits": TurboConfig(bits=3, reorder_k=True)}
 BOUND = 0.5
-"""Largest mean KL divergence (nats) from the own cache: beyond it something else than quantization is measured."""
+"""Largest mean KL divergence (nats) from the model's own cache; a larger one cannot be due to quantization."""
 LLAMA = Path(__file__).with_name("real_models_llama.py")
 
 
@@ -152,7 +152,7 @@ class _Attention:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One model at one context: prompts in turns, then tokens in turns over the last prompts' caches."""
+    """One model at one context: alternating prompts, then alternating tokens over the last prompts' caches."""
     model, ids = _load(options)
     enable()
     try:
@@ -197,7 +197,7 @@ def _measure(options: argparse.Namespace, model: Any, ids: torch.Tensor, attenti
 def _forward(
     model: Any, name: str, ids: torch.Tensor, cache: Any, attention: _Attention, seconds: list[float]
 ) -> torch.Tensor:
-    """Log-probabilities float64 [vocabulary] of the next token; appends what the call took."""
+    """Log-probabilities float64 [vocabulary] of the next token; appends the time of the call."""
     model.set_attn_implementation("sdpa" if name == OWN else "turbo")
     update = type(cache).update
     cache.update = attention.timed(lambda *arguments, **options: update(cache, *arguments, **options))

@@ -1,7 +1,8 @@
 """llama.cpp's part of real_models.py: `PYTHON real_models_llama.py FILE.gguf THREADS CONTEXT < TOKENS`.
 
 Runs in an environment with llama-cpp-python and nothing of this project. Reads token ids, separated by commas, from
-stdin: the prompt is the first CONTEXT, the rest follow one by one. Prints a JSON list, an entry for each type of cache.
+stdin: the first CONTEXT are the prompt, the rest follow one by one. Prints a JSON list with an entry for each cache
+type.
 """
 
 from __future__ import annotations

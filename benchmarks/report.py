@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ DRAWN = ("sdpa", "sdpa-folded", "sdpa-bf16", "ggml-f16", "ggml-q8_0", "ggml-q4_0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail where a page differs from the files")
+    parser.add_argument("--check", action="store_true", help="fail if a page differs from the files")
     check = parser.parse_args().check
     results = load(RESULTS)
     stale = [name for name in PAGES if not update(ROOT, name, results, check=check)]
@@ -55,7 +56,15 @@ def section(name: str, results: Sequence[Result]) -> str:
     """The text between the markers of a page."""
     up = "../" * name.count("/")
     text = PAGES[name](results).replace("(RESULTS/", f"({up}benchmarks/results/")
+    text = "\n\n".join(map(_wrapped, text.split("\n\n")))
     return f"{BEGIN}\n{text}\n{END}"
+
+
+def _wrapped(paragraph: str) -> str:
+    """In lines of at most 120 columns, except tables."""
+    if paragraph.startswith("|"):
+        return paragraph
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def current(text: str) -> str | None:

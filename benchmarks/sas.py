@@ -1,7 +1,7 @@
 """A study of SAS, the softmax's exponential: degree and base of its polynomial, threshold, and which maximum.
 
 `python benchmarks/sas.py` writes the plots docs/sas-*.png and the section of docs/numerics.md. The errors do not depend
-on the machine; the times need a C++ compiler, and a quiet machine.
+on the machine; the times need a C++ compiler and an idle machine.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def largest_error(base: float, coefficients: Array) -> float:
 
 def output_error(q: Array, k: Array, v: Array, exponential: Exponential, row_max: str, *, quantized: bool) -> float:
     """Relative error of the last rows' outputs in float64, where only the softmax is approximate: weights of each block
-    against the row's maximum in that block, or up to it; in levels of 1/127 where `quantized`; rescaled exactly."""
+    against the row's maximum in that block, or up to it; in levels of 1/127 if `quantized`; rescaled exactly."""
     logits = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     wanted = weights @ v / weights.sum(-1, keepdims=True)
@@ -99,7 +99,7 @@ def long_context(tokens: int) -> tuple[Array, Array, Array]:
 
 
 class Clock:
-    """Nanoseconds a thousand values, on the kernels' vector types."""
+    """Nanoseconds per thousand values, on the kernels' vector types."""
 
     def __init__(self, folder: Path):
         library = folder / "sas.so"

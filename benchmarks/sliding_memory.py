@@ -1,4 +1,4 @@
-"""Bytes of caches of which a window, a crop or a selection has let go: `python benchmarks/sliding_memory.py`.
+"""Bytes of caches after a sliding window, a crop or a selection: `python benchmarks/sliding_memory.py`.
 
 One KV head of 64 channels, 4 bits; no model is needed. Prints the table of README.md, which `--write` puts there.
 `--model FOLDER` also reads 6,000 random tokens with a sliding-window model, such as Gemma 3 270M, and prints its row of
@@ -29,7 +29,7 @@ def cache(pieces: list[int], batch: int = 1, window: int | None = None) -> ta.KV
 
 
 def rows() -> list[tuple[str, int, int, int]]:
-    """What, bytes before and after, and those of a cache that never held more."""
+    """The operation, bytes before and after it, and those of a cache that never held more tokens."""
     table = []
     ways = {"one append": [6000], "appends of 100": [100] * 60, "token by token": [5900] + [1] * 100}
     for name, pieces in ways.items():
@@ -47,8 +47,11 @@ def rows() -> list[tuple[str, int, int, int]]:
 
 
 def table(found: list[tuple[str, int, int, int]]) -> str:
-    head = "| sliding windows, crops, selections | whole cache, bytes | what is held | made anew |\n|---|---|---|---|"
-    return "\n".join([head, *(f"| {name} | {a:,} | {b:,} | {c:,} |" for name, a, b, c in found)]) + "\n"
+    head = "| sliding windows, crops, selections | all tokens, bytes | after the operation | new cache |"
+    return (
+        "\n".join([head, "|---|---|---|---|", *(f"| {name} | {a:,} | {b:,} | {c:,} |" for name, a, b, c in found)])
+        + "\n"
+    )
 
 
 def of_model(folder: str, step: int) -> str:

@@ -1,6 +1,6 @@
 """The error of the bundled model with widths by measured error, by the paper's priority, and uniform widths.
 
-`python benchmarks/strategies.py --calibrate TEXT --text TEXT` measures (about 1 minute a passage on one core), and
+`python benchmarks/strategies.py --calibrate TEXT --text TEXT` measures (about 1 minute per passage on one core), and
 writes benchmarks/results/numerics/strategies.json and the table of docs/calibration.md; `--table` writes the table
 again.
 """
@@ -99,7 +99,7 @@ def measure(calibration_text: str, text: str, passages: int) -> dict[str, Any]:
 
 
 def difference(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Mean KL less that of another method on the same tokens, with its interval over stretches of text."""
+    """Mean KL minus that of another method on the same tokens, with its interval over segments of text."""
     stretches = [
         np.add.reduceat(a["kl"] - b["kl"], np.arange(0, len(a["kl"]), STRETCH))
         for a, b in zip(ours, theirs, strict=True)

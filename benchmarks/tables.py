@@ -30,11 +30,14 @@ PEERS = {
     "openvino-u8": "OpenVINO u8, storing",
     "openvino-u4": "OpenVINO u4, storing",
 }
-STORING = "Storing: a call of such a peer stores one token, too, and so does TurboAttention's beside it."
+STORING = (
+    "*Storing*: each call of such an implementation also stores one token; so does the TurboAttention call that it is\n"
+    "compared with."
+)
 SHORT = tuple(name for name in PEERS if name not in ("dequantize", "int4", "ort-f32", "openvino-f32"))
 """Peers that the summary shows."""
 OTHER_ISAS = "isa-"
-"""What files are called that measure an instruction set other than the best: the summary leaves them out."""
+"""Prefix of files that measure an instruction set other than the best; the summary leaves them out."""
 
 
 class Result(NamedTuple):
@@ -89,7 +92,7 @@ def _summary(results: Sequence[Result]) -> list[str]:
 
 
 def full(results: Sequence[Result]) -> str:
-    """Everything measured, and the targets beside it."""
+    """All measurements, and the targets."""
     parts = [targets(results)]
     for result in results:
         rows = result.rows
@@ -132,7 +135,7 @@ def targets(results: Sequence[Result]) -> str:
 
 
 def limits(results: Sequence[Result]) -> str:
-    """What share of the processor's own limits the best rows reach."""
+    """The shares of the processor's limits that the best rows reach."""
     lines = []
     for result in results:
         peaks, isa = result.facts.get("peaks", {}), result.facts.get("isa")
@@ -154,7 +157,7 @@ def limits(results: Sequence[Result]) -> str:
 
 
 def ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """How much faster TurboAttention is than each peer: medians, and p20 to p80 where there is room."""
+    """Times of peers relative to TurboAttention: medians, and p20 to p80."""
     rows = [row for row in rows if row.refused is None]
     if not rows:
         return ""
@@ -199,7 +202,7 @@ def steps(rows: Sequence[Row]) -> str:
 
 def compress(rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row.work == "compress" and row.seconds is not None]
-    columns = ["bits", "tokens", "compress a block", "decode step", "a token's part", "append one by one"]
+    columns = ["bits", "tokens", "compress a block", "decode step", "share per token", "append one by one"]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows:
         assert row.seconds is not None
@@ -233,7 +236,7 @@ def models(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def real_models(entries: Sequence[dict[str, Any]]) -> str:
-    """Prompt time and tokens per second over each cache, in turns with the own one, and llama.cpp's caches."""
+    """Prompt time and tokens per second over each cache, alternating with the model's own, and llama.cpp's caches."""
     columns = ["real model, prompt", "cache", "prompt, s", "× own", "tokens/s", "× own", "in attention", "KV, MiB"]
     columns += ["peak, MiB", "KL"]
     lines = [_line(columns), _line(["---"] * len(columns))]

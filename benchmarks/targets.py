@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from turboattention.benchmarking.records import Rival, Row
 
 FAST_SDPA = 80
-"""GFLOPS above which SDPA uses the processor's float units so well that 1.6x of it is asked, not 2x."""
+"""GFLOPS above which SDPA uses the processor's float units so well that the floor is 1.6x instead of 2x."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the table. `measured` gives what the rows say and whether the floor holds everywhere;
-    None where there are no such rows."""
+    """One line of the table. `measured` returns a text and whether all rows reach the floor; None if there are no such
+    rows."""
 
     work: str
     floor: str
@@ -81,7 +81,7 @@ def _steps(rows: Sequence[Row]) -> tuple[str, bool] | None:
         return None
     flush = max(figures["flush_over_median"] for figures in found)
     line = max((figures.get("deviation_from_line", 0.0) for figures in found), default=0.0)
-    return f"{flush:.2f}x at a flush, {line:.0%} off a line at most", flush <= 2
+    return f"{flush:.2f}x at a flush, at most {line:.0%} from a line", flush <= 2
 
 
 def _memory(bits: str, floor: float) -> Callable[[Sequence[Row]], tuple[str, bool] | None]:
@@ -110,7 +110,10 @@ TARGETS = (
     Target("decode over INT3, against INT4", "1x", "1.2x", _narrow("3 bits")),
     Target("decode over mixed 2 and 4 bits, against INT4", "1x", "1.2x", _narrow("mixed")),
     Target(
-        "compressing a block (both stages), a token's part of a decode step at 4k tokens", "< 5 %", "< 1 %", _compress
+        "compressing a block (both stages), per token, as a share of a decode step at 4k tokens",
+        "< 5 %",
+        "< 1 %",
+        _compress,
     ),
     Target("a decode step as the context grows", "a flush costs at most 2x the median step", "linear", _steps),
     Target("memory below FP16, 8k tokens, head_dim 128, INT4", "3.6x", "", _memory("4 bits", 3.6)),

@@ -1,4 +1,4 @@
-"""Measures this processor: every kind of work, beside every peer that is installed.
+"""Measures this processor: every kind of work, compared with every installed peer.
 
 `python benchmarks/this_processor.py` writes benchmarks/results/cpu/PROCESSOR.json, with the commit; a second run
 replaces it. `make bench-here` installs the peers before, and writes the pages afterwards.
@@ -18,7 +18,7 @@ from turboattention.cli.bench_facts import bench_facts
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 BUSY = 0.25
-"""Load average, in threads, above which nothing is measured: ratios survive other work, times do not."""
+"""Load average, in threads, above which nothing is measured: other load hardly affects ratios, but affects times."""
 
 
 def main() -> int:

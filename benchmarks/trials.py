@@ -1,10 +1,10 @@
-"""Alternatives to the numerics that were measured and not taken: `python benchmarks/trials.py TRIAL LABEL=FOLDER...
+"""Alternatives to the numerics that were measured and rejected: `python benchmarks/trials.py TRIAL LABEL=FOLDER...
 --text WIKITEXT2` prints the tables of docs/numerics.md.
 
 Queries, keys and values are those of the model on the text. Errors are relative (Frobenius norm, per query head) to
-exact attention, of every fourth query of the later half where nothing else is said, and are averaged over heads and
-over every sixth layer, from the second on. What a trial fits to a text (axes, orders), it fits to the earlier half. In
-place of a model, `bigbias` and `sink` are the synthetic tensors of the page.
+exact attention, of every fourth query of the later half unless stated otherwise, and are averaged over heads and over
+every sixth layer, from the second on. Axes and orders are fitted to the earlier half of the text. `bigbias` and `sink`
+select the synthetic tensors of the page instead of a model.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def covariance(x: Tensor) -> Tensor:
 
 
 def along(axes: Tensor, *moments: Tensor) -> Tensor:
-    """`axes` [H, D, D] (columns) by the falling product of what `moments` [H, D, D] have along them."""
+    """`axes` [H, D, D] (columns), sorted by the decreasing product of the `moments` [H, D, D] along them."""
     weight = torch.stack([(axes.mT @ one @ axes).diagonal(dim1=-2, dim2=-1) for one in moments]).prod(0)
     return axes.gather(-1, weight.argsort(-1, descending=True)[:, None].expand_as(axes))
 
@@ -140,7 +140,8 @@ def key_axes(layer: Layer) -> Found:
     values, asked = torch.linalg.eigh(energy)
     order = along(channels(layer), energy, spread)
     asked, own = along(asked, energy, spread), along(torch.linalg.eigh(spread).eigenvectors, energy, spread)
-    # Keys times the root of E[q q^T], queries times its inverse: all errors then count alike. Not orthogonal.
+    # Keys times the square root of E[q q^T], queries times its inverse: all errors then have equal weight. Not
+    # orthogonal.
     root = torch.linalg.eigh(energy).eigenvectors * values.clamp(min=1e-6 * values.amax()).sqrt()[:, None]
     balanced = along(root @ torch.linalg.eigh(root.mT @ spread @ root).eigenvectors, spread)
     halved = {
@@ -191,7 +192,7 @@ def levels(half: Sequence[float]) -> Encode:
 
 
 def level_tables(layer: Layer) -> Found:
-    """Levels of stage 2 that are not evenly spaced."""
+    """Unevenly spaced levels in stage 2."""
     found = {}
     for bits, uneven in LLOYD_MAX.items():
         even = [i + 0.5 for i in range(len(uneven))]
@@ -213,7 +214,7 @@ def rows_of(x: Tensor, bits: int) -> Tensor:
 
 
 def two_planes(layer: Layer) -> Found:
-    """K and Q of 8 and 16 bits, smoothed (all of K; the logits of the mean are exact), and what V alone loses."""
+    """K and Q of 8 and 16 bits, smoothed (all of K; the logits of the mean are exact), and the error of only V."""
     q, k = rotate(layer.q), rotate(layer.k)
     mean = k[:, :, 4:BLOCK].mean(2, keepdim=True)
     of_mean = (q.unflatten(1, (layer.heads, -1)) * mean[:, :, None]).sum(-1, keepdim=True).flatten(1, 2)
@@ -225,14 +226,14 @@ def two_planes(layer: Layer) -> Found:
     for bits in (8, 4, 3):
         encode = (lambda codes: codes.double()) if bits == 8 else uniform(bits)
         values = stored(layer.v, layer.hadamard, layer.hadamard.mT, encode)
-        found[f"V alone in {bits} bits"] = layer.error(layer.k, values)
+        found[f"only V, in {bits} bits"] = layer.error(layer.k, values)
         if bits < 8:
             found[f"K and Q in 16 bits, V in {bits}"] = layer.error(keys, values, queries)
     return found
 
 
 def first_block(layer: Layer) -> Found:
-    """Keys of the first block less the mean: as now not at all, in their stored INT8 form, or before INT8."""
+    """Subtracting the mean from keys of the first block: never (current), from their INT8 form, or before INT8."""
     found = {}
     for bits in (8, 4, 3):
         for sinks in (64, 0) if bits < 8 else (64,):
@@ -245,7 +246,7 @@ def first_block(layer: Layer) -> Found:
 
 
 def first_blocks(k: Tensor, v: Tensor, config: ta.TurboConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a cache holds of k and v, by how the keys of the first block are smoothed."""
+    """The stored k and v, for each way to smooth the keys of the first block."""
 
     def cache(config: ta.TurboConfig, mean: Tensor | None = None) -> ta.KVCache:
         made = ta.KVCache(1, k.shape[1], k.shape[3], config=config, k_mean=mean)

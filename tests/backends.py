@@ -1,4 +1,4 @@
-"""Running the same tests on PyTorch alone and on the C++ kernels."""
+"""Runs the same tests on PyTorch and on the C++ kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from turboattention import dispatch
 
 
 def take_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make "auto" the named backend, where it computes the call. Skips where it is not built."""
+    """Make "auto" the named backend for calls that it supports. Skips if it is not built."""
     if name == "cpu":
         if not dispatch.backends()["cpu"].usable:
             pytest.skip(dispatch.backends()["cpu"].reason)

@@ -39,7 +39,7 @@ def seed() -> None:
 
 @pytest.fixture
 def file_limit() -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """A disk that is full after so many bytes of a file: the system itself refuses to write more."""
+    """A disk that is full after so many bytes of a file: the operating system rejects further writes."""
 
     @contextlib.contextmanager
     def limited(size: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""A stand-in for the core that does not quantize: what an integration gets wrong shows to the last digit."""
+"""An exact replacement for the core, without quantization, so that any mistake of an integration is visible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK = 8
 
 
 class ExactCache:
-    """As much of `KVCache` as integrations use, holding floats. Evicted tokens turn into NaN."""
+    """The part of `KVCache` that integrations use, with floats. Evicted tokens become NaN."""
 
     head_bits = ()  # there is nothing to decide
 
@@ -128,7 +128,7 @@ def exact_attention_with_cache(
 
 
 def _attend(q, k, v, first, rows, mask, causal, scale, window, softcap) -> tuple[Tensor, Tensor]:
-    """One sequence: query i stands at position `first + i`, and only the first `rows` are real."""
+    """One sequence: query i has position `first + i`; rows from `rows` on are padding."""
     position, key = first + torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
     seen = (torch.arange(q.shape[1]) < rows)[:, None] & torch.ones_like(key, dtype=torch.bool)
     if causal:

@@ -1,4 +1,4 @@
-"""Saves and loads one path over and over: `python files_worker.py PATH SECONDS TOKENS` prints what it met."""
+"""Saves and loads one path repeatedly: `python files_worker.py PATH SECONDS TOKENS` prints the outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends as data: what is there, what is chosen, and why."""
+"""The table of backends: which are usable, which is chosen, and why."""
 
 from __future__ import annotations
 

@@ -101,6 +101,24 @@ def test_turbo_attention_with_kvcache(heading, matrices, backend):
     assert [attended(rows[0], len(cache)) for rows in out] == matrices
 
 
+@pytest.mark.parametrize(("heading", "matrices"), cases(ta.KVCache.append))
+def test_append(heading, matrices):
+    """Token j of the call has the unit vector j + 1 as value, the others the unit vector 0."""
+    options = options_of(heading)
+    past, lengths = torch.tensor(options["past"]), torch.tensor(options["lengths"])
+    cache = ta.KVCache(len(past), 1, CHANNELS, config=OFF)
+
+    def tokens(values: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(x.expand(len(past), 1, -1, -1) for x in keys_and_values(values))
+
+    cache.append(*tokens(torch.zeros(int(past.max()), dtype=torch.int64)), lengths=past)
+    cache.append(*tokens(1 + torch.arange(options["T"])), lengths=lengths)
+    added = cache.dequantize()[1][:, 0].round()[..., 1:]
+    assert [added.sum(-1).int().tolist()] == matrices
+    for row, (before, count) in enumerate(zip(past.tolist(), lengths.tolist(), strict=True)):
+        assert added[row].argmax(-1)[before : before + count].tolist() == list(range(count))
+
+
 @pytest.mark.skipif(not ta.backends()["cpu"].usable, reason="pages need the CPU kernels")
 @pytest.mark.parametrize(("heading", "matrices"), cases(paged_attention))
 def test_paged_attention(heading, matrices):

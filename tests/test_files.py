@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, whoever else uses the same name."""
+"""Files are written atomically, also if others use the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard: heads that stage 2 would ruin get more bits, and the user is told once."""
+"""The guard: heads with a large error get more bits, with one warning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hard(
 
 
 def run(tensors, config=None, label: str | None = "layer 3", **options) -> tuple[ta.KVCache, list[str]]:
-    """One prefill; the cache and what was said."""
+    """One prefill; the cache and its warnings."""
     q, k, v = tensors
     cache = ta.KVCache(k.shape[0], k.shape[1], k.shape[3], config=config, **options)
     cache.label = label

@@ -1,4 +1,4 @@
-"""Tensors made to break a quantized cache: each head stays within its bound, or the user is told of it."""
+"""Adversarial tensors for a quantized cache: each head stays within its bound, or there is a warning."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def fed(tensors: QKV, config: ta.TurboConfig, pieces: tuple[int, ...] = (LENGTH,
 
 
 def named(said: list[str]) -> set[int]:
-    """Heads that a warning says something about."""
+    """The heads that a warning names."""
     found = [re.search(r"KV heads ([\d, ]+) lose", text) for text in said]
     return {int(head) for match in found if match for head in match[1].split(", ")}
 
@@ -147,7 +147,7 @@ def stored_errors(cache: ta.KVCache, q: Tensor, k: Tensor, v: Tensor) -> list[fl
 @pytest.mark.parametrize("bits", [4, 3, 2, "mixed"])
 @pytest.mark.parametrize("adversary", ADVERSARIES, ids=lambda f: f.__name__)
 def test_nothing_is_lost_in_silence(adversary, bits):
-    """The guard samples rows and looks once; what it lets pass is within half as much again of the bound."""
+    """The guard samples rows and checks once; undetected errors are at most 1.5 times the bound."""
     tensors = adversary(*qkv(1, HEADS, HEADS, LENGTH, LENGTH, DIM))
     cache, said = fed(tensors, ta.TurboConfig(bits=bits))
     assert len(said) <= 1

@@ -1,4 +1,4 @@
-"""The guard on clean data: it says nothing (a warning is an error in this suite) and changes nothing."""
+"""The guard on clean data: it issues no warning (an error in this suite) and changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_normal_data(bits, head_dim):
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_offset_channels_and_a_huge_first_token(bits):
-    """What smoothing, rotation, sinks and token scales are there for."""
+    """The properties that smoothing, rotation, sinks and token scales handle."""
     q, k, v = qkv(1, 4, 2, 200, 200, 64)
     k[..., :4] += 15.0
     k[:, :, 0] *= 20.0

@@ -1,4 +1,4 @@
-"""A cold import is light: torch and NumPy alone, and quick on top of torch."""
+"""A cold import needs only torch and NumPy, and is fast in addition to torch."""
 
 from __future__ import annotations
 

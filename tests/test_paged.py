@@ -63,7 +63,7 @@ def test_tokens_taken_back(drafts):
 
 @pytest.mark.parametrize("last, back", [(130, 126), (192, 130), (192, 128)])
 def test_tokens_taken_back_of_a_long_step(last, back):
-    """Into the block before the open one, which a ring of two blocks still holds."""
+    """Back into the block before the incomplete one, which a ring of two blocks still holds."""
     sequence, wrong = tokens(1, 200), tokens(2, 200)
     server = Server(ring=2 * BLOCK)
     server.step({0: tuple(torch.cat((x[:, :back], y[:, back:last]), 1) for x, y in zip(sequence, wrong, strict=True))})
@@ -165,7 +165,7 @@ def test_a_shared_prefix_has_the_same_bytes_whoever_came_first():
 
 
 def test_layers_with_orders_of_their_own():
-    """What is worked out once a step for layers alike has the order of each."""
+    """Work shared by equal layers of a step still uses the order of each layer."""
     sequence, orders = tokens(6, 65), [an_order(seed=seed) for seed in (1, 2)]
     servers = [Server(config=ORDERED, order=order) for order in orders]
     for first, last in ((0, 64), (64, 65)):
@@ -204,7 +204,7 @@ def test_all_layers_reserve_the_bytes_of_the_widest():
 
 
 def test_layers_of_one_batch_with_other_pools_and_pages():
-    """What is worked out once a step is not mixed up between them."""
+    """Work shared within a step is not mixed up between different layers."""
     sequence, kinds = tokens(6, 65), ({}, {"ring": 2 * BLOCK}, {"head_bits": UNIFORM[2]})
     alone, layers = ([Server(**kind) for kind in kinds] for _ in range(2))
     want = [serve(server, {0: sequence}, [{0: 64}, {0: 1}])[0] for server in alone]

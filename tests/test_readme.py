@@ -1,4 +1,4 @@
-"""What README.md says in code and figures."""
+"""The code and the figures of README.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAS: error bounds, exact points, the threshold, and what is refused."""
+"""SAS: error bounds, exact points, the threshold, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensor contract: each refusal names the argument, what was expected and what came."""
+"""Validation: each error names the argument, the expected and the actual value."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every causal language model of transformers under "turbo": `python -m benchmarks.architectures` in the root of the
+"""Every causal language model of transformers with "turbo": `python -m benchmarks.architectures` in the root of the
 repository, or `make architectures`.
 
 Builds a tiny random model of each, compares its logits with eager attention's (judge.py), and writes
-benchmarks/results/architectures.json and docs/models.md. Exits with 1 where one is wrong or fails with a foreign error.
+benchmarks/results/architectures.json and docs/models.md. Exits with 1 if one is wrong or fails with a foreign error.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def apart(name: str, timeout: float) -> Verdict:
 
 
 def processor_time() -> float:
-    """Seconds of this process and of those that it started, which is the same beside other work."""
+    """Processor seconds of this process and of its children, which other load does not affect."""
     return sum(os.times()[:4])
 
 

@@ -1,5 +1,5 @@
-"""One architecture under "turbo", in exact arithmetic: with a `TurboCache`, its own cache and a static one, each beside
-eager attention over the model's own cache."""
+"""One architecture with "turbo", in exact arithmetic: with a `TurboCache`, its own cache and a static one, each
+compared with eager attention over the model's own cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .verdict import WORSE, Finding, Verdict
 PIECES = [40, 1, 1, 9, 1, 1]
 LENGTH = sum(PIECES)
 CLOSE = 1e-4
-"""Relative error of the logits that float32 may leave."""
+"""Largest relative error of the logits that float32 rounding may cause."""
 LARGEST = 30_000_000
 CACHES: dict[str, Callable[[Any], Any]] = {
     "TurboCache": lambda config: integration.TurboCache(config, TurboConfig(bits=8, guard="off")),
@@ -35,7 +35,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 Way = Callable[[Any, Any], Tensor]
-"""What a model is run for, over a cache: its logits."""
+"""A way to run a model over a cache, which returns its logits."""
 
 
 class UnusableError(Exception):
@@ -68,7 +68,7 @@ def judge(name: str) -> Verdict:
 
 
 def _refused(name: str) -> dict[str, Finding]:
-    """What a `TurboCache` says to the config of a model that cannot be compared, if it says anything."""
+    """The error that a `TurboCache` raises for the config of a model that cannot be compared, if any."""
     for config in (tiny.config, tiny.default):
         with contextlib.suppress(Exception):  # transformers refuses the sizes
             made = _made(config(name))
@@ -77,7 +77,7 @@ def _refused(name: str) -> dict[str, Finding]:
 
 
 def _made(config: Any) -> Finding:
-    """Whether a `TurboCache` is made for a config."""
+    """Whether a `TurboCache` accepts a config."""
     try:
         integration.TurboCache(config)
     except TurboError as refusal:
@@ -96,7 +96,7 @@ def exact_core() -> Iterator[None]:
 
 
 def _turbo(name: str) -> Any:
-    """As users load it, or, where transformers cannot build it with "turbo", switched later."""
+    """The model as users load it; if transformers cannot build it with "turbo", it is switched later."""
     try:
         return _build(name, "turbo")
     except Exception:
@@ -130,7 +130,7 @@ def pieces(model: Any, cache: Any) -> Tensor:
 
 
 def singly(model: Any, cache: Any) -> Tensor:
-    """Logits [2, L, V] of a model that takes single tokens only."""
+    """Logits [2, L, V] of a model that accepts only single tokens."""
     return _fed(model, cache, [1] * (tiny.WINDOW // 2))
 
 
@@ -151,7 +151,7 @@ def _fed(model: Any, cache: Any, sizes: list[int]) -> Tensor:
 
 @torch.no_grad()
 def padded(model: Any, cache: Any) -> Tensor:
-    """Logits [2, 6, V] that `generate` chose the likeliest tokens by, after prompts of which one is padded."""
+    """Logits [2, 6, V] of greedy `generate` after two prompts, one of them padded."""
     ids, mask = _ids(2, 40), torch.ones(2, 40, dtype=torch.int64)
     ids[1, :11], mask[1, :11] = 0, 0
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -160,8 +160,8 @@ def padded(model: Any, cache: Any) -> Tensor:
 
 
 def _wanted(model: Any) -> tuple[dict[Way, Tensor], str]:
-    """The logits of eager attention over the model's own cache, by the way to run; and what transformers says to a way
-    that the model cannot go."""
+    """The logits of eager attention over the model's own cache for each way to run, or the error of transformers if the
+    model cannot be run in this way."""
     wanted, left_out = {}, ""
     for way in (pieces, padded):
         try:
@@ -189,7 +189,7 @@ def _at_once(model: Any, wanted: Tensor) -> Finding:
 
 
 def _compare(models: tuple[Any, Any], kind: str, way: Way, wanted: Tensor, bound: float = CLOSE) -> Finding:
-    """A run over a cache of this kind beside the wanted logits."""
+    """Compare a run over a cache of this kind with the expected logits."""
     eager, turbo = models
     try:
         cache = CACHES[kind](turbo.config)
@@ -213,7 +213,7 @@ def _compare(models: tuple[Any, Any], kind: str, way: Way, wanted: Tensor, bound
 
 
 def _own_fault(model: Any, kind: str, way: Way) -> str | None:
-    """What eager attention says to a cache of this kind."""
+    """The error that eager attention raises over a cache of this kind."""
     try:
         way(model, CACHES[kind](model.config))
     except Exception as fault:
@@ -222,7 +222,7 @@ def _own_fault(model: Any, kind: str, way: Way) -> str | None:
 
 
 def distance(result: Tensor, wanted: Tensor) -> float:
-    """Relative error in the Frobenius norm; infinite where it is NaN."""
+    """Relative error in the Frobenius norm; infinite if it is NaN."""
     error = float((result.double() - wanted.double()).norm() / wanted.double().norm())
     return float(f"{error:.1e}") if math.isfinite(error) else math.inf
 

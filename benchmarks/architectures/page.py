@@ -1,4 +1,4 @@
-"""docs/models.md from what a sweep found."""
+"""docs/models.md from the results of a sweep."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ PAGE = ROOT / "docs" / "models.md"
 
 _INTRODUCTION = """# Models
 
-Which causal language models of transformers {version} work with `attn_implementation="turbo"`. This page is written by
-`make architectures` ({seconds} s of one core), which builds a tiny random model of each architecture and compares two
-sets of logits with those of eager attention over the model's own cache:
+The causal language models of transformers {version} that work with `attn_implementation="turbo"`. This page is written
+by `make architectures` ({seconds} s of one core), which builds a tiny random model of each architecture and compares
+two sets of logits with those of eager attention over the model's own cache:
 
 - of two sequences of 53 tokens, in forward passes of 40, 1, 1, 9, 1 and 1 tokens;
 - of 6 steps of greedy `generate` after a batch of prompts of 40 and 29 tokens, left-padded.
 
-Quantization is replaced by exact arithmetic there, so that nothing but rounding may differ: "works" means a relative
-error below 1e-4 in both. Nothing else is compared here: neither other decoding modes, nor real weights and sizes, nor
-other dtypes than float32. The last column is the error of the first set with 8 bits in the actual arithmetic; random
-models with experts may route a token differently, which shows as a larger one.
+Quantization is replaced by exact arithmetic there, so that only rounding may differ: "works" means a relative error
+below 1e-4 in both. Other decoding modes, real weights and sizes, and dtypes other than float32 are not compared here.
+The last column is the error of the first set with 8 bits and actual quantization; it can be larger for random models
+with experts, which may route a token differently.
 
-Of {count} architectures and variants, {right} work with a `TurboCache`, {refused} are refused with an error that names
-the reason, {wrong} give other logits, {foreign} fail otherwise, and {unbuilt} cannot be compared.
+Of {count} architectures and variants, {right} work with a `TurboCache`, {refused} are rejected with an error that
+states the reason, {wrong} give other logits, {foreign} fail otherwise, and {unbuilt} cannot be compared.
 
-What a `TurboCache` does not support is refused when it is made, or else in the model's first forward passes. Models
-from outside transformers meet the same checks: keys or values that a layer changes after the cache, a layer that reads
-what the cache stores, new tokens that no attention function took, masks without the window of the cache, and masks that
-a model computes with by itself all raise an error. Beyond these checks no forward pass is compared with exact
-attention. That would cost a second attention over the whole prompt in every layer, and no bound tells quantization from
-a mistake: it would refuse models with hard heads, which the [guard](numerics.md#the-guard) measures and reports.
+An unsupported model is rejected when its `TurboCache` is created, or in its first forward passes. The same checks apply
+to models from outside transformers. They raise an error if a layer changes keys or values after passing them to the
+cache, if a layer reads the cache's content, if no attention function receives the new tokens, if a mask lacks the
+window of the cache, or if a model uses the mask in its own computations. Apart from these checks, forward passes are
+not compared with exact attention: that would cost a second attention over the whole prompt in every layer, and no bound
+could distinguish quantization errors from mistakes. It would also reject models with heads that quantize badly, which
+the [guard](numerics.md#the-guard) measures and reports.
 
-Decoders with cross-attention (Bart, Marian and others) take
-`EncoderDecoderCache(TurboCache(model.config), DynamicCache(config=model.config))`: the `TurboCache` holds the tokens,
-and transformers' own cache what the encoder said.
+For decoders with cross-attention (Bart, Marian and others), pass
+`EncoderDecoderCache(TurboCache(model.config), DynamicCache(config=model.config))`: the `TurboCache` holds the decoder's
+tokens, and transformers' own cache holds the encoder's keys and values.
 """
 
-_IN_PART = """## Compared in part
+_IN_PART = """## Partly compared
 
-Eager attention over the model's own cache raises an error in one set of logits. Where it does in both, 12 forward
-passes of one token were compared.
+Eager attention over the model's own cache raises an error in one set of logits. If it does in both, 12 forward passes
+of one token were compared.
 
 """
-_SPLIT = """## Other logits in transformers itself
+_SPLIT = """## Different logits in transformers itself
 
-Eager attention over the model's own cache gives other logits in several forward passes than without a cache in one, for
-example because states start anew in a pass of several tokens. Here, "works" means that a `TurboCache` gives the same as
-the model's own cache; prompts in chunks are such passes.
+In transformers, eager attention over the model's own cache gives different logits in several forward passes than in one
+pass without a cache, for example because states are reset in a pass of several tokens. Here, "works" means that a
+`TurboCache` gives the same logits as the model's own cache. Chunked prefill uses such passes.
 
 | architecture | difference |
 |---|---|"""
 
 
 def of_results() -> str:
-    """The page that the last results make."""
+    """The page of the latest results."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     return page([Verdict.of(x) for x in results["architectures"]], results["transformers"], results["seconds"])
 
@@ -86,12 +87,12 @@ def page(verdicts: list[Verdict], version: str, seconds: float) -> str:
         parts.append("\n".join([_SPLIT, *rows, ""]))
     wide = {x.name: x.found["default sizes"] for x in by["right"] if x.found["default sizes"].verdict != "right"}
     if wide:
-        start = "## Work at tiny sizes, and are refused at those of their default config\n\n"
+        start = "## Work at tiny sizes, rejected at the sizes of their default config\n\n"
         parts.append(start + _reasons(wide))
     for title, verdict in (
         ("Wrong", "wrong"),
         ("Fail", "foreign"),
-        ("Refused", "refused"),
+        ("Rejected", "refused"),
         ("Not compared", "not built"),
     ):
         if by[verdict]:
@@ -105,17 +106,17 @@ def _works(verdicts: list[Verdict]) -> str:
     rows = [
         f"| {x.name} | {x.found['TurboCache'].error or 0:.0e} | {x.found['INT8'].error or 0:.3f} |" for x in verdicts
     ]
-    return "\n".join(["## Work\n", "| architecture | error, exact | error, 8 bits |", "|---|---|---|", *rows, ""])
+    return "\n".join(["## Supported\n", "| architecture | error, exact | error, 8 bits |", "|---|---|---|", *rows, ""])
 
 
 def _over(kind: str, found: dict[str, Finding]) -> str:
-    """Of "turbo" over a cache of transformers."""
+    """The section on "turbo" over one of transformers' caches."""
     others = {name: finding for name, finding in found.items() if finding.verdict != "right"}
     said = (
-        f"Without a `TurboCache`, the same two sets of logits over a `{kind}`; architectures that do not call "
-        "transformers' attention interface attend by themselves then. Of "
+        f"The same two sets of logits over a `{kind}` instead of a `TurboCache`. Architectures that do not call "
+        "transformers' attention interface use their own attention here. Of "
         f"{len(found)} architectures whose eager attention runs over its own cache, {len(found) - len(others)} give "
-        "those of eager attention" + ("; the others:" if others else ".")
+        "the logits of eager attention" + ("; the others:" if others else ".")
     )
     start = f'## "turbo" over a {kind}\n\n{textwrap.fill(said, 120)}\n'
     return start + ("\n" + _reasons(others) if others else "")
@@ -133,7 +134,7 @@ def _reasons(found: dict[str, Finding]) -> str:
 
 
 def reason(finding: Finding) -> str:
-    """The message, without what differs between architectures."""
+    """The message, without the parts that differ between architectures."""
     note = finding.note or f"relative error {finding.error:.1e}"
     note = re.sub(r"(architecture|kind) '[\w.-]+'", r"\1 NAME", note)
     note = re.sub(r"\d+ new tokens", "new tokens", note)

@@ -119,21 +119,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""By architecture: what the sizes above leave contradictory or too large."""
+"""By architecture: sizes that would otherwise be contradictory or too large."""
 
 NUMBERED_BY_THE_CALLER = {"bamba"}
-"""Architectures whose forward numbers the tokens of every call from 0, unless it gets their positions, as `generate`
-hands them on. All others number them by their cache, which is part of what is compared."""
+"""Architectures whose forward numbers the tokens of every call from 0 unless it gets positions, as from `generate`. All
+others number tokens by their cache, which is part of the comparison."""
 
 _DECODERS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
-"""The part of a config that the causal model takes, where transformers does not take it out itself."""
+"""The part of a config that the causal model uses, if transformers does not select it itself."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon, ALiBi": ("falcon", {"alibi": True}),
     "qwen2, sliding windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
     "qwen3, sliding windows": ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}),
 }
-"""By a name of their own: options that an architecture's defaults leave off."""
+"""Variants by name: options that an architecture's defaults leave off."""
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a sweep finds of an architecture, and how it is kept."""
+"""The findings of a sweep for an architecture, and their JSON form."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """What became of one architecture: how it was built, and by cache the worst finding of all ways to run; "INT8" is a
-    `TurboCache` of 8 bits in its own arithmetic, "default sizes" whether one is made for the config as it is, "at once"
-    whether transformers itself gives in one forward pass what it gives in several: right, or differs. Of one that
-    cannot be compared there is at most the refusal of a `TurboCache`."""
+    """The result for one architecture: how it was built, and by cache the worst finding over all ways to run. "INT8" is
+    a `TurboCache` of 8 bits with actual quantization; "default sizes": whether a `TurboCache` accepts the unmodified
+    config; "at once": whether transformers itself gives the same logits in one forward pass as in several (right, or
+    differs). If an architecture cannot be compared, there is at most the error of a `TurboCache`."""
 
     name: str
     built: Finding
@@ -32,7 +32,7 @@ class Verdict:
 
     @property
     def counted(self) -> Finding:
-        """What the architecture is counted as."""
+        """The finding by which the architecture is counted."""
         return self.found.get("TurboCache", self.built)
 
     @property
@@ -40,12 +40,12 @@ class Verdict:
         return self.built.verdict == "right"
 
     def brief(self) -> dict[str, Any]:
-        """For JSON, without what is empty."""
+        """The JSON value, without empty fields."""
         return _brief(asdict(self))
 
     @classmethod
     def of(cls, brief: dict[str, Any]) -> Verdict:
-        """From what `brief` gave."""
+        """Inverse of `brief`."""
         found = {kind: Finding(**finding) for kind, finding in brief["found"].items()}
         return cls(brief["name"], Finding(**brief["built"]), found)
 

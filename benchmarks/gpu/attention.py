@@ -27,8 +27,8 @@ from torch import Tensor
 import turboattention as ta
 from turboattention.benchmarking.records import Rival, Row
 from turboattention.impl.triton.host_lengths import Fills
-from turboattention.impl.triton.state import StepCall
 from turboattention.impl.triton.steps import steps_of
+from turboattention.params import AttentionParams
 
 _ROWS = 64  # last query rows that errors are taken over
 
@@ -112,7 +112,8 @@ def _decode_at(
     cache = filled_cache(batch, plan.kv_heads, plan.head_dim, tokens, config)
     steps = steps_of(cache)
     assert steps is not None
-    own = graphed(functools.partial(steps.run, q, None, None, StepCall(plan.head_dim**-0.5), fills=Fills()))
+    params = AttentionParams(True, plan.head_dim**-0.5)
+    own = graphed(functools.partial(steps.run, q, None, None, params, fills=Fills()))
     error = None
     if batch * tokens <= 1 << 18:  # memory of floats
         error = relative_error(own()[0][:1], exact(q[:1], *(x[:1] for x in cache.dequantize()), False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import paged_kernels
@@ -15,16 +16,18 @@ from turboattention.kernels.triton import append, attention, fresh, pages, quant
 from turboattention.kernels.triton.call import Fresh, padded
 from turboattention.kernels.triton.ordering import Order
 from turboattention.kv.layout import PageLayout
+from turboattention.params import AttentionParams
 
 BATCH, KV_HEADS, GROUP = 2, 8, 4
 CONFIG = TurboConfig(softmax="exp")  # what GPUs take
+PARAMS = AttentionParams(is_causal=True, scale=0.1)
 
 MASKS = {"bool mask": torch.bool, "16-bit mask": torch.bfloat16, "32-bit mask": torch.float32}
 VISIBILITY = {
-    "full": {"causal": False},
-    "window": {"window": 100},
+    "full": {"is_causal": False},
+    "window": {"window_size": 100},
     "softcap": {"softcap": 30.0},
-    "window, softcap, 32-bit mask": {"window": 100, "softcap": 30.0, "mask": torch.zeros(1, 1, 256, 256)},
+    "window, softcap, 32-bit mask": {"window_size": 100, "softcap": 30.0, "attn_mask": torch.zeros(1, 1, 256, 256)},
 }
 
 EVERY = (True,) * KV_HEADS
@@ -42,13 +45,13 @@ def calls(quick: bool = False) -> Iterator[tuple[str, Work]]:
     for head_dim in (64, 128, 256):
         yield f"prefill d{head_dim}", _prefill(CONFIG, head_dim)
         for name, dtype in MASKS.items():
-            yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, mask=_mask(dtype, 256))
+            yield f"prefill d{head_dim}, {name}", _prefill(CONFIG, head_dim, attn_mask=_mask(dtype, 256))
     for head_dim, (group, bits) in itertools.product((128, 256), widths.items()):
         purpose = f"decode d{head_dim} int{bits}, group {group}"
         yield purpose, _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group)
         for name, dtype in MASKS.items():
             mask = _mask(dtype, 1, 4097)
-            yield f"{purpose}, {name}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, mask=mask)
+            yield f"{purpose}, {name}", _decode(CONFIG, head_dim, (bits,) * KV_HEADS, group, attn_mask=mask)
     for bits, (name, halves) in itertools.product((4, 3, 2), HALVES.items()):  # what is measured
         work = _decode(CONFIG, 128, (bits,) * KV_HEADS, GROUP, halves)
         yield f"decode d128 int{bits}, group {GROUP}{name}", work
@@ -86,17 +89,19 @@ def _narrower_values() -> Iterator[tuple[str, Work]]:
     yield "pages for prefill d192, values of 128", _chunk(192, 128)
 
 
-def _prefill(config: TurboConfig, head_dim: int, tokens: int = 256, **options: Any) -> Work:
+def _prefill(
+    config: TurboConfig, head_dim: int, tokens: int = 256, v_head_dim: int | None = None, **options: Any
+) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
-    options = _options(head_dim) | options
-    dims = head_dim, options["v_head_dim"] or head_dim
+    params, given = replace(PARAMS, **options), _given(head_dim, v_head_dim)
+    dims = head_dim, v_head_dim or head_dim
     k, v = (torch.zeros(BATCH, KV_HEADS, tokens, size, dtype=torch.bfloat16) for size in dims)
     flag = torch.zeros(1, dtype=torch.int32)
 
     def work() -> None:
         fresh.mean_of_first_block(k, 4, padded(head_dim), config.rotate, flag)
-        keys = Fresh(k, v, options["mean"], flag)
-        attention.attend(config, q, _query_positions(tokens, 0), None, None, fresh=keys, **options)
+        keys = Fresh(k, v, given["mean"], flag)
+        attention.attend(config, q, _query_positions(tokens, 0), None, None, params, fresh=keys, **given)
 
     return work
 
@@ -107,24 +112,25 @@ def _decode(
     bits: tuple[int, ...],
     group: int,
     halves: tuple[bool, ...] = (),
+    v_head_dim: int | None = None,
     **options: Any,
 ) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * group, 1, head_dim, dtype=torch.bfloat16)
-    options = _options(head_dim) | options
-    table = _table(head_dim, bits, halves, options["v_head_dim"])
+    params, given = replace(PARAMS, **options), _given(head_dim, v_head_dim)
+    table = _table(head_dim, bits, halves, v_head_dim)
     if halves:
-        options["order"] = _order(head_dim)
-    rows = _rows(head_dim, 64, torch.bfloat16, options["v_head_dim"])
-    return lambda: attention.attend(config, q, _query_positions(1, 4096), table, rows, **options)
+        given["order"] = _order(head_dim)
+    rows = _rows(head_dim, 64, torch.bfloat16, v_head_dim)
+    return lambda: attention.attend(config, q, _query_positions(1, 4096), table, rows, params, **given)
 
 
 def _chunk(head_dim: int, v_head_dim: int | None = None) -> Work:
     """Many query rows over a cache."""
     q = torch.zeros(BATCH, KV_HEADS * GROUP, 256, head_dim, dtype=torch.bfloat16)
     table = _table(head_dim, (2, 4) * (KV_HEADS // 2), SOME, v_head_dim)
-    options = _options(head_dim) | {"order": _order(head_dim), "v_head_dim": v_head_dim}
+    given = _given(head_dim, v_head_dim) | {"order": _order(head_dim)}
     rows = _rows(head_dim, 256, torch.float32, v_head_dim)
-    return lambda: attention.attend(CONFIG, q, _query_positions(256, 4096), table, rows, **options)
+    return lambda: attention.attend(CONFIG, q, _query_positions(256, 4096), table, rows, PARAMS, **given)
 
 
 def _stage_one(head_dim: int) -> Work:
@@ -203,7 +209,6 @@ def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Te
     return torch.zeros(1, 1, queries, keys or queries, dtype=dtype)
 
 
-def _options(head_dim: int) -> dict[str, Any]:
+def _given(head_dim: int, v_head_dim: int | None = None) -> dict[str, Any]:
     mean = torch.zeros(BATCH, KV_HEADS, head_dim, dtype=torch.bfloat16)
-    more = dict(causal=True, window=None, softcap=None, mask=None, v_head_dim=None)
-    return dict(kv_heads=KV_HEADS, scale=0.1, mean=mean, mean_from_block=1, **more)
+    return dict(kv_heads=KV_HEADS, v_head_dim=v_head_dim, mean=mean, mean_from_block=1)

@@ -12,10 +12,15 @@ from architecture import changed
 from turboattention.config import TurboConfig
 from turboattention.kernels.triton.paged import LayerTail, Ragged, attend, store
 from turboattention.kv.layout import PageLayout
+from turboattention.params import AttentionParams
 
 SEQUENCES, KV_HEADS, GROUP = 4, 8, 4
 CONFIG = TurboConfig.serving(softmax="exp")  # what GPUs take
-VISIBILITY = {"window": {"window": 1000}, "softcap": {"softcap": 30.0}, "both": {"window": 1000, "softcap": 30.0}}
+VISIBILITY = {
+    "window": {"window_size": 1000},
+    "softcap": {"softcap": 30.0},
+    "both": {"window_size": 1000, "softcap": 30.0},
+}
 
 Work = Callable[[], object]
 
@@ -64,7 +69,7 @@ def _step(
     head_dim: int, bits: int, group: int, most: int, tokens: int, config: TurboConfig = CONFIG, **options: Any
 ) -> Work:
     layout = PageLayout.uniform(KV_HEADS, head_dim, 64, bits, True)
-    asked: dict[str, Any] = {"scale": 0.1, "window": None, "softcap": None} | options
+    params = AttentionParams(True, 0.1, **options)
     mean = torch.zeros(KV_HEADS, head_dim, dtype=torch.bfloat16)
 
     def work() -> None:
@@ -79,6 +84,6 @@ def _step(
         flag = torch.zeros(1, dtype=torch.int32)
         pages = torch.zeros(2, -(-layout.page_bytes // 64) * 64, dtype=torch.uint8)
         tail = store(config, layout, batch, k, v, mean, pages, layer_tail, flag)
-        attend(config, layout, batch, q, out, mean, pages, layer_tail, tail, flag, **asked)
+        attend(config, layout, batch, q, out, mean, pages, layer_tail, tail, flag, params)
 
     return work

@@ -15,8 +15,8 @@ from turboattention.benchmarking.records import Row
 from turboattention.benchmarking.statistics import spread
 from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.impl.triton.host_lengths import Fills
-from turboattention.impl.triton.state import StepCall
 from turboattention.impl.triton.steps import steps_of
+from turboattention.params import AttentionParams
 
 _STEPS = 192
 
@@ -52,7 +52,8 @@ def _steps(plan: Plan, batch: int, tokens: int, count: int, shape: dict) -> Row:
     seconds = each_call(lambda: graph.step(q, k, v), count)
     alone = steps_of(held)
     assert alone is not None
-    attending = once(graphed(functools.partial(alone.run, q, None, None, StepCall(plan.head_dim**-0.5), fills=Fills())))
+    params = AttentionParams(True, plan.head_dim**-0.5)
+    attending = once(graphed(functools.partial(alone.run, q, None, None, params, fills=Fills())))
     # A flush ends each run of 64 steps.
     flush = max(seconds)
     mean = sum(seconds) / len(seconds)

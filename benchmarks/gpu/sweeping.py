@@ -21,10 +21,10 @@ from timing import WRONG, graphed, on_gpu, once, relative_error, said
 
 import turboattention as ta
 from turboattention.impl.triton.host_lengths import Fills
-from turboattention.impl.triton.state import StepCall
 from turboattention.impl.triton.steps import steps_of
 from turboattention.kernels.triton import configs
 from turboattention.kernels.triton.configs import Launch
+from turboattention.params import AttentionParams
 
 Row = dict[str, Any]
 DECODE = tuple(Launch(*each) for each in itertools.product((4, 8), (1, 2), (2, 3, 4)))
@@ -180,7 +180,7 @@ def best(rows: list[Row], **wanted: Any) -> Launch | None:
 def _attended(cache: ta.KVCache, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     steps = steps_of(cache)
     assert steps is not None
-    return steps.run(q, None, None, StepCall(q.shape[3] ** -0.5), fills=Fills())
+    return steps.run(q, None, None, AttentionParams(True, q.shape[3] ** -0.5), fills=Fills())
 
 
 def _of(launch: Launch) -> Row:

@@ -1,4 +1,4 @@
-"""A calibration of a real model from the bundled text, for keys in a measured order, and less their means."""
+"""A calibration of a real model on the bundled text, for channel orders and means of keys."""
 
 from __future__ import annotations
 

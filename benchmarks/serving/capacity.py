@@ -73,7 +73,7 @@ def _row(
     budget: int,
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """tokens_per_gib: of the memory given for pages. with_side_pool: of that and the side pool. times: over the 16-bit
+    """tokens_per_gib: per GiB of pages. with_side_pool: per GiB of pages and tail slots. times: relative to 16-bit
     pages."""
     alone = found["tokens"] / budget * GIB
     both = found["tokens"] / (budget + found["side_pool_bytes"]) * GIB

@@ -1,4 +1,4 @@
-"""What a soak has shown: answers beside solo answers, and memory as it went."""
+"""The results of a soak: answers compared with solo answers, and memory over time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WARM_UP = 0.25
-"""The part of the samples after which memory has to be flat."""
+"""The fraction of the samples after which memory must not grow."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """equal: answers that are their solo answers, of requests taken back as far as they came. close: others, whose
-    two best logits are close where they part. wrong: the rest. widest: the widest gap among the close ones."""
+    """equal: answers that equal their solo answers, of aborted requests up to the abort. close: others whose two
+    largest logits are close at the first difference. wrong: the rest. widest: the largest gap among the close ones."""
 
     equal: int
     close: int
@@ -27,7 +27,7 @@ def compare(
     aborted: Sequence[str],
     bound: float,
 ) -> Answers:
-    """gaps: best logit less the second, by request and position of `solo`. bound: what counts as close."""
+    """gaps: largest logit minus the second, by request and position of `solo`. bound: the largest gap that is close."""
     equal, close, wrong = 0, [], []
     taken_back = set(aborted)
     for name, wanted in solo.items():
@@ -45,7 +45,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the mean of the first and of the last third of what follows the warm-up, and the most there was."""
+    """Bytes: the mean of the first and of the last third after the warm-up, and the maximum."""
 
     early: float
     late: float

@@ -1,4 +1,4 @@
-"""What is compared in vLLM: its own attention over a 16-bit and an fp8 cache, and TurboAttention at each width."""
+"""The caches compared in vLLM: its own attention over a 16-bit and an fp8 cache, and TurboAttention at each width."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ VARIABLE = "TURBOATTENTION_VLLM"
 
 @dataclass(frozen=True)
 class Contender:
-    """bits: "mixed" are a calibration's widths; None is vLLM alone. calibrated: with a calibration's means and order of
-    K's channels. cache_dtype: vLLM's `kv_cache_dtype`, "auto" for the model's own."""
+    """bits: "mixed" for a calibration's widths; None for vLLM's own cache. calibrated: with a calibration's means and
+    order of K's channels. cache_dtype: vLLM's `kv_cache_dtype`, "auto" for the model's own."""
 
     name: str
     title: str
@@ -26,13 +26,13 @@ class Contender:
         return self.calibrated or self.bits == "mixed"
 
     def environment(self, calibration: Path | None = None) -> dict[str, str]:
-        """Added to a process's environment. The variable is set either way: one that was inherited must not count."""
+        """Added to a process's environment. The variable is always set, so that an inherited value has no effect."""
         if self.needs_calibration and calibration is None:
             raise ValueError(f"calibration: expected a folder for {self.name}, got none")
         return {VARIABLE: str(calibration) if self.needs_calibration else self.bits or ""}
 
     def options(self, gpu: bool = False) -> Mapping[str, Any]:
-        """For `LLM`: on a CPU the plugin takes the place of the one backend there is."""
+        """Arguments of `LLM`: on a CPU the plugin replaces the only backend."""
         found: dict[str, Any] = {"kv_cache_dtype": self.cache_dtype}
         if gpu and self.bits:
             found["attention_backend"] = "CUSTOM"

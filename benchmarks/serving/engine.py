@@ -24,7 +24,7 @@ def greedy(tokens: int, **more: Any) -> SamplingParams:
 
 
 def cache_facts(llm: LLM) -> dict[str, int]:
-    """blocks and tokens that the scheduler has, bytes of the layers' own tensors, and of the pool beside them."""
+    """Blocks and tokens of the scheduler, bytes of the layers' tensors, and bytes of the tail slots."""
     config = llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context.values()
     pools = [layer.impl.tail_blocks.nbytes for layer in layers if hasattr(layer.impl, "tail_blocks")]
@@ -40,7 +40,7 @@ def cache_facts(llm: LLM) -> dict[str, int]:
 
 
 def counters(llm: LLM) -> dict[str, int]:
-    """vLLM's own counters, since it started."""
+    """vLLM's counters since its start."""
     names = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "generation_tokens")
     found = _counted(llm)
     return {name: int(found[f"vllm:{name}"]) for name in names}
@@ -54,13 +54,13 @@ def drafts(llm: LLM) -> dict[str, int]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process, the engine with it."""
+    """Memory of this process, including the engine."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def facts() -> dict[str, Any]:
-    """Where and with what this ran."""
+    """The machine and the versions."""
     from turboattention.cli.bench_facts import bench_facts
 
     found = bench_facts("cpu" if not torch.cuda.is_available() else "triton", vllm=vllm.__version__)

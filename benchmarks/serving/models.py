@@ -1,4 +1,4 @@
-"""The models that are served: the bundled one, real ones in folders, and Llama 3 8B's shapes with random weights."""
+"""The served models: the bundled one, real ones in folders, and Llama 3 8B's shapes with random weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from turboattention.config import WIDTHS
 from turboattention.paged import TailBlocks
 
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct", "gemma3": "Gemma 3 270M"}
-"""Of the real models, by the label that the commands take."""
+"""Titles of the real models, by their label on the command line."""
 MEANS = ("qwen",)
 """Calibrated with means of K. A large part of Qwen2.5's keys is the same in all tokens; SmolLM2 is better without."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A folder for vLLM. random: without weights and tokenizer; vLLM makes weights up."""
+    """A folder for vLLM. random: without weights and tokenizer; vLLM uses random weights."""
 
     title: str
     folder: Path
@@ -40,12 +40,12 @@ class Model:
         return {"model": str(self.folder), **made_up}
 
     def side_pool(self, sequences: int) -> int:
-        """Bytes beside the pages: a slot for each sequence that may run, and a spare one."""
+        """Bytes of the tail slots: one for each sequence that may run, and a spare one."""
         return TailBlocks(self.layers, sequences + 1, self.kv_heads, self.head_dim, device="meta").nbytes
 
     def mixed(self, folder: Path) -> Path:
         """A calibration with the paper's widths: half of the KV heads at 2 bits, the others at 4. Its statistics are
-        blank: sizes depend on the widths alone."""
+        zeros, because sizes depend only on the widths."""
         bits = torch.tensor([[2 if head < self.kv_heads // 2 else 4 for head in range(self.kv_heads)]] * 2)
         layer = LayerStatistics(
             errors=torch.zeros(2, self.kv_heads, len(WIDTHS), dtype=torch.float64),
@@ -64,7 +64,7 @@ def bundled_model() -> Model:
 
 
 def calibration(model: Model, label: str) -> Path:
-    """The folder of a real model's calibration, which is made where there is none."""
+    """The folder of a real model's calibration, which is created if there is none."""
     folder = processes.BUILD / "calibrations" / label
     if not (folder / "calibration.json").exists():
         print(f"calibrates {model.title}", flush=True)
@@ -91,7 +91,7 @@ def drafter(folder: Path) -> Path:
 def llama(folder: Path, *, attention_only: bool) -> Model:
     """Llama 3 8B's shapes, written into `folder`.
 
-    attention_only: two layers, and the least of everything that is not attention.
+    attention_only: two layers, with minimal sizes of everything except attention.
     """
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -7,10 +7,10 @@ from typing import Any
 from sections import machine, markdown
 
 _ASKED = (
-    ("completion", "the beginning of a story, to continue"),
+    ("completion", "continue the beginning of a story"),
     ("chat", "*What is the capital of France?*"),
     ("call", "*What is the weather in Paris?*, with a tool"),
-    ("told", "the same, with the tool's result"),
+    ("told", "the same, followed by the tool's result"),
 )
 
 
@@ -29,13 +29,13 @@ def models(document: dict[str, Any], name: str) -> str:
         [
             "## Real models behind the server",
             machine(document["facts"]),
-            "Over vLLM's API, in float32, so that only the cache differs, with the fp8 and the packed caches beside "
-            "vLLM's own cache: the share of places of a text, after its first 64 tokens, at which both rank the same "
-            "token first, and the relative change of perplexity. *calibrated*: with an order of K's channels, and Qwen "
-            "with means of K, measured on another text.",
+            "Over vLLM's API, in float32, so that only the cache differs: the fp8 cache and the packed caches compared "
+            "with vLLM's own cache. *top-1*: the share of positions of a text, after its first 64 tokens, at which "
+            "both rank the same token first; *perplexity*: its relative change. *calibrated*: with an order of K's "
+            "channels, and for Qwen also means of K, measured on another text.",
             markdown(["model", "cache", "top-1", "perplexity"], rows),
             "The answers (greedy):",
-            markdown(["model", "asked", "cache", "answer"], answers),
+            markdown(["model", "request", "cache", "answer"], answers),
         ]
     )
 

@@ -1,6 +1,6 @@
 """Writes the measured part of docs/serving.md from benchmarks/results/serving-*.json, and its pictures.
 
-`page.py --table`; `--check` fails where the page differs. Needs matplotlib for the pictures, and no vLLM.
+`page.py --table`; `--check` fails if the page differs. Needs matplotlib for the pictures, but not vLLM.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ PARTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="write the page and its pictures")
-    parser.add_argument("--check", action="store_true", help="fail where the page differs")
+    parser.add_argument("--check", action="store_true", help="fail if the page differs")
     options = parser.parse_args()
     if options.table == options.check:
         parser.error("expected one of --table and --check")
@@ -58,7 +59,7 @@ def main() -> int:
 
 
 def documents(folder: Path) -> dict[str, dict[str, Any]]:
-    """Those that are there; real models' throughput with what the caches do to the next token."""
+    """The existing files of results; those on throughput of real models include `quality`, from another file."""
     found = {name: _read(folder, name) for name in PARTS}
     for name, document in found.items():
         if document and "-throughput-" in name:
@@ -67,14 +68,22 @@ def documents(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """Empty where there is no such file."""
+    """Empty if there is no such file."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def section(folder: Path) -> str:
     parts = [PARTS[name][0](document, name) for name, document in documents(folder).items()]
-    return "\n\n".join(parts) or "Nothing has been measured yet."
+    paragraphs = "\n\n".join(parts).split("\n\n")
+    return "\n\n".join(map(_wrapped, paragraphs)) or "Nothing has been measured yet."
+
+
+def _wrapped(paragraph: str) -> str:
+    """In lines of at most 120 columns, except tables, lists and pictures."""
+    if paragraph.startswith(("|", "- ", "!")):
+        return paragraph
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def with_section(text: str, section: str) -> str:

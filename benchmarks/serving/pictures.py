@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def capacity(document: dict[str, Any]) -> Figure:
-    """Bars per model: tokens per GiB of pages, and with the side pool paid."""
+    """Bars per model: tokens per GiB of pages, and of pages and tail slots."""
     models = list(dict.fromkeys(row["model"] for row in document["rows"]))
     figure = _figure(5.2 * len(models), 3.6)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
@@ -25,7 +25,7 @@ def capacity(document: dict[str, Any]) -> Figure:
             [row["with_side_pool"] for row in rows],
             0.5,
             color="C1",
-            label="pages and side pool (in brackets)",
+            label="pages and tail slots (in brackets)",
         )
         for position, row in zip(positions, rows, strict=True):
             times = (

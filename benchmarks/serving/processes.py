@@ -1,4 +1,4 @@
-"""Each engine in a process of its own: `call` runs one task of `worker.py` and hands back what it returns."""
+"""Each engine in a separate process: `call` runs one task of `worker.py` and returns its result."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SETTINGS = {
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """This process's, in which the package is the one of this folder."""
+    """The environment of this process, with the package of this source tree."""
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, **_SETTINGS, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def call(task: str, spec: Mapping[str, Any], more: Mapping[str, str], log: str) -> dict[str, Any]:
-    """The result of `worker.py`'s `task`. What it prints is shown; what vLLM says goes to build/serving/`log`.log.
+    """The result of `worker.py`'s `task`. Its output is shown; that of vLLM goes to build/serving/`log`.log.
 
     Raises:
         RuntimeError: the process failed; its last lines.

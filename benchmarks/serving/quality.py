@@ -1,8 +1,8 @@
-"""What a served cache does to a real model's next token, beside vLLM's 16-bit cache: `python
+"""The effect of a served cache on a real model's next token, compared with vLLM's 16-bit cache: `python
 benchmarks/serving/quality.py smollm2=FOLDER`, with the Python that has vLLM.
 
 Passages are read as prompts, in steps of a few tokens, so that nearly all keys come from the cache. Writes
-benchmarks/results/serving-quality-LABEL.json, which the tables of throughput take in (`page.py --table`).
+benchmarks/results/serving-quality-LABEL.json, which the tables of throughput include (`page.py --table`).
 """
 
 from __future__ import annotations

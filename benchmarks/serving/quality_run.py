@@ -24,7 +24,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 def _read(llm: Any, ids: list[int]) -> np.ndarray:
     """float32 [len(ids) - 1, vocabulary].
 
-    vLLM hands out the likeliest few. It computes them from all, which are taken on their way.
+    vLLM returns only the largest few. They are computed from all, which are intercepted here.
     """
     pieces: list[np.ndarray] = []
     compute = Sampler.compute_logprobs

@@ -1,4 +1,4 @@
-"""What a served model is asked: a text to rank, its continuation, a chat, and a tool."""
+"""Requests to a served model: a text to score, a continuation, a chat, and a tool call."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 @dataclass(frozen=True)
 class Answers:
-    """What one server gave. best: the likeliest token at each place of the text, from the second on. nats: the mean
-    negative log-probability of the text's tokens. completion: after the beginning of the text. chat: the answer to the
-    question; None without a chat template. call: the tool, its name and arguments, and told: what the model makes of
-    its result; None without tools."""
+    """The answers of one server. best: the likeliest token at each position of the text, from the second on. nats: the
+    mean negative log-probability of the text's tokens. completion: the continuation of the beginning of the text. chat:
+    the answer to the question; None without a chat template. call: the name and arguments of the tool call; told: the
+    answer given the tool's result; both None without tools."""
 
     best: list[int]
     nats: float

@@ -17,7 +17,7 @@ _GONE = (OSError, http.client.HTTPException)
 
 
 def restart(model: Path, options: Mapping[str, Any], more: Mapping[str, str], asked: Asked) -> dict[str, Any]:
-    """first, second: answers before the kill and after the new start. lost: requests that the kill cut off."""
+    """first, second: answers before the kill and after the restart. lost: requests interrupted by the kill."""
     with ThreadPoolExecutor(len(asked)) as pool:
         with Server(model, options, more, "server-first") as server:
             print(f"  serves after {server.wait():.0f} s", flush=True)
@@ -32,7 +32,7 @@ def restart(model: Path, options: Mapping[str, Any], more: Mapping[str, str], as
 
 
 def _killed(pool: ThreadPoolExecutor, server: Server, asked: Asked) -> int:
-    """Kill the server as soon as the first of many requests is answered. How many were not."""
+    """Kill the server as soon as the first of many requests is answered; the number of unanswered ones."""
     pending = ask(pool, server, asked)
     while not any(answer.done() for answer in pending.values()):
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""The measured sections of docs/serving.md on capacity and on correctness under load, and what all sections share."""
+"""The measured sections of docs/serving.md on capacity and correctness under load, and functions for all sections."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 MIB = 2**20
 FLOORS = {"turbo-4": 3.6, "turbo-3": 4.4}
-"""Times the tokens of 16-bit pages."""
+"""Minimum number of tokens relative to 16-bit pages."""
 
 
 def capacity(document: dict[str, Any], name: str) -> str:
-    columns = ["model", "cache", "blocks", "tokens/GiB", "times 16 bits", "tokens/GiB, side pool paid", "times"]
+    columns = ["model", "cache", "blocks", "tokens/GiB", "× 16 bits", "tokens/GiB with tail slots", "× 16 bits"]
     rows = []
     for row in document["rows"]:
         floor = FLOORS.get(row["contender"])
@@ -27,10 +27,9 @@ def capacity(document: dict[str, Any], name: str) -> str:
         [
             "## Capacity",
             machine(document["facts"]),
-            f"Blocks of engines with `kv_cache_memory_bytes` of {budget:g} GiB and bfloat16 models. The side pool, "
-            f"INT8 rows of the blocks that are not full yet, has a slot for each of `max_num_seqs` = "
-            f"{document['sequences']} sequences ({beside}) and lies beside the pages, whatever their number; the last "
-            "two columns count it.",
+            f"Blocks of engines with `kv_cache_memory_bytes` of {budget:g} GiB and bfloat16 models. The tail slots, "
+            f"which hold INT8 rows of incomplete blocks for each of `max_num_seqs` = {document['sequences']} "
+            f"sequences, take additional memory of a fixed size ({beside}); the last two columns include it.",
             markdown(columns, rows),
             f"![tokens per GiB]({name}.png)",
         ]
@@ -42,7 +41,7 @@ def soak(document: dict[str, Any], name: str) -> str:
     by_model = bool(drafts) and document.get("drafter") == "model"
     kind = "drafts by a model (the bundled one without the MLP of one layer)" if by_model else "n-gram drafts"
     told = (
-        f"The bundled model in float32, greedy{f', up to {drafts} {kind} a step' if drafts else ''}: requests "
+        f"The bundled model in float32, greedy{f', up to {drafts} {kind} per step' if drafts else ''}: requests "
         "of random length run through an engine whose cache is too small for all of them. Each answer is compared with "
         "that of a run of one sequence at a time, without a prefix cache"
         f"{' and without drafts' if drafts else ''}; aborted requests are compared up to the abort. oneDNN's kernel "
@@ -69,7 +68,7 @@ def _soaked(document: dict[str, Any]) -> list[list[str]]:
         accepted, rejected = document["accepted_tokens"], document["draft_tokens"] - document["accepted_tokens"]
         drafts = [["drafts accepted, rejected", f"{accepted:,}, {rejected:,}"]]
     return [
-        ["requests", f"{document['requests']:,}, {document['shared_prefixes']:,} of them behind a shared prefix"],
+        ["requests", f"{document['requests']:,}, {document['shared_prefixes']:,} of them with a shared prefix"],
         ["aborted", f"{document['taken_back']:,}"],
         ["cache", f"{document['blocks']:,} blocks of {document['block_size']} tokens, {document['bits']} bits"],
         ["preemptions", f"{document['num_preemptions']:,}"],
@@ -78,7 +77,7 @@ def _soaked(document: dict[str, Any]) -> list[list[str]]:
         ["tokens generated", f"{document['generated']:,}"],
         ["answers equal to a single run's", f"{answers['equal']:,}"],
         [
-            f"answers that differ where the two best logits are closer than {document['bound']:g}",
+            f"answers that differ where the two largest logits are closer than {document['bound']:g}",
             f"{answers['close']:,}" + (f" (at most {answers['widest']:.4f})" if answers["close"] else ""),
         ],
         ["wrong answers", f"{len(answers['wrong']):,}"],

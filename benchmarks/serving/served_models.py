@@ -1,9 +1,9 @@
 """Real models behind vLLM's API server: `python benchmarks/serving/served_models.py smollm2=FOLDER qwen=FOLDER
 gemma3=FOLDER`, with the Python that has vLLM.
 
-In float32, so that only the cache differs: the likeliest next token over a text, a completion, a chat, and a tool,
-over each cache and over vLLM's own with 16 or more bits. Writes benchmarks/results/serving-models.json as each model is
-done, and ends with 1 where a model is below its floor; `page.py --table` then writes docs/serving.md.
+In float32, so that only the cache differs: the likeliest next token over a text, a completion, a chat, and a tool call,
+over each cache and over vLLM's own with 16 or more bits. Writes benchmarks/results/serving-models.json after each
+model, and exits with 1 if a model is below its floor; `page.py --table` then writes docs/serving.md.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CONTENDERS = (contenders.FP8, contenders.BY_NAME["turbo-4"], *contenders.CALIBRA
 
 @dataclass(frozen=True)
 class Served:
-    """What a model can do, and floors. checked: the contender that they are for. agreement: the least share of places
-    at which the likeliest token is that of vLLM's own cache. perplexity: the most that it may change, relatively."""
+    """Features of a model, and floors. checked: the cache to which the floors apply. agreement: the smallest share of
+    positions at which the likeliest token is that of vLLM's own cache. perplexity: the largest relative change."""
 
     chat: bool
     tools: bool
@@ -121,8 +121,8 @@ def _serve(model: models.Model, label: str, contender: Contender) -> Answers:
 
 
 def _row(contender: Contender, got: Answers, stock: Answers) -> dict[str, Any]:
-    """top1: the share of places, after the first block, where the likeliest token is that of `stock`. perplexity: its
-    relative change."""
+    """top1: the share of positions, after the first block, at which the likeliest token is that of `stock`. perplexity:
+    its relative change."""
     pairs = list(zip(got.best, stock.best, strict=True))[BLOCK:]  # before them nothing is read from a packed block
     return {
         "contender": contender.name,

@@ -24,7 +24,7 @@ _PATIENCE = 1800  # seconds until it serves, or answers, beside other work too
 class Server:
     """`python -m vllm.entrypoints.openai.api_server` with `options`, as `{"max-num-seqs": 8, "enforce-eager": None}`.
 
-    Leaving the context kills what still runs of it.
+    Leaving the context kills its remaining processes.
     """
 
     def __init__(self, model: Path, options: Mapping[str, Any], more: Mapping[str, str], log: str):
@@ -47,13 +47,13 @@ class Server:
         self.kill()
 
     def kill(self) -> None:
-        """At once, without asking (SIGKILL), with the processes it started. Again is the same as once."""
+        """Kill it (SIGKILL) with the processes it started. Idempotent."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def wait(self) -> float:
-        """Seconds until it serves. Raises RuntimeError where it ends before, or takes too long."""
+        """Seconds until it serves. Raises RuntimeError if it exits before, or takes too long."""
         begin = time.monotonic()
         while time.monotonic() - begin < _PATIENCE:
             if self._process.poll() is not None:
@@ -66,12 +66,12 @@ class Server:
         raise RuntimeError(f"the server did not serve within {_PATIENCE} s")
 
     def answer(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        """Greedy ids. Raises OSError where the server goes away."""
+        """Greedy ids. Raises OSError if the server exits."""
         body = {"prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True, "return_token_ids": True}
         return self.post("completions", body)["choices"][0]["token_ids"]
 
     def post(self, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply of `/v1/ENDPOINT`, greedy. Raises OSError where the server goes away."""
+        """The reply of `/v1/ENDPOINT`, greedy. Raises OSError if the server exits."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/{endpoint}",
             data=json.dumps({"model": "model", "temperature": 0, **body}).encode(),

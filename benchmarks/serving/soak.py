@@ -1,10 +1,10 @@
 """Correctness under load in vLLM: `python benchmarks/serving/soak.py`, with the Python that has vLLM.
 
-Requests of random length, some behind shared prefixes, some taken back, through an engine whose cache is so small that
-it has to preempt; each answer must be its solo answer (greedy), except where the two best logits are closer than
---bound where they part. Memory must be flat. Then the API server is killed in the middle of requests and started
-again. Writes benchmarks/results/serving-soak.json (with --drafts serving-soak-drafts.json, and by a model
-serving-soak-drafts-model.json), and ends with 1 where anything is wrong; `page.py --table` then writes docs/serving.md.
+Requests of random length, some with shared prefixes, some aborted, run through an engine whose cache is so small that
+it has to preempt. Each answer must equal its solo answer (greedy), unless the two largest logits at the first
+difference are closer than --bound. Memory must not grow. Then the API server is killed in the middle of requests and
+restarted. Writes benchmarks/results/serving-soak.json (with --drafts serving-soak-drafts.json, and by a model
+serving-soak-drafts-model.json), and exits with 1 if anything is wrong; `page.py --table` then writes docs/serving.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from restart import restart
 from turboattention.files import write_text
 
 _FLAT, _FLAT_FROM = 0.02, 400
-"""How much memory may grow; and of so many requests on, as fewer do not warm up all there is."""
+"""Largest growth of memory, and the number of requests from which on it is checked: fewer do not warm up everything."""
 # oneDNN, which multiplies in float32, compiles a kernel for each number of rows it meets, and keeps 1,024 of them: with
 # vLLM's own attention, too, memory grows until all are there. A short list is full after the warm-up.
 _FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
@@ -127,7 +127,7 @@ def _served(
     solo: dict[str, Any],
     drafting: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The server is asked the first of the soak's requests, and held to the same solo answers."""
+    """The server gets the first of the soak's requests; its answers are compared with the same solo answers."""
     names = list(solo["answers"])[: options.served]
     asked = {name: (solo["prompts"][name], len(solo["answers"][name])) for name in names}
     switches = {

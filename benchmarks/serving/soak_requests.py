@@ -1,4 +1,4 @@
-"""The soak's requests: pieces of a text, of random length, some behind a shared prefix, some taken back."""
+"""The soak's requests: pieces of a text, of random length, some with a shared prefix, some aborted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _PROMPT, _PREFIX, _OUTPUT, _STEPS = (10, 600), (64, 480), (1, 64), (1, 80)
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids. output: tokens to generate. abort_after: the engine's steps until it is taken back, if it
-    is not done by then; None: never. shared: whether its prompt begins as others do."""
+    """prompt: token ids. output: tokens to generate. abort_after: the engine's steps after which it is aborted, if it
+    is not finished; None: never. shared: whether its prompt begins with a shared prefix."""
 
     name: str
     prompt: tuple[int, ...]

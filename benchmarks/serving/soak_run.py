@@ -17,7 +17,7 @@ _TOLD = 100
 
 
 class Load:
-    """answers: ids that came, by request. aborted: requests taken back. memory: resident bytes, as requests ended."""
+    """answers: generated ids by request. aborted: aborted requests. memory: resident bytes as requests finished."""
 
     def __init__(self, served: Any, requests: list[Request], in_flight: int):
         self.served, self.total, self.in_flight = served, len(requests), in_flight

@@ -1,4 +1,4 @@
-"""Each of the soak's requests alone: one sequence at a time, without drafts, nothing kept from one to the next."""
+"""Each of the soak's requests in a batch of one, without drafts and without a prefix cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alone(llm: Any, request: Request) -> tuple[list[int], list[float]]:
-    """Its tokens, and for each how far the best logit was above the second."""
+    """Its tokens, and for each the difference between the two largest logits."""
     sampling = engine.greedy(request.output, logprobs=2)
     completion = llm.generate({"prompt_token_ids": list(request.prompt)}, sampling, use_tqdm=False)[0].outputs[0]
     gaps = []

@@ -1,9 +1,9 @@
 """Throughput and latency in vLLM under a fixed cache budget: `python benchmarks/serving/throughput.py [--gpu]`, with
 the Python that has vLLM; of real models with `--model smollm2=FOLDER` or `--model qwen=FOLDER`.
 
-The same requests to vLLM's own attention and to TurboAttention, each run an engine in a process of its own, in turns.
-A budget is all the memory that the cache takes: what TurboAttention keeps beside its pages comes out of it. Budgets
-are small enough that vLLM's own caches have to preempt. Writes benchmarks/results/serving-throughput.json (with --gpu
+The same requests run with vLLM's own attention and with TurboAttention, alternating, each in an engine in a separate
+process. A budget is the total memory of the cache, including TurboAttention's tail slots. Budgets are small enough that
+vLLM's own caches have to preempt. Writes benchmarks/results/serving-throughput.json (with --gpu
 serving-throughput-gpu.json, with --model serving-throughput-LABEL.json) as each run ends; `page.py --table` then
 writes docs/serving.md.
 """
@@ -31,9 +31,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """budgets: MiB. rates: requests a second at the budget in the middle, beside all at once. sequences: the most
-    that run at once, out of reach of the 16-bit cache. alone: requests that come one after another, at the same
-    budget."""
+    """budgets: MiB. rates: requests per second at the middle budget, in addition to all at once. sequences: the largest
+    number that run concurrently, more than the 16-bit cache can hold. alone: the number of requests sent one at a time,
+    at the same budget."""
 
     budgets: tuple[int, ...]
     rates: tuple[float, ...]
@@ -64,7 +64,7 @@ _REAL = replace(
     contenders="stock,stock-fp8,turbo-4,turbo-4-calibrated,turbo-3-calibrated,turbo-2-calibrated",
 )
 REAL = {"smollm2": replace(_REAL, budgets=(256,)), "qwen": replace(_REAL, budgets=(128,))}
-"""By label: 11 thousand tokens of a 16-bit cache, where the requests want 70 thousand."""
+"""By label: room for 11 thousand tokens in a 16-bit cache; the requests have 70 thousand."""
 
 
 def main() -> int:
@@ -103,8 +103,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="times that the contenders take turns (default 2)")
     parser.add_argument("--requests", type=int, help="of each load (default 32; 256 with --gpu)")
     parser.add_argument("--budgets", type=numbers(int), help="MiB, as in 24,48")
-    parser.add_argument("--rates", type=numbers(float), help="requests a second, as in 0.5,1; empty for none")
-    parser.add_argument("--alone", type=int, help="requests that come one after another; 0 for none")
+    parser.add_argument("--rates", type=numbers(float), help="requests per second, as in 0.5,1; empty for none")
+    parser.add_argument("--alone", type=int, help="number of requests sent one at a time; 0 for none")
     parser.add_argument("--contenders", help=f"who, as in {CPU.contenders}")
     parser.add_argument("--compile", action="store_true", help="compile the model, as a server does (minutes)")
     parser.add_argument("--out", type=Path, help="the file of results (default: that of the page)")
@@ -128,7 +128,7 @@ def _model(options: argparse.Namespace, folder: Path) -> models.Model:
 
 
 def _scenarios(plan: Plan) -> list[Scenario]:
-    """Budgets with all requests at once, and one of them with requests that come by and by, or one after another."""
+    """Budgets with all requests at once, and one of them with staggered arrivals, or one request at a time."""
     middle = plan.budgets[len(plan.budgets) // 2]
     found = [Scenario(budget, None, False) for budget in plan.budgets]
     found += [Scenario(middle, rate, False) for rate in plan.rates]

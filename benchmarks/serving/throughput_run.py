@@ -1,4 +1,4 @@
-"""One engine under one workload: when each token of each request came."""
+"""One engine under one workload: the time of each token of each request."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(served: LLMEngine, requests: Sequence[Request], alone: bool) -> tuple[Times, int, float]:
-    """Seconds, from the beginning, at which each token came out; steps; seconds in all. alone: a request comes when
-    the one before has ended, and its seconds are from then on."""
+    """Seconds from the start at which each token was generated; steps; total seconds. alone: a request is sent when the
+    previous one has finished, and its seconds count from then."""
     coming = deque(requests)
     times: Times = {request.name: [] for request in requests}
     steps, begin, came = 0, time.perf_counter(), 0.0
@@ -62,7 +62,7 @@ def serve(served: LLMEngine, requests: Sequence[Request], alone: bool) -> tuple[
 
 
 def figures(requests: Sequence[Request], times: Times, seconds: float) -> dict[str, Any]:
-    """Seconds throughout. per_token: of a request after its first token, on average; gaps: between any two."""
+    """All in seconds. per_token: the mean per request after its first token; gaps: between consecutive tokens."""
     first = [times[request.name][0] - request.arrival for request in requests]
     per_token = [
         (held[-1] - held[0]) / (len(held) - 1) for held in (times[request.name] for request in requests) if held[1:]
@@ -91,6 +91,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _warm_up(llm: Any, workload: Workload) -> None:
-    """Two requests that none of the measured ones shares a prefix with."""
+    """Two requests that share no prefix with the measured ones."""
     prompts = [{"prompt_token_ids": [5 + first] * workload.prompt[0]} for first in range(2)]
     llm.generate(prompts, engine.greedy(8), use_tqdm=False)

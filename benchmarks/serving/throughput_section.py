@@ -12,7 +12,7 @@ Rows = list[dict[str, Any]]
 
 
 def throughput(document: dict[str, Any], name: str) -> str:
-    """With `quality`, of real models, what `quality.py` measured."""
+    """For real models, `document["quality"]` has the results of `quality.py`."""
     plan, quality = document["plan"], document.get("quality")
     lengths = f"prompts of {plan['prompt'][0]:,} to {plan['prompt'][1]:,} tokens, {plan['output'][0]} to "
     lengths += f"{plan['output'][1]} generated"
@@ -22,9 +22,9 @@ def throughput(document: dict[str, Any], name: str) -> str:
             machine(document["facts"]),
             f"{plan['requests']} requests, {lengths}, bfloat16, medians over "
             f"{document['rounds']} round{'s' * (document['rounds'] != 1)}, in which the "
-            "contenders take turns, each in a separate engine. The cache size is the total memory for keys and values "
-            f"with TurboAttention's side pool for up to {plan['sequences']} sequences. *At once*: tokens per step, "
-            "on average. *Times*: the speedup over the first line for all requests; with staggered arrivals "
+            "caches alternate, each in a separate engine. The cache size is the total memory for keys and values, "
+            f"including TurboAttention's tail slots for up to {plan['sequences']} sequences. *At once*: average number "
+            "of tokens per step. *Times*: the speedup over the first row for all requests; with staggered arrivals "
             "the arrival rate is the limit." + (_quality(quality) if quality else ""),
             table(document),
             _latency(document) + _without_fp8(document),
@@ -34,11 +34,11 @@ def throughput(document: dict[str, Any], name: str) -> str:
 
 
 def table(document: dict[str, Any]) -> str:
-    """A line per scenario and contender, medians over the rounds."""
+    """A row per scenario and contender, medians over the rounds."""
     quality = document.get("quality")
     percentiles = [at for at in ("p50", "p95", "p99") if at in document["rows"][0]["per_token"]]
     columns = ["cache, requests", "attention", "tokens of cache", "output tokens/s", "times", "at once", "preemptions"]
-    columns += [f"first token, s ({', '.join(percentiles)})", f"then ms a token (mean, {', '.join(percentiles)})"]
+    columns += [f"first token, s ({', '.join(percentiles)})", f"then ms per token (mean, {', '.join(percentiles)})"]
     columns += ["KL", "top-1", "perplexity"] if quality else []
     rows = []
     for found in scenarios(document).values():
@@ -58,9 +58,9 @@ def table(document: dict[str, Any]) -> str:
 def _quality(document: dict[str, Any]) -> str:
     return (
         " *KL* (nats), *top-1* (the share of tokens ranked first by both) and *perplexity* (its relative change) "
-        f"compare the next token with that of the first line, over {document['passages']} passages of "
+        f"compare the next token with that of the first row, over {document['passages']} passages of "
         f"{document['context']:,} tokens that are read in steps of {document['step']}; *calibrated*: with an order of "
-        "K's channels, and Qwen with means of K, measured on another text."
+        "K's channels, and for Qwen also means of K, measured on another text."
     )
 
 
@@ -71,14 +71,14 @@ def _quality_cells(figures: dict[str, float] | None) -> list[str]:
 
 
 def load_of(row: dict[str, Any]) -> str:
-    """How the requests of a row came."""
+    """How the requests of a row arrived."""
     if row.get("alone"):
-        return "one after another"
-    return "all at once" if row["rate"] is None else f"{row['rate']:g} a second"
+        return "one at a time"
+    return "all at once" if row["rate"] is None else f"{row['rate']:g} per second"
 
 
 def _latency(document: dict[str, Any]) -> str:
-    """The time per token at low load, and with all requests at once, in words."""
+    """A sentence on the time per token at low load and with all requests at once."""
     slower: dict[str, list[float]] = {}
     for found in scenarios(document).values():
         base, *others = found.values()
@@ -89,19 +89,21 @@ def _latency(document: dict[str, Any]) -> str:
             )
     at_once = slower.pop("all at once", [])
     told = [
-        f"With requests that come {load}, a token takes TurboAttention {_range(times)} times as long as the first line."
+        f"With requests arriving {load}, the time per token with TurboAttention is {_range(times)} times that of the "
+        "first row."
         for load, times in slower.items()
     ]
     if at_once:
         told.append(
-            f"With all requests at once, a token takes TurboAttention {_range(at_once)} times as long; more requests "
-            "then run concurrently, and wait less for their first token. `--max-num-seqs` limits this."
+            f"With all requests at once, the time per token is {_range(at_once)} times that of the first row, because "
+            "more requests run concurrently; they also wait less for their first token. `--max-num-seqs` limits their "
+            "number."
         )
     return " ".join(told)
 
 
 def _without_fp8(document: dict[str, Any]) -> str:
-    """What a reader has to know of a table that was measured without vLLM's fp8 cache."""
+    """A note on a table that was measured without vLLM's fp8 cache."""
     if any(row["contender"] == FP8.name for row in document["rows"]):
         return ""
     return (
@@ -125,5 +127,5 @@ def scenarios(document: dict[str, Any]) -> dict[tuple[int, str], dict[str, Rows]
 
 
 def middle(rows: Rows, name: str, at: str | None = None) -> float:
-    """Of the rounds, the median."""
+    """The median over the rounds."""
     return statistics.median(row[name] if at is None else row[name][at] for row in rows)

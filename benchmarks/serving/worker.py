@@ -1,4 +1,4 @@
-"""One task in a process of its own: `worker.py TASK SPEC.json RESULT.json`, where TASK is a module's `run`."""
+"""One task in a separate process: `worker.py TASK SPEC.json RESULT.json`, where TASK is a module's `run`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(task: str, given: str, made: str) -> None:
     Path(made).write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    # The result is written: an engine that takes its time to end must not hold up the next one.
+    # The result is written: an engine that shuts down slowly must not delay the next one.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Requests of a benchmark: prompts, lengths and arrivals, the same for every contender."""
+"""Requests of a benchmark: prompts, lengths and arrivals, the same for every cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Workload:
-    """requests: how many. prompt, output: least and most tokens. rate: a second, as a Poisson process; None: all at
-    the beginning. alone: each only when the one before has ended. vocabulary: random ids are below it; None: prompts
-    are pieces of the bundled document."""
+    """requests: their number. prompt, output: minimum and maximum of tokens. rate: per second, as a Poisson process;
+    None: all at the start. alone: each is sent when the previous one has finished. vocabulary: random ids are below it;
+    None: prompts are pieces of the bundled document."""
 
     requests: int
     prompt: tuple[int, int]

@@ -1,5 +1,5 @@
 // The Python module turboattention._cpu. Arguments are addresses and numbers; the launchers
-// (src/turboattention/kernels/cpu) see to shapes, strides and memory.
+// (src/turboattention/kernels/cpu) check shapes and strides, and allocate memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

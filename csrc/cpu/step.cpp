@@ -18,7 +18,7 @@ struct Workspace {
     std::vector<float> scales[2];
 };
 
-// Returns the memory of a long prompt.
+// Frees the memory of a long prompt.
 struct Release {
     Workspace& w;
     ~Release() {

@@ -12,7 +12,7 @@ from .checked_call import check_call
 from .config import TurboConfig
 from .guard import guarded
 from .guard_sample import TOKENS
-from .impl.contract import AttentionParams, Availability, Backend, CheckedCall, Result
+from .impl.contract import Availability, Backend, CheckedCall, Result
 from .kv.cache import KVCache
 from .kv.channel_order import query_energy
 from .kv.compression import Compression, compression_of
@@ -21,6 +21,7 @@ from .kv.in_place import Decided, deciding_tokens, fills_at_once
 from .kv.stage1 import Stage
 from .kv.window import check_pages_kept
 from .modes import in_own_modes
+from .params import AttentionParams
 from .softmax import logit_scale
 from .validation import (
     check_causal,
@@ -225,7 +226,7 @@ def turbo_attention_with_kvcache(
     call = check_call(q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
     head_dims = cache.head_dim, cache.v_head_dim
     chosen = dispatch.choose(backend, dispatch.CallTraits(cache.config, q.dtype, q.device, q.shape[2], head_dims))
-    # Queries alone may reach back behind what a window has kept, which the general path looks at.
+    # Queries without new tokens may need keys that a window has evicted; the general path checks this.
     result = chosen.step(call, cache) if k_new is not None or cache.window_size is None else None
     if result is None and chosen.prompt is not None and _fills_at_once(call, cache):
         result = chosen.prompt(call, cache, _decided(call, cache))
@@ -238,14 +239,14 @@ def turbo_attention_with_kvcache(
 
 
 def _fills_at_once(call: CheckedCall, cache: KVCache) -> bool:
-    """Whether `Backend.prompt` can take a call, whose queries are then those of the new tokens."""
+    """Whether `Backend.prompt` can compute a call: its queries must be those of the new tokens."""
     tokens = 0 if call.k is None or call.counts is not None else call.k.shape[2]
     plain = call.params.attn_mask is None and not cache.config.stored_prefill
     return plain and tokens == call.q.shape[2] and fills_at_once(cache, tokens)
 
 
 def _decided(call: CheckedCall, cache: KVCache) -> Decided | None:
-    """What the first tokens of a call decide; None if nothing is left to decide."""
+    """The mean, widths and order that the first tokens of a call determine; None if all are fixed already."""
     k, v = call.k, call.v
     assert k is not None and v is not None
     first = deciding_tokens(cache, k.shape[2], 0 if cache.config.guard == "off" else TOKENS)
@@ -258,7 +259,7 @@ def _decided(call: CheckedCall, cache: KVCache) -> Decided | None:
 
 
 def _attend_and_store(backend: Backend, call: CheckedCall, cache: KVCache) -> Result:
-    """Attention over INT8 rows and pages, and then the new tokens into the cache."""
+    """Attend over INT8 rows and pages, then store the new tokens in the cache."""
     q, params = call.q, call.params
     counts = _counts(call)
     positions, valid = _rows(call, cache.lengths, cache.lengths + counts)
@@ -290,7 +291,7 @@ def _counts(call: CheckedCall) -> Tensor:
 
 def _rows(call: CheckedCall, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Positions int64 [B, Lq] of the query rows in sequences of `before` and `after` tokens (int64 [B]), and which rows
-    are none of padding, bool [B, Lq]."""
+    are not padding, bool [B, Lq]."""
     row = torch.arange(call.q.shape[2]).expand(len(before), -1)
     if call.counts is not None:  # row i is token i
         return row + before[:, None], row < call.counts[:, None]
@@ -300,7 +301,7 @@ def _rows(call: CheckedCall, before: Tensor, after: Tensor) -> tuple[Tensor, Ten
 
 def _energy(q: Tensor, cache: KVCache, positions: Tensor, valid: Tensor) -> Tensor:
     """`query_energy` of the rows before the end of the first compressed block, from which the order of K's channels is
-    learned: however a prompt is cut into calls, they are the same."""
+    learned. They do not depend on how a prompt is split into calls."""
     end = (cache.sink_blocks + 1) * cache.config.block_size
     return query_energy(q, valid & (positions < end), cache.num_kv_heads)
 

@@ -1,13 +1,14 @@
-"""Checks a call of attention over a cache, once: what is checked here is not checked again."""
+"""Validates a call of attention over a cache. Later code does not repeat these checks."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from .errors import InputError, ShapeError
-from .impl.contract import AttentionParams, CheckedCall
+from .impl.contract import CheckedCall
 from .kv.cache import KVCache
 from .kv.window import check_window_kept
+from .params import AttentionParams
 from .softmax import logit_scale
 from .validation import (
     check_floats,
@@ -35,7 +36,7 @@ def check_call(
     softcap: float | None,
 ) -> CheckedCall:
     """The call, if its arguments fit each other and the cache. Arguments and errors as in
-    `turbo_attention_with_kvcache`; values that are not finite are for whoever reads them."""
+    `turbo_attention_with_kvcache`, except NonFiniteError: the code that reads the values checks them."""
     table, shape = cache.page_table, cache.token_shape
     if k is None or v is None:
         if k is not v:

@@ -43,8 +43,8 @@ class TurboConfig:
 
     softmax: Literal["auto", "sas", "sas2", "sas16", "exp"] = "auto"
     """Exponential of the attention weights: the paper's SAS (table and cubic), its base-2 form (exponent bits and
-    cubic), the base-2 form in 16-bit integers from the integer products on, or exact. ``"auto"`` is the fastest for the
-    device of the tensors: ``"exp"`` on GPUs, which have hardware for exponentials; elsewhere ``"sas16"``, or
+    cubic), the base-2 form computed from integer products in 16-bit integers, or exact. ``"auto"`` is the fastest for
+    the device of the tensors: ``"exp"`` on GPUs, which have hardware for exponentials; elsewhere ``"sas16"``, or
     ``"sas"`` with `stored_prefill`, whose results must not depend on a block's later tokens."""
 
     sas_threshold: float = -9.0
@@ -125,7 +125,7 @@ class TurboConfig:
             raise ConfigError(f"sas_threshold: expected a number from -80 to below 0, got {self.sas_threshold!r}")
         if not _is_number(self.low_bit_fraction) or not 0 <= self.low_bit_fraction <= 1:
             raise ConfigError(f"low_bit_fraction: expected a number from 0 to 1, got {self.low_bit_fraction!r}")
-        # Now, because a compiled graph, which needs it, reads attributes and computes nothing from them.
+        # Computed now, because a compiled graph needs the value and can only read attributes.
         object.__setattr__(self, "_text", json.dumps(vars(self)))
 
     @classmethod

@@ -63,7 +63,7 @@ def choose(name: str, call: CallTraits | None = None) -> Backend:
 
 
 def explain_choice(name: str, call: CallTraits | None = None) -> Explanation:
-    """What `choose` decides, in words."""
+    """The decision of `choose` as text."""
     chosen, found = choose(name, call).name, backends()
     others = {}
     for other, state in found.items():

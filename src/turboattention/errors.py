@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose: one base, and the built-in kind it also is."""
+"""Exceptions of this package. All derive from `TurboError`, and from a matching built-in exception."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class InputError(TurboError, ValueError):
 
 
 class UnsupportedError(TurboError, NotImplementedError):
-    """A known feature that is deliberately refused."""
+    """A known feature that is not supported."""
 
 
 class NonFiniteError(TurboError, ValueError):
-    """NaN or infinity among the valid rows of a tensor; the cache is left as it was."""
+    """NaN or infinity among the valid rows of a tensor; the cache is unchanged."""
 
 
 class FormatError(TurboError, ValueError):
-    """A file is damaged, foreign, or of an unknown version of the format."""
+    """A file is damaged, not of this format, or of an unknown version of it."""
 
 
 class BackendError(TurboError, RuntimeError):

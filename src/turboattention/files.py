@@ -3,7 +3,7 @@
 A file is written to a temporary folder next to the target, flushed to disk, and renamed to the target. Readers see
 either the old or the new file; of several concurrent writers, the last one wins.
 
-Only regular files are read: a pipe may block for ever, and a device has no end.
+Only regular files are read: a pipe may block forever, and a device may have no end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OLD = 3600.0  # seconds
 LARGEST_TEXT = 2**26
 """Bytes of the largest text or JSON file that is read. A calibration of a large model has about 2**24."""
 _LOOKED_AT = 4096
-"""Bytes at the beginning of a file that tell what it is."""
+"""Bytes at the beginning of a file by which its kind is recognized."""
 
 
 def write_text(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
@@ -129,7 +129,7 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """What a file evidently is, for messages: "a folder", "an empty file" or "a text file"; None for other kinds."""
+    """The kind of a file, for messages: "a folder", "an empty file" or "a text file"; None for other kinds."""
     if os.path.isdir(path):
         return "a folder"
     try:

@@ -1,11 +1,11 @@
 """The guard: compares attention over a cache's first compressed blocks with exact attention, head by head.
 
 Low-bit storage can make the output of single heads useless without any visible error. When a cache compresses its
-first block, sampled queries attend its tokens twice: at full precision, and as the tokens would be stored. A head
-whose relative error is beyond the bound of its width is promoted to the next wider one, with one `GuardWarning`
-(`guarded`). Heads that 8 bits do not cure are beyond the cache: whoever still has its tokens at full precision
-learns by `BeyondInt8Error` (`KVCache.exact_past`). Where widths cannot change, as in vLLM's pages, there is only the
-warning (`fixed_widths_message`). Bounds and procedure: numerics.md, The guard.
+first block, sampled queries attend to its tokens twice: at full precision, and to their quantized form. A head whose
+relative error is beyond the bound of its width is promoted to the next wider one, with one `GuardWarning` (`guarded`).
+If 8 bits are not enough for a head, and the caller still has the tokens at full precision (`KVCache.exact_past`),
+`BeyondInt8Error` is raised. If widths cannot change, as in vLLM's pages, there is only the warning
+(`fixed_widths_message`). Bounds and procedure: numerics.md, The guard.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 from .config import TurboConfig
 from .errors import GuardWarning
 from .guard_sample import QUERIES, TOKENS, Sample, float_attention, relative_errors
-from .impl.contract import AttentionParams
 from .kv.cache import KVCache
 from .kv.channel_order import ChannelOrder
 from .kv.compression import Compression
 from .kv.stage1 import Stage
+from .params import AttentionParams
 from .softmax import logit_scale
 from .words import listed
 
 BOUNDS = {8: 0.05, 4: 0.3, 3: 0.6, 2: 0.7}
-"""Bits -> largest relative error (Frobenius norm) of a head's output. Well above that of normal data, and below 1,
-which is the error of an output of zeros."""
+"""Bits -> largest relative error (Frobenius norm) of a head's output. Well above the error of normally distributed
+data, and below 1, which is the error of an output of zeros."""
 
 EARLY_BOUND = 3 * BOUNDS[8]
-"""Bound of INT8's own error in front of the first compressed block, where few tokens make a noisy estimate; half of
-the planned width's bound if that is larger: an exact layer takes 16 bits or more, too many for a small error."""
+"""Bound of the INT8 error before the first compressed block, where the estimate from few tokens is noisy; half of the
+planned width's bound if that is larger. An exact layer takes 16 bits or more, which a small error does not justify."""
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 
@@ -52,13 +52,13 @@ def guarded(
     new: tuple[Tensor, Tensor],
     params: AttentionParams,
 ) -> Compression:
-    """`compression` (`compression_of(cache, staged)`) at widths that every head can bear; as it is where it
-    decides none, or the guard is off.
+    """`compression` (`compression_of(cache, staged)`) at widths for which every head is within its bound; unchanged if
+    it decides no widths, or the guard is off.
 
     Widths given by the user are never changed, only warned about.
 
     Args:
-        q: [B, Hq, Lq, D], at `positions` (int64 [B, Lq]), of which rows marked in `valid` (bool [B, Lq]) are real.
+        q: [B, Hq, Lq, D], at `positions` (int64 [B, Lq]); rows not marked in `valid` (bool [B, Lq]) are padding.
         new: the call's k and v, each [B, Hkv, T, D].
         params: of the call; its mask is not applied.
 
@@ -172,8 +172,8 @@ def _message(first_head: int, failing: Tensor, beyond: Tensor, errors: Tensor, p
 
 
 def _check_int8(first_head: int, sample: Sample, errors: Tensor, failing: Tensor, planned: Tensor) -> None:
-    """Raises `BeyondInt8Error` where heads are `failing` at the planned widths, with these `errors`, and 8 bits do not
-    cure them, or where INT8's own error is beyond `EARLY_BOUND` and half of the planned width's bound."""
+    """Raises `BeyondInt8Error` if heads are `failing` at the planned widths, with these `errors`, and 8 bits are not
+    enough, or if the INT8 error is beyond `EARLY_BOUND` and half of the planned width's bound."""
     bound = (bound_of(planned) / 2).clamp(min=EARLY_BOUND)
     if not bool((failing | ~(errors <= bound)).any()):  # they include INT8's own
         return
@@ -206,7 +206,7 @@ def _int8_message(first_head: int, errors: Tensor, heads: Tensor, bound: float) 
 
 
 def _advice(sample: Sample, planned: Tensor, failing: Tensor) -> str:
-    """What the user can do: the fewest 8-bit sides that bring every failing head within its bound."""
+    """Advice for the user: the fewest 8-bit sides that bring every failing head within its bound."""
     k, v = (int(bits[failing].min()) for bits in planned)
     for wide in (([8], [v]), ([k], [8]), ([8], [8])):
         bits = torch.where(failing, torch.tensor(wide), planned)

@@ -1,4 +1,4 @@
-"""The guard's sample of a cache's first blocks: what quantization does to the output of attention over them."""
+"""The guard's sample of a cache's first blocks: the error that quantization causes in attention over them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from .flashq import rotate
-from .impl.contract import AttentionParams
 from .kv.cache import KVCache
 from .kv.channel_order import restore_keys
 from .kv.compression import Compression
 from .kv.growth import encode
 from .kv.pages import Tiles
 from .kv.stage1 import Stage
+from .params import AttentionParams
 from .uploads import upload
 from .validation import check_finite
 
 QUERIES = 32
 """Query rows sampled per head."""
 TOKENS = 512
-"""Keys that they attend to at most."""
+"""The largest number of keys that they attend to."""
 
 
 def relative_errors(got: Tensor, exact: Tensor, kv_heads: int) -> Tensor:

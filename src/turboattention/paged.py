@@ -18,6 +18,7 @@ from .dispatch import TABLE, CallTraits, choose
 from .errors import DtypeError, InputError, ShapeError, UnsupportedError
 from .impl.contract import PagedAttention
 from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, PagedBatch, PagedFormat, TailBlocks, reserved_bytes
+from .params import AttentionParams
 from .softmax import logit_scale
 from .validation import check_floats, check_softmax
 from .words import number_of
@@ -107,9 +108,8 @@ def paged_attention(
         raise ShapeError(f"sinks: expected floats of shape [{q.shape[1]}], got {sinks.dtype} {list(sinks.shape)}")
     which = fmt.config, q.dtype, q.device, backend
     run = batch.once(which, lambda: _chosen(*which)[1])
-    factor = logit_scale(scale, fmt.head_dim)
-    options = {"scale": factor, "window": window_size, "softcap": softcap, "sinks": sinks}
-    return run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, **options)
+    params = AttentionParams(True, logit_scale(scale, fmt.head_dim), window_size, softcap)
+    return run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, params, sinks)
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:

@@ -2,7 +2,7 @@
 integers"; paper section 4).
 
 `sas(x) = LUT[floor(-x)] * P(frac(-x))` for x <= 0: a table of e^-n and one cubic. The base-2 form takes the power of
-two from the exponent bits and needs no table; in integers, it is a shift.
+two in the exponent bits and needs no table; in integers, it is a shift.
 """
 
 from __future__ import annotations

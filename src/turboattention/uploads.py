@@ -1,4 +1,4 @@
-"""Copies from the host to a device for which the host does not wait."""
+"""Asynchronous copies from the host to a device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A copy of x (on the CPU, or there already) on the device. To a GPU it is made through pinned memory, since the
-    host waits for a copy from memory that may be paged out, and for all work before it."""
+    """A copy of x on the device (x itself may be on it already). A copy to a GPU uses pinned memory: for a copy from
+    pageable memory, the host would wait for it and for all earlier work."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device, copy=True)
     return x.pin_memory().to(device, non_blocking=True)

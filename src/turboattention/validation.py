@@ -1,4 +1,4 @@
-"""The tensor contract, checked once at the boundary: which argument, what was expected, what came."""
+"""Validation of arguments at the API boundary. Messages name the argument, the expected value and the actual one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_head_dim(name: str, head_dim: int) -> None:
 
 
 def check_window(window_size: int | None) -> int | None:
-    """The window, cut to what no sequence is longer than, so that positions plus it stay int64."""
+    """The window, clamped to the maximum length of a sequence, so that sums of it and positions fit int64."""
     if window_size is None:
         return None
     if not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 1:
@@ -88,7 +88,7 @@ def check_token_shapes(
     names: tuple[str, str],
 ) -> None:
     """Shapes and device of new tokens of a cache of (batch, heads, head_dim, v_head_dim), which `check_floats` passed.
-    names: what messages call k and v."""
+    names: the names of k and v in messages."""
     batch, heads, *head_dims = expected
     for name, x, head_dim in zip(names, (k, v), head_dims, strict=True):
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
@@ -154,8 +154,8 @@ def check_floats(**tensors: Tensor) -> None:
 
 
 def refuse_gradients(**tensors: Tensor | None) -> None:
-    """No tensor that requires gradients, in grad mode. Compiled code asks while it is traced: a graph would
-    run without gradients and hide it."""
+    """No tensor that requires gradients, in grad mode. Compiled code checks this during tracing, because the graph
+    runs without gradients."""
     for name, x in tensors.items():
         if x is not None and torch.is_grad_enabled() and x.requires_grad:
             raise UnsupportedError(
@@ -210,7 +210,7 @@ def _is_number(value: object) -> bool:
 
 def check_finite(name: str, x: Tensor, counts: Tensor | None = None) -> None:
     """No NaN, infinity or value beyond `LARGEST` in [B, H, T, D], or in the first `counts[b]` tokens
-    of each sequence. The extremes are cheap; only suspicious ones are looked into."""
+    of each sequence. Minimum and maximum are computed first; only if they are out of range, values are checked."""
     if not x.numel() or bool(torch.stack(x.aminmax()).double().abs().amax() <= LARGEST):
         return
     bad = ~(x.double().abs() <= LARGEST)

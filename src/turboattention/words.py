@@ -1,4 +1,4 @@
-"""Numbers of things, in messages."""
+"""Singular and plural forms in messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages about accuracy say what the files of results say."""
+"""The pages on accuracy agree with the files of results."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def measured() -> dict[str, Any]:
 def test_aims(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, rows = module("accuracy_claims", monkeypatch).aims(measured)
     assert [row[1:] for row in rows] == [
-        ["+0.20%\n[+0.19, +0.21]", "not decided: the interval holds the bound"],
-        ["+0.5 points lost\n[+0.0, +1.5]", "not decided: the interval holds the bound"],
+        ["+0.20%\n[+0.19, +0.21]", "undecided: the interval contains the bound"],
+        ["+0.5 points lost\n[+0.0, +1.5]", "undecided: the interval contains the bound"],
         ["+1.00%\n[+0.99, +1.01]", "missed"],
         ["+10.0 points lost\n[+6.0, +14.5]", "missed"],
     ]
 
 
 def test_aims_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and size are told apart, and no baseline is passed over."""
+    """Loss and size have separate verdicts, and no baseline is omitted."""
     every = [("turbo-4-reordered", 4.2, 0.004, -0.008), ("turbo-3-reordered", 3.64, 0.03, 0.015)]
     every += [("turbo-2-reordered", 2.3, 0.08, 0.0), ("kivi-4", 5.3, 0.0005, 0.0), ("int4", 4.6, 0.1, 0.0)]
     found = [units(*row, 1.0)[0] for row in [*every, ("kivi-2", 2.2, 0.5, 0.0)]]
@@ -74,13 +74,13 @@ def test_aims_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row[2:] for row in rows] == [
         ["reached", "4.20", "reached"],
         ["missed", "3.64", "missed by 0.34"],
-        ["not decided: the interval holds the bound", "2.30", "reached"],
+        ["undecided: the interval contains the bound", "2.30", "reached"],
         ["reached", "4.20", "–"],
-        ["not decided: the interval holds the bound", "3.64", "–"],
+        ["undecided: the interval contains the bound", "3.64", "–"],
         ["missed", "–", "–"],
     ]
     assert rows[0][0] == "TurboAttention 4, reordered: KL of at most 0.008 at 4.3 bits"
-    assert rows[-1][1] == "lower than 1 of 3\nKIVI-2: nothing as small\nKIVI-4: higher"
+    assert rows[-1][1] == "lower than 1 of 3\nKIVI-2: no configuration this small\nKIVI-4: higher"
 
 
 def test_each_baseline_meets_our_best_of_at_most_its_size(
@@ -88,7 +88,7 @@ def test_each_baseline_meets_our_best_of_at_most_its_size(
 ) -> None:
     _, rows = module("accuracy_claims", monkeypatch).against(measured)
     assert [(row[0], row[3], row[-1]) for row in rows] == [
-        ("TurboQuant-MSE 3", "–", "nothing as small"),
+        ("TurboQuant-MSE 3", "–", "no configuration this small"),
         ("INT4 per token", "TurboAttention 4", "lower"),
         ("KIVI-4", "TurboAttention 4", "higher"),
     ]

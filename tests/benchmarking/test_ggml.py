@@ -1,4 +1,4 @@
-"""ggml as a peer, where its libraries are; and what is said where they are not."""
+"""ggml as a peer, if its libraries are installed, and the message if they are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each row names the limit of the processor that it comes nearest."""
+"""Each row names the processor limit that it comes closest to."""
 
 from __future__ import annotations
 

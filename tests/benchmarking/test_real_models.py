@@ -66,7 +66,7 @@ def test_a_text_that_is_too_short(script: ModuleType, options: argparse.Namespac
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory(script: ModuleType, options: argparse.Namespace) -> None:
-    """In a process of its own: memory that others freed would be taken without a trace."""
+    """In a separate process: reused memory that was freed before would not be measured."""
     call = [sys.executable, script.__file__, "--models", *options.models, "--text", options.text, "--context", 300]
     call += ["--steps", 3, "--peak", script.OWN]
     ran = subprocess.run([str(part) for part in call], capture_output=True, text=True, check=True)

@@ -105,7 +105,7 @@ def test_one_sequence_at_a_time(worker: Path) -> None:
 def test_versions_and_absence(worker: Path) -> None:
     assert remote.versions() == {"fake": "1.2"}
     assert remote.missing("fake") is None
-    assert "peers-openvino is no environment: `make peers-openvino`" in str(remote.missing("openvino"))
+    assert "peers-openvino is not an environment: `make peers-openvino`" in str(remote.missing("openvino"))
 
 
 @pytest.mark.parametrize(("kind", "refused"), [("exact", None), ("wrong", "relative error"), ("refused", "kind: exp")])
@@ -121,7 +121,7 @@ def test_a_storing_peer_is_compared_with_steps(worker: Path, problem: Problem, k
     assert refused is None or refused in str(rival.refused)
     if refused is None:
         assert rival.detail == f"fake 1.0; on both sides {STORES}"
-        # The times of the row are those of attention alone: of the subject beside itself, one turn of two.
+        # The times of the row are those of attention without storing: of the subject compared with itself.
         assert measured.seconds.count == 2
 
 

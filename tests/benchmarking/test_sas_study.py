@@ -1,4 +1,4 @@
-"""The study of SAS: what its figures are made of."""
+"""The study of SAS: the functions behind its figures."""
 
 from __future__ import annotations
 

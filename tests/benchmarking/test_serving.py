@@ -1,4 +1,4 @@
-"""What benchmarks/serving makes of its measurements. What starts engines needs vLLM: `make vllm-bench` runs that."""
+"""The pages that benchmarks/serving generates from its measurements. The engines need vLLM: `make vllm-bench`."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_throughput_section(script: Any) -> None:
     text = script("throughput_section").throughput(document, "picture").splitlines()
     assert "| 24 MiB, all at once | stock | 4,096 | 21 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
     assert "| 24 MiB, all at once | turbo-4 | 4,096 | 50 | 2.50 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
-    assert "| 24 MiB, 1 a second | stock | 4,096 | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
-    assert not [line for line in text if "7 a second" in line]  # interrupted before turbo-4 ran
+    assert "| 24 MiB, 1 per second | stock | 4,096 | 20 | 1.00 | 2.0 | 3 | 0.02, 0.03 | 10.0, 20.0, 30.0 |" in text
+    assert not [line for line in text if "7 per second" in line]  # interrupted before turbo-4 ran
 
 
 def test_throughput_section_of_a_real_model(script: Any) -> None:
@@ -170,7 +170,7 @@ def test_soak_section(script: Any) -> None:
     assert "API server" not in plain
     assert drafting.startswith("## Correctness under load, with drafts\n")
     assert "| preemptions | 7 |\n| drafts accepted, rejected | 300, 700 |" in drafting
-    assert "greedy, up to 12 n-gram drafts a step:" in drafting
+    assert "greedy, up to 12 n-gram drafts per step:" in drafting
     half = {"equal": 20, "close": 0}
     served = soak(soaked(server={"requests": 20, "first": half, "second": half, "lost": 19}), "")
     assert "| answers equal to a single run's, before the kill and after the restart | 20, 20 |" in served

@@ -1,4 +1,4 @@
-"""The table of sliding windows, crops and selections: README's is what the script gives, and within its promise."""
+"""The table of sliding windows, crops and selections in README equals the script's, and is within the stated bound."""
 
 from __future__ import annotations
 

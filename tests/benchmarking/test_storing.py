@@ -56,7 +56,7 @@ def test_memory_counts_what_the_cache_counts() -> None:
 
 
 def test_memory_of_a_window_is_that_of_the_tokens_in_it() -> None:
-    """A block at most beside a cache of these tokens only, whatever the length of the context."""
+    """At most one block more than a cache of only these tokens, for any length of the context."""
     config = TurboConfig(sink_tokens=0)
     for keys in (1024, 2100, 4000):
         figures = measure_memory(Shape(1, 1, 64, 1, keys, window=512), config)

@@ -22,7 +22,7 @@ def strategies() -> Iterator[ModuleType]:
 
 
 def test_differences_are_between_the_same_tokens(strategies):
-    """Texts differ by far more than methods: the interval is of the difference alone."""
+    """Texts differ far more than methods, so the interval is that of the difference."""
     rng = np.random.default_rng(0)
     theirs = [{"kl": scale * rng.random(600)} for scale in (0.1, 5.0, 90.0)]
     ours = [{"kl": x["kl"] + 0.01} for x in theirs]

@@ -1,4 +1,4 @@
-"""benchmarks/tensor_parallel.py runs as its page says, and two processes give what one gives."""
+"""benchmarks/tensor_parallel.py runs as documented, and two processes give the same result as one."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_a_step_that_the_budget_has_no_room_for_is_passed_over():
 
 
 def test_evenly_each_layer_spends_its_own():
-    """What layer 0 would save is more, but layer 1's bits are its own."""
+    """Layer 0 would save more, but the bits of layer 1 cannot be moved to it."""
     scores = [costs([80, 40, 20, 0], [10, 5, 2, 0]), costs([3, 2, 1.9, 0], [2, 1, 1, 0])]
     assert [int(x.sum()) for x in assign_bits(scores, 3.0)] == [8, 4]
     even = assign_bits(scores, 3.0, "even")

@@ -1,4 +1,4 @@
-"""What a layer's meter finds in tensors of which it is known."""
+"""A layer's meter on tensors with known statistics."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_priority_and_means_are_those_of_the_text():
 
 
 def test_weights_of_channels_are_energy_times_spread():
-    """The spread inside the blocks behind the sinks: what differs from block to block goes into zero points."""
+    """The variance inside the blocks after the sinks; differences between blocks are absorbed by zero points."""
     q, k, v, gradient = text(group=2, length=LENGTH + 5)
     k += 100 * torch.arange(LENGTH + 5)[:, None].div(64, rounding_mode="floor")
     found = measured((q, k, v, gradient)).k_weight

@@ -46,7 +46,7 @@ TEMPLATE = (
 
 
 def save_model(folder: Path, *, seed: int = 0, eos: int | None = 0, template: str | None = None, **sizes: Any) -> Path:
-    """A random Llama that does not repeat itself at once."""
+    """A random Llama that does not immediately repeat itself."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
@@ -97,7 +97,7 @@ def language(model: Path) -> LanguageModel:
 
 
 class Ran:
-    """What a command gave: exit code, stdout, stderr."""
+    """The result of a command: exit code, stdout, stderr."""
 
     def __init__(self, code: int, stdout: str, stderr: str):
         self.code, self.stdout, self.stderr = code, stdout, stderr
@@ -122,7 +122,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No command may load weights, which takes long, before it refuses what its config and tokenizer refuse."""
+    """Commands must check everything that needs only the config and the tokenizer before they load weights."""
 
     def load(*_: object) -> None:
         pytest.fail("weights were loaded")

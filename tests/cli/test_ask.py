@@ -206,7 +206,7 @@ def test_compare_shows_each_question(run: Run, chat_model: Path, file: Path, col
 
 
 def test_every_question_starts_from_the_same_cache(chat_language, file: Path) -> None:
-    """What one question adds is not there for the next."""
+    """The tokens of one question are not in the cache of the next."""
     document = Document(chat_language, file.read_text(encoding="utf-8"))
     with registry.enabled():
         run = generation.Run(chat_language, chat_language.new_cache(TurboConfig()))

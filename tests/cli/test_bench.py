@@ -123,7 +123,7 @@ def test_tables(run) -> None:
 
 @pytest.mark.parametrize(("measured", "peak", "said"), [([1.0, 1e9], 1e9, False), ([1e-9, 1e-12], 1e-9, True)])
 def test_a_machine_that_is_busy(run, monkeypatch: pytest.MonkeyPatch, measured, peak, said, tmp_path: Path) -> None:
-    """The limits are measured before and after; where both were too low, a note says so."""
+    """The limits are measured before and after; if both were too low, a note is printed."""
     rates = iter(measured)
     monkeypatch.setattr("turboattention.benchmarking.peak.float_peak", lambda: next(rates))
     monkeypatch.setattr("turboattention.benchmarking.peak.read_bandwidth", lambda: 1e9)

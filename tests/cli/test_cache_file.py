@@ -1,4 +1,4 @@
-"""What a kept cache is good for, and what is refused."""
+"""Saved caches: reuse, and rejected files and options."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_full_disk_is_an_input_error(tmp_path: Path, file_limit) -> None:
 
 
 def test_a_sliding_window_does_not_go_back_far() -> None:
-    """A prompt that shares most of the cached one, but not what its windows have kept, names the way out."""
+    """A prompt that shares most of the cached one, but needs tokens that its windows released: the error advises."""
     config = MistralConfig(
         hidden_size=64,
         intermediate_size=64,

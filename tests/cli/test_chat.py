@@ -74,7 +74,7 @@ def test_the_answer_stays_the_tokens_that_were_given(session: Session, chat_lang
 
 
 def test_a_template_that_rewrites_the_past_is_followed(tmp_path: Path) -> None:
-    """This one keeps the last two messages: the cache goes back to what still holds."""
+    """This template keeps the last two messages: the cache is cropped to the tokens that are still valid."""
     template = TEMPLATE.replace("in messages", "in messages[-2:]")
     language = language_model.load(str(save_model(tmp_path / "forgetful", eos=None, template=template)))
     session = Session(language, make_setting("8"), None)
@@ -189,7 +189,7 @@ def test_the_program_goes_on(
     chat = command.Chat(session, 6, GREEDY, BARS)
     monkeypatch.setattr(session, "answer", stopped)
     chat._turn("hello")
-    assert "stopped: this turn is forgotten" in capsys.readouterr().err
+    assert "stopped: this turn is discarded" in capsys.readouterr().err
 
 
 # -- the command -------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_top1_is_the_share_ranked_first_on_the_own_text(
 
 
 def test_some_setting_goes_its_own_way(comparison: Comparison) -> None:
-    """Or the tests above would compare equal texts alone."""
+    """Otherwise the tests above would compare only equal texts."""
     assert any(row.agreement.first_difference is not None for row in comparison.rows)
 
 

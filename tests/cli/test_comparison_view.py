@@ -57,7 +57,7 @@ def test_the_difference_is_marked_without_colour() -> None:
 
 
 def test_the_mark_is_explained() -> None:
-    assert "▶ marks where a text leaves the own cache's." in " ".join(render([SAME, OTHER], 80).split())
+    assert "▶ marks the first difference from the own cache's text." in " ".join(render([SAME, OTHER], 80).split())
 
 
 def test_equal_texts_have_no_mark() -> None:

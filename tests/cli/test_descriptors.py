@@ -51,7 +51,7 @@ def run(arguments: str, redirections: str, folder: Path) -> tuple[int, str, str]
 def test_without_stdout_every_command_says_so_at_once(arguments, tmp_path):
     code, out, err = run(arguments, ">&-", tmp_path)
     assert (code, out) == (2, "")
-    assert err == "error: stdout: expected a place for results, got it closed (>/dev/null discards them)\n"
+    assert err == "error: stdout: expected an open stream for results, got a closed one (>/dev/null discards them)\n"
     assert os.listdir(tmp_path) == [TEXT]
 
 
@@ -60,7 +60,7 @@ def test_without_stdin_commands_that_read_it_say_so(arguments, option, tmp_path)
     code, out, err = run(arguments, "<&-", tmp_path)
     assert (code, out) == (2, "")
     *notes, last = err.splitlines()
-    assert last == f"error: {option}: expected text on stdin, got it closed"
+    assert last == f"error: {option}: expected text on stdin, got a closed stream"
     assert not any("Traceback" in line for line in notes)
 
 

@@ -37,7 +37,7 @@ def test_a_bare_machine(run, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(doctor, "examine", lambda: bare)
     shown = " ".join(run("doctor").stdout.split())
-    assert shown.count("not known on this system") == 2
+    assert shown.count("unknown on this system") == 2
     assert "none that torch can use" in shown
     assert "the bundled model is not here" in shown
     assert 'Not installed: rich. For everything: pip install ".[all]" in a clone of the repository' in shown

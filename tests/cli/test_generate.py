@@ -310,8 +310,8 @@ def test_a_damaged_cache(run: Run, model: Path, tmp_path: Path) -> None:
         (["--prompt", "x", "--bits", "4", "--bits", "3"], "--bits: expected one value without --compare, got 2"),
         (
             ["--load-cache", "x", "--bits", "4"],
-            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file says how it is "
-            "quantized",
+            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file has its own "
+            "quantization",
         ),
         (
             ["--prompt", "x", "--compare", "--load-cache", "y"],

@@ -85,5 +85,5 @@ def parts_in_memory(*methods: str) -> Parts:
 
 
 def run_alone(task, subject, method):
-    """What a task gives for one method."""
+    """The result of a task for one method."""
     return task.run(subject, [method], parts_in_memory(method.name), no_progress)[0]

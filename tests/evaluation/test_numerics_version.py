@@ -1,4 +1,4 @@
-"""Saved results are only reused while the numerics are what they were: changed outputs need another `NUMERICS`."""
+"""Saved results are reused only if the numerics have not changed: changed outputs need another `NUMERICS`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page says what was measured, needs nothing else, and a browser shows all of it."""
+"""The page contains the measurements, is self-contained, and a browser renders all of it."""
 
 from __future__ import annotations
 

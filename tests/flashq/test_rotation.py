@@ -1,4 +1,4 @@
-"""The rotation: its matrix, and that a row's result is its own."""
+"""The rotation: its matrix, and that the result of a row does not depend on other rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_products_and_vectors_survive(head_dim):
 
 
 def test_blocks_do_not_mix():
-    """96 = 3 blocks of 32: what stands in one stays in it."""
+    """96 = 3 blocks of 32, which do not mix."""
     x = torch.zeros(1, 96)
     x[0, 40] = 1.0
     touched = rotate(x)[0].nonzero().flatten().tolist()
@@ -68,7 +68,7 @@ def test_an_outlier_channel_is_spread(head_dim):
 @pytest.mark.parametrize("head_dim", DIMS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 64])
 def test_a_row_does_not_depend_on_how_many_there_are(head_dim, rows):
-    """Bit for bit: what a token becomes must not depend on the call it arrived in."""
+    """Bit for bit: the codes of a token must not depend on the call that added it."""
     x = normals(2, 3, 193, head_dim)
     whole = rotate(x)
     assert torch.equal(rotate(x[:, :, :rows]), whole[:, :, :rows])

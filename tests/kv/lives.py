@@ -1,4 +1,4 @@
-"""What a cache goes through, as a list of steps that threads and processes take."""
+"""Sequences of operations on a cache, for tests with threads and processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def born(length: int, window: int | None, most: int | None) -> ta.KVCache:
 
 
 def state(cache: ta.KVCache) -> str:
-    """A digest of all that it holds."""
+    """A digest of its content."""
     return _digest("", cache_tensors(cache, ""))
 
 

@@ -1,4 +1,4 @@
-"""`KVCache`: what it says of itself, empty and odd shapes, and that failures change nothing."""
+"""`KVCache`: its properties, empty and odd shapes, and that failures change nothing."""
 
 from __future__ import annotations
 

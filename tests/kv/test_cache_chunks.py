@@ -1,4 +1,4 @@
-"""However tokens arrive, the cache is the same: cut into calls, padded, or beside other sequences."""
+"""The cache does not depend on how tokens arrive: split into calls, padded, or batched with other sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Crops: what stays is exactly what was there, wherever the cut falls."""
+"""Crops: the remaining tokens are unchanged, for any position of the cut."""
 
 from __future__ import annotations
 

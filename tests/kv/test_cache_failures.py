@@ -78,7 +78,7 @@ def test_a_failure_in_a_backend_leaves_the_cache_as_it_was(monkeypatch, backend)
 
 
 def test_uninitialized_memory_is_never_read(monkeypatch):
-    """Whatever `torch.empty` holds, results are the same."""
+    """Results do not depend on the content of `torch.empty`."""
     want_cache, k, v = filled([200, 131, 3], config=PLAIN.replace(bits=3))
     want, want_lse = attend(want_cache)
     originals = {name: getattr(torch, name) for name in ("empty", "empty_like")}

@@ -1,4 +1,4 @@
-"""Threads and processes at once, over save, load, clone, copy, crop and append: each gets what it would alone."""
+"""Concurrent threads and processes with save, load, clone, copy, crop and append do not affect each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BIRTHS = st.tuples(st.sampled_from([1, 64, 130, 700]), st.sampled_from([None, 70
 @settings(max_examples=8)
 @given(birth=BIRTHS, lives=st.lists(STEPS, min_size=3, max_size=3))
 def test_threads_over_clones_of_one_cache(birth, lives):
-    """They share pages; each ends as if it had been alone."""
+    """They share pages; each ends in the same state as without the others."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / str(i) for i in range(2 * len(lives))]
         alone = [live(born(*birth), steps, path) for steps, path in zip(lives, paths, strict=False)]
@@ -60,7 +60,7 @@ def processes():
 @settings(max_examples=8)
 @given(length=st.sampled_from([64, 700]), window=st.sampled_from([None, 70]), lives=st.tuples(STEPS, STEPS))
 def test_processes_that_share_a_file(processes, length, window, lives):
-    """Each loads what the other saved, at any time, and finds it whole."""
+    """Each loads files saved by the other, at any time, and finds them complete."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "cache")
         around = [[("save", 0), *steps, ("load", 0), ("append", 3), ("save", 0), ("load", 0)] for steps in lives]

@@ -18,11 +18,11 @@ from turboattention.kv.pool import PagePool
 from .tools import PLAIN, content, filled, live_pages, pool_bytes, tokens
 
 OF_KERNELS = ("backend_state", "_addresses")
-"""What `nbytes` leaves out: where pages stand, and what steps share."""
+"""Memory that `nbytes` does not count: page addresses, and state shared by steps."""
 
 
 def tensors_of(thing: object, seen: set[int]) -> list[torch.Tensor]:
-    """Every tensor that an object holds, however deep."""
+    """All tensors that an object holds, directly or indirectly."""
     if id(thing) in seen:
         return []
     seen.add(id(thing))
@@ -106,7 +106,7 @@ def test_memory_floor_token_by_token(bits, floor):
 
 
 def places(cache: ta.KVCache) -> set[int]:
-    """Where every page stands, used or reserved."""
+    """The addresses of all pages, used or reserved."""
     pools = [pool for pool in (cache.page_table.pools.sinks, cache.page_table.pools.compressed) if pool is not None]
     rows = [(pool, *place) for pool in pools for place in (*pool._pages.values(), *pool._idle)]
     return {slab.memory.data_ptr() + row * pool.layout.page_bytes for pool, slab, row in rows}
@@ -179,7 +179,7 @@ WAYS = {
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 512])
 @pytest.mark.parametrize("pieces", WAYS.values(), ids=WAYS)
 def test_a_window_holds_itself_and_a_block(pieces, window):
-    """However its tokens arrived, and nothing idle beside."""
+    """Independent of how its tokens arrived, and without idle memory."""
     cache = appended(pieces, window_size=window)
     pages = -(-(window - 1) // 64) + 1
     assert live_pages(cache) <= pages
@@ -283,7 +283,7 @@ def test_whatever_happened_memory_is_that_of_what_is_left(steps, window, sinks, 
 
 
 def test_pages_are_copied_at_most_a_few_times(monkeypatch):
-    """A crop by a few tokens at a time does not copy what is left each time; nor do beams that are chosen anew."""
+    """Cropping by a few tokens at a time does not copy the remaining tokens each time; nor does selecting beams."""
     cache, copied = appended([4000]), []
     write = PagePool.write
     monkeypatch.setattr(PagePool, "write", lambda pool, pages, x: copied.append(len(pages)) or write(pool, pages, x))

@@ -1,4 +1,4 @@
-"""What a cache refuses: each message names the argument, what was expected and what came."""
+"""Errors of a cache: each message names the argument, the expected and the actual value."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_a_crop_needs_what_every_sequence_needs():
 
 @pytest.mark.parametrize("rows, fine", [(1, True), (17, True), (200, False), (400, False)])
 def test_queries_that_reach_back_to_released_blocks_are_refused(rows, fine):
-    """Without new tokens a query may stand far back: an error, not a guess."""
+    """Without new tokens, a query may be at a released position: this raises an error."""
     kept, whole, *_ = both([400], 100)
     q = normals(1, 4, rows, 16)
     if fine:

@@ -1,4 +1,4 @@
-"""The order of K's channels: what it is learned from, that compressed pages follow it, and what it is good for."""
+"""The order of K's channels: how it is determined, that compressed pages follow it, and its benefit."""
 
 from __future__ import annotations
 

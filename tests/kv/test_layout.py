@@ -1,4 +1,4 @@
-"""The packed format's arithmetic: where every section stands and how long a page is."""
+"""The packed format's arithmetic: offsets of sections and size of a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTHS = st.lists(st.sampled_from((2, 3, 4, 8)), min_size=1, max_size=6)
 
 
 def page_bytes(head_dim: int, block: int, k_bits: list[int], v_bits: list[int], token_scales: bool) -> int:
-    """From the format's description alone."""
+    """Written from the format's description, without the package's code."""
     codes = sum(head_dim * block * bits // 8 for bits in (*k_bits, *v_bits))
     steps_and_zeros = 2 * head_dim * sum(bits < 8 for bits in (*k_bits, *v_bits))
     by_token = 2 * len(k_bits) * block if token_scales else 0
@@ -98,7 +98,9 @@ def test_keys_of_two_widths_take_as_many_bytes():
     parts = {group.bits: group.parts for group in layout.k_groups}
     assert parts == {8: ((8, 48),), 4: ((5, 24), (3, 24)), 3: ((4, 24), (2, 24)), 2: ((3, 24), (1, 24))}
     assert all(group.parts == ((group.bits, 48),) for group in layout.v_groups)
-    with pytest.raises(ConfigError, match=r"^layout: expected head_dim in 16s for two widths of K, got 24$"):
+    with pytest.raises(
+        ConfigError, match=r"^layout: expected head_dim in multiples of 16 for two widths of K, got 24$"
+    ):
         PageLayout(24, 64, (3,), (4,), True, (True,))
     with pytest.raises(ConfigError, match=r"^k_halves: expected 2 entries, got 1$"):
         PageLayout(32, 64, (3, 3), (4, 4), True, (True,))
@@ -121,8 +123,14 @@ def test_name_and_version_are_pinned():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((60, 64, (4,), (4,), True), r"^layout: expected head_dim in 8s and block_size in 16s, got 60 and 64$"),
-        ((64, 24, (4,), (4,), True), r"^layout: expected head_dim in 8s and block_size in 16s, got 64 and 24$"),
+        (
+            (60, 64, (4,), (4,), True),
+            r"^layout: expected head_dim in multiples of 8 and block_size in multiples of 16, got 60 and 64$",
+        ),
+        (
+            (64, 24, (4,), (4,), True),
+            r"^layout: expected head_dim in multiples of 8 and block_size in multiples of 16, got 64 and 24$",
+        ),
         ((64, 64, (4, 4), (4,), True), r"^v_bits: expected 2 widths, as K has, got 1$"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Files made to harm: refused, before memory is taken for what they claim."""
+"""Malicious files: rejected before memory is allocated for the sizes that they state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The INT8 buffer: what it takes, and what it sets to zero."""
+"""The INT8 tail buffer: its size, and the rows that it sets to zero."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_it_held_before_is_gone():
 @pytest.mark.parametrize("token_scales, scale_bytes", [(True, 2), (False, 4)])
 @pytest.mark.parametrize("tokens, rows", [(0, 16), (1, 16), (16, 16), (17, 32), (48, 48), (49, 63), (63, 63)])
 def test_nbytes(token_scales, scale_bytes, tokens, rows):
-    """As many rows as the longest sequence needs, in 16s."""
+    """As many rows as the longest sequence needs, in multiples of 16."""
     buffer = TailBuffer(3, 2, 63, 16, token_scales, CPU)
     buffer.take(numbered_like(3, 64, 16), torch.zeros(3, dtype=torch.int64), torch.tensor([0, tokens, tokens // 2]), 0)
     assert buffer.rows == buffer.rows_for(tokens, 64) == rows

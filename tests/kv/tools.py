@@ -1,4 +1,4 @@
-"""Caches built piece by piece, and everything they hold laid open to be compared."""
+"""Caches built piece by piece, and functions that extract their content for comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN = ta.TurboConfig(guard="off")
 def tokens(
     batch: int, heads: int, length: int, head_dim: int, seed: int = 0, dtype=torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """k, v [B, H, L, D]; some channels and tokens stand out, as in real models."""
+    """k, v [B, H, L, D] with outlier channels and tokens, as in real models."""
     k, v = (normals(batch, heads, length, head_dim, seed=2 * seed + i) for i in range(2))
     k[..., 1] += 6.0
     if length:

@@ -1,7 +1,7 @@
 """The tables of docs/numerics.md, row by row: a change of numerics shows here first.
 
-Two assertions a cell: the storage error (exact attention over what the cache stores) and the error
-of the whole integer path, each against the page's own figure.
+Two assertions per cell: the storage error (exact attention over the stored values) and the error of the whole integer
+path, each against the figure in the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTHS = (8, 4, 3, 2)
 
 
 def recorded(title: str) -> dict[str, dict[str, tuple[float, ...]]]:
-    """A table of docs/numerics.md, {row: {kind: errors by width}}: what users read is what is tested."""
+    """A table of docs/numerics.md, {row: {kind: errors by width}}, so that the published figures are tested."""
     text = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text(encoding="utf-8")
     lines = text.split(title, 1)[1].split("\n\n", 2)[1].splitlines()[2:]
     table = {}
@@ -39,7 +39,7 @@ def recorded(title: str) -> dict[str, dict[str, tuple[float, ...]]]:
 
 STORAGE = recorded("Storage only")
 WHOLE = recorded("The whole path")
-FIRST_ROWS = recorded("The default at 8 bits from the first row on")
+FIRST_ROWS = recorded("shows the default at 8 bits from the first row on")
 
 measure = functools.lru_cache(maxsize=None)(preset_error)
 

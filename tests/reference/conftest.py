@@ -1,4 +1,4 @@
-"""Every promise here is held by PyTorch alone and by the C++ kernels."""
+"""Runs these tests on PyTorch and on the C++ kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from ..backends import take_backend
 
 @pytest.fixture(autouse=True, params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What "auto" is: every promise holds on PyTorch alone and on the C++ kernels."""
+    """The backend that "auto" selects: PyTorch, then the C++ kernels."""
     take_backend(request.param, monkeypatch)
     return request.param

@@ -42,7 +42,7 @@ def test_prefill_chunks_and_decode_by_the_formulas(k_bits, v_bits):
         stored = start // 64
         for i in range(start, end, 3 if end - start > 10 else 1):
             seen = np.arange(ends[-1]) <= i
-            # What stands behind the call's end is not there yet: it must not set a block's V scale.
+            # Tokens after the call's end do not exist yet and must not affect a block's V scale.
             view = model.Sequence(
                 *(x[:end] for x in (sequence.k8, sequence.k_scale, sequence.v8, sequence.v_scale)),
                 sequence.mean,
@@ -232,14 +232,14 @@ def test_without_new_tokens_queries_stand_at_each_sequence_s_end():
     got, lse = ta.turbo_attention_with_kvcache(q, cache, return_lse=True)
     want, _ = exact_attention(q, k, v, is_causal=True, lengths=lengths)
     assert relative_error(got, want) < QUANTIZED
-    assert not bool(got[1, :, :2].any())  # five queries over three tokens: two stand before all of them
+    assert not bool(got[1, :, :2].any())  # five queries over three tokens: two are before all of them
     assert bool((lse[1, :, :2] == -torch.inf).all())
     assert torch.equal(cache.seq_lens, before)
 
 
 @pytest.mark.parametrize("rows, new", [(1, 4), (7, 4)])
 def test_more_or_fewer_queries_than_new_tokens(rows, new):
-    """Without lengths the last query stands at the last token."""
+    """Without lengths, the last query is at the last token."""
     q, k, v = qkv(1, 4, 2, rows, 100, 16)
     cache = KVCache(1, 2, 16, config=EIGHT)
     cache.append(k[:, :, :-new], v[:, :, :-new])

@@ -67,7 +67,7 @@ def test_rows_leave_out_no_query_that_sees_something(start, count, causal, windo
 
 
 def test_blocks_of_their_own_and_blocks_behind():
-    """`own` splits queries: those that stand in a key's block (or before it), and those behind it."""
+    """`own` splits queries: those in a key's block (or before it), and those after it."""
     positions = torch.arange(24)[None]
     seen = Visibility(positions, torch.tensor([24]), True, None, None, 1)
     scores = torch.zeros(1, 1, 3, 1, 24, 8)

@@ -1,5 +1,5 @@
 // Attention as tasks: tiles of query rows and, if there is one tile, splits of the blocks, whose results are merged.
-// The partition depends on shapes and lengths alone, so that results do not depend on the number of threads.
+// The partition depends only on shapes and lengths, so that results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -20,14 +20,14 @@ namespace turbo::TURBO_ISA {
 
 constexpr int kRowsPerTask = 256;  // their output stays in the L2 cache
 constexpr int kBlocksPerSplit = 16;
-// Each split has its own partial result, so that their number must not grow with the keys: at most 64 in decode and 8
+// Each split has its own partial result, so their number must not grow with the keys: at most 64 in decode and 8
 // in prefill, which take less than 1.1 MB per KV head.
 constexpr int kDecodeSplits = 64, kPrefillSplits = 8;
 
 struct Plan {
     std::int64_t tile, tiles, splits, most_splits;
 
-    // For one sequence, from its own length alone.
+    // The number of splits of one sequence, which depends only on its length.
     std::int64_t blocks_per_split(std::int64_t blocks) const {
         if (tiles > 1) return blocks;
         return std::max<std::int64_t>(kBlocksPerSplit, (blocks + most_splits - 1) / most_splits);

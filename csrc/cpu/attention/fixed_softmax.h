@@ -1,4 +1,4 @@
-// The softmax in fixed point, from the integer products on (numerics.md, "SAS in 16-bit integers"), in lanes of 16
+// The softmax in fixed point, starting from integer products (numerics.md, "SAS in 16-bit integers"), in lanes of 16
 // bits: a lane is a query in fixed_lanes.h and a token in fixed_rows.h.
 #pragma once
 

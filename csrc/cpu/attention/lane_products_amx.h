@@ -77,7 +77,7 @@ inline void lane_scores(const UnpackedKV& block, const LaneQueries& g, int head_
     for (int t = 0; t < kBlock; t += 32) {
         const std::uint8_t* keys = block.keys + t * head_dim;
         for (int c = 0; c < whole; c += 64) {
-            // Sums stay in their tiles from step to step.
+            // Sums stay in their tiles between iterations.
             if (c == 0) {
                 score_tiles(keys, g.q[0][0], head_dim, w.scores[t], true);
             } else {
@@ -134,7 +134,7 @@ inline void add_outputs(Group& g, const GroupWork& w, int c, int channels, const
 }
 
 inline void lane_outputs(const UnpackedKV& block, Group& g, int value_dim, const GroupWork& w, bool rescales) {
-    // Tiles are one step ahead: their sums take longer to arrive than to be added.
+    // Tiles are one iteration ahead: their sums take longer to arrive than to be added.
     alignas(64) std::int32_t sums[2][32][kQueryLanes];
     _tile_loadd(6, w.p[0][0], 4 * kQueryLanes);
     _tile_loadd(7, w.p[0][16], 4 * kQueryLanes);

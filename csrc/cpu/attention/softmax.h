@@ -60,12 +60,12 @@ struct Exponential {
             power *= 0.36787944117144233;
         }
     }
-    // If not, 127 e^-y rounds to zero beyond the limit by itself, within the errors of the approximations.
+    // If not, 127 e^-y rounds to zero beyond the limit anyway, within the errors of the approximations.
     bool cuts() const { return full != kLevels || limit < 5.7f; }
 };
 
-// full e^-y for y >= 0 (for infinity 0, or a value that rounds to 0). kFixed: weights are computed in fixed point from
-// the integer products on, if the logits themselves are not needed.
+// full e^-y for y >= 0 (for infinity 0, or a value that rounds to 0). kFixed: weights are computed from the integer
+// products in fixed point, if the logits themselves are not needed.
 template <Softmax Form, bool Cut>
 struct Levels {
     const Exponential& e;

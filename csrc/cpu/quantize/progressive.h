@@ -100,8 +100,9 @@ inline Range min_max(const ChannelTile& tile, int levels, std::int32_t* middle) 
     return range;
 }
 
-// The steps that the search tries. Below 4 bits, 16ths of the min-max step, rounded up; the optimal two levels lie much
-// further inside the range than the optimal four. At 4 and 5 bits, the min-max step and the next smaller integer.
+// The candidate steps of the range search. Below 4 bits, 16ths of the min-max step, rounded up; the optimal two levels
+// lie much further inside the range than the optimal four. At 4 and 5 bits, the min-max step and the next smaller
+// integer.
 template <int kBits>
 constexpr int kTried = kBits < 4 ? 9 : 2;
 

@@ -40,7 +40,7 @@ inline float up_to_grid(float scale) {
     return float_of((bits_of(scale) + (kStep - 1)) & ~(kStep - 1));
 }
 
-// Permutes channels: channel order[c] moves to place c.
+// Permutes channels: channel order[c] moves to index c.
 inline void reorder_row(float* x, int head_dim, const std::int32_t* order) {
     float old[kMaxHeadDim];
     std::memcpy(old, x, sizeof(float) * head_dim);

@@ -1,4 +1,4 @@
-"""Which of the processor's limits a row comes nearest, and how near."""
+"""The processor limit that a row comes closest to, and the fraction of it that the row reaches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def nearest(row: Row, facts: Mapping[str, Any]) -> Limit | None:
     """The limit whose share is the largest; None for a row without a rate, or a processor that was not measured.
 
     Both products count as integer products on the instruction set that ran; a backend without one multiplies floats.
-    What has to be read at least once is the cache, or the tensors of a prefill, in the dtype of the row.
+    Memory traffic is counted as one read of the cache, or of a prefill's tensors, in the dtype of the row.
     """
     peaks, isa = facts.get("peaks", {}), facts.get("isa")
     if row.seconds is None or row.gops is None:
@@ -44,7 +44,7 @@ def named(row: Row, facts: Mapping[str, Any]) -> Row:
 
 
 def beyond_products(rows: Sequence[Row]) -> bool:
-    """Whether a row is faster than products were when they were measured, which something else must have slowed."""
+    """Whether a row exceeds the measured peak rate; other load must then have slowed the peak measurement."""
     return any(row.limit in (INTEGER, FLOAT) and (row.limit_share or 0) > 1 for row in rows)
 
 

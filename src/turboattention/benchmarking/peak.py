@@ -10,7 +10,7 @@ import torch
 
 
 def peaks() -> dict[str, float]:
-    """All of them by name, with the unit in the name."""
+    """All limits by name, with the unit in the name."""
     integer = {f"{name} INT8 GOPS": rate for name, rate in integer_peak().items()}
     return {"float32 GFLOPS": float_peak(), "read GB/s": read_bandwidth()} | integer
 

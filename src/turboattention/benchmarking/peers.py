@@ -130,14 +130,14 @@ _LIST = (
     Peer("sdpa", "PyTorch SDPA in float32", _sdpa(torch.float32, 1e-4)),
     Peer(
         "sdpa-folded",
-        "the same over one row a query head, where one query allows it",
+        "the same with query heads as rows, possible for one query",
         _sdpa(torch.float32, 1e-4, folded=True),
         fits=_folds,
     ),
     Peer("sdpa-bf16", "PyTorch SDPA in bfloat16", _sdpa(torch.bfloat16, 0.03)),
     Peer(
         "sdpa-bf16-folded",
-        "the same over one row a query head",
+        "the same with query heads as rows",
         _sdpa(torch.bfloat16, 0.03, folded=True),
         fits=_folds,
     ),

@@ -53,7 +53,7 @@ class Plan:
 CHUNK_QUERIES = 256
 
 WINDOW = 512
-"""Of the sliding-window caches whose memory is measured; half of shorter contexts."""
+"""Window of the caches whose memory is measured; half of the context if that is shorter."""
 
 LENGTHS = {
     "prefill": (1024, 2048, 4096, 8192),

@@ -28,18 +28,19 @@ _SCRIPTS = Path(__file__).parent / "workers"
 
 
 class WorkerError(Exception):
-    """A worker could not be started, or could not do what it was asked for."""
+    """A worker could not be started, or could not execute a request."""
 
 
 def missing(name: str) -> str | None:
     """Why the peers of an environment cannot be used here; None if they can."""
     if _python(name).exists():
         return None
-    return f"{_python(name).parents[1]} is no environment: `make peers-{name}` makes it ({FOLDER} names another folder)"
+    folder = _python(name).parents[1]
+    return f"{folder} is not an environment: `make peers-{name}` creates it ({FOLDER} names another folder)"
 
 
 def versions() -> dict[str, str]:
-    """The releases of the peers that are there, by the name of their environment."""
+    """The releases of the installed peers, by the name of their environment."""
     found = {}
     for name in WORKERS:
         for info in _python(name).parents[1].glob(f"lib/python*/site-packages/{name}-*.dist-info"):
@@ -65,7 +66,7 @@ class Remote(Measured):
             raise WorkerError(f"batch: expected 1, got {problem.shape.batch}")
         self._folder = tempfile.TemporaryDirectory(prefix="turboattention-")
         self._errors = (Path(self._folder.name) / "stderr").open("w+", encoding="utf-8", errors="replace")
-        # One thread count for everyone; what else the library does with its threads is its own choice.
+        # The same number of threads for all peers; the library chooses all other thread settings.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("PYTHONPATH", None)
         answers, write = os.pipe()

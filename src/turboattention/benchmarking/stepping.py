@@ -14,15 +14,15 @@ from .problem import Problem, fill
 from .storing import Growing
 from .timing import Measured
 
-STORES = "one token is stored a call"
-"""Said of a comparison where both sides are such steps."""
+STORES = "one token stored per call"
+"""Note on a comparison in which both sides are such steps."""
 
 _GROWTH = 8
 """Blocks that the cache grows by before it is replaced by a copy of its first state, outside of any measurement."""
 
 
 class Step(Measured):
-    """One token stored and attended. A sample has whole blocks of tokens, so each pays for its part of compressing."""
+    """One token stored and attended. A sample has whole blocks of tokens, so its time includes compression."""
 
     def __init__(self, problem: Problem, backend: str):
         assert problem.cache is not None

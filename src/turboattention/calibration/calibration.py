@@ -113,7 +113,7 @@ class Calibration:
     @property
     def expected_kl(self) -> float:
         """The sum of the costs: the KL divergence from the model's own cache for small, independent errors, in nats per
-        token. Exact layers cost nothing."""
+        token. Exact layers have no cost."""
         costs = enumerate(self.chosen_costs)
         return sum(float(cost.sum()) for index, cost in costs if index not in self.exact_layers)
 

@@ -127,7 +127,7 @@ def _indices(values: Any, count: int) -> tuple[int, ...]:
 
 
 def _weight(entry: dict[str, Any], shape: tuple[int, ...]) -> Tensor | None:
-    """Absent where a file of version 1 was loaded and saved again."""
+    """Absent if a file of version 1 was loaded and saved again."""
     if "k_weight" not in entry:
         return None
     weight = _numbers(entry, "k_weight", shape)

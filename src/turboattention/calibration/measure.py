@@ -37,8 +37,8 @@ class LayerStatistics:
     priority: float64 [2, Hkv], the paper's gap * std (section 3.2), mean over the texts.
     k_mean: float32 [Hkv, D], mean of each channel of K.
     outliers: per head the outlier channels of K (`OUTLIER`).
-    k_weight: float64 [Hkv, D], `E[q_c^2] var(k_c)` of each channel of K, with the variance inside blocks: what caches
-        with `reorder_k` order the channels by. None in files of version 1.
+    k_weight: float64 [Hkv, D], `E[q_c^2] var(k_c)` of each channel of K, with the variance inside blocks. Caches with
+        `reorder_k` sort the channels by it. None in files of version 1.
     """
 
     errors: Tensor

@@ -79,7 +79,7 @@ def ask(
             "--question",
             "-q",
             metavar="TEXT",
-            help="A question; may be repeated. Without any, each line of stdin is one.",
+            help="A question; may be repeated. Without it, each line of stdin is a question.",
             rich_help_panel=INPUT,
         ),
     ] = None,
@@ -117,14 +117,14 @@ def ask(
 ) -> None:
     """Ask a model about a document. The document is read once, and every question starts from its cache.
 
-    Where questions come from stdin, Ctrl-C ends an answer, and the next question follows.
+    If questions come from stdin, Ctrl-C ends the current answer, and the next question is read.
 
     Example: turboattention ask --model model.gguf --file report.txt -q "Who wrote this?" -q "What is it about?"
     """
     if load_cache is not None and (bits or preset or guard or calibration):
         raise InputError(
-            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file says how it is "
-            "quantized"
+            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file has its own "
+            "quantization"
         )
     if compare and (save_cache or load_cache):
         raise InputError("--compare: expected no --save-cache or --load-cache with it")
@@ -163,7 +163,7 @@ def _document(file: str | None, demo: bool) -> str:
 
 
 def _questions(file: str | None, given: list[str] | None, demo: bool, *, at_once: bool) -> list[str] | None:
-    """None if the questions come from stdin, and are not wanted `at_once`."""
+    """None if the questions come from stdin and are read one at a time (not `at_once`)."""
     for text in given or ():
         check_text("--question", text)
     if not given and demo:
@@ -232,7 +232,7 @@ def _answer(request: Request, opened: Opened, bars: Bars) -> None:
 
 
 def _start(request: Request, document: Document, opened: Opened) -> Start:
-    """The document's cache as far as there is one."""
+    """The document's saved cache, or an empty one."""
     if request.load_cache is not None:
         return document.load(request.load_cache)
     setting = request.settings[0]
@@ -258,8 +258,8 @@ def _ready(request: Request, document: Document, start: Start, language: Languag
 
 
 def _answer_lines(request: Request, ready: Ready, bars: Bars) -> None:
-    """Answer the questions of stdin, each as it comes. A pipe without any is an error, unless the document was to be
-    saved."""
+    """Answer the questions from stdin one at a time. A pipe without questions is an error, unless the document is to
+    be saved."""
     lines, asked = Lines("stdin", "? "), 0
 
     def answer(question: str) -> None:
@@ -274,7 +274,7 @@ def _answer_lines(request: Request, ready: Ready, bars: Bars) -> None:
 
 
 def _until_stopped(request: Request, ready: Ready, ids: list[int], bars: Bars) -> None:
-    """Answer a question of stdin. Ctrl-C ends the answer: the next question follows."""
+    """Answer a question from stdin. Ctrl-C ends only this answer."""
     with Interrupt() as interrupt:
         try:
             result = _continued(request, ready, ids, bars, interrupt.enough)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Audience(Protocol):
-    """Hears of a comparison while it runs."""
+    """Receives the progress of a comparison."""
 
     def document(self, label: str, seconds: float) -> None:
         """One kind of cache has read the document."""

@@ -175,7 +175,7 @@ def _run(plan: Plan, json: bool, out: Path | None, plot: Path | None) -> None:
         before = peak.peaks()
         rows = list(run(plan, say))
         say("the processor's own limits again")
-        # Whatever else the machine does lowers what is measured: the larger is nearer the truth.
+        # Other load only lowers a measured rate, so the larger value is closer to the peak.
         peaks = {name: max(rate, before[name]) for name, rate in peak.peaks().items()}
     facts = bench_facts(plan.backend, peaks=peaks, effort=asdict(plan.effort), seed=plan.seed)
     rows = [named(row, facts) for row in rows]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..benchmarking.statistics import Spread
 
 TITLES = {
-    "prefill": "Prefill: INT8 attention over tensors at hand",
+    "prefill": "Prefill: INT8 attention over given tensors",
     "chunk": "Chunked prefill: 256 queries over a quantized cache",
     "decode": "Decode: one query over a quantized cache",
     "steps": "Decode step by step, new tokens stored",
@@ -43,7 +43,7 @@ def show(rows: Sequence[Row], facts: dict[str, Any], console: Console) -> None:
         console.print(table)
     if any(row.limit for row in rows):
         console.print(
-            "limit: the one of the processor's that TurboAttention comes nearest, and the share reached; more "
+            "limit: the processor limit that TurboAttention comes closest to, and the fraction reached; more "
             "than 100% of memory bandwidth: from the processor's caches, or measured while the machine was busy",
             style="dim",
             markup=False,
@@ -135,12 +135,12 @@ def _steps(rows: Sequence[Row]) -> Table:
         )
         if "deviation_from_line" in figures:
             line = f"{time_text(figures['seconds_per_token'] * 1000)} per 1,000 tokens"
-            table.add_row("", "", line, "", f"off the line {figures['deviation_from_line']:.0%}")
+            table.add_row("", "", line, "", f"off a line by {figures['deviation_from_line']:.0%}")
     return table
 
 
 def _compress(rows: Sequence[Row]) -> Table:
-    table = _table("tokens", "bits", "one block", "decode step", "a token of it", "one by one")
+    table = _table("tokens", "bits", "one block", "decode step", "per token", "one by one")
     for row in rows:
         assert row.seconds is not None
         figures = row.figures

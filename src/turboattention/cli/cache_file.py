@@ -35,7 +35,7 @@ def save(cache: TurboCache, ids: Sequence[int], path: Path) -> None:
 
 
 def saved_text(path: Path, tokens: int) -> str:
-    """Confirms what was saved."""
+    """Report what was saved."""
     return f"cache of {number_of(tokens, 'token')} saved to {path}, {bytes_text(path.stat().st_size)}"
 
 
@@ -51,7 +51,7 @@ def writing(option: str, path: Path) -> Iterator[None]:
 
 
 def check_source(path: Path, option: str = "--load-cache") -> None:
-    """Raises InputError or FormatError for a file that is no saved cache, before a model is opened."""
+    """Raises InputError or FormatError for a file that is not a saved cache, before a model is opened."""
     from ..kv.serialization import check_saved_cache
 
     if not path.is_file():
@@ -120,7 +120,7 @@ def reuse(cache: TurboCache, cached: Sequence[int], ids: Sequence[int]) -> int:
             cache.crop(kept - len(cached))
         except InputError as error:  # a sliding window has released tokens that the crop needs
             raise InputError(
-                "--load-cache: expected a prompt that goes on from the cached one "
+                "--load-cache: expected a prompt that continues the cached one "
                 f"({number_of(len(cached), 'token')}), since this model's sliding windows cannot go back far, got one "
                 f"that shares {shared:,} of its tokens; run it without --load-cache"
             ) from error

@@ -81,7 +81,7 @@ def measure(request: Request) -> Calibration:
         text_pieces(opened.config, ids, length)  # raises for texts and models that cannot be measured
     language = load_weights(opened, bars)
     if len(ids) < min(request.tokens, 2 * length) and not request.json:
-        note(f"the text has {number_of(len(ids), 'token')}: a longer one measures better", "warning")
+        note(f"the text has {number_of(len(ids), 'token')}: a longer text gives better estimates", "warning")
     with bars.task("Measuring") as update:
         found = calibrate(
             language.model,

@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from ..integrations.transformers.generation import Sampler
 
 HELP = """\
-/save PATH  keep the conversation and its cache in a file
-/load PATH  go on with a kept conversation
-/clear      begin anew
-/help       this list
-/exit       end; so does Ctrl-D
-Ctrl-C      end the answer that is being written"""
+/save PATH  save the conversation and its cache to a file
+/load PATH  continue a saved conversation
+/clear      start a new conversation
+/help       show this list
+/exit       quit; also Ctrl-D
+Ctrl-C      end the current answer"""
 
 
 def chat(
@@ -57,7 +57,8 @@ def chat(
         typer.Option(metavar="TEXT", help="The system prompt.", rich_help_panel=INPUT),
     ] = None,
     load: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Go on with what /save kept.", rich_help_panel=INPUT)
+        Path | None,
+        typer.Option(metavar="PATH", help="Continue a conversation saved with /save.", rich_help_panel=INPUT),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of tokens of an answer.", rich_help_panel=INPUT)
@@ -83,8 +84,8 @@ def chat(
 ) -> None:
     """Chat with a model. The quantized cache is kept between turns, and saved to a file with /save.
 
-    Each line of stdin is a message. What each turn cost is printed on stderr. After a line that fails, the error is
-    printed there too, and the next line follows.
+    Each line of stdin is a message. The cost of each turn is printed on stderr. If a line fails, the error is printed
+    there too, and the chat continues with the next line.
 
     Example: turboattention chat --model SmolLM2-135M-Instruct.Q4_1.gguf --bits 3
     """
@@ -130,8 +131,8 @@ class Chat:
     bars: Bars
 
     def run(self) -> bool:
-        """Run until the end of input. Errors are printed, and the chat continues. Returns whether there were any in
-        lines that nobody typed."""
+        """Run until the end of input. Errors are printed, and the chat continues. Returns whether any line failed that
+        was not typed at a terminal."""
         lines = Lines("chat", ">>> ")
         if lines.typed:
             note(f"{self.session.about}; /help lists commands")
@@ -150,7 +151,7 @@ class Chat:
                 result = self.session.answer(line, self.limit, self.sampler, self.bars, write_text, interrupt)
             except KeyboardInterrupt:
                 typer.echo()
-                note("stopped: this turn is forgotten")
+                note("stopped: this turn is discarded")
                 return
         typer.echo()
         stopped = "stopped; " if interrupt.asked else ""

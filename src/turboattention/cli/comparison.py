@@ -125,7 +125,7 @@ def _run(
 
 
 def new_run(language: LanguageModel, setting: Setting | None) -> Run:
-    """On an empty cache, quantized as `setting` says or the model's own."""
+    """A run on an empty cache, quantized according to `setting` or the model's own."""
     from ..integrations.transformers.generation import Run
 
     config, calibration = (setting.config, setting.calibration) if setting else (None, None)
@@ -151,7 +151,7 @@ def go_on(
     reference: Sequence[int],
     prefill_seconds: float,
 ) -> tuple[Outcome, list[int]]:
-    """What a run that has read its prompt gives, and what it ranks first at each token of `reference`."""
+    """The outcome of a run that has read its prompt, and its top-ranked token at each token of `reference`."""
     from ..integrations.transformers.generation import generate
 
     fork = _ForkAtDifference(run, reference)
@@ -170,9 +170,9 @@ def go_on(
 
 
 class _ForkAtDifference:
-    """Watches a run, and keeps a copy from where it leaves the reference.
+    """Watches a run, and keeps a copy from the first token that differs from the reference.
 
-    Up to there, going its own way and being fed the reference are the same computation.
+    Up to that token, generating freely and being fed the reference are the same computation.
     """
 
     def __init__(self, run: Run, reference: Sequence[int]):

@@ -1,4 +1,4 @@
-"""A comparison as people read it, and as machines do."""
+"""A comparison as text and as JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def show(comparison: Comparison, prompt: str, facts: dict[str, Any], console: Co
 
 
 def facts_line(facts: dict[str, Any]) -> str:
-    """What ran, in one sentence."""
+    """A sentence that describes the run."""
     return (
         f"Model {facts['model']} in {facts['dtype']} on {facts['device']} (CPU threads: {facts['threads']}), "
         f"quantized attention on the {facts['backend']} backend."
@@ -109,7 +109,7 @@ def _texts(own: Outcome, rows: Sequence[Row]) -> Table:
 
 
 def marked(outcome: Outcome, shared: int | None) -> Text:
-    """The text, with a mark where it leaves the other one."""
+    """The text, with a mark at the first difference from the other one."""
     end = " [end]" if outcome.ended else ""
     if shared is None or shared == len(outcome.text):
         return Text(printable(outcome.text).lstrip(" ")).append(end, style="dim")
@@ -157,7 +157,7 @@ def _speed(outcome: Outcome) -> tuple[str, str]:
 def _legend(comparison: Comparison) -> str:
     tokens = len(comparison.own.tokens)
     differ = any(row.agreement.first_difference is not None for row in comparison.rows)
-    lines = [f"{MARK} marks where a text leaves the own cache's."] if differ else []
+    lines = [f"{MARK} marks the first difference from the own cache's text."] if differ else []
     lines += [
         f"{number_of(tokens, 'new token')}, the likeliest each time. KV size: bytes allocated; own cache: its elements "
         "in FP16. first diff.: the first token that is not the own cache's. same tokens: equal at the same position, "

@@ -1,5 +1,5 @@
-"""A closed stdin, stdout or stderr (``<&-``): said where it is wanted, and never mistaken for a file. A stderr that
-takes nothing (a full disk, a broken pipe) costs only the messages."""
+"""Handling of a closed stdin, stdout or stderr (``<&-``): reported when the stream is needed, and its descriptor is
+never reused for another file. If stderr cannot be written (a full disk, a broken pipe), only messages are lost."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class _Lossy(io.FileIO):
 
 
 def settle() -> None:
-    """Take the numbers of closed ones, which files opened later would get, and what any library writes would go into.
-    Messages go nowhere where stderr is closed or cannot be written."""
+    """Occupy the descriptors of closed streams: files opened later would get them, and the output of any library would
+    go into these files. Messages are dropped if stderr is closed or cannot be written."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -38,12 +38,12 @@ def settle() -> None:
 
 
 def check_results() -> None:
-    """Raises InputError where there is no stdout for results."""
+    """Raises InputError if there is no stdout for results."""
     if sys.stdout is None:
-        raise InputError("stdout: expected a place for results, got it closed (>/dev/null discards them)")
+        raise InputError("stdout: expected an open stream for results, got a closed one (>/dev/null discards them)")
 
 
 def check_input(option: str) -> None:
-    """Raises InputError where there is no stdin to read what `option` asks for."""
+    """Raises InputError if there is no stdin for `option` to read."""
     if sys.stdin is None:
-        raise InputError(f"{option}: expected text on stdin, got it closed")
+        raise InputError(f"{option}: expected text on stdin, got a closed stream")

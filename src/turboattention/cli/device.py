@@ -8,7 +8,7 @@ from enum import Enum
 from ..errors import InputError
 
 MAX_THREADS = 4 * (os.cpu_count() or 1)
-"""More threads are slower, and too many make the process fail."""
+"""Upper limit of `--threads`. More threads are slower, and too many make the process fail."""
 
 
 class Dtype(str, Enum):

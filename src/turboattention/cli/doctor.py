@@ -57,7 +57,7 @@ def _facts(machine: Machine) -> Table:
 
 def _features(machine: Machine) -> str:
     if not machine.features:
-        return "not known on this system"
+        return "unknown on this system"
     have = [name for name, there in machine.features.items() if there]
     lack = [name for name, there in machine.features.items() if not there]
     return (" ".join(have) or "none of those used") + (f" (not: {' '.join(lack)})" if lack else "")
@@ -65,7 +65,7 @@ def _features(machine: Machine) -> str:
 
 def _memory(machine: Machine) -> str:
     if machine.memory is None:
-        return "not known on this system"
+        return "unknown on this system"
     free = f", {bytes_text(machine.memory_available)} available" if machine.memory_available is not None else ""
     return bytes_text(machine.memory) + free
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Document:
     """A document in the model's chat template.
 
-    prefix: the token ids at the start of every question's prompt. option: the one that named it, for messages.
+    prefix: the token ids at the start of every question's prompt. option: the option that named it, for messages.
 
     Raises:
         InputError: the model has no chat template.

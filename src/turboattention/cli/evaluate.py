@@ -54,9 +54,9 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME,NAME,...",
-            help="perplexity (with KL, total variation and top-1), growth (the same over text that the model writes), "
-            "heads, recall, needle, copy, arithmetic; from files in --data gsm8k, aqua, bbh, bbh/TASK; lm-eval/TASK of "
-            "lm-evaluation-harness.",
+            help="perplexity (with KL, total variation and top-1), growth (the same over generated text), heads, "
+            "recall, needle, copy, arithmetic; from files in --data gsm8k, aqua, bbh, bbh/TASK; lm-eval/TASK "
+            "of lm-evaluation-harness.",
             rich_help_panel=MEASURED,
         ),
     ] = TASKS,

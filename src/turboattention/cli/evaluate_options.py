@@ -20,7 +20,7 @@ def check_methods(methods: list[CacheMethod]) -> None:
 
 
 def check_chat(chat: bool, names: list[str]) -> None:
-    """Raises InputError for questions in a chat template where no questions from files are asked."""
+    """Raises InputError for a chat template without a task that asks questions from files."""
     from ..evaluation.questions import is_question_set
 
     if chat and not any(is_question_set(name) for name in names):

@@ -162,8 +162,8 @@ def _settings(
 ) -> list[Setting]:
     if load_cache is not None and (bits or preset or guard or calibration):
         raise InputError(
-            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file says how it is "
-            "quantized"
+            "--load-cache: expected no --bits, --preset, --guard or --calibration with it: the file has its own "
+            "quantization"
         )
     if not bits:
         bits = ["4", "3", "mixed"] if demo and compare else ["4" if calibration is None else "mixed"]
@@ -256,7 +256,7 @@ def _start(request: Request, opened: Opened) -> Start:
 
 
 def _ids(request: Request, language: Described, prompt: str) -> list[int]:
-    """The tokens of the prompt. Raises InputError where they and the new ones do not fit into the context."""
+    """The tokens of the prompt. Raises InputError if they and the new tokens do not fit into the context."""
     if not request.chat:
         return _fitting(request, language, language.encode(prompt))
     from ..integrations.transformers import chat

@@ -23,7 +23,7 @@ def page(calibration: Calibration) -> str:
     made.text(summary(calibration))
     made.section("Layers and heads")
     made.figure(
-        keys_by_layer(calibration), "Relative error of each head's attention output with K alone stored, by layer"
+        keys_by_layer(calibration), "Relative error of each head's attention output with only K quantized, by layer"
     )
     for row, name in enumerate(("K", "V")):
         widths = [bits[row].tolist() for bits in calibration.head_bits]
@@ -39,8 +39,8 @@ def page(calibration: Calibration) -> str:
     for row, name in enumerate(("K", "V")):
         costs = [(layer.costs[row, :, 0] * 1e4).tolist() for layer in calibration.layers]
         made.figure(
-            heat_map(_grid(costs), title=f"Cost of {name} at 2 bits", label="1e-4 nats a token"),
-            f"Expected KL divergence with {name} alone at 2 bits, by layer and KV head",
+            heat_map(_grid(costs), title=f"Cost of {name} at 2 bits", label="1e-4 nats per token"),
+            f"Expected KL divergence with {name} at 2 bits and all else unquantized, by layer and KV head",
         )
     made.section("Every head")
     found = heads(calibration)

@@ -85,7 +85,7 @@ def summary(calibration: Calibration) -> str:
     shares = ", ".join(f"{counts[width]} at {width}" for width in WIDTHS if counts[width])
     text = (
         f"{calibration.average_bits:.2f} bits on average by {calibration.strategy} (K and V of heads: {shares}); "
-        f"expected KL {calibration.expected_kl:.4f} nats a token. Measured on "
+        f"expected KL {calibration.expected_kl:.4f} nats per token. Measured on "
         f"{number_of(calibration.provenance.tokens, 'token')}."
     )
     orders = calibration.k_order

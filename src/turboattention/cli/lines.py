@@ -29,7 +29,7 @@ class Lines:
         return self
 
     def __next__(self) -> str:
-        """Raises InputError for a line that is no text; the next call gives the next line."""
+        """Raises InputError for a line that is not text; the next call gives the next line."""
         while (line := self._typed() if self.typed else self._piped()) is not None:
             if line.strip():
                 check_text(self._option, line)
@@ -37,8 +37,9 @@ class Lines:
         raise StopIteration
 
     def each(self, take: Callable[[str], bool | None]) -> bool:
-        """Call `take` with every line, or until it returns True. An error of this package is a line on stderr, and the
-        next line follows. Returns whether a line that nobody typed failed: who typed it has seen the error."""
+        """Call `take` with every line, or until it returns True. An error of this package is printed on stderr, and the
+        next line follows. Returns whether a line failed that was not typed at a terminal, where the user sees the
+        error."""
         failed, ended = False, False
         while not ended:
             try:

@@ -39,6 +39,6 @@ def check_caches(opened: Opened, settings: Sequence[Setting]) -> None:
 
 
 def load_weights(opened: Opened, bars: Bars) -> LanguageModel:
-    """Raises InputError where weights are missing or cannot be read."""
+    """Raises InputError if weights are missing or cannot be read."""
     with bars.task("Loading the model"):
         return opened.load()

@@ -1,4 +1,4 @@
-"""Errors of the library name its arguments; those of a command name the options that were typed."""
+"""Errors of the library name its arguments; in commands, they are rewritten to name the command's options."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..errors import TurboError
 
 @contextmanager
 def named(**options: str) -> Iterator[None]:
-    """Inside, errors about these arguments of the library are about `options` instead. Options with the name of the
-    argument need no entry (`for_command`)."""
+    """Inside the `with` block, errors about these arguments of the library name `options` instead. Options with the
+    same name as the argument need no entry (`for_command`)."""
     try:
         yield
     except TurboError as error:
@@ -27,7 +27,7 @@ _CALLED = {"model_config": "model"}
 
 
 def for_command(message: str, command: Any) -> str:
-    """A message of the library about an argument, as one about the option of that name if `command` has one."""
+    """A message of the library about an argument, rewritten for the option of that name if `command` has one."""
     argument, colon, rest = message.partition(": ")
     option = f"--{_CALLED.get(argument, argument).replace('_', '-')}"
     known = {text for parameter in getattr(command, "params", ()) for text in parameter.opts}

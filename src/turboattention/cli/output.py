@@ -17,7 +17,7 @@ from rich.console import Console
 from ..errors import GuardWarning
 
 _WIDE = 120
-"""Columns of results in files and pipes, which have no width of their own: no table is broken."""
+"""Width of results in files and pipes, so large that no table is wrapped."""
 
 
 def results() -> Console:

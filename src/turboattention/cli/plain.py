@@ -32,9 +32,9 @@ class Start:
 
 @dataclass(frozen=True)
 class Result:
-    """What a generation gave. `kv_bytes` are allocated, `kv_bytes_fp16` the same elements at 2 bytes.
+    """The result of a generation. `kv_bytes` are allocated, `kv_bytes_fp16` the same elements at 2 bytes.
 
-    `late` are those of the `warnings` that came while the text was written, and were not shown in the midst of it.
+    `late`: the `warnings` that were issued while the text was written, and are shown after it.
     """
 
     text: str
@@ -76,8 +76,8 @@ class Result:
 
 
 def size_text(ratio: float, tokens: int, config: TurboConfig) -> str:
-    """A size relative to FP16. Before the first block is compressed, a cache is larger: its tokens are INT8, and until
-    the guard has seen that block, also in the model's own dtype."""
+    """A size relative to FP16. Before the first block is compressed, a cache is larger: its tokens are INT8 and, until
+    the guard has checked that block, also in the model's own dtype."""
     if ratio >= 1:
         return f"{ratio:.2f}x below FP16"
     first = config.sink_tokens + config.block_size + config.flush_lag

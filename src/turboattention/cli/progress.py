@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, elsewhere a line now and then."""
+"""Progress on stderr: bars on a terminal, otherwise an occasional line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Update = Callable[[int, int], None]
 
 
 SECONDS_A_LINE = 30
-"""Between two lines of progress where there is no terminal; shorter tasks say nothing."""
+"""Seconds between two lines of progress without a terminal; shorter tasks print nothing."""
 
 
 class Bars:

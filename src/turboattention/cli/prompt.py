@@ -11,10 +11,10 @@ from .descriptors import check_input
 
 
 def read_prompt(prompt: str | None, file: str | None, demo: bool) -> str | None:
-    """The prompt's text; None where none was given.
+    """The prompt's text; None if none was given.
 
     Raises:
-        InputError: more than one was given, the file cannot be read, or there is nothing in it.
+        InputError: more than one was given, or the file cannot be read or is empty.
     """
     given = _given(prompt, file, demo)
     if len(given) > 1:
@@ -43,7 +43,7 @@ def read_file(option: str, file: str) -> str:
     """The text of a file that an option named; "-" is stdin.
 
     Raises:
-        InputError: it cannot be read, is not UTF-8, or there is nothing in it.
+        InputError: it cannot be read, is not UTF-8, or is empty.
     """
     text = _read(option, file)
     check_text(option, text)

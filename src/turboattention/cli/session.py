@@ -152,9 +152,9 @@ class Session:
 
 @dataclass(frozen=True)
 class Kept:
-    """A conversation in a file: its cache, the token ids in it, and what `Session.save` wrote beside them.
+    """A conversation in a file: its cache, the token ids in it, and the further fields of `Session.save`.
 
-    option: what named the file, for messages.
+    option: the option that named the file, for messages.
     """
 
     cache: TurboCache

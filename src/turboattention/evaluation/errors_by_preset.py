@@ -51,7 +51,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def preset_error(kind: str, bits: int, config: TurboConfig) -> tuple[float, float]:
     """Relative error of the attention output over the last 64 rows (causal, 1,024 tokens, D = 128).
 
-    Returns (storage, whole): exact attention over what the cache stores, and the whole integer path.
+    Returns (storage, whole): exact attention over the stored values, and the whole integer path.
     """
     wanted, *got = _outputs(kind, config.replace(bits=bits), slice(-LAST_ROWS, None), False)
     stored, whole = (relative_error(x, wanted) for x in got)
@@ -69,7 +69,7 @@ def early_error(kind: str, rows: int, known_mean: bool) -> tuple[float, float]:
 
 
 def _outputs(kind: str, config: TurboConfig, rows: slice, known_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of exact attention, of exact attention over what the cache stores, and of the whole integer path."""
+    """Outputs of exact attention, of exact attention over the stored values, and of the whole integer path."""
     q, k, v = (torch.from_numpy(x) for x in synthetic_qkv(kind))
     q = q[:, :, rows]
     mean = k[0, :, MEAN_SKIPS : config.block_size].mean(1).float() if known_mean else None

@@ -133,7 +133,7 @@ def run(
     """One unit per task and method, saved when it is complete; saved units are not measured again.
 
     Args:
-        facts: what all results depend on: the model, its dtype, the version.
+        facts: everything that all results depend on: the model, its dtype, the version.
         doing: returns a context manager with a `Progress` for a line of text, like `Bars.task`.
 
     A unit that fails with an error of this package has the message in `failed` and is not saved.
@@ -166,7 +166,7 @@ def run(
 
 
 def _settings(facts: dict[str, Any], method: CacheMethod, task: Task) -> dict[str, Any]:
-    """All that a result depends on."""
+    """Everything that a result depends on."""
     numerics = {"numerics": method.numerics} if method.numerics else {}
     return {"facts": facts, "method": method.settings, "task": task.settings} | numerics
 
@@ -215,6 +215,6 @@ def _guard_warnings() -> Iterator[list[tuple[str | None, str]]]:
 
 
 def document(facts: dict[str, Any], methods: Sequence[CacheMethod], units: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Everything as one JSON object; what `report.evaluation.html` and `benchmarks/accuracy.py` read."""
+    """All results as one JSON object, read by `report.evaluation.html` and `benchmarks/accuracy.py`."""
     described = [{name: getattr(m, name) for name in ("name", "title", "source", "settings")} for m in methods]
     return {"version": VERSION, "facts": facts, "methods": described, "units": list(units)}

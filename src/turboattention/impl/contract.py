@@ -1,4 +1,4 @@
-"""What a backend is: the protocol that all of them implement, and what their calls are given."""
+"""The protocol that all backends implement, and the arguments of their calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
+from ..params import AttentionParams
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -20,23 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AttentionParams:
-    """Parameters of attention, as `turbo_attention` describes them; checked.
-
-    scale: factor of the logits. window_size, softcap: None for none. attn_mask: [B or 1, Hq or 1, Lq or 1, Lk or 1],
-    bool or additive float, or None.
-    """
-
-    is_causal: bool
-    scale: float
-    window_size: int | None = None
-    softcap: float | None = None
-    attn_mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class CheckedCall:
-    """A call of attention over a cache. Everything but values is checked, against each other and the cache.
+    """A call of attention over a cache. Everything except values is validated, against each other and the cache.
 
     q: [B, Hq, Lq, D]. k, v: new tokens [B, Hkv, T, D] and [B, Hkv, T, Dv], or None. counts: int64 [B] (CPU), how many
     of the T tokens each sequence takes (row i of q is then token i, and rows from `counts[b]` on are padding), or None
@@ -52,14 +38,14 @@ class CheckedCall:
 
 @dataclass(frozen=True)
 class CallTraits:
-    """The properties of a call that determine who can run it."""
+    """The properties of a call that determine which backends can run it."""
 
     config: TurboConfig
     dtype: torch.dtype
     device: torch.device
     queries: int = 1
     head_dims: tuple[int, int] | None = None
-    """Of keys and of values, if they are known."""
+    """head_dim of keys and of values, if they are known."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +65,8 @@ class Prompt(Protocol):
     """Attends and appends the new tokens of a call (`in_place.fills_at_once`) at once."""
 
     def __call__(self, call: CheckedCall, cache: KVCache, decided: Decided | None) -> Result:
-        """decided: what the first tokens decide, if anything is left to decide (`in_place.deciding_tokens`). Raises
-        NonFiniteError; the cache is then unchanged."""
+        """decided: the mean, widths and order determined by the first tokens; None if all are fixed
+        (`in_place.deciding_tokens`). Raises NonFiniteError; the cache is then unchanged."""
         ...
 
 
@@ -98,13 +84,10 @@ class PagedAttention(Protocol):
         out: Tensor,
         pages: Tensor,
         tail_blocks: TailBlocks,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        params: AttentionParams,
         sinks: Tensor | None,
     ) -> bool:
-        """False if values were not finite, where that is known without waiting."""
+        """False if values were not finite, as far as this is known without waiting."""
         ...
 
 
@@ -119,17 +102,17 @@ class Backend(Protocol):
 
     @property
     def checks_finite(self) -> tuple[str, ...]:
-        """Those of "q", "k" and "v" whose values `prefill` checks by itself."""
+        """Those of "q", "k" and "v" whose values `prefill` checks itself."""
         ...
 
     def availability(self) -> Availability: ...
 
     def refusal(self, call: CallTraits) -> str | None:
-        """Why this backend, if it is usable, does not compute a call; None if it does."""
+        """The reason why this backend, if it is usable, does not support a call; None if it does."""
         ...
 
     def slower(self, call: CallTraits | None) -> str | None:
-        """Why "auto" leaves a call that this backend computes to the next one, or None."""
+        """The reason why "auto" prefers the next backend for a call that this one supports, or None."""
         ...
 
     def quantizer(self, device: torch.device) -> Quantizer | None:

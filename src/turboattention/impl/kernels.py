@@ -1,4 +1,4 @@
-"""What the two backends that run compiled kernels share: their kernels are imported at the first call."""
+"""Shared by the two backends with compiled kernels, which are imported at the first call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..config import TurboConfig
-from .contract import AttentionParams, CheckedCall, Result
+from ..params import AttentionParams
+from .contract import CheckedCall, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -48,11 +49,7 @@ class KernelBackend(ABC):
         out: Tensor,
         pages: Tensor,
         tail_blocks: TailBlocks,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        params: AttentionParams,
         sinks: Tensor | None,
     ) -> bool:
-        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return self._paged.paged_attention(fmt, layer, batch, q, k, v, out, pages, tail_blocks, **options)
+        return self._paged.paged_attention(fmt, layer, batch, q, k, v, out, pages, tail_blocks, params, sinks)

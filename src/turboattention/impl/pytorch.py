@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config import TurboConfig
-from .contract import AttentionParams, Availability, CallTraits, CheckedCall, Result
+from ..params import AttentionParams
+from .contract import Availability, CallTraits, CheckedCall, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -39,12 +40,12 @@ class ReferenceBackend:
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, config: TurboConfig, params: AttentionParams) -> Result:
         from ..reference.prefill import prefill
 
-        return prefill(q, k, v, config=config, **vars(params))
+        return prefill(q, k, v, config, params)
 
     def attend_cache(self, call: CheckedCall, cache: KVCache, staged: Stage | None, **rows: Any) -> Result:
         from ..reference.decode import attend_cache
 
-        return attend_cache(call.q, cache, staged, **rows, **vars(call.params))
+        return attend_cache(call.q, cache, staged, call.params, **rows)
 
     def step(self, call: CheckedCall, cache: KVCache) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Integrations with serving and modelling libraries. Each one imports its library, and only when it is named."""
+"""Integrations with serving and modelling libraries. Each is imported, with its library, at first use."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """Of a transformers config, or of the text config inside one."""
+        """The shape from a transformers config, or from the text config inside one."""
         text = text_config(config)
         heads, hidden = (_number(text, name) for name in ("num_attention_heads", "hidden_size"))
         head_dim = _number(text, "head_dim") or (hidden // heads if hidden and heads else None)
@@ -37,7 +37,7 @@ class ModelShape:
         )
 
     def check(self, config: Any) -> None:
-        """Raises `InputError` naming what differs if `config` is another model's."""
+        """Raises `InputError` that names the difference if `config` is another model's."""
         other = asdict(ModelShape.of(config))
         for name, expected in asdict(self).items():
             if other[name] != expected:

@@ -1,1 +1,1 @@
-"""Kernels by backend. Each knows the packed format, the configuration and the errors, and nothing else."""
+"""Kernels by backend. They import only the packed format, the configuration and the errors."""

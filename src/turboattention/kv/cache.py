@@ -275,6 +275,15 @@ class KVCache:
         Raises:
             ShapeError, DtypeError, InputError, NonFiniteError, UnsupportedError (inputs that
             require gradients); the cache is then unchanged.
+
+        Examples:
+            Rows are sequences, columns the positions in the cache after the call; 1 is a token that this call appends.
+            `past` is the number of tokens of each sequence before the call::
+
+                past=[2, 4, 0], T=3, lengths=[3, 1, 0]
+                0 0 1 1 1    # tokens 0 to 2 of k and v
+                0 0 0 0 1    # token 0; the others are not read
+                0 0 0 0 0
         """
         if torch.compiler.is_dynamo_compiling():
             refuse_gradients(k=k, v=v)
@@ -288,7 +297,7 @@ class KVCache:
 
     @in_own_modes
     def crop(self, length: int | Tensor) -> None:
-        """Forget tokens past `length` (an int for all sequences, or int64 [B]); shorter ones stay.
+        """Remove tokens past `length` (an int for all sequences, or int64 [B]); shorter sequences do not change.
 
         A crop that cuts into a compressed block returns that block's INT8 values to the buffer.
 
@@ -304,7 +313,7 @@ class KVCache:
 
     @in_own_modes
     def reorder(self, index: Tensor) -> None:
-        """Make sequence `i` what sequence `index[i]` was (int64 [B'], repeats allowed). Pages are shared."""
+        """Replace sequence `i` by sequence `index[i]` (int64 [B'], repeats allowed). Pages are shared."""
         leave_graph()
         index = torch.as_tensor(index).cpu()
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:

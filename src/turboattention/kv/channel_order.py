@@ -117,7 +117,9 @@ def check_order(
     if permutation.is_floating_point() or halved.dtype != torch.bool:
         raise DtypeError(f"{name}: expected integers and bool, got {permutation.dtype} and {halved.dtype}")
     if head_dim % 16 and bool(halved.any()):
-        raise InputError(f"{name}: expected no heads of two widths at a head_dim of {head_dim}, which is not in 16s")
+        raise InputError(
+            f"{name}: expected no heads of two widths at a head_dim of {head_dim}, which is not a multiple of 16"
+        )
     if not is_permutation(permutation):
         raise InputError(f"{name}: expected a permutation of {head_dim} channels for each head, got another tensor")
     return ChannelOrder(permutation.to(permutation_dtype(head_dim)), halved.clone()) if config.reorders_k else None

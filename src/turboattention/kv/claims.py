@@ -1,8 +1,8 @@
-"""What a saved cache's metadata implies about the tensors in its file, compared with them before they are read.
+"""Checks the tensors in a saved cache's file against its metadata, before they are read.
 
-A header only claims: a sparse file of a few kilobytes can claim terabytes. Therefore the name, dtype and shape of every
-tensor must follow from the metadata, and the small tensors that determine how many pages there are (lengths, block
-table) are read first. The exact checks come later, when the cache is built.
+The sizes in a header are unverified: the header of a sparse file of a few kilobytes can state terabytes. Therefore the
+name, dtype and shape of every tensor must follow from the metadata, and the small tensors that determine the number of
+pages (lengths, block table) are read first. Exact checks follow when the cache is built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .page_table import EVICTED
 from .stage1 import MEAN_DTYPE
 
 MOST = 2**16
-"""The most sequences and the most heads of a saved cache."""
+"""The largest number of sequences, and of heads, of a saved cache."""
 LONGEST = 2**31 - 1
 _MOST_BLOCKS = 2**24  # entries of a block table: 64 MiB, a billion tokens
 _LARGEST_STATE = 2**24  # elements, of one sequence
@@ -153,7 +153,7 @@ def counted(metadata: dict[str, Any], name: str, most: int, least: int = 1) -> i
 
 
 def _pages(file: TensorFile, prefix: str, batch: int, block: int, longest: int) -> int:
-    """The most pages that the block table refers to, in either pool."""
+    """Upper bound of the number of pages that the block table refers to, in either pool."""
     lengths, name = file.read(f"{prefix}lengths"), f"{prefix}table"
     if bool(((lengths < 0) | (lengths > longest)).any()):
         found = f"{int(lengths.min())} to {int(lengths.max())}"

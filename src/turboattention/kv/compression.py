@@ -1,4 +1,4 @@
-"""Full blocks on their way into pages: which blocks of a stage are compressed, and with which widths and order of K."""
+"""Compression of full blocks: which blocks of a stage become pages, and with which widths and order of K's channels."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class Compression:
 
 
 def compression_of(cache: KVCache, staged: Stage) -> Compression:
-    """What committing `staged` compresses. Widths and order that are fixed stay; else they are what the user gave, or
-    what tokens and queries decide."""
+    """The blocks that committing `staged` compresses. Widths and order that are fixed do not change; otherwise they are
+    the user's, or determined by tokens and queries."""
     flush, sink_blocks = _full_blocks(cache.config, staged), cache.sink_blocks
     assert cache.page_table is not None  # allocated by staging
     pools = cache.page_table.pools

@@ -1,4 +1,4 @@
-"""Crops: what a new length leaves, the rows that return to the tail buffer, and the check against evicted blocks."""
+"""Crops: the pages that remain, the rows that return to the tail buffer, and the check against evicted blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def crop(cache: KVCache, length: int | Tensor) -> None:
-    """Forget tokens past `length`. Arguments and errors as in `KVCache.crop`."""
+    """Remove tokens past `length`. Arguments and errors as in `KVCache.crop`."""
     target, kept = crop_target(cache, length)
     table, tail = cache.page_table, cache.tail
     if table is None or tail is None:

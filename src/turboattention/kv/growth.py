@@ -51,7 +51,7 @@ def stage(
 
 
 def allocate(cache: KVCache, device: torch.device) -> None:
-    """Make the memory of a cache that has none yet."""
+    """Allocate the memory of a cache that has none yet."""
     if cache.page_table is not None:
         return
     device = torch.empty(0, device=device).device  # "cuda" means the current one: tensors name it

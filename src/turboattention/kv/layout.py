@@ -92,13 +92,14 @@ class PageLayout:
         for name, width in (("head_dim", self.head_dim), ("v_head_dim", self.v_head_dim)):
             if width % 8 or self.block_size % 16:
                 raise ConfigError(
-                    f"layout: expected {name} in 8s and block_size in 16s, got {width} and {self.block_size}"
+                    f"layout: expected {name} in multiples of 8 and block_size in multiples of 16, got {width} and "
+                    f"{self.block_size}"
                 )
         # Only the widths of K_HALVES can be halved. Normalize, so that equal layouts have equal fields.
         halves = tuple(half and bits in K_HALVES for half, bits in zip(self.k_halves, self.k_bits, strict=False))
         object.__setattr__(self, "k_halves", halves if any(halves) else ())
         if self.k_halves and self.head_dim % 16:
-            raise ConfigError(f"layout: expected head_dim in 16s for two widths of K, got {self.head_dim}")
+            raise ConfigError(f"layout: expected head_dim in multiples of 16 for two widths of K, got {self.head_dim}")
         if self.k_halves and len(self.k_halves) != len(self.k_bits):
             raise ConfigError(f"k_halves: expected {len(self.k_bits)} entries, got {len(self.k_halves)}")
         if len(self.k_bits) != len(self.v_bits):

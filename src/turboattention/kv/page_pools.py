@@ -88,7 +88,7 @@ class PagePools:
         return self.of(block < self.sink_blocks)
 
     def part(self, sinks: bool) -> slice:
-        """The blocks of a sequence whose pages are in the one pool or the other."""
+        """The blocks of a sequence whose pages are in the sink pool, or in the compressed pool."""
         return slice(None, self.sink_blocks) if sinks else slice(self.sink_blocks, None)
 
     def reserve(self, sinks: int, others: int, singly: bool) -> None:
@@ -134,5 +134,5 @@ class PagePools:
         return other
 
     def shared(self) -> PagePools:
-        """For another page table: the same pools; a format that is not fixed yet is fixed by each table."""
+        """Pools for another page table: the same pools, but each table fixes a format that is not fixed yet itself."""
         return copy.copy(self)

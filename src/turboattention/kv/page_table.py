@@ -275,13 +275,13 @@ class PageTable:
 
     @in_own_modes
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
-        """A table with pools of its own: clones in other threads may be changing these."""
+        """A table with separate pools, since clones in other threads may be changing these."""
         copy = self.select([*range(len(self.pages))])
         copy._move(*self.pools.reserved_pages)
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a deep copy, whose pages then belong to whoever restores it."""
+        """The state of a deep copy; the restored object owns its pages."""
         copy = deepcopy(self)
         state, copy.__dict__ = copy.__dict__, {}
         return state

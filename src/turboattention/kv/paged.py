@@ -1,4 +1,4 @@
-"""What a server and the kernels share over pages that the server manages: their format, INT8 rows, and the batch.
+"""Data structures that a server and the kernels share: the page format, INT8 tail rows, and the batch.
 
 See `turboattention.paged`.
 """
@@ -44,7 +44,7 @@ class PagedFormat:
 
     Raises:
         ConfigError: the configuration or page_bytes is not supported, or `reorder_k` without orders. ShapeError: means
-            or orders of other shapes. DtypeError, InputError: orders that are none.
+            or orders of other shapes. DtypeError, InputError: invalid orders.
     """
 
     config: TurboConfig
@@ -71,8 +71,8 @@ class PagedFormat:
         _ = self.stored_means  # computed here, since it cannot be computed during a CUDA graph capture
 
     def _checked_orders(self) -> tuple[ChannelOrder, ...]:
-        """`orders`, or none where K has 8 bits. An order found in a block would make the bytes of later blocks depend
-        on which was the first."""
+        """`orders`, or none if K has 8 bits. An order derived from a block would make the bytes of later blocks depend
+        on which block was the first."""
         wanted = len(self.head_bits) if self.config.reorder_k else 0
         if len(self.orders) != wanted:
             raise ConfigError(
@@ -101,13 +101,13 @@ class PagedFormat:
 
     @cached_property
     def layouts(self) -> tuple[PageLayout, ...]:
-        """One per layer."""
+        """The page layout of each layer."""
         halves = [() if order is None else tuple(order.halved.tolist()) for order in self._stored_orders]
         return tuple(_layout(self.head_dim, *layer) for layer in zip(self.head_bits, halves, strict=True))
 
     @cached_property
     def order_tables(self) -> tuple[Tensor | None, ...]:
-        """`ChannelOrder.table` of each layer; None where no head has two widths."""
+        """`ChannelOrder.table` of each layer; None if no head has two widths."""
         return tuple(None if order is None else order.table for order in self._stored_orders)
 
     @cached_property

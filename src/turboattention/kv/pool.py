@@ -21,7 +21,7 @@ from ..modes import in_own_modes
 from .layout import PageLayout
 
 LARGEST = 64
-"""Maximum pages per slab. It bounds what a crop has to copy."""
+"""Maximum pages per slab. It bounds the number of pages that a crop has to copy."""
 
 _WASTE = 16
 """Of each slab, the sequences of a cache leave at most 1 / _WASTE as many pages as they use."""

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class TokenQuantizer(Protocol):
     """Stage 1 of tokens, on tensors of one device.
 
-    checks_finite: whether `quantize_tokens` looks for values that are not finite or out of range; it does so for free
-    where it reads the values anyway and returns to the host.
+    checks_finite: whether `quantize_tokens` detects values that are not finite or out of range. The check is free if
+    the implementation reads the values anyway and returns to the host.
     """
 
     checks_finite: bool
@@ -52,8 +52,7 @@ class TokenQuantizer(Protocol):
         subtracted. Token t is written to row `target[b] + t` of codes int8 [B, H, W, D] and scales [B, H, W]. Other
         tokens of x are not read. span, first and target are int64 [B] (CPU).
 
-        Returns False if a value read was not finite or out of range, and `checks_finite`; the rows written are then
-        of no use.
+        Returns False if `checks_finite` and a value was not finite or out of range; the rows written are then invalid.
         """
         ...
 
@@ -97,7 +96,7 @@ class Quantizer(TokenQuantizer, Protocol):
         CPU) of each sequence, or all.
 
         Returns False, without any change, if the call needs the general path: values that are not finite, blocks whose
-        widths or means are not decided, or many tokens.
+        widths or means are undecided, or many tokens.
         """
         ...
 
@@ -184,7 +183,7 @@ def quantizer_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Q
 def _dispatch() -> ModuleType:
     """The module with the table of backends.
 
-    The one place where this package looks above itself: by name and at the first call, so that a cache has the same
-    quantizer whichever module of the package was imported first.
+    The only import of a higher layer in this package. It is resolved by name at the first call, so that a cache has the
+    same quantizer regardless of which module of the package was imported first.
     """
     return importlib.import_module("turboattention.dispatch")

@@ -1,4 +1,4 @@
-"""Makes the sequences of one cache those of another, in any order."""
+"""Replaces the sequences of one cache by those of another, in any order."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Saves and loads caches as safetensors files, one or several per file.
 
-The metadata holds the format's name and version, the rotation's number and all else that is needed to read the bytes.
+The metadata holds the format's name and version, the rotation's number and everything else needed to read the bytes.
 Any inconsistency raises `FormatError`.
 """
 
@@ -42,7 +42,7 @@ _AGAIN = (
 _LARGEST_HEADER = 2**24
 """Bytes of the header of a safetensors file: metadata, and 100 to 150 for every tensor."""
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError)
-"""Errors of reading a damaged file, beside safetensors' own."""
+"""Exceptions raised when reading a damaged file, in addition to safetensors' own."""
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str]) -> None:
@@ -106,7 +106,7 @@ def read_file(
 
 
 def check_saved_cache(path: str | os.PathLike[str]) -> None:
-    """Raises what `read_file` would raise, as far as the header of the file says it."""
+    """Raises the errors of `read_file` that the header of the file already shows."""
     name = os.fspath(path)
     with _errors_about(name), _opened(name) as file:
         _check_header(file.metadata() or {}, name)
@@ -129,7 +129,7 @@ def _errors_about(name: str) -> Iterator[None]:
 
 
 def is_saved_cache(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file of this format, as far as its header says."""
+    """Whether there is a file whose header is of this format."""
     from safetensors import SafetensorError
 
     try:
@@ -314,7 +314,7 @@ def _restore_pages(page_table: PageTable, own: dict[str, Tensor]) -> None:
         pools.freeze(own["frozen_bits"], _order(own, layout.num_kv_heads, layout.head_dim) if reorders else None)
     table, split = own["table"], pools.sink_blocks
     ended = table < EVICTED
-    if bool((ended[:, :-1] & ~ended[:, 1:]).any()):  # what follows would move to the places of other blocks
+    if bool((ended[:, :-1] & ~ended[:, 1:]).any()):  # later pages would take the positions of other blocks
         raise FormatError(f"table: expected rows without gaps, got {table.tolist()}")
     numbers = []
     for name, pool, part in (("sinks", pools.sinks, table[:, :split]), ("pages", pools.compressed, table[:, split:])):

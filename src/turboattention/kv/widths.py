@@ -43,7 +43,7 @@ def uniform_head_bits(config: TurboConfig, heads: int) -> Tensor | None:
 
 
 def mixed_head_bits(config: TurboConfig, k: Tensor, v: Tensor) -> Tensor:
-    """int64 [2, Hkv] for bits="mixed", from the priorities of K's and of V's heads.
+    """int64 [2, Hkv] for bits="mixed", from the priorities of the heads of K and of V.
 
     k, v: the first compressed blocks [N, Hkv, B, D], without smoothing and rotation.
     """

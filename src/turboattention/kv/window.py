@@ -1,4 +1,4 @@
-"""What a sliding window keeps: blocks that no later query can see are released, 16 tokens late."""
+"""Sliding windows: blocks that no later query can see are released, 16 tokens late."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def first_kept_blocks(lengths: Tensor, window: int | None, block_size: int) -> T
 
 
 def most_blocks(window: int, block_size: int) -> int:
-    """Pages that a sequence has at most as it grows token by token: when a block fills, before the one that it pushes
-    out of the window is released (`first_kept_blocks`)."""
+    """The largest number of pages of a sequence that grows token by token: it is reached when a block fills, before the
+    block that leaves the window is released (`first_kept_blocks`)."""
     return -(-(window + CROPPED) // block_size)
 
 

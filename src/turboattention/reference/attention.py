@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..kv.queries import Queries, ordered_queries, quantize_queries
+from ..params import AttentionParams
 from .fixed_point import fixed_values, fixed_weights, product_shift, takes_fixed_point
 from .online_softmax import Accumulator, fold_blocks, online_softmax_update
 from .sources import Source
@@ -23,8 +24,7 @@ def attend(
     q: Tensor,
     source: Source,
     seen: Visibility,
-    scale: float,
-    softcap: float | None,
+    params: AttentionParams,
     kv_heads: int,
     v_head_dim: int,
 ) -> tuple[Tensor, Tensor]:
@@ -32,6 +32,7 @@ def attend(
 
     Integer products are computed in floating point, where they are exact: sums are at most 512 * 119 * 127 < 2^24.
     """
+    scale, softcap = params.scale, params.softcap
     queries = quantize_queries(config, q, kv_heads, scale, source.k_mean)
     ordered = queries
     if source.k_order is not None:

@@ -9,7 +9,7 @@ from ..flashq.symmetric import compute_dtype
 from ..kv.cache import KVCache
 from ..kv.compression import Compression
 from ..kv.stage1 import Stage
-from ..softmax import logit_scale
+from ..params import AttentionParams
 from .attention import attend
 from .sources import Source
 from .visibility import Visibility
@@ -19,15 +19,11 @@ def attend_cache(
     q: Tensor,
     cache: KVCache,
     staged: Stage | None,
+    params: AttentionParams,
     *,
     compression: Compression | None,
     positions: Tensor,
     valid: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache and new tokens; inputs are checked.
 
@@ -41,11 +37,11 @@ def attend_cache(
     source = Source(state, cache if int(cache.page_counts.sum()) else None, size, cache.mean_from)
     if config.stored_prefill and compression is not None:
         source.read_back(cache, compression)
-    seen = Visibility(positions, state.lengths, is_causal, window_size, attn_mask, q.shape[1], valid)
+    causal, window, mask = params.is_causal, params.window_size, params.attn_mask
+    seen = Visibility(positions, state.lengths, causal, window, mask, q.shape[1], valid)
     rows = valid.to(q.device)[:, None, :, None]
     clean = torch.where(rows, compute_dtype(q), 0.0)
-    kv_heads = cache.num_kv_heads
-    out, lse = attend(config, clean, source, seen, logit_scale(scale, q.shape[3]), softcap, kv_heads, cache.v_head_dim)
+    out, lse = attend(config, clean, source, seen, params, cache.num_kv_heads, cache.v_head_dim)
     out = torch.where(rows, cache.restore(out), 0.0).to(q.dtype)
     lse = torch.where(rows[..., 0], lse, -torch.inf)
     return out, lse if q.dtype == torch.float64 else lse.float()

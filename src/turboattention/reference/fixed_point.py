@@ -1,7 +1,7 @@
-"""The softmax in 16-bit integers, from the integer products of queries and keys on (docs/numerics.md, "SAS in 16-bit
-integers"). Every number here is what kernels compute in lanes of 16 bits.
+"""The softmax in 16-bit integers, starting from the integer products of queries and keys (docs/numerics.md, "SAS in
+16-bit integers"). All values equal those that kernels compute in 16-bit lanes.
 
-Shapes: B batch, H KV heads, n blocks at a time, g query heads a KV head, r query rows, T tokens a block.
+Shapes: B batch, H KV heads, n blocks at a time, g query heads per KV head, r query rows, T tokens per block.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..config import TurboConfig
 from ..softmax import SAS16_OCTAVE, SAS16_ONE, sas16_power
 
 _UNSEEN = -32768
-"""Below every score."""
+"""A value below every score."""
 _UNITS = 32768
-"""What a product of two numbers in units of 1 / `SAS16_ONE` is divided by."""
+"""The divisor of a product of two numbers in units of 1 / `SAS16_ONE`."""
 _FARTHEST, _STEEPEST = 15.0 * SAS16_OCTAVE, 8191.0
 _SUMS = 2048
 """The weight 1 in sums of weights."""
@@ -35,9 +35,9 @@ class FixedWeights:
 
 
 def takes_fixed_point(config: TurboConfig, scale: float, softcap: float | None, mask: Tensor | None) -> bool:
-    """Whether "sas16" goes from products to weights in fixed point. Otherwise, it takes the place of the exponential:
-    where logits themselves are needed, with the paper's maximum and scales of weights, and where results must not
-    depend on tokens that a query does not see, of which one may have the block's largest scale."""
+    """Whether "sas16" computes weights from products in fixed point. Otherwise it is applied to floating-point logits:
+    if logits themselves are needed, with the paper's maximum and weight scales, and if results must not depend on
+    tokens that a query does not see, since such a token may have the block's largest scale."""
     plain = config.row_max == "block" and config.p_scale != "tile" and config.rescale == "exact"
     boolean = mask is None or mask.dtype == torch.bool
     return plain and scale > 0 and softcap is None and boolean and not config.stored_prefill
@@ -55,8 +55,8 @@ def fixed_weights(
     """Weights from products.
 
     Args:
-        products: [B, H, n, g, r, T], integers; unit: [B, H, n, g, r] and k_scale [B, H, n, T], whose product is what
-            one of them counts; shift: `product_shift`, [B, H, n, g, r].
+        products: [B, H, n, g, r, T], integers; unit: [B, H, n, g, r] and k_scale [B, H, n, T], whose product is the
+            unit of the products; shift: `product_shift`, [B, H, n, g, r].
         mean: [B, H, n, g, r], added to the logits of a row, or None.
         seen: bool [B, H or 1, n, g or 1, r, T].
     """

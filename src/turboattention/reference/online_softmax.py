@@ -1,7 +1,7 @@
 """Online softmax over quantized blocks: weights, their INT8 form, and the running result.
 
-Shapes: B batch, H KV heads, n blocks at a time, g query heads a KV head, r query rows, T tokens a
-block, D head_dim of values.
+Shapes: B batch, H KV heads, n blocks at a time, g query heads per KV head, r query rows, T tokens per block, D head_dim
+of values.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..softmax import exponential
 STATIC_LEVELS = 127
 ROW_LEVELS = 127 * 256
 ROW_LARGEST = 126.96875
-"""Of a row's products, which rounds to the code 127. With 127 itself, scales that are half the largest, which are
-common, would be rounding ties."""
+"""The code of a row's largest product, which rounds to 127. With 127 itself, scales that are half the largest, which
+are common, would be rounding ties."""
 
 
 Exponential = Callable[[Tensor], Tensor]
@@ -37,12 +37,12 @@ class Accumulator:
 
     @classmethod
     def empty(cls, codes: Tensor, v_head_dim: int | None = None) -> Accumulator:
-        """For queries like `codes` [B, H, g, Lq, D]; D is also that of values unless given."""
+        """The initial state for queries like `codes` [B, H, g, Lq, D]; values have the same D unless given."""
         rows, channels = codes.shape[:-1], v_head_dim or codes.shape[-1]
         return cls(codes.new_full(rows, -torch.inf), codes.new_zeros(rows), codes.new_zeros(*rows, channels))
 
     def of(self, rows: slice) -> Accumulator:
-        """Of these query rows, over the same memory."""
+        """The state of some query rows, a view of the same memory."""
         return Accumulator(self.row_max[:, :, :, rows], self.row_sum[:, :, :, rows], self.out[:, :, :, rows])
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def online_softmax_update(
     part = state.of(rows)
     block_max = scores.amax(-1)
     if config.row_max == "running":
-        # The maximum after each block is what its weights are taken against.
+        # The weights of a block are relative to the maximum after it.
         reference = torch.maximum(block_max.cummax(2).values, part.row_max[:, :, None])
     else:
         reference = block_max
@@ -74,7 +74,7 @@ def online_softmax_update(
     weights = weigh(scores - _finite(reference)[..., None])
     v_scale = v_scale[:, :, :, None, None].expand_as(weights)
     if config.stored_prefill:
-        # Relative to what each row sees: what stands behind it may not be there in another call.
+        # Relative to the keys that each row sees: later keys may be absent in another call.
         v_scale = torch.where(scores > -torch.inf, v_scale, 0.0)
     row_sum, out = _weighted_values(config, weights, v8, v_scale)
     if config.row_max == "running":
@@ -122,7 +122,7 @@ def _tile_scale(weights: Tensor, tile: int) -> Tensor:
 
 
 def fold_blocks(rescale: Exponential, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor) -> None:
-    """Add blocks that were taken against their own maximum, and are independent: one rescale for all of them.
+    """Add blocks whose weights are relative to their own maximum: they are independent and share one rescale.
 
     row_max, row_sum: [B, H, n, g, r]; out: [B, H, n, g, r, D].
     """
@@ -137,8 +137,8 @@ def fold_blocks(rescale: Exponential, state: Accumulator, row_max: Tensor, row_s
 def _fold_in_turn(
     rescale: Exponential, state: Accumulator, row_max: Tensor, row_sum: Tensor, out: Tensor, seen: Tensor
 ) -> None:
-    """Blocks taken against the running maximum: rescale by how far each one moved it. A block that
-    a row does not see is none of its blocks: it costs no rescale (SAS at 0 is not 1)."""
+    """Add blocks whose weights are relative to the running maximum: rescale by each change of it. A block that a row
+    does not see causes no rescale (SAS at 0 is not 1)."""
     for j in range(row_max.shape[2]):
         old = torch.where(seen[:, :, j], rescale(state.row_max - _finite(row_max[:, :, j])), 1.0)
         state.row_sum.mul_(old).add_(row_sum[:, :, j])

@@ -9,7 +9,7 @@ from ..config import TurboConfig
 from ..flashq import rotate
 from ..flashq.symmetric import compute_dtype
 from ..kv.stage1 import fresh_state, stage
-from ..softmax import logit_scale
+from ..params import AttentionParams
 from .attention import attend
 from .sources import Source
 from .visibility import Visibility
@@ -19,13 +19,8 @@ def prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     config: TurboConfig,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
+    params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv] in q's dtype and lse [B, Hq, Lq]
     (natural log), float32 (float64 for float64 q). Inputs are checked.
@@ -39,8 +34,8 @@ def prefill(
     staged = stage(config, empty, k, v, torch.full((batch,), keys))
     source = Source(staged, None, config.block_size, config.block_size)
     positions = (keys - queries + torch.arange(queries)).expand(batch, -1)
-    seen = Visibility(positions, staged.lengths, is_causal, window_size, attn_mask, heads)
-    out, lse = attend(config, q, source, seen, logit_scale(scale, head_dim), softcap, kv_heads, v.shape[3])
+    seen = Visibility(positions, staged.lengths, params.is_causal, params.window_size, params.attn_mask, heads)
+    out, lse = attend(config, q, source, seen, params, kv_heads, v.shape[3])
     if config.rotate:
         out = rotate(out, inverse=True)
     return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()

@@ -1,4 +1,4 @@
-"""Q4_0 and the compander: levels by hand, the published size, and what the rotation is for."""
+"""Q4_0 and the compander: levels computed by hand, the published size, and the effect of the rotation."""
 
 from __future__ import annotations
 

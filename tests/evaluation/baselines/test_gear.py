@@ -1,4 +1,4 @@
-"""GEAR-L: backbone, low-rank factors, and what they take."""
+"""GEAR-L: backbone, low-rank factors, and their size."""
 
 from __future__ import annotations
 

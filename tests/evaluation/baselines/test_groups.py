@@ -1,4 +1,4 @@
-"""Min-max groups, and the quantizers that are nothing more, against values worked out by hand."""
+"""Min-max groups, and the quantizers that consist of them, against values computed by hand."""
 
 from __future__ import annotations
 

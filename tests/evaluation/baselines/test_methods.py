@@ -1,4 +1,4 @@
-"""The list of methods: names, what each says of itself, and what a wrong name gets."""
+"""The list of methods: names, descriptions, and the error for an unknown name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OSCAR: what its rotations are fitted to, what they do, its windows and its size."""
+"""OSCAR: the fit of its rotations, their effect, its windows and its size."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_windows_and_bits() -> None:
 
 
 def attention_error(x: Tensor, restored: Tensor, q: Tensor) -> float:
-    """What keys' errors do to logits."""
+    """The effect of key errors on logits."""
     return ((q @ (restored - x).mT).norm() / (q @ x.mT).norm()).item()
 
 

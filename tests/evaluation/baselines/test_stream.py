@@ -1,4 +1,4 @@
-"""What is quantized when, and how it is counted."""
+"""When tokens are quantized, and how bits are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TurboQuant-MSE: the codebook's published values, its published distortion, and what it takes."""
+"""TurboQuant-MSE: the codebook's published values, its published distortion, and its size."""
 
 from __future__ import annotations
 

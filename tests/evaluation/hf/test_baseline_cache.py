@@ -1,4 +1,4 @@
-"""Baselines as `past_key_values`: the adapter itself loses nothing, and each method generates and is counted."""
+"""Baselines as `past_key_values`: the adapter is lossless, and each method generates and is counted."""
 
 from __future__ import annotations
 

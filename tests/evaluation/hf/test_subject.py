@@ -1,4 +1,4 @@
-"""Sessions over methods' caches: the logits are the model's own, whatever the pieces."""
+"""Sessions over methods' caches: the logits equal the model's own, for any pieces."""
 
 from __future__ import annotations
 
@@ -152,10 +152,10 @@ def test_head_errors(subject: TransformersSubject, ids: list[int]) -> None:
 
 
 def test_an_error_is_its_own_layers(subject: TransformersSubject, ids: list[int]) -> None:
-    """Layer 1 is given what it has without errors, however wrong layer 0 is."""
+    """Layer 1 gets its error-free input, regardless of the error of layer 0."""
     seen: list[torch.Tensor] = []
     layer = subject.language.model.get_decoder().layers[1]
-    # In front of the hooks of head_errors stands the input as it came, behind them the one that it was given.
+    # Before the hooks of head_errors there is the original input, after them the replaced one.
     attention = layer.self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
     )

@@ -136,7 +136,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def turbo() -> Iterator[None]:
-    """ "turbo" is registered in every test, and gone behind it."""
+    """Registers "turbo" in every test, and removes it afterwards."""
     integration.enable()
     yield
     integration.disable()

@@ -1,4 +1,4 @@
-"""What layers do between `update` and attention: other dtypes are aligned, other values refused by name."""
+"""Changes by layers between `update` and attention: other dtypes are aligned, other values raise an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
 
 class TestValues:
     def test_changed_after_update_are_refused(self, tiny, tokens, forward, monkeypatch):
-        """They were ignored without a word, as attention reads what the cache stored."""
+        """They would be silently ignored, because attention reads the values in the cache."""
         model, cache = tiny("llama"), None
         original = TurboCache.update
 
@@ -50,7 +50,7 @@ class TestValues:
     @pytest.mark.parametrize("changed", [0, 1], ids=["key", "value"])
     @pytest.mark.parametrize("calls_before", [0, 1])
     def test_those_modified_in_place_are_refused(self, changed, calls_before, tiny):
-        """Attention reads what the cache stored, which an in-place change does not reach."""
+        """Attention reads the values in the cache, which an in-place change does not affect."""
         model, module = tiny("llama"), torch.nn.Module()
         cache = TurboCache(model.config, SMALL)
         q, k, v = torch.randn(1, 4, 5, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)

@@ -104,7 +104,7 @@ def test_tokens_behind_those_that_are_known_are_warned_of_once(tiny, tokens, for
 
 
 def test_a_buffer_that_is_used_again(tiny, tokens, tmp_path):
-    """The ids are the cache's own, whatever becomes of the caller's."""
+    """The ids are a copy, independent of later changes of the caller's tensor."""
     model, buffer = tiny("llama"), torch.zeros(1, 100, dtype=torch.int64)
     first, second = tokens(1, 30), tokens(1, 60, seed=1)
     model.set_attn_implementation("turbo")
@@ -148,7 +148,7 @@ def test_only_new_ids_under_a_mask_of_all(checked, exact_core, tiny, tokens):
 )
 @pytest.mark.parametrize("checked", [True, False])
 def test_assisted_decoding_takes_only_new_ids(checked, exact_core, tiny, tokens):
-    """transformers hands all of its ids to the model then, also those that the cache holds."""
+    """transformers then passes all ids to the model, including those in the cache."""
     model, ids, more = tiny("llama"), torch.cat([tokens(1, 10)] * 3, 1), torch.cat([tokens(1, 10)] * 2, 1)
     said = []
     for lookup in ({}, {"prompt_lookup_num_tokens": 3}):
@@ -158,9 +158,7 @@ def test_assisted_decoding_takes_only_new_ids(checked, exact_core, tiny, tokens)
         options = {"past_key_values": cache, "max_new_tokens": 12, "do_sample": False} | lookup
         if lookup and checked:
             whole = torch.cat([first[:, :held], more], 1)
-            with pytest.raises(
-                InputError, match=rf"expected only the ids behind the {held} .* input_ids\[:, {held}:\]"
-            ):
+            with pytest.raises(InputError, match=rf"expected only the ids after the {held} .* input_ids\[:, {held}:\]"):
                 model.generate(whole, **options)
             with pytest.raises(InputError, match="new ids alone need an attention_mask of all positions"):
                 model.generate(more, **options)

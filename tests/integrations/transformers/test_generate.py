@@ -134,7 +134,7 @@ def test_speculation_takes_what_greedy_would(way, tiny, generate, forward, assis
 
 
 def test_beams_score_what_their_tokens_score_alone(tiny, forward, tokens):
-    """Reordering loses and mixes nothing: each returned beam, fed alone, has the score it was given."""
+    """Reordering does not mix beams: each returned beam, fed separately, has its reported score."""
     model, ids = tiny("mistral", dtype="float64"), tokens(2, 33)
     model.set_attn_implementation("turbo")
     result = model.generate(

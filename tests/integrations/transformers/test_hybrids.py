@@ -1,4 +1,4 @@
-"""Models whose layers do not all attend: our layers beside transformers' own."""
+"""Models with layers without attention: our layers combined with transformers' own."""
 
 from __future__ import annotations
 
@@ -378,7 +378,7 @@ def test_states_that_ran_ahead_are_noticed(hybrid, forward, tokens):
 
 @pytest.mark.parametrize("failing", [1, 3])
 def test_a_crop_after_a_failed_forward_is_refused_where_states_are_ahead(failing, hybrid, forward, tokens):
-    """Convolutions in front of the layer that failed have moved, those behind it have not."""
+    """Convolutions before the failed layer have advanced, those after it have not."""
     model, ids = copy.deepcopy(hybrid("lfm2_moe")), tokens(1, LENGTH)
     cache = TurboCache(model.config, QUANTIZED)
     forward(model, "turbo", ids, [30], cache)

@@ -64,7 +64,7 @@ def born(length: int) -> TurboCache:
 
 
 def state(cache: TurboCache) -> str:
-    """A digest of all that it holds."""
+    """A digest of its content."""
     digest = hashlib.sha256()
     for layer in cache.attention_layers:
         for name, x in sorted(cache_tensors(layer.kv, "").items()):
@@ -106,7 +106,7 @@ def live(cache: TurboCache, steps: list[Step], path: Path, copies: Path) -> str:
 @settings(max_examples=6)
 @given(length=st.sampled_from([1, 16, 70]), lives=st.lists(STEPS, min_size=3, max_size=3))
 def test_threads_over_clones_of_one_cache(length, lives):
-    """They share pages; each ends as if it had been alone."""
+    """They share pages; each ends in the same state as without the others."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / str(i) for i in range(4 * len(lives))]
         count = len(lives)
@@ -132,7 +132,7 @@ def in_process(length: int, steps: list[Step], path: str, copies: str) -> str:
 @settings(max_examples=4)
 @given(length=st.sampled_from([16, 70]), lives=st.tuples(STEPS, STEPS))
 def test_processes_that_share_a_file(processes, length, lives):
-    """Each loads what the other saved, at any time, and finds it whole."""
+    """Each loads files saved by the other, at any time, and finds them complete."""
     with tempfile.TemporaryDirectory() as folder:
         path, copies = f"{folder}/cache", [f"{folder}/copy{i}" for i in range(2)]
         around = [[("save", 0), *steps, ("load", 0), ("forward", 3), ("save", 0), ("load", 0)] for steps in lives]

@@ -1,4 +1,4 @@
-"""What the mask function of "turbo" says is what transformers' own mask says."""
+"""The masks of "turbo" agree with transformers' own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from turboattention.integrations.transformers.masks import read_mask, turbo_mask
 
 
 def meaning(mask: torch.Tensor, queries: int) -> torch.Tensor:
-    """bool [B, 1, Lq, Lk]: what attention makes of a mask."""
+    """bool [B, 1, Lq, Lk]: the keys that attention sees with a mask."""
     plan = read_mask(mask)
     if not plan.is_causal:
         return plan.mask
@@ -144,7 +144,7 @@ class TestMasksOfTheUser:
 
 
 class TestWhereAWindowComesFrom:
-    """The mask is the truth where "turbo" made it; a mask of padding alone leaves it to the layer."""
+    """A mask made by "turbo" decides the window; with a padding mask, the layer's window applies."""
 
     @pytest.fixture
     def attend(self, exact_core):
@@ -176,7 +176,7 @@ class TestWhereAWindowComesFrom:
 
 
 class TestGuard:
-    """Masks are for attention functions: what else would compute with them is told so."""
+    """Masks are only for attention functions: other computations with them raise an error."""
 
     SIZES: ClassVar = {"batch_size": 2, "q_length": 5, "kv_length": 5}
 

@@ -1,4 +1,5 @@
-"""After a crop, a selection or a window, a cache holds the memory of what is left, in every kind of layer."""
+"""After a crop, a selection or a window, a cache holds only the memory of its remaining tokens, in every kind of
+layer."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ CONFIG = TurboConfig(block_size=16, sink_tokens=16, guard="off", search=False)
 LONG, KEPT = 400, 60
 KINDS = {"quantized": {}, "exact": {"exact_layers": [0, 1, 2]}, "both": {"exact_layers": [0]}}
 RUN = 32
-"""Positions that a sliding exact layer may hold beside its window."""
+"""Positions that a sliding exact layer may hold in addition to its window."""
 
 
 def held(thing: object, seen: dict[int, int]) -> int:
@@ -75,7 +76,7 @@ def test_a_crop_of_a_window_before_the_guard_has_decided(prompt, tiny, tokens, f
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_crop_of_nothing_ends_a_recording(kind, tiny, tokens, forward):
-    """As in transformers: what was recorded is what one crop may take back."""
+    """As in transformers: the recorded tokens can be removed by one crop."""
     model = tiny("mistral")
     cache, anew = (TurboCache(model.config, CONFIG, **kind) for _ in range(2))
     cache.activate_past_recording()

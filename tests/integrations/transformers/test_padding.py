@@ -1,4 +1,4 @@
-"""Padding never enters a cache: rows of a padded batch are what they are alone."""
+"""Padding never enters a cache: rows of a padded batch equal those of separate runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_padding_holds_does_not_matter(model, forward, tokens, padded):
 
 
 def test_holes_in_the_mask(tiny, forward, tokens):
-    """A second turn of a batch is padded in the middle; positions count tokens alone."""
+    """A second turn of a batch is padded in the middle; positions count only tokens."""
     model = tiny("llama", dtype="float64")
     rows = [tokens(1, 30), tokens(1, 22, seed=1)]
     ids, mask = tokens(2, 30, seed=2), torch.ones(2, 30, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Tensor parallelism of transformers: two processes give the tokens of one, and each holds its own KV heads."""
+"""Tensor parallelism of transformers: two processes give the same tokens as one, and each stores its own KV heads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tiny_model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """What one process gives, and what each of two does: started once, all cases in one go."""
+    """The results of one process, and of each of two; started once for all cases."""
     pytest.importorskip("accelerate", reason="transformers loads no parts of models without it")
     folder = tmp_path_factory.mktemp("parallel")
     model = tiny_model()
@@ -114,7 +114,7 @@ class TestTwoProcesses:
         assert outcome.single["calibrated"]["means"][0] is not None
 
     def test_the_guard_numbers_the_models_heads(self, outcome):
-        """Told once, by the process that holds the head."""
+        """Reported once, by the process that stores the head."""
         expected = outcome.single["guard"]["warnings"]
         assert expected
         assert all("KV head 2 loses" in message and "head 2 has" in message for message in expected)
@@ -153,7 +153,7 @@ class TestTwoProcesses:
 
 class TestShares:
     def test_whole_ones(self):
-        """A single process, attention that a plan leaves whole, and models that do not say."""
+        """A single process, attention that a plan does not split, and models without this information."""
         assert TensorParallel().share(3, 4) == HeadShare(0, 3, 3)
         assert TensorParallel(1, 2).share(4, 4) == HeadShare(0, 4, 4)
         assert TensorParallel(1, 2).share(4, None) == HeadShare(0, 4, 4)

@@ -1,4 +1,4 @@
-"""What cannot work is refused, by name, and before it gives wrong tokens."""
+"""Unsupported models and calls raise an error that names the reason, before they give wrong tokens."""
 
 from __future__ import annotations
 
@@ -387,7 +387,7 @@ class TestNoNewTokens:
 
 
 def test_a_forward_that_broke_off_is_noticed(tiny, forward, tokens, monkeypatch):
-    """A layer failed in the middle: earlier layers hold tokens that later ones lack."""
+    """A layer in the middle failed: earlier layers hold tokens that later ones lack."""
     model, ids = tiny("llama"), tokens(1, 30)
     cache = TurboCache(model.config, SMALL)
     forward(model, "turbo", ids, [20], cache)
@@ -510,7 +510,7 @@ class TestWithoutKeeping:
 
     @pytest.mark.parametrize("name", ["llama", "olmo3"])
     def test_a_forward_keeps_its_tokens_all_the_same(self, exact_core, name, tiny, tokens):
-        """As transformers' own caches do. Layers of OLMo 3 say False to attention whatever the model was told."""
+        """As with transformers' own caches. Layers of OLMo 3 always pass False to attention."""
         model, ids = tiny(name), tokens(1, 12)
         runs = []
         for attention, cache in (("eager", DynamicCache(config=model.config)), ("turbo", TurboCache(model.config))):

@@ -32,7 +32,7 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """vLLM warns about itself."""
+    """vLLM issues warnings of its own."""
     for item in items:
         if "engine" in item.path.parts:
             item.add_marker(pytest.mark.filterwarnings("default"))

@@ -1,4 +1,4 @@
-"""What tests of the C++ attention share: a call on both backends, and how close the results must be."""
+"""Shared by tests of the C++ attention: a call on both backends, and the bounds of their difference."""
 
 from __future__ import annotations
 

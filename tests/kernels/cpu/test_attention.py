@@ -27,7 +27,7 @@ SIGHTS = (
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dims_and_dtypes(head_dim, dtype):
-    """Both ways of going over a block: few rows, and many."""
+    """Both code paths of a block: decode rows and prefill rows."""
     for queries in (3, 40):
         out, _ = prefill_both(*qkv(2, 4, 2, queries, 150, head_dim, dtype=dtype), is_causal=True)
         assert out.dtype == dtype

@@ -171,7 +171,7 @@ def test_masks(shape, additive):
 
 
 def test_queries_alone():
-    """Without new tokens, the last row stands at the last key; rows before the first key see nothing."""
+    """Without new tokens, the last row is at the last key; rows before the first key see nothing."""
     cache = filled([300, 2, 0, 70])
     for queries in (1, 4, 40):
         out, lse = cache_both(normals(4, 4, queries, 16), cache)

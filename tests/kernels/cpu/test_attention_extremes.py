@@ -155,7 +155,7 @@ def test_tiny_and_huge_values(queries, size):
 
 @rows
 def test_masks_of_large_numbers(queries):
-    """The usual stand-ins for -inf; rows that hold nothing else attend everything evenly."""
+    """The usual substitutes for -inf; rows with only such values attend to all keys equally."""
     q, k, v = qkv(1, 2, 1, queries, 150, 16)
     for lowest in (-1e4, -1e9, torch.finfo(torch.float32).min):
         mask = torch.where(normals(queries, 150) > 0, 0.0, lowest)

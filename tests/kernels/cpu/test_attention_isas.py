@@ -180,6 +180,6 @@ def test_other_threads_of_python_run_meanwhile(monkeypatch):
     finally:
         done.set()
         ticker.join()
-    # Held, the interpreter would stand still for nearly all of the call.
+    # If the GIL were held, the interpreter would be blocked for nearly all of the call.
     moments = [begin, *(t for t in ticks if begin <= t <= end), end]
     assert max(b - a for a, b in itertools.pairwise(moments)) < 0.75 * (end - begin)

@@ -1,4 +1,4 @@
-"""What the C++ attention does not compute: refused by name, and by "auto" left to the reference."""
+"""Options that the C++ attention does not support: a named backend raises, "auto" uses the reference."""
 
 from __future__ import annotations
 

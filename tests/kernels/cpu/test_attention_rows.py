@@ -1,4 +1,4 @@
-"""What attention does with its own rows, to the last bit: queries to INT8, results rotated back and rounded."""
+"""Query rows, bit for bit: quantization to INT8, and results rotated back and rounded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from turboattention.kernels.inputs import Int8Queries, Pages, QueryPositions, Ta
 from turboattention.kv.channel_order import ChannelOrder
 from turboattention.kv.layout import PageLayout
 from turboattention.kv.queries import Queries, ordered_queries, quantize_queries
+from turboattention.params import AttentionParams
 
 from ...helpers import bits_of, normals
 from .test_quantize import DTYPES, HEAD_DIMS, rows
@@ -36,9 +37,9 @@ def attend(config: ta.TurboConfig, q: Tensor, source: TailRows | Pages, valid: T
     pages, tail_rows = (source, None) if isinstance(source, Pages) else (None, source)
     length = KEYS if tail_rows is None else tail_rows.k8.shape[2]
     query_positions = QueryPositions(torch.zeros_like(valid), valid, torch.full_like(valid, length))
-    given = {"kv_heads": 2, "v_head_dim": q.shape[-1], "scale": 0.3, "mean": None, "mean_from_block": 0, **options}
-    given |= {"causal": False, "window": None, "softcap": None, "mask": None}
-    return kernels.attend(config, q, query_positions, pages, tail_rows, **given)
+    given = {"kv_heads": 2, "v_head_dim": q.shape[-1], "mean": None, "mean_from_block": 0, **options}
+    params = AttentionParams(is_causal=False, scale=given.pop("scale", 0.3))
+    return kernels.attend(config, q, query_positions, pages, tail_rows, params, **given)
 
 
 def as_given(queries: Queries) -> Int8Queries:

@@ -37,7 +37,7 @@ def test_calls_that_fill_blocks(config, options):
 @pytest.mark.parametrize("options", [{}, {"window_size": 90}], ids=str)
 @pytest.mark.parametrize("sink_tokens", [0, 64, 128])
 def test_a_call_that_fixes_the_order_of_channels(sink_tokens, options):
-    """Pages in order behind sinks and open rows that are not, first in the call that decides the order."""
+    """Reordered pages combined with sinks and tail rows that are not, first in the call that fixes the order."""
     config = STORED.replace(sink_tokens=sink_tokens, bits=3, reorder_k=True)
     for lengths in ([70, 0, 127, 64], [3, 60, 1, 2]):
         cache = filled(lengths, 32, config, **options)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import turboattention as ta
-from turboattention.impl.contract import AttentionParams
 from turboattention.impl.cpu import steps as cpu_steps
 from turboattention.kv.cache import KVCache
+from turboattention.params import AttentionParams
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content
@@ -54,7 +54,7 @@ def test_every_exponential(fields):
 
 
 def test_one_scale_for_the_rows_of_a_tile():
-    """A row with flat weights among rows with large ones: alone it would have a scale of its own."""
+    """A row with small weights among rows with large ones, which share its scale."""
     q, k, v = qkv(1, 1, 1, 64, 640, 16)
     q[:, :, :63] *= 8.0
     k[:, :, 64:] *= 0.1  # after the first block, weights of the first 63 rows are small
@@ -65,7 +65,7 @@ def test_one_scale_for_the_rows_of_a_tile():
 
 @pytest.mark.parametrize("queries", [1, 3, 65])
 def test_masks_and_rows_that_see_nothing(queries):
-    """A block of which a row sees nothing costs it no rescaling, which SAS would make less than 1."""
+    """A block that a row does not see causes no rescaling, whose factor would be less than 1 with SAS."""
     q, k, v = qkv(2, 4, 2, queries, 200, 16)
     for mask in (torch.ones(2, 4, queries, 200, dtype=torch.bool), normals(2, 4, queries, 200)):
         unseen = False if mask.dtype == torch.bool else -torch.inf

@@ -51,5 +51,5 @@ def test_the_keys_do_not_matter(queries):
 
 @pytest.mark.parametrize("dtype", ["bool", "float32", "bfloat16", "float16"])
 def test_masks_are_not_copied(dtype):
-    """A quarter of what the mask weighs, in float32 64 MiB, beside what the call takes without it."""
+    """At most a quarter of the mask's size (64 MiB in float32), in addition to the call without it."""
     assert extra_mebibytes(1024, 15360, dtype) < extra_mebibytes(1024, 15360) + 16

@@ -188,7 +188,7 @@ def test_other_threads_of_python_run_meanwhile(name, monkeypatch):
     finally:
         done.set()
         ticker.join()
-    # Held, the interpreter would stand still for nearly all of the call.
+    # If the GIL were held, the interpreter would be blocked for nearly all of the call.
     assert min(shares) < 0.75
 
 

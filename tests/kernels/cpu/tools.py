@@ -1,4 +1,4 @@
-"""What tests of the C++ extension share: the extension, or a skip that says why."""
+"""Shared by tests of the C++ extension: the extension, or a skip with the reason."""
 
 from __future__ import annotations
 

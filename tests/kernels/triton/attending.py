@@ -13,6 +13,7 @@ from turboattention.kernels.inputs import Int8Queries, QueryPositions, TailRows
 from turboattention.kv.cache import KVCache
 from turboattention.kv.queries import Queries, ordered_queries, quantize_queries
 from turboattention.kv.stage1 import stage
+from turboattention.params import AttentionParams
 from turboattention.reference.decode import attend_cache
 
 from ...helpers import normals
@@ -73,34 +74,28 @@ def kernels_and_reference(
     codes, ordered = quantize_queries(config, clean, cache.num_kv_heads, factor, mean), None
     if cache.k_order is not None:
         ordered = ordered_queries(config, clean, cache.num_kv_heads, factor, cache.k_order, codes)
-    options = {"window": window, "softcap": softcap, "mask": mask}
+    params = AttentionParams(causal, factor, window, softcap, mask)
     got = attend(
         config,
         q,
         QueryPositions(first, valid, lengths),
         pages_of(cache),
         None if tiles is None else TailRows(tiles.k8, tiles.v8, tiles.k_scale, tiles.v_scale, state.start),
+        params,
         kv_heads=cache.num_kv_heads,
         v_head_dim=cache.v_head_dim,
-        scale=factor,
         mean=mean,
         mean_from_block=cache.mean_from // config.block_size,
-        causal=causal,
         quantized=Int8Queries(*_int8(codes), codes.mean_logit, *_int8(ordered)),
-        **options,
     )
     want = attend_cache(
         q,
         cache,
         staged,
+        params,
         compression=None,
         positions=first[:, None] + torch.arange(queries),
         valid=rows,
-        attn_mask=mask,
-        is_causal=causal,
-        scale=factor,
-        window_size=window,
-        softcap=softcap,
     )
     return got, want
 

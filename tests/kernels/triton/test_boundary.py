@@ -22,7 +22,7 @@ from turboattention.impl.triton import TritonBackend
 from turboattention.impl.triton import quantizer as triton_quantizer
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.host_lengths import Fills
-from turboattention.impl.triton.state import StepCall
+from turboattention.params import AttentionParams
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_range, content
@@ -183,7 +183,7 @@ def test_the_devices_work_of_a_step_reads_nothing_in_any_way(lengths, fills, mon
     assert plan.fills == Fills(pages=fills)
     steps.tables.take(plan)
     with nothing_read(monkeypatch):
-        steps.copied().run(q, k, v, StepCall(0.25), fills=plan.fills)
+        steps.copied().run(q, k, v, AttentionParams(True, 0.25), fills=plan.fills)
         steps.store(k, v, fills=plan.fills)
 
 

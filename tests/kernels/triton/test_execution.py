@@ -25,10 +25,11 @@ from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton import tables as triton_tables
 from turboattention.impl.triton.deferred_error import NonFiniteFlag
 from turboattention.impl.triton.graph import DecodeGraph
-from turboattention.impl.triton.state import StepCall, Steps
+from turboattention.impl.triton.state import Steps
 from turboattention.kernels.triton import decode_rows
 from turboattention.kernels.triton.page_offsets import all_page_offsets, head_page_offsets
 from turboattention.kv.layout import PageLayout
+from turboattention.params import AttentionParams
 from turboattention.uploads import upload
 
 from ...helpers import normals, qkv
@@ -110,7 +111,7 @@ def test_the_devices_work_of_a_step_reads_nothing():
     plan = steps.host_lengths.plan([1, 1])
     steps.tables.take(plan)
     with NoReads():
-        steps.run(q, k, v, StepCall(0.25), fills=plan.fills)
+        steps.run(q, k, v, AttentionParams(True, 0.25), fills=plan.fills)
     with pytest.raises(AssertionError, match="a tensor was read"), NoReads():
         bool(q.sum())
 

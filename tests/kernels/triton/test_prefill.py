@@ -13,7 +13,7 @@ from ...helpers import normals, qkv
 from .attending import OFF, both, filled
 from .tools import prefill_both
 
-from turboattention.impl.contract import AttentionParams  # isort: skip
+from turboattention.params import AttentionParams  # isort: skip
 from turboattention.impl.triton import attention as execution  # isort: skip
 from turboattention.kernels.triton import configs, prefill_rows  # isort: skip
 

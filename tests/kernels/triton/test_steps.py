@@ -16,9 +16,10 @@ from turboattention.errors import InputError, NonFiniteError
 from turboattention.impl.triton import steps as triton_steps
 from turboattention.impl.triton.graph import DecodeGraph
 from turboattention.impl.triton.host_lengths import Fills
-from turboattention.impl.triton.state import StepCall, Steps
+from turboattention.impl.triton.state import Steps
 from turboattention.kv import growth
 from turboattention.kv.channel_order import ChannelOrder
+from turboattention.params import AttentionParams
 
 from ...helpers import normals, qkv
 from ...kv.tools import append_by_stages, content, filled
@@ -135,7 +136,7 @@ def test_counts_and_masks_are_not_read_back(monkeypatch):
     masks = normals(1, 1, 2, 192, seed=1), normals(2, 1, 1, 192, seed=2) > 0
     with nothing_read(monkeypatch):
         for mask in masks:
-            steps.copied().run(q, k, v, StepCall(0.25), fills=plan.fills, counts=counts, mask=mask)
+            steps.copied().run(q, k, v, AttentionParams(True, 0.25, attn_mask=mask), fills=plan.fills, counts=counts)
         steps.store(k, v, fills=plan.fills, counts=counts)
 
 
@@ -351,7 +352,7 @@ def test_evicted_pages_leave_the_devices_table(graph, stepping):
 def test_pages_behind_a_window_are_not_read(rows):
     """By few rows or many: whatever they hold, the result is the same to the last bit."""
     cache, *_ = filled([300, 250], config=NO_SINKS)
-    steps, call = triton_steps.steps_of(cache), StepCall(0.25, window=70)
+    steps, call = triton_steps.steps_of(cache), AttentionParams(True, 0.25, window_size=70)
     q = normals(2, 4, rows, 16, seed=1)
     want = steps.copied().run(q, None, None, call, fills=Fills())
     size, compressed = cache.config.block_size, cache.page_table.pools.compressed

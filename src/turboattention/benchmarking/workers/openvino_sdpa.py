@@ -1,8 +1,8 @@
 """A worker: OpenVINO's attention over its own KV cache on the CPU, as a model of one layer.
 
 OpenVINO offers no call over a quantized cache: the CPU plugin makes one of ReadValue, Concat, Assign and
-ScaledDotProductAttention. Each call stores one token and attends to all of them. The cache grows by one token a call,
-and is set back to its first length before a sample.
+ScaledDotProductAttention. Each call stores one token and attends to all of them. The cache grows by one token per call,
+and is reset to its initial length before a sample.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from openvino.op.util import Variable, VariableInfo  # pyright: ignore[reportMis
 from serve import serve
 
 GROWTH = 16
-"""The cache may grow by this part of its tokens before it is set back."""
+"""The fraction of its tokens by which the cache may grow before it is reset."""
 
 CHUNK = 512
-"""Tokens a call while the cache is being filled by calls."""
+"""Tokens per call while the cache is being filled by calls."""
 
 
 class Layer:
@@ -36,7 +36,7 @@ class Layer:
         self._kind, self._arrays = kind, {"q": q[None], "k": k[None], "v": v[None]}
         self._inputs = self._feed(slice(-1, None))
         self._fill()
-        self.detail = f"openvino {ov.__version__}, a model of one layer, 1 stored a call"
+        self.detail = f"openvino {ov.__version__}, a model of one layer, 1 stored per call"
 
     @staticmethod
     def _check(compiled: ov.CompiledModel) -> None:
@@ -51,7 +51,7 @@ class Layer:
         return parts | {"beam": np.zeros(1, np.int32)}
 
     def _fill(self) -> None:
-        """All tokens but the last, whose call is what is timed."""
+        """All tokens except the last, whose call is timed."""
         self._new, stored = 0, self._arrays["k"].shape[2] - 1
         if self._kind == "u4":  # setting a state of this precision crashes the plugin: it is filled by calls
             self._request.reset_state()

@@ -49,7 +49,7 @@ class GroupQueryAttention:
             self._caches.append(cache)
         self._out = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, queries, heads * head_dim), np.float32))
         self._binding.bind_ortvalue_output("out", self._out)
-        self.detail = f"onnxruntime {ort.__version__}, one node, {queries} stored a call"
+        self.detail = f"onnxruntime {ort.__version__}, one node, {queries} stored per call"
 
     def prepare(self) -> None:
         pass

@@ -23,8 +23,8 @@ import numpy as np
 
 
 class Session(Protocol):
-    """detail: what runs, in words. `prepare` is not timed and comes before the calls of a sample. `output`: of a call
-    over exactly the tokens of the arrays."""
+    """detail: a description of the implementation. `prepare` runs untimed before the calls of a sample. `output`: the
+    result of a call over exactly the tokens of the arrays."""
 
     detail: str
 

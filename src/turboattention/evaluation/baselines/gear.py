@@ -1,4 +1,4 @@
-"""GEAR-L (Kang et al., arXiv 2403.05527): a quantized backbone plus a low-rank matrix for what it lost.
+"""GEAR-L (Kang et al., arXiv 2403.05527): a quantized backbone plus a low-rank approximation of its error.
 
 X ~ D + L with ``L = A B^T`` of rank r, per head, from the error ``X - D`` by power iteration (sections 3 and 4,
 "SVDSolver"). GEAR-L is GEAR without its sparse outliers. Settings are those of the authors' own runs of LLaMA3-8B
@@ -25,8 +25,8 @@ from .stream import FLOAT_BITS, Restored, as_half
 class GearL:
     """K (``axis="channel"``) or V (``axis="token"``) of GEAR-L.
 
-    group: values per scale along the axis's groups, as in KIVI; None is KCVT: keys have one scale a channel over
-        all tokens compressed together, values one a token over all heads.
+    group: values per scale along the axis's groups, as in KIVI; None is KCVT: keys have one scale per channel over
+        all tokens compressed together, values one per token over all heads.
     """
 
     axis: Literal["channel", "token"]

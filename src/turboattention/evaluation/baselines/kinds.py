@@ -113,7 +113,7 @@ class HubMethod:
     @property
     def settings(self) -> str:
         if not self.options:
-            return "float8_e4m3, one scale a tensor, frozen after the first call"
+            return "float8_e4m3, one scale per tensor, frozen after the first call"
         return f"{self.options['nbits']} bits, groups of 64, residual 128"
 
     def unavailable(self) -> str | None:

@@ -33,7 +33,7 @@ _KVARN = "Mueller et al., KVarN, arXiv 2606.03458, and its published reference"
 
 
 def _baselines() -> list[CacheMethod]:
-    per_token = "asymmetric, one scale and min a token and head"
+    per_token = "asymmetric, one scale and min per token and head"
     kivi = "keys per channel, values per token, groups of 32, residual 128"
     return [
         *(
@@ -65,7 +65,7 @@ def _baselines() -> list[CacheMethod]:
                 f"turboquant-{bits}",
                 f"TurboQuant-MSE {bits}",
                 _TURBOQUANT,
-                "random rotation, Lloyd-Max codebook, one norm a token and head",
+                "random rotation, Lloyd-Max codebook, one norm per token and head",
                 TurboQuantMse(bits),
                 TurboQuantMse(bits),
             )

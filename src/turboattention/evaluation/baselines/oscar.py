@@ -1,14 +1,14 @@
-"""OSCAR (Zhou et al., arXiv 2605.17757): INT2 after a rotation that is fitted to what attention asks for.
+"""OSCAR (Zhou et al., arXiv 2605.17757): INT2 after a rotation that is fitted to the queries.
 
 Offline, on a calibration text, each layer gets two rotations ``R = U H P``: U holds the eigenvectors of
 
     sum Q^T Q over heads and tokens                                     (for keys)
     sum V^T diag(w) V,  w_t = k_t (Q^T Q) k_t^T with the head's queries  (for values)
 
-by falling eigenvalue, H is a Hadamard matrix, and P the bit-reversal permutation that gives each group of channels its
-share of every direction. Online each token is rotated, clipped at a quantile of its magnitudes (0.96 for keys, 0.92 for
-values), and rounded to four levels between its min and max, in groups of 128 channels (head_dim where that is less).
-The first 64 and the last 256 tokens stay in 16 bits.
+sorted by decreasing eigenvalue, H is a Hadamard matrix, and P the bit-reversal permutation, which distributes all
+directions evenly over the groups of channels. Online, each token is rotated, clipped at a quantile of its magnitudes
+(0.96 for keys, 0.92 for values), and rounded to four levels between its min and max, in groups of 128 channels
+(head_dim if that is less). The first 64 and the last 256 tokens stay in 16 bits.
 
 Settings are those of the authors' published code. Assumed: scale and zero of 16 bits each (the published 2.28 bits at
 head_dim 128 and long contexts); Q^T Q of a head's weight w is that of the query heads that share its keys.
@@ -34,14 +34,14 @@ CLIP_KEYS, CLIP_VALUES = 0.96, 0.92
 
 
 class Moments(NamedTuple):
-    """float64 [D, D] of one layer: what the rotations of its keys and values are fitted to."""
+    """float64 [D, D] of one layer: the matrices to which the rotations of its keys and values are fitted."""
 
     keys: Tensor
     values: Tensor
 
 
 def moments(query: Tensor, key: Tensor, value: Tensor) -> Moments:
-    """Of query [1, Hq, T, D] and key, value [1, Hkv, T, D], as attention is given them."""
+    """The moments of query [1, Hq, T, D] and key, value [1, Hkv, T, D], the inputs of attention."""
     heads, tokens = key.shape[1], key.shape[2]
     q, k, v = (x[0].double() for x in (query, key, value))
     grouped = q.unflatten(0, (heads, -1)).flatten(1, 2)

@@ -40,7 +40,7 @@ def begin_tokens(language: Described, begin: str | None) -> list[int]:
 def renderer(language: Described, begin: str | None) -> Render:
     """Renders conversations in the model's chat template, without the BOS token if texts begin with tokens already.
 
-    What it returns raises InputError if the model has no template, or this refuses the conversation.
+    The returned function raises InputError if the model has no template, or the template rejects the conversation.
     """
     bos = (language.tokenizer.bos_token or "") if begin_tokens(language, begin) else ""
 

@@ -1,6 +1,6 @@
 """AQuA (Ling et al., 2017): algebra word problems with five options and a rationale.
 
-Files: ``test.json`` and, for the worked examples, ``dev.json`` of google-deepmind/AQuA, one JSON object a line.
+Files: ``test.json`` and, for the worked examples, ``dev.json`` of google-deepmind/AQuA, one JSON object per line.
 """
 
 from __future__ import annotations

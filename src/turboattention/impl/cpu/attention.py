@@ -12,8 +12,8 @@ from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
 from ...kv.compression import Compression
 from ...kv.stage1 import SequenceState, Stage
+from ...params import AttentionParams
 from ...validation import check_finite
-from ..contract import AttentionParams
 from ..inputs import pages_of, prefill_of, queries_by_tile, query_positions_of, tail_rows_of
 from .filled import with_filled
 from .prompts import prompt
@@ -104,15 +104,11 @@ def _attend(
             query_positions,
             pages,
             tail_rows_of(state, q.device),
+            params,
             kv_heads=kv_heads,
             v_head_dim=v_head_dim,
-            scale=params.scale,
             mean=mean,
             mean_from_block=mean_from_block,
-            causal=params.is_causal,
-            window=params.window_size,
-            softcap=params.softcap,
-            mask=params.attn_mask,
             order=order,
             quantized=quantized,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...errors import NonFiniteError
 from ...kernels.cpu.paged import PagedCall
 from ...kv.paged import PagedBatch, PagedFormat, TailBlocks
+from ...params import AttentionParams
 from .groups import grouped
 
 
@@ -21,10 +22,7 @@ def paged_attention(
     out: Tensor,
     pages: Tensor,
     tail_blocks: TailBlocks,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    params: AttentionParams,
     sinks: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention` with checked arguments; False if values were not finite."""
@@ -35,10 +33,10 @@ def paged_attention(
     groups = batch.once(alike, lambda: grouped(batch, *alike))
     for group in groups:
         group.check(len(pages), tail_blocks.num_slots)
-    options = {"group": q.shape[1] // layout.num_kv_heads, "scale": scale, "window": window, "softcap": softcap}
+    heads = q.shape[1] // layout.num_kv_heads
     calls = batch.once(
-        (alike, config, layout, *options.values()),
-        lambda: [PagedCall(config, layout, group.rows, **options) for group in groups],
+        (alike, config, layout, params, heads),
+        lambda: [PagedCall(config, layout, group.rows, params, group=heads) for group in groups],
     )
     parts, finite = [], True
     for group, call in zip(groups, calls, strict=True):

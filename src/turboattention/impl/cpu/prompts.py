@@ -23,14 +23,11 @@ R = TypeVar("R")
 
 def prompt(call: CheckedCall, cache: KVCache, decided: Decided | None) -> Result:
     """`contract.Prompt`."""
-    q, k, v, params = call.q, call.k, call.v, call.params
+    q, k, v = call.q, call.k, call.v
     assert k is not None and v is not None
 
     def run(step: Step, fresh: Tensor | None) -> Result:
-        return step.run(
-            q, k, v, cache.lengths, fresh,
-            scale=params.scale, causal=params.is_causal, window=params.window_size, softcap=params.softcap,
-        )  # fmt: skip
+        return step.run(q, k, v, cache.lengths, fresh, call.params)
 
     try:
         return _filled(cache, k, decided, run)

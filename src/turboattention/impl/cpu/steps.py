@@ -10,8 +10,8 @@ from ...kernels.cpu.attention import refusal
 from ...kernels.cpu.step import LARGEST, Step
 from ...kv.cache import KVCache
 from ...kv.in_place import backend_state_of, extend, room, settled, tail_rows
+from ...params import AttentionParams
 from ...validation import check_finite
-from ..contract import AttentionParams
 from ..inputs import pages_of
 from . import prompts
 from .groups import blocks_filled
@@ -42,10 +42,7 @@ def step(
     steps.fit(cache, tokens, filled)
     pages, fresh = steps.fresh(cache, filled)
     try:
-        result = steps.step.run(
-            q, k, v, cache.lengths, fresh,
-            scale=params.scale, causal=params.is_causal, window=params.window_size, softcap=params.softcap,
-        )  # fmt: skip
+        result = steps.step.run(q, k, v, cache.lengths, fresh, params)
     except NonFiniteError:
         steps.discard(cache, pages)
         for name, x in (("k_new", k), ("v_new", v), ("q", q)):

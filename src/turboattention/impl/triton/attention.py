@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,9 @@ from ...kv.cache import KVCache
 from ...kv.channel_order import ChannelOrder
 from ...kv.compression import Compression
 from ...kv.stage1 import MEAN_SKIPS, SequenceState, Stage
+from ...params import AttentionParams
 from ...uploads import upload
 from ...validation import check_finite
-from ..contract import AttentionParams
 from ..inputs import prefill_of, queries_by_tile, query_positions_of, tail_rows_of
 from .device import on_own_device
 from .steps import step
@@ -62,8 +60,8 @@ def _prefill_at_once(
     first, valid, lengths = (torch.full((batch,), n, device=q.device) for n in (keys - queries, queries, keys))
     quantized, _ = quantize_queries(q, kv_heads, valid, mean, params.scale, config.rotate, flag=flag)
     result = attend(
-        config, q, QueryPositions(first, valid, lengths), None, None, kv_heads=kv_heads, mean=mean, mean_from_block=1,
-        quantized=quantized, fresh=Fresh(k, v, mean, flag), v_head_dim=v.shape[3], **_options(params),
+        config, q, QueryPositions(first, valid, lengths), None, None, params, kv_heads=kv_heads, v_head_dim=v.shape[3],
+        mean=mean, mean_from_block=1, quantized=quantized, fresh=Fresh(k, v, mean, flag),
     )  # fmt: skip
     if q.device.type == "cpu" and bool(flag):
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -121,17 +119,6 @@ def attend_state(
     )
 
 
-def _options(params: AttentionParams) -> dict[str, Any]:
-    """As the launcher names them."""
-    return {
-        "scale": params.scale,
-        "causal": params.is_causal,
-        "window": params.window_size,
-        "softcap": params.softcap,
-        "mask": params.attn_mask,
-    }
-
-
 def _attend(
     config: TurboConfig,
     q: Tensor,
@@ -163,12 +150,12 @@ def _attend(
         QueryPositions(first, rows, lengths),
         pages,
         tail_rows_of(state, q.device),
+        params,
         kv_heads=kv_heads,
         v_head_dim=v_head_dim,
         mean=mean,
         mean_from_block=mean_from_block,
         quantized=quantized,
-        **_options(params),
     )
     if flag is None and found is not None and bool(found):
         check_finite("q", q, query_positions.valid)

@@ -10,12 +10,12 @@ from ...kernels.inputs import BLOCK
 from ...kv.cache import KVCache
 from ...kv.in_place import settled
 from ...modes import in_own_modes
+from ...params import AttentionParams
 from ...softmax import logit_scale
 from ...validation import check_floats, check_softmax, check_window
 from .deferred_error import flag_of
 from .device import guard
 from .host_lengths import Fills
-from .state import StepCall
 from .steps import new_steps, steps_of
 
 _FILLS = Fills(pages=True)
@@ -73,7 +73,7 @@ class DecodeGraph:
         cache.backend_state = self._steps = new_steps(cache)
         self._cache = cache
         self._steps.tables.reserve([cache.max_tokens // BLOCK - int(count) for count in cache.page_counts])
-        self._call = StepCall(logit_scale(scale, cache.head_dim), True, window, softcap)
+        self._params = AttentionParams(True, logit_scale(scale, cache.head_dim), window, softcap)
         self._inputs = tuple(
             torch.zeros(cache.batch_size, heads, 1, head_dim, dtype=cache.dtype, device=cache.device)
             for heads, head_dim in (
@@ -109,13 +109,13 @@ class DecodeGraph:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The device work of a step, without counting on the host. Raises as `step` does for q, k and v."""
         self._check(q, k, v)
-        return self._steps.run(q, k, v, self._call, fills=_FILLS)
+        return self._steps.run(q, k, v, self._params, fills=_FILLS)
 
     @in_own_modes
     def try_out(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Run `attend` on copies of all that a step changes, to compile its kernels before a capture."""
         self._check(q, k, v)
-        return self._steps.copied().run(q, k, v, self._call, fills=_FILLS)
+        return self._steps.copied().run(q, k, v, self._params, fills=_FILLS)
 
     @in_own_modes
     def advance(self) -> None:

@@ -10,6 +10,7 @@ from ...kernels.triton.call import FORMS
 from ...kernels.triton.configs import LARGEST_GRID
 from ...kernels.triton.paged import LayerTail, Ragged, attend, store
 from ...kv.paged import BLOCK, PagedBatch, PagedFormat, TailBlocks
+from ...params import AttentionParams
 from .device import on_own_device
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -28,10 +29,7 @@ def paged_attention(
     out: Tensor,
     pages: Tensor,
     tail_blocks: TailBlocks,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    params: AttentionParams,
     sinks: Tensor | None,
 ) -> bool:
     """`turboattention.paged.paged_attention` with checked arguments.
@@ -51,10 +49,7 @@ def paged_attention(
     config, layout, mean = fmt.config, fmt.layouts[layer], fmt.stored_means[layer]
     layer_tail, flag = LayerTail(*tail_blocks.of(layer), tail_blocks.ring), tail_blocks.flag
     tail = store(config, layout, ragged, k, v, mean, pages, layer_tail, flag)
-    attend(
-        config, layout, ragged, q, out, mean, pages, layer_tail, tail, flag,
-        scale=scale, window=window, softcap=softcap,
-    )  # fmt: skip
+    attend(config, layout, ragged, q, out, mean, pages, layer_tail, tail, flag, params)
     return True
 
 

@@ -20,7 +20,8 @@ from ...kv.compression import compression_of
 from ...kv.growth import allocate, commit, stage
 from ...kv.stage1 import Stage
 from ...modes import in_own_modes
-from ..contract import AttentionParams, Result
+from ...params import AttentionParams
+from ..contract import Result
 from .attention import attend_state
 from .deferred_error import cleaned, flag_of
 from .device import on_own_device

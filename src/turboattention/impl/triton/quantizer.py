@@ -1,4 +1,4 @@
-"""`kv.quantizer.Quantizer` for GPUs, implemented by the Triton kernels; by PyTorch for heads that these refuse."""
+"""`kv.quantizer.Quantizer` for GPUs: the Triton kernels, or PyTorch for heads that they do not support."""
 
 from typing import Any
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,21 +19,12 @@ from ...kv.cache import KVCache
 from ...kv.in_place import extend
 from ...kv.stage1 import MEAN_SKIPS
 from ...modes import in_own_modes
+from ...params import AttentionParams
 from ...uploads import upload
 from .deferred_error import cleaned, flag_of
 from .device import on_own_device
 from .host_lengths import Fills, HostLengths, Plan
 from .tables import PageTables
-
-
-@dataclass(frozen=True)
-class StepCall:
-    """Attention arguments that are constant over the steps of a layer."""
-
-    scale: float
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
 
 
 class Steps:
@@ -88,16 +79,15 @@ class Steps:
         q: Tensor,
         k: Tensor | None,
         v: Tensor | None,
-        call: StepCall,
+        params: AttentionParams,
         *,
         fills: Fills,
         counts: Tensor | None = None,
-        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """q [B, Hq, Lq, D] and new tokens k [B, H, T, D], v [B, H, T, Dv] -> out in q's dtype, lse float32 [B, Hq, Lq].
 
         fills: what is stored if blocks fill. counts: int64 [B] (CPU), new tokens and rows of q of each sequence;
-        default all. mask: as in `attend`; NaN and +inf are replaced by 0.
+        default all. NaN and +inf in the mask are replaced by 0.
 
         Without counts, a step is device work only, and the same for all steps, so a CUDA graph can capture it.
         """
@@ -105,7 +95,9 @@ class Steps:
         taken = new_tokens(self._lengths, tokens, q.shape[2], self._uploaded(counts))
         if k is not None and v is not None:
             self._write(k, v, taken.tokens)
-        result = self._attend(q, taken.query_positions, call, cleaned(mask, self.flag))
+        if params.attn_mask is not None:
+            params = replace(params, attn_mask=cleaned(params.attn_mask, self.flag))
+        result = self._attend(q, taken.query_positions, params)
         if tokens:
             self._advance(taken.tokens, fills)
         return result
@@ -121,12 +113,10 @@ class Steps:
     def _uploaded(self, counts: Tensor | None) -> Tensor | None:
         return None if counts is None else upload(counts, self._lengths.device)
 
-    def _attend(
-        self, q: Tensor, query_positions: QueryPositions, call: StepCall, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _attend(self, q: Tensor, query_positions: QueryPositions, params: AttentionParams) -> tuple[Tensor, Tensor]:
         kv_heads, v_head_dim = self._codes[0].shape[1], self._codes[1].shape[3]
         quantized, _ = quantize_queries(
-            q, kv_heads, query_positions.valid, self._mean, call.scale, self._config.rotate, self._order, self.flag
+            q, kv_heads, query_positions.valid, self._mean, params.scale, self._config.rotate, self._order, self.flag
         )
         return attend(
             self._config,
@@ -134,15 +124,11 @@ class Steps:
             query_positions,
             self.tables.on_device if self.host_lengths.paged else None,
             TailRows(*self._codes, *self._scales, self._start),
+            params,
             kv_heads=kv_heads,
             v_head_dim=v_head_dim,
-            scale=call.scale,
             mean=self._mean,
             mean_from_block=self._mean_from // BLOCK,
-            causal=call.causal,
-            window=call.window,
-            softcap=call.softcap,
-            mask=mask,
             quantized=quantized,
         )
 

@@ -16,10 +16,10 @@ from ...kernels.triton.attention import refusal
 from ...kv.cache import KVCache
 from ...kv.in_place import backend_state_of
 from ...modes import in_own_modes
-from ..contract import AttentionParams
+from ...params import AttentionParams
 from .deferred_error import flag_of
 from .host_lengths import Plan
-from .state import StepCall, Steps
+from .state import Steps
 
 
 @in_own_modes
@@ -45,9 +45,8 @@ def step(
     if found is None:
         return None
     steps, plan = found
-    call = StepCall(params.scale, params.is_causal, params.window_size, params.softcap)
     with _taken(steps, cache, plan):
-        return steps.run(q, k, v, call, fills=plan.fills, counts=counts, mask=params.attn_mask)
+        return steps.run(q, k, v, params, fills=plan.fills, counts=counts)
 
 
 @in_own_modes
@@ -85,7 +84,7 @@ def tokens_decide(cache: KVCache, attends: bool) -> bool:
 
 @contextlib.contextmanager
 def _taken(steps: Steps, cache: KVCache, plan: Plan) -> Iterator[None]:
-    """Take pages for the blocks that fill, and count the step afterwards.
+    """Allocate pages for the blocks that fill, and count the step afterwards.
 
     If the step fails, all its pages are released, and the device's state is discarded, since it may be incomplete.
     """
@@ -104,7 +103,7 @@ def _taken(steps: Steps, cache: KVCache, plan: Plan) -> Iterator[None]:
 
 
 def steps_of(cache: KVCache) -> Steps | None:
-    """The cache's `Steps`, made anew if something else changed the cache; None for caches without such steps."""
+    """The cache's `Steps`, newly created if something else changed the cache; None for caches without such steps."""
     if cache.page_table is None or cache.dtype is None or not cache.batch_size or not cache.config.token_scales:
         return None
     if refusal(cache.config, cache.dtype) or gpu_refusal((cache.head_dim, cache.v_head_dim)):

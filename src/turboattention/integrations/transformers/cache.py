@@ -64,9 +64,9 @@ class TurboCache(Cache):
             and its own attention reads them. They are added to those of a `calibration`.
             With ``guard="adapt"`` the guard adds such layers at a cache's first compressed block.
         backend: as in `turbo_attention_with_kvcache`.
-        check_prompts: whether `generate` refuses a prompt that does not begin with the tokens the cache holds, as far
-            as it knows them from earlier calls of `generate` or its file, and warns once of those it does not know:
-            from calls of the model itself, or of `inputs_embeds`. Kept in files.
+        check_prompts: whether `generate` raises an error for a prompt that does not begin with the tokens in the cache.
+            Only ids known from earlier calls of `generate` or from the cache's file are compared; a warning is issued
+            once for tokens from direct calls of the model or from `inputs_embeds`. Saved in files.
 
     Raises:
         UnsupportedError: MLA, encoder-decoder models, models without attention.
@@ -134,7 +134,7 @@ class TurboCache(Cache):
 
     @classmethod
     def of_kind(cls, model_type: str | None) -> type[TurboCache]:
-        """The class for an architecture: MiniMax takes caches of its own class only."""
+        """The class for an architecture: MiniMax accepts only caches of its own class."""
         if cls is not TurboCache or model_type != "minimax":
             return cls
         from .minimax import MiniMaxTurboCache
@@ -173,7 +173,7 @@ class TurboCache(Cache):
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The arguments back, with a handle for the attention function, which stores them."""
+        """Returns its arguments, with a handle for the attention function, which stores them."""
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(
                 f"past_key_values: expected a TurboCache made for this model, which has a layer {layer_idx}; "
@@ -296,7 +296,7 @@ class TurboCache(Cache):
             )
 
     def _level_before(self) -> int:
-        """The length to which a crop can undo a forward that failed halfway; 0 if none can."""
+        """The length to which a crop can undo a forward pass that failed partway; 0 if no crop can."""
         least = min(layer.get_seq_length() for layer in self.attention_layers)
         try:
             for layer in self.attention_layers:
@@ -309,7 +309,7 @@ class TurboCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Every byte allocated for keys and values, of all layers that attend. States are in `state_nbytes`."""
+        """All bytes allocated for keys and values, over all attention layers. States are in `state_nbytes`."""
         return sum(layer.nbytes for layer in self.attention_layers)
 
     @property
@@ -337,7 +337,7 @@ class TurboCache(Cache):
 
     @property
     def seq_lens(self) -> Tensor:
-        """int64 [B]: tokens of each sequence, padding left out."""
+        """int64 [B]: tokens of each sequence, without padding."""
         layer = next((layer for layer in self.attention_layers if layer.batch_size >= 0), None)
         return torch.zeros(0, dtype=torch.int64) if layer is None else layer.seq_lens
 
@@ -392,8 +392,8 @@ class TurboCache(Cache):
                 forward checks it in any case.
 
         Raises:
-            FormatError: the file is damaged, foreign or of another version.
-            InputError: it is another model's, or of other heads.
+            FormatError: the file is damaged, not of this format, or of another version.
+            InputError: the file is of another model or of other heads.
         """
         from .serialization import load_cache
 
@@ -403,8 +403,8 @@ class TurboCache(Cache):
     def prompt_ids(self) -> Tensor | None:
         """int64 [B, L]: ids of the tokens that were loaded from a file and are still held; None if not known.
 
-        May be set to the ids of all tokens that the cache holds, such as those that the model itself took, so that
-        `generate` compares a prompt with them. Raises InputError for others."""
+        Can be set to the ids of all tokens in the cache, for example after direct calls of the model, so that
+        `generate` compares a prompt with them. Raises InputError for other shapes or dtypes."""
         return None if self.ids.saved is None else self.ids.saved.clone()
 
     @prompt_ids.setter
@@ -414,7 +414,7 @@ class TurboCache(Cache):
 
     @property
     def check_prompts(self) -> bool:
-        """Whether `generate` refuses a prompt that does not begin with the cache's tokens."""
+        """Whether `generate` raises an error for a prompt that does not begin with the cache's tokens."""
         return self.ids.checked
 
     @check_prompts.setter
@@ -432,7 +432,7 @@ class TurboCache(Cache):
         """Check that the prompt `input_ids` [B, L] begins with all tokens of the cache and is longer, and return their
         number.
 
-        `generate` continues from there and takes the whole prompt; the model itself takes the rest of it.
+        Pass the whole prompt to `generate`, but only the rest of it to the model itself.
 
         Raises:
             InputError: the prompt does not begin with the cache's tokens or has no further token, or the ids of some
@@ -447,7 +447,7 @@ class TurboCache(Cache):
 def _calibrated(
     calibration: Any, model_config: Any, config: TurboConfig, given: dict[str, Any]
 ) -> tuple[Any, Any, Any]:
-    """Widths, means and orders per layer, as far as `config` wants them; `given`: the user's, by name."""
+    """Widths, means and orders per layer, if `config` uses them; `given`: the user's, by name."""
     if not isinstance(calibration, Calibration):
         raise ConfigError(f"calibration: expected a Calibration, got {type(calibration).__name__}")
     for name, value in given.items():

@@ -14,7 +14,7 @@ from ...kv.cache import KVCache
 
 
 def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of one dtype: if their dtypes differ under autocast, all in autocast's dtype, as in SDPA."""
+    """Tensors of one dtype: if their dtypes differ under autocast, all are cast to autocast's dtype, as in SDPA."""
     device = tensors[0].device.type
     if all(x.dtype == tensors[0].dtype for x in tensors) or not torch.is_autocast_enabled(device):
         return tensors

@@ -1,10 +1,10 @@
 """The guard without a `TurboCache`: a layer's first prompt against exact attention, on a few rows.
 
-INT8 keys and queries cannot represent layers whose logits are far beyond 100, without any sign of it. The first call
-of a layer with at least 32 queries, over any cache of the model's own, compares sampled rows of one sequence, and warns
-once of heads beyond the bound of 8 bits (numerics.md, The guard). Where calls are shorter (a short prompt, a prompt in
-small pieces, decode steps), their rows that see at least 16 keys are compared, until there are 16 of them together.
-Nothing is changed: there is no width to raise. Compiled calls are not looked at.
+INT8 keys and queries silently fail to represent layers whose logits are far beyond 100. The first call of a layer with
+at least 32 queries, over any cache of the model's own, compares sampled rows of one sequence with exact attention, and
+issues one warning for heads beyond the bound of 8 bits (numerics.md, The guard). If calls are shorter (a short prompt,
+a prompt in small pieces, decode steps), their rows that see at least 16 keys are pooled until there are 16 of them.
+Results do not change, since there is no wider format. Compiled calls are not checked.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .masks import MaskPlan, shown_by
 
 _ROWS = 32
 _TOKENS = 512
-_FEWEST = 32  # a call of fewer queries says little
+_FEWEST = 32  # fewer queries give no reliable estimate
 _ENOUGH = _FEWEST // 2
 _BOUND = BOUNDS[8]
 
 
 @dataclass
 class _Sample:
-    """Sums of squares per KV head, float64 [Hkv] on the CPU: of errors, and of exact outputs, of so many rows."""
+    """Sums of squares per KV head, float64 [Hkv] on the CPU: of errors and of exact outputs; and the number of rows."""
 
     lost: Tensor | float = 0.0
     whole: Tensor | float = 0.0
@@ -53,7 +53,7 @@ def check_first_prompt(
     causal: bool,
     call: LayerCall,
 ) -> None:
-    """`out` [B, Hq, Lq, D] as `attend_dense` gave it for q, k, v. Warns `GuardWarning`, once for each module."""
+    """`out`: [B, Hq, Lq, D], the result of `attend_dense` for q, k, v. Warns `GuardWarning`, once for each module."""
     q, k, v = qkv
     guard = "adapt" if call.config is None else call.config.guard
     if guard == "off" or module in _looked_at or not len(q) or q.shape[2] > k.shape[2]:
@@ -84,7 +84,7 @@ def check_first_prompt(
 
 
 def _rows(mask: Tensor, queries: int) -> tuple[Tensor, bool]:
-    """The rows to compare, of those that see keys as in `mask` bool [L, Lk], and whether they are enough."""
+    """The rows to compare, given the visible keys `mask` bool [L, Lk], and whether they are enough."""
     if queries < _FEWEST:
         return (mask.sum(1) >= _ENOUGH).nonzero().flatten(), False
     rows = torch.arange(len(mask) // 2, len(mask))

@@ -1,6 +1,6 @@
-"""Layers that INT8 cannot carry: keys and values in the model's own dtype, attended as the model does on its own.
+"""Exact layers, which INT8 cannot represent: keys and values in the model's own dtype, and the model's own attention.
 
-`ExactKV` never changes, so that copies of a cache share it and a call that fails leaves it as it was.
+`ExactKV` is immutable, so copies of a cache share it and a failed call does not change it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .views import own_memory
 
 @dataclass(frozen=True)
 class ExactKV:
-    """keys: [B, Hkv, n, D], values: [B, Hkv, n, Dv], every position from `first` on, padding (zeros) included.
-    queries: [B, Hq, m, D], those of the last positions, at most `guard_sample.QUERIES`, while the guard may still ask.
+    """keys: [B, Hkv, n, D], values: [B, Hkv, n, Dv], all positions from `first` on, including padding (zeros).
+    queries: [B, Hq, m, D], those of the last positions, at most `guard_sample.QUERIES`, while the guard may need them.
     """
 
     keys: Tensor
@@ -37,7 +37,7 @@ class ExactKV:
 
     @classmethod
     def empty(cls, key: Tensor, value: Tensor) -> ExactKV:
-        """Without positions, for keys and values like these [B, Hkv, T, D or Dv]."""
+        """An empty one, for keys and values like these [B, Hkv, T, D or Dv]."""
         keys, values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key, value))
         return cls(keys, values)
 
@@ -62,7 +62,7 @@ class ExactKV:
         return ExactKV(torch.cat((self.keys, key), 2), torch.cat((self.values, value), 2), self.first, query)
 
     def past(self, valid: Tensor | None) -> ExactPast:
-        """For the guard, before anything was released: `valid` bool [B, end], which positions are tokens."""
+        """The tokens for the guard, before any are released. valid: bool [B, end], which positions are tokens."""
         asked = self.keys[:, :1, :0] if self.queries is None else self.queries
         if valid is None:
             valid = torch.ones(len(self.keys), self.end, dtype=torch.bool)
@@ -71,14 +71,14 @@ class ExactKV:
         return ExactPast(take(self.keys, index), take(self.values, index), asked, positions[:, last], valid[:, last])
 
     def behind(self, window: int | None) -> ExactKV:
-        """Without what the window of the next query has left, 16 to 31 positions late: a crop of 16 stays possible."""
+        """Without positions before the window of the next query, 16 to 31 late so that a crop of 16 stays possible."""
         gone = 0 if window is None else self.end - window + 1 - CROPPED - self.first
         if gone < CROPPED:
             return self
         return ExactKV(self.keys[:, :, gone:].clone(), self.values[:, :, gone:].clone(), self.first + gone)
 
     def check_crop(self, length: int, window: int | None) -> None:
-        """Raises `InputError` where later queries would see positions that are gone."""
+        """Raises `InputError` if later queries would see released positions."""
         if window is not None and max(length - window + 1, 0) < self.first:
             raise InputError(
                 f"length: expected a crop of at most {CROPPED} tokens with a window of {window} (older ones were "
@@ -98,7 +98,7 @@ class ExactKV:
 
 
 def without_padding(x: Tensor, valid: Tensor | None) -> Tensor:
-    """x [B, H, T, D] with zeros where `valid` (bool [B, T]) is False: padding may hold anything, NaN too."""
+    """x [B, H, T, D] with zeros where `valid` (bool [B, T]) is False, because padding may contain NaN."""
     return x if valid is None else torch.where(valid.to(x.device)[:, None, :, None], x, 0.0)
 
 
@@ -113,7 +113,7 @@ def attend_exactly(
 ) -> Tensor:
     """query [B, Hq, Lq, D], the last positions of `held` -> [B, Hq, Lq, Dv], by the model's own attention.
 
-    That is SDPA, and the model's eager function for what SDPA has no argument for. Rows of padded queries are zero.
+    This is SDPA, or the model's eager function for options that SDPA does not have. Rows of padded queries are zero.
     `valid`: which positions, from 0 on, are tokens (bool [B, L]); None: all.
     """
     causal = plan.is_causal if plan is not None else is_causal
@@ -132,8 +132,8 @@ def attend_exactly(
 def _mask(
     query: Tensor, held: ExactKV, plan: MaskPlan | None, valid: Tensor | None, causal: bool, window: int | None
 ) -> Tensor | None:
-    """The mask [B or 1, H or 1, Lq, n] over the positions held, boolean or additive; None where causality, aligned to
-    the first key, says all."""
+    """The mask [B or 1, H or 1, Lq, n] over the positions held, boolean or additive; None if a causal mask aligned to
+    the first key is equivalent."""
     queries, keys = query.shape[2], held.keys.shape[2]
     given = None if plan is None else plan.matrix
     given = None if given is None else given[..., held.first : held.end]
@@ -160,7 +160,7 @@ def _causal(query: Tensor, held: ExactKV, window: int | None) -> Tensor:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 where a boolean mask is True, else half the least number: two of them are still finite."""
+    """0 where a boolean mask is True, else half the smallest number, so that the sum of two is finite."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min / 2)

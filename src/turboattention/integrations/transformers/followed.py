@@ -39,7 +39,7 @@ def check_release() -> None:
 
 
 def follow() -> None:
-    """Wrap two methods of `GenerationMixin`, so that a `TurboCache` learns the token ids of `generate`. Idempotent."""
+    """Wrap two methods of `GenerationMixin` that pass the token ids of `generate` to a `TurboCache`. Idempotent."""
     if not hasattr(getattr(GenerationMixin, _PREPARE), "_turbo_original"):
         for name, wrap in ((_PREPARE, _prepare), (_PREFILL, _prefill)):
             original = getattr(GenerationMixin, name)
@@ -94,7 +94,7 @@ def _prefill(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _follow(input_ids: Tensor, kwargs: dict[str, Any], generation_config: Any, begins: bool) -> None:
-    """Tell a `TurboCache` the ids [B, L] of all tokens, or of the new ones: the mask then has more positions."""
+    """Pass the ids [B, L] to a `TurboCache`: of all tokens, or, if the mask has more positions, of the new ones."""
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if not isinstance(cache, TurboCache):
         return

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 class Run:
-    """One sequence on its way through a model: what is cached, and the logits of the next token."""
+    """A sequence in progress: its cache, and the logits of the next token."""
 
     def __init__(self, language: LanguageModel, cache: TurboCache | DynamicCache):
         self.language, self.cache = language, cache
@@ -57,14 +57,14 @@ class Run:
         return sum(2 * x.numel() for x in _own_tensors(self.cache))
 
     def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> None:
-        """Process the prompt, or what of it the cache does not hold yet."""
+        """Process the tokens of the prompt that are not in the cache yet."""
         pieces = [ids[at : at + PREFILL_CHUNK] for at in range(0, len(ids), PREFILL_CHUNK)]
         with _layer_progress(self.language.model, len(pieces), progress):
             for piece in pieces:
                 self._forward(piece)
 
     def advance(self, token: int) -> None:
-        """Take one more token."""
+        """Process one more token."""
         self._forward([token])
 
     @torch.inference_mode()
@@ -96,7 +96,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Generation:
-    """Tokens that a run gave (an end token included), and the seconds of all but the first."""
+    """The generated tokens (including an end token), and the seconds for all but the first."""
 
     tokens: list[int]
     ended: bool
@@ -117,7 +117,8 @@ def generate(
 ) -> Generation:
     """Up to `limit` tokens after a prefill, or to one of `stop`, by default the model's stop tokens.
 
-    `on_token` sees each before the run takes it, and ends the text by returning True; its time is not counted.
+    `on_token` is called with each token before the run processes it, and ends the text by returning True; its time is
+    not counted.
     """
     pick = pick or Sampler()
     stop = run.language.stop_tokens if stop is None else stop
@@ -135,14 +136,14 @@ def generate(
 
 
 def _own_tensors(cache: DynamicCache) -> list[Tensor]:
-    """Keys and values of every layer that has some."""
+    """Keys and values of all layers that have them."""
     held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return [x for x in held if isinstance(x, Tensor)]
 
 
 @contextmanager
 def _layer_progress(model: Any, passes: int, progress: Progress | None) -> Iterator[None]:
-    """Calls `progress` after each decoder layer, where the model has a list of them."""
+    """Calls `progress` after each decoder layer, if the model has a list of them."""
     layers = getattr(model.get_decoder(), "layers", None)
     if progress is None or layers is None:
         yield

@@ -70,7 +70,7 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _place(path: Path) -> tuple[str, dict[str, Any]]:
-    """How transformers names the file."""
+    """The arguments with which transformers loads the file."""
     return str(path.resolve().parent), {"gguf_file": path.name, "local_files_only": True}
 
 

@@ -1,8 +1,8 @@
-"""`GraphedDecoding`: decode steps of a whole model as one CUDA graph, under whatever loop calls the model.
+"""`GraphedDecoding`: decode steps of a whole model as one CUDA graph, in any loop that calls the model.
 
-While it is entered, the model's `forward` is replaced. Steps of one token over its cache are replayed, all other calls
-(prompts, the first blocks, steps with arguments other than tokens, positions and a padding mask) run as before, so that
-`generate`'s sampling, logits processors, stopping criteria and streamers are transformers' own.
+Inside the `with` block, the model's `forward` is replaced. Steps of one token over its cache are replayed; all other
+calls (prompts, the first blocks, steps with arguments other than tokens, positions and a padding mask) run as before.
+Sampling, logits processors, stopping criteria and streamers remain those of transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Given(NamedTuple):
-    """What a forward of one token was given: token ids int64 [B, 1]; positions [B or 1, 1], padding [B, L]."""
+    """The inputs of a forward pass of one token: token ids int64 [B, 1]; positions [B or 1, 1], padding [B, L]."""
 
     tokens: Tensor
     positions: Tensor | None
@@ -46,12 +46,12 @@ class GraphedDecoding:
     A graph is captured after the cache's first blocks have been compressed, and is valid until the cache is full. Until
     it is captured, and after any other change of the cache, such as another prompt or a crop, a few steps run without
     it. Greedy search and sampling are replayed; beam search and assisted decoding change the cache between steps, and
-    run as usual. Memory for `max_tokens` of every sequence is taken while the graph is there.
+    run as usual. Memory for `max_tokens` of every sequence is allocated while the graph exists.
 
-    Where the guard keeps a layer in the model's own dtype, all steps run as usual; a cache that has such layers from
-    the start is refused.
+    If the guard keeps a layer in the model's own dtype, all steps run as usual; a cache that has such layers from the
+    start raises an error.
 
-    `replayed` and `ordinary` count forwards.
+    `replayed` and `ordinary` count forward passes.
 
     Args:
         model: loaded with ``attn_implementation="turbo"``, on one CUDA device.
@@ -69,8 +69,8 @@ class GraphedDecoding:
         self.replayed = self.ordinary = 0
         self._model, self._cache, self._captures = model, cache, capture
         self._parameters = list(inspect.signature(model.forward).parameters)
-        # What the cache's steps kept behind the last ordinary one: a graph is made of the next where nothing in between
-        # has changed the cache.
+        # The backend state after the last ordinary step: if nothing has changed the cache since then, a graph of the
+        # next step is captured.
         self._steady: list[Any] = []
         self._static: StaticStep | None = None
         self._forward: Callable[..., Any] | None = None
@@ -81,7 +81,7 @@ class GraphedDecoding:
             raise InputError("GraphedDecoding: expected it to be entered once at a time, got a second time")
         self._forward, self._replaced = self._model.forward, self._model.__dict__.get("forward")
 
-        @functools.wraps(self._forward)  # generate looks at the signature
+        @functools.wraps(self._forward)  # generate inspects the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._call(*args, **kwargs)
 
@@ -112,7 +112,7 @@ class GraphedDecoding:
         return out
 
     def _step_of(self, given: dict[str, Any]) -> Given | None:
-        """None where a forward is anything but a step of one token over the cache, or wants more than logits."""
+        """None unless a forward pass is a step of one token over the cache that requests only logits."""
         ids, mask, positions = (given.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids"))
         if given.pop("past_key_values", None) is not self._cache or self._cache.batch_size < 1:
             return None
@@ -136,7 +136,7 @@ class GraphedDecoding:
         return Given(ids, positions, mask)
 
     def _made_ready(self, step: Given) -> bool:
-        """Whether there is a graph for the step, which is made where the cache has come to rest."""
+        """Whether there is a graph for the step; it is captured if the cache has not changed between two steps."""
         if self._static is None or not self._static.current:
             self._release()
             kept = [layer.kv and layer.kv.backend_state for layer in self._cache.layers]

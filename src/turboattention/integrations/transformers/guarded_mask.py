@@ -1,7 +1,8 @@
-"""A mask that only attention functions can read, and that says so to models which compute attention by themselves.
+"""A mask that only attention functions can read: it raises an error in models that compute attention themselves.
 
-Such models take "turbo" without a word and get its masks, which mean something else in their formulas: True, for
-"visible", is added to scores as 1.0 or taken for "hidden", and a mask [B, Lk] broadcasts over whatever has Lk columns.
+Such models accept "turbo" silently and get its masks, which have another meaning in their formulas: True, for
+"visible", is added to scores as 1.0 or interpreted as "hidden", and a mask [B, Lk] broadcasts over any tensor with Lk
+columns.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _HARMLESS = frozenset(
     "is_floating_point is_contiguous get_device data_ptr untyped_storage to cpu cuda clone detach contiguous "
     "requires_grad_ record_stream".split()
 )
-"""Functions that leave the meaning of a mask as it is."""
+"""Functions that do not change the meaning of a mask."""
 
 _PARTS = frozenset("__getitem__ size expand index_select select narrow repeat_interleave unsqueeze squeeze".split())
-"""Functions that take parts of a matrix [B, 1, Lq, Lk]; a mask [B, Lk] has none of the dimensions they expect."""
+"""Functions that select parts of a matrix [B, 1, Lq, Lk]; a mask [B, Lk] lacks the dimensions they expect."""
 
 
 COMPUTES_BESIDE = {"axk2", "deepseek_v32", "dots3_note_text", "git", "glm_moe_dsa", "hy_v4"}
@@ -33,7 +34,7 @@ know the interface for other parts. "turbo" refuses them over any cache."""
 
 
 class GuardedMask(Tensor):
-    """A boolean mask [B, Lk] or [B, 1, Lq, Lk]; what is computed from it is refused, parts of it are masks again."""
+    """A boolean mask [B, Lk] or [B, 1, Lq, Lk]. Computing with it raises an error; parts of it are such masks again."""
 
     kind: str
     """The architecture, for messages."""

@@ -1,4 +1,4 @@
-"""What a layer of a `TurboCache` holds, and how that changes without new tokens."""
+"""The content of a layer of a `TurboCache`, and its changes other than new tokens."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class HeldTokens:
     _pending: tuple[Tensor, Tensor] | None = None
 
     def check_settled(self) -> None:
-        """No tokens of an earlier `update` are left over."""
+        """Check that no tokens of an earlier `update` are pending."""
         raise NotImplementedError
 
     # -- changing what is stored --------------------------------------------------------------------
 
     def check_crop(self, length: int) -> None:
-        """Raises `InputError` where a crop to `length` positions wants what a sliding window has released."""
+        """Raises `InputError` if a crop to `length` positions needs tokens that a sliding window has released."""
         self.check_settled()
         if not self.is_initialized or length >= self._stored:
             return
@@ -49,7 +49,7 @@ class HeldTokens:
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep. With a window, also
-        what was recorded for this, as in transformers."""
+        remove the tokens recorded for a crop, as in transformers."""
         self.check_settled()
         removed = int(tokens_to_remove)
         keep = removed if removed > 0 else self._stored + removed
@@ -64,7 +64,7 @@ class HeldTokens:
             self.kv.crop(keep if left is None else left.sum(1))
         if self.floats is not None:
             self.floats = self.floats.cropped(keep)
-            if self.kv is None:  # else the guard has still to see all of them
+            if self.kv is None:  # otherwise the guard still needs all of them
                 self.floats = self.floats.behind(self.window)
         self._stored, self.valid = keep, (None if left is None or bool(left.all()) else own_memory(left))
 
@@ -105,7 +105,7 @@ class HeldTokens:
         return self.clone()
 
     def restore(self, kv: KVCache | None, floats: ExactKV | None, stored: int, valid: Tensor | None) -> None:
-        """Take what a file held."""
+        """Set the content that was read from a file."""
         self.kv, self.floats, self._stored, self.valid = kv, floats, stored, valid
         self.is_initialized = True
 
@@ -122,7 +122,7 @@ class HeldTokens:
 
     @property
     def _sizes(self) -> tuple[int, int, int, int] | None:
-        """Sequences, KV heads, and head_dim of keys and of values, as soon as they are known."""
+        """Sequences, KV heads, and head_dim of keys and of values; None until they are known."""
         if self.kv is not None:
             return self.kv.token_shape
         if self.floats is not None:
@@ -132,7 +132,7 @@ class HeldTokens:
 
     @property
     def seq_lens(self) -> Tensor:
-        """int64 [B]: tokens of each sequence, padding left out."""
+        """int64 [B]: tokens of each sequence, without padding."""
         if self.kv is not None:
             return self.kv.seq_lens
         if self.valid is not None:

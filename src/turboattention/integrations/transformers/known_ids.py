@@ -1,4 +1,4 @@
-"""The token ids of what a cache holds, as far as they are known: from `generate`, or from the cache's file."""
+"""The known token ids of a cache's tokens: those from `generate`, and those from the cache's file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class KnownIds:
-    """What is known of the ids of a cache's tokens. Tensors are the cache's own, and replaced, never changed.
+    """The known ids of a cache's tokens. Tensors belong to the cache and are replaced, never modified.
 
     saved: ids [B, L] of the file the cache was loaded from, as long as they are in the cache, or None. fed: ids [B, L]
     of the last forward of a `generate`, those before it included, or None. checked: whether a prompt of `generate` is
@@ -35,7 +35,7 @@ class KnownIds:
         Warns once if some of the cache's tokens are not known.
 
         Raises:
-            InputError: the prompt does not go on from the cache's tokens.
+            InputError: the prompt does not begin with the cache's tokens.
         """
         if length:
             self._check_goes_on(input_ids, length)
@@ -58,9 +58,9 @@ class KnownIds:
         known = self.all_of(length) if length and self.checked else None
         if known is not None and torch.equal(known.cpu(), input_ids[:, :length].cpu()):
             raise InputError(
-                f"input_ids: expected only the ids behind the {number_of(length, 'token')} of the TurboCache, since "
-                "assisted decoding gives the model all that it gets, got a prompt that begins with those: pass "
-                f"input_ids[:, {length}:]"
+                f"input_ids: expected only the ids after the {number_of(length, 'token')} of the TurboCache, because "
+                "assisted decoding passes all given ids to the model, got a prompt that begins with the cached tokens: "
+                f"pass input_ids[:, {length}:]"
             )
         if length:
             self.begin_behind(input_ids, length)
@@ -74,7 +74,7 @@ class KnownIds:
             self._warn(f"inputs_embeds: cannot be compared with the {held} that the TurboCache holds")
 
     def follow(self, input_ids: Tensor) -> None:
-        """Take note of the ids [B, L] of a forward of the `generate` that began last, those before it included."""
+        """Record the ids [B, L] of a forward pass of the latest `generate`, including those before it."""
         if self._whole:
             self.fed = input_ids.clone()
         elif self._before is not None:
@@ -127,7 +127,7 @@ class KnownIds:
         return copy.copy(self)
 
     def cut(self, length: int) -> None:
-        """Forget those past `length`."""
+        """Remove the ids past `length`."""
         self.saved, self.fed = (None if x is None else x[:, :length] for x in (self.saved, self.fed))
 
     def select(self, index: Tensor) -> None:

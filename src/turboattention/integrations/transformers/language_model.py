@@ -29,7 +29,7 @@ Loaded = tuple[Any, dict[str, Any]]
 
 
 class Described(ABC):
-    """A causal language model as its config and its tokenizer describe it. Nothing here reads weights."""
+    """A causal language model without its weights: config and tokenizer."""
 
     name: str
     tokenizer: Any
@@ -42,11 +42,11 @@ class Described(ABC):
     @property
     @abstractmethod
     def device(self) -> Any:
-        """Where the model and its caches are."""
+        """The device of the model and its caches."""
 
     @property
     def context(self) -> int | None:
-        """Tokens it was made for; None where its config does not say."""
+        """The model's context length in tokens; None if its config does not state it."""
         size = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return size if isinstance(size, int) else None
 
@@ -164,7 +164,7 @@ def open_model(name: str, device: str = "cpu", dtype: str = "auto") -> Opened:
 
 
 def load(name: str, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
-    """`open_model`, and its weights."""
+    """`open_model`, with its weights."""
     return open_model(name, device, dtype).load()
 
 
@@ -195,7 +195,7 @@ def _local_only(name: str) -> bool:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Quiet, and with one kind of error: the libraries below raise different ones."""
+    """Silence the logs, and convert the exceptions of several libraries to one class."""
     with _quiet():
         try:
             yield
@@ -220,7 +220,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _why_not(name: str, error: Exception) -> str:
-    """One line on a model that does not load."""
+    """A one-line message for a model that cannot be loaded."""
     folder = Path(name)
     if not folder.is_dir() and not is_gguf(name):
         return f"model: {name} is no folder here, and the hub could not be reached for it"

@@ -1,4 +1,4 @@
-"""One layer of a `TurboCache`: `update` holds the new keys and values back until attention takes them."""
+"""One layer of a `TurboCache`: `update` keeps the new keys and values pending until attention stores them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def layer_of(key: Tensor) -> TurboLayer | None:
 
 
 def _mark(x: Tensor) -> int | None:
-    """Another one after an in-place modification of `x`. None where they are not counted: while Dynamo traces, and for
-    tensors of inference mode."""
+    """A number that changes with every in-place modification of `x`. None if there is no such counter: while Dynamo
+    traces, and for tensors of inference mode."""
     return None if torch.compiler.is_dynamo_compiling() or x.is_inference() else x._version
 
 
@@ -60,12 +60,12 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
     the `KVCache` holds tokens only. `valid` (bool [B, length] on the CPU, None while there is no
     padding) translates.
 
-    Until the guard has looked at the first compressed block, `floats` holds the same tokens in the model's own dtype,
-    where it may find that INT8 cannot carry them. They then are all that the layer has (`exact`), as in a layer that
-    was made with `always_exact`, and the model attends to them as it does on its own.
+    Until the guard has checked the first compressed block, `floats` holds the same tokens in the model's own dtype. If
+    the guard finds that INT8 cannot represent them, the layer keeps only `floats` (`exact`), as a layer created with
+    `always_exact` does, and the model's own attention reads them.
 
-    `update` stores nothing yet: it returns its own arguments with a handle to the layer on them.
-    The attention function finds the handle and calls `attend`, which attends and appends in one go.
+    `update` does not store anything: it returns its arguments with a handle to the layer on them. The attention
+    function finds the handle and calls `attend`, which attends and appends in one call.
     """
 
     is_croppable = True
@@ -93,9 +93,9 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         self.always_exact = always_exact
         self.record_past = False
         self.leads = index == 0
-        """Whether it is the first layer of its cache that attends."""
+        """Whether it is the first attention layer of its cache."""
         self.may_stay_empty = False
-        """Whether it may read another layer's keys and hold none, in a forward that went well."""
+        """Whether it may read another layer's keys and be empty after a successful forward pass."""
         self._head_bits, self._k_mean, self._k_order, self._max_tokens = head_bits, k_mean, k_order, max_tokens
         self._checked: object = None
 
@@ -111,10 +111,10 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         return self._stored + (self._pending[0].shape[2] if self._pending is not None else 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The first that the cache learns of a forward.
+        """The first method of the cache that a forward pass calls.
 
         Raises:
-            InputError: there are no new tokens, which models would fail at with errors about shapes.
+            InputError: there are no new tokens, for which models would raise errors about shapes.
         """
         self.check_settled()
         if not int(query_length):
@@ -127,7 +127,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Keep, in sliding layers, what a crop of everything the last forward added would need."""
+        """In sliding layers, keep the tokens that a crop of everything added by the last forward pass would need."""
         self.record_past = True
 
     @property
@@ -137,7 +137,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
 
     @property
     def keys(self) -> Any:
-        """Not there: models that read them attend to more than new tokens and the past.
+        """Not available: models that read them attend to more than new tokens and the past.
 
         Raises:
             UnsupportedError: always.
@@ -149,7 +149,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
 
     @keys.setter
     def keys(self, value: None) -> None:  # type: ignore
-        """transformers' own layers begin without."""
+        """False at first, as in transformers' own layers."""
 
     values = keys  # type: ignore
 
@@ -184,11 +184,11 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
     def _order_of(self, share: HeadShare) -> ChannelOrder | None:
         order = self._k_order
         if not isinstance(order, ChannelOrder):
-            return order  # None, or what is none: the cache raises the error
+            return order  # None, or an invalid value, for which the cache raises the error
         return ChannelOrder(*(share.cut(x, "k_order", 0) for x in order))
 
     def _share(self, heads: int) -> HeadShare:
-        """The model's KV heads that `heads` of the keys are.
+        """The range of the model's KV heads that `heads` heads of the keys are.
 
         Raises:
             ConfigError: their widths follow from the others'.
@@ -222,10 +222,10 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         call: LayerCall,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """query [B, Hq, Lq, D] over what is stored and what `update` brought, which is then stored.
+        """Attention of query [B, Hq, Lq, D] over stored and pending tokens; the pending ones are then stored.
 
-        Without new tokens (layers that share another's keys) the queries are the last ones stored.
-        `positions`: the model's position_ids of the queries, where it hands them on.
+        Without new tokens (layers that share another's keys) the queries are at the last stored positions.
+        `positions`: the model's position_ids of the queries, if it passes them on.
         """
         pending, self._pending = self._pending, None
         new = query.shape[2] if pending is None else pending[0].shape[2]
@@ -261,7 +261,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         is_causal: bool,
         call: LayerCall,
     ) -> Tensor:
-        """Over the `KVCache`; if the guard finds that it cannot carry this layer, exactly."""
+        """Attention over the `KVCache`, or exact attention if the guard finds that INT8 cannot represent this layer."""
         kv, floats = self.kv, self.floats
         assert kv is not None
         kv.window_size = self._kept_window(query.shape[2])
@@ -292,7 +292,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         return out
 
     def _become_exact(self, found: str, module: nn.Module, query: Tensor, *call: Any) -> Tensor:
-        """Keep the tokens in the model's own dtype from now on, for the reason `found`; attend this call exactly."""
+        """Keep the tokens in the model's own dtype from now on, for the reason `found`; attend exactly in this call."""
         assert self.floats is not None
         dtype = str(self.floats.keys.dtype).removeprefix("torch.")
         message = f"layer {self.index} is kept in the model's own dtype ({dtype}): {found}"
@@ -311,7 +311,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         is_causal: bool,
         call: LayerCall,
     ) -> Tensor:
-        """Over `floats`, which then hold the new tokens."""
+        """Attention over `floats`, to which the new tokens are appended."""
         held = self.floats
         assert held is not None
         own = None if valid is None else valid[:, -query.shape[2] :]
@@ -327,11 +327,11 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         return out
 
     def _kept_window(self, new: int) -> int | None:
-        """The window of what is kept after a forward of so many tokens."""
+        """The window that determines which tokens are kept after a forward pass of so many tokens."""
         return None if self.window is None else self.window + (new if self.record_past else 0)
 
     def take_step(self) -> None:
-        """Count a token of every sequence that attention took without `attend`, ahead of the `KVCache`'s own count."""
+        """Count a token of every sequence that was stored without `attend`, before the `KVCache` counts it."""
         if self.kv is not None and self.window is not None:
             self.kv.window_size = self.window + (1 if self.record_past else 0)
         self._stored += 1
@@ -346,10 +346,10 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
     # -- checks ---------------------------------------------------------------------------------------
 
     def check_settled(self) -> None:
-        """No tokens of an earlier `update` are left over.
+        """Check that no tokens of an earlier `update` are pending.
 
         Raises:
-            InputError: attention never took them.
+            InputError: attention never stored them.
         """
         if self._pending is not None:
             raise InputError(
@@ -361,11 +361,11 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             )
 
     def forget_new(self) -> None:
-        """Drop what `update` brought, so that the cache is as it was."""
+        """Drop pending tokens, so that the cache is unchanged."""
         self._pending = None
 
     def refuse_other_keys(self) -> None:
-        """For a module that attends to its new keys and to others (`repeated`). Forgets what `update` brought.
+        """Reject a module that attends to its new keys and to others (`repeated`). Drops pending tokens.
 
         Raises:
             UnsupportedError: always.
@@ -377,11 +377,11 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         )
 
     def check_values(self, key: Tensor, value: Tensor) -> None:
-        """`key` and `value` are a pair that `update` returned: attention reads what it stored, not these.
+        """Check that `key` and `value` are a pair returned by `update`: attention reads the pending tokens instead.
 
         Raises:
-            UnsupportedError: the values are others, or one of both was modified in place (not noticed under
-                `torch.inference_mode`). What `update` brought is then forgotten.
+            UnsupportedError: the values are different tensors, or one of the two was modified in place (not detected
+                under `torch.inference_mode`). Pending tokens are then dropped.
         """
         if value is not getattr(key, _VALUES):
             argument, fault = "value", "changes values"
@@ -412,8 +412,8 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             )
 
     def _check_positions(self, positions: Tensor | None) -> None:
-        """New tokens stand behind the stored ones. From a prompt that is no longer than the cache, `generate` cuts
-        some that do not, and would go on from them without a word. With padding, positions say less."""
+        """Check that new tokens follow the stored ones. If a prompt is no longer than the cache, `generate` silently
+        selects tokens that do not. With padding, positions allow only a weaker check."""
         if not self.leads or not self._stored or self.valid is not None:
             return
         if isinstance(positions, Tensor) and positions.dim() == 2 and int(positions[:, -1].min()) < self._stored:
@@ -425,8 +425,8 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
             )
 
     def _check_length(self, length: int) -> None:
-        """Some models have sliding layers in their caches, and masks without a window. What a query then sees depends
-        on how the text was cut into forwards."""
+        """Some models have sliding layers in their caches, but masks without a window. The keys that a query sees would
+        then depend on how the text is split into forward passes."""
         if self.window is not None and length > self.window:
             raise UnsupportedError(
                 f"attention_mask: expected the window of {self.window} that the cache of layer {self.index} has, got "

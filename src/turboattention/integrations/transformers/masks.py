@@ -111,7 +111,7 @@ def turbo_mask(
     causal, window = _causal_window(mask_function)
     config = kwargs.get("config")
     check_declared(config)
-    if isinstance(attention_mask, GuardedMask):  # made by `generate`, for a model that makes masks of it again
+    if isinstance(attention_mask, GuardedMask):  # made by `generate`, for a model that creates masks from it again
         attention_mask = attention_mask.as_subclass(Tensor)
     # The length of a static cache is not known while tracing.
     known = not (torch.compiler.is_dynamo_compiling() and isinstance(q_offset, Tensor))

@@ -1,4 +1,4 @@
-"""A `TurboCache` that MiniMax's models take: they ask for their own class of caches, and keep states by its methods."""
+"""A `TurboCache` for MiniMax models, which require their own cache class and store states through its methods."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .cache import TurboCache
 
 
 class MiniMaxTurboCache(TurboCache, MiniMaxCache):
-    """What `TurboCache` makes for these models. The states of lightning attention are in the layers of linear attention
-    that other hybrids have, and all else is as there."""
+    """Created by `TurboCache` for these models. States of lightning attention are in the same layers as those of linear
+    attention in other hybrids."""
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -1,4 +1,4 @@
-"""What a `TurboCache` needs to know of a transformers config: what each layer holds, and its attention window."""
+"""Properties of a transformers config that a `TurboCache` depends on: the kind of each layer, and its window."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class LayerKind:
-    """attends: whether the layer has keys and values, which are then ours. window: tokens visible to a query,
-    including its own; None for all. other: transformers' layer that holds everything else; None if there is nothing."""
+    """attends: whether the layer has keys and values, which the `TurboCache` stores. window: tokens visible to a query,
+    including its own; None for all. other: transformers' layer for all other states; None if there are none."""
 
     attends: bool
     window: int | None = None
@@ -60,7 +60,7 @@ def layer_windows(config: Any) -> list[int | None]:
 
 
 def layer_kinds(config: Any) -> list[LayerKind]:
-    """What each layer of a model's cache holds.
+    """The kind of each layer of a model's cache.
 
     Raises:
         UnsupportedError: layers that need another kind of cache.
@@ -118,7 +118,7 @@ def _kind(index: int, layer: Any, shared: bool) -> LayerKind:
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return LayerKind(True, window)
     name = type(layer).__name__
-    if name == "DummyLayer" and shared:  # it reads the keys of another
+    if name == "DummyLayer" and shared:  # it reads the keys of another layer
         return LayerKind(True)
     if type(layer).__module__ == DynamicCache.__module__ and isinstance(getattr(layer, "conv_states", None), dict):
         if name == "LinearAttentionLayer":
@@ -140,7 +140,7 @@ def _somewhere(config: Any, name: str) -> bool:
 
 
 def may_cross(text: Any) -> bool:
-    """Whether a decoder may attend to an encoder's output, as those of Bart's kind."""
+    """Whether a decoder may attend to an encoder's output, as in Bart."""
     return any(name.startswith("encoder_") for name in vars(text))
 
 

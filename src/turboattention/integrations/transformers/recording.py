@@ -1,4 +1,4 @@
-"""Recording of what each layer's attention function is given and returns, while a model runs."""
+"""Records the inputs and outputs of each layer's attention function while a model runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Attention that a module computes a second time, over other keys than those that a `TurboCache` took, is noticed.
+"""Detects a module that computes attention a second time, over keys other than those in the `TurboCache`.
 
-Only keys that `update` returned lead to the cache. Others of the same forward would be attended to without what the
-cache holds: right for a prompt, and wrong for every later token. Nothing else tells such a call from one of a forward
+Only keys returned by `update` are linked to the cache. Attention over other keys of the same forward pass would ignore
+the cached tokens: correct for a prompt, but wrong for every later token. Such a call looks like one of a forward pass
 without a cache, so the last call of each thread is remembered.
 """
 
@@ -31,26 +31,26 @@ _last = _Last()
 
 
 def expect_attention() -> None:
-    """A cache took new keys: calls before this do not count."""
+    """A cache received new keys: earlier calls are ignored."""
     if not torch.compiler.is_dynamo_compiling():
         _last.forward = None
 
 
 def other_keys(key: Tensor, in_cache: bool) -> Tensor | None:
-    """Remember a call, and return the keys in a cache, if one and the same forward of a module attends both to them and
-    to others."""
+    """Remember a call, and return the keys in a cache if the same forward pass of a module attends both to them and to
+    others."""
     forward = _caller()
     same, before, was_in_cache = forward == _last.forward, None if _last.key is None else _last.key(), _last.in_cache
     _last.forward, _last.key, _last.in_cache = forward, weakref.ref(key), in_cache
     if not same or in_cache == was_in_cache:
         return None
-    # After `expect_attention`, calls are of one forward. A forward holds its keys until its attention is done: a frame
-    # without them is another one at the same place.
+    # After `expect_attention`, calls belong to one forward pass. It holds its keys until its attention is done, so a
+    # frame without them is a different one with the same id.
     return key if in_cache else before
 
 
 def _caller() -> int:
-    """Which call of a function outside this package called attention."""
+    """The frame of the function outside this package that called attention."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
         frame = frame.f_back

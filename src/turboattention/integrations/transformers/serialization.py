@@ -29,7 +29,7 @@ from .states import EmptyLayer, HybridLayer, load_states, state_entry
 
 VERSION = 1
 MIXED_VERSION = 2
-"""The version of files with layers in the model's own dtype or states, which earlier releases do not know."""
+"""The version of files with exact layers or states, which earlier releases do not support."""
 _KIND = "turbo_cache"
 _PARALLEL = "tensor_parallel"
 _CHECKED = "check_prompts"  # absent from files of earlier releases, which ignore it

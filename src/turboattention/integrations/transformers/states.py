@@ -1,5 +1,5 @@
-"""States of layers that do not attend (linear attention, convolutions, state-space models): transformers' own layer has
-them, and a `TurboCache` copies, selects, crops and saves them."""
+"""States of layers without attention (linear attention, convolutions, state-space models): transformers' own layers
+hold them, and a `TurboCache` copies, selects, crops and saves them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EmptyLayer:
 
 
 class HybridLayer(TurboLayer, LinearAttentionLayer):
-    """A layer that attends and has states besides, as transformers' `LinearAttentionAndFullAttentionLayer`."""
+    """A layer with both attention and states, like transformers' `LinearAttentionAndFullAttentionLayer`."""
 
     def __init__(self, index: int, window: int | None = None, *, number_of_states: int = 1, **options: Any):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
@@ -61,18 +61,18 @@ class HybridLayer(TurboLayer, LinearAttentionLayer):
 
 
 class StateUpdates:
-    """At which length of the cache each state was last written, by (name, layer, number): a state goes on once a
-    forward."""
+    """The length of the cache at which each state was last written, by (name, layer, number). A state advances once per
+    forward pass."""
 
     def __init__(self, lengths: dict[tuple[str, int, int], int] | None = None):
         self._lengths = lengths or {}
 
     def add(self, name: str, layer: int, number: int, length: int) -> None:
-        """Take note of a write.
+        """Record a write.
 
         Raises:
-            InputError: it is the second at this length, so the forward before this never came to the end of an
-                attention layer, and the state is ahead.
+            InputError: it is the second at this length: the previous forward pass failed before an attention layer, and
+                the state is ahead.
         """
         key = name, layer, number
         if self._lengths.get(key) == length:
@@ -80,8 +80,8 @@ class StateUpdates:
         self._lengths[key] = length
 
     def check_level(self, attends: int, length: int) -> None:
-        """Raises `InputError` where the states of a layer before `attends`, the first that attends, are ahead of the
-        cache's tokens, as a forward that failed halfway leaves them."""
+        """Raises `InputError` if the states of a layer before `attends`, the first attention layer, are ahead of the
+        cache's tokens after a forward pass that failed partway."""
         for (_, layer, _), updated_at in self._lengths.items():
             if layer < attends and updated_at == length:
                 raise _ahead(layer, length)
@@ -101,7 +101,7 @@ def _ahead(layer: int, length: int) -> InputError:
 
 
 def recurrent(layer: LinearAttentionLayer) -> bool:
-    """Whether it has a state that does not go back to an earlier token."""
+    """Whether it has a state that cannot return to an earlier token."""
     return any(layer.is_recurrent_states_initialized.values())
 
 
@@ -121,13 +121,13 @@ def copied(layer: LinearAttentionLayer) -> LinearAttentionLayer:
 
 
 def reset_states(layer: LinearAttentionLayer) -> None:
-    """As before the first token, for any number of sequences."""
+    """Reset to the state before the first token, for any number of sequences."""
     fresh = vars(LinearAttentionLayer(number_of_states=layer.number_of_states))
     vars(layer).update({name: value for name, value in fresh.items() if isinstance(value, dict)})
 
 
 def check_crop(index: int, layer: LinearAttentionLayer, removed: int, kept: int) -> None:
-    """Raises `UnsupportedError` where the states of `kept` positions are not there any more."""
+    """Raises `UnsupportedError` if the states of `kept` positions are no longer available."""
     if not removed or not kept:
         return
     if recurrent(layer):
@@ -147,7 +147,7 @@ def check_crop(index: int, layer: LinearAttentionLayer, removed: int, kept: int)
 
 
 def crop_states(layer: LinearAttentionLayer, removed: int, kept: int) -> None:
-    """Forget the last `removed` positions, and what was recorded for this; checked by `check_crop`."""
+    """Remove the last `removed` positions and the inputs recorded for a crop; checked by `check_crop`."""
     if removed and not kept:
         reset_states(layer)
         return
@@ -166,7 +166,7 @@ def _kernel(layer: LinearAttentionLayer, number: int) -> int:
 
 
 def state_entry(layer: LinearAttentionLayer, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """JSON and tensors of a file."""
+    """The JSON value and tensors to save."""
     tensors = {f"{prefix}{name}{number}": _saved(layer, name, number, x) for name, number, x in _tensors(layer)}
     counts = [layer.conv_kernel_size[number] for number in range(layer.number_of_states)]
     previous = [bool(layer.has_previous_state[number]) for number in range(layer.number_of_states)]
@@ -177,7 +177,7 @@ def state_entry(layer: LinearAttentionLayer, prefix: str) -> tuple[dict[str, Any
 def load_states(
     layer: LinearAttentionLayer, entry: dict[str, Any], tensors: dict[str, Tensor], prefix: str, batch: int, device: Any
 ) -> None:
-    """Give a new `layer` what `state_entry` wrote for `batch` sequences.
+    """Restore in a new `layer` the states that `state_entry` saved for `batch` sequences.
 
     Raises:
         FormatError, NonFiniteError: damaged tensors.
@@ -207,7 +207,7 @@ def _tensors(layer: LinearAttentionLayer) -> Iterator[tuple[str, int, Tensor]]:
 
 
 def _saved(layer: LinearAttentionLayer, name: str, number: int, x: Tensor) -> Tensor:
-    """Without what was recorded for a crop."""
+    """Without the inputs recorded for a crop."""
     if name == CONV and layer.record_past:
         kernel = _kernel(layer, number)
         x = torch.nn.functional.pad(x, (max(kernel - x.shape[-1], 0), 0))[..., -kernel:]

@@ -1,5 +1,5 @@
-"""What stands in for a `TurboCache` while a model's decode step is put into a CUDA graph: its layers attend by
-`DecodeGraph`, which reads nothing back, and what the host counts is left to whoever replays the step."""
+"""Replaces a `TurboCache` while a model's decode step is captured as a CUDA graph: its layers attend through
+`DecodeGraph`, which does not read from the device, and the caller that replays the step counts the tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .masks import MaskPlan
 
 
 class StaticLayer(TurboLayer):
-    """The cache layer `layer` for steps of one token; its graph is made when the model first attends."""
+    """The cache layer `layer` for steps of one token; its graph is created when the model first attends."""
 
     def __init__(self, layer: TurboLayer):
         vars(self).update(vars(layer))
@@ -34,10 +34,10 @@ class StaticLayer(TurboLayer):
         call: LayerCall,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """query [B, Hq, 1, D] over what is stored and the token that `update` brought; on copies while `trying`.
+        """Attention of query [B, Hq, 1, D] over stored tokens and the pending one; on copies while `trying`.
 
         Raises:
-            UnsupportedError: attention that a graph does not hold, such as layers that share another's keys.
+            UnsupportedError: attention that a graph does not support, such as layers that share another's keys.
         """
         pending, self._pending = self._pending, None
         if pending is None or query.shape[2] != 1:
@@ -72,11 +72,11 @@ class StaticCache(TurboCache):
 
     @property
     def graphs(self) -> list[DecodeGraph]:
-        """Those made so far."""
+        """The graphs created so far."""
         return [layer.graph for layer in self.layers if layer.graph is not None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """A graph would keep the number that it is now.
+        """Not available: a graph would keep the current number.
 
         Raises:
             UnsupportedError: always.
@@ -87,5 +87,5 @@ class StaticCache(TurboCache):
         )
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """For masks; attention here only reads their kind."""
+        """Sizes for masks, of which attention here only reads the kind."""
         return self.layers[layer_idx].get_seq_length()

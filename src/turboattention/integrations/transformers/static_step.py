@@ -1,4 +1,4 @@
-"""A model's decode step at fixed places: tried, captured as a CUDA graph, and taken again and again."""
+"""A model's decode step at fixed addresses: tried, captured as a CUDA graph, and replayed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .static_cache import StaticCache
 
 
 class StaticStep:
-    """A model's decode step at fixed places."""
+    """A model's decode step at fixed addresses."""
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], cache: TurboCache):
         self._forward, self._cache, self._layers = forward, cache, cache.layers
@@ -38,12 +38,12 @@ class StaticStep:
 
     @property
     def current(self) -> bool:
-        """Whether the cache is as the last step left it, with room for another."""
+        """Whether the cache has not changed since the last step, and has room for another."""
         graphs = self._static.graphs
         return len(graphs) == len(self._layers) and all(graph.current and not graph.full for graph in graphs)
 
     def agrees(self, step: Given) -> bool:
-        """Whether mask and positions say what the cache knows. Waits for the device, once."""
+        """Whether mask and positions agree with the cache. Waits for the device, once."""
         stored = self._cache.get_seq_length()
         said = []
         if step.mask is not None:
@@ -63,7 +63,8 @@ class StaticStep:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):  # what libraries set up on a stream's first and second call is not captured
+                # Libraries initialize in the first and second call on a stream, which must not be captured.
+                for _ in range(2):
                     self._work()
             torch.cuda.current_stream().wait_stream(stream)
             self._try(False)
@@ -88,7 +89,7 @@ class StaticStep:
             out = type(self._out)(logits=self._out.logits.clone(), past_key_values=self._cache)
             self._count()  # while the device works
         except BaseException:
-            self.close()  # how far it came is unknown: the next call starts from what the host knows
+            self.close()  # its progress is unknown: the next call starts from the host's counts
             raise
         return out
 

@@ -1,4 +1,4 @@
-"""Views keep the whole tensor that they were cut from alive; what a cache keeps is cut and copied."""
+"""A view keeps the whole underlying tensor alive, so a cache stores copies of the parts it needs."""
 
 from __future__ import annotations
 

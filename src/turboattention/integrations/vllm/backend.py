@@ -74,7 +74,7 @@ class TurboBackend(AttentionBackend):
 
 
 class RefusedMLA(AttentionBackend):
-    """Replaces the CPU platform's backends for multi-head latent attention, which would not quantize, and refuses."""
+    """Replaces the CPU platform's backends for multi-head latent attention, which would not quantize, and raises."""
 
     @staticmethod
     def get_name() -> str:

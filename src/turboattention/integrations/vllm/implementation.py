@@ -44,7 +44,7 @@ def widths_for(config: VllmConfig) -> Widths:
 
 
 def latest_widths() -> Widths:
-    """The widths of the engine whose layers this process created last."""
+    """The widths of the engine whose layers were created last in this process."""
     return _latest[0]
 
 
@@ -173,8 +173,8 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             logger.error("%s: NaN or infinity among queries, keys or values; they are treated as zeros", self.name)
 
     def _guard(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Compare attention over this layer's first prompt, as stored, with exact attention; once. Both without sinks,
-        which scale both alike."""
+        """Compare attention over this layer's first prompt, as stored, with exact attention; once. Both are computed
+        without sinks, which would scale both equally."""
         self.guard_pending = False
         message = fixed_widths_message(
             self.format.config,

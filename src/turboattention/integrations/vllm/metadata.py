@@ -109,8 +109,8 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):
         return rows
 
     def _poll_nonfinite(self) -> None:
-        """On a GPU no step waits for the flag of values that are not finite. Every few hundred steps it is polled, and
-        copied to the host for the next poll."""
+        """On a GPU, steps do not wait for the flag of values that are not finite. It is polled every few hundred steps,
+        and copied to the host for the next poll."""
         self._builds += 1
         if self.device.type != "cpu" and self._builds % _POLL_INTERVAL == 0:
             for impl in self._impls:

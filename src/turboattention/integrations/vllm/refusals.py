@@ -1,4 +1,4 @@
-"""Features of vLLM that this backend does not support. They are refused at startup, in one line."""
+"""Features of vLLM that this backend does not support. They are rejected at startup with a one-line message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 """Methods of speculative decoding in which a model drafts, one token after another, over a cache of its own."""
 
 CONNECTORS = ("ExampleConnector",)
-"""KV connectors that were tested. They store and load full blocks alone: rows of an incomplete one are not in pages."""
+"""Tested KV connectors. They store and load only full blocks: rows of an incomplete block are not in pages."""
 
 
 def largest_head(device_type: str) -> int:
@@ -95,7 +95,7 @@ def refuse_calibration(config: VllmConfig) -> None:
         refuse("a calibration of models that mix attention with recurrent layers")
     draft = config.speculative_config
     if draft is not None and draft.method in DRAFT_MODELS:
-        refuse(f"a calibration with speculative decoding by {draft.method!r}, whose layers it does not know")
+        refuse(f"a calibration with speculative decoding by {draft.method!r}, whose layers it does not cover")
 
 
 def _of_engine(config: VllmConfig) -> Iterator[str]:
@@ -111,7 +111,7 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism"
     if parallel.data_parallel_size > 1 and config.device_config.device_type != "cpu":
-        yield "data parallelism on GPUs (nothing tells its idle steps from others)"
+        yield "data parallelism on GPUs (its idle steps cannot be distinguished)"
     if parallel.use_ubatching:
         yield "batches split in two (--enable-dbo)"
     yield from _of_connectors(config)
@@ -127,10 +127,10 @@ def _of_connectors(config: VllmConfig) -> Iterator[str]:
         yield f"{named} (not tested, and rows of incomplete blocks are not in pages; only {', '.join(CONNECTORS)})"
     if config.device_config.device_type != "cpu":
         yield f"{named} on GPUs (not tested)"
-    if config.cache_config.block_size != BLOCK:  # it takes numbers of blocks for those of pages
+    if config.cache_config.block_size != BLOCK:  # it uses block numbers as page numbers
         yield f"{named} with blocks of {config.cache_config.block_size} tokens (use --block-size {BLOCK})"
     if config.parallel_config.world_size > 1:  # it writes the files of all ranks under the same names
-        yield f"{named} with {config.parallel_config.world_size} processes to an engine"
+        yield f"{named} with {config.parallel_config.world_size} processes per engine"
     if config.speculative_config is not None or config.model_config.is_hybrid:
         yield f"{named} with speculative decoding or recurrent layers (not tested)"
 

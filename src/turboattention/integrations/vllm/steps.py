@@ -33,7 +33,7 @@ class Step:
         """The slots of the rows of the batch, without its padding.
 
         Raises:
-            RuntimeError: the rows are a part of the step's requests, and it is not known which.
+            RuntimeError: the rows are an unknown part of the step's requests.
         """
         names = self.runner.input_batch.req_ids
         if rows < len(names):
@@ -57,8 +57,9 @@ def follow_steps() -> None:
 def _executing(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(execute_model)
     def follow(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        # Pages are written whole. vLLM zeroes new blocks beside recurrent layers, and its CPU runner takes their
-        # numbers for those of pages: where a block has several, it would zero pages and states in use.
+        # Pages are always written completely. In models with recurrent layers, vLLM zeroes new blocks, and its CPU
+        # runner uses their numbers as page numbers: with several pages per block, it would zero pages and states that
+        # are in use.
         scheduler_output.new_block_ids_to_zero = None
         slots = _slots_of(self)
         slots.update(scheduler_output)

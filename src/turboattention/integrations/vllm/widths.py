@@ -51,7 +51,7 @@ class Widths:
     @cached_property
     def config(self) -> TurboConfig:
         """The serving configuration (numerics.md), with smoothing only if the means are calibrated, and K's channels in
-        order only if the orders are. One object for all layers, by which a step finds what they share."""
+        order only if the orders are. One object for all layers, so that a step can share work between them."""
         means = self.calibration is not None and self.calibration.means
         bits: Bits = self.settings.bits or ("mixed" if self.settings.calibrated_widths else 4)
         config = TurboConfig.serving(bits=bits, smooth_k=means, reorder_k=self.settings.reorder_k)
@@ -59,8 +59,8 @@ class Widths:
 
     @cached_property
     def _orders(self) -> list[ChannelOrder] | None:
-        """Per layer; None, with a warning, if the calibration has none. An order found in the first prompt would make
-        the bytes of a shared prefix depend on which prompt that was."""
+        """The orders per layer; None, with a warning, if the calibration has none. An order derived from the first
+        prompt would make the bytes of a shared prefix depend on that prompt."""
         orders = None if self.calibration is None else self.calibration.k_order
         if orders is None:
             given = "no calibration" if self.calibration is None else f"{self.settings.calibration}, which has none"
@@ -71,7 +71,7 @@ class Widths:
         """Widths of K and of V, one per KV head of the rank.
 
         Raises:
-            ConfigError: the calibration knows no such layer, or other heads.
+            ConfigError: the calibration has no such layer, or other heads.
         """
         if not self.settings.calibrated_widths:
             k, v = self.config.kv_bits
@@ -94,7 +94,7 @@ class Widths:
         return mean[rank.of(mean.shape[0])].contiguous()
 
     def order(self, layer: int, rank: Rank) -> ChannelOrder | None:
-        """The order of K's channels in the heads of the rank; None if they are not in order."""
+        """The order of K's channels in the heads of the rank; None if they are not reordered."""
         if not self.config.reorder_k or self._orders is None:
             return None
         self._of_layer(layer)

@@ -14,6 +14,7 @@ from ...config import TurboConfig
 from ...errors import NonFiniteError, UnsupportedError
 from ...kv.channel_order import ChannelOrder
 from ...kv.layout import WIDEST, PageLayout
+from ...params import AttentionParams
 from .. import inputs
 from ..inputs import Int8Queries, Pages, QueryPositions, TailRows
 from .rows import FloatRows, Int8Rows, check_format, check_size, float_rows, mean_address
@@ -27,8 +28,8 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16
 
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not compute a configuration, or None. They compute the running maximum and the weight scales
-    per tile of the paper only together."""
+    """The reason why these kernels do not support a configuration, or None. They support the paper's running maximum
+    and weight scales per tile only in combination."""
     if config.row_max != "running" or config.p_scale != "tile":
         return inputs.refusal(config, dtype)
     together = {"row_max": ("running",), "p_scale": ("tile",), "rescale": ("exact", "sas"), "stored_prefill": (False,)}
@@ -41,23 +42,19 @@ def attend(
     query_positions: QueryPositions,
     pages: Pages | None,
     rows: TailRows | None,
+    params: AttentionParams,
     *,
     kv_heads: int,
     v_head_dim: int,
-    scale: float,
     mean: Tensor | None,
     mean_from_block: int,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    mask: Tensor | None,
     order: ChannelOrder | None = None,
     quantized: Int8Queries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [B, Hq, Lq, D] over pages and later rows: out [B, Hq, Lq, Dv] and lse float32 [B, Hq, Lq].
 
     mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows), subtracted from keys from block `mean_from_block` on, or
-    None; mask: bool or float, [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; order: of the channels of K in compressed pages, or
+    None; order: of the channels of K in compressed pages, or
     None; `quantized` replaces the values of q.
 
     Raises UnsupportedError for what `refusal` names, NonFiniteError if a valid row of q is not finite or beyond 1e18.
@@ -71,7 +68,7 @@ def attend(
     a = Arguments(batch=batch, heads=kv_heads, group=heads // kv_heads, queries=count)
     a.head_dim, a.value_dim = head_dim, v_head_dim
     channels = channel_table(order)
-    kept = fill_queries(a, config, q, out, channels, scale, mean)
+    kept = fill_queries(a, config, q, out, channels, params.scale, mean)
     if quantized is not None:
         a.q.data = None
         a.q_codes, a.q_unit = quantized.codes.data_ptr(), quantized.unit.data_ptr()
@@ -87,12 +84,10 @@ def attend(
         a.tail.scales[:] = rows.k_scale.data_ptr(), rows.v_scale.data_ptr()
         a.tail.start = rows.start.data_ptr()
         a.tail.batch_rows, a.tail.head_rows = kv_heads * rows.k8.shape[2], rows.k8.shape[2]
-    if mask is not None and mask.dtype not in _MASK_KINDS:
-        mask = mask.to(torch.float32)
-    fill_call(a, config, causal=causal, window=window, softcap=softcap, mask=mask)
+    mask = fill_call(a, config, params)
     a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
     refuse_non_finite(0 if _cpu.attend(ctypes.addressof(a)) else 1)
-    del kept, channels
+    del kept, channels, mask
     return out, lse
 
 
@@ -134,19 +129,19 @@ def fill_pages(a: Arguments, pages: Pages) -> None:
     a.sinks, a.compressed = page_sections(pages.sinks), page_sections(pages.compressed or pages.sinks)
 
 
-def fill_call(
-    a: Arguments, config: TurboConfig, *, causal: bool, window: int | None, softcap: float | None, mask: Tensor | None
-) -> None:
-    """Set the options of a call; a mask has a dtype of `_MASK_KINDS` and must outlive the call."""
-    a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, softcap or 0.0
+def fill_call(a: Arguments, config: TurboConfig, params: AttentionParams) -> Tensor | None:
+    """Set the options of a call. Returns the mask, which must outlive the call."""
+    a.softmax, a.threshold, a.softcap = _SOFTMAX[config.softmax_on(_HOST)], config.sas_threshold, params.softcap or 0.0
     a.row_scale, a.by_tile = config.p_scale == "row", config.p_scale == "tile"
     a.approximate_rescale = config.rescale == "sas"
-    a.causal, a.window, a.stored = causal, window or 0, config.stored_prefill
-    a.mask_kind = 0
+    a.causal, a.window, a.stored = params.is_causal, params.window_size or 0, config.stored_prefill
+    a.mask_kind, mask = 0, params.attn_mask
     if mask is not None:
+        mask = mask if mask.dtype in _MASK_KINDS else mask.to(torch.float32)
         a.mask_kind = _MASK_KINDS[mask.dtype]
         a.mask, a.mask_keys = mask.data_ptr(), mask.shape[3]
         a.mask_stride[:] = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
+    return mask
 
 
 class PageSections(ctypes.Structure):
@@ -202,7 +197,7 @@ check_size(Arguments, _cpu.attend_bytes)
 
 @functools.cache
 def page_sections(layout: PageLayout) -> PageSections:
-    """Cached for good, with the table that it points to: a model has few kinds of layers."""
+    """Cached permanently, with the table that it points to: a model has few different layouts."""
     table = _head_offsets(layout)
     sections = PageSections(
         table.ctypes.data,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
+from ...params import AttentionParams
 from ..inputs import BLOCK
 from .attention import Arguments, fill_call, page_sections, refuse_non_finite
 from .rows import Int8Rows, flat_rows, mean_address
@@ -74,23 +75,13 @@ class FlatRows:
 
 
 class PagedCall:
-    """The calls of a step for layers of one kind. The arguments that they share are filled in once, since Python takes
+    """The calls of a step for layers with equal shapes. Shared arguments are filled in once, because Python overhead is
     a considerable part of a step of few tokens.
 
-    rows: the sequences; `group`: query heads per KV head; `scale`: factor of the logits.
+    rows: the sequences; `group`: query heads per KV head.
     """
 
-    def __init__(
-        self,
-        config: TurboConfig,
-        layout: PageLayout,
-        rows: FlatRows,
-        *,
-        group: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ):
+    def __init__(self, config: TurboConfig, layout: PageLayout, rows: FlatRows, params: AttentionParams, *, group: int):
         self._rows, batch, heads, sections = rows, len(rows.before), layout.num_kv_heads, page_sections(layout)
         s = Store(batch=batch, heads=heads, tokens=rows.tokens, rotate=config.rotate)
         s.head_dim = s.value_dim = layout.head_dim  # keys and values of servers have one
@@ -98,10 +89,10 @@ class PagedCall:
         a = Arguments(batch=batch, heads=heads, group=group, queries=rows.tokens)
         a.head_dim = a.value_dim = layout.head_dim
         a.rotate = config.rotate
-        a.scale, a.sinks, a.compressed = scale, sections, sections
+        a.scale, a.sinks, a.compressed = params.scale, sections, sections
         a.first_position, a.valid_rows, a.lengths = (x.data_ptr() for x in (rows.before, rows.valid, rows.after))
         a.page_counts = rows.full.data_ptr()
-        fill_call(a, config, causal=True, window=window, softcap=softcap, mask=None)
+        fill_call(a, config, params)
         s.threads = a.threads = torch.get_num_threads()
         self._store, self._attend = s, a
 
@@ -110,8 +101,7 @@ class PagedCall:
         self._store.order = self._attend.order = None if order is None else order.data_ptr()
 
     def store(self, k: Tensor, v: Tensor, mean: Tensor | None, tail: TailSlots, fresh: Tensor | None) -> None:
-        """Store k, v [T, H, D] in tail rows, and compress the blocks that are full then into pages; `fresh` as for
-        `Store.fill_blocks`.
+        """Store k, v [T, H, D] in tail rows, then compress full blocks into pages; `fresh` as for `Store.fill_blocks`.
 
         mean: bfloat16 [B, H, D] in the stored space, or None. Raises NonFiniteError if k or v is not finite: no page is
         written then, and tail rows from `before` on have to be written again.
@@ -134,7 +124,7 @@ class PagedCall:
         addresses: Tensor,
         sinks: Tensor | None = None,
     ) -> bool:
-        """Causal attention of q [T, Hq, D] over pages and tail rows, which hold the new tokens, too -> out, like q.
+        """Causal attention of q [T, Hq, D] over pages and tail rows, which include the new tokens -> out, like q.
 
         mean: as for `store`. addresses: int64 [B, P], of the pages. sinks: float [Hq], or None. Returns whether q is
         finite: rows that are not count as zeros.

@@ -49,7 +49,7 @@ class Int8Rows(ctypes.Structure):
 
 
 def float_rows(x: Tensor) -> tuple[FloatRows, Tensor]:
-    """Float rows [B, H, T, D], and the tensor to keep while they are in use: a copy if the last stride is not 1."""
+    """Float rows [B, H, T, D], and the tensor that must outlive their use: a copy if the last stride is not 1."""
     kind, x = _kind(x), _with_contiguous_channels(x)
     return FloatRows(x.data_ptr(), kind, *x.stride()[:3]), x
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.channel_order import ChannelOrder
+from ...params import AttentionParams
 from ..inputs import BLOCK, Pages
 from .attention import Arguments, channel_table, fill_call, fill_pages, fill_queries, refuse_non_finite
 from .rows import check_size, float_rows, mean_address
@@ -19,11 +20,11 @@ _cpu = importlib.import_module("turboattention._cpu")
 
 
 LARGEST = BLOCK
-"""The most tokens of a step that may fill blocks: no sequence then fills two."""
+"""The largest number of tokens of a step that may fill blocks, so that no sequence fills two."""
 
 
 class Step:
-    """The arguments that steps of a cache share: kept until pages or sequences change.
+    """The arguments that steps of a cache share, valid until pages or sequences change.
 
     pages: as for attention. start: int64 [B], position of row 0 of the buffer. codes: int8 keys and values [B, H,
     capacity, D or Dv], scales: bfloat16 [B, H, capacity], or float32 with `universal`; both written to. mean: bfloat16
@@ -78,11 +79,7 @@ class Step:
         v: Tensor | None,
         before: Tensor,
         fresh: Tensor | None,
-        *,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
+        params: AttentionParams,
     ) -> tuple[Tensor, Tensor]:
         """Attention of q [B, Hq, Lq, D], with new tokens k, v [B, H, T, D or Dv], if any, after `before` (int64 [B])
         stored ones: out [B, Hq, Lq, Dv] in the dtype of q and lse float32 [B, Hq, Lq]. The last query is at the last
@@ -99,11 +96,11 @@ class Step:
         out = torch.empty(*q.shape[:-1], a.value_dim, dtype=q.dtype)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32)
         a.group, a.queries = heads // a.heads, count
-        fill_call(a, self.config, causal=causal, window=window, softcap=softcap, mask=None)
-        kept = fill_queries(a, self.config, q, out, self._order, scale, self._mean)
+        mask = fill_call(a, self.config, params)
+        kept = fill_queries(a, self.config, q, out, self._order, params.scale, self._mean)
         a.lse = lse.data_ptr()
         self._call(args, k, v, before, fresh)
-        del kept
+        del kept, mask
         return out, lse
 
     def _call(self, args: _Arguments, k: Tensor | None, v: Tensor | None, before: Tensor, fresh: Tensor | None) -> None:
@@ -121,7 +118,7 @@ class Step:
         refuse_non_finite(non_finite)
 
     def _copy(self) -> _Arguments:
-        """A copy for every call: several threads may read one cache."""
+        """A copy for every call, because several threads may read one cache."""
         return _Arguments.from_buffer_copy(self._arguments)
 
 

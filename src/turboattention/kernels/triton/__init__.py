@@ -10,7 +10,7 @@ import torch
 
 
 def available() -> str | None:
-    """Why these kernels cannot run here, or None where they can."""
+    """The reason why these kernels cannot run here, or None."""
     try:
         import triton
     except ImportError as error:

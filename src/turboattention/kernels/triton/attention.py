@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...errors import UnsupportedError
+from ...params import AttentionParams
 from .. import inputs
 from ..inputs import BLOCK, Int8Queries, Pages, QueryPositions, TailRows
 from . import configs
@@ -31,16 +32,12 @@ def attend(
     query_positions: QueryPositions,
     pages: Pages | None,
     rows: TailRows | None,
+    params: AttentionParams,
     *,
     kv_heads: int,
-    scale: float,
     mean: Tensor | None,
     mean_from_block: int,
     order: Order | None = None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    mask: Tensor | None,
     quantized: Int8Queries | None = None,
     fresh: Fresh | None = None,
     v_head_dim: int | None = None,
@@ -50,9 +47,8 @@ def attend(
     `fresh`: keys and values in place of pages and rows, for calls that `takes_prefill_rows` names.
 
     mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
-    or None; order: that of K's channels in compressed pages, or None; mask: bool or float,
-    [1 or B, 1 or Hq, 1 or Lq, 1 or Lk]; `quantized` takes the place of q's values; v_head_dim: Dv, None if it is D. All
-    tensors on one device. Whether q is finite is told by `quantize_queries` alone.
+    or None; order: that of K's channels in compressed pages, or None; `quantized` takes the place of q's values;
+    v_head_dim: Dv, None if it is D. All tensors on one device. `quantize_queries` alone reports whether q is finite.
 
     Raises UnsupportedError for what `refusal` and `configs.refusal` name.
     """
@@ -64,13 +60,13 @@ def attend(
     if not lse.numel():
         return out, lse
     if quantized is None:
-        quantized, _ = quantize_queries(q, kv_heads, query_positions.valid, mean, scale, config.rotate, order)
+        quantized, _ = quantize_queries(q, kv_heads, query_positions.valid, mean, params.scale, config.rotate, order)
     blocks = (pages.addresses.shape[1] if pages else 0) + (-(-rows.k8.shape[2] // BLOCK) if rows else 0)
     if fresh is not None:
         blocks = -(-fresh.k.shape[2] // BLOCK)
     call = AttentionCall(
-        config, with_positive_unit(quantized, scale), query_positions, pages, rows, fresh, kv_heads, blocks,
-        mean_from_block, causal, window, softcap, mask, out, lse,
+        config, with_positive_unit(quantized, params.scale), query_positions, pages, rows, fresh, kv_heads, blocks,
+        mean_from_block, params, out, lse,
     )  # fmt: skip
     if takes_prefill_rows(call.group, call.queries):
         attend_prefill_rows(call)

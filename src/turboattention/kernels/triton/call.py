@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...config import TurboConfig
+from ...params import AttentionParams
 from ..inputs import Int8Queries, Pages, QueryPositions, TailRows
 from . import configs
 from .softmax import LOG2_E
@@ -53,23 +54,21 @@ def ordered_arguments(x: Int8Queries) -> dict[str, Any]:
     return {"ordered_q_ptr": x.ordered_codes, "ordered_unit_ptr": x.ordered_unit}
 
 
-def softmax_arguments(
-    config: TurboConfig, device: torch.device, window: int | None, softcap: float | None
-) -> dict[str, Any]:
+def softmax_arguments(config: TurboConfig, device: torch.device, params: AttentionParams) -> dict[str, Any]:
     """Of the window, the softcap and the exponentials: values, and what is compiled in."""
     form, by_row = config.softmax_on(device), config.p_scale == "row"
     if form == "sas16":  # "auto" in the interpreter, whose tensors are on a CPU
         form = "sas"
     return {
-        "window": min(window or 0, _LARGEST_WINDOW),
-        "cap": softcap or 0.0,
+        "window": min(params.window_size or 0, _LARGEST_WINDOW),
+        "cap": params.softcap or 0.0,
         "threshold": config.sas_threshold * (1.0 if form == "sas" else LOG2_E.value),
         "FORM": form,
         # Else 127 e^-y rounds to zero beyond the threshold, within the approximations' errors.
         "CUT": form != "exp" and (by_row or config.sas_threshold > -5.7),
         "ROW": by_row,
-        "WINDOW": window is not None,
-        "CAP": softcap is not None,
+        "WINDOW": params.window_size is not None,
+        "CAP": params.softcap is not None,
     }
 
 
@@ -99,10 +98,7 @@ class AttentionCall:
     kv_heads: int
     blocks: int
     mean_from_block: int
-    causal: bool
-    window: int | None
-    softcap: float | None
-    mask: Tensor | None
+    params: AttentionParams
     out: Tensor
     lse: Tensor
 
@@ -133,10 +129,12 @@ class AttentionCall:
                 tensors = {f.name: getattr(x, f.name) for f in fields(x)}
                 return replace(x, **{name: y[some] for name, y in tensors.items() if isinstance(y, Tensor)})
 
-            mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[some]
+            params, mask = self.params, self.params.attn_mask
+            if mask is not None and mask.shape[0] > 1:
+                params = replace(params, attn_mask=mask[some])
             yield replace(
                 self, quantized=of(self.quantized), query_positions=of(self.query_positions), pages=of(self.pages),
-                tail=of(self.tail), mask=mask, out=self.out[some], lse=self.lse[some],
+                tail=of(self.tail), params=params, out=self.out[some], lse=self.lse[some],
             )  # fmt: skip
 
     @property
@@ -173,7 +171,7 @@ class AttentionCall:
 
     def visibility_arguments(self) -> dict[str, Any]:
         """Of masks, window and softmax: values, and what is compiled in."""
-        mask = self.mask
+        mask = self.params.attn_mask
         if mask is not None and mask.dtype not in _MASK_KINDS:
             mask = mask.to(torch.float32)
         kind = "" if mask is None else _MASK_KINDS[mask.dtype]
@@ -186,7 +184,7 @@ class AttentionCall:
             # One key's stands for all.
             "mask_keys": mask.shape[3] if mask.shape[3] > 1 else _LARGEST_WINDOW,
             "mean_from_block": self.mean_from_block,
-            "CAUSAL": self.causal,
+            "CAUSAL": self.params.is_causal,
             "MASK": kind,
-            **softmax_arguments(self.config, self.out.device, self.window, self.softcap),
+            **softmax_arguments(self.config, self.out.device, self.params),
         }

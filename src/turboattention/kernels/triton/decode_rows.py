@@ -24,7 +24,7 @@ def attend_decode_rows(call: AttentionCall) -> None:
 
 
 def _attend(call: AttentionCall) -> None:
-    adjusted = call.mask is not None or call.softcap is not None
+    adjusted = call.params.attn_mask is not None or call.params.softcap is not None
     launch = configs.decode(call.architecture, call.rows, max(call.head_dim, call.v_head_dim), adjusted)
     tiles = -(-call.rows // launch.rows)
     device, pages, tail = call.out.device, call.pages, call.tail

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...config import TurboConfig
 from ...kv.layout import PageLayout
+from ...params import AttentionParams
 from ..inputs import BLOCK
 from . import configs
 from .arguments import float_rows, means, pair_shape
@@ -133,18 +134,15 @@ def attend(
     layer_tail: LayerTail,
     tail: StepTail,
     flag: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    params: AttentionParams,
 ) -> None:
     """Causal attention of q [T, Hq, D] over pages and tail rows, which include this step's tokens; writes out, shaped
     like q, with last stride 1. Arguments as for `store`. Raises DtypeError."""
     heads, valid = layout.num_kv_heads, batch.starts[-1:]
     # Without a softcap the mean's part is the same for all keys of a row.
-    seen = mean[None] if mean is not None and softcap is not None else None
-    quantized, _ = quantize_queries(q.transpose(0, 1)[None], heads, valid, seen, scale, config.rotate, flag=flag)
-    x = with_positive_unit(quantized, scale)
+    seen = mean[None] if mean is not None and params.softcap is not None else None
+    quantized, _ = quantize_queries(q.transpose(0, 1)[None], heads, valid, seen, params.scale, config.rotate, flag=flag)
+    x = with_positive_unit(quantized, params.scale)
     group = q.shape[1] // heads
     few = max(configs.LARGEST_DECODE_ROWS, group)
     arguments = {
@@ -156,9 +154,9 @@ def attend(
         "kv_heads": heads, "group": group, "tokens": batch.tokens, "most": few,
         "D": layout.head_dim, "WIDE": padded(layout.head_dim),
         "BY_TOKEN": layout.token_scales,
-        **softmax_arguments(config, q.device, window, softcap),
+        **softmax_arguments(config, q.device, params),
     }  # fmt: skip
-    _decode_rows(config, layout, batch, out, arguments, softcap is not None)
+    _decode_rows(config, layout, batch, out, arguments, params.softcap is not None)
     if batch.most * group > few:
         _prefill_rows(config, layout, batch, out, arguments)
 

@@ -21,7 +21,8 @@ UNPACKED_BYTES = 1 << 28
 
 def attend_prefill_rows(call: AttentionCall) -> None:
     """Blocks are unpacked once, for as many heads and sequences at a time as memory allows."""
-    launch = configs.prefill(call.architecture, max(call.head_dim, call.v_head_dim), call.mask is not None)
+    head_dim = max(call.head_dim, call.v_head_dim)
+    launch = configs.prefill(call.architecture, head_dim, call.params.attn_mask is not None)
     device, parts = call.out.device, list(_parts(call))
     for sequences, heads in parts:
         shape = len(sequences), len(heads), max(1, call.blocks)

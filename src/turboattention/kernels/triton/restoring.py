@@ -15,7 +15,7 @@ from .widths import lower_plane
 
 @triton.jit
 def halves(WIDE: tl.constexpr):
-    """The channel at each offsets of keys and queries, int32 [WIDE]: first those with c % 8 < 4."""
+    """The channel at each offset of keys and queries, int32 [WIDE]: first those with c % 8 < 4."""
     offsets = tl.arange(0, WIDE)
     half = offsets % (WIDE // 2)
     return half // 4 * 8 + half % 4 + offsets // (WIDE // 2) * 4

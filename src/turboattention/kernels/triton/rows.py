@@ -28,7 +28,7 @@ def load_rows(x, offsets, wanted, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def tell(flag, fine):
-    """Set the flag unless every row is fine."""
+    """Set the flag unless all rows are finite and in range."""
     bad = tl.max((~fine).to(tl.int32), 0)
     tl.store(flag, 1, mask=bad > 0)
 
@@ -45,7 +45,7 @@ def token_codes(x, GRID: tl.constexpr):
 
 @triton.jit
 def rounded_mean(total, count):
-    """`total / count`, float64, as bfloat16, rounded to nearest even by way of float32."""
+    """`total / count`, float64, as bfloat16, rounded to nearest even through float32."""
     # Divide, since multiplying by the inverse would round twice. Rounding in integers is the same on every device and
     # in the interpreter.
     bits = (total / count).to(tl.float32).to(tl.uint32, bitcast=True)

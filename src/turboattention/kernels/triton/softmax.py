@@ -14,7 +14,7 @@ from .visibility import masked
 
 LEVELS = tl.constexpr(127.0)
 ROW_LARGEST = tl.constexpr(126.96875)
-FINE = tl.constexpr(256.0)  # by how much finer the sum of weights is where they have a scale per row
+FINE = tl.constexpr(256.0)  # resolution of the sum of weights with a scale per row, relative to 1/127
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -35,7 +35,7 @@ def round_levels(weight, unit):
 
 @triton.jit
 def sum_of_levels(levels, AXIS: tl.constexpr):
-    """Sum over 64 results of `round_levels`, float32: their high bits wrap and are taken off."""
+    """Sum over 64 results of `round_levels`, float32: their high bits wrap and are subtracted."""
     return (tl.sum(levels, AXIS) + _SUM_OF_64).to(tl.float32)
 
 
@@ -79,17 +79,17 @@ def weigh(
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Weights of 64 keys, which stand along AXIS of s.
+    """Weights of 64 keys, along AXIS of s.
 
-    s: float32 products times key scales; unit > 0, mean: per row, what one of s counts and what is added;
+    s: float32 products times key scales; unit > 0, mean: per row, the unit of s and the logit to add;
     value_levels: per key, 127 times V's scale relative to the block's largest; ROW: INT8 weights with a scale per row,
     of which the largest is 127 (CUT must be set where FORM is not "exp"); visible: (begin, end, mask),
-    the keys that each row sees (read where SEEN), and what `visibility.masked` needs. CAP, MASK: softcap, and the
-    kind of mask ("" without).
+    the keys that each row sees (read if SEEN), and the argument of `visibility.masked`. CAP, MASK: softcap, and the
+    kind of mask ("" for none).
 
     Returns INT8 weights with V's scales in them (in the low bits of int32), the sum of the weights without
-    them in units of 1/127, the block's maximum, a logit (-inf where a row sees nothing), and per row what an INT8
-    weight counts, in units of 1/127 (ROW; else not to be used).
+    them in units of 1/127, the block's maximum, a logit (-inf if a row sees nothing), and per row the unit of an INT8
+    weight, in units of 1/127 (ROW; otherwise undefined).
     """
     weight, row_sum, row_max = weights(
         s, unit, mean, key, visible, cap, threshold, FORM, CUT, ROW, SEEN, CAP, MASK, AXIS
@@ -99,14 +99,14 @@ def weigh(
         codes, share = row_codes(weight * value_levels, AXIS)
     else:
         codes = round_levels(weight, value_levels)
-        share = row_max  # of no meaning, but of a type: None cannot be returned from here
+        share = row_max  # unused, but a value is needed: None cannot be returned here
     return codes, row_sum, row_max, share
 
 
 @triton.jit
 def row_codes(products, AXIS: tl.constexpr):
-    """Products of weights and values' scales as INT8 (in the low bits of int32), of which each row's largest is 127,
-    and what one code counts. 126.96875: 127 would put scales of one half, which are common, on rounding ties."""
+    """Products of weights and value scales as INT8 (in the low bits of int32), of which each row's largest is 127, and
+    the unit of a code. 126.96875: with 127, scales of one half, which are common, would be rounding ties."""
     largest = tl.max(products, AXIS)
     largest = tl.where(largest > 0.0, largest, 1.0)
     return round_levels(products, tl.expand_dims(1.0 / largest * ROW_LARGEST, AXIS)), largest / ROW_LARGEST
@@ -118,7 +118,7 @@ def weights(
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
-    """As `weigh`, with the weights as they are, 1 at the maximum, instead of INT8 ones."""
+    """As `weigh`, but with float weights, 1 at the maximum, instead of INT8 weights."""
     base: tl.constexpr = 1.0 if FORM == "sas" else 1.4426950408889634
     plain: tl.constexpr = not CAP and MASK == ""
     keys = tl.expand_dims(key, 1 - AXIS)
@@ -153,7 +153,7 @@ def weights(
 
 @triton.jit
 def rescaled(row_max, block_max):
-    """The new running maximum, and by what earlier results and the block's shrink: e^(old - new)."""
+    """The new running maximum, and the rescale factors e^(old - new) of earlier results and of the block's."""
     new = tl.maximum(row_max, block_max)
     safe = tl.where(new == float("-inf"), 0.0, new)
     return new, tl.exp2((row_max - safe) * LOG2_E), tl.exp2((block_max - safe) * LOG2_E)
@@ -161,5 +161,5 @@ def rescaled(row_max, block_max):
 
 @triton.jit
 def log_sum_exp(row_max, row_sum):
-    """-inf where nothing was seen; `row_sum` counts units of 1/127."""
+    """-inf if nothing was seen; `row_sum` is in units of 1/127."""
     return tl.where(row_sum > 0.0, row_max + tl.log2(tl.maximum(row_sum, 1.0) / LEVELS) * LN_2, float("-inf"))

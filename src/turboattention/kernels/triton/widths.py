@@ -1,4 +1,4 @@
-"""Widths of codes as data: what kernels derive from a width, they derive here.
+"""Widths of codes as data: everything that kernels derive from a width is derived here.
 
 A code has a lower plane of 8, 4, 2 or 1 bits and may have a plane of its highest bit (`flashq.packing.PLANES`). K of a
 head may have two widths (`kv.layout.K_HALVES`). Kernels number a head's K by its width or, if it has two, by
@@ -18,7 +18,7 @@ _HALVES = tl.constexpr(K_HALVES)
 """As constexpr, the tables are part of the key under which Triton keeps a compiled kernel."""
 
 TWO_WIDTHS = WIDEST
-"""What is added to the mean of two widths."""
+"""Offset added to the mean of two widths."""
 
 K_NUMBERS = tl.constexpr(TWO_WIDTHS + max(K_HALVES) + 1)
 V_NUMBERS = tl.constexpr(WIDEST + 1)
@@ -47,7 +47,7 @@ def narrower(number):
 
 @triton.constexpr_function
 def own_numbers(numbers, side):
-    """Of a bit mask of numbers, those that a side can have: only K (side 0) has two widths."""
+    """The numbers in a bit mask that a side can have: only K (side 0) has two widths."""
     return numbers if side == 0 else numbers & ((2 << WIDEST) - 1)
 
 

@@ -96,7 +96,7 @@ def beside(start, monkeypatch, token_ids) -> Callable[..., Beside]:
 
 
 def test_sinks(beside, tmp_path) -> None:
-    """As close as the same model without them, although they change most of what it computes."""
+    """As close as the same model without sinks, although sinks change most results."""
     found = beside(save_gpt_oss(tmp_path / "with"))
     without = beside(save_gpt_oss(tmp_path / "without", sinks=[-100.0] * 4))
     for ours, bound in ((found.read, without.read), (found.written, without.written)):

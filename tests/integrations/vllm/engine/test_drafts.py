@@ -1,4 +1,4 @@
-"""Drafts and all else that a scheduler does, at once: answers are each prompt's alone, without drafts."""
+"""Drafts combined with all scheduler features: answers equal those of a batch of one without drafts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_prefix_cache_hits(busy, idle, token_ids) -> None:
     solo = [answer(idle, [prompt])[0] for prompt in asked]
     answer(busy, asked[:1], max_tokens=1)
     seen(busy)
-    # Where all but the last token is there, vLLM lets it begin with drafts that stand for none.
+    # If all tokens but the last are cached, vLLM starts the request with empty drafts.
     assert_same(answer(busy, asked[:1]), solo[:1], MOVED_BY_SHAPE)
     assert_happened(seen(busy), "padded", "accepted", "rejected")
     assert_same(answer(busy, asked), solo, MOVED_BY_SHAPE)
@@ -108,7 +108,7 @@ def test_aborts(busy, asked, solo) -> None:
     assert_happened(aborted, "accepted", "rejected")
     kept = [index for index in range(len(asked)) if index not in left]
     assert_same([done[index] for index in kept], [solo[index] for index in kept], MOVED_BY_SHAPE)
-    # What they left behind is in nobody's way.
+    # Their remains do not affect other requests.
     assert_same(answer(busy, asked[:2], max_tokens=70), solo[:2], MOVED_BY_SHAPE)
 
 

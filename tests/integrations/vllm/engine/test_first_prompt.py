@@ -1,4 +1,4 @@
-"""What is logged: heads that lose too much, once; values that are not finite; the memory taken."""
+"""Log messages: heads that lose too much, once; values that are not finite; the memory used."""
 
 from __future__ import annotations
 

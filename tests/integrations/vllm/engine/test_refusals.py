@@ -1,4 +1,4 @@
-"""What is refused says so when the engine starts."""
+"""Unsupported features raise an error when the engine starts."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def engine(**changes: Any) -> Any:
         ({"transfer": connector()}, "the KV connector ExampleConnector with blocks of 128 tokens (use --block-size"),
         (
             {"transfer": connector(), "block_size": 64, "world_size": 2},
-            "the KV connector ExampleConnector with 2 processes to an engine",
+            "the KV connector ExampleConnector with 2 processes per engine",
         ),
         (
             {"transfer": connector(), "block_size": 64, "drafts": drafts("ngram")},
@@ -149,7 +149,7 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"drafts": drafts("mtp")}, "a calibration with speculative decoding by 'mtp', whose layers it does not know"),
+        ({"drafts": drafts("mtp")}, "a calibration with speculative decoding by 'mtp', whose layers it does not cover"),
         ({"is_hybrid": True}, "a calibration of models that mix attention with recurrent layers"),
     ],
 )

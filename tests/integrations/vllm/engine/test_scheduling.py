@@ -1,4 +1,4 @@
-"""Answers do not depend on scheduling: what vLLM does with blocks, against each prompt alone in an idle engine."""
+"""Answers do not depend on scheduling: each is compared with the same prompt in a batch of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafts that are rejected are taken back, also out of blocks that they filled."""
+"""Rejected drafts are removed, also from blocks that they filled."""
 
 from __future__ import annotations
 

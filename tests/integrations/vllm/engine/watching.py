@@ -1,4 +1,4 @@
-"""What the scheduler had an engine do with drafts, where the engine is another process."""
+"""Counts the scheduler's decisions about drafts in an engine in another process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Watch:
         TailSlotAllocator.update = watched
 
     def drafts_seen(self) -> dict[str, int]:
-        """What was counted since this was last asked."""
+        """The counts since the last call."""
         seen, self.counting.seen = self.counting.seen, Counter()
         return dict(seen)
 
