@@ -1,4 +1,4 @@
-"""What the kernels become on GPUs, without one: `PYTHONPATH=src python3 benchmarks/gpu/assembly.py [TARGET ...]`.
+"""Assembly of the kernels, without a GPU: `PYTHONPATH=src python3 benchmarks/gpu/assembly.py [TARGET ...]`.
 
 Compiles every kernel as its launcher launches it and prints a table, or JSON with --json. TARGET: sm_80, sm_90, gfx942
 (all by default). With `--write FILE ...`, nothing is compiled: docs/gpu.md gets the table of what --json printed with

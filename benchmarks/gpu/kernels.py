@@ -89,11 +89,10 @@ def _narrower_values() -> Iterator[tuple[str, Work]]:
     yield "pages for prefill d192, values of 128", _chunk(192, 128)
 
 
-def _prefill(
-    config: TurboConfig, head_dim: int, tokens: int = 256, v_head_dim: int | None = None, **options: Any
-) -> Work:
+def _prefill(config: TurboConfig, head_dim: int, *, v_head_dim: int | None = None, **options: Any) -> Work:
+    tokens = 256
     q = torch.zeros(BATCH, KV_HEADS * GROUP, tokens, head_dim, dtype=torch.bfloat16)
-    params, given = replace(PARAMS, **options), _given(head_dim, v_head_dim)
+    params, given = replace(PARAMS, **options), _given(head_dim) | {"v_head_dim": v_head_dim}
     dims = head_dim, v_head_dim or head_dim
     k, v = (torch.zeros(BATCH, KV_HEADS, tokens, size, dtype=torch.bfloat16) for size in dims)
     flag = torch.zeros(1, dtype=torch.int32)
@@ -116,7 +115,7 @@ def _decode(
     **options: Any,
 ) -> Work:
     q = torch.zeros(BATCH, KV_HEADS * group, 1, head_dim, dtype=torch.bfloat16)
-    params, given = replace(PARAMS, **options), _given(head_dim, v_head_dim)
+    params, given = replace(PARAMS, **options), _given(head_dim) | {"v_head_dim": v_head_dim}
     table = _table(head_dim, bits, halves, v_head_dim)
     if halves:
         given["order"] = _order(head_dim)
@@ -128,7 +127,7 @@ def _chunk(head_dim: int, v_head_dim: int | None = None) -> Work:
     """Many query rows over a cache."""
     q = torch.zeros(BATCH, KV_HEADS * GROUP, 256, head_dim, dtype=torch.bfloat16)
     table = _table(head_dim, (2, 4) * (KV_HEADS // 2), SOME, v_head_dim)
-    given = _given(head_dim, v_head_dim) | {"order": _order(head_dim)}
+    given = _given(head_dim) | {"order": _order(head_dim), "v_head_dim": v_head_dim}
     rows = _rows(head_dim, 256, torch.float32, v_head_dim)
     return lambda: attention.attend(CONFIG, q, _query_positions(256, 4096), table, rows, PARAMS, **given)
 
@@ -209,6 +208,6 @@ def _mask(dtype: torch.dtype, queries: int, keys: int | None = None) -> torch.Te
     return torch.zeros(1, 1, queries, keys or queries, dtype=dtype)
 
 
-def _given(head_dim: int, v_head_dim: int | None = None) -> dict[str, Any]:
+def _given(head_dim: int) -> dict[str, Any]:
     mean = torch.zeros(BATCH, KV_HEADS, head_dim, dtype=torch.bfloat16)
-    return dict(kv_heads=KV_HEADS, v_head_dim=v_head_dim, mean=mean, mean_from_block=1)
+    return dict(kv_heads=KV_HEADS, mean=mean, mean_from_block=1)

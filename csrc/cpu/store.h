@@ -19,8 +19,8 @@ struct StoreArgs {
     Int8Rows tail;  // has room for the new tokens
     // Page addresses [B, fresh_blocks] for the blocks that the step fills, from the block at position tail.start[b] on,
     // 0 after a sequence's last, and for blocks that no later query sees; null if no block fills. Pages have this
-    // `layout`, and K's channels in `order` (AttendArgs); those of the first `sink_blocks` blocks of a sequence have the
-    // layout `sinks`.
+    // `layout`, and K's channels in `order` (AttendArgs); those of the first `sink_blocks` blocks of a sequence have
+    // the layout `sinks`.
     const std::uint64_t* fresh;
     std::int64_t fresh_blocks, page_bytes, search;
     PageSections layout;

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_the_default_budget_holds_the_gates_the_peers_and_the_sweeps(imported):
     sweeps = [place for name, place in places.items() if name.startswith("sweep")]
     assert max(gates) < min(peers) < max(peers) < min(sweeps)
     assert len(sweeps) == len(steps.WIDTHS) + 2
+
+
+def test_a_session_begins_with_what_probably_fits(imported, tmp_path, monkeypatch, capsys):
+    day = imported("day")
+    monkeypatch.setattr(day, "_gpu", lambda: "a GPU")
+    monkeypatch.setattr(day, "run_steps", lambda *_: Counter())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["day.py", "--out", str(tmp_path), "--budget", "100"])
+    assert day.main() == 0
+    within, beyond, *_ = capsys.readouterr().out.splitlines()
+    assert within.startswith("probably within 100 s: facts, compile, gate stages,")
+    assert beyond.startswith("probably not: peers decode, peers prefill,")
 
 
 def test_what_was_compiled_is_one_file(imported, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from .problem import Problem
 from .timing import Measured
 
 FOLDER = "TURBOATTENTION_PEERS"
-"""Environment variable: the folder of the environments, in place of ``build/`` of the source tree."""
+"""Environment variable: the folder of the environments, instead of ``build/`` of the source tree."""
 
 WORKERS = {"onnxruntime": "ort_gqa.py", "openvino": "openvino_sdpa.py"}
 """The script of each environment; `make peers-NAME` installs it."""

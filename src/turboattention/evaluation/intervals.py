@@ -55,7 +55,7 @@ def mcnemar(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
         one, other: 1 for each correctly answered question, else 0.
 
     Source: McNemar, Note on the sampling error of the difference between correlated proportions (1947), with the
-    binomial distribution in place of its approximation.
+    binomial distribution instead of its approximation.
     """
     pairs = list(zip(one, other, strict=True))
     only_one, only_other = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)

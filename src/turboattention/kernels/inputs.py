@@ -75,10 +75,10 @@ def gpu_refusal(head_dims: tuple[int, int]) -> str | None:
 
 
 def refusal(config: TurboConfig, dtype: torch.dtype, **wanted: tuple[object, ...]) -> str | None:
-    """Why kernels do not compute this, or None. `wanted`: what further fields of the configuration may be, where a
-    backend's kernels do not compute all."""
+    """Why kernels do not support this, or None. `wanted`: the supported values of further fields of the configuration,
+    if a backend's kernels do not support all."""
     if dtype == torch.float64:
-        return "float64 is computed by the reference alone"
+        return "inputs are float64, which only the reference supports"
     if config.block_size != BLOCK:
         return f"block_size is {config.block_size}, its kernels are written for {BLOCK}"
     wanted = {"row_max": ("block",), "p_scale": ("row", "static"), "rescale": ("exact",), **wanted}

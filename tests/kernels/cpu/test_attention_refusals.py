@@ -17,7 +17,7 @@ from . import tools
 from .attending import prefill_both
 
 REFUSED = {
-    "float64 is computed by the reference alone": (ta.TurboConfig(), torch.float64),
+    "inputs are float64, which only the reference supports": (ta.TurboConfig(), torch.float64),
     "block_size is 32, its kernels are written for 64": (ta.TurboConfig(block_size=32), torch.float32),
     "row_max is 'running', its kernels compute 'block'": (ta.TurboConfig(row_max="running"), torch.float32),
     "p_scale is 'tile', its kernels compute 'row' and 'static'": (

@@ -1,4 +1,4 @@
-"""What the kernels become on GPUs that are not here: integer matrix instructions for both products, and no spills.
+"""Assembly of the kernels, compiled without a GPU: integer matrix instructions for both products, and no spills.
 
 Compiled in processes of their own, which do not interpret; Triton keeps what it has compiled. Minutes for each target:
 `make test-long` runs them.
@@ -108,7 +108,7 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
         values = max(LEAST_COLUMNS[target], c["R"])
         # A query times a packed key's steps is two columns, a high and a low part.
         keys = max(LEAST_COLUMNS[target], 2 * c["R"])
-        # Packed pages (of either kind) beside INT8 pages and open rows.
+        # Packed pages (of either kind) beside INT8 pages and tail rows.
         kinds = 2 if c["PAIRS"] in BOTH else 1
         wanted = kinds * (keys + values) + 2 * 2 * values
         assert row["multiplications"] >= 64 * c["WIDE"] * wanted
@@ -122,7 +122,7 @@ def test_both_products_over_pages_of_a_server_are_integer_matrix_instructions(ta
     for row in rows:
         c = row["constants"]
         assert all(name.startswith(NAMES[target]) for name in row["products"])
-        # Whole pages, pages that some rows see, and open blocks.
+        # Whole pages, pages that some rows see, and tail blocks.
         assert row["multiplications"] >= 2 * 3 * c["M"] * 64 * c["WIDE"]
     rows = of(target, "paged_decode")
     assert {(row["constants"]["WIDE"], row["constants"]["R"]) for row in rows} == {

@@ -1,4 +1,4 @@
-"""Attention of few query rows over pages, sinks and open rows, by Triton's interpreter, against the reference."""
+"""Attention of few query rows over pages, sinks and tail rows, in Triton's interpreter, against the reference."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ...helpers import relative_error
 from ...paging import CONFIG, HEADS, MIXED, UNIFORM, Server, draft, expected, serve, tokens
 from . import tools  # noqa: F401
 
-# Prefill over several blocks, in pieces beside decoding; a block that decoding fills; a tail behind an open block.
+# Prefill over several blocks, in pieces beside decoding; a block that decoding fills; a tail after a partial block.
 SEQUENCES = {7: 150, 3: 66, 5: 1}
 SCHEDULE = [{7: 70, 3: 30}, {7: 60, 3: 33, 5: 1}, {3: 1, 7: 1}, {3: 2}, {7: 19}]
 SHORT = {0: 67}, [{0: 66}, {0: 1}]

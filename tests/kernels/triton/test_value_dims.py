@@ -1,5 +1,5 @@
-"""Values whose head_dim is not that of the keys, by Triton's interpreter: attention against the reference, what is
-stored to the last bit."""
+"""Values whose head_dim differs from that of the keys, in Triton's interpreter: attention is close to the reference,
+stored pages and rows are bit-identical."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensors(dims: tuple[int, int], tokens: int, batch: int = 1, heads: int = 4, 
 
 
 def of_cache(dims: tuple[int, int], bits: object, tokens: int, held: int = 150, **options: object) -> tuple:
-    """q, a cache of a sink block, pages (of 150 tokens, one) and open rows, and new (k, v)."""
+    """q, a cache of a sink block, pages (one with 150 tokens) and tail rows, and new (k, v)."""
     cache = filled([held], dims[0], OFF.replace(bits=bits, **options), v_head_dim=dims[1])
     q, k, v = tensors(dims, tokens)
     return q, cache, (k, v)
@@ -67,7 +67,7 @@ def test_splits(monkeypatch):
 
 @DIMS
 def test_many_queries(dims):
-    """Over pages, sinks, open rows and new tokens, and without a cache, whose blocks are unpacked as they come."""
+    """Over pages, sinks, tail rows and new tokens; and without a cache, with blocks unpacked from fresh tokens."""
     assert attention.takes_prefill_rows(2, 40)
     both(*of_cache(dims, 4, 40))
     for causal in (True, False):
@@ -78,7 +78,7 @@ def test_many_queries(dims):
 @pytest.mark.parametrize("options", [{}, {"rotate": False, "smooth_k": False}, {"token_scales": False}], ids=str)
 @pytest.mark.parametrize("dims", [(48, 32), (16, 40)], ids=str)
 def test_what_is_stored(dims, options):
-    """A prompt, then steps across the ends of blocks: the cache is that of PyTorch's stages, to the last bit."""
+    """A prompt, then steps across block boundaries: the cache is bit-identical to that of PyTorch's stages."""
     config = OFF.replace(bits=4, reorder_k=False, **options)
     caches = [ta.KVCache(2, 2, dims[0], v_head_dim=dims[1], config=config) for _ in range(2)]
     for turn, count in enumerate([126, 1, 1, 1, 63, 2]):
@@ -90,7 +90,7 @@ def test_what_is_stored(dims, options):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_same_as_values_padded_by_zeros(tokens):
-    """Without the rotation, channels of zeros change nothing, to the last bit."""
+    """Without the rotation, results with channels of zeros appended are bit-identical."""
     q, k, v = tensors((48, 32), 200)
     new = slice(200 - tokens, None)
 

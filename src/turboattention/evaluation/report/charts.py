@@ -82,7 +82,7 @@ def _colour(point: Point) -> str:
 
 
 def _name(axes: Axes, points: Sequence[Point]) -> None:
-    """Label each point where its label overlaps least, the nearest such place; a line leads to labels far away."""
+    """Label each point at the nearest position with the least overlap; distant labels are connected by a line."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # positions on the page are known only after drawing
@@ -90,31 +90,31 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
     taken = [_around(axes, point) for point in points]
     for point in sorted(points, key=lambda p: (not p.own, p.value)):
         overlaps: dict[tuple[int, int, str], int] = {}
-        for place in (*NEAR, *FAR):
-            text = _label(axes, point, place)
+        for position in (*NEAR, *FAR):
+            text = _label(axes, point, position)
             box = text.get_window_extent()
             text.remove()
             outside = not (inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1)
-            overlaps[place] = sum(box.overlaps(other) for other in taken) + outside
-            if not overlaps[place]:
+            overlaps[position] = sum(box.overlaps(other) for other in taken) + outside
+            if not overlaps[position]:
                 break
-        place = min(overlaps, key=overlaps.__getitem__)
-        taken.append(_label(axes, point, place).get_window_extent())
-        if place in FAR:
+        position = min(overlaps, key=overlaps.__getitem__)
+        taken.append(_label(axes, point, position).get_window_extent())
+        if position in FAR:
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-            to, at = (point.bits, point.value), (place[0], place[1] + 3)
+            to, at = (point.bits, point.value), (position[0], position[1] + 3)
             axes.annotate("", to, xytext=at, textcoords="offset points", arrowprops=line)
 
 
-def _label(axes: Axes, point: Point, place: tuple[int, int, str]) -> Annotation:
+def _label(axes: Axes, point: Point, position: tuple[int, int, str]) -> Annotation:
     return axes.annotate(
         point.name,
         (point.bits, point.value),
-        xytext=place[:2],
+        xytext=position[:2],
         textcoords="offset points",
         fontsize=7.5,
         color=_colour(point),
-        horizontalalignment=place[2],
+        horizontalalignment=position[2],
     )
 
 

@@ -42,9 +42,17 @@ def prefill(
         return _prefill_at_once(config, q, k, v, params)
     query_positions, staged = prefill_of(config, q, k, v)
     return _attend(
-        config, q, query_positions, None, staged, None, params, kv_heads=kv_heads, v_head_dim=v.shape[3],
+        config,
+        q,
+        query_positions,
+        None,
+        staged,
+        None,
+        params,
+        kv_heads=kv_heads,
+        v_head_dim=v.shape[3],
         mean_from_block=1,
-    )  # fmt: skip
+    )
 
 
 def _prefill_at_once(

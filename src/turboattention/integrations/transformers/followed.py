@@ -28,9 +28,8 @@ _PREPARE, _PREFILL = "prepare_inputs_for_generation", "_prefill"
 
 
 def check_release() -> None:
-    """From 5.24 on models take `cache` for `past_key_values`, and the prompts of `generate` would go unchecked.
-
-    Raises BackendError for such a release."""
+    """Raise BackendError for transformers 5.24 and later, whose models take `cache` instead of `past_key_values`: the
+    prompts of `generate` would not be checked."""
     if "past_key_values" not in inspect.signature(getattr(GenerationMixin, _PREPARE)).parameters:
         raise BackendError(
             f"transformers: expected a release from {RELEASES}, got {transformers.__version__}, whose models do not "

@@ -32,8 +32,8 @@ def enable(config: TurboConfig | None = None, backend: str = "auto") -> None:
         backend: for calls without a `TurboCache`, as in `turbo_attention`.
 
     Raises:
-        ConfigError, InputError, BackendError: as a call with these arguments. BackendError: transformers is another
-            release than those that were tested, and calls the cache by another name. Nothing is registered then.
+        ConfigError, InputError, BackendError: as a call with these arguments. BackendError: this release of
+            transformers was not tested and uses another name for the cache argument. Nothing is registered then.
     """
     check_release()
     check_config(config)

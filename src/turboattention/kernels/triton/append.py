@@ -1,4 +1,4 @@
-"""Stores new tokens in a cache's INT8 buffer during decode, and compresses full blocks into pages: launchers."""
+"""Launchers that store new tokens in a cache's INT8 buffer during decode, and compress full blocks into pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors as the launchers of stage 1 take them, and the shape of their programs."""
+"""Checks and conversions of the arguments of stage 1, and the rows per program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKEN_SCALES = (torch.float32, torch.bfloat16)
 
 
 def float_rows(x: Tensor) -> Tensor:
-    """Float rows of any strides, channels side by side: a copy where they lie apart."""
+    """Float rows of any strides with contiguous channels; copied if the channels are not contiguous."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise DtypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -29,13 +29,13 @@ def means(mean: Tensor | None) -> Tensor | None:
 
 
 def indices(x: Tensor, beside: Tensor) -> Tensor:
-    """int64, contiguous and on the other's device; from the CPU without waiting for that."""
+    """As contiguous int64 on the other tensor's device; copies from the CPU are asynchronous."""
     x = x.to(torch.int64).contiguous()
     return x if x.device == beside.device else upload(x, beside.device)
 
 
 def check_tiles(codes: Tensor, scales: Tensor, scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
-    """codes [B, H, W, D] and scales [B, H, W] as the kernels take them."""
+    """Check codes [B, H, W, D] and scales [B, H, W]."""
     if codes.dtype != torch.int8 or scales.dtype not in scale_dtypes:
         raise DtypeError(f"codes, scales: expected int8 and {scale_dtypes}, got {codes.dtype} and {scales.dtype}")
     if not codes.is_contiguous() or not scales.is_contiguous():

@@ -1,6 +1,6 @@
-"""Attention in integers over INT8 rows and packed pages: the launcher, by few query rows or by many.
+"""Launcher of integer attention over INT8 rows and packed pages, for few or many query rows.
 
-Nothing here reads a tensor's values: grids follow from shapes, lengths and page tables stay on the device.
+The host does not read values of tensors: grids follow from shapes; lengths and page tables stay on the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .quantize import quantize_queries
 
 
 def refusal(config: TurboConfig, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not compute this, or None."""
+    """Why these kernels do not support this configuration or dtype, or None."""
     return inputs.refusal(config, dtype, stored_prefill=(False,), softmax=FORMS)
 
 
@@ -44,13 +44,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Lq, D] over pages, then rows -> out [B, Hq, Lq, Dv] in q's dtype and lse float32 [B, Hq, Lq].
 
-    `fresh`: keys and values in place of pages and rows, for calls that `takes_prefill_rows` names.
+    `fresh`: keys and values instead of pages and rows, for calls for which `takes_prefill_rows` is true.
 
     mean: bfloat16 [B, Hkv, D] (in the space of INT8 rows) that keys from block `mean_from_block` on are stored without,
-    or None; order: that of K's channels in compressed pages, or None; `quantized` takes the place of q's values;
-    v_head_dim: Dv, None if it is D. All tensors on one device. `quantize_queries` alone reports whether q is finite.
+    or None; order: that of K's channels in compressed pages, or None; `quantized`: used instead of q's values;
+    v_head_dim: Dv, None if it is D. All tensors on one device. Only `quantize_queries` checks whether q is finite.
 
-    Raises UnsupportedError for what `refusal` and `configs.refusal` name.
+    Raises UnsupportedError if `refusal` or `configs.refusal` returns a reason.
     """
     reason = refusal(config, q.dtype) or configs.refusal(q.device)
     if reason:
@@ -76,5 +76,6 @@ def attend(
 
 
 def takes_prefill_rows(group: int, queries: int) -> bool:
-    """Whether so many queries are attended by tiles, over blocks unpacked before; else in splits over pages."""
+    """Whether the prefill kernel (tiles of rows, blocks unpacked first) is used for this number of queries, rather
+    than split-KV decode over pages."""
     return queries > 1 and group * queries > configs.LARGEST_DECODE_ROWS

@@ -1,4 +1,4 @@
-"""What launches of attention are given: queries, the softmax, and a call of `attention.attend` as a whole."""
+"""Arguments of attention kernels: queries, the softmax, and a whole call of `attention.attend`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from . import configs
 from .softmax import LOG2_E
 
 FORMS = ("auto", "sas", "sas2", "exp")
-"""What `TurboConfig.softmax` may be."""
+"""Supported values of `TurboConfig.softmax`."""
 
 _LARGEST_WINDOW = 1 << 30  # no sequence is longer, and positions plus it stay int32
 _MASK_KINDS = {torch.bool: "bool", torch.float32: "add", torch.bfloat16: "add", torch.float16: "add"}
 
 
 def padded(head_dim: int) -> int:
-    """A power of two, and enough for a product's four 8-bit lanes."""
+    """head_dim padded to a power of two, at least 64: products use four 8-bit lanes."""
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
 def with_positive_unit(quantized: Int8Queries, scale: float) -> Int8Queries:
-    """The maximum of a block is looked for among integers: what one of them counts must be positive."""
+    """The same logits with positive units: the maximum of a block is computed on integers, before scaling."""
     if scale > 0:
         return quantized
     if scale < 0:
@@ -44,18 +44,18 @@ def _mapped(x: Int8Queries, of_codes: Callable[[Tensor], Tensor], of_units: Call
 
 
 def query_arguments(x: Int8Queries) -> dict[str, Any]:
-    """Of quantized queries."""
+    """Kernel arguments of quantized queries."""
     mean = x.unit if x.mean_logit is None else x.mean_logit
     return {"q_ptr": x.codes, "unit_ptr": x.unit, "mean_ptr": mean, "MEAN": x.mean_logit is not None}
 
 
 def ordered_arguments(x: Int8Queries) -> dict[str, Any]:
-    """Of their form for compressed pages; None where it is the same."""
+    """Kernel arguments of queries with reordered channels, for compressed pages; None if the order is the same."""
     return {"ordered_q_ptr": x.ordered_codes, "ordered_unit_ptr": x.ordered_unit}
 
 
 def softmax_arguments(config: TurboConfig, device: torch.device, params: AttentionParams) -> dict[str, Any]:
-    """Of the window, the softcap and the exponentials: values, and what is compiled in."""
+    """Kernel arguments of the window, the softcap and the exponentials, constexpr ones included."""
     form, by_row = config.softmax_on(device), config.p_scale == "row"
     if form == "sas16":  # "auto" in the interpreter, whose tensors are on a CPU
         form = "sas"
@@ -74,8 +74,8 @@ def softmax_arguments(config: TurboConfig, device: torch.device, params: Attenti
 
 @dataclass(frozen=True)
 class Fresh:
-    """Keys and values at hand, not yet INT8: k [B, Hkv, L, D], v [B, Hkv, L, Dv] floats, and the mean bfloat16
-    [B, Hkv, D] of the keys behind the first block, or None. flag: int32 [1], not 0 where a value of the call is not
+    """Keys and values before quantization: floats k [B, Hkv, L, D], v [B, Hkv, L, Dv]. mean: bfloat16 [B, Hkv, D],
+    subtracted from the keys after the first block, or None. flag: int32 [1], nonzero if a value of the call is not
     finite; results are then NaN."""
 
     k: Tensor
@@ -86,8 +86,8 @@ class Fresh:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """A call of `attention.attend`, made ready; `blocks` is the most that a sequence may have. Keys are in pages and
-    tail rows, or fresh."""
+    """A prepared call of `attention.attend`. Keys are in pages and tail rows, or fresh. `blocks`: upper bound of the
+    blocks of a sequence."""
 
     config: TurboConfig
     quantized: Int8Queries
@@ -115,7 +115,7 @@ class AttentionCall:
         return self.out.shape[1] // self.kv_heads
 
     def parts(self, largest: int) -> Iterator[AttentionCall]:
-        """The same of at most so many sequences at a time. Not of fresh keys."""
+        """Split the call into calls with at most `largest` sequences each. Not for fresh keys."""
         if self.batch <= largest:
             yield self
             return
@@ -123,7 +123,7 @@ class AttentionCall:
             some = slice(begin, begin + largest)
 
             def of(x: Any, some: slice = some) -> Any:
-                """A dataclass of tensors [B, ...] and of what all sequences share."""
+                """Slice the tensors [B, ...] of a dataclass; its other fields do not depend on the sequence."""
                 if x is None:
                     return None
                 tensors = {f.name: getattr(x, f.name) for f in fields(x)}
@@ -139,7 +139,7 @@ class AttentionCall:
 
     @property
     def rows(self) -> int:
-        """Query rows of a KV head."""
+        """Query rows per KV head."""
         return self.group * self.queries
 
     @property
@@ -164,13 +164,13 @@ class AttentionCall:
         return padded(self.v_head_dim)
 
     def row_arguments(self) -> dict[str, Any]:
-        """Of queries, and where they stand."""
+        """Kernel arguments of queries and their positions."""
         s = self.query_positions
         where = {"first_ptr": s.first, "valid_ptr": s.valid, "lengths_ptr": s.lengths}
         return query_arguments(self.quantized) | where
 
     def visibility_arguments(self) -> dict[str, Any]:
-        """Of masks, window and softmax: values, and what is compiled in."""
+        """Kernel arguments of the mask, the window and the softmax, constexpr ones included."""
         mask = self.params.attn_mask
         if mask is not None and mask.dtype not in _MASK_KINDS:
             mask = mask.to(torch.float32)
@@ -181,7 +181,7 @@ class AttentionCall:
         return {
             "mask_ptr": mask.view(torch.uint8) if kind == "bool" else mask,
             **dict(zip(("mask_b", "mask_h", "mask_q", "mask_k"), strides, strict=True)),
-            # One key's stands for all.
+            # A mask with one key is broadcast to all keys.
             "mask_keys": mask.shape[3] if mask.shape[3] > 1 else _LARGEST_WINDOW,
             "mean_from_block": self.mean_from_block,
             "CAUSAL": self.params.is_causal,

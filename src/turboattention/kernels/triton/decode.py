@@ -1,6 +1,6 @@
 """Attention of few query rows over packed pages, sinks and INT8 tail rows, in splits of a sequence.
 
-All is transposed, as in `products`: query rows are columns.
+Operands are transposed, as in `products`: query rows are columns.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def decode(
 ):  # fmt: skip
     """Grid (splits, KV heads x tiles of R rows, sequences).
 
-    Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, V_WIDE] (left as it was where a split sees
-    nothing), row_max (a logit, -inf where nothing is seen) and row_sum (in units of 1/127) [B, Hkv, tiles, splits, R].
-    ordered_q, ordered_unit: queries for compressed pages, where these have an order of channels, or None.
-    PAIRS: widths of heads, as `page_offsets.pairs_mask` has them; 0: no compressed pages.
+    Results, unnormalized: acc float32 [B, Hkv, tiles, splits, R, V_WIDE] (not written if a split sees
+    no keys), row_max (a logit; -inf if no key is visible) and row_sum (in units of 1/127) [B, Hkv, tiles, splits, R].
+    ordered_q, ordered_unit: queries for compressed pages if their channels are reordered, or None.
+    PAIRS: bit mask of the heads' widths (`page_offsets.pairs_mask`); 0: no compressed pages.
     """
     splits = tl.num_programs(0)
     split = tl.program_id(0)
@@ -54,7 +54,7 @@ def decode(
     low = low + split * each_split
     high = tl.minimum(high, low + each_split)
     base = (b * kv_heads + h).to(tl.int64)
-    # Scalars of 32 bits: what stays in registers to the end.
+    # 32 bits, since these scalars stay in registers to the end.
     partial = (((b * kv_heads + h) * tiles + tile) * splits + split) * R
     lane = tl.arange(0, R)
     if low >= high:
@@ -107,7 +107,7 @@ def decode(
                 for V_BITS in tl.static_range(V_NUMBERS):
                     if PAIRS & pair_of(K_BITS, V_BITS):
                         last = count
-                        if pair_of(K_BITS, V_BITS) != PAIRS:  # another pair's loop has none
+                        if pair_of(K_BITS, V_BITS) != PAIRS:  # no pages of another pair
                             own = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
                             last = tl.where(own, count, 0)
                         acc, row_sum, row_max = over_pages(

@@ -1,8 +1,8 @@
-"""Folds blocks into the running result of decode: pages as they are packed, and INT8 rows.
+"""Accumulates blocks into the running result of decode: packed pages, and INT8 rows.
 
-All is transposed, as in `products`: query rows are columns. PAGED: pages are numbers in a server's pages, and weights
-are those of `stored_prefill` (`stored`). Else pages are addresses, of which evicted ones are 0, and keys from block
-`mean_from_block` on are stored without their mean.
+Operands are transposed, as in `products`: query rows are columns. PAGED: the page table has indices into a server's
+pages, and weights are those of `stored_prefill` (`stored`). Otherwise it has addresses (0: evicted), and keys from
+block `mean_from_block` on are stored without their mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .unpacking import stack
 
 @triton.jit
 def _page(entry, pages, page_stride, PAGED: tl.constexpr):
-    """The page of a table's entry: of that number in `pages`, or at that address (an evicted page: at `pages`)."""
+    """The page of a table entry: an index into `pages`, or an address (`pages` itself for an evicted page)."""
     if PAGED:
         page = pages + entry * page_stride
     else:
@@ -43,7 +43,7 @@ def over_pages(
     q_first, q_second, unit, mean, mean_from_block = queries
     k_offsets, v_offsets = section_offsets(head_ptr, D, DV)
     t = tl.arange(0, 64)
-    # Loaded a block ahead: or loads of pages could not be.
+    # Loaded a block ahead, so that loads of pages can be issued ahead as well.
     ahead = tl.load(table_ptr + begin, mask=begin < end, other=0).to(tl.int64)
     page = _page(ahead, pages, page_stride, PAGED)
     of_keys = key_metadata(page, k_offsets, WIDE, D, K_BITS, BY_TOKEN)
@@ -108,7 +108,7 @@ def fold_rows(
             s, unit, tl.where(block >= mean_from_block, mean, 0.0), key, v_scale / largest * LEVELS,
             visible, cap, threshold, FORM, CUT, ROW, True, CAP, MASK, 0,
         )  # fmt: skip
-    # One half of the channels after the other: all at once would take too many registers.
+    # In two halves of the channels: all at once would need too many registers.
     first = _row_products(v8_ptr, at, there, p.to(tl.int8), 0, V_WIDE // 2, DV)
     second = _row_products(v8_ptr, at, there, p.to(tl.int8), V_WIDE // 2, V_WIDE // 2, DV)
     o = stack(first, second, True).to(tl.float32)

@@ -84,5 +84,5 @@ def _attend(call: AttentionCall) -> None:
 @functools.cache  # kept forever, like `head_page_offsets`
 @in_own_modes
 def _blank(size: int, device: torch.device) -> Tensor:
-    """A page of zeros, read in place of evicted pages; its values are not used."""
+    """A page of zeros, read instead of evicted pages; its values are not used."""
     return torch.zeros(size, dtype=torch.uint8, device=device)

@@ -60,7 +60,7 @@ def all_page_offsets(layout: PageLayout, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def key_widths(layout: PageLayout) -> tuple[int, ...]:
-    """K's number of each head (`widths`)."""
+    """The number of each head's K width (`widths`)."""
     halves = layout.k_halves or (False,) * len(layout.k_bits)
     return tuple(bits + TWO_WIDTHS * halved for bits, halved in zip(layout.k_bits, halves, strict=True))
 

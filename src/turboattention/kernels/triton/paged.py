@@ -168,7 +168,7 @@ def _decode_rows(
     architecture = configs.architecture_of(device)
     group, few = arguments["group"], arguments["most"]
     rows = min(batch.most * group, few)
-    # Beside a sequence of more rows than are taken here, the others have a token each, or nearly all of them.
+    # If one sequence has too many rows for this kernel, (nearly) all others have one token each.
     usual = rows if batch.most * group <= few else group
     launch = configs.decode(architecture, usual, layout.head_dim, softcap)
     tiles = -(-rows // launch.rows)
@@ -195,7 +195,7 @@ def _prefill_rows(
     architecture = configs.architecture_of(out.device)
     as_read = configs.paged_prefill(architecture, layout.head_dim)
     parts = [(as_read, widths, heads, False) for widths, heads in pairs_of_widths(layout)]
-    # Restoring in memory is worth it for sequences of three programs or more.
+    # Restoring in memory pays off for sequences of three programs or more.
     least, pages = 2 * as_read.rows, NOTHING_RESTORED
     if architecture.restores_pages and batch.most * arguments["group"] > least:
         pages = restored(layout, batch.sequences, least, architecture.assembly, arguments)

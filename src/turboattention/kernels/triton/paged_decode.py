@@ -1,7 +1,7 @@
 """Attention of few query rows over pages that a server manages, in splits of a sequence, as in `decode`.
 
-A sequence is here where it has at most `most` rows (tokens times query heads of a KV head); `paged_prefill` takes
-the others. `combine` brings the splits together.
+This kernel computes sequences of at most `most` rows (tokens times query heads per KV head); `paged_prefill` computes
+the others. `combine` reduces the splits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def paged_decode(
     each_split = tl.maximum(tl.cdiv(high - low, splits), 1)
     begin = low + split * each_split
     end = tl.minimum(high, begin + each_split)
-    # Scalars of 32 bits: what stays in registers to the end.
+    # 32 bits, since these scalars stay in registers to the end.
     partial = (((b * kv_heads + h) * tiles + tile) * splits + split) * R
     lane = tl.arange(0, R)
     if (begin >= end) & (tile * R < rows):
@@ -84,7 +84,7 @@ def paged_decode(
             for V_BITS in tl.static_range(V_NUMBERS):
                 if PAIRS & pair_of(K_BITS, V_BITS):
                     last = tl.minimum(end, high - 1)
-                    if pair_of(K_BITS, V_BITS) != PAIRS:  # another pair's loop has none
+                    if pair_of(K_BITS, V_BITS) != PAIRS:  # no pages of another pair
                         own_pair = (tl.load(head_ptr + OF_KEYS) == K_BITS) & (tl.load(head_ptr + OF_VALUES) == V_BITS)
                         last = tl.where(own_pair, last, 0)
                     acc, row_sum, row_max = over_pages(

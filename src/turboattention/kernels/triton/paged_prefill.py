@@ -1,9 +1,9 @@
-"""Attention of many query rows over pages that a server manages: pages restored to INT8 as they are read, or before.
+"""Attention of many query rows over pages that a server manages, restored to INT8 as they are read, or beforehand.
 
-A program takes M rows of a sequence that has more than `most` of them (`paged_decode` takes the others). Every
-query reads blocks before its own as pages and its own as INT8 rows. Where `restored_pages` restored them, pages are
-read from its memory; results are the same to the bit, except with a window at launches of other M, since
-blocks that all rows of a program see are folded first.
+A program computes M rows of a sequence of more than `most` rows (`paged_decode` computes the others). Every query
+reads the blocks before its own as pages, and its own block as INT8 rows. Pages that `restored_pages` has restored are
+read from its memory. Results are bit-identical either way, except with a window and another M: blocks that all rows of
+a program see are accumulated first, so M changes the order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _weights(
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr,
 ):  # fmt: skip
-    """What `weigh_stored` says of INT8 keys [WIDE, 64]."""
+    """The result of `weigh_stored` for INT8 keys [WIDE, 64]."""
     q, unit, mean = queries
     s = as_float(tl.dot(q, k, out_dtype=tl.int32), SLOW) * k_scale[None, :]
     return weigh_stored(s, unit, mean, key, v_scale, sees, sees_end, cap, threshold, FORM, CUT, ROW, SEEN, OWN, CAP, 1)
@@ -35,7 +35,7 @@ def _weights(
 
 @triton.jit
 def _scaled(state, weighed):
-    """The running sum and maximum with these weights; by what the result and the block's products shrink."""
+    """The running sum and maximum with these weights, and the factors of the result and of the block's products."""
     _, _, row_sum, row_max = state
     _, block_sum, block_max, largest = weighed
     row_max, rescale, each = rescaled(row_max, block_max)
@@ -44,7 +44,7 @@ def _scaled(state, weighed):
 
 @triton.jit
 def _add_values(acc, p, v, rescale, each, SLOW: tl.constexpr):
-    """acc [M, N] with INT8 values [64, N] under weights p."""
+    """acc * rescale + each * (p V) for INT8 values V [64, N], acc [M, N]."""
     o = as_float(tl.dot(p.to(tl.int8), v, out_dtype=tl.int32), SLOW)
     return tl.fma(o, each[:, None], acc * rescale[:, None])
 
@@ -56,8 +56,8 @@ def _fold_page(
     FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, SEEN: tl.constexpr, OWN: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr, ASM: tl.constexpr, RESTORED: tl.constexpr,
 ):  # fmt: skip
-    """source: (pages, their stride, numbers of the sequence's, offsets of the head) or, RESTORED, (k, v, their scales,
-    the restored block that would be the sequence's first)."""
+    """Accumulate a page. source: (pages, page stride, the sequence's page numbers, the head's offsets) or, RESTORED,
+    (k, v, their scales, index of the sequence's block 0 among restored blocks)."""
     HALF: tl.constexpr = WIDE // 2
     t = tl.arange(0, 64)
     if RESTORED:
@@ -84,7 +84,7 @@ def _fold_page(
         first_half = _add_values(state[0], p, tl.load(v_ptr), rescale, each, SLOW)
         second_half = _add_values(state[1], p, tl.load(v_ptr + HALF * 64), rescale, each, SLOW)
     else:
-        # Restored behind the weights, in halves of the channels: all at once would take too many registers.
+        # Restored after the weights are computed, in halves of the channels: all at once would need too many registers.
         v = tl.trans(page_values(page, v_offsets, 0, HALF, D, V_BITS, ASM))
         first_half = _add_values(state[0], weighed[0], v, rescale, each, SLOW)
         v = tl.trans(page_values(page, v_offsets, HALF, HALF, D, V_BITS, ASM))
@@ -98,7 +98,7 @@ def _fold_rows(
     WIDE: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, CUT: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
     SLOW: tl.constexpr,
 ):  # fmt: skip
-    """rows: (k8, v8, their scales, the row of the block's token 0)."""
+    """Accumulate a block of INT8 rows. rows: (k8, v8, their scales, the row of the block's token 0)."""
     k8, v8, k_scales, v_scales, origin = rows
     t = tl.arange(0, 64)
     d = tl.arange(0, WIDE // 2)
@@ -107,7 +107,7 @@ def _fold_rows(
     at = (origin + t)[:, None] * D
     channel = tl.arange(0, WIDE)
     k = tl.load(k8 + at + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0)
-    # Into the order of `halves` in registers: gathered in it, every byte would be a load.
+    # Permuted to the order of `halves` in registers: gathering in that order would load every byte separately.
     k = tl.reshape(tl.permute(tl.reshape(k, (64, WIDE // 8, 2, 4)), (0, 2, 1, 3)), (64, WIDE))
     k = tl.trans(k)
     k_scale = tl.load(k_scales + origin + t, mask=there, other=0.0)
@@ -126,7 +126,7 @@ def _fold_rows(
 
 @triton.jit
 def _rows_of(tile, rows, M: tl.constexpr):
-    """Rows of a tile, and which of them exist. The last rows see most: they go first."""
+    """Rows of a tile, and which of them exist. The last rows have the most visible keys, so they are first."""
     row = (tl.cdiv(rows, M) - 1 - tile) * M + tl.arange(0, M)
     return row, row < rows
 
@@ -147,10 +147,11 @@ def paged_prefill(
     CAP: tl.constexpr, MEAN: tl.constexpr, RING: tl.constexpr, ROTATE: tl.constexpr, SLOW: tl.constexpr,
     ASM: tl.constexpr, RESTORED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, heads of one pair of widths): tile i is the one of sequence b, the last with
+    """Grid (tiles, heads of one pair of widths): tile i belongs to the last sequence b with
     `starts[b] group // M + b <= i`. q int8 [Hkv, g, T, D], unit and mean float32 [Hkv, g, T], out [T, Hkv g, D].
 
-    RESTORED: takes the sequences that `restore_pages` had memory for, else the others; origins None: there was none."""
+    RESTORED: computes the sequences whose pages `restore_pages` restored, otherwise the others; origins None: nothing
+    was restored."""
     i = tl.program_id(0)
     b = sequence_at(starts, sequences, bisections, i, group, M, 1)
     start, count, length = span_of(starts, lengths, b)
@@ -180,7 +181,7 @@ def paged_prefill(
         oldest = tl.min(position, 0) // 64
         newest = tl.max(position, 0) // 64
         low = tl.min(sees, 0) // 64
-        # Pages that all rows see as a whole.
+        # Pages that all rows see completely.
         clear = tl.minimum(tl.cdiv(tl.max(sees, 0), 64), oldest)
         # Both halves of the result's channels, the sum and the maximum of each row's weights.
         half = tl.zeros((M, WIDE // 2), tl.float32)

@@ -1,8 +1,8 @@
 """Attention of many query rows over blocks of 64 INT8 keys and values, both products in integers.
 
 K [64, D] and V^T [Dv, 64] of a block come from `unpacked_kv`. Rows of a KV head are counted as in `visibility`, so that
-a program's rows are neighbours of all its query heads. Products with V are made in two halves of its channels, one
-after the other: their results take half the registers, and more programs are resident.
+a program's rows are neighbouring tokens of all its query heads. Products with V are computed in two halves of its
+channels, one after the other: this halves the registers of a product, and more programs are resident.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _add_values(acc, p, rescale, each, rose, v_ptr, SLOW: tl.constexpr):
     d = tl.arange(0, acc.shape[1])
     v = tl.load(v_ptr + d[None, :] * 64 + t[:, None])
     o = as_float(tl.dot(p, v, out_dtype=tl.int32), SLOW)
-    if rose > 0:  # else all of `rescale` is 1
+    if rose > 0:  # otherwise all of `rescale` is 1
         acc = acc * rescale[:, None]
     return tl.fma(o, each[:, None], acc)
 
@@ -96,10 +96,10 @@ def prefill(
     own = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     b = first_sequence + tl.program_id(2)
     h = first_head + tl.program_id(1)
-    # The last rows see most under a causal mask: they go first.
+    # With a causal mask the last rows have the most visible keys, so they are first.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M + tl.arange(0, M)
     there = row < queries * group
-    # What stays in registers to the end is 32 bits wide: at head_dim 256 there is none to spare.
+    # 32 bits, since these values stay in registers to the end: at head_dim 256 none are free.
     base = (b * kv_heads + h).to(tl.int64) * group * queries
     at = row % group * queries + row // group
     d = tl.arange(0, WIDE)
@@ -122,7 +122,7 @@ def prefill(
     some = end > begin
     low = tl.min(tl.where(some, begin, length), 0) // 64
     high = tl.cdiv(tl.max(end, 0), 64)
-    # Blocks that all rows see as a whole; rows that see nothing are left out at the end.
+    # Blocks that all rows see completely; rows without visible keys are masked at the end.
     clear = tl.maximum(tl.cdiv(tl.max(tl.where(some, begin, 0), 0), 64), low)
     clear_end = tl.maximum(tl.minimum(tl.min(tl.where(some, end, length), 0) // 64, high), clear)
     if MASK != "":

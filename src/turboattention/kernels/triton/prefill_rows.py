@@ -1,4 +1,4 @@
-"""The launcher of `prefill`: many query rows over blocks that are unpacked first."""
+"""Launcher of `prefill`: many query rows over blocks that are unpacked first."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ UNPACKED_BYTES = 1 << 28
 
 def attend_prefill_rows(call: AttentionCall) -> None:
     """Blocks are unpacked once, for as many heads and sequences at a time as memory allows."""
-    head_dim = max(call.head_dim, call.v_head_dim)
-    launch = configs.prefill(call.architecture, head_dim, call.params.attn_mask is not None)
+    wider = max(call.head_dim, call.v_head_dim)
+    launch = configs.prefill(call.architecture, wider, call.params.attn_mask is not None)
     device, parts = call.out.device, list(_parts(call))
     for sequences, heads in parts:
         shape = len(sequences), len(heads), max(1, call.blocks)
@@ -64,7 +64,7 @@ def attend_prefill_rows(call: AttentionCall) -> None:
 
 
 def _parts(call: AttentionCall) -> Iterator[tuple[range, range]]:
-    """Sequences and KV heads whose unpacked blocks fit `UNPACKED_BYTES`, one of each at least."""
+    """Ranges of sequences and KV heads whose unpacked blocks fit in `UNPACKED_BYTES`, at least one of each."""
     fitting = max(1, UNPACKED_BYTES // max(1, call.blocks * bytes_per_block(call.wide, call.v_wide)))
     heads = min(fitting, call.kv_heads)
     sequences = min(max(1, fitting // call.kv_heads), configs.LARGEST_GRID // 2)  # K and V are two programs

@@ -16,7 +16,7 @@ from ..inputs import Int8Queries
 from .arguments import check_tiles, float_rows, indices, means, row_shape
 from .ordering import Order
 from .rotation import rotate
-from .rows import load_rows, stage_rows, store_codes, tell, token_codes
+from .rows import flag_nonfinite, load_rows, stage_rows, store_codes, token_codes
 
 # -- tokens ---------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def _queries_kernel(
     wanted = there & (t < tl.load(valid + b, mask=there, other=0))
     offsets = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
     x, fine = load_rows(q, offsets, wanted, D, WIDTH)
-    tell(flag, fine)
+    flag_nonfinite(flag, fine)
     if ROTATE:
         x = rotate(x, ROWS, WIDTH, D & -D)
     values, unit = token_codes(x, False)

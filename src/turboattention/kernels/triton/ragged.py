@@ -10,18 +10,18 @@ import triton.language as tl
 
 
 @triton.jit
-def sequence_at(starts, sequences, bisections, i, times, over, APART: tl.constexpr):
-    """The last sequence b with `starts[b] times // over + APART b <= i`, int32, for a scalar or tensor i.
+def sequence_at(starts, sequences, bisections, i, times, over, SEPARATE: tl.constexpr):
+    """The last sequence b with `starts[b] times // over + SEPARATE b <= i`, int32, for a scalar or tensor i.
 
     Binary search; bisections: the bit length of `sequences`. If each token has `times` rows and programs take `over`
-    rows, this expression with APART = 1 is the first program of sequence b: programs do not span sequences, and some
+    rows, this expression with SEPARATE = 1 is the first program of sequence b: programs do not span sequences, and some
     are empty.
     """
     low = i * 0
     high = low + sequences
     for _ in range(bisections):
         middle = (low + high) // 2
-        first = tl.load(starts + middle).to(tl.int32) * times // over + APART * middle
+        first = tl.load(starts + middle).to(tl.int32) * times // over + SEPARATE * middle
         low = tl.where(first <= i, middle, low)
         high = tl.where(first <= i, high, middle)
     return low

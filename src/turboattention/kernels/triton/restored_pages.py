@@ -1,9 +1,9 @@
 """Pages restored to INT8 in memory once per step, for sequences whose rows fill several programs of `paged_prefill`.
 
-Blocks are numbered through all of these sequences: `origins[b]` to `origins[b + 1]` (exclusive) are what sequence b
-reads as pages, in order. Memory is for the first `capacity` numbers; the first sequence that goes beyond it and all
-behind it are left to programs that restore pages as they read them. The device decides this, so that the host needs to
-know neither lengths nor pages.
+Blocks are numbered across these sequences: sequence b reads blocks `origins[b]` to `origins[b + 1]` (exclusive) as
+pages, in order. There is memory for the first `capacity` blocks. The first sequence that exceeds it and all later ones
+are computed by programs that restore pages as they read them. The device decides this, so the host does not need
+lengths or page tables.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from .restoring import page_keys, page_values
 from .unpacked_kv import by_value_columns, token_scales
 
 RESTORED_BYTES = 1 << 28
-"""Memory for restored pages, at most."""
+"""Limit of the memory for restored pages."""
 
 _PROGRAMS = 512
-"""Per KV head: enough for all processors, and few where nothing is to be done."""
+"""Programs per KV head: enough for all processors, and cheap to launch if there are no pages to restore."""
 
 NOTHING_RESTORED = {
     **dict.fromkeys(["origins", "restored_k", "restored_v", "restored_k_scales", "restored_v_scales"]),
     "capacity": 0,
 }
-"""The arguments of `paged_prefill` that `restored` gives, where it is not called."""
+"""Arguments of `paged_prefill` if `restored` is not called."""
 
 
 @triton.jit
 def first_block(before, window, WINDOW: tl.constexpr):
-    """The first block that rows see which stand behind `before` tokens or more."""
+    """The first block that is visible to rows at position `before` or later."""
     return tl.maximum(before - window + 1, 0) // 64 if WINDOW else before * 0
 
 
 @triton.jit
 def are_restored(origins, b, capacity):
-    """Whether memory has the pages of sequence b; false if it reads none."""
+    """Whether the pages of sequence b are restored; false if it reads no pages."""
     end = tl.load(origins + b + 1)
     return (end > tl.load(origins + b)) & (end <= capacity)
 
@@ -97,7 +97,8 @@ def restore_pages(
 def restored(
     layout: PageLayout, sequences: int, least: int, assembly: str, arguments: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    """Launch both for sequences of more than `least` rows. arguments: of `paged_prefill`. Returns what that takes."""
+    """Launch both kernels for sequences of more than `least` rows. arguments: those of `paged_prefill`. Returns the
+    further arguments of `paged_prefill`."""
     table, heads, wide = arguments["table"], layout.num_kv_heads, arguments["WIDE"]
     device, bisections = table.device, sequences.bit_length()
     capacity = max(1, min(sequences * table.shape[1], RESTORED_BYTES // (heads * bytes_per_block(wide))))

@@ -50,8 +50,8 @@ def _hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _butterfly(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, APART: tl.constexpr):
-    """Replace channels that are `APART` from each other by their sum and difference."""
-    pairs = tl.permute(tl.reshape(x, (ROWS, WIDTH // (2 * APART), 2, APART)), (0, 1, 3, 2))
+def _butterfly(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
+    """Replace channels c and c + STRIDE by their sum and difference."""
+    pairs = tl.permute(tl.reshape(x, (ROWS, WIDTH // (2 * STRIDE), 2, STRIDE)), (0, 1, 3, 2))
     a, b = tl.split(pairs)
     return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, WIDTH))

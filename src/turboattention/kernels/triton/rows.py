@@ -27,7 +27,7 @@ def load_rows(x, offsets, wanted, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tell(flag, fine):
+def flag_nonfinite(flag, fine):
     """Set the flag unless all rows are finite and in range."""
     bad = tl.max((~fine).to(tl.int32), 0)
     tl.store(flag, 1, mask=bad > 0)
@@ -72,7 +72,7 @@ def stage_rows(
     Row `mean_row` of `mean` is subtracted from rows that are `smoothed`. A row that is not finite gives zeros and sets
     the flag."""
     rows, fine = load_rows(x, offsets, wanted, D, WIDTH)
-    tell(flag, fine)
+    flag_nonfinite(flag, fine)
     if ROTATE:
         rows = rotate(rows, ROWS, WIDTH, D & -D)
     if mean is not None:

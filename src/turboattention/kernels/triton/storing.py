@@ -48,7 +48,7 @@ def hold_rows(
 
 @triton.jit
 def _offsets(b, t, h, stride_b, stride_t, stride_h, PAGED: tl.constexpr):
-    """Of the rows of tokens t of heads h, in x [B, H, T, D], or PAGED in flat x [T, H, D]."""
+    """Offsets of the rows of tokens t and heads h in x [B, H, T, D], or PAGED in flat x [T, H, D]."""
     offsets = t * stride_t + h * stride_h
     if not PAGED:
         offsets += b * stride_b
@@ -60,7 +60,7 @@ def _store_side(
     x, offsets, wanted, mean, mean_row, smoothed, flag, codes, scales, row, kept, own_codes, own_scales, own_row,
     D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rows that are `kept` go to codes and scales; all `wanted` ones to own_codes and own_scales, unless None."""
+    """Store the `kept` rows in codes and scales, and all `wanted` rows in own_codes and own_scales, unless None."""
     values, scale = stage_rows(x, offsets, wanted, mean, mean_row, smoothed, flag, D, ROWS, WIDTH, ROTATE)
     store_codes(codes, row, kept, values, D, WIDTH)
     tl.store(scales + row, scale.to(scales.dtype.element_ty), mask=kept)
@@ -84,8 +84,8 @@ def store_rows(
     A cache: k [B, H, T, D], v [B, H, T, Dv], tokens t < counts[b] behind lengths[b]; mean bfloat16 [B, H, D],
     subtracted from keys from position mean_from on; tokens past the buffer's end are dropped.
     PAGED: flat k, v [T, H, D] (Dv is D), lengths with the step's tokens, mean bfloat16 [H, D]. With temporary rows
-    (k_own is not None), slots get the rows of blocks that remain incomplete (of the last two blocks, if
-    width is two blocks).
+    (k_own is not None), slots get the rows of blocks that remain incomplete (of the last two blocks, if width is two
+    blocks).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows

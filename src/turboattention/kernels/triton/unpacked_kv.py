@@ -30,7 +30,7 @@ def value_column(t):
 
 @triton.jit
 def by_value_columns(p):
-    """Weights or values [M, 64] of tokens in order, in that of `value_column`."""
+    """Permute weights or values [M, 64] from token order to the order of `value_column`."""
     M: tl.constexpr = p.shape[0]
     return tl.reshape(tl.permute(tl.reshape(p, (M, 4, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, 64))
 
