@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from ...errors import GuardWarning
 from ...guard import BOUNDS, lose_too_much
+from ...guard_sample import QUERIES, TOKENS
 from ...modes import in_own_modes
 from ...reference.exact import exact_attention
 from .call import LayerCall
 from .masks import MaskPlan, shown_by
 
-_ROWS = 32
-_TOKENS = 512
 _FEWEST = 32  # fewer queries give no reliable estimate
 _ENOUGH = _FEWEST // 2
 _BOUND = BOUNDS[8]
@@ -91,13 +90,13 @@ def _rows(mask: Tensor, queries: int) -> tuple[Tensor, bool]:
     rows = rows[mask[rows].any(1)]  # others are padding
     if not len(rows):
         return rows, True
-    return rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()], True
+    return rows[torch.linspace(0, len(rows) - 1, min(QUERIES, len(rows))).long()], True
 
 
 def _shown(queries: int, keys: int, plan: MaskPlan | None, causal: bool, window: int | None) -> tuple[int, Tensor]:
-    """The sequence with the least padding, and which keys its first `_TOKENS` queries see: bool [Lq, Lk] on the CPU, of
+    """The sequence with the least padding, and which keys its first `TOKENS` queries see: bool [Lq, Lk] on the CPU, of
     the last Lk keys that a causal mask is for. Not of all queries: a long prompt's would take a gigabyte."""
-    first = min(queries, _TOKENS)
+    first = min(queries, TOKENS)
     if plan is not None and not plan.is_causal:
         shown = shown_by(plan.mask[..., :first, :keys]).any(1)  # by some head
         row = int(shown.sum((1, 2)).argmax())
