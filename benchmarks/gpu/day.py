@@ -11,6 +11,7 @@ that hangs among them: nothing is measured.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -123,7 +124,16 @@ def _commit() -> str:
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return sources(ROOT)
+
+
+def sources(root: Path) -> str:
+    """What identifies the measured sources where there is no repository: a digest of their contents."""
+    digest = hashlib.sha256()
+    for folder in ("src/turboattention", "benchmarks/gpu"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return f"sources-{digest.hexdigest()[:16]}"
 
 
 if __name__ == "__main__":

@@ -154,3 +154,16 @@ def test_products_that_are_not_exact_are_found(imported, monkeypatch):
     monkeypatch.setattr(chained, "_chained", Off())
     with pytest.raises(AssertionError, match=r"^1 of 3072 differ$"):
         chained.check(16, 64, 1, 1)
+
+
+def test_sources_without_a_repository_are_identified_by_their_contents(imported, tmp_path):
+    """So that results of an older copy do not count as those of a newer one."""
+    day, kernel = imported("day"), tmp_path / "src" / "turboattention" / "kernel.py"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("one")
+    first = day.sources(tmp_path)
+    assert day.sources(tmp_path) == first
+    kernel.write_text("two")
+    second = day.sources(tmp_path)
+    kernel.rename(kernel.with_name("other.py"))
+    assert len({first, second, day.sources(tmp_path)}) == 3
