@@ -70,11 +70,15 @@ def test_a_failure_in_a_backend_leaves_the_cache_as_it_was(monkeypatch, backend)
     def broken(*_, **__):
         raise RuntimeError("kernel failed")
 
-    module = {"reference": "turboattention.reference.decode", "cpu": "turboattention.impl.cpu.attention"}[backend]
-    monkeypatch.setattr(f"{module}.attend", broken)
-    with pytest.raises(RuntimeError, match="kernel failed"):
-        ta.turbo_attention_with_kvcache(torch.zeros(2, 4, 9, 16), cache, *tokens(2, 2, 9, 16))
-    assert (content(cache), cache.nbytes) == before
+    cpu = ("turboattention.impl.cpu.attention.attend", "turboattention.kernels.cpu.step.Step.run")
+    for function in {"reference": ("turboattention.reference.decode.attend",), "cpu": cpu}[backend]:
+        monkeypatch.setattr(function, broken)
+    for lengths in (None, torch.tensor([9, 8])):  # which prompts on a CPU take two ways
+        with pytest.raises(RuntimeError, match="kernel failed"):
+            ta.turbo_attention_with_kvcache(
+                torch.zeros(2, 4, 9, 16), cache, *tokens(2, 2, 9, 16), lengths=lengths, backend=backend
+            )
+        assert (content(cache), cache.nbytes) == before
 
 
 def test_uninitialized_memory_is_never_read(monkeypatch):
