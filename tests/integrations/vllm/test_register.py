@@ -39,10 +39,11 @@ def test_registers_once_or_twice() -> None:
     shown = cold(
         "from turboattention.integrations.vllm import register; register(); register()\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as names\n"
-        "print([names[name].get_class().__name__ for name in ('CPU_ATTN', 'CUSTOM', 'CPU_MLA', 'AMX_MLA')])",
+        "print([names[name].get_class().__name__ for name in ('CPU_ATTN', 'CUSTOM', 'CPU_MLA', 'AMX_MLA', "
+        "'FLASH_ATTN_DIFFKV', 'TRITON_ATTN_DIFFKV')])",
         TURBOATTENTION_VLLM="1",
     )
-    assert shown.endswith("['TurboBackend', 'TurboBackend', 'RefusedMLA', 'RefusedMLA']")
+    assert shown.endswith(str(["TurboBackend"] * 2 + ["RefusedMLA"] * 2 + ["RefusedDiffKV"] * 2))
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")

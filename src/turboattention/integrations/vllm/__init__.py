@@ -30,7 +30,8 @@ def register() -> None:
     """Register the backend with vLLM if the environment variable is set. Idempotent.
 
     It is registered as CUSTOM, for ``--attention-backend CUSTOM`` on GPUs, and replaces CPU_ATTN, the only backend of
-    vLLM's CPU platform. The backends for multi-head latent attention are replaced by one that refuses.
+    vLLM's CPU platform. The CPU platform's backends for multi-head latent attention, and those that models select
+    themselves for values with a head_dim of their own, are replaced by backends that refuse.
 
     Raises:
         ConfigError: the variable has another value than those above. BackendError: vLLM is another release than
@@ -45,6 +46,8 @@ def register() -> None:
         register_backend(AttentionBackendEnum[name], BACKEND)
     for name in ("CPU_MLA", "AMX_MLA"):
         register_backend(AttentionBackendEnum[name], f"{__name__}.backend.RefusedMLA")
+    for name in ("FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV"):
+        register_backend(AttentionBackendEnum[name], f"{__name__}.backend.RefusedDiffKV")
 
 
 def _check_release() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from ...paged import BLOCK
 from .implementation import TurboImpl, latest_widths, widths_for
 from .metadata import TurboMetadataBuilder
-from .refusals import largest_head, refuse_latents
+from .refusals import largest_head, refuse_latents, refuse_value_heads
 
 
 class TurboBackend(AttentionBackend):
@@ -91,3 +91,28 @@ class RefusedMLA(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> NoReturn:
         RefusedMLA.get_impl_cls()
+
+
+class RefusedDiffKV(AttentionBackend):
+    """Replaces the backends that a model selects itself if its values have another head_dim than its keys (MiMo-V2):
+    they would not quantize. Raises whatever the model asks first."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "TRITON_ATTN_DIFFKV"
+
+    @classmethod
+    def is_supported_on_current_device(cls, **shape: Any) -> NoReturn:
+        cls.get_impl_cls()
+
+    @classmethod
+    def set_head_size_v(cls, head_size_v: int) -> NoReturn:
+        cls.get_impl_cls()
+
+    @staticmethod
+    def get_impl_cls() -> NoReturn:
+        refuse_value_heads(get_current_vllm_config_or_none())
+
+    @staticmethod
+    def get_builder_cls() -> NoReturn:
+        RefusedDiffKV.get_impl_cls()

@@ -22,6 +22,9 @@ DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 CONNECTORS = ("ExampleConnector",)
 """Tested KV connectors. They store and load only full blocks: rows of an incomplete block are not in pages."""
 
+HYBRIDS = ("falcon_h1",)
+"""Tested model types with recurrent layers next to attention. vLLM itself computes some of the others wrongly."""
+
 
 def largest_head(device_type: str) -> int:
     """Channels per head that the kernels for this type of device support."""
@@ -68,10 +71,17 @@ def refuse_engine(config: VllmConfig) -> None:
 
 def refuse_latents(config: VllmConfig | None) -> NoReturn:
     """Raises `UnsupportedError` for a model with multi-head latent attention."""
-    got = "one" if config is None else repr(config.model_config.hf_text_config.model_type)
     refuse(
-        f"multi-head latent attention (model: expected one that caches keys and values, got {got} with cached latents, "
-        "which are smaller than quantized keys and values of all heads)"
+        "multi-head latent attention (model: expected one that caches keys and values, got "
+        f"{_model_type(config)} with cached latents, which are smaller than quantized keys and values of all heads)"
+    )
+
+
+def refuse_value_heads(config: VllmConfig | None) -> NoReturn:
+    """Raises `UnsupportedError` for a model whose values have another head_dim than its keys."""
+    refuse(
+        "values with a head_dim of their own (model: expected one with the same head_dim for keys and values, got "
+        f"{_model_type(config)}, for which vLLM selects another attention backend, whose cache is not quantized)"
     )
 
 
@@ -98,13 +108,17 @@ def refuse_calibration(config: VllmConfig) -> None:
         refuse(f"a calibration with speculative decoding by {draft.method!r}, whose layers it does not cover")
 
 
+def _model_type(config: VllmConfig | None) -> str:
+    return "one" if config is None else repr(config.model_config.hf_text_config.model_type)
+
+
 def _of_engine(config: VllmConfig) -> Iterator[str]:
     model, parallel = config.model_config, config.parallel_config
-    if model.is_hybrid and config.device_config.device_type != "cpu":
-        yield "models that mix attention with recurrent layers on GPUs (not tested)"
-    if model.is_hybrid and config.cache_config.enable_prefix_caching:
-        yield "prefix caching in models that mix attention with recurrent layers (use --no-enable-prefix-caching)"
-    if model.is_mm_prefix_lm or config.attention_config.use_non_causal:
+    if model.is_hybrid:
+        yield from _of_hybrids(config)
+    if model.is_mm_prefix_lm:  # vLLM clears it if the limit of every modality is 0
+        yield "attention that is not causal among the tokens of an image (use --language-model-only to serve text)"
+    if config.attention_config.use_non_causal:
         yield "attention that is not causal"
     if model.rswa_window is not None:
         yield "reference sliding windows"
@@ -116,6 +130,16 @@ def _of_engine(config: VllmConfig) -> Iterator[str]:
         yield "batches split in two (--enable-dbo)"
     yield from _of_connectors(config)
     yield from _of_drafts(config)
+
+
+def _of_hybrids(config: VllmConfig) -> Iterator[str]:
+    if config.model_config.hf_text_config.model_type not in HYBRIDS:
+        got = f"{_model_type(config)}, which was not tested"
+        yield f"this mix of attention and recurrent layers (model: expected {' or '.join(HYBRIDS)}, got {got})"
+    if config.device_config.device_type != "cpu":
+        yield "models that mix attention with recurrent layers on GPUs (not tested)"
+    if config.cache_config.enable_prefix_caching:
+        yield "prefix caching in models that mix attention with recurrent layers (use --no-enable-prefix-caching)"
 
 
 def _of_connectors(config: VllmConfig) -> Iterator[str]:

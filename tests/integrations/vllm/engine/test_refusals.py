@@ -68,6 +68,7 @@ def engine(**changes: Any) -> Any:
         block_size=128,
         user_specified_block_size=True,
         is_hybrid=False,
+        hf_text_config=SimpleNamespace(model_type="falcon_h1"),
         enable_prefix_caching=False,
         is_mm_prefix_lm=False,
         use_non_causal=False,
@@ -102,9 +103,13 @@ def engine(**changes: Any) -> Any:
             {"is_hybrid": True, "device_type": "cuda"},
             "models that mix attention with recurrent layers on GPUs (not tested)",
         ),
+        (
+            {"is_hybrid": True, "hf_text_config": SimpleNamespace(model_type="jamba"), "enable_prefix_caching": True},
+            "this mix of attention and recurrent layers (model: expected falcon_h1, got 'jamba', which was not tested)",
+        ),
         ({"is_hybrid": True, "enable_prefix_caching": True}, "prefix caching in models that mix attention with"),
-        ({"is_mm_prefix_lm": True}, "attention that is not causal"),
-        ({"use_non_causal": True}, "attention that is not causal"),
+        ({"is_mm_prefix_lm": True}, "attention that is not causal among the tokens of an image (use --language-mod"),
+        ({"use_non_causal": True}, "attention that is not causal in vLLM"),
         ({"rswa_window": 100}, "reference sliding windows"),
         ({"decode_context_parallel_size": 2}, "context parallelism"),
         ({"prefill_context_parallel_size": 2}, "context parallelism"),
@@ -215,6 +220,20 @@ LATENT = dict(
     topk_group=1,
 )
 """DeepSeek's latents, and few small experts."""
+MIMO = dict(
+    head_dim=64,
+    v_head_dim=32,
+    layernorm_epsilon=1e-5,
+    hidden_act="silu",
+    hybrid_layer_pattern=[0, 1],
+    moe_layer_freq=[0, 0],
+    sliding_window_size=64,
+    swa_head_dim=64,
+    swa_v_head_dim=32,
+    swa_num_attention_heads=4,
+    swa_num_key_value_heads=2,
+)
+"""MiMo-V2's narrow values, as its published configuration has them, in layers with and without a window."""
 
 
 @pytest.mark.parametrize(
@@ -232,6 +251,17 @@ LATENT = dict(
             "DeepseekV3",
             LATENT,
             "multi-head latent attention (model: expected one that caches keys and values, got 'deepseek_v3'",
+        ),
+        (
+            "MiMoV2Flash",
+            MIMO,
+            "values with a head_dim of their own (model: expected one with the same head_dim for keys and values, got "
+            "'mimo_v2_flash', for which vLLM selects another attention backend, whose cache is not quantized)",
+        ),
+        (
+            "Lfm2",
+            {"layer_types": ["full_attention", "conv"]},
+            "this mix of attention and recurrent layers (model: expected falcon_h1, got 'lfm2', which was not tested)",
         ),
     ],
 )
@@ -310,3 +340,21 @@ def test_multi_head_latent_attention() -> None:
     named = r"does not support multi-head latent attention \(model: expected one .*, got one with .*\) in vLLM; unset"
     with pytest.raises(UnsupportedError, match=named):
         RefusedMLA.get_impl_cls()
+
+
+def test_values_with_a_head_dim_of_their_own() -> None:
+    """From either backend, whatever the model asks first."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from turboattention.integrations.vllm import register
+
+    register()
+    for name in ("FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV"):
+        backend: Any = AttentionBackendEnum[name].get_class()
+        for ask in (
+            lambda backend=backend: backend.set_head_size_v(128),
+            lambda backend=backend: backend.is_supported_on_current_device(head_size=192, head_size_v=128, has_sinks=0),
+            backend.get_impl_cls,
+        ):
+            with pytest.raises(UnsupportedError, match="does not support values with a head_dim of their own"):
+                ask()
