@@ -15,6 +15,11 @@ from turboattention.integrations import transformers as integration
 from turboattention.integrations.transformers import TurboCache
 
 SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
+KEEPS_MASK = pytest.mark.skipif(
+    "_mask_length" not in inspect.getsource(GenerationMixin.generate),
+    reason="this transformers cuts the mask to the new ids",
+)
+"""Some ways to generate over a cache that holds tokens need it."""
 
 
 def say(model, ids, cache, **options):
@@ -142,10 +147,7 @@ def test_only_new_ids_under_a_mask_of_all(checked, exact_core, tiny, tokens):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.skipif(
-    "_mask_length" not in inspect.getsource(GenerationMixin.generate),
-    reason="this transformers cuts the mask to the new ids",
-)
+@KEEPS_MASK
 @pytest.mark.parametrize("checked", [True, False])
 def test_assisted_decoding_takes_only_new_ids(checked, exact_core, tiny, tokens):
     """transformers then passes all ids to the model, including those in the cache."""
@@ -224,7 +226,11 @@ def test_an_error_in_generate_leaves_the_ids_of_what_is_stored(tiny, tokens):
 
 @pytest.mark.filterwarnings("ignore:input(_ids|s_embeds). cannot be compared:UserWarning")
 @pytest.mark.parametrize("embedded", [False, True], ids=["called", "embedded"])
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 16}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"prefill_chunk_size": 16}, marks=KEEPS_MASK), {"num_beams": 3}, {"do_sample": True}],
+    ids=str,
+)
 def test_a_prompt_does_not_make_unknown_tokens_known(options, embedded, tiny, tokens, forward, tmp_path):
     """The new ones are, and are compared."""
     model, wrong = tiny("llama"), tokens(1, 60, seed=1)
@@ -303,6 +309,7 @@ def test_the_switch_is_kept_in_files(checked, tiny, tokens, tmp_path):
     assert cache.clone().check_prompts is checked
 
 
+@KEEPS_MASK
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
 def test_prompts_in_pieces(exact_core, masked, tiny, tokens):
     """`prefill_chunk_size`: the same tokens as at once, also on a second turn; and other prompts are refused."""
