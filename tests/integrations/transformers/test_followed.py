@@ -10,17 +10,22 @@ import torch
 from transformers import DynamicCache, GenerationMixin
 
 from turboattention import TurboConfig
-from turboattention.errors import InputError
+from turboattention.errors import InputError, ShapeError
 from turboattention.integrations import transformers as integration
 from turboattention.integrations.transformers import TurboCache
 
 SMALL = TurboConfig(block_size=16, sink_tokens=16, guard="off")
+KEEPS_MASK = pytest.mark.skipif(
+    "_mask_length" not in inspect.getsource(GenerationMixin.generate),
+    reason="this transformers cuts the mask to the new ids",
+)
+"""Some ways to generate over a cache that holds tokens need it."""
 
 
 def say(model, ids, cache, **options):
     model.set_attn_implementation("turbo")
-    mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False, **options)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False} | options
+    return model.generate(ids, past_key_values=cache, **options)
 
 
 @pytest.mark.parametrize("make", [lambda x: x, TurboCache.clone, copy.copy, copy.deepcopy])
@@ -142,10 +147,7 @@ def test_only_new_ids_under_a_mask_of_all(checked, exact_core, tiny, tokens):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.skipif(
-    "_mask_length" not in inspect.getsource(GenerationMixin.generate),
-    reason="this transformers cuts the mask to the new ids",
-)
+@KEEPS_MASK
 @pytest.mark.parametrize("checked", [True, False])
 def test_assisted_decoding_takes_only_new_ids(checked, exact_core, tiny, tokens):
     """transformers then passes all ids to the model, including those in the cache."""
@@ -166,6 +168,118 @@ def test_assisted_decoding_takes_only_new_ids(checked, exact_core, tiny, tokens)
         said.append(model.generate(more, attention_mask=mask, **options))
         assert torch.equal(cache.known_ids, torch.cat([first[:, :held], said[-1]], 1)[:, : cache.get_seq_length()])
     assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("given", [60, 10])
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+def test_assisted_decoding_refuses_a_prompt_before_it_is_stored(how, checked, given, tiny, tokens):
+    model = tiny("llama")
+    options = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": model}
+    cache = TurboCache(model.config, SMALL, check_prompts=checked)
+    said = say(model, tokens(1, 38), cache)
+    before = cache.nbytes
+    with pytest.raises(InputError, match=r"^input_ids: expected only the ids after the 42 tokens"):
+        say(model, tokens(1, given, seed=1), cache, **options)
+    assert (cache.get_seq_length(), cache.nbytes) == (42, before)
+    assert torch.equal(cache.known_ids, said[:, :42])
+    say(model, torch.cat([said, tokens(1, 5)], 1), cache)
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_a_mask_of_other_positions_is_refused_before_anything_is_stored(options, tiny, tokens):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(1, 38), cache)
+    options |= {"past_key_values": cache, "max_new_tokens": 5, "do_sample": False}
+    for positions in (47, 60):
+        mask = torch.ones(1, positions, dtype=torch.int64)
+        with pytest.raises(InputError, match=rf"^attention_mask: expected 52 positions .* got {positions}$"):
+            model.generate(tokens(1, 10, seed=1), attention_mask=mask, **options)
+        assert torch.equal(cache.known_ids, said[:, :42])
+
+
+def test_an_error_in_generate_leaves_the_ids_of_what_is_stored(tiny, tokens):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL)
+    said = say(model, tokens(1, 38), cache)
+    with pytest.raises(ShapeError, match="batch_repeat_interleave"):
+        say(model, torch.cat([said, tokens(1, 5)], 1), cache, num_beams=3)
+    assert torch.equal(cache.known_ids, said[:, :42])
+
+    def fail(*_):
+        if cache.get_seq_length() == 45:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            say(model, torch.cat([said, tokens(1, 1)], 1), cache)
+    finally:
+        handle.remove()
+    assert torch.equal(cache.known_ids[:, :44], torch.cat([said, tokens(1, 1)], 1))
+    with torch.no_grad():
+        model(input_ids=tokens(1, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 46
+    assert cache.known_ids is None
+
+
+@pytest.mark.filterwarnings("ignore:input(_ids|s_embeds). cannot be compared:UserWarning")
+@pytest.mark.parametrize("embedded", [False, True], ids=["called", "embedded"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"prefill_chunk_size": 16}, marks=KEEPS_MASK), {"num_beams": 3}, {"do_sample": True}],
+    ids=str,
+)
+def test_a_prompt_does_not_make_unknown_tokens_known(options, embedded, tiny, tokens, forward, tmp_path):
+    """The new ones are, and are compared."""
+    model, wrong = tiny("llama"), tokens(1, 60, seed=1)
+    cache = TurboCache(model.config, SMALL)
+    known = 0
+    if embedded:  # behind tokens that are known
+        wrong[:, :24], known = say(model, tokens(1, 20), cache)[:, :24], 24
+        embeddings = model.get_input_embeddings()(tokens(1, 39)).detach()
+        model.generate(inputs_embeds=embeddings, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    else:
+        forward(model, "turbo", tokens(1, 43), [43], cache)
+    assert cache.get_seq_length() == 43
+    cache.batch_repeat_interleave(options.get("num_beams", 1))
+    said = say(model, wrong, cache, **{"do_sample": False} | options)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert cache.get_seq_length() == 64
+    assert cache.known_ids is None
+    for ids, place in ((said, 43), (said, 59), (tokens(1, 90, seed=2), 0))[: 3 if known else 2]:
+        other = torch.cat([ids, wrong], 1)
+        other[:, place] = said[:, place] ^ 1
+        with pytest.raises(InputError, match=f"differs from token {place} on"):
+            say(model, other, cache)
+    cache.crop(40)
+    assert cache.known_ids is None
+    cache.save(tmp_path / "cache")
+    assert TurboCache.load(tmp_path / "cache").prompt_ids is None
+
+
+def test_new_ids_behind_unknown_tokens_are_known(tiny, tokens, forward):
+    model, ids = tiny("llama"), tokens(1, 90)
+    cache = TurboCache(model.config, SMALL)
+    forward(model, "turbo", ids, [20], cache)
+    mask = torch.ones(1, 29, dtype=torch.int64)
+    model.generate(ids[:, 20:29], attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    assert cache.known_ids is None
+    other = ids.clone()
+    other[:, 20] ^= 1
+    with pytest.raises(InputError, match="differs from token 20 on"):
+        say(model, other, cache)
+    cache.prompt_ids = ids[:, :29]
+    assert torch.equal(cache.known_ids, ids[:, :29])
+
+
+def test_a_prompt_that_is_not_compared_does_not_replace_known_ids(tiny, tokens):
+    model = tiny("llama")
+    cache = TurboCache(model.config, SMALL, check_prompts=False)
+    said = say(model, tokens(1, 38), cache)
+    other = say(model, tokens(1, 60, seed=1), cache)
+    assert torch.equal(cache.known_ids, torch.cat([said[:, :42], other[:, 42:64]], 1))
 
 
 def test_models_that_prepare_inputs_themselves(tiny, tokens):
@@ -195,6 +309,7 @@ def test_the_switch_is_kept_in_files(checked, tiny, tokens, tmp_path):
     assert cache.clone().check_prompts is checked
 
 
+@KEEPS_MASK
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
 def test_prompts_in_pieces(exact_core, masked, tiny, tokens):
     """`prefill_chunk_size`: the same tokens as at once, also on a second turn; and other prompts are refused."""
@@ -271,8 +386,8 @@ def test_disable_leaves_generate_as_it_was():
 
     integration.enable()
     integration.disable()
-    for method in (GenerationMixin.prepare_inputs_for_generation, GenerationMixin._prefill):
-        assert not hasattr(method, "_turbo_original")
+    for method in ("generate", "prepare_inputs_for_generation", "_prefill", "_assisted_decoding"):
+        assert not hasattr(getattr(GenerationMixin, method), "_turbo_original")
 
 
 @pytest.mark.parametrize("padding", [0, 7])

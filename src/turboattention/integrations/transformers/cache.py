@@ -410,7 +410,7 @@ class TurboCache(Cache):
     @prompt_ids.setter
     def prompt_ids(self, value: Tensor | None) -> None:
         known = None if value is None else checked_ids(value, self.batch_size, self.get_seq_length()).clone()
-        self.ids.saved, self.ids.fed = known, None
+        self.ids.saved = self.ids.fed = known
 
     @property
     def check_prompts(self) -> bool:

@@ -1,15 +1,18 @@
 """Checks that the prompt of `generate` continues the tokens that are already in a `TurboCache`.
 
 `generate` passes only the new tokens of a prompt to the model, so the cache cannot compare the earlier ones itself.
-`_prefill`, with which a `generate` begins, gets all of them, and `prepare_inputs_for_generation` before every forward
-pass. Models that have their own of the latter are checked as well, but their generated tokens are not known.
+`_prefill` or `_assisted_decoding`, with which a `generate` begins, get all of them, and
+`prepare_inputs_for_generation` before every forward pass. Models that have their own of the latter are checked as well,
+but their generated tokens are not known. After an error in `generate`, the ids of tokens that were not stored are
+dropped.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,9 +25,9 @@ from . import RELEASES
 from .cache import TurboCache
 from .layer import ALTERNATIVE
 
-_in_prefill: ContextVar[bool] = ContextVar("in_prefill", default=False)
-"""Whether a prompt is being fed, of which `_prefill` took note."""
-_PREPARE, _PREFILL = "prepare_inputs_for_generation", "_prefill"
+_begun: ContextVar[str | None] = ContextVar("begun", default=None)
+"""The method of `GenerationMixin` that took note of the prompt of the `generate` that is running."""
+_PREPARE, _PREFILL, _ASSISTED = "prepare_inputs_for_generation", "_prefill", "_assisted_decoding"
 
 
 def check_release() -> None:
@@ -38,9 +41,9 @@ def check_release() -> None:
 
 
 def follow() -> None:
-    """Wrap two methods of `GenerationMixin` that pass the token ids of `generate` to a `TurboCache`. Idempotent."""
+    """Wrap the methods of `GenerationMixin` that pass the token ids of `generate` to a `TurboCache`. Idempotent."""
     if not hasattr(getattr(GenerationMixin, _PREPARE), "_turbo_original"):
-        for name, wrap in ((_PREPARE, _prepare), (_PREFILL, _prefill)):
+        for name, wrap in _WRAPS.items():
             original = getattr(GenerationMixin, name)
             wrapped = functools.wraps(original)(wrap(original))
             wrapped._turbo_original = original  # type: ignore[attr-defined]
@@ -49,25 +52,34 @@ def follow() -> None:
 
 def unfollow() -> None:
     """Undo `follow`."""
-    for name in (_PREPARE, _PREFILL):
+    for name in _WRAPS:
         original = getattr(getattr(GenerationMixin, name), "_turbo_original", None)
         if original is not None:
             setattr(GenerationMixin, name, original)
+
+
+def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException:
+            if isinstance(cache, TurboCache):
+                cache.ids.cut(cache.get_seq_length())
+            raise
+
+    return generate
 
 
 def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(
         self: Any, input_ids: Tensor, next_sequence_length: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        cache, begins = kwargs.get("past_key_values"), bool(kwargs.get("is_first_iteration"))
-        if isinstance(cache, TurboCache) and kwargs.get("use_cache") is False:
+        begun = _begun.get()
+        if isinstance(kwargs.get("past_key_values"), TurboCache) and kwargs.get("use_cache") is False:
             raise InputError(f"use_cache: expected True with a TurboCache, got False; {ALTERNATIVE}")
-        if isinstance(cache, TurboCache) and begins and not _in_prefill.get() and next_sequence_length is None:
-            # Assisted decoding begins without `_prefill`, and hands all of its ids to the model.
-            cache.check_level()
-            cache.ids.begin_assisted(input_ids, cache.get_seq_length())
-        elif not _in_prefill.get():
-            _follow(input_ids, kwargs, None, begins=begins)
+        if begun != _PREFILL:
+            _follow(input_ids, kwargs, None, begins=begun is None and bool(kwargs.get("is_first_iteration")))
         return original(self, input_ids, next_sequence_length, *args, **kwargs)
 
     return prepare
@@ -83,30 +95,59 @@ def _prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         _follow(input_ids, model_kwargs, generation_config, begins=is_first_iteration)
-        before = _in_prefill.set(True)
-        try:
+        with _begun_by(_PREFILL):
             return original(self, input_ids, generation_config, model_kwargs, is_first_iteration, **kwargs)
-        finally:
-            _in_prefill.reset(before)
 
     return prefill
 
 
-def _follow(input_ids: Tensor, kwargs: dict[str, Any], generation_config: Any, begins: bool) -> None:
+def _assisted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def assisted(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        _follow(input_ids, kwargs, kwargs.get("generation_config"), begins=True, assisted=True)
+        with _begun_by(_ASSISTED):
+            return original(self, input_ids, *args, **kwargs)
+
+    return assisted
+
+
+_WRAPS = {"generate": _generate, _PREPARE: _prepare, _PREFILL: _prefill, _ASSISTED: _assisted}
+
+
+@contextmanager
+def _begun_by(name: str) -> Iterator[None]:
+    before = _begun.set(name)
+    try:
+        yield
+    finally:
+        _begun.reset(before)
+
+
+def _follow(
+    input_ids: Tensor, kwargs: dict[str, Any], generation_config: Any, begins: bool, assisted: bool = False
+) -> None:
     """Pass the ids [B, L] to a `TurboCache`: of all tokens, or, if the mask has more positions, of the new ones."""
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if not isinstance(cache, TurboCache):
         return
+    length = cache.get_seq_length()
     if begins:
         cache.check_level()
     if kwargs.get("inputs_embeds") is not None:
         if begins:
-            cache.ids.begin_unknown(cache.get_seq_length())
+            cache.ids.begin_unknown(length)
         return
     if not begins:
         cache.ids.follow(input_ids)
         return
+    if length and cache.batch_size != len(input_ids):  # the model refuses another batch
+        return
     # `generate` leaves out a mask without padding, and keeps its length.
     positions = mask.shape[-1] if isinstance(mask, Tensor) else getattr(generation_config, "_mask_length", -1)
-    whole = positions in (-1, input_ids.shape[1])
-    (cache.ids.begin if whole else cache.ids.begin_behind)(input_ids, cache.get_seq_length())
+    given = input_ids.shape[1]
+    positions = given if positions == -1 else positions
+    if assisted:
+        cache.ids.begin_assisted(input_ids, length, positions)
+    elif positions == given:
+        cache.ids.begin(input_ids, length)
+    else:
+        cache.ids.begin_behind(input_ids, length, positions)

@@ -13,19 +13,22 @@ from ...errors import InputError
 from ...words import number_of
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+UNKNOWN = -1
+"""In the place of an id that is not known."""
 
 
 class KnownIds:
     """The known ids of a cache's tokens. Tensors belong to the cache and are replaced, never modified.
 
     saved: ids [B, L] of the file the cache was loaded from, as long as they are in the cache, or None. fed: ids [B, L]
-    of the last forward of a `generate`, those before it included, or None. checked: whether a prompt of `generate` is
-    compared with them.
+    of the cache's first tokens and of those that a forward of `generate` is about to add, `UNKNOWN` where they are not
+    known, or None. checked: whether a prompt of `generate` is compared with them.
     """
 
-    def __init__(self, saved: Tensor | None = None, fed: Tensor | None = None, checked: bool = True):
-        self.saved, self.fed, self.checked = saved, fed, checked
-        self._whole, self._before = True, None
+    def __init__(self, saved: Tensor | None = None, checked: bool = True):
+        self.saved, self.fed, self.checked = saved, saved, checked
+        self._before: Tensor | None = None
+        self._skipped = 0
         self._warned = False
 
     def begin(self, input_ids: Tensor, length: int) -> None:
@@ -39,33 +42,43 @@ class KnownIds:
         """
         if length:
             self._check_goes_on(input_ids, length)
-        self._whole = True
-        self.follow(input_ids)
+        self._record_behind(length, input_ids, skipped=length)
 
-    def begin_behind(self, input_ids: Tensor, length: int) -> None:
-        """A `generate` with only the new ids [B, L], behind the `length` tokens of the cache."""
-        known = self.all_of(length)
-        self._whole, self._before = False, None if known is None or len(known) != len(input_ids) else known
-        self.follow(input_ids)
-
-    def begin_assisted(self, input_ids: Tensor, length: int) -> None:
-        """A `generate` with an assistant or `prompt_lookup_num_tokens`, whose first forward takes all ids [B, L] that
-        it got, also those of the cache's `length` tokens.
+    def begin_behind(self, input_ids: Tensor, length: int, positions: int) -> None:
+        """A `generate` with only the new ids [B, L], behind the `length` tokens of the cache, and a mask of so many
+        `positions`.
 
         Raises:
-            InputError: the ids begin with the cache's tokens, which would be there twice.
+            InputError: the mask has other positions than these tokens.
         """
-        known = self.all_of(length) if length and self.checked else None
-        if known is not None and torch.equal(known.cpu(), input_ids[:, :length].cpu()):
+        given = input_ids.shape[1]
+        if positions != length + given:
+            raise InputError(
+                f"attention_mask: expected {number_of(length + given, 'position')} ({length} in the TurboCache, "
+                f"{given} new), got {positions}"
+            )
+        self._record_behind(length, input_ids, skipped=0)
+
+    def begin_assisted(self, input_ids: Tensor, length: int, positions: int) -> None:
+        """A `generate` with an assistant or `prompt_lookup_num_tokens`, whose first forward takes all ids [B, L] that
+        it got, also those of the cache's `length` tokens. `positions`: of its mask.
+
+        Raises:
+            InputError: the mask does not have the positions of the cache's tokens and of the ids: the ids are a whole
+                prompt, or the mask is wrong.
+        """
+        given = input_ids.shape[1]
+        if not length:
+            self.begin(input_ids, length)
+        elif positions == given:
             raise InputError(
                 f"input_ids: expected only the ids after the {number_of(length, 'token')} of the TurboCache, because "
-                "assisted decoding passes all given ids to the model, got a prompt that begins with the cached tokens: "
-                f"pass input_ids[:, {length}:]"
+                f"assisted decoding passes all given ids to the model, got {number_of(given, 'id')} under a mask of "
+                f"{number_of(positions, 'position')}: pass input_ids[:, {length}:] of a prompt that begins with the "
+                "cached tokens; new ids alone need an attention_mask of all positions"
             )
-        if length:
-            self.begin_behind(input_ids, length)
         else:
-            self.begin(input_ids, length)
+            self.begin_behind(input_ids, length, positions)
 
     def begin_unknown(self, length: int) -> None:
         """A `generate` with embeddings. Warns once if they cannot be compared with the cache's tokens."""
@@ -75,38 +88,44 @@ class KnownIds:
 
     def follow(self, input_ids: Tensor) -> None:
         """Record the ids [B, L] of a forward pass of the latest `generate`, including those before it."""
-        if self._whole:
-            self.fed = input_ids.clone()
-        elif self._before is not None:
-            self.fed = torch.cat([self._before.to(input_ids), input_ids], 1)
+        if self._before is not None and len(self._before) == len(input_ids):  # the model refuses another batch
+            self.fed = torch.cat([self._before, input_ids[:, self._skipped :]], 1)
+
+    def _record_behind(self, length: int, input_ids: Tensor, skipped: int) -> None:
+        """From now on, `follow` records its ids, without the first `skipped`, behind those of the cache's `length`
+        tokens. These remain as they are: a prompt says nothing about tokens with which it cannot be compared."""
+        self._before, self._skipped = self._first(length, input_ids), skipped
+        self.follow(input_ids)
+
+    def _first(self, length: int, like: Tensor) -> Tensor:
+        """The ids [B, length] of the cache's tokens, `UNKNOWN` where they are not known."""
+        held = like[:, :0] if self.fed is None else self.fed[:, :length].to(like)
+        return torch.cat([held, held.new_full((len(held), length - held.shape[1]), UNKNOWN)], 1)
 
     def _check_goes_on(self, input_ids: Tensor, length: int) -> None:
-        given, known = input_ids.shape[1], self.saved if self.fed is None else self.fed
+        given = input_ids.shape[1]
         if 0 < given <= length:
             raise InputError(
                 f"input_ids: expected a prompt that continues the {number_of(length, 'token')} that the TurboCache "
                 f"already holds, got {given}; crop({given - 1 - length}) leaves one of them to process, reset() "
                 f"empties the cache, and new ids alone need an attention_mask of all {length + given} positions"
             )
-        if not self.checked:
+        mine, theirs = self._first(length, input_ids).cpu(), input_ids[:, :length].cpu()
+        if not self.checked or mine.shape != theirs.shape:  # transformers refuses an empty prompt
             return
-        if known is None:
-            known = input_ids[:, :0]
-        if len(known) != len(input_ids):  # the model refuses another batch
-            return
-        shared = min(length, known.shape[1], given)
-        mine, theirs = (x[:, :shared].cpu() for x in (known, input_ids))
-        if not torch.equal(mine, theirs):
-            same = int((mine == theirs).all(0).long().cumprod(0).sum())
+        differs = ((mine != theirs) & (mine != UNKNOWN)).any(0)
+        if differs.any():
+            same = int(differs.int().argmax())
             back = f"crop({same}) keeps what they share, " if same else ""  # crop(0) would keep everything
             raise InputError(
                 f"input_ids: expected a prompt that begins with the {number_of(length, 'token')} of the TurboCache, "
                 f"got one that differs from token {same} on; {back}reset() empties the cache, and check_prompts=False "
                 "switches this off"
             )
-        if shared < length:
+        unknown = int((mine == UNKNOWN).any(0).sum())
+        if unknown:
             self._warn(
-                f"input_ids: cannot be compared with {length - shared} of the {number_of(length, 'token')} that the "
+                f"input_ids: cannot be compared with {unknown} of the {number_of(length, 'token')} that the "
                 "TurboCache holds, which came from a call of the model or from inputs_embeds"
             )
 
@@ -121,7 +140,9 @@ class KnownIds:
 
     def all_of(self, length: int) -> Tensor | None:
         """The ids [B, length] of all tokens of a cache; None if some are not known."""
-        return next((ids for ids in (self.fed, self.saved) if ids is not None and ids.shape[1] == length), None)
+        if self.fed is None or self.fed.shape[1] != length or bool((self.fed == UNKNOWN).any()):
+            return None
+        return self.fed
 
     def copy(self) -> KnownIds:
         return copy.copy(self)
