@@ -23,7 +23,7 @@ class Watch:
 
         @wraps(step)
         def watched(self: TailSlotAllocator, output: Any) -> None:
-            counting.step(output)
+            counting.update(output)
             step(self, output)
 
         TailSlotAllocator.update = watched
