@@ -247,15 +247,13 @@ def _fills_at_once(call: CheckedCall, cache: KVCache) -> bool:
 
 def _decided(call: CheckedCall, cache: KVCache) -> Decided | None:
     """The mean, widths and order that the first tokens of a call determine; None if all are fixed already."""
-    k, v = call.k, call.v
-    assert k is not None and v is not None
-    first = deciding_tokens(cache, k.shape[2], 0 if cache.config.guard == "off" else TOKENS)
+    tokens = call.q.shape[2]
+    first = deciding_tokens(cache, tokens, 0 if cache.config.guard == "off" else TOKENS)
     if not first:
         return None
-    positions, valid = _rows(call, cache.lengths, cache.lengths + k.shape[2])
-    energy = _energy(call.q, cache, positions, valid) if cache.learns_order else None
-    staged = stage(cache, k[:, :, :first], v[:, :, :first], None, energy, ("k_new", "v_new"))
-    return Decided(staged.k_mean, _compression(call, cache, staged, positions, valid))
+    positions, valid = _rows(call, cache.lengths, cache.lengths + tokens)
+    staged, compression = _staged(call, cache, None, positions, valid, first)
+    return Decided(staged.k_mean, compression)
 
 
 def _attend_and_store(backend: Backend, call: CheckedCall, cache: KVCache) -> Result:
@@ -267,21 +265,25 @@ def _attend_and_store(backend: Backend, call: CheckedCall, cache: KVCache) -> Re
     check_finite("q", q, valid.sum(1))
     check_pages_kept(cache, positions, valid, params.window_size)
     staged, compression = None, None
-    if call.k is not None and call.v is not None:
-        energy = _energy(q, cache, positions, valid) if cache.learns_order else None
-        staged = stage(cache, call.k, call.v, counts, energy, ("k_new", "v_new"))
-        compression = _compression(call, cache, staged, positions, valid)
+    if call.k is not None:
+        staged, compression = _staged(call, cache, counts, positions, valid)
     result = backend.attend_cache(call, cache, staged, compression=compression, positions=positions, valid=valid)
     if staged is not None and compression is not None:
         commit(cache, staged, compression)
     return result
 
 
-def _compression(call: CheckedCall, cache: KVCache, staged: Stage, positions: Tensor, valid: Tensor) -> Compression:
-    """What committing `staged` compresses, at widths that the guard finds wide enough."""
-    assert call.k is not None and call.v is not None
+def _staged(
+    call: CheckedCall, cache: KVCache, counts: Tensor | None, positions: Tensor, valid: Tensor, first: int | None = None
+) -> tuple[Stage, Compression]:
+    """The call's new tokens, or the `first` of them, as INT8, and what committing these compresses, at widths that the
+    guard finds wide enough."""
+    k, v = call.k, call.v
+    assert k is not None and v is not None
+    energy = _energy(call.q, cache, positions, valid) if cache.learns_order else None
+    staged = stage(cache, k[:, :, :first], v[:, :, :first], counts, energy, ("k_new", "v_new"))
     planned = compression_of(cache, staged)
-    return guarded(cache, staged, planned, call.q, positions, valid, (call.k, call.v), call.params)
+    return staged, guarded(cache, staged, planned, call.q, positions, valid, (k, v), call.params)
 
 
 def _counts(call: CheckedCall) -> Tensor:

@@ -115,7 +115,7 @@ class Sample:
             part_k = part_k if rotated else restore_keys(part_k, part.order, part.rotated)
             for target, values in ((k, part_k), (v, part_v)):
                 target.unflatten(2, (-1, size))[at] = values.to(target.dtype)
-        k, v = self._behind_pages(self._with_mean(k, self.start, rotated), v, rotated, True)
+        k, v = self._behind_pages(self._with_mean(k, self.start, True), v, True)
         q = rotate(self.q.float()) if rotated else self.q
         got = self.cache.restore(float_attention(q, self.positions, k, v, self.length, self.params))
         return relative_errors(got, self.wanted, self.cache.num_kv_heads)
@@ -127,7 +127,7 @@ class Sample:
         if len(self.compression.flush.batch) == len(self.batch) * self.blocks:
             k, v, dtype = self.stored.k8, self.stored.v8, self.stored.k_scale.dtype
             return torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
-        return self._floats(self.stored, self.rotated, True)
+        return self._floats(self.stored, True)
 
     def _queries(self, q: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Up to `QUERIES` rows, spread over the later half of the sampled tokens, with their positions."""
@@ -183,26 +183,27 @@ class Sample:
 
     def _frame(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] in the model's space: the pages, then the tiles [b, Hkv, W, D] behind them."""
-        k, v = self._floats(tiles, False, False)
-        return self._behind_pages(self._with_mean(k, self.start, False), v, False, False)
+        k, v = self._floats(tiles, False)
+        return self._behind_pages(self._with_mean(k, self.start, False), v, False)
 
-    def _behind_pages(self, k: Tensor, v: Tensor, k_rotated: bool, v_rotated: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values that follow the pages, with these before them; which of them are as stored."""
+    def _behind_pages(self, k: Tensor, v: Tensor, stored: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values that follow the pages, with these before them; `stored` as in `_floats`."""
         if self.pages is not None:
             pages = self.pages.map(lambda x: x.transpose(1, 2).flatten(2, 3))
-            page_k, page_v = self._floats(pages, k_rotated, v_rotated)
-            k, v = torch.cat((self._with_mean(page_k, 0, k_rotated), k), 2), torch.cat((page_v, v), 2)
+            page_k, page_v = self._floats(pages, stored)
+            k, v = torch.cat((self._with_mean(page_k, 0, stored), k), 2), torch.cat((page_v, v), 2)
         return k[:, :, : self.tokens], v[:, :, : self.tokens]
 
-    def _floats(self, tiles: Tiles, k_rotated: bool, v_rotated: bool) -> tuple[Tensor, Tensor]:
-        """INT8 rows as floats, keys without their mean: as stored, or in the model's space."""
+    def _floats(self, tiles: Tiles, stored: bool) -> tuple[Tensor, Tensor]:
+        """INT8 rows as floats, keys without their mean: `stored`, as they are compared, or in the model's space."""
         k, v = tiles.floats()
-        return k if k_rotated else self.cache.restore(k), v if v_rotated else self.cache.restore(v)
+        k = k if stored and self.rotated else self.cache.restore(k)
+        return k, v if stored else self.cache.restore(v)
 
-    def _with_mean(self, k: Tensor, start: int, rotated: bool) -> Tensor:
+    def _with_mean(self, k: Tensor, start: int, stored: bool) -> Tensor:
         """Keys whose first token is at position `start`, with their mean."""
         if self.mean is None:
             return k
         mean = self.mean.to(k.dtype)
         smoothed = upload(start + torch.arange(k.shape[2]) >= self.cache.mean_from, k.device)
-        return k + (mean if rotated else self.cache.restore(mean))[:, :, None] * smoothed[:, None]
+        return k + (mean if stored and self.rotated else self.cache.restore(mean))[:, :, None] * smoothed[:, None]
