@@ -23,6 +23,7 @@ DEFAULTS = {
     "reorder_k": False,
     "token_scales": True,
     "sink_tokens": 64,
+    "exact_rows": 16,
     "search": True,
     "low_bit_fraction": 0.5,
     "stored_prefill": False,
@@ -39,6 +40,7 @@ PAPER = {
     "rotate": False,
     "token_scales": False,
     "sink_tokens": 0,
+    "exact_rows": 0,
     "search": False,
     "guard": "off",
 }
@@ -61,6 +63,7 @@ VALID = [
     ("bits", 8), ("bits", 4), ("bits", 3), ("bits", 2), ("bits", (4, 2)), ("bits", (2, 8)), ("bits", "mixed"),
     ("block_size", 16), ("block_size", 32), ("block_size", 64),
     ("softmax", "sas"), ("softmax", "sas2"), ("softmax", "exp"), ("sas_threshold", -80), ("sas_threshold", -0.5),
+    ("exact_rows", 0), ("exact_rows", 1),
     ("sink_tokens", 0), ("sink_tokens", 128), ("low_bit_fraction", 0), ("low_bit_fraction", 1.0),
     ("flush_lag", 0), ("flush_lag", 200), ("guard", "warn"),
 ]  # fmt: skip

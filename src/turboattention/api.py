@@ -10,6 +10,8 @@ from torch import Tensor
 from . import dispatch, ops
 from .checked_call import check_call
 from .config import TurboConfig
+from .exact_heads import with_exact_heads
+from .exact_rows import with_exact_rows
 from .guard import guarded
 from .guard_sample import TOKENS
 from .impl.contract import Availability, Backend, CheckedCall, Result
@@ -133,7 +135,9 @@ def turbo_attention(
         if name not in chosen.checks_finite:
             check_finite(name, x)
     params = AttentionParams(is_causal, logit_scale(scale, q.shape[3]), window_size, softcap, mask)
-    out, lse = chosen.prefill(q, k, v, config, params)
+    result = chosen.prefill(q, k, v, config, params)
+    result = with_exact_rows(config, result, q, k, v, params, torch.ones(len(q), dtype=torch.bool))
+    out, lse = with_exact_heads(config, result, q, k, v, params)
     return (out, lse) if return_lse else out
 
 
@@ -226,6 +230,7 @@ def turbo_attention_with_kvcache(
     call = check_call(q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
     head_dims = cache.head_dim, cache.v_head_dim
     chosen = dispatch.choose(backend, dispatch.CallTraits(cache.config, q.dtype, q.device, q.shape[2], head_dims))
+    begins = cache.lengths == 0
     # Queries without new tokens may need keys that a window has evicted; the general path checks this.
     result = chosen.step(call, cache) if k_new is not None or cache.window_size is None else None
     if result is None and chosen.prompt is not None and _fills_at_once(call, cache):
@@ -235,6 +240,8 @@ def turbo_attention_with_kvcache(
     elif k_new is not None and cache.learns_order:
         positions, valid = _rows(call, cache.lengths - _counts(call), cache.lengths)
         observe(cache, _energy(q, cache, positions, valid))
+    if call.k is not None and call.v is not None:
+        result = with_exact_rows(cache.config, result, q, call.k, call.v, call.params, begins, call.counts)
     return result if return_lse else result[0]
 
 

@@ -84,6 +84,13 @@ class TurboConfig:
     """How many tokens at the start of each sequence stay INT8: 0 or a multiple of `block_size` (the default is rounded
     up to a multiple)."""
 
+    exact_rows: int = 16
+    """How many queries at the start of each sequence are computed in floating point, if their call contains the
+    sequence from its first token and has `is_causal`. They see so few keys that INT8's errors do not average out, and
+    in models whose first tokens are attention sinks, later layers amplify them (docs/numerics.md). 0 for none. A cache
+    with `stored_prefill`, whose results must not depend on how a prompt is split into calls, has none; a server's
+    pages do (`TailBlocks`)."""
+
     search: bool = True
     """Below 8 bits, search each channel's range for the least squared error instead of min-max."""
 
@@ -110,6 +117,8 @@ class TurboConfig:
         for name in ("smooth_k", "rotate", "reorder_k", "token_scales", "search", "stored_prefill"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if not _is_int(self.exact_rows) or self.exact_rows < 0:
+            raise ConfigError(f"exact_rows: expected an integer of at least 0, got {self.exact_rows!r}")
         size = self.block_size
         if not _is_int(size) or size % 16 or not 16 <= size <= 256:
             raise ConfigError(f"block_size: expected a multiple of 16 from 16 to 256, got {size!r}")
@@ -133,8 +142,8 @@ class TurboConfig:
         """TurboAttention as published (arXiv 2412.08585), as a baseline for comparisons.
 
         Tile-wide scales for Q, K, V and the weights, running maximum, SAS everywhere, min-max
-        stage 2, one universal buffer scale; no smoothing, rotation, sink block, search or guard. On
-        GPUs, only the backend "reference" computes it.
+        stage 2, one universal buffer scale; no smoothing, rotation, sink block, exact rows, search or guard.
+        On GPUs, only the backend "reference" computes it.
         """
         published: dict[str, Any] = {
             "softmax": "sas",
@@ -146,6 +155,7 @@ class TurboConfig:
             "rotate": False,
             "token_scales": False,
             "sink_tokens": 0,
+            "exact_rows": 0,
             "search": False,
             "guard": "off",
         }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import TurboConfig
 from .errors import GuardWarning
-from .guard_sample import QUERIES, TOKENS, Sample, float_attention, relative_errors
+from .guard_sample import QUERIES, TOKENS, Sample, causal_attention, relative_errors
 from .kv.cache import KVCache
 from .kv.channel_order import ChannelOrder
 from .kv.compression import Compression
@@ -123,7 +123,7 @@ def fixed_widths_message(
     positions = torch.arange(tokens - q.shape[2], tokens)[None]
     params = AttentionParams(True, logit_scale(scale, head_dim), window_size, softcap, None)
     exact, stored = (
-        float_attention(q, positions, *kv, torch.tensor([tokens]), params) for kv in ((k, v), cache.dequantize())
+        causal_attention(q, positions, *kv, torch.tensor([tokens]), params) for kv in ((k, v), cache.dequantize())
     )
     errors = relative_errors(stored, exact, heads)
     beyond = _beyond(errors, head_bits)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .flashq import rotate
+from .float_attention import float_attention, visible
 from .kv.cache import KVCache
 from .kv.channel_order import restore_keys
 from .kv.compression import Compression
@@ -31,30 +33,14 @@ def relative_errors(got: Tensor, exact: Tensor, kv_heads: int) -> Tensor:
     return (lost / whole.clamp(min=1e-300)).sqrt().nan_to_num(nan=torch.inf).cpu()
 
 
-def float_attention(
+def causal_attention(
     q: Tensor, positions: Tensor, k: Tensor, v: Tensor, lengths: Tensor, params: AttentionParams
 ) -> Tensor:
-    """Causal attention in float32, whose error is far below every bound.
-
-    q [B, Hq, Lq, D] at `positions` (int64 [B, Lq]) over the first `lengths[b]` tokens of k [B, Hkv, L, D] and v
-    [B, Hkv, L, Dv] -> [B, Hq, Lq, Dv]; rows without a visible key give 0. The window, scale and softcap of `params`
-    apply, its mask does not.
-    """
-    keys = torch.arange(k.shape[2])
-    behind = positions[..., None] - keys
-    seen = (behind >= 0) & (keys < lengths[:, None, None])
-    if params.window_size is not None:
-        seen &= behind < params.window_size
-    unseen = upload(~seen[:, None, None], q.device)
-    q, k, v = q.float(), k.float(), v.float()
-    # The queries of a GQA group are rows of one product, so that keys and values are not copied for each head.
-    group, queries = q.shape[1] // k.shape[1], q.shape[2]
-    logits = (q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)) * params.scale
-    if params.softcap is not None:
-        logits = params.softcap * torch.tanh(logits / params.softcap)
-    logits = logits.unflatten(2, (group, queries)).masked_fill_(unseen, -torch.inf)
-    weights = torch.softmax(logits, -1).masked_fill_(unseen, 0.0)
-    return (weights.flatten(2, 3) @ v).unflatten(2, (group, queries)).flatten(1, 2)
+    """`float_attention` of q [B, Hq, Lq, D] at `positions` (int64 [B, Lq]), causal, over the first `lengths[b]` tokens
+    of k [B, Hkv, L, D] and v [B, Hkv, L, Dv] -> [B, Hq, Lq, Dv]. The mask of `params` does not apply."""
+    seen = visible(positions, k.shape[2], replace(params, is_causal=True))
+    seen &= torch.arange(k.shape[2]) < lengths[:, None, None]
+    return float_attention(q, k, v, upload(seen, q.device), params)[0]
 
 
 class Sample:
@@ -101,7 +87,7 @@ class Sample:
         if q.device.type == "cpu" and not bool(torch.isfinite(self.q).all()):
             check_finite("q", q, valid.sum(1))
         exact = self._exact(staged, new)
-        self.wanted = float_attention(self.q, self.positions, *exact, self.length, params)
+        self.wanted = causal_attention(self.q, self.positions, *exact, self.length, params)
 
     def errors(self, bits: Tensor) -> Tensor:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
@@ -117,7 +103,7 @@ class Sample:
                 target.unflatten(2, (-1, size))[at] = values.to(target.dtype)
         k, v = self._behind_pages(self._with_mean(k, self.start, True), v, True)
         q = rotate(self.q.float()) if rotated else self.q
-        got = self.cache.restore(float_attention(q, self.positions, k, v, self.length, self.params))
+        got = self.cache.restore(causal_attention(q, self.positions, k, v, self.length, self.params))
         return relative_errors(got, self.wanted, self.cache.num_kv_heads)
 
     @functools.cached_property

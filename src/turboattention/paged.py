@@ -18,6 +18,7 @@ from .dispatch import TABLE, CallTraits, choose
 from .errors import DtypeError, InputError, ShapeError, UnsupportedError
 from .impl.contract import PagedAttention
 from .kv.paged import BLOCK, PAGE_UNIT, HeadBits, PagedBatch, PagedFormat, TailBlocks, reserved_bytes
+from .paged_exact_rows import write_exact_rows
 from .params import AttentionParams
 from .softmax import logit_scale
 from .validation import check_floats, check_softmax
@@ -109,7 +110,10 @@ def paged_attention(
     which = fmt.config, q.dtype, q.device, backend
     run = batch.once(which, lambda: _chosen(*which)[1])
     params = AttentionParams(True, logit_scale(scale, fmt.head_dim), window_size, softcap)
-    return run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, params, sinks)
+    finite = run(fmt, layer, batch, q, k, v, out, pages, tail_blocks, params, sinks)
+    if tail_blocks.exact_rows:
+        write_exact_rows(layer, batch, q, k, v, out, tail_blocks, params, sinks)
+    return finite
 
 
 def backend_for(config: TurboConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:

@@ -139,6 +139,10 @@ class TailBlocks:
     codes: int8 [layers, num_slots, H, ring, D] of K and V; scales: float32 [layers, num_slots, H, ring]. Position p of
     a sequence is row `p % ring` of its slot.
 
+    exact_rows: how many first queries of a sequence are computed in floating point (`TurboConfig.exact_rows`). Their
+    keys and values are kept, so that results do not depend on how a prompt is scheduled: `first` of K and V, `dtype`
+    [layers, num_slots + 1, exact_rows, H, D], the last slot for rows of no sequence; use the dtype of the tokens.
+
     ring: 64, or 128 if up to 64 tokens may be rejected (speculative decoding). Raises InputError for other values.
     """
 
@@ -151,6 +155,8 @@ class TailBlocks:
         head_dim: int,
         device: torch.device | str = "cpu",
         ring: int = BLOCK,
+        exact_rows: int = 0,
+        dtype: torch.dtype = torch.float32,
     ):
         if ring not in (BLOCK, 2 * BLOCK):
             raise InputError(f"ring: expected {BLOCK} or {2 * BLOCK}, got {ring}")
@@ -158,6 +164,8 @@ class TailBlocks:
         shape = layers, num_slots, kv_heads, ring
         self.codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device) for _ in "kv"]
         self.scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in "kv"]
+        self.exact_rows, first = exact_rows, (layers, num_slots + 1, exact_rows, kv_heads, head_dim)
+        self.first = [torch.zeros(first, dtype=dtype, device=device) for _ in "kv"] if exact_rows else []
         (kc, vc), (ks, vs) = self.codes, self.scales
         self._layers = [((kc[layer], vc[layer]), (ks[layer], vs[layer])) for layer in range(layers)]
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
@@ -188,7 +196,7 @@ class TailBlocks:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.codes, *self.scales))
+        return sum(x.nbytes for x in (*self.codes, *self.scales, *self.first))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,15 @@ def ruined(tiny):
     return model
 
 
+@pytest.fixture
+def only_warning():
+    """Heads beyond INT8 are not computed in floating point."""
+    enable(TurboConfig(guard="warn"))
+    yield
+    disable()
+    enable()
+
+
 def said(model, ids, **options) -> list[str]:
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always", GuardWarning)
@@ -42,6 +51,7 @@ def said(model, ids, **options) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"use_cache": True}], ids=str)
+@pytest.mark.usefixtures("only_warning")
 def test_warns_once_of_the_layer(options, ruined, tokens):
     (message,) = said(ruined, tokens(2, 100), **options)
     assert message.startswith("layer 1: KV head")
@@ -51,10 +61,25 @@ def test_warns_once_of_the_layer(options, ruined, tokens):
 
 
 @pytest.mark.parametrize("padding", [0, 30, 99])
+@pytest.mark.usefixtures("only_warning")
 def test_with_padding(padding, ruined, tokens):
     mask = torch.ones(2, 100, dtype=torch.int64)
     mask[0, :padding] = 0
     assert len(said(ruined, tokens(2, 100), attention_mask=mask, use_cache=False)) == 1
+
+
+def test_by_default_such_heads_are_exact(ruined, tokens):
+    """The attention of layer 1, from the hidden states that layer 0 gives it."""
+    outs = []
+    ruined.model.layers[1].self_attn.register_forward_hook(lambda *call: outs.append(call[2][0]))
+    hidden = ruined.model.layers[0].register_forward_hook(lambda *call: seen)
+    ids, seen = tokens(2, 100), torch.randn(2, 100, ruined.config.hidden_size)
+    assert said(ruined, ids, use_cache=False) == []
+    ruined.set_attn_implementation("eager")
+    assert said(ruined, ids, use_cache=False) == []
+    hidden.remove()
+    got, want = outs
+    assert float((got - want).norm() / want.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 from turboattention import TurboConfig
-from turboattention.integrations.transformers import TurboCache
+from turboattention.integrations.transformers import TurboCache, disable, enable
 
 # Small blocks, so that short texts fill several, and windows of 24 release some.
 CLOSE = TurboConfig(bits=8, block_size=16, sink_tokens=16, softmax="exp", guard="off")
@@ -90,10 +90,19 @@ def test_compiled_models(kind, tiny, forward, tokens):
     torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
+@pytest.fixture
+def integers():
+    enable(TurboConfig(exact_rows=0))
+    yield
+    disable()
+    enable()
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("llama", None), ("llama", "static"), ("llama", "dynamic"), ("mistral", None), ("gpt_oss", None)]
 )
-def test_without_a_turbo_cache_models_compile_to_one_graph(name, kind, tiny, forward, tokens, padded):
+def test_without_a_turbo_cache_models_compile_to_one_graph(name, kind, tiny, forward, tokens, padded, integers):
+    """Without exact rows: a compiled model gives an explicit mask where an eager one says that it is causal."""
     model = tiny(name, num_hidden_layers=2, layer_types=None) if name == "gpt_oss" else tiny(name, num_hidden_layers=2)
     ids, mask = padded([tokens(1, 40), tokens(1, 31, seed=1)])
     sizes = [38, 1, 1] if kind else [40]

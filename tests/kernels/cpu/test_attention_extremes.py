@@ -83,8 +83,8 @@ def test_maxima_that_rise_and_fall_from_block_to_block(queries, softmax):
     q[..., 0] = 4.0
     heights = torch.tensor([0.0, 9.0, -30.0, 8.0, 60.0, 59.0, -300.0, 300.0, 299.0, 0.0])
     k[..., 0] += heights.repeat_interleave(64)
-    prefill_both(q, k, v, config=ta.TurboConfig(softmax=softmax, smooth_k=False), flips=1)
-    prefill_both(q, -k, v, config=ta.TurboConfig(softmax=softmax), flips=1)
+    prefill_both(q, k, v, config=OFF.replace(softmax=softmax, smooth_k=False), flips=1)
+    prefill_both(q, -k, v, config=OFF.replace(softmax=softmax), flips=1)
 
 
 @rows

@@ -135,7 +135,10 @@ def _hub() -> list[CacheMethod]:
 
 def _turbo() -> list[CacheMethod]:
     paper = "as published: tile scales, running maximum, min-max stage 2"
-    default = "smoothing, rotation, token scales, 64 sink tokens at INT8, range search, adaptive guard"
+    default = (
+        "smoothing, rotation, token scales, 64 sink tokens at INT8, first 16 queries in floating point, range search, "
+        "adaptive guard"
+    )
     lag = f"{default}; the last 64 to 127 tokens at INT8"
     reordered = f"{default}; compressed K not rotated, its channels by attention energy in halves of two widths"
     return [

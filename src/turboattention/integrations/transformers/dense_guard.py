@@ -3,7 +3,7 @@
 INT8 keys and queries silently fail to represent layers whose logits are far beyond 100. The first call of a layer with
 at least 32 queries, over any cache of the model's own, compares sampled rows of one sequence with exact attention, and
 issues one warning for heads beyond the bound of 8 bits (numerics.md, The guard). If calls are shorter (a short prompt,
-a prompt in small pieces, decode steps), their rows that see at least 16 keys are pooled until there are 16 of them.
+a prompt in small pieces, decode steps), their rows that see more than 16 keys are pooled until there are 16 of them.
 Results do not change, since there is no wider format. Compiled calls are not checked.
 """
 
@@ -83,14 +83,13 @@ def check_first_prompt(
 
 
 def _rows(mask: Tensor, queries: int) -> tuple[Tensor, bool]:
-    """The rows to compare, given the visible keys `mask` bool [L, Lk], and whether they are enough."""
+    """The rows to compare, given the visible keys `mask` bool [L, Lk], and whether they are enough. Rows of fewer keys
+    than `_ENOUGH` are padding, or may be computed in floating point (`TurboConfig.exact_rows`)."""
+    rows = (mask.sum(1) > _ENOUGH).nonzero().flatten()
     if queries < _FEWEST:
-        return (mask.sum(1) >= _ENOUGH).nonzero().flatten(), False
-    rows = torch.arange(len(mask) // 2, len(mask))
-    rows = rows[mask[rows].any(1)]  # others are padding
-    if not len(rows):
-        return rows, True
-    return rows[torch.linspace(0, len(rows) - 1, min(QUERIES, len(rows))).long()], True
+        return rows, False
+    later = rows[rows >= len(mask) // 2]
+    return later[torch.linspace(0, len(later) - 1, min(QUERIES, len(later))).long()], len(later) >= _ENOUGH
 
 
 def _shown(queries: int, keys: int, plan: MaskPlan | None, causal: bool, window: int | None) -> tuple[int, Tensor]:

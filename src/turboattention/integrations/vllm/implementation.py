@@ -104,6 +104,8 @@ class TurboImpl(AttentionImpl[TurboMetadata]):
             head_dim=head_size,
             device=self.device,
             ring=ring_for(config.speculative_config is not None),
+            exact_rows=self.widths.config.exact_rows,
+            dtype=config.model_config.dtype,
         )
         self._finite = True
 

@@ -1,0 +1,81 @@
+"""The first queries of a sequence, computed in floating point (`TurboConfig.exact_rows`).
+
+The query at position i sees at most i + 1 keys. An INT8 error of a value averages out over hundreds of keys, not over
+two; and the first tokens of many models are attention sinks, whose hidden states grow so large that later layers
+amplify this error for the whole text. A few rows over as many keys cost next to nothing in floating point.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .config import TurboConfig
+from .float_attention import float_attention, visible
+from .params import AttentionParams
+from .uploads import upload
+
+
+def with_exact_rows(
+    config: TurboConfig,
+    result: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: AttentionParams,
+    begins: Tensor,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`result` (out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]) with its first rows computed in floating point, in place.
+
+    Args:
+        q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D], v: [B, Hkv, Lk, Dv]. The last query is at the last key unless there are
+            counts.
+        params: the mask is for these keys.
+        begins: bool [B] (CPU): the sequences whose first token is their first key here.
+        counts: int64 [B] (CPU), tokens of each sequence, and query i is at key i; None for all.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    ahead = 0 if counts is not None else keys - queries  # keys before the first query
+    rows = slice(max(0, -ahead), max(0, min(queries, config.exact_rows - ahead)))
+    if config.stored_prefill or not params.is_causal or rows.start >= rows.stop or not bool(begins.any()):
+        return result
+    # Always as many rows, so that a row is the same in any batch: a product's rounding depends on its shape.
+    size = config.exact_rows
+    at = torch.arange(size)
+    position = at + rows.start + ahead
+    seen = visible(position, size, params) & (at < keys)
+    if counts is not None:
+        seen = seen & (torch.maximum(at, position[:, None]) < counts[:, None, None])
+    device, short = q.device, size - (rows.stop - rows.start)
+    first_q = pad(q[:, :, rows], (0, 0, 0, short))
+    first_k, first_v = (pad(x[:, :, :size], (0, 0, 0, max(0, size - keys))) for x in (k, v))
+    if counts is not None:  # padding may hold NaN, which a weight of 0 would not remove
+        first_v = first_v.masked_fill(upload(at >= counts[:, None], device)[:, None, :, None], 0)
+    mask = _first(params.attn_mask, rows, size)
+    found = float_attention(first_q, first_k, first_v, upload(seen, device), params, mask)
+    chosen = upload(begins, device)
+    for target, values in zip(result, found, strict=True):
+        part, values = target[:, :, rows], values[:, :, : rows.stop - rows.start].to(target.dtype)
+        replaced = chosen.view(-1, *[1] * (part.dim() - 1)) & _finite(part) & _finite(values)
+        part.copy_(torch.where(replaced, values, part))
+    return result
+
+
+def _first(mask: Tensor | None, rows: slice, size: int) -> Tensor | None:
+    """The part of a mask [B or 1, Hq or 1, Lq or 1, Lk or 1] for `rows` and the first keys, padded to `size` each."""
+    if mask is None:
+        return None
+    if mask.shape[2] > 1:
+        mask = mask[:, :, rows]
+        mask = pad(mask, (0, 0, 0, size - mask.shape[2]))
+    if mask.shape[3] > 1:
+        mask = mask[..., :size]
+        mask = pad(mask, (0, size - mask.shape[3]))
+    return mask
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Whether each row is finite or -inf: what a GPU reports later stays as its kernel left it."""
+    return (x < torch.inf).all(-1, keepdim=True) if x.dim() == 4 else x < torch.inf
