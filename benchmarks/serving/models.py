@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from turboattention import __version__, bundled
 from turboattention.calibration import Calibration, LayerStatistics, Provenance
-from turboattention.config import WIDTHS
+from turboattention.config import WIDTHS, TurboConfig
 from turboattention.paged import TailBlocks
 
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct", "gemma3": "Gemma 3 270M"}
@@ -40,8 +40,10 @@ class Model:
         return {"model": str(self.folder), **made_up}
 
     def side_pool(self, sequences: int) -> int:
-        """Bytes of the tail slots: one for each sequence that may run, and a spare one."""
-        return TailBlocks(self.layers, sequences + 1, self.kv_heads, self.head_dim, device="meta").nbytes
+        """Bytes of the tail slots of a bfloat16 model: one for each sequence that may run, and a spare one."""
+        sizes = self.layers, sequences + 1, self.kv_heads, self.head_dim
+        rows = TurboConfig.serving().exact_rows
+        return TailBlocks(*sizes, device="meta", exact_rows=rows, dtype=torch.bfloat16).nbytes
 
     def mixed(self, folder: Path) -> Path:
         """A calibration with the paper's widths: half of the KV heads at 2 bits, the others at 4. Its statistics are

@@ -74,11 +74,10 @@ class Sample:
         self.tokens = int(self.length.max())
         size = cache.config.block_size
         self.blocks = -(-(self.tokens - self.start) // size)
-        at = upload(batch, staged.stored.k8.device)
-        self.stored = staged.stored.map(lambda x: x[at][:, :, : self.blocks * size])
-        self.mean = None if staged.k_mean is None else staged.k_mean[at]
+        self.stored = staged.stored.map(lambda x: self._of(x)[:, :, : self.blocks * size])
+        self.mean = None if staged.k_mean is None else self._of(staged.k_mean)
         # The pages before the stage: fewer than the sinks if a call ended among these.
-        self.pages = cache.page_tiles(0, self.start // size).map(lambda x: x[at]) if self.start else None
+        self.pages = cache.page_tiles(0, self.start // size).map(self._of) if self.start else None
         sampled = torch.isin(flush.batch, batch) & (flush.block * size < self.tokens)
         self.compression = compression.of(flush.where(sampled))
         self.rotated = cache.config.rotate and compression.order is None
@@ -88,6 +87,10 @@ class Sample:
             check_finite("q", q, valid.sum(1))
         exact = self._exact(staged, new)
         self.wanted = causal_attention(self.q, self.positions, *exact, self.length, params)
+
+    def _of(self, x: Tensor) -> Tensor:
+        """The rows of the sampled sequences; without a copy if all of them are sampled."""
+        return x if len(x) == len(self.batch) else x.index_select(0, upload(self.batch, x.device))
 
     def errors(self, bits: Tensor) -> Tensor:
         """Relative error per KV head, float64 [Hkv], with the blocks stored at `bits`."""
@@ -126,7 +129,7 @@ class Sample:
         useful = (inside & (positions >= self.tokens // 2))[self.batch].all(0)
         rows = (useful if bool(useful.any()) else valid[self.batch].all(0)).nonzero().flatten()
         rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(QUERIES, len(rows))).long()]
-        chosen = q.index_select(0, upload(self.batch, q.device)).index_select(2, upload(rows, q.device))
+        chosen = self._of(q).index_select(2, upload(rows, q.device))
         return chosen, positions[self.batch][:, rows]
 
     def _sees_all(self, positions: Tensor) -> Tensor:
@@ -140,15 +143,14 @@ class Sample:
     def _exact(self, staged: Stage, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """k and v [b, Hkv, tokens, D] of the sampled tokens: the call's own at full precision, and older ones as INT8
         unless they are kept."""
-        at = upload(self.batch, self.q.device)
         before = staged.before[self.batch]
-        k_new, v_new = (x[at][:, :, : self.tokens] for x in new)
+        k_new, v_new = (self._of(x)[:, :, : self.tokens] for x in new)
         if not bool(before.any()) and bool((self.length == self.tokens).all()):
             return k_new, v_new
         counts = (self.length - before).clamp(min=0)
         row, token = (torch.arange(k_new.shape[2]) < counts[:, None]).nonzero(as_tuple=True)
         position = before[row] + token
-        stored = staged.tiles.map(lambda x: x[at][:, :, : self.stored.k8.shape[2]])
+        stored = staged.tiles.map(lambda x: self._of(x)[:, :, : self.stored.k8.shape[2]])
         k, v = self._with_past(self._frame(stored), before)
         k[row, :, position], v[row, :, position] = (x[row, :, token].to(k.dtype) for x in (k_new, v_new))
         return k, v
