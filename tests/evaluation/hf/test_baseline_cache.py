@@ -17,6 +17,7 @@ from turboattention.evaluation.baselines.kivi import KiviKeys, KiviValues
 from turboattention.evaluation.baselines.stream import Restored
 from turboattention.evaluation.hf.baseline_cache import BaselineCache
 from turboattention.evaluation.hf.subject import TransformersSubject
+from turboattention.integrations.transformers import TurboCache
 from turboattention.integrations.transformers.language_model import load
 
 NEW = 10
@@ -147,6 +148,19 @@ def test_generates_for_a_left_padded_batch(tiny, tokens, padded, name) -> None:
     if name in ("int8", "turbo-8"):
         own = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
         assert (own == out).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exact_layers_count_as_16_bits(tiny, tokens, dtype) -> None:
+    """Also in a float32 model, where they take 32: floating-point values of the other methods count as 16, too."""
+    method, model = METHODS["turbo-4"], copy.deepcopy(tiny()).to(dtype)
+    model.set_attn_implementation("turbo")
+    cache = TurboCache(model.config, exact_layers=range(model.config.num_hidden_layers))
+    assert method.bits_per_element(cache) == float("inf")
+    with torch.no_grad():
+        model(tokens(1, 64), past_key_values=cache)
+    assert method.bits_per_element(cache) == 16
+    assert cache.bits_per_element == 8 * dtype.itemsize
 
 
 def test_refuses_what_a_key_value_cache_cannot_serve(tiny) -> None:

@@ -18,7 +18,7 @@ from .stream import FLOAT_BITS, Quantizer
 if TYPE_CHECKING:
     from ...calibration import Calibration
 
-NUMERICS = 2
+NUMERICS = 3
 """The version of TurboAttention's numerics. Raised with every change of what a configuration computes, except for which
 softmax "auto" is, so that saved results are measured again (tests/evaluation/test_numerics_version.py)."""
 
@@ -159,5 +159,10 @@ class TurboMethod:
         return TurboCache(model_config, self.config, calibration=self.calibration)
 
     def bits_per_element(self, cache: Any) -> float:
-        """From all allocated bytes, see `TurboCache.bits_per_element`."""
-        return cache.bits_per_element
+        """From all allocated bytes (`TurboCache.bits_per_element`); layers in floating point count as 16 bits, as all
+        floating-point values of the other methods do, whatever the model's dtype."""
+        if not cache.fp16_nbytes:
+            return float("inf")
+        floats = [layer.floats for layer in cache.attention_layers if layer.floats is not None]
+        excess = sum(x.nbytes * max(0.0, 1 - FLOAT_BITS / (8 * x.keys.element_size())) for x in floats)
+        return (cache.nbytes - excess) * FLOAT_BITS / cache.fp16_nbytes
