@@ -284,7 +284,7 @@ test-triton-assembly: $(BUILT) $(OLDEST_TRITON)/ready ## compile the GPU kernels
 
 build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64, to see that its portable path builds there
 	@headers=$$($(BIN)/python -c 'import nanobind, sysconfig; print("-I" + sysconfig.get_path("include"), "-I" + nanobind.include_dir())'); \
-	for name in kernels_serial threads dispatch step store bindings bindings_quantize; do \
+	for name in kernels_serial threads unsupported dispatch step store bindings bindings_quantize; do \
 	  $(ARM)/bin/python -m ziglang c++ -target aarch64-linux-gnu -std=c++17 -O2 -Wall $$headers -c csrc/cpu/$$name.cpp \
 	    -o $(ARM)/$$name.o || exit 1; echo "aarch64: $$name"; \
 	done
