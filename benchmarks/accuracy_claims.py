@@ -82,7 +82,8 @@ def verdict(low: float, high: float, most: float) -> str:
 
 
 def against(document: dict[str, Any], lag: bool = True) -> Table:
-    """For each baseline, our method with the lowest KL that is no larger; `lag`: include methods with a lag."""
+    """For each baseline, our method with the lowest KL among those of at most its size; `lag`: include methods with a
+    lag. Two values of KL are not distinguishable if their intervals overlap."""
     points = loss_points(document, *LOSSES[0][::2])
     ours, rows = [point for point in points if point.own and (lag or not point.name.endswith(", lag"))], []
     for point in sorted((point for point in points if not point.own), key=lambda point: point.bits):
@@ -90,10 +91,10 @@ def against(document: dict[str, Any], lag: bool = True) -> Table:
         best = min(fit, key=lambda one: one.value, default=None)
         cells = ["–", "–", "–", NOT_SMALLER]
         if best is not None:
-            told = "lower" if best.high < point.low else "higher" if best.low > point.high else "the same"
+            told = "lower" if best.high < point.low else "higher" if best.low > point.high else "not distinguishable"
             cells = [best.name, f"{best.bits:.2f}", f"{best.value:.5f}", told]
         rows.append([point.name, f"{point.bits:.2f}", f"{point.value:.5f}", *cells])
-    return ["baseline", "bits", "KL", "TurboAttention, no larger", "bits", "KL", "its KL is"], rows
+    return ["baseline", "bits", "KL", "best TurboAttention of at most that size", "bits", "KL", "its KL is"], rows
 
 
 def lengths(document: dict[str, Any]) -> list[Table]:

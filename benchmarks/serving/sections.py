@@ -16,7 +16,7 @@ def capacity(document: dict[str, Any], name: str) -> str:
     for row in document["rows"]:
         floor = FLOORS.get(row["contender"])
         told = "" if floor is None else f" (floor {floor}{'' if row['times'] >= floor else ', missed'})"
-        blocks = f"{row['blocks']:,} of {row['block_size']}"
+        blocks = f"{row['blocks']:,} of {row['block_size']} tokens"
         alone, both = f"{row['tokens_per_gib']:,}", f"{row['with_side_pool']:,}"
         paid = f"{row['times_with_side_pool']:.2f}"
         rows.append([row["model"], row["title"], blocks, alone, f"{row['times']:.2f}{told}", both, paid])
