@@ -290,7 +290,8 @@ build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64,
 	done
 
 # Multiplications and additions are not contracted, as in CMakeLists.txt: an FMA rounds once where they round twice.
-ARM_SOURCES := tests/kernels/cpu/checksums.cpp csrc/cpu/kernels_serial.cpp csrc/cpu/threads.cpp
+ARM_SOURCES := tests/kernels/cpu/checksums.cpp \
+  $(addprefix csrc/cpu/,kernels_serial.cpp threads.cpp unsupported.cpp dispatch.cpp step.cpp store.cpp)
 ARM_FLAGS := -std=c++17 -O2 -ffp-contract=off -fno-math-errno -Wall -Icsrc/cpu
 QEMU_AARCH64 ?= $(firstword $(shell command -v qemu-aarch64 qemu-aarch64-static))
 
