@@ -59,12 +59,12 @@ def real_aims(label: str, stage: dict[str, Any]) -> Table:
             change, bits = unit["metrics"]["perplexity_change"], unit["bits_per_element"]
             cells = [summary.figure(change, "{:+.2f}", 100), verdict(change["low"], change["high"], most)]
             rows.append([f"{unit['title']}: perplexity within {most:.1%}", *cells, f"{bits:.2f}", summary.NOTHING])
-    told = {row[0]: row[-1] for row in against(stage)[1]}
-    if told:
-        behind = [f"{name}: {what}" for name, what in told.items() if what != "lower"]
-        missed = {"higher", NOT_SMALLER} & set(told.values())
+    outcomes = {row[0]: row[-1] for row in against(stage)[1]}
+    if outcomes:
+        behind = [f"{name}: {what}" for name, what in outcomes.items() if what != "lower"]
+        missed = {"higher", NOT_SMALLER} & set(outcomes.values())
         reached = "missed" if missed else "undecided" if behind else "reached"
-        measured = "\n".join([f"lower than {len(told) - len(behind)} of {len(told)}", *behind])
+        measured = "\n".join([f"lower than {len(outcomes) - len(behind)} of {len(outcomes)}", *behind])
         rows.append(["KL below that of every baseline, at no more bits", measured, reached, *2 * [summary.NOTHING]])
     return ["aim", "measured", "loss", "bits", "size"], rows
 
@@ -91,8 +91,8 @@ def against(document: dict[str, Any], lag: bool = True) -> Table:
         best = min(fit, key=lambda one: one.value, default=None)
         cells = ["–", "–", "–", NOT_SMALLER]
         if best is not None:
-            told = "lower" if best.high < point.low else "higher" if best.low > point.high else "not distinguishable"
-            cells = [best.name, f"{best.bits:.2f}", f"{best.value:.5f}", told]
+            outcome = "lower" if best.high < point.low else "higher" if best.low > point.high else "not distinguishable"
+            cells = [best.name, f"{best.bits:.2f}", f"{best.value:.5f}", outcome]
         rows.append([point.name, f"{point.bits:.2f}", f"{point.value:.5f}", *cells])
     return ["baseline", "bits", "KL", "best TurboAttention of at most that size", "bits", "KL", "its KL is"], rows
 

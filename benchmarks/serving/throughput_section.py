@@ -89,18 +89,18 @@ def _latency(document: dict[str, Any]) -> str:
                 middle(mine, "per_token", "mean") / middle(base, "per_token", "mean") for mine in others
             )
     at_once = slower.pop("all at once", [])
-    told = [
+    sentences = [
         f"With requests arriving {load}, the time per token with TurboAttention is {_range(times)} times that of the "
         "first row."
         for load, times in slower.items()
     ]
     if at_once:
-        told.append(
+        sentences.append(
             f"With all requests at once, the time per token is {_range(at_once)} times that of the first row, because "
             "more requests run concurrently; they also wait less for their first token. `--max-num-seqs` limits their "
             "number."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def _without_fp8(document: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Growth in place: for kernels that write new tokens into a cache's tail buffer, and compress blocks, by themselves.
+"""Growth in place: for kernels that write new tokens into a cache's tail buffer, and compress blocks.
 
 For steps, a backend keeps what it needs in `KVCache.backend_state`, asks here what fits, writes, and calls `extend`. A
 prompt is written within `filling`.
