@@ -63,7 +63,7 @@ Result = tuple[Tensor, Tensor]
 
 Decide = Callable[[], "Decided | None"]
 """Computes the mean, widths and order that the first tokens of a call determine; None if all are fixed already
-(`in_place.deciding_tokens`). Raises NonFiniteError."""
+(`in_place.deciding_tokens`). May warn (`guard.guarded`). Raises NonFiniteError."""
 
 
 class PagedAttention(Protocol):
@@ -141,8 +141,11 @@ class Backend(Protocol):
         ...
 
     def prompt(self, call: CheckedCall, cache: KVCache, decide: Decide) -> Result | None:
-        """`step` for any number of new tokens, of which there are some. None, with the cache unchanged, if the call
-        needs `attend_cache`. A backend that does not let tokens decide anything here need not call `decide`."""
+        """`step` for calls with any number of new tokens. None, with the cache unchanged, if the call needs
+        `attend_cache`.
+
+        decide: to be called if this call compresses a cache's first blocks; a backend that leaves such calls to
+        `attend_cache` does not need it."""
         ...
 
     @property

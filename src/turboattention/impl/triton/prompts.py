@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 @in_own_modes
 def prompt(call: CheckedCall, cache: KVCache, decide: Decide) -> Result | None:
-    """`contract.Backend.prompt`. None if the call decides widths or an order by its tokens, which takes reading them
-    (`decide`), or has query rows for other than the new tokens."""
+    """`contract.Backend.prompt`. None if tokens of the call decide widths or an order, for which the host would
+    wait, or if query rows are not those of the new tokens."""
     q, k, v = call.q, call.k, call.v
     assert k is not None and v is not None
     if q.shape[2] != k.shape[2]:
