@@ -284,13 +284,14 @@ test-triton-assembly: $(BUILT) $(OLDEST_TRITON)/ready ## compile the GPU kernels
 
 build-arm: $(ARM)/ready $(READY) ## compile the extension's sources for aarch64, to see that its portable path builds there
 	@headers=$$($(BIN)/python -c 'import nanobind, sysconfig; print("-I" + sysconfig.get_path("include"), "-I" + nanobind.include_dir())'); \
-	for name in kernels_serial threads dispatch step store bindings bindings_quantize; do \
+	for name in kernels_serial threads unsupported dispatch step store bindings bindings_quantize; do \
 	  $(ARM)/bin/python -m ziglang c++ -target aarch64-linux-gnu -std=c++17 -O2 -Wall $$headers -c csrc/cpu/$$name.cpp \
 	    -o $(ARM)/$$name.o || exit 1; echo "aarch64: $$name"; \
 	done
 
 # Multiplications and additions are not contracted, as in CMakeLists.txt: an FMA rounds once where they round twice.
-ARM_SOURCES := tests/kernels/cpu/checksums.cpp csrc/cpu/kernels_serial.cpp csrc/cpu/threads.cpp
+ARM_SOURCES := tests/kernels/cpu/checksums.cpp \
+  $(addprefix csrc/cpu/,kernels_serial.cpp threads.cpp unsupported.cpp dispatch.cpp step.cpp store.cpp)
 ARM_FLAGS := -std=c++17 -O2 -ffp-contract=off -fno-math-errno -Wall -Icsrc/cpu
 QEMU_AARCH64 ?= $(firstword $(shell command -v qemu-aarch64 qemu-aarch64-static))
 

@@ -1,4 +1,4 @@
-"""Ablation of the numerics on whole models: each part by itself, and all parts except one.
+"""Ablation of the numerics on whole models: each part on its own, and all parts except one.
 
 `python benchmarks/ablation.py smollm2=FOLDER qwen=FOLDER --text WIKITEXT2` measures (with SmolLM2 about 5 minutes of
 one core), and writes benchmarks/results/numerics/ablation.json and the table of docs/numerics.md; without models it

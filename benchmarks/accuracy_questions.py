@@ -20,7 +20,7 @@ def questions(stage: dict[str, Any]) -> list[Table]:
     answers = {name: solved for name, solved in answers.items() if len(solved) == most}
     titles = {method["name"]: method["title"] for method in stage["methods"]}
     rivals = [name for name in RIVALS if name in answers]
-    columns = ["method", "bits / element", f"right, of {most}", *(f"against {titles[name]}" for name in rivals)]
+    columns = ["method", "bits / element", f"correct, of {most}", *(f"against {titles[name]}" for name in rivals)]
     rows = []
     for name, solved in answers.items():
         sizes = [u["bits_per_element"] for u in stage["units"] if u["method"] == name]

@@ -15,11 +15,11 @@ def capacity(document: dict[str, Any], name: str) -> str:
     rows = []
     for row in document["rows"]:
         floor = FLOORS.get(row["contender"])
-        told = "" if floor is None else f" (floor {floor}{'' if row['times'] >= floor else ', missed'})"
-        blocks = f"{row['blocks']:,} of {row['block_size']}"
+        note = "" if floor is None else f" (floor {floor}{'' if row['times'] >= floor else ', missed'})"
+        blocks = f"{row['blocks']:,} of {row['block_size']} tokens"
         alone, both = f"{row['tokens_per_gib']:,}", f"{row['with_side_pool']:,}"
         paid = f"{row['times_with_side_pool']:.2f}"
-        rows.append([row["model"], row["title"], blocks, alone, f"{row['times']:.2f}{told}", both, paid])
+        rows.append([row["model"], row["title"], blocks, alone, f"{row['times']:.2f}{note}", both, paid])
     pools = {row["model"]: row["side_pool_bytes"] for row in document["rows"] if row["side_pool_bytes"]}
     beside = ", ".join(f"{size / MIB:.1f} MiB for {model}" for model, size in pools.items())
     budget = document["budget"] / 2**30
@@ -40,7 +40,7 @@ def soak(document: dict[str, Any], name: str) -> str:
     drafts = document.get("drafts")
     by_model = bool(drafts) and document.get("drafter") == "model"
     kind = "drafts by a model (the bundled one without the MLP of one layer)" if by_model else "n-gram drafts"
-    told = (
+    text = (
         f"The bundled model in float32, greedy{f', up to {drafts} {kind} per step' if drafts else ''}: requests "
         "of random length run through an engine whose cache is too small for all of them. Each answer is compared with "
         "that of a run of one sequence at a time, without a prefix cache"
@@ -49,12 +49,12 @@ def soak(document: dict[str, Any], name: str) -> str:
         "each number of rows, and resident memory grows with it under any attention backend."
     )
     if document.get("server"):
-        told += " Then the API server is killed (SIGKILL) during requests, restarted, and sent the same requests."
+        text += " Then the API server is killed (SIGKILL) during requests, restarted, and sent the same requests."
     return "\n\n".join(
         [
             f"## Correctness under load{', with drafts by a model' if by_model else ', with drafts' if drafts else ''}",
             machine(document["facts"]),
-            told,
+            text,
             markdown(["", ""], _soaked(document) + _restarted(document.get("server"))),
             "\n".join(f"- {problem}" for problem in document["problems"]) or "No problems were found.",
         ]

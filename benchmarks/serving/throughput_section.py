@@ -23,9 +23,9 @@ def throughput(document: dict[str, Any], name: str) -> str:
             f"{plan['requests']} requests, {lengths}, bfloat16, medians over "
             f"{document['rounds']} round{'s' * (document['rounds'] != 1)}, in which the "
             "caches alternate, each in a separate engine. The cache size is the total memory for keys and values, "
-            f"including TurboAttention's tail slots for up to {plan['sequences']} sequences. *At once*: average number "
-            "of tokens per step. *Times*: the speedup over the first row for all requests; with staggered arrivals "
-            "the arrival rate is the limit." + (_quality(quality) if quality else ""),
+            f"including TurboAttention's tail slots for up to {plan['sequences']} sequences. *Tokens per step*: "
+            "the average number. *Speedup*: the time of all requests in the first row divided by that in this row; "
+            "with staggered arrivals, the arrival rate is the limit." + (_quality(quality) if quality else ""),
             table(document),
             _latency(document) + _without_fp8(document),
             f"![throughput and latency, all at once]({name}.png)",
@@ -37,8 +37,9 @@ def table(document: dict[str, Any]) -> str:
     """A row per scenario and contender, medians over the rounds."""
     quality = document.get("quality")
     percentiles = [at for at in ("p50", "p95", "p99") if at in document["rows"][0]["per_token"]]
-    columns = ["cache, requests", "attention", "tokens of cache", "output tokens/s", "times", "at once", "preemptions"]
-    columns += [f"first token, s ({', '.join(percentiles)})", f"then ms per token (mean, {', '.join(percentiles)})"]
+    columns = ["cache, requests", "attention", "tokens of cache", "output tokens/s", "speedup", "tokens per step"]
+    spread = ", ".join(percentiles)
+    columns += ["preemptions", f"time to first token, s ({spread})", f"time per token after it, ms (mean, {spread})"]
     columns += ["KL", "top-1", "perplexity"] if quality else []
     rows = []
     for found in scenarios(document).values():
@@ -88,18 +89,18 @@ def _latency(document: dict[str, Any]) -> str:
                 middle(mine, "per_token", "mean") / middle(base, "per_token", "mean") for mine in others
             )
     at_once = slower.pop("all at once", [])
-    told = [
+    sentences = [
         f"With requests arriving {load}, the time per token with TurboAttention is {_range(times)} times that of the "
         "first row."
         for load, times in slower.items()
     ]
     if at_once:
-        told.append(
+        sentences.append(
             f"With all requests at once, the time per token is {_range(at_once)} times that of the first row, because "
             "more requests run concurrently; they also wait less for their first token. `--max-num-seqs` limits their "
             "number."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def _without_fp8(document: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@
 
 #include "attention/arguments.h"
 #include "isa.h"
+#include "unsupported.h"
 
 namespace turbo::TURBO_ISA {
 
@@ -19,12 +20,17 @@ constexpr int kLowerPlanes[] = {8, 4, 4, 2, 2, 1};
 // Widths of values.
 constexpr int kValueWidths[] = {8, 4, 3, 2};
 // Widths of the two halves of a head's keys, which are equal or differ by 2 bits (kv/layout.py: K_HALVES).
-struct KeyWidths {
-    int wide, narrow;
-};
 constexpr KeyWidths kKeyWidths[] = {{8, 8}, {5, 3}, {4, 4}, {4, 2}, {3, 3}, {3, 1}, {2, 2}};
 
 static_assert(std::size(kCodeWidths) == std::size(kLowerPlanes));
+
+// A pair of planes is a lower one and, at most, one bit (quantize/packing.h, attention/page.h).
+constexpr bool planes_are_supported() {
+    for (std::size_t i = 0; i < std::size(kCodeWidths); ++i)
+        if (kCodeWidths[i] - kLowerPlanes[i] != 0 && kCodeWidths[i] - kLowerPlanes[i] != 1) return false;
+    return true;
+}
+static_assert(planes_are_supported());
 
 constexpr int lower_plane(int bits) {
     for (std::size_t i = 0; i < std::size(kCodeWidths); ++i)
@@ -35,24 +41,29 @@ constexpr int lower_plane(int bits) {
 template <int Bits>
 using Width = std::integral_constant<int, Bits>;
 
-// Calls body(Width<bits>), compiled for every entry of `Widths`; `bits` must be one of them.
+// Calls body(Width<bits>), compiled for every entry of `Widths`. Throws std::invalid_argument for other `bits`.
 template <const auto& Widths, std::size_t Entry = 0, class Body>
 inline void with_width(std::int64_t bits, const Body& body) {
-    if constexpr (Entry + 1 < std::size(Widths)) {
-        if (bits != Widths[Entry]) return with_width<Widths, Entry + 1>(bits, body);
-    }
-    body(Width<Widths[Entry]>{});
+    if constexpr (Entry == std::size(Widths))
+        unsupported_width(bits, Widths, std::size(Widths));
+    else if (bits == Widths[Entry])
+        body(Width<Widths[Entry]>{});
+    else
+        with_width<Widths, Entry + 1>(bits, body);
 }
 
 // Calls body(Width<wide>, Width<narrow>) likewise for the entries of kKeyWidths.
 template <std::size_t Entry = 0, class Body>
 inline void with_key_widths(const HeadOffsets& offsets, const Body& body) {
-    constexpr KeyWidths kEntry = kKeyWidths[Entry];
-    if constexpr (Entry + 1 < std::size(kKeyWidths)) {
-        if (offsets.bits[0] != kEntry.wide || offsets.bits[1] != kEntry.narrow)
-            return with_key_widths<Entry + 1>(offsets, body);
+    if constexpr (Entry == std::size(kKeyWidths)) {
+        unsupported_width(offsets.bits[0], offsets.bits[1], kKeyWidths, std::size(kKeyWidths));
+    } else {
+        constexpr KeyWidths kEntry = kKeyWidths[Entry];
+        if (offsets.bits[0] == kEntry.wide && offsets.bits[1] == kEntry.narrow)
+            body(Width<kEntry.wide>{}, Width<kEntry.narrow>{});
+        else
+            with_key_widths<Entry + 1>(offsets, body);
     }
-    body(Width<kEntry.wide>{}, Width<kEntry.narrow>{});
 }
 
 // Octets `first` to `last` (exclusive) of a head, of equal width; their codes begin `offset` bytes after the head's.

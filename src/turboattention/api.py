@@ -18,8 +18,8 @@ from .impl.contract import Availability, Backend, CheckedCall, Result
 from .kv.cache import KVCache
 from .kv.channel_order import query_energy
 from .kv.compression import Compression, compression_of
-from .kv.growth import commit, observe, stage
-from .kv.in_place import Decided, deciding_tokens, fills_at_once
+from .kv.growth import commit, observe, stage, token_counts
+from .kv.in_place import Decided, deciding_tokens
 from .kv.stage1 import Stage
 from .kv.window import check_pages_kept
 from .modes import in_own_modes
@@ -233,8 +233,8 @@ def turbo_attention_with_kvcache(
     begins = cache.lengths == 0
     # Queries without new tokens may need keys that a window has evicted; the general path checks this.
     result = chosen.step(call, cache) if k_new is not None or cache.window_size is None else None
-    if result is None and chosen.prompt is not None and _fills_at_once(call, cache):
-        result = chosen.prompt(call, cache, _decided(call, cache))
+    if result is None and k_new is not None:
+        result = chosen.prompt(call, cache, lambda: _decided(call, cache))
     if result is None:
         result = _attend_and_store(chosen, call, cache)
     elif k_new is not None and cache.learns_order:
@@ -245,15 +245,8 @@ def turbo_attention_with_kvcache(
     return result if return_lse else result[0]
 
 
-def _fills_at_once(call: CheckedCall, cache: KVCache) -> bool:
-    """Whether `Backend.prompt` can compute a call: its queries must be those of the new tokens."""
-    tokens = 0 if call.k is None or call.counts is not None else call.k.shape[2]
-    plain = call.params.attn_mask is None and not cache.config.stored_prefill
-    return plain and tokens == call.q.shape[2] and fills_at_once(cache, tokens)
-
-
 def _decided(call: CheckedCall, cache: KVCache) -> Decided | None:
-    """The mean, widths and order that the first tokens of a call determine; None if all are fixed already."""
+    """`contract.Decide` for a call whose sequences take all new tokens."""
     tokens = call.q.shape[2]
     first = deciding_tokens(cache, tokens, 0 if cache.config.guard == "off" else TOKENS)
     if not first:
@@ -294,8 +287,8 @@ def _staged(
 
 
 def _counts(call: CheckedCall) -> Tensor:
-    """int64 [B]: the tokens that each sequence takes."""
-    return torch.full((len(call.q),), 0 if call.k is None else call.k.shape[2]) if call.counts is None else call.counts
+    """int64 [B] (CPU): the new tokens that each sequence takes."""
+    return token_counts(call.counts, len(call.q), 0 if call.k is None else call.k.shape[2])
 
 
 def _rows(call: CheckedCall, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

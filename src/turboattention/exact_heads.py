@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import TurboConfig
 from .errors import GuardWarning
 from .float_attention import float_attention, visible
-from .guard import BOUNDS, lose_too_much
+from .guard import BOUNDS, lose_too_much, stacklevel_outside
 from .guard_sample import QUERIES, relative_errors
 from .params import AttentionParams
 
@@ -50,7 +50,11 @@ def with_exact_heads(
         return result
     if config.guard == "warn":
         message = f"{lose_too_much(heads.tolist())} in INT8 attention (relative error above {BOUNDS[8]})"
-        warnings.warn(f'{message}; guard="adapt" computes such heads in floating point', GuardWarning, stacklevel=3)
+        warnings.warn(
+            f'{message}; guard="adapt" computes such heads in floating point',
+            GuardWarning,
+            stacklevel=stacklevel_outside(),
+        )
         return result
     at = _queries_of(heads, q, k)[:, None]
     rows = max(1, _LOGITS // (len(q) * len(at) * k.shape[2]))

@@ -10,6 +10,8 @@ If 8 bits are not enough for a head, and the caller still has the tokens at full
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 
 import torch
@@ -33,6 +35,8 @@ data, and below 1, which is the error of an output of zeros."""
 EARLY_BOUND = 3 * BOUNDS[8]
 """Bound of the INT8 error before the first compressed block, where the estimate from few tokens is noisy; half of the
 planned width's bound if that is larger. An exact layer takes 16 bits or more, which a small error does not justify."""
+
+_PACKAGE = f"{os.path.dirname(__file__)}{os.sep}"
 
 _WIDER = {2: 3, 3: 4, 4: 8, 8: 8}
 
@@ -82,7 +86,7 @@ def guarded(
     if bool(failing.any()):
         message = _message(cache.first_head, failing, beyond, first, planned, bits)
         advice = _advice(sample, planned, failing)
-        warnings.warn(f"{cache.label or 'cache'}: {message}; {advice}", GuardWarning, stacklevel=6)
+        warnings.warn(f"{cache.label or 'cache'}: {message}; {advice}", GuardWarning, stacklevel=stacklevel_outside())
     return compression.at(bits)
 
 
@@ -136,6 +140,14 @@ def fixed_widths_message(
 def bound_of(bits: Tensor) -> Tensor:
     """Bound per head for widths int64 [2, Hkv]: that of the narrower of K and V."""
     return torch.tensor([BOUNDS[int(b)] for b in bits.amin(0)], dtype=torch.float64)
+
+
+def stacklevel_outside() -> int:
+    """The `stacklevel` with which the caller of this function warns about the first frame outside the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _beyond(errors: Tensor, bits: Tensor) -> Tensor:

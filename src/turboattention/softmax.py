@@ -46,10 +46,19 @@ def logit_scale(scale: float | None, head_dim: int) -> float:
 
 
 def sas(x: Tensor, threshold: float = -6.0) -> Tensor:
-    """Approximate e^x for x <= 0 (any shape, float32 or float64); 0 where x < threshold.
+    """Approximate e^x for x <= 0; 0 where x < threshold.
 
-    Maximum error 4.0e-4 above the threshold. `sas(0)` is 0.9996. Raises `DtypeError` for other
-    dtypes.
+    Args:
+        x: float32 or float64, any shape.
+        threshold: negative; smaller x give 0. The paper's is -6.
+
+    Returns:
+        The shape and dtype of x. Absolute error at most 4.0e-4 above the threshold; `sas(0)` is 0.9996.
+
+    Raises:
+        DtypeError: x has another dtype.
+
+    Source: TurboAttention (arXiv 2412.08585), section 4 (SAS).
     """
     _check(x)
     y = -x
@@ -64,7 +73,8 @@ def sas(x: Tensor, threshold: float = -6.0) -> Tensor:
 def sas2(x: Tensor, threshold: float = -6.0) -> Tensor:
     """The base-2 form of `sas`: e^x = 2^-n P2(f) with n + f = -x log2 e.
 
-    Relative error at most `SAS2_ERROR` above the threshold, and exactly 1 at 0.
+    Arguments, result and errors as in `sas`, but with a relative error of at most `SAS2_ERROR` above the threshold, and
+    exactly 1 at 0. Not in the paper: see docs/numerics.md, "SAS and its base-2 form".
     """
     _check(x)
     y = x * -_LOG2_E
@@ -75,9 +85,10 @@ def sas2(x: Tensor, threshold: float = -6.0) -> Tensor:
 
 
 def sas16(x: Tensor) -> Tensor:
-    """The base-2 form in 16-bit integers: e^x in units of 1 / `SAS16_ONE`, for x <= 0.
+    """The base-2 form in 16-bit integers: e^x for x <= 0, rounded to multiples of 1 / `SAS16_ONE`.
 
-    Exactly 1 at 0; absolute error at most 3e-4; 0 below -15 ln 2.
+    x: float32 or float64, any shape, as is the result; `DtypeError` for others. Exactly 1 at 0; absolute error at most
+    3e-4; 0 below -15 ln 2. Not in the paper: see docs/numerics.md, "SAS in 16-bit integers".
     """
     _check(x)
     distance = (x * -(_LOG2_E * SAS16_OCTAVE)).clamp(max=65535.0)
@@ -93,7 +104,9 @@ def sas16_power(distance: Tensor) -> Tensor:
 
 
 def exponential(name: str, threshold: float) -> Callable[[Tensor], Tensor]:
-    """The exponential that `TurboConfig.softmax_on` names, with its threshold ("exp" and "sas16" have none)."""
+    """The function e^x, x <= 0, that `TurboConfig.softmax_on` names, for float32 and float64 tensors of any shape.
+
+    threshold: that of "sas" and "sas2"; "exp" and "sas16" have none."""
     if name == "exp":
         return torch.exp
     if name == "sas16":

@@ -122,7 +122,7 @@ def test_questions_are_compared_in_pairs(documents: dict[str, Any], monkeypatch:
     stage = {"units": documents["qwen"]["stages"]["gsm8k"]}
     stage["methods"] = module("accuracy_tables", monkeypatch).methods(stage["units"])
     ((columns, rows),) = module("accuracy_questions", monkeypatch).questions(stage)
-    assert columns == ["method", "bits / element", "right, of 4", "against FP16 (own cache)"]
+    assert columns == ["method", "bits / element", "correct, of 4", "against FP16 (own cache)"]
     # KIVI-4 has answered two of the four: no row.
     assert [[row[0], row[2].split("\n")[0], row[3]] for row in rows] == [
         ["FP16 (own cache)", "75.0%", "–"],

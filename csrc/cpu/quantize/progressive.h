@@ -51,6 +51,7 @@ inline void load_channels(const std::int8_t* codes, std::int64_t row, int tokens
 template <int kBits>
 inline void squared_errors(const ChannelTile& tile, const std::int32_t* steps, const std::int32_t (*zeros)[kLanes],
                            float (*errors)[kLanes]) {
+    static_assert(kBits <= 5, "a wider code has further levels to fold");
     const F step = f_from_int(i_load(steps));
     const F half = step * f_set(0.5f), middle = step * f_set(((1 << kBits) - 1) * 0.5f);
     [[maybe_unused]] const F twice = step + step, fourfold = twice + twice, eightfold = fourfold + fourfold;

@@ -21,7 +21,9 @@ def head_priority(k: Tensor) -> Tensor:
         population standard deviation over channels of each channel's max - min.
 
     Raises:
-        ShapeError.
+        ShapeError: k is empty, or does not have four dimensions.
+
+    Source: TurboAttention (arXiv 2412.08585), section 3.2.
     """
     if k.dim() != 4 or 0 in k.shape:
         raise ShapeError(f"k: expected a non-empty [batch, kv_heads, tokens, head_dim], got shape {tuple(k.shape)}")
@@ -33,9 +35,13 @@ def head_priority(k: Tensor) -> Tensor:
 
 
 def assign_head_bits(priority: Tensor, low_bit_fraction: float = 0.5) -> Tensor:
-    """int64 [Hkv]: 2 for the `floor(low_bit_fraction * Hkv)` heads of lowest priority, 4 for the others.
+    """The widths of heads, int64 [Hkv]: 2 bits for the `floor(low_bit_fraction * Hkv)` heads of lowest priority, 4 for
+    the others.
 
-    Of heads with equal priority, those with the lower index get 2 bits first. Raises ShapeError, ConfigError.
+    priority: float [Hkv] (`head_priority`). Of heads with equal priority, those with the lower index get 2 bits first.
+    Raises ShapeError unless `priority` is a vector, ConfigError unless the fraction is from 0 to 1.
+
+    Source: TurboAttention (arXiv 2412.08585), section 3.2.
     """
     if priority.dim() != 1:
         raise ShapeError(f"priority: expected [kv_heads], got shape {tuple(priority.shape)}")

@@ -17,7 +17,10 @@ PLANES = {8: (8,), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 
 
 def pack_codes(code: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., n] below 2^bits -> bytes uint8 [..., n * bits / 8]. Raises ShapeError unless 8 divides n."""
+    """Pack uint8 codes [..., n] below 2^bits into bytes uint8 [..., n * bits / 8].
+
+    bits: 8, 5, 4, 3, 2 or 1. Raises ShapeError unless 8 divides n.
+    """
     if code.shape[-1] % 8:
         raise ShapeError(f"code: expected a multiple of 8 codes in the last dimension, got {code.shape[-1]}")
     planes, shift = [], 0
@@ -28,7 +31,7 @@ def pack_codes(code: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack_codes`: uint8 [..., n * bits / 8] -> uint8 [..., n]."""
+    """Inverse of `pack_codes`: bytes uint8 [..., n * bits / 8] -> codes uint8 [..., n], with the same `bits`."""
     count = packed.shape[-1] * 8 // bits
     code, start, shift = None, 0, 0
     for width in PLANES[bits]:

@@ -34,7 +34,7 @@ def _candidate_steps(widest: Tensor, bits: int) -> list[Tensor]:
 
 
 def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Compress one tile of INT8 codes.
+    """Compress one tile of INT8 codes, with a step and a zero per channel.
 
     Args:
         codes: int8 [..., T, D]; all T rows are one tile.
@@ -46,7 +46,9 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
         code uint8 [..., T, D] below 2^bits (unpacked); step (1 to 127) and zero, int8 [..., 1, D].
 
     Raises:
-        ConfigError, DtypeError, ShapeError.
+        ConfigError: another width. DtypeError: codes are not int8. ShapeError: no tokens.
+
+    Source: TurboAttention (arXiv 2412.08585), FlashQ stage 2; the paper has 4 and 2 bits, and no search.
     """
     if bits not in PLANES:
         raise ConfigError(f"bits: expected one of {', '.join(map(str, PLANES))}, got {bits!r}")
@@ -65,7 +67,8 @@ def progressive_quantize(codes: Tensor, bits: int, search: bool = False) -> tupl
 
 
 def progressive_dequantize(code: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-    """`code * step + zero` as int8, shaped like `code`."""
+    """`code * step + zero`: code uint8 [..., T, D], step and zero int8 [..., 1, D] (`progressive_quantize`) -> int8
+    [..., T, D]."""
     return (code.to(torch.int16) * step.to(torch.int16) + zero.to(torch.int16)).to(torch.int8)
 
 

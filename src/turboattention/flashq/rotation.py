@@ -21,12 +21,13 @@ _SIGN_BITS = 0x9E3779B97F4A7C15  # the golden ratio's first 64 bits
 
 
 def rotation_matrix(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Orthogonal [D, D]: row vectors are rotated by `x @ R` and back by `x @ R.T`."""
+    """The orthogonal matrix R [D, D], D = head_dim, of the given dtype: row vectors are rotated by `x @ R` and back by
+    `x @ R.T`."""
     return (_signed_hadamard(head_dim, device) * _norm(head_dim)).to(dtype)
 
 
 def rotate(x: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate the last dimension of `x` (float32 or float64), or undo the rotation.
+    """Rotate the last dimension of `x` [..., D] (float32 or float64), or undo the rotation. Shape and dtype stay.
 
     Sums in float64, where sums of float32 values are exact unless these differ by a factor above 2^20: the order of
     summation in a matrix product depends on the number of rows, and a row's result must not.

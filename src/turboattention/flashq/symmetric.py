@@ -35,7 +35,9 @@ def quantize_int8(x: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
         all-zero tile has scale 1.
 
     Raises:
-        ShapeError, DtypeError.
+        ShapeError: x does not have four dimensions, or block_size is below 1. DtypeError: x is not floating-point.
+
+    Source: TurboAttention (arXiv 2412.08585), FlashQ stage 1.
     """
     if x.dim() != 4:
         raise ShapeError(f"x: expected [batch, heads, tokens, head_dim], got shape {tuple(x.shape)}")
@@ -50,7 +52,8 @@ def quantize_int8(x: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor, block_size: int = 64) -> Tensor:
-    """Inverse of `quantize_int8`: [B, H, L, D] in the dtype of `scales`."""
+    """Inverse of `quantize_int8`: codes int8 [B, H, L, D], scales [B, H, ceil(L / block_size)] -> [B, H, L, D] in the
+    dtype of `scales`."""
     rows = scales.repeat_interleave(block_size, -1)[..., : codes.shape[2], None]
     return codes.to(scales.dtype) * rows
 
@@ -59,7 +62,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row of x [..., D] with one scale.
 
     Returns codes int8 [..., D] within +-119 and scales [...], float32 (float64 for float64 input): `max|row| / 119`
-    rounded up to 4 mantissa bits, hence exact in bfloat16. An all-zero row has scale 1. Raises DtypeError.
+    rounded up to 4 mantissa bits, hence exact in bfloat16. An all-zero row has scale 1. Raises DtypeError if x is not
+    floating-point.
     """
     x = compute_dtype(x)
     scales = _safe(round_up_to_grid(x.abs().amax(-1) / CODE_MAX))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -60,14 +61,9 @@ class Availability:
 Result = tuple[Tensor, Tensor]
 """out [B, Hq, Lq, D] in q's dtype, and lse [B, Hq, Lq], natural logarithm."""
 
-
-class Prompt(Protocol):
-    """Attends and appends the new tokens of a call (`in_place.fills_at_once`) at once."""
-
-    def __call__(self, call: CheckedCall, cache: KVCache, decided: Decided | None) -> Result:
-        """decided: the mean, widths and order determined by the first tokens; None if all are fixed
-        (`in_place.deciding_tokens`). Raises NonFiniteError; the cache is then unchanged."""
-        ...
+Decide = Callable[[], "Decided | None"]
+"""Computes the mean, widths and order that the first tokens of a call determine; None if all are fixed already
+(`in_place.deciding_tokens`). May warn (`guard.guarded`). Raises NonFiniteError."""
 
 
 class PagedAttention(Protocol):
@@ -144,9 +140,12 @@ class Backend(Protocol):
         needs `prompt` or `attend_cache`."""
         ...
 
-    @property
-    def prompt(self) -> Prompt | None:
-        """`step` for any number of new tokens, or None if the backend has no kernels for that."""
+    def prompt(self, call: CheckedCall, cache: KVCache, decide: Decide) -> Result | None:
+        """`step` for calls with any number of new tokens. None, with the cache unchanged, if the call needs
+        `attend_cache`.
+
+        decide: to be called if this call compresses a cache's first blocks; a backend that leaves such calls to
+        `attend_cache` does not need it."""
         ...
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..params import AttentionParams
-from .contract import CheckedCall, Result
+from .contract import CheckedCall, Decide, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 
 class KernelBackend(ABC):
-    """The attention calls of `contract.Backend`, passed to `attention` and `paged` of a backend's package."""
+    """The attention calls of `contract.Backend`, passed to modules of a backend: `attention`, `prompts` and `paged`."""
 
     @functools.cached_property
     @abstractmethod
     def _attention(self) -> Any: ...
+
+    @functools.cached_property
+    @abstractmethod
+    def _prompts(self) -> Any: ...
 
     @functools.cached_property
     @abstractmethod
@@ -37,6 +41,9 @@ class KernelBackend(ABC):
 
     def step(self, call: CheckedCall, cache: KVCache) -> Result | None:
         return self._attention.step(call.q, cache, call.k, call.v, call.params, call.counts)
+
+    def prompt(self, call: CheckedCall, cache: KVCache, decide: Decide) -> Result | None:
+        return self._prompts.prompt(call, cache, decide)
 
     def paged_attention(
         self,

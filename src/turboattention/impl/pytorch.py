@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import TurboConfig
 from ..params import AttentionParams
-from .contract import Availability, CallTraits, CheckedCall, Result
+from .contract import Availability, CallTraits, CheckedCall, Decide, Result
 
 if TYPE_CHECKING:
     from ..kv.cache import KVCache
@@ -21,7 +21,6 @@ class ReferenceBackend:
 
     name = "reference"
     checks_finite = ("k", "v")
-    prompt = None
     paged_attention = None
     reorders_pages = False
 
@@ -48,4 +47,7 @@ class ReferenceBackend:
         return attend_cache(call.q, cache, staged, call.params, **rows)
 
     def step(self, call: CheckedCall, cache: KVCache) -> None:
+        return None
+
+    def prompt(self, call: CheckedCall, cache: KVCache, decide: Decide) -> None:
         return None

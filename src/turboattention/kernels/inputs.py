@@ -16,16 +16,19 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Pages:
-    """Page tables of a batch: `addresses` int64 [B, P] (0 where evicted), `counts` int64 [B], the
-    number of INT8 blocks at the start, and both layouts (`compressed` may be missing while unused).
-    `kept`: what addresses point into, where nobody else holds it."""
+    """Page tables of a batch.
+
+    addresses: int64 [B, P], 0 where evicted. counts: int64 [B]. sink_blocks: the first blocks of a sequence, which have
+    the layout `sinks`; later ones have the layout `compressed`, which may be missing while there are none. alive:
+    tensors that addresses point into, if nothing else holds them.
+    """
 
     addresses: Tensor
     counts: Tensor
     sink_blocks: int
     sinks: PageLayout
     compressed: PageLayout | None
-    kept: tuple[Tensor, ...] = ()
+    alive: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

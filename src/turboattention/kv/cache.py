@@ -118,6 +118,7 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
+        """Number of sequences."""
         return self.lengths.shape[0]
 
     @property
@@ -134,7 +135,7 @@ class KVCache:
 
     @property
     def device(self) -> torch.device | None:
-        """None until the constructor or the first tokens fix it."""
+        """The device of the pages and the buffer; None until the constructor or the first tokens fix it."""
         leave_graph()
         return self.page_table.device if self.page_table is not None else None
 
@@ -249,8 +250,8 @@ class KVCache:
         return rotate(x, inverse=True) if self.config.rotate else x
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """k [B, Hkv, len(self), D] and v [..., Dv] as attended, for inspection and tests; zeros past each
-        sequence's length and where blocks were evicted."""
+        """k [B, Hkv, len(self), D] and v [B, Hkv, len(self), Dv] as attended, in `dtype` (float32 while that is not
+        fixed), for inspection and tests; zeros past each sequence's length and where blocks were evicted."""
         from .dequantization import dequantize
 
         leave_graph()
@@ -313,7 +314,11 @@ class KVCache:
 
     @in_own_modes
     def reorder(self, index: Tensor) -> None:
-        """Replace sequence `i` by sequence `index[i]` (int64 [B'], repeats allowed). Pages are shared."""
+        """Replace sequence `i` by sequence `index[i]` (int64 [B'], repeats allowed). Pages are shared.
+
+        Raises:
+            ShapeError: `index` is not a vector of integers. InputError: it names a sequence that does not exist.
+        """
         leave_graph()
         index = torch.as_tensor(index).cpu()
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
@@ -345,14 +350,22 @@ class KVCache:
         self.deferred_error = None if self.deferred_error is None else self.deferred_error.copied()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to one safetensors file (kv/serialization.py)."""
+        """Write the cache to one safetensors file, atomically (kv/serialization.py).
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         from .serialization import save_cache
 
         save_cache(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> KVCache:
-        """Read what `save` wrote. Raises `FormatError` for a damaged, foreign or newer file."""
+        """Read what `save` wrote, to `device` (the CPU by default).
+
+        Raises:
+            FormatError: the file is damaged, not of this format, or of another version. FileNotFoundError.
+        """
         from .serialization import load_cache
 
         return load_cache(path, device)

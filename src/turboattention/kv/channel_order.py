@@ -38,8 +38,11 @@ _LARGEST = 1e18
 
 
 class ChannelOrder(NamedTuple):
-    """permutation: integers [Hkv, D] (`permutation_dtype`), `permutation[h, i]` is the channel of K stored at index i.
-    halved: bool [Hkv] (CPU), which heads have two widths; only those are stored in this order."""
+    """The order of K's channels in compressed pages, one for all sequences of a cache.
+
+    permutation: uint8 [Hkv, D] (int16 if D is above 256), `permutation[h, i]` is the channel of K stored at index i.
+    halved: bool [Hkv] (CPU), which heads have two widths; only those are stored in this order.
+    """
 
     permutation: Tensor
     halved: Tensor
@@ -55,6 +58,7 @@ class ChannelOrder(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both tensors."""
         return self.permutation.nbytes + self.halved.nbytes
 
     @property

@@ -34,12 +34,12 @@ def dequantize(cache: KVCache) -> tuple[Tensor, Tensor]:
     positions = torch.arange(blocks * size)
     known = cache.readable_pages(blocks).repeat_interleave(size, 1)
     if state.tail_tiles is not None:
-        is_open = (positions >= state.start[:, None]) & (positions < state.lengths[:, None])
-        batch, position = is_open.nonzero(as_tuple=True)
+        in_tail = (positions >= state.start[:, None]) & (positions < state.lengths[:, None])
+        batch, position = in_tail.nonzero(as_tuple=True)
         row = position - state.start[batch]
         for target, values in zip((k, v), state.tail_tiles.floats(), strict=True):
             target[batch, :, position] = cache.restore(values)[batch, :, row]
-        known |= is_open
+        known |= in_tail
     if state.k_mean is not None:
         smoothed = positions >= cache.mean_from
         k = k + cache.restore(state.k_mean.to(k.dtype))[:, :, None] * smoothed.to(device)[:, None]

@@ -40,14 +40,18 @@ def stage(
     query_energy: float64 [Hkv, D] of the queries of this call (`channel_order`). names: of k and v in messages.
     quantizer: the device's by default. Raises NonFiniteError.
     """
-    if counts is None:
-        counts = torch.full((cache.batch_size,), k.shape[2])
+    counts = token_counts(counts, cache.batch_size, k.shape[2])
     cache.look()
     staged = stage_tokens(cache.config, cache.state(k.device), k, v, counts, names, quantizer)
     allocate(cache, k.device)
     if cache.dtype is None:
         cache.dtype = k.dtype
     return replace(staged, query_energy=_sum(cache.query_energy, query_energy))
+
+
+def token_counts(counts: Tensor | None, batch: int, tokens: int) -> Tensor:
+    """int64 [B] (CPU): how many of `tokens` new tokens each sequence takes; all without `counts`."""
+    return torch.full((batch,), tokens) if counts is None else counts
 
 
 def allocate(cache: KVCache, device: torch.device) -> None:

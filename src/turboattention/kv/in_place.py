@@ -1,4 +1,4 @@
-"""Growth in place: for kernels that write new tokens into a cache's tail buffer, and compress blocks, by themselves.
+"""Growth in place: for kernels that write new tokens into a cache's tail buffer, and compress blocks.
 
 For steps, a backend keeps what it needs in `KVCache.backend_state`, asks here what fits, writes, and calls `extend`. A
 prompt is written within `filling`.
@@ -153,7 +153,7 @@ def filling(
             if freezes:
                 assert decided.compression.head_bits is not None
                 cache.freeze(decided.compression.head_bits, decided.compression.order)
-        new = table.allocate((after // size - table.counts).tolist(), first)
+        new = table.next_pages((after // size - table.counts).tolist(), first)
         yield Filling(table.new_addresses(new), *tail.memory(tail.rows_for(max(held, left), seen)))
     except BaseException:
         tail.memory(rows)

@@ -82,34 +82,32 @@ class PageTable:
 
         skipped: sequences whose next block was evicted before it was written, once per block.
         """
-        written: list[list[int]] = []
+        written: list[tuple[bool, list[int]]] = []
         try:
             for part in parts:
-                pool = self.pools.of_block(int(part.flush.block[0]))
-                pages = pool.allocate(self.runs(part.flush.batch))
-                written.append(pages)
-                pool.write(pages, part.pages)
+                sinks = int(part.flush.block[0]) < self.sink_blocks
+                pages = self.fresh_pages(self.runs(part.flush.batch), sinks)
+                written.append((sinks, pages))
+                self.pools.of(sinks).write(pages, part.pages)
         except BaseException:  # no memory
-            for part, pages in zip(parts, written, strict=False):
-                self.pools.of_block(int(part.flush.block[0])).release(pages)
+            for sinks, pages in written:
+                self.discard(pages, sinks)
             raise
         if parts or len(skipped):
             self._addresses = None
         self.evict(before)
-        for sequence in skipped:
-            self.pages[sequence].append(EVICTED)
-        for part, pages in zip(parts, written, strict=True):
-            for sequence, page in zip(part.flush.batch.tolist(), pages, strict=True):
-                self.pages[sequence].append(page)
+        self.adopt(skipped, [EVICTED] * len(skipped))
+        for part, (_, pages) in zip(parts, written, strict=True):
+            self.adopt(part.flush.batch.tolist(), pages)
 
     def runs(self, batch: Tensor) -> list[int]:
-        """Allocation runs for pages of sequences `batch` int64 [N]: one run per sequence, or one per page if a window
-        releases pages one at a time."""
+        """Runs for the pages of sequences `batch` int64 [N]: one run per sequence, or one per page if a window releases
+        pages one at a time."""
         return [1] * len(batch) if self.windowed else batch.unique_consecutive(return_counts=True)[1].tolist()
 
-    def allocate(self, counts: Sequence[int], first: Sequence[int]) -> list[list[int]]:
-        """Pages for the next `counts[b]` blocks of each sequence, `EVICTED` for those before block `first[b]`. The
-        caller writes the pages and passes them to `extend`, or to `give_back`."""
+    def next_pages(self, counts: Sequence[int], first: Sequence[int]) -> list[list[int]]:
+        """`fresh_pages` for the next `counts[b]` blocks of each sequence, `EVICTED` for those before block `first[b]`.
+        The caller passes them to `extend` or `give_back`."""
         new = [[EVICTED] * count for count in counts]
         try:
             for sinks in (True, False):
@@ -121,7 +119,7 @@ class PageTable:
                 ]
                 if wanted:
                     runs = self.runs(torch.tensor([b for b, _ in wanted]))
-                    for (b, i), page in zip(wanted, self.pools.of(sinks).allocate(runs), strict=True):
+                    for (b, i), page in zip(wanted, self.fresh_pages(runs, sinks), strict=True):
                         new[b][i] = page
         except BaseException:  # no memory
             self.give_back(new)
@@ -129,12 +127,14 @@ class PageTable:
         return new
 
     def give_back(self, new: list[list[int]]) -> None:
-        """Release pages from `allocate`."""
+        """`discard` pages from `next_pages`."""
         for table, pages in zip(self.pages, new, strict=True):
-            self.pools.release(pages, len(table))
+            split = max(self.sink_blocks - len(table), 0)
+            for sinks, some in ((True, pages[:split]), (False, pages[split:])):
+                self.discard([page for page in some if page != EVICTED], sinks)
 
     def new_addresses(self, new: list[list[int]]) -> Tensor:
-        """int64 [B, F]: memory addresses of pages from `allocate`; 0 for evicted ones and after a sequence's last."""
+        """int64 [B, F]: memory addresses of pages from `next_pages`; 0 for evicted ones and after a sequence's last."""
         width = max(map(len, new), default=0)
         rows = [
             [self.pools.of_block(len(table) + i).address(page) for i, page in enumerate(pages)]
@@ -143,29 +143,31 @@ class PageTable:
         return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).view(len(new), width)
 
     def extend(self, new: list[list[int]], first: Sequence[int]) -> None:
-        """Append pages from `allocate` to the tables, and `evict` the blocks before `first[b]`."""
-        self.evict(first)
-        for table, pages in zip(self.pages, new, strict=True):
-            table += pages
+        """`evict` the blocks before `first[b]`, then `adopt` pages from `next_pages`."""
         self._addresses = None
+        self.evict(first)
+        for sequence, pages in enumerate(new):
+            self.adopt([sequence] * len(pages), pages)
 
-    def fresh_pages(self, count: int, sinks: bool = False) -> list[int]:
-        """Allocate `count` compressed pages (or sink pages); the caller passes each to `adopt` or `discard`."""
-        pages = self.pools.of(sinks).allocate([1] * count)
-        self._pending[sinks] += count
+    def fresh_pages(self, runs: Sequence[int], sinks: bool = False) -> list[int]:
+        """Allocate compressed pages (or sink pages), adjacent within each of `runs`; the caller passes each to `adopt`
+        or `discard`. All pages of a table are allocated here."""
+        pages = self.pools.of(sinks).allocate(runs)
+        self._pending[sinks] += len(pages)
         return pages
 
     def discard(self, pages: list[int], sinks: bool = False) -> None:
         """Release pages that were not adopted."""
-        self.pools.of(sinks).release(pages)
-        self._pending[sinks] -= len(pages)
+        if pages:
+            self.pools.of(sinks).release(pages)
+            self._pending[sinks] -= len(pages)
 
     def page_address(self, page: int, sinks: bool = False) -> int:
         """Memory address of a page from `fresh_pages`."""
         return self.pools.of(sinks).address(page)
 
     def adopt(self, sequences: Sequence[int], pages: Sequence[int]) -> None:
-        """Append one written page to the table of each of `sequences`."""
+        """Append one written page, or `EVICTED`, to the table of each of `sequences`."""
         addresses = self._addresses
         for sequence, page in zip(sequences, pages, strict=True):
             table = self.pages[sequence]
@@ -173,7 +175,7 @@ class PageTable:
                 addresses[sequence, len(table)] = self.pools.of_block(len(table)).address(page)
             else:
                 addresses = None
-            self._pending[len(table) < self.sink_blocks] -= 1
+            self._pending[len(table) < self.sink_blocks] -= page != EVICTED
             table.append(page)
         self._addresses = addresses
 

@@ -92,11 +92,12 @@ class PagedFormat:
         means: tuple[Tensor | None, ...] = (),
         orders: tuple[ChannelOrder, ...] = (),
     ) -> PagedFormat:
-        """A format with the smallest page size for these widths."""
+        """A format with the smallest page size for these widths. Arguments and errors as in the class."""
         return cls(config, head_dim, tuple(head_bits), reserved_bytes(head_dim, head_bits), means, orders)
 
     @property
     def kv_heads(self) -> int:
+        """KV heads of a layer, of this process."""
         return len(self.head_bits[0][0])
 
     @cached_property
@@ -124,7 +125,7 @@ class PagedFormat:
 
 
 def reserved_bytes(head_dim: int, head_bits: Iterable[HeadBits]) -> int:
-    """Bytes per page that suffice for all of these widths."""
+    """Bytes per page that suffice for all of these widths (K and V of each layer): a multiple of `PAGE_UNIT`."""
     largest = max((_layout(head_dim, bits).page_bytes for bits in head_bits), default=0)
     return -(-largest // PAGE_UNIT) * PAGE_UNIT
 
@@ -192,10 +193,12 @@ class TailBlocks:
 
     @property
     def num_slots(self) -> int:
+        """Tail slots of each layer."""
         return self.codes[0].shape[1]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes, scales and first tokens, over all layers."""
         return sum(x.nbytes for x in (*self.codes, *self.scales, *self.first))
 
 

@@ -72,11 +72,11 @@ class PagePool:
             if slab.memory.is_inference():
                 slab.memory = slab.memory.clone()
 
-    def reserve(self, pages: int, apart: bool = False) -> None:
-        """Keep memory for at least `pages` pages, including those in use; with `apart`, one slab per page."""
+    def reserve(self, pages: int, singly: bool = False) -> None:
+        """Keep memory for at least `pages` pages, including those in use; with `singly`, one slab per page."""
         with self._lock:
             before, missing = self._held, max(0, pages - self._held)
-            new = self._new([1] * missing if apart else [missing], reserved=True)
+            new = self._new([1] * missing if singly else [missing], reserved=True)
             for slab, _ in self._pages.values():
                 slab.reserved = slab.reserved or pages >= before
             self._idle.extend((slab, row) for slab in new for row in range(len(slab.memory)))

@@ -255,10 +255,10 @@ def _build(own: dict[str, Tensor], metadata: dict[str, Any], device: torch.devic
                 raise FormatError(f"{name}: expected none under this configuration, got a tensor")
         _restore_pages(cache.page_table, own)
         cache.page_table.evict(first_kept_blocks(lengths, cache.window_size, config.block_size).tolist())
-        open_tokens = lengths - cache.page_counts * cache.config.block_size
-        if bool(((open_tokens < 0) | (open_tokens > cache.tail.rows)).any()):
+        tail_lengths = lengths - cache.page_counts * cache.config.block_size
+        if bool(((tail_lengths < 0) | (tail_lengths > cache.tail.rows)).any()):
             raise FormatError(f"lengths: expected them to fit the pages, got {lengths.tolist()}")
-        longest = int(open_tokens.max()) if len(lengths) else 0
+        longest = int(tail_lengths.max()) if len(lengths) else 0
         cache.tail.memory(cache.tail.rows_for(longest, tokens_seen(lengths, cache.window_size)))
         if "query_energy" in own and cache.learns_order:
             like = torch.empty(cache.num_kv_heads, cache.head_dim, dtype=torch.float64)

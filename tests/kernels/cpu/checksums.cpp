@@ -1,11 +1,13 @@
 // Runs the portable kernels on seeded inputs and prints a checksum of each result: `make test-arm` compares those of an
-// aarch64 build under QEMU with those of this machine. Quantization, pages of every width, and attention over them.
+// aarch64 build under QEMU with those of this machine. Quantization, pages of every width, attention over them (decode
+// and prefill; windows, softcap, without a causal mask), and prompts and steps over a cache.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
 #include "kernels.h"
+#include "step.h"
 
 namespace turbo::serial {
 Kernels kernels();
@@ -83,20 +85,31 @@ Rows quantized(void* x, int64_t kind, int64_t channels, bool rotate) {
     return rows;
 }
 
-// Pages of one width, with their sections one after another.
+// Widths of the two halves of a head's keys, and of its values.
+struct Bits {
+    int64_t wide, narrow, v;
+
+    int64_t code() const { return 100 * wide + 10 * narrow + v; }  // for a line of the output
+    int64_t halves(int side) const { return side ? 2 * v : wide + narrow; }
+};
+
+// Pages of one format, with their sections one after another.
 struct Pages {
     turbo::HeadOffsets offsets[kHeads][2];
     turbo::PageSections layout;
     int64_t bytes_per_page;
     std::vector<std::uint8_t> bytes;
 
-    Pages(int64_t bits, int64_t channels) : bytes_per_page(0) {
+    Pages(const Bits& bits, int64_t channels) : bytes_per_page(0) {
         const auto section = [&](int64_t size) { return bytes_per_page += size, bytes_per_page - size; };
         for (auto& head : offsets)
-            for (auto& side : head) side = {{bits, bits}, section(kBlock * channels * bits / 8), -1, -1};
+            for (int side = 0; side < 2; ++side) {
+                const int64_t codes = section(kBlock * channels * bits.halves(side) / 16);
+                head[side] = {{side ? bits.v : bits.wide, side ? bits.v : bits.narrow}, codes, -1, -1};
+            }
         for (auto& head : offsets)
             for (auto& side : head)
-                if (bits < 8) side.step = section(channels), side.zero = section(channels);
+                if (side.bits[0] < 8) side.step = section(channels), side.zero = section(channels);
         layout.offsets = &offsets[0][0];
         for (int side = 0; side < 2; ++side) layout.token_scales[side] = section(kHeads * kBlock);
         for (int side = 0; side < 2; ++side) layout.scales[side] = section(kHeads * 4);
@@ -107,7 +120,7 @@ struct Pages {
 };
 
 // The first tokens of K and V as pages, and back: tiles [page, head, block].
-void encode(const Rows (&kv)[2], int64_t bits, int64_t channels, Pages& pages) {
+void encode(const Rows (&kv)[2], const Bits& bits, int64_t channels, Pages& pages) {
     Rows tiles[2];
     turbo::PageArgs args{};
     args.pages = kPages, args.heads = kHeads, args.head_dim = args.value_dim = channels, args.block = kBlock;
@@ -128,12 +141,12 @@ void encode(const Rows (&kv)[2], int64_t bits, int64_t channels, Pages& pages) {
         for (int64_t i = 0; i < kPages * kHeads * 2; ++i) kernel(args, i / 2 / kHeads, i / 2 % kHeads, i % 2);
     };
     each(kernels.encode_head);
-    print("page", bits, channels, pages.bytes);
+    print("page", bits.code(), channels, pages.bytes);
     each(kernels.decode_head);
-    for (const auto& side : tiles) print("decoded", bits, channels, side.codes);
+    for (const auto& side : tiles) print("decoded", bits.code(), channels, side.codes);
 }
 
-void attend(Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t queries) {
+void attend(Rows (&kv)[2], Pages& pages, const Bits& bits, int64_t channels, int64_t queries) {
     const int64_t first = kTokens - queries, valid = queries, length = kTokens, count = kPages, start = kPages * kBlock;
     std::uint64_t addresses[kPages];
     for (int64_t p = 0; p < kPages; ++p)
@@ -160,13 +173,67 @@ void attend(Rows (&kv)[2], Pages& pages, int64_t bits, int64_t channels, int64_t
         for (const int64_t window : {int64_t{0}, int64_t{100}}) {
             args.window = window;
             turbo::serial::kernels().attend(args);
-            print(what, bits, queries, out);  // lse takes the C library's logarithm, whose last bit differs
+            print(what, bits.code(), queries, out);  // lse takes the C library's logarithm, whose last bit differs
         }
     };
     for (args.softmax = 0; args.softmax <= 3; ++args.softmax) both_windows("attend");
+    args.softmax = 3, args.softcap = 30.0f;
+    both_windows("softcap");
+    args.softcap = 0.0f, args.causal = 0;
+    both_windows("all keys");
+    args.causal = 1;
     args.softmax = 0, args.row_scale = 0, args.by_tile = args.approximate_rescale = 1;  // the paper's
     both_windows("by tile");
     if (non_finite) std::puts("not finite");
+}
+
+// A prompt that fills two blocks, another piece that fills the third, and a step, as a cache runs them: the results of
+// each, then the pages and the buffer.
+void prompts(const Bits& bits, int64_t channels) {
+    Pages pages(bits, channels);
+    pages.bytes.assign((kPages + 1) * pages.bytes_per_page, 0);
+    std::vector<std::int8_t> codes[2];
+    std::vector<std::uint16_t> scales[2];
+    turbo::StepArgs step{};
+    step.capacity = kBlock;
+    for (int side = 0; side < 2; ++side) {
+        codes[side].assign(kHeads * kBlock * channels, 0), scales[side].assign(kHeads * kBlock, 0);
+        step.codes[side] = codes[side].data(), step.scales[side] = scales[side].data();
+    }
+    std::uint64_t addresses[kPages + 1];
+    for (int64_t p = 0; p <= kPages; ++p)
+        addresses[p] = reinterpret_cast<std::uint64_t>(pages.bytes.data() + p * pages.bytes_per_page);
+    int64_t before = 0, start = 0, count = 0;
+    turbo::AttendArgs& a = step.attend;
+    a.batch = 1, a.heads = kHeads, a.group = kGroup, a.head_dim = a.value_dim = channels, a.rotate = 1;
+    a.scale = 0.125, a.mean_from_block = kPages + 2, a.pages = addresses, a.page_counts = &count;
+    a.page_stride = kPages + 1, a.sinks = a.compressed = pages.layout, a.tail.start = &start;
+    a.softmax = 3, a.threshold = -9.0f, a.row_scale = 1, a.causal = 1, a.threads = 1;
+    turbo::StoreArgs& s = step.store;
+    s.batch = 1, s.heads = kHeads, s.head_dim = s.value_dim = channels, s.rotate = 1, s.mean_from = kTokens;
+    s.before = &before, s.tail.start = &start, s.page_bytes = s.sink_bytes = pages.bytes_per_page, s.search = 1;
+    s.layout = s.sinks = pages.layout, s.threads = 1;
+    for (const int64_t tokens : {150, 50, 1}) {
+        auto q = values(4 + tokens, kHeads * kGroup * tokens, channels),
+             k = values(5 + tokens, kHeads * tokens, channels);
+        auto v = values(6 + tokens, kHeads * tokens, channels);
+        std::vector<float> out(q.size());
+        const int64_t filled = (before - start + tokens) / kBlock;
+        a.queries = s.tokens = tokens;
+        a.q = rows_of(q.data(), turbo::kFloat32, tokens, channels);
+        a.out = rows_of(out.data(), turbo::kFloat32, tokens, channels);
+        s.k = rows_of(k.data(), turbo::kFloat32, tokens, channels);
+        s.v = rows_of(v.data(), turbo::kFloat32, tokens, channels);
+        s.fresh = filled ? addresses + count : nullptr, s.fresh_blocks = filled;
+        if (turbo::run_step(step) != turbo::kAllFinite) std::puts("not finite");
+        before += tokens, count += filled, start += filled * kBlock;
+        print("prompt", bits.code(), tokens, out);
+    }
+    print("pages", bits.code(), channels, pages.bytes);
+    for (int side = 0; side < 2; ++side) {
+        print("buffer", bits.code(), channels, codes[side]);
+        print("scales", bits.code(), channels, scales[side]);
+    }
 }
 
 }  // namespace
@@ -184,10 +251,11 @@ int main() {
                       quantized(v.data(), turbo::kFloat32, channels, true)};
         for (const auto& side : kv) print("codes", 0, channels, side.codes), print("scales", 0, channels, side.scales);
         print("unrotated", 0, channels, quantized(k.data(), turbo::kFloat32, channels, false).codes);
-        for (const int64_t bits : {8, 4, 3, 2}) {
+        for (const Bits& bits : {Bits{8, 8, 8}, {4, 4, 4}, {3, 3, 3}, {2, 2, 2}, {5, 3, 4}, {4, 2, 3}, {3, 1, 2}}) {
             Pages pages(bits, channels);
             encode(kv, bits, channels, pages);
             for (const int64_t queries : {1, 7, 40}) attend(kv, pages, bits, channels, queries);
+            prompts(bits, channels);
         }
     }
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import turboattention as ta
-from turboattention import api
+from turboattention.impl.cpu import prompts as cpu_prompts
 from turboattention.impl.cpu import steps as cpu_steps
 from turboattention.kv.cache import KVCache
 from turboattention.kv.pool import PagePool
@@ -84,7 +84,7 @@ def test_prompts_attend_and_store_like_stages(kind, guard, monkeypatch):
             q, k, v = tokens(cache, count, turn)
             got = ta.turbo_attention_with_kvcache(q, cache, k, v, return_lse=True, backend="cpu")
             with monkeypatch.context() as patch:
-                patch.setattr(api, "_fills_at_once", lambda *_: False)
+                patch.setattr(cpu_prompts, "fills_at_once", lambda *_: False)
                 patch.setattr(cpu_steps, "_steps_of", lambda _: None)
                 expected = ta.turbo_attention_with_kvcache(q, want, k, v, return_lse=True, backend="cpu")
             assert all(map(torch.equal, got, expected))
@@ -96,7 +96,7 @@ def test_options_of_attention(options, monkeypatch):
     cache, want = empty("3 bits"), empty("3 bits")
     q, k, v = tokens(cache, 330)
     got = ta.turbo_attention_with_kvcache(q, cache, k, v, backend="cpu", **options)
-    monkeypatch.setattr(api, "_fills_at_once", lambda *_: False)
+    monkeypatch.setattr(cpu_prompts, "fills_at_once", lambda *_: False)
     assert torch.equal(got, ta.turbo_attention_with_kvcache(q, want, k, v, backend="cpu", **options))
     assert everything(cache) == everything(want)
 
@@ -110,7 +110,7 @@ def test_the_guard_promotes_the_same_heads(monkeypatch):
     k[:, 1, ::2, 0] += 120.0
     k[:, 1, 1::2, 0] -= 120.0
     for at_once in (True, False):
-        monkeypatch.setattr(api, "_fills_at_once", lambda *_, at_once=at_once: at_once)
+        monkeypatch.setattr(cpu_prompts, "fills_at_once", lambda *_, at_once=at_once: at_once)
         cache = KVCache(1, 4, 64)
         with pytest.warns(ta.errors.GuardWarning, match="KV head 1 loses") as caught:
             out = ta.turbo_attention_with_kvcache(q, cache, k, v, backend="cpu")

@@ -143,13 +143,13 @@ def test_prompts_give_and_store_what_the_general_path_does(config, monkeypatch):
     """Ragged ones too; first blocks, whose mean is learned, within them and before."""
     cache = ta.KVCache(2, 2, 16, config=config)
     want = cache.clone()
-    taken, attend = [], prompts.attend
+    taken, prompt = [], prompts.prompt
 
     def seen(*given):
-        taken.append(attend(*given))
+        taken.append(prompt(*given))
         return taken[-1]
 
-    monkeypatch.setattr(prompts, "attend", seen)
+    monkeypatch.setattr(prompts, "prompt", seen)
     for turn, (tokens, lengths) in enumerate(((70, [70, 30]), (150, None), (90, [0, 90]))):
         q, k, v = qkv(2, 4, 2, tokens, tokens, 16, seed=turn)
         counts = None if lengths is None else torch.tensor(lengths)

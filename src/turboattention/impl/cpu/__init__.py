@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..contract import Availability, CallTraits, CheckedCall, Result
+from ..contract import Availability, CallTraits
 from ..kernels import KernelBackend
 
 if TYPE_CHECKING:
-    from ...kv.cache import KVCache
-    from ...kv.in_place import Decided
     from ...kv.quantizer import Quantizer
 
 SERIAL_QUERIES = 16
@@ -53,9 +51,6 @@ class CpuBackend(KernelBackend):
             return None
         return f"its serial path is slower than PyTorch for more than {SERIAL_QUERIES} query rows"
 
-    def prompt(self, call: CheckedCall, cache: KVCache, decided: Decided | None) -> Result:
-        return self._attention.prompt(call, cache, decided)
-
     def quantizer(self, device: torch.device) -> Quantizer | None:
         return _quantizer() if device.type == "cpu" else None
 
@@ -64,6 +59,12 @@ class CpuBackend(KernelBackend):
         from . import attention
 
         return attention
+
+    @functools.cached_property
+    def _prompts(self) -> Any:
+        from . import prompts
+
+        return prompts
 
     @functools.cached_property
     def _paged(self) -> Any:

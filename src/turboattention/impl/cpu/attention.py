@@ -16,10 +16,9 @@ from ...params import AttentionParams
 from ...validation import check_finite
 from ..inputs import pages_of, prefill_of, queries_by_tile, query_positions_of, tail_rows_of
 from .filled import with_filled
-from .prompts import prompt
 from .steps import step
 
-__all__ = ["attend_cache", "prefill", "prompt", "step"]
+__all__ = ["attend_cache", "prefill", "step"]
 
 
 def prefill(

@@ -34,5 +34,5 @@ def with_filled(
         addresses[part.flush.batch, part.flush.block] = part.pages.data_ptr() + rows
         if int(part.flush.block[0]) >= cache.sink_blocks:
             compressed, order = part.layout, part.order
-    kept = known.kept + tuple(part.pages for part in parts)
-    return replace(known, addresses=addresses, counts=counts, compressed=compressed, kept=kept), order
+    alive = known.alive + tuple(part.pages for part in parts)
+    return replace(known, addresses=addresses, counts=counts, compressed=compressed, alive=alive), order

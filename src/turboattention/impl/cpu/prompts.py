@@ -15,16 +15,21 @@ from ...kv.compression import compression_of
 from ...kv.growth import stage
 from ...kv.in_place import Decided, deciding_tokens, filling, fills_at_once
 from ...validation import check_finite
-from ..contract import CheckedCall, Result
+from ..contract import CheckedCall, Decide, Result
 from ..inputs import tables_of
 
 R = TypeVar("R")
 
 
-def prompt(call: CheckedCall, cache: KVCache, decided: Decided | None) -> Result:
-    """`contract.Prompt`."""
+def prompt(call: CheckedCall, cache: KVCache, decide: Decide) -> Result | None:
+    """`contract.Backend.prompt`. None unless every sequence takes all new tokens, and each has one query."""
     q, k, v = call.q, call.k, call.v
     assert k is not None and v is not None
+    if call.counts is not None or q.shape[2] != k.shape[2] or call.params.attn_mask is not None:
+        return None
+    if cache.config.stored_prefill or not fills_at_once(cache, k.shape[2]):
+        return None
+    decided = decide()
 
     def run(step: Step, fresh: Tensor | None) -> Result:
         return step.run(q, k, v, cache.lengths, fresh, call.params)

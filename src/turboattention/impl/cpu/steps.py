@@ -135,7 +135,7 @@ class _Steps:
             return [], None
         table = cache.page_table
         assert table is not None
-        pages = table.fresh_pages(len(filled))
+        pages = table.fresh_pages([1] * len(filled))
         addresses = [[0]] * len(self._tail_lengths)
         for sequence, page in zip(filled, pages, strict=True):
             addresses[sequence] = [table.page_address(page)]

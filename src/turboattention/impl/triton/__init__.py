@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ...kernels.inputs import gpu_refusal
-from ..contract import Availability, CallTraits, CheckedCall, Result
+from ..contract import Availability, CallTraits
 from ..kernels import KernelBackend
 
 if TYPE_CHECKING:
-    from ...kv.cache import KVCache
     from ...kv.quantizer import Quantizer
 
 
@@ -23,7 +22,6 @@ class TritonBackend(KernelBackend):
     name = "triton"
     checks_finite = ("q", "k", "v")
     reorders_pages = False
-    prompt = None
 
     def availability(self) -> Availability:
         return _availability(_interpreted())
@@ -50,12 +48,6 @@ class TritonBackend(KernelBackend):
         from . import quantizer
 
         return cast("Quantizer", quantizer)
-
-    def step(self, call: CheckedCall, cache: KVCache) -> Result | None:
-        done = super().step(call, cache)
-        if done is not None:
-            return done
-        return self._prompts.attend(call.q, cache, call.k, call.v, call.params, call.counts)
 
     @functools.cached_property
     def _attention(self) -> Any:

@@ -22,7 +22,7 @@ class Fills:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What a step changes.
 
     counts: new tokens of each sequence. filled: sequences whose first buffered block becomes a page; sinks: those of
@@ -48,21 +48,21 @@ class HostLengths:
         self._rows, self._lag, self._sinks = rows, cache.config.flush_lag, cache.sink_blocks
         self._learns, self._frozen = cache.learns_mean, cache.frozen
         self._lengths: list[int] = cache.lengths.tolist()
-        self._open: list[int] = (cache.lengths - cache.page_counts * BLOCK).tolist()
+        self._tail_lengths: list[int] = (cache.lengths - cache.page_counts * BLOCK).tolist()
 
     @property
     def paged(self) -> bool:
         """Whether any sequence has a page."""
-        return self._lengths != self._open
+        return self._lengths != self._tail_lengths
 
-    def plan(self, counts: list[int]) -> Plan | None:
+    def plan(self, counts: list[int]) -> StepPlan | None:
         """The effect of `counts[b]` new tokens per sequence.
 
         None if that needs the general path: the tokens do not fit in the buffer, or some of them follow a first block
         whose mean is not known yet.
         """
         after = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        rows = [held + count for held, count in zip(self._open, counts, strict=True)]
+        rows = [held + count for held, count in zip(self._tail_lengths, counts, strict=True)]
         if max(rows) > self._rows:
             return None
         learned: list[int] = []
@@ -73,14 +73,14 @@ class HostLengths:
             learned = reaching
         # At most one block each: without the flush_lag rows, the buffer has fewer than two blocks of rows.
         filled = [b for b, held in enumerate(rows) if held - self._lag >= BLOCK]
-        sinks = [b for b in filled if self._lengths[b] - self._open[b] < self._sinks * BLOCK]
-        return Plan(counts, filled, sinks, learned, len(filled) > len(sinks) and not self._frozen)
+        sinks = [b for b in filled if self._lengths[b] - self._tail_lengths[b] < self._sinks * BLOCK]
+        return StepPlan(counts, filled, sinks, learned, len(filled) > len(sinks) and not self._frozen)
 
-    def count(self, plan: Plan) -> None:
+    def count(self, plan: StepPlan) -> None:
         """Count a step."""
         for b, count in enumerate(plan.counts):
             self._lengths[b] += count
-            self._open[b] += count
+            self._tail_lengths[b] += count
         for b in plan.filled:
-            self._open[b] -= BLOCK
+            self._tail_lengths[b] -= BLOCK
         self._frozen = self._frozen or plan.freezes

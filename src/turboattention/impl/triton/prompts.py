@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from ...kernels.inputs import BLOCK, QueryPositions, gpu_refusal
@@ -17,11 +16,11 @@ from ...kernels.triton import quantize, smoothing
 from ...kernels.triton.attention import refusal
 from ...kv.cache import KVCache
 from ...kv.compression import compression_of
-from ...kv.growth import allocate, commit, stage
+from ...kv.growth import allocate, commit, stage, token_counts
 from ...kv.stage1 import Stage
 from ...modes import in_own_modes
 from ...params import AttentionParams
-from ..contract import Result
+from ..contract import CheckedCall, Decide, Result
 from .attention import attend_state
 from .deferred_error import cleaned, flag_of
 from .device import on_own_device
@@ -32,22 +31,21 @@ if TYPE_CHECKING:
 
 
 @in_own_modes
-@on_own_device
-def attend(
-    q: Tensor,
-    cache: KVCache,
-    k: Tensor | None,
-    v: Tensor | None,
-    params: AttentionParams,
-    counts: Tensor | None = None,
-) -> Result | None:
-    """Attend and append, as `steps.step`. None, with the cache unchanged, if the call needs the general path: it
-    decides widths or an order by its tokens, or has rows for other than the new tokens."""
-    if k is None or v is None or q.shape[2] != k.shape[2]:
+def prompt(call: CheckedCall, cache: KVCache, decide: Decide) -> Result | None:
+    """`contract.Backend.prompt`. None if tokens of the call decide widths or an order, for which the host would
+    wait, or if query rows are not those of the new tokens."""
+    q, k, v = call.q, call.k, call.v
+    assert k is not None and v is not None
+    if q.shape[2] != k.shape[2]:
         return None
-    counts = _counts(k, counts)
+    counts = token_counts(call.counts, len(k), k.shape[2])
     if not _takes(cache, k, counts, attends=True):
         return None
+    return _attend(q, cache, k, v, counts, call.params)
+
+
+@on_own_device
+def _attend(q: Tensor, cache: KVCache, k: Tensor, v: Tensor, counts: Tensor, params: AttentionParams) -> Result:
     staged, flag = _staged(cache, k, v, counts)
     rows = QueryPositions(staged.before, counts, staged.lengths)
     params = replace(params, attn_mask=cleaned(params.attn_mask, flag))
@@ -60,15 +58,11 @@ def attend(
 @on_own_device
 def append(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None) -> bool:
     """`kv.quantizer.Quantizer.append`."""
-    counts = _counts(k, counts)
+    counts = token_counts(counts, len(k), k.shape[2])
     if not _takes(cache, k, counts, attends=False):
         return False
     _commit(cache, _staged(cache, k, v, counts)[0])
     return True
-
-
-def _counts(k: Tensor, counts: Tensor | None) -> Tensor:
-    return torch.full((len(k),), k.shape[2]) if counts is None else counts
 
 
 def _takes(cache: KVCache, k: Tensor, counts: Tensor, attends: bool) -> bool:

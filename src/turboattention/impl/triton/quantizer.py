@@ -41,7 +41,7 @@ def first_block_mean(codes: Tensor, *arguments: Any) -> Tensor:
 def quantize_tokens(x: Tensor, span: tuple[Tensor, Tensor], *arguments: Any) -> bool:
     kernels = _for(quantize, x.shape[-1])
     if kernels is PYTORCH:
-        check_finite("x", x, span[1])  # which it does not do by itself
+        check_finite("x", x, span[1])  # which it does not do itself
     return kernels.quantize_tokens(x, span, *arguments)
 
 

@@ -23,7 +23,7 @@ from ...params import AttentionParams
 from ...uploads import upload
 from .deferred_error import cleaned, flag_of
 from .device import on_own_device
-from .host_lengths import Fills, HostLengths, Plan
+from .host_lengths import Fills, HostLengths, StepPlan
 from .tables import PageTables
 
 
@@ -46,7 +46,7 @@ class Steps:
         self._mean = None if mean is None else mean.contiguous()
         # A step that would compress the first page is refused while the order is not fixed.
         self._order = Order.of(cache.k_order, self._codes[0])
-        self._lengths, self._start = (upload(x, device) for x in (cache.lengths, cache.page_counts * BLOCK))
+        self._lengths, self._start = (upload(x, device) for x in (cache.lengths.clone(), cache.page_counts * BLOCK))
         self.flag = flag_of(cache).on_device
 
     @property
@@ -64,7 +64,7 @@ class Steps:
         return other
 
     @in_own_modes
-    def count(self, cache: KVCache, plan: Plan, pages: list[int]) -> None:
+    def count(self, cache: KVCache, plan: StepPlan, pages: list[int]) -> None:
         """Update lengths, page tables and counts on the host after a step."""
         alike = len(set(plan.counts)) == 1
         tokens = plan.counts[0] if alike else torch.tensor(plan.counts)

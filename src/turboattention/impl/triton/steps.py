@@ -18,7 +18,7 @@ from ...kv.in_place import backend_state_of
 from ...modes import in_own_modes
 from ...params import AttentionParams
 from .deferred_error import flag_of
-from .host_lengths import Plan
+from .host_lengths import StepPlan
 from .state import Steps
 
 
@@ -64,7 +64,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, counts: Tensor | None = None) -
     return True
 
 
-def _planned(cache: KVCache, tokens: int, counts: Tensor | None, attends: bool) -> tuple[Steps, Plan] | None:
+def _planned(cache: KVCache, tokens: int, counts: Tensor | None, attends: bool) -> tuple[Steps, StepPlan] | None:
     cache.look()
     steps = steps_of(cache)
     if steps is None:
@@ -83,7 +83,7 @@ def tokens_decide(cache: KVCache, attends: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _taken(steps: Steps, cache: KVCache, plan: Plan) -> Iterator[None]:
+def _taken(steps: Steps, cache: KVCache, plan: StepPlan) -> Iterator[None]:
     """Allocate pages for the blocks that fill, and count the step afterwards.
 
     If the step fails, all its pages are released, and the device's state is discarded, since it may be incomplete.

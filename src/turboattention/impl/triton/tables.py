@@ -13,7 +13,7 @@ from ...kv.cache import KVCache
 from ...modes import in_own_modes
 from ...uploads import upload
 from .. import inputs
-from .host_lengths import Plan
+from .host_lengths import StepPlan
 
 _SPARE_COLUMNS = 64  # added to a table that is full
 
@@ -39,7 +39,8 @@ class PageTables:
         assert cache.page_table is not None
         self._table = cache.page_table
         self.host = self._table.addresses()
-        self.on_device = _uploaded(inputs.tables_of(self._table), self._table.device)
+        own = replace(inputs.tables_of(self._table), addresses=self.host.clone())
+        self.on_device = _uploaded(own, self._table.device)
         self._reserved: list[list[int]] = [[] for _ in self._table.pages]
 
     @in_own_modes
@@ -60,7 +61,7 @@ class PageTables:
     def reserve(self, blocks: list[int]) -> None:
         """Allocate compressed pages for `blocks[b]` more blocks of each sequence and enter them in the table."""
         missing = [max(0, want - len(have)) for want, have in zip(blocks, self._reserved, strict=True)]
-        pages = self._table.fresh_pages(sum(missing))
+        pages = self._table.fresh_pages([1] * sum(missing))
         for reserved, count in zip(self._reserved, missing, strict=True):
             reserved.extend(pages[:count])
             del pages[:count]
@@ -76,7 +77,7 @@ class PageTables:
         self.on_device = replace(self.on_device, addresses=upload(table, self._table.device))
 
     @in_own_modes
-    def take(self, plan: Plan) -> list[int]:
+    def take(self, plan: StepPlan) -> list[int]:
         """Pages for the blocks that the sequences in `plan.filled` fill, entered in the device's table."""
         missing = [b for b in plan.filled if not self._reserved[b]]
         new: dict[int, int] = {}
@@ -84,7 +85,7 @@ class PageTables:
             for sinks in (True, False):
                 some = [b for b in missing if (b in plan.sinks) is sinks]
                 if some:
-                    new |= zip(some, self._table.fresh_pages(len(some), sinks), strict=True)
+                    new |= zip(some, self._table.fresh_pages([1] * len(some), sinks), strict=True)
             if new:
                 self._enter({b: self._table.page_address(page, b in plan.sinks) for b, page in new.items()})
         except BaseException:
@@ -105,7 +106,7 @@ class PageTables:
         fresh = upload(fresh, table.device)[:, None]
         table.scatter_(1, column, torch.where(fresh != 0, fresh, table.gather(1, column)))
 
-    def give_back(self, plan: Plan, pages: list[int]) -> None:
+    def give_back(self, plan: StepPlan, pages: list[int]) -> None:
         """Release the pages of a step that failed, and all reserved pages."""
         for b, page in zip(plan.filled, pages, strict=True):
             self._table.discard([page], b in plan.sinks)

@@ -68,7 +68,7 @@ def attend(
     a = Arguments(batch=batch, heads=kv_heads, group=heads // kv_heads, queries=count)
     a.head_dim, a.value_dim = head_dim, v_head_dim
     channels = channel_table(order)
-    kept = fill_queries(a, config, q, out, channels, params.scale, mean)
+    alive = fill_queries(a, config, q, out, channels, params.scale, mean)
     if quantized is not None:
         a.q.data = None
         a.q_codes, a.q_unit = quantized.codes.data_ptr(), quantized.unit.data_ptr()
@@ -87,7 +87,7 @@ def attend(
     mask = fill_call(a, config, params)
     a.lse, a.threads = lse.data_ptr(), torch.get_num_threads()
     refuse_non_finite(0 if _cpu.attend(ctypes.addressof(a)) else 1)
-    del kept, channels, mask
+    del alive, channels, mask
     return out, lse
 
 
@@ -109,12 +109,12 @@ def fill_queries(
 ) -> Tensor:
     """Set the addresses of queries and results; `order` from `channel_table`. Returns a tensor that must outlive the
     call, as the arguments must."""
-    a.q, kept = float_rows(q)
+    a.q, alive = float_rows(q)
     a.out, _ = float_rows(out)
     a.rotate, a.scale = config.rotate, scale
     a.order = None if order is None else order.data_ptr()
     a.mean = mean_address(mean)
-    return kept
+    return alive
 
 
 def channel_table(order: ChannelOrder | None) -> Tensor | None:

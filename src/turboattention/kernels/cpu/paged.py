@@ -107,13 +107,13 @@ class PagedCall:
         written then, and tail rows from `before` on have to be written again.
         """
         s, starts = self._store, self._rows.starts
-        s.k, kept_k = flat_rows(k, starts)
-        s.v, kept_v = flat_rows(v, starts)
+        s.k, alive_k = flat_rows(k, starts)
+        s.v, alive_v = flat_rows(v, starts)
         s.mean = mean_address(mean)
         s.tail = tail.memory
         s.fill_blocks(fresh)
         refuse_non_finite(_cpu.store(ctypes.addressof(s)))
-        del kept_k, kept_v
+        del alive_k, alive_v
 
     def attend(
         self,
@@ -132,13 +132,13 @@ class PagedCall:
         a, starts = self._attend, self._rows.starts
         lse = None if sinks is None else torch.empty((len(starts), q.shape[1], self._rows.tokens))
         a.lse = None if lse is None else lse.data_ptr()
-        a.q, kept = flat_rows(q, starts)
+        a.q, alive = flat_rows(q, starts)
         a.out, _ = flat_rows(out, starts)
         a.mean = mean_address(mean)
         a.tail = tail.memory
         a.pages, a.page_stride = addresses.data_ptr(), addresses.shape[1]
         finite = _cpu.attend(ctypes.addressof(a))
-        del kept
+        del alive
         if lse is not None and sinks is not None:
             # A softmax with an additional column of logit s is the softmax without it times sigmoid(lse - s).
             share = torch.sigmoid(lse.transpose(1, 2) - sinks.float())[..., None]

@@ -43,7 +43,7 @@ def quantize_tokens(
     Returns whether all values read were finite and at most 1e18 in magnitude.
     """
     batch, heads, _, head_dim = x.shape
-    rows, kept = float_rows(x)
+    rows, alive = float_rows(x)
     begin, end, first, target = (_indices(i) for i in (*span, first, target))
     a = _Tokens(batch=batch, heads=heads, head_dim=head_dim, rotate=rotate, x=rows, mean_from=mean_from)
     a.begin, a.end, a.first, a.target = (i.data_ptr() for i in (begin, end, first, target))
@@ -51,7 +51,7 @@ def quantize_tokens(
     a.codes, a.scales, a.batch_rows, a.head_rows = _tile(codes, scales)
     a.threads = torch.get_num_threads()
     finite = _cpu.quantize_tokens(ctypes.addressof(a), isa)
-    del kept
+    del alive
     return finite
 
 

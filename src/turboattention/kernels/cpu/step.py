@@ -97,24 +97,24 @@ class Step:
         lse = torch.empty(q.shape[:-1], dtype=torch.float32)
         a.group, a.queries = heads // a.heads, count
         mask = fill_call(a, self.config, params)
-        kept = fill_queries(a, self.config, q, out, self._order, params.scale, self._mean)
+        alive = fill_queries(a, self.config, q, out, self._order, params.scale, self._mean)
         a.lse = lse.data_ptr()
         self._call(args, k, v, before, fresh)
-        del kept, mask
+        del alive, mask
         return out, lse
 
     def _call(self, args: _Arguments, k: Tensor | None, v: Tensor | None, before: Tensor, fresh: Tensor | None) -> None:
-        s, kept = args.store, None
+        s, alive = args.store, None
         s.before = before.data_ptr()
         if k is not None and v is not None:
             s.tokens = k.shape[2]
-            s.k, kept_k = float_rows(k)
-            s.v, kept_v = float_rows(v)
-            kept = kept_k, kept_v
+            s.k, alive_k = float_rows(k)
+            s.v, alive_v = float_rows(v)
+            alive = alive_k, alive_v
         s.fill_blocks(fresh)
         args.attend.threads = s.threads = torch.get_num_threads()
         non_finite = _cpu.step(ctypes.addressof(args))
-        del kept
+        del alive
         refuse_non_finite(non_finite)
 
     def _copy(self) -> _Arguments:
