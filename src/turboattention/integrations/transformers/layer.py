@@ -425,8 +425,9 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
     def _check_positions(self, positions: Tensor | None) -> None:
         """Check that new tokens follow the stored ones. If a prompt is no longer than the cache, `generate` silently
         selects tokens that do not. With padding, positions do not number the cache's tokens."""
-        numbers = isinstance(positions, Tensor) and positions.dim() == 2 and self.valid is None
-        if self.leads and self._stored and numbers:
+        if not self.leads or not self._stored or self.valid is not None:
+            return
+        if isinstance(positions, Tensor) and positions.dim() == 2:
             self._positions.check(positions, self._stored)
 
     def _check_length(self, length: int) -> None:
