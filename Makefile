@@ -75,7 +75,7 @@ endef
 .PHONY: help setup build demo test test-long nightly coverage sanitize test-transformers-oldest vllm vllm-test vllm-models \
   vllm-bench vllm-bench-models vllm-soak lint lint-code lint-format lint-cpp lint-types lint-imports format model \
   bench-ggml bench-peers peers-onnxruntime peers-openvino bench-here build-arm test-arm test-triton-oldest test-triton-assembly gpu-day \
-  accuracy architectures clean
+  accuracy architectures architectures-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-24s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -133,7 +133,7 @@ test-long: $(BUILT) ## compile the GPU kernels, and run what takes minutes in Tr
 	TURBOATTENTION_LONG=1 $(BIN)/python -m pytest -q --durations=10 -m long
 
 # What takes too long for every commit, in order of what finds most.
-nightly: test-long test-transformers-oldest test-triton-oldest sanitize vllm-test $(if $(MODELS),vllm-models) ## all tests that `make test` leaves out: make nightly MODELS='smollm2=FOLDER qwen=FOLDER gemma3=FOLDER'
+nightly: test-long test-transformers-oldest architectures-check test-triton-oldest sanitize vllm-test $(if $(MODELS),vllm-models) ## all tests that `make test` leaves out: make nightly MODELS='smollm2=FOLDER qwen=FOLDER gemma3=FOLDER'
 
 coverage: $(BUILT) ## run the tests and list the lines that none of them reaches
 	$(BIN)/python -m pytest -q --cov=src
@@ -315,6 +315,9 @@ accuracy: $(BUILT) ## the tables of accuracy: make accuracy MODELS='qwen=FOLDER 
 
 architectures: $(BUILT) ## compare every causal language model of transformers with eager attention, tiny and random (minutes; ARCHITECTURES='--only llama')
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.architectures $(ARCHITECTURES)
+
+architectures-check: $(BUILT) ## the same, compared with the stored results: fails where a verdict, a message or an error differs
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.architectures --check $(ARCHITECTURES)
 
 # A Python that has vLLM and finds the package; what `make vllm` makes. The page's pictures want .venv.
 VLLM_PYTHON ?= $(VLLM)/bin/python

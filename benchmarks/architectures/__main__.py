@@ -3,6 +3,7 @@ repository, or `make architectures`.
 
 Builds a tiny random model of each, compares its logits with eager attention's (judge.py), and writes
 benchmarks/results/architectures.json and docs/models.md. Exits with 1 if one is wrong or fails with a foreign error.
+With `--check` (`make architectures-check`), writes nothing, and exits with 1 if a result differs from the stored one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import transformers
 from turboattention.files import write_text
 
 from . import page, tiny
+from .compare import differences
 from .judge import judge
 from .verdict import Finding, Verdict
 
@@ -24,6 +26,7 @@ from .verdict import Finding, Verdict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures; writes nothing")
+    parser.add_argument("--check", action="store_true", help="compare with the stored results; writes nothing")
     parser.add_argument("--page", action="store_true", help="write docs/models.md again from the last results")
     parser.add_argument("--timeout", type=float, default=180, help="seconds for each")
     options = parser.parse_args()
@@ -34,6 +37,10 @@ def main() -> int:
     for name in options.only or tiny.names():
         verdicts.append(apart(name, options.timeout))
         say(verdicts[-1], details=bool(options.only))
+    if options.check:
+        lines = differences(verdicts, page.stored(), whole=not options.only)
+        print("\n".join(lines) or f"{len(verdicts)} architectures are as in {page.RESULTS.name}")
+        return int(bool(lines))
     if not options.only:
         write(verdicts)
         write_text(page.PAGE, page.of_results())

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from .verdict import Finding, Verdict
 
@@ -60,10 +61,18 @@ pass without a cache, for example because states are reset in a pass of several 
 |---|---|"""
 
 
+def stored() -> list[Verdict]:
+    """The latest results."""
+    return [Verdict.of(x) for x in _results()["architectures"]]
+
+
 def of_results() -> str:
     """The page of the latest results."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return page([Verdict.of(x) for x in results["architectures"]], results["transformers"], results["seconds"])
+    return page(stored(), _results()["transformers"], _results()["seconds"])
+
+
+def _results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
 def page(verdicts: list[Verdict], version: str, seconds: float) -> str:

@@ -30,24 +30,24 @@ _NAMED = {"type": "function", "function": {"name": "get_weather"}}
 class Answers:
     """The answers of one server. best: the likeliest token at each position of the text, from the second on. nats: the
     mean negative log-probability of the text's tokens. completion: the continuation of the beginning of the text. chat:
-    the answer to the question; None without a chat template. call: the name and arguments of the tool call; told: the
-    answer given the tool's result; both None without tools."""
+    the answer to the question. call: the name and arguments of the tool call; told: the answer given the tool's result;
+    None if the model was not asked."""
 
     best: list[int]
     nats: float
     completion: str
-    chat: str | None
+    chat: str
     call: tuple[str, dict[str, Any]] | None
     told: str | None
 
 
-def ask(server: Server, *, chat: bool, tools: bool) -> Answers:
+def ask(server: Server, *, tools: bool) -> Answers:
     reading = server.post("completions", {"prompt": TEXT, "max_tokens": 1, "prompt_logprobs": 1})
     positions = reading["choices"][0]["prompt_logprobs"][1:]
     # The text's own token comes first, and then the likeliest, unless they are the same.
     own = [next(iter(position.values()))["logprob"] for position in positions]
     completion = server.post("completions", {"prompt": BEGINNING, "max_tokens": 32})["choices"][0]["text"]
-    said = _say(server, [_user(QUESTION)])["content"] if chat else None
+    said = _say(server, [_user(QUESTION)])["content"]
     call, told = _use_tool(server) if tools else (None, None)
     return Answers([_likeliest(each) for each in positions], -sum(own) / len(own), completion, said, call, told)
 

@@ -221,11 +221,19 @@ def test_drafts_where_the_model_can_go_back(exact_core, name, drafts, hybrid, to
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_drafts_are_refused_where_it_cannot(name, hybrid, tokens):
-    """By transformers, or by the crop that a rejected draft wants."""
-    model, ids, drafting = hybrid(name), tokens(1, 20), hybrid("lfm2_moe")
-    with pytest.raises((ValueError, UnsupportedError), match=r"stateful models|recurrent state, which"):
-        generated(model, "turbo", ids, torch.ones_like(ids), do_sample=False, assistant_model=drafting)
+@pytest.mark.parametrize("drafts", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_drafts_are_refused_where_it_cannot(name, drafts, hybrid, tokens):
+    """By transformers, or before the first forward pass, whether or not a draft would be rejected."""
+    model, ids = hybrid(name), torch.cat([tokens(1, 8)] * 3, 1)
+    model.set_attn_implementation("turbo")
+    cache = TurboCache(model.config)
+    settings = {drafts: 4 if drafts == "prompt_lookup_num_tokens" else hybrid("lfm2_moe")}
+    refused = rf"^assisted generation is not supported with stateful models, such as {type(model).__name__}"
+    if not model._is_stateful:
+        refused = r"^prompt_lookup_num_tokens, assistant_model: expected .* a recurrent state in layer \d \(linear_"
+    with pytest.raises((ValueError, UnsupportedError), match=refused):
+        model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, **settings)
+    assert cache.get_seq_length() == 0
 
 
 def test_quantized_attention_stays_close(model, forward, tokens, distance):

@@ -366,13 +366,31 @@ class TestNoNewTokens:
         again = TurboCache(model.config, SMALL)
         assert torch.equal(result, forward(model, "turbo", tokens(1, 40), [30, 7, 3], again)[:, 37:])
 
-    def test_positions_inside_the_cache(self, model, cache, tokens):
-        message = r"^input_ids: expected new tokens after the 37 that .*, got some .* 36; .* needs position_ids$"
+    @pytest.mark.parametrize(
+        "positions, shown",
+        [
+            ([34, 35, 36], "34, 35, 36"),  # all inside
+            ([36, 37, 38, 39, 40], "36, 37, …, 40"),  # the first inside
+            ([38, 39], "38, 39"),  # behind a gap
+            ([37, 39, 40], "37, 39, 40"),  # a gap in the middle
+            ([37, 38, 0], "37, 38, 0"),
+        ],
+    )
+    def test_positions_that_do_not_go_on(self, positions, shown, model, cache, tokens):
+        message = rf"^input_ids: expected new tokens after the 37 that .*, got some at positions {shown}; .* needs pos"
+        ids = tokens(1, len(positions))
         with pytest.raises(InputError, match=message), torch.no_grad():
-            model(tokens(1, 3), position_ids=torch.tensor([[34, 35, 36]]), past_key_values=cache)
+            model(ids, position_ids=torch.tensor([positions]), past_key_values=cache)
+        going_on = torch.arange(37, 37 + len(positions))[None]
         with torch.no_grad():
-            model(tokens(1, 3), position_ids=torch.tensor([[37, 38, 39]]), past_key_values=cache)
-        assert cache.get_seq_length() == 40
+            model(ids, position_ids=going_on, past_key_values=cache)
+        assert cache.get_seq_length() == 37 + len(positions)
+
+    def test_positions_of_one_sequence_of_several(self, model, forward, tokens):
+        cache = TurboCache(model.config, SMALL)
+        forward(model, "turbo", tokens(2, 37), [37], cache)
+        with pytest.raises(InputError, match=r"got some at positions 37, 39;"), torch.no_grad():
+            model(tokens(2, 2), position_ids=torch.tensor([[37, 38], [37, 39]]), past_key_values=cache)
 
     def test_a_longer_one_goes_on(self, model, cache, tokens):
         assert self.generate(model, cache, tokens(1, 38)).shape == (1, 41)

@@ -55,7 +55,10 @@ def test_vllm_finds_it() -> None:
 def with_vllm(folder: Path, version: str, registry: str, backend: str) -> str:
     """Registers with a vLLM that has a registry module and the plugin's backend module as given; what it says."""
     package = folder / "vllm" / "v1" / "attention" / "backends"
-    package.mkdir(parents=True)
+    models = folder / "vllm" / "model_executor" / "models"
+    for each in (package, models):
+        each.mkdir(parents=True)
+    (models / "config.py").write_text("MODELS_CONFIG_MAP = {}\nclass VerifyAndUpdateConfig: pass\n", encoding="utf-8")
     (folder / "vllm" / "__init__.py").write_text(f"__version__ = {version!r}\n", encoding="utf-8")
     (package / "registry.py").write_text(registry, encoding="utf-8")
     statements = f"""

@@ -20,7 +20,8 @@ import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 
-from ...errors import BackendError, InputError
+from ...errors import BackendError, InputError, UnsupportedError
+from ..model_shape import text_config
 from . import RELEASES
 from .cache import TurboCache
 from .layer import ALTERNATIVE
@@ -103,6 +104,7 @@ def _prefill(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _assisted(original: Callable[..., Any]) -> Callable[..., Any]:
     def assisted(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        _refuse_drafts(self.config, kwargs.get("past_key_values"))
         _follow(input_ids, kwargs, kwargs.get("generation_config"), begins=True, assisted=True)
         with _begun_by(_ASSISTED):
             return original(self, input_ids, *args, **kwargs)
@@ -120,6 +122,19 @@ def _begun_by(name: str) -> Iterator[None]:
         yield
     finally:
         _begun.reset(before)
+
+
+def _refuse_drafts(config: Any, cache: Any) -> None:
+    """Raises `UnsupportedError` if a layer has states that cannot return to the token before a rejected draft: all
+    but those of convolutions. For most such models, transformers has raised an error already."""
+    kinds = getattr(text_config(config), "layer_types", None) or ()
+    for index, layer in cache.state_layers if isinstance(cache, TurboCache) else ():
+        kind = kinds[index] if index < len(kinds) else type(layer).__name__
+        if kind != "conv":
+            raise UnsupportedError(
+                f"prompt_lookup_num_tokens, assistant_model: expected a model that can return to earlier tokens, got "
+                f"one with a recurrent state in layer {index} ({kind}); generate without drafts"
+            )
 
 
 def _follow(

@@ -23,6 +23,7 @@ from .held import HeldTokens
 from .masks import MaskPlan
 from .padding import attend_tokens, valid_after
 from .parallel import HeadShare, TensorParallel
+from .positions import PositionCheck
 from .repeated import expect_attention
 
 ALTERNATIVE = "leave past_key_values out to run without one"
@@ -98,6 +99,7 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         """Whether it may read another layer's keys and be empty after a successful forward pass."""
         self._head_bits, self._k_mean, self._k_order, self._max_tokens = head_bits, k_mean, k_order, max_tokens
         self._checked: object = None
+        self._positions = PositionCheck()
 
     def __repr__(self) -> str:
         held = "exact" if self.exact else f"kv={self.kv}"
@@ -338,6 +340,15 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
         if self.valid is not None:
             self.valid = torch.cat([self.valid, self.valid.new_ones(len(self.valid), 1)], 1)
 
+    def clone(self) -> Any:
+        other = super().clone()
+        other._positions = self._positions.copied()
+        return other
+
+    def reset(self) -> None:
+        super().reset()
+        self._positions = PositionCheck()
+
     def restore(self, kv: KVCache | None, floats: ExactKV | None, stored: int, valid: Tensor | None) -> None:
         if kv is not None:
             kv.first_head = self._share(kv.num_kv_heads).first
@@ -413,16 +424,11 @@ class TurboLayer(HeldTokens, CacheLayerMixin):
 
     def _check_positions(self, positions: Tensor | None) -> None:
         """Check that new tokens follow the stored ones. If a prompt is no longer than the cache, `generate` silently
-        selects tokens that do not. With padding, positions allow only a weaker check."""
+        selects tokens that do not. With padding, positions do not number the cache's tokens."""
         if not self.leads or not self._stored or self.valid is not None:
             return
-        if isinstance(positions, Tensor) and positions.dim() == 2 and int(positions[:, -1].min()) < self._stored:
-            raise InputError(
-                f"input_ids: expected new tokens after the {self._stored} that the TurboCache already holds, got some "
-                f"that end at position {int(positions[:, -1].min())}; a prompt has to begin with the cache's tokens "
-                "and be longer, new ids alone need an attention_mask of all positions, and a model that numbers the "
-                "tokens of every call from 0, as Bamba does, needs position_ids"
-            )
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            self._positions.check(positions, self._stored)
 
     def _check_length(self, length: int) -> None:
         """Some models have sliding layers in their caches, but masks without a window. The keys that a query sees would

@@ -15,6 +15,7 @@ import logging
 import os
 
 from ...errors import BackendError
+from .bypassing import check_models
 from .settings import VARIABLE, parse_variable
 
 RELEASE = "0.32"
@@ -22,6 +23,8 @@ RELEASE = "0.32"
 
 BACKEND = f"{__name__}.backend.TurboBackend"
 """The backend class in vLLM's registry."""
+
+_MODEL_CHECKS = "vllm.model_executor.models.config"
 
 __all__ = ["BACKEND", "register"]
 
@@ -31,7 +34,8 @@ def register() -> None:
 
     It is registered as CUSTOM, for ``--attention-backend CUSTOM`` on GPUs, and replaces CPU_ATTN, the only backend of
     vLLM's CPU platform. The CPU platform's backends for multi-head latent attention, and those that models select
-    themselves for values with a head_dim of their own, are replaced by backends that refuse.
+    themselves for values with a head_dim of their own, are replaced by backends that refuse. Models that ask for no
+    backend are refused by name (`bypassing`).
 
     Raises:
         ConfigError: the variable has another value than those above. BackendError: vLLM is another release than
@@ -42,6 +46,7 @@ def register() -> None:
     _check_release()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    check_models()
     for name in ("CPU_ATTN", "CUSTOM"):
         register_backend(AttentionBackendEnum[name], BACKEND)
     for name in ("CPU_MLA", "AMX_MLA"):
@@ -56,7 +61,7 @@ def _check_release() -> None:
     if found.split("+")[0].split(".")[:2] == RELEASE.split("."):
         return
     try:
-        for module in ("vllm.v1.attention.backends.registry", BACKEND.rpartition(".")[0]):
+        for module in ("vllm.v1.attention.backends.registry", _MODEL_CHECKS, BACKEND.rpartition(".")[0]):
             importlib.import_module(module)
     except (ImportError, AttributeError) as error:
         raise BackendError(f"vllm: expected release {RELEASE}, got {found} ({error})") from error

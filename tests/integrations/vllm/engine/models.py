@@ -95,26 +95,86 @@ def save_gpt_oss(folder: Path, sinks: Sequence[float] = (-2.0, 0.0, 2.0, 4.0)) -
     return save(model, folder)
 
 
-def save_falcon_h1(folder: Path) -> Path:
-    """Random weights; Mamba 2 beside attention in every layer, whose states vLLM keeps beside the pages."""
-    from transformers import FalconH1Config, FalconH1ForCausalLM
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon_h1": (
+        "FalconH1",
+        {
+            "intermediate_size": 256,
+            "head_dim": 64,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 64,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            "hidden_size": 256,
+            "intermediate_size": 128,
+            "shared_intermediate_size": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 4,
+            "layer_types": ["mamba", "attention"] * 2,
+            "attention_multiplier": 0.125,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 64,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 64,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "num_hidden_layers": None,
+            "layers_block_type": ["mamba", "attention", "mlp", "mamba", "attention", "mlp"],
+            "intermediate_size": 256,
+            "head_dim": 64,
+            "ssm_state_size": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "n_groups": 1,
+            "chunk_size": 64,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "head_dim": 64,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 128,
+        },
+    ),
+}
+"""By model type: the name in transformers, and sizes of models that mix attention with recurrent layers. Every expert
+computes every token, as in `save_gpt_oss`."""
 
+IN_BFLOAT16 = ("qwen3_next",)
+"""Those whose recurrent layers vLLM computes in bfloat16 only, on CPUs."""
+
+
+def save_hybrid(folder: Path, kind: str) -> Path:
+    """Random weights; recurrent layers, whose states vLLM keeps beside the pages."""
+    import transformers
+
+    name, changes = HYBRIDS[kind]
     torch.manual_seed(0)
-    config = FalconH1Config(
-        **_SIZES,
-        intermediate_size=256,
-        head_dim=64,
-        mamba_d_ssm=128,
-        mamba_n_heads=4,
-        mamba_d_head=32,
-        mamba_d_state=16,
-        mamba_n_groups=1,
-        mamba_chunk_size=64,
-        initializer_range=0.07,
-    )
-    model = FalconH1ForCausalLM(config)
-    model.model.embed_tokens.weight.data.mul_(0.5)
-    model.model.final_layernorm.weight.data.fill_(5.0)
+    sizes = {key: value for key, value in {**_SIZES, **changes}.items() if value is not None}
+    config = transformers.AutoConfig.for_model(kind, **sizes, initializer_range=0.07)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model.get_input_embeddings().weight.data.mul_(0.5)
+    (norm,) = (getattr(model.model, x) for x in ("norm", "norm_f", "final_layernorm") if hasattr(model.model, x))
+    norm.weight.data.fill_(5.0)
     return save(model, folder)
 
 

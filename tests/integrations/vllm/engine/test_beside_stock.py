@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .answers import greedy, prompts
-from .models import save_falcon_h1, save_gpt_oss
+from .models import HYBRIDS, IN_BFLOAT16, save_gpt_oss, save_hybrid
 
 LENGTHS = (5, 64, 130, 200, 300)
 PIECES = {"block_size": 64, "max_num_batched_tokens": 90, "max_num_seqs": 4}
@@ -105,9 +105,11 @@ def test_sinks(beside, tmp_path) -> None:
     assert Difference.of(found.stock, without.stock).moved > 20 * found.read.moved
 
 
-def test_recurrent_layers(beside, tmp_path) -> None:
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_recurrent_layers(beside, tmp_path, kind: str) -> None:
     """Blocks of vLLM are two pages, or their states; what it does with numbers of blocks has to leave both alone."""
-    found = beside(save_falcon_h1(tmp_path / "m"), enable_prefix_caching=False, block_size=128)
+    dtype, moved = ("bfloat16", 0.12) if kind in IN_BFLOAT16 else ("float32", 0.06)
+    found = beside(save_hybrid(tmp_path / "m", kind), enable_prefix_caching=False, block_size=128, dtype=dtype)
     for ours in (found.read, found.written):
-        assert ours.agreement > 0.95, ours
-        assert ours.moved < 0.06, ours
+        assert ours.agreement > (0.95 if dtype == "float32" else 0.93), ours
+        assert ours.moved < moved, ours

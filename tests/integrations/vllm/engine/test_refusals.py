@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +83,8 @@ def engine(**changes: Any) -> Any:
         device_type="cpu",
         transfer=None,
         drafts=None,
+        architecture="LlamaForCausalLM",
+        backend=None,
     )
     values.update(changes)
     part = SimpleNamespace(**values)
@@ -104,8 +108,9 @@ def engine(**changes: Any) -> Any:
             "models that mix attention with recurrent layers on GPUs (not tested)",
         ),
         (
-            {"is_hybrid": True, "hf_text_config": SimpleNamespace(model_type="jamba"), "enable_prefix_caching": True},
-            "this mix of attention and recurrent layers (model: expected falcon_h1, got 'jamba', which was not tested)",
+            {"is_hybrid": True, "hf_text_config": SimpleNamespace(model_type="zaya"), "enable_prefix_caching": True},
+            "this mix of attention and recurrent layers (model: expected one of falcon_h1, granitemoehybrid, "
+            "nemotron_h, qwen3_next, got 'zaya', which was not tested)",
         ),
         ({"is_hybrid": True, "enable_prefix_caching": True}, "prefix caching in models that mix attention with"),
         ({"is_mm_prefix_lm": True}, "attention that is not causal among the tokens of an image (use --language-mod"),
@@ -149,6 +154,57 @@ def test_engines(changes: dict[str, Any], named: str) -> None:
     refuse_engine(engine(is_hybrid=True))
     refuse_engine(engine(transfer=connector(), block_size=64))
     refuse_engine(engine(enable_prefix_caching=True))
+
+
+SINKS = SimpleNamespace(param_sink_number=4)
+
+
+@pytest.mark.parametrize(
+    "name, changes, refused",
+    [
+        ("DeepseekV4ForCausalLM", {}, True),
+        ("DeepseekV41ForCausalLM", {"device_type": "cuda", "backend": SimpleNamespace(name="CUSTOM")}, True),
+        ("DeepseekV4ForCausalLM", {"device_type": "cuda"}, False),  # vLLM's own backend
+        ("InklingForCausalLM", {"device_type": "cuda", "backend": SimpleNamespace(name="CUSTOM")}, True),
+        ("InklingForCausalLM", {"device_type": "cuda", "backend": SimpleNamespace(name="FLASH_ATTN")}, False),
+        ("InklingForCausalLM", {}, False),
+        ("PanguUltraMoEForCausalLM", {"device_type": "cuda", "backend": SimpleNamespace(name="CUSTOM")}, False),
+        (
+            "PanguUltraMoEForCausalLM",
+            {"device_type": "cuda", "backend": SimpleNamespace(name="CUSTOM"), "hf_text_config": SINKS},
+            True,
+        ),
+        ("LlamaForCausalLM", {"device_type": "cuda", "backend": SimpleNamespace(name="CUSTOM")}, False),
+    ],
+)
+def test_models_that_ask_for_no_backend(name: str, changes: dict[str, Any], refused: bool) -> None:
+    from turboattention.integrations.vllm.bypassing import refuse_bypassing
+
+    asked = engine(architecture=name, **changes)
+    wanted = f"does not support the architecture {name} (its attention layers have caches of their own, which would"
+    with pytest.raises(UnsupportedError, match=re.escape(wanted)) if refused else nullcontext():
+        refuse_bypassing(asked)
+
+
+def test_vllm_asks_about_the_models_that_ask_for_no_backend() -> None:
+    """Before its own checks; each is one that vLLM knows."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from turboattention.integrations.vllm import register
+    from turboattention.integrations.vllm.bypassing import BYPASSING
+
+    register()
+    before = dict(MODELS_CONFIG_MAP)
+    register()
+    assert before == MODELS_CONFIG_MAP
+    assert set(BYPASSING) <= set(ModelRegistry.get_supported_archs())
+    for name in BYPASSING:
+        assert MODELS_CONFIG_MAP[name].refuses_bypassing
+    asked = engine(architecture="DeepseekV4ForCausalLM")
+    with pytest.raises(UnsupportedError, match="the architecture DeepseekV4ForCausalLM"):
+        MODELS_CONFIG_MAP["DeepseekV4ForCausalLM"].verify_and_update_config(asked)
+    assert MODELS_CONFIG_MAP["DeepseekV4ForCausalLM"].__mro__[1].__name__ == "DeepseekV4ForCausalLMConfig"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +317,8 @@ MIMO = dict(
         (
             "Lfm2",
             {"layer_types": ["full_attention", "conv"]},
-            "this mix of attention and recurrent layers (model: expected falcon_h1, got 'lfm2', which was not tested)",
+            "this mix of attention and recurrent layers (model: expected one of falcon_h1, granitemoehybrid, "
+            "nemotron_h, qwen3_next, got 'lfm2', which vLLM 0.32.0 itself computes wrongly on CPUs)",
         ),
     ],
 )
@@ -275,6 +332,15 @@ def test_models(start, tmp_path, kind: str, changes: dict[str, Any], named: str)
     with pytest.raises(
         UnsupportedError, match=re.escape(f"TurboAttention does not support {named}") + ".* in vLLM; unset"
     ):
+        start(model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512)
+
+
+def test_a_model_that_asks_for_no_backend(start, tmp_path) -> None:
+    """Before vLLM makes it."""
+    config = {**SMALL, "model_type": "deepseek_v4", "architectures": ["DeepseekV4ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    named = "does not support the architecture DeepseekV4ForCausalLM (its attention layers have caches of their own"
+    with pytest.raises(UnsupportedError, match=re.escape(named)):
         start(model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512)
 
 

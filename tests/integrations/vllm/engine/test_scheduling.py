@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .answers import MOVED_BY_SHAPE, Answer, answer, assert_same, greedy, metric, prompts
-from .models import save_falcon_h1, save_gemma, save_window
+from .models import save_gemma, save_hybrid, save_window
 
 LENGTHS = (3, 64, 65, 130, 200, 1, 127, 300, 256)
 
@@ -119,7 +119,7 @@ def test_slots_are_given_back(busy, asked) -> None:
 def test_recurrent_layers_preempted(start, token_ids, tmp_path) -> None:
     """Their states are in blocks of vLLM, too. At 8 bits, since random weights magnify what rounding moves."""
     served: dict[str, Any] = dict(
-        model=str(save_falcon_h1(tmp_path / "m")),
+        model=str(save_hybrid(tmp_path / "m", "falcon_h1")),
         enable_prefix_caching=False,
         block_size=128,
         additional_config={"turboattention": {"bits": 8}},
