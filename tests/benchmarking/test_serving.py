@@ -92,7 +92,7 @@ def test_models(script: Any, tmp_path: Path) -> None:
 
     model = script("models").llama(tmp_path / "model", attention_only=True)
     assert (model.layers, model.kv_heads, model.head_dim) == (2, 8, 128)
-    assert model.side_pool(4) == 2 * 5 * 2 * 8 * 64 * (128 + 4)
+    assert model.side_pool(4) == 2 * 2 * 8 * (5 * 64 * (128 + 4) + 6 * 16 * 128 * 2)
     bits = Calibration.load(model.mixed(tmp_path / "mixed")).head_bits
     assert [x.tolist() for x in bits] == [[[2] * 4 + [4] * 4] * 2] * 2
 

@@ -371,8 +371,7 @@ class TestNoNewTokens:
         [
             ([34, 35, 36], "34, 35, 36"),  # all inside
             ([36, 37, 38, 39, 40], "36, 37, …, 40"),  # the first inside
-            ([38, 39], "38, 39"),  # behind a gap
-            ([37, 39, 40], "37, 39, 40"),  # a gap in the middle
+            ([40, 38, 38], "40, 38, 38"),  # the last behind its place
             ([37, 38, 0], "37, 38, 0"),
         ],
     )
@@ -389,8 +388,20 @@ class TestNoNewTokens:
     def test_positions_of_one_sequence_of_several(self, model, forward, tokens):
         cache = TurboCache(model.config, SMALL)
         forward(model, "turbo", tokens(2, 37), [37], cache)
-        with pytest.raises(InputError, match=r"got some at positions 37, 39;"), torch.no_grad():
-            model(tokens(2, 2), position_ids=torch.tensor([[37, 38], [37, 39]]), past_key_values=cache)
+        with pytest.raises(InputError, match=r"got some at positions 37, 37;"), torch.no_grad():
+            model(tokens(2, 2), position_ids=torch.tensor([[37, 38], [37, 37]]), past_key_values=cache)
+
+    def test_positions_after_a_gap_are_the_models_own_affair(self, model, cache, forward, tokens, distance):
+        own, ids = DynamicCache(config=model.config), tokens(1, 40)
+        forward(model, "eager", ids, [37], own)
+        results = []
+        for implementation, each in (("eager", own), ("turbo", cache)):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                results.append(
+                    model(ids[:, 37:], position_ids=torch.tensor([[37, 50, 51]]), past_key_values=each).logits
+                )
+        assert distance(results[1], results[0]) < 0.1
 
     def test_a_longer_one_goes_on(self, model, cache, tokens):
         assert self.generate(model, cache, tokens(1, 38)).shape == (1, 41)

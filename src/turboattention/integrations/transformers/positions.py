@@ -28,12 +28,12 @@ class PositionCheck:
         return other
 
     def check(self, positions: Tensor, stored: int) -> None:
-        """Raises `InputError` if the tokens, behind `stored` ones, are not at the next positions. On a GPU, if those of
-        an earlier call were not."""
+        """Raises `InputError` if the tokens, behind `stored` ones, are at positions before the next ones. On a GPU, if those of
+        an earlier call were."""
         (self.check_now if positions.device.type == "cpu" else self.check_later)(positions, stored)
 
     def check_now(self, positions: Tensor, stored: int) -> None:
-        wrong = _differ(positions, stored).any(1)
+        wrong = _behind(positions, stored).any(1)
         if wrong.any():
             row = positions[int(wrong.int().argmax())].tolist()
             at = ", ".join(map(str, row if len(row) <= 4 else [*row[:2], "…", row[-1]]))
@@ -50,7 +50,7 @@ class PositionCheck:
                 "input_ids: expected new tokens after those that the TurboCache already holds, got some at other "
                 f"positions in an earlier forward pass; reset() empties the cache; {_ADVICE}"
             )
-        self._late.send(_differ(positions, stored).any())
+        self._late.send(_behind(positions, stored).any())
 
 
 class LateFlag:
@@ -82,6 +82,6 @@ class LateFlag:
         return raised
 
 
-def _differ(positions: Tensor, stored: int) -> Tensor:
-    """bool [B, L]: positions other than the next ones."""
-    return positions != torch.arange(stored, stored + positions.shape[1], device=positions.device)
+def _behind(positions: Tensor, stored: int) -> Tensor:
+    """bool [B, L]: positions before the next ones. Those after a gap are in the model's rotations, and in order."""
+    return positions < torch.arange(stored, stored + positions.shape[1], device=positions.device)
