@@ -28,8 +28,8 @@ class PositionCheck:
         return other
 
     def check(self, positions: Tensor, stored: int) -> None:
-        """Raises `InputError` if the tokens, behind `stored` ones, are at positions before the next ones. On a GPU, if those of
-        an earlier call were."""
+        """Raises `InputError` if a token is at a position before that of its place behind `stored` ones; on a GPU, if
+        one of an earlier call was."""
         (self.check_now if positions.device.type == "cpu" else self.check_later)(positions, stored)
 
     def check_now(self, positions: Tensor, stored: int) -> None:
