@@ -76,7 +76,7 @@ def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
             yield from _decode(plan, batch, tokens, str(bits), config, decode_candidates(), have)
             if bits in (4, 3, 2):
                 group, architecture = plan.heads // plan.kv_heads, configs.architecture_of(device())
-                shipped = configs.decode(architecture, group, plan.head_dim, False)
+                shipped = configs.decode(architecture, group, plan.head_dim, False, False)
                 ordered = config.replace(reorder_k=True)
                 yield from _decode(plan, batch, tokens, f"{bits}, keys in order", ordered, (shipped,), have)
 
