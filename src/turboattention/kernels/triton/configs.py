@@ -12,10 +12,14 @@ ones with as much shared memory (`architecture_of`).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import torch
 
+from ...errors import ConfigError
 from .widths import TWO_WIDTHS
 
 FUSION = {"enable_fp_fusion": True}
@@ -227,15 +231,13 @@ def resident(launch: Launch, wide: int, widths: tuple[tuple[int, int], ...], dev
 def shared_bytes(launch: Launch, wide: int, widths: tuple[tuple[int, int], ...]) -> int:
     """Shared memory of a decode program without a mask, at most: codes of the pages that are copied ahead, and what
     its threads exchange."""
-    bits = [k_bits % TWO_WIDTHS or k_bits for k_bits, _ in widths]
-    copied = max((8 * wide * (k + v) for k, (_, v) in zip(bits, widths, strict=True)), default=0)
-    exchanged = launch.warps * launch.rows * wide
-    three = any(3 in (k, v) for k, (_, v) in zip(bits, widths, strict=True))
+    bits = [(k_bits % TWO_WIDTHS or k_bits, v_bits) for k_bits, v_bits in widths]
+    copied = (launch.stages - 1) * max((8 * wide * (k + v) for k, v in bits), default=0)
     two = launch.warps > 1 and any(k_bits > TWO_WIDTHS for k_bits, _ in widths)
-    if launch.warps > 2 or wide < 128 or three or two:
+    if launch.warps > 2 or wide < 128 or two or any(3 in pair for pair in bits):
         # Words of values change threads on their way to the product.
-        exchanged = 64 * wide + launch.warps * launch.rows * max(64, wide // 2)
-    return (launch.stages - 1) * copied + exchanged
+        return copied + 64 * wide + launch.warps * launch.rows * max(64, wide // 2)
+    return max(copied, 64 * wide) + launch.warps * launch.rows * wide
 
 
 @functools.cache
@@ -249,3 +251,33 @@ def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 20
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+def load(path: Path) -> None:
+    """Use the launches that a sweep chose (`launches.json` of benchmarks/gpu/day.py) instead of the table's, for calls
+    without masks and softcaps on devices of that architecture, up to that head_dim and number of query rows per KV
+    head. Called on import with the file that TURBOATTENTION_LAUNCHES names. Raises ConfigError."""
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+        name, head_dim, rows = chosen["architecture"], chosen["head_dim"], chosen["rows"]
+        launches = {work: Launch(**chosen[work]) for work in ("decode", "prefill") if work in chosen}
+        if not all(type(x) is int and x >= 0 for launch in launches.values() for x in astuple(launch)):
+            raise ValueError("expected sizes of launches")
+        tables = _DECODE[name], _PREFILL[name]
+        decode_size, prefill_size = (min(size for size in table if size >= head_dim) for table in tables)
+        if "decode" in launches:
+            columns = tables[0][decode_size]
+            columns[min(size for size in columns if size >= rows)] = launches["decode"]
+        if "prefill" in launches:
+            tables[1][prefill_size] = launches["prefill"]
+    except (OSError, KeyError, TypeError, ValueError) as problem:
+        raise ConfigError(
+            f"launches: expected a file that benchmarks/gpu/day.py wrote, got {path}: {problem}"
+        ) from None
+    decode.cache_clear()
+    prefill.cache_clear()
+    restored_prefill.cache_clear()
+
+
+if _file := os.environ.get("TURBOATTENTION_LAUNCHES"):
+    load(Path(_file))

@@ -71,9 +71,9 @@ def restore_pages(
     D: tl.constexpr, WIDE: tl.constexpr, K_WIDTHS: tl.constexpr, V_WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr,
     WINDOW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (any number, KV heads). K_WIDTHS, V_WIDTHS: `page_offsets.widths_masks`. K int8 [Hkv, capacity, 64, WIDE], channels as in
-    `restoring.halves`; V^T int8 [Hkv, capacity, WIDE, 64], tokens as in `unpacked_kv.value_column`; undefined in octets
-    past D; scales float32 [Hkv, capacity, 64]."""
+    """Grid (any number, KV heads). K_WIDTHS, V_WIDTHS: `page_offsets.widths_masks`. K int8 [Hkv, capacity, 64, WIDE],
+    channels as in `restoring.halves`; V^T int8 [Hkv, capacity, WIDE, 64], tokens as in `unpacked_kv.value_column`;
+    undefined in octets past D; scales float32 [Hkv, capacity, 64]."""
     head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
     head = tl.program_id(1).to(tl.int64) * capacity
     k_bits = tl.load(head_ptr + OF_KEYS)
