@@ -47,9 +47,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write docs/gpu.md from the results")
     options = parser.parse_args()
     if options.write:
-        head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        recorded = table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])
-        PAGE.write_text(f"{head}{BEGIN}\n{recorded}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
         return
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET: expected it unset, got 1: interpreted kernels cannot be compiled")
@@ -74,6 +73,12 @@ def main() -> None:
         for start, end in kernel.loops:
             said = ", ".join(f"{count} {what}" for what, count in counts(kernel.code[start : end + 1]).items())
             print(f"  loop of {end - start + 1} instructions: {said}")
+
+
+def written(page: str, rows: list[dict[str, Any]]) -> str:
+    """docs/gpu.md with the table of these rows."""
+    head, rest = page.split(BEGIN)
+    return f"{head}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}"
 
 
 def record(when: str, target: str, path: Path) -> None:
@@ -119,12 +124,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     by = {(row["triton"], row["when"], row["rows"], row["bits"]): row for row in rows}
     for group, bits in itertools.product(ROWS, WIDTHS):
-        cells = [_cell(by[release, when, group, bits]) for release, when in columns]
+        cells = [_cell(by.get((release, when, group, bits))) for release, when in columns]
         lines.append(f"| {bits} bits, {group} rows | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not compiled"
     return f"{row['instructions']:,} ({row['copies']}, {row['waits']}, {row['spilled bytes']})"
 
 
