@@ -118,7 +118,7 @@ _DECODE = {
 # softcap on sm_90, and spills 16 bytes.
 _ADJUSTED_DECODE = {
     "sm_80": {128: {4: Launch(4, 2, 3)}},
-    "sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3, 255), 16: Launch(16, 4, 2)}},
+    "sm_90": {128: {4: Launch(4, 2, 3, 255), 8: Launch(8, 4, 3, 255), 16: Launch(16, 4, 2)}},
 }
 
 # Over heads of several pairs of widths, whose loops follow each other; other entries are as above.
