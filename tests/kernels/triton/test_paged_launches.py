@@ -148,6 +148,6 @@ def test_resident_programs_follow_registers_and_shared_memory(monkeypatch):
     assert of(4, 1, 3, 168) == 120, "a limit of registers lets more run"
     assert of(4, 1, 3, wide=256, widths=((8, 8),)) == 30, "65 KiB and 1 reserved"
     assert of(4, 1, 2, wide=256, widths=((8, 8),)) == 60
-    assert of(4, 1, 3, wide=256, widths=((12, 4), (4, 4))) == 60
+    assert of(4, 1, 3, wide=256, widths=((12, 4), (4, 4))) == 40
     assert of(4, 1, 3, wide=256, widths=()) == 80, "no compressed pages"
     assert of(16, 16, 4, wide=256, widths=((8, 8),)) == 10, "at least one"

@@ -234,7 +234,7 @@ def shared_bytes(launch: Launch, wide: int, widths: tuple[tuple[int, int], ...])
     its threads exchange."""
     bits = [(k_bits % TWO_WIDTHS or k_bits, v_bits) for k_bits, v_bits in widths]
     copied = (launch.stages - 1) * max((8 * wide * (k + v) for k, v in bits), default=0)
-    two = launch.warps > 1 and any(k_bits > TWO_WIDTHS for k_bits, _ in widths)
+    two = any(k_bits > TWO_WIDTHS for k_bits, _ in widths)
     if launch.warps > 2 or wide < 128 or two or any(3 in pair for pair in bits):
         # Words of values change threads on their way to the product.
         return copied + 64 * wide + launch.warps * launch.rows * max(64, wide // 2)
