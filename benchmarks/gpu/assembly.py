@@ -90,14 +90,14 @@ ATTENTION = ("prefill", "decode", "paged_prefill", "paged_decode")
 
 
 def table(rows: list[dict]) -> str:
-    """Of every kernel of attention without a mask, what it becomes with each release of Triton.
+    """Of every kernel of attention without a mask or softcap, what it becomes with each release of Triton.
 
     rows: of one or several releases. Where calls differ in other kernels only, the first is listed.
     """
     releases = sorted({row["triton"] for row in rows})
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        if row["kernel"] in ATTENTION and not row["constants"].get("MASK"):
+        if row["kernel"] in ATTENTION and not (row["constants"].get("MASK") or row["constants"].get("CAP")):
             what = row["target"], row["kernel"], repr(row["constants"])
             found.setdefault(what, {}).setdefault(row["triton"], row)
     columns = ["GPU", "for", "kernel", "warps, stages", "shared", *(f"Triton {release}" for release in releases)]

@@ -15,7 +15,7 @@ from typing import Any
 import chained
 import torch
 from architecture import changed
-from paging import paged
+from paging import paged, piece
 from plan import Plan
 from problem import device, dtype, filled_cache, normals
 from timing import on_gpu, relative_error, said
@@ -104,6 +104,12 @@ def checks(plan: Plan) -> dict[str, dict[str, Check]]:
         "repeats": {
             "50 runs of prefill are equal to the bit": lambda: _repeated(_prefill_call(plan, tokens)),
             "50 runs of decode are equal to the bit": lambda: _repeated(_decode_call(plan, 8191 if real else 191)),
+        }
+        | {
+            f"50 runs of {new} tokens over pages that a server manages are equal to the bit": functools.partial(
+                _paged_repeats, plan, before, new
+            )
+            for before, new in (((4096, 1), (4096, 3), (2048, 500)) if real else ((64, 1), (64, 70)))
         },
     }
     if real:
@@ -155,6 +161,12 @@ def _decode_call(plan: Plan, tokens: int) -> Callable[[], Tensor]:
     cache = filled_cache(2, plan.kv_heads, plan.head_dim, tokens, OFF)
     q = normals(2, plan.heads, 1, plan.head_dim, seed=1)
     return lambda: ta.turbo_attention_with_kvcache(q, cache, backend="triton")
+
+
+def _paged_repeats(plan: Plan, before: int, new: int) -> None:
+    """A step of few rows is the decode kernel's, one of many prefill's."""
+    call = piece(plan, 4, before, new)
+    _repeated(lambda: call().clone())
 
 
 def _repeated(call: Callable[[], Tensor], times: int = 50) -> None:

@@ -43,8 +43,11 @@ def steps(rehearse: bool) -> list[Step]:
     table += [
         Step("sweep prefill", 60, 30, sound=_PREFILL_GATE),
         Step("sweep pages", 60, 30, sound=("gate paged", "gate pages restored once")),
+        Step("launches", 20, 3),
         Step("cubins", 30, 5),
         Step("throughput", 120, 110, sound=("gate decode", "gate steps")),
+        Step("peers decode again", 150, 60, sound=_DECODE_GATE),
+        Step("peers prefill again", 60, 22, sound=_PREFILL_GATE),
         Step("generate", 90, 75, sound=("gate generate",)),
         Step("trace", 30, 12, sound=_PREFILL_GATE),
         Step("profile decode 4", 50, 12, sound=_DECODE_GATE),
@@ -176,10 +179,27 @@ def _sweep(shapes: Any, which: str, results: Results) -> Rows:
     return sweeping.prefill(shapes, have) if kind == "prefill" else sweeping.decode(shapes, int(bits), have)
 
 
+def _launches(shapes: Any, which: str, results: Results) -> Rows:
+    """The best launches of the sweeps as a file beside the results, which the package can load."""
+    import json
+
+    import sweeping
+
+    swept = [row for bits in WIDTHS for row in results.rows(f"sweep decode {bits}")]
+    chosen = sweeping.chosen(shapes, swept, results.rows("sweep prefill"))
+    if not chosen.keys() & {"decode", "prefill"}:
+        yield {"missing": "sweeps"}
+        return
+    path = results.path.with_name("launches.json")
+    write_text(path, json.dumps(chosen, indent=1) + "\n")
+    yield {**chosen, "log": path.name}
+
+
 def _peers(shapes: Any, which: str, results: Results) -> Rows:
+    """Beside their peers, in turns. "again": behind the sweeps, with the launches that they found best."""
     import attention
 
-    if which == "prefill":
+    if which.startswith("prefill"):
         for form in ("sas", "exp"):
             with _best(results, prefill=form):
                 yield from _plain(attention.prefill(shapes, form))
@@ -330,7 +350,7 @@ _OF: dict[str, _Call] = {
     "facts": _facts, "compile": _compile, "gate": _gate, "sweep": _sweep, "peers": _peers, "graph": _graph,
     "trace": _trace, "gate generate": _generate_gate, "torch.compile": _torch_compile, "large model": _large_model,
     "profile": _profile, "throughput": _throughput, "generate": _generate, "sanitizer": _sanitizer, "flex": _flex,
-    "cubins": _cubins, "a crash": _crash, "a hang": _hang,
+    "cubins": _cubins, "launches": _launches, "a crash": _crash, "a hang": _hang,
 }  # fmt: skip
 
 

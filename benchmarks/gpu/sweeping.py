@@ -76,7 +76,7 @@ def decode(plan: Plan, bits: int | str, have: set[str]) -> Iterator[Row]:
             yield from _decode(plan, batch, tokens, str(bits), config, decode_candidates(), have)
             if bits in (4, 3, 2):
                 group, architecture = plan.heads // plan.kv_heads, configs.architecture_of(device())
-                shipped = configs.decode(architecture, group, plan.head_dim, False)
+                shipped = configs.decode(architecture, group, plan.head_dim, False, False)
                 ordered = config.replace(reorder_k=True)
                 yield from _decode(plan, batch, tokens, f"{bits}, keys in order", ordered, (shipped,), have)
 
@@ -162,19 +162,37 @@ def pages(plan: Plan, have: set[str]) -> Iterator[Row]:
 
 
 def best(rows: list[Row], **wanted: Any) -> Launch | None:
-    """The launch of the least time among rows that have these values, summed over shapes of theirs relative to the
-    best of each."""
+    """The launch of the least time among rows that have these values, summed over shapes (and widths) of theirs
+    relative to the best of each."""
     some = [row for row in rows if "seconds" in row and all(row.get(name) == value for name, value in wanted.items())]
-    least: dict[tuple[int, int], float] = {}
+    least: dict[tuple[Any, ...], float] = {}
     for row in some:
-        shape = row["batch"], row["keys"]
+        shape = _shape(row)
         least[shape] = min(row["seconds"], least.get(shape, float("inf")))
     scores: dict[Launch, list[float]] = {}
     for row in some:
         launch = Launch(*(row[name] for name in _of(DECODE[0])))
-        scores.setdefault(launch, []).append(row["seconds"] / least[row["batch"], row["keys"]])
+        scores.setdefault(launch, []).append(row["seconds"] / least[_shape(row)])
     complete = {launch: sum(score) for launch, score in scores.items() if len(score) == len(least)}
     return min(complete, key=lambda launch: complete[launch]) if complete else None
+
+
+def _shape(row: Row) -> tuple[Any, ...]:
+    return row["batch"], row["keys"], row.get("bits")
+
+
+def chosen(plan: Plan, decode_rows: list[Row], prefill_rows: list[Row]) -> Row:
+    """What `configs.load` reads: the best launches of decode, over all widths alike, and of prefill in the softmax that
+    "auto" is on GPUs; what was not swept is left out."""
+    widths = [row for row in decode_rows if "," not in row["bits"]]  # without keys in order, which are timed once
+    found = {"decode": best(widths), "prefill": best(prefill_rows, softmax="exp")}
+    return {
+        "architecture": configs.architecture_of(device()).name,
+        "gpu": torch.cuda.get_device_name() if on_gpu() else None,
+        "head_dim": plan.head_dim,
+        "rows": plan.heads // plan.kv_heads,
+        **{work: _of(launch) for work, launch in found.items() if launch is not None},
+    }
 
 
 def _attended(cache: ta.KVCache, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

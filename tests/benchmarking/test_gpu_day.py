@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from turboattention.errors import ConfigError
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "day.py"
 INJECTED = ["--only", "facts", "--only", "a crash", "--only", "a hang"]
 PLACEHOLDERS = ["compile", "profile decode 4", "profile decode 3", "profile decode 2", "profile prefill", "sanitizer"]
@@ -33,7 +35,7 @@ def imported(monkeypatch):
 
 @pytest.mark.parametrize(
     ("selected", "done", "skipped"),
-    [(INJECTED, 1, 0), pytest.param([], 33 - len(PLACEHOLDERS), len(PLACEHOLDERS), marks=pytest.mark.long)],
+    [(INJECTED, 1, 0), pytest.param([], 36 - len(PLACEHOLDERS), len(PLACEHOLDERS), marks=pytest.mark.long)],
     ids=["injected", "all"],
 )
 def test_rehearsal(tmp_path, selected, done, skipped):
@@ -102,6 +104,9 @@ def test_the_default_budget_holds_the_gates_the_peers_and_the_sweeps(imported):
     peers = [places[f"peers {name}"] for name in ("decode", "prefill")]
     sweeps = [place for name, place in places.items() if name.startswith("sweep")]
     assert max(gates) < min(peers) < max(peers) < min(sweeps)
+    order = [step.name for step in steps.steps(rehearse=False)]
+    again = [order.index(f"peers {name} again") for name in ("decode", "prefill")]
+    assert max(order.index(name) for name in places if name.startswith("sweep")) < order.index("launches") < min(again)
     assert len(sweeps) == len(steps.WIDTHS) + 2
 
 
@@ -115,6 +120,40 @@ def test_a_session_begins_with_what_probably_fits(imported, tmp_path, monkeypatc
     within, beyond, *_ = capsys.readouterr().out.splitlines()
     assert within.startswith("probably within 100 s: facts, compile, gate stages,")
     assert beyond.startswith("probably not: peers decode, peers prefill,")
+
+
+def test_launches_that_the_sweeps_chose_are_a_file_that_the_package_loads(imported, tmp_path, monkeypatch):
+    """The best over shapes and widths, relative to the best of each; the other entries stay as they are."""
+    steps, supervising = imported("steps"), imported("supervising")
+    results = supervising.Results(tmp_path / "results.jsonl")
+    assert steps.run("launches", results, rehearse=True) == supervising.LEFT_OUT, "nothing was swept"
+    shape = {"batch": 1, "keys": 192, "registers": 0}
+    for bits, warps, seconds in ((4, 1, 1.0), (4, 2, 1.2), (3, 1, 3.0), (3, 2, 2.0)):
+        launch = {"rows": 2, "warps": warps, "stages": 2}
+        results.write(f"sweep decode {bits}", key=f"{bits} {warps}", bits=str(bits), seconds=seconds, **launch, **shape)
+    ordered = {"rows": 2, "warps": 4, "stages": 1, "bits": "3, keys in order"}
+    results.write("sweep decode 3", key="ordered", seconds=0.1, **ordered, **shape)
+    for form, rows, seconds in (("exp", 32, 2.0), ("exp", 16, 1.0), ("sas", 32, 0.5)):
+        launch = {"rows": rows, "warps": 4, "stages": 1, "softmax": form}
+        results.write("sweep prefill", key=f"{form} {rows}", seconds=seconds, **launch, **shape)
+    assert steps.run("launches", results, rehearse=True) == 0
+    configs = importlib.import_module("turboattention.kernels.triton.configs")
+    decode, prefill = configs._DECODE["interpreter"], configs._PREFILL["interpreter"]
+    monkeypatch.setitem(configs._DECODE, "interpreter", {size: {**launches} for size, launches in decode.items()})
+    monkeypatch.setitem(configs._PREFILL, "interpreter", {**prefill})
+    interpreter = configs.ARCHITECTURES["interpreter"]
+    before = configs.decode(interpreter, 8, 64, False, False)
+    configs.load(tmp_path / "launches.json")
+    try:
+        assert configs.decode(interpreter, 2, 64, False, False) == configs.Launch(2, 2, 2)
+        assert configs.decode(interpreter, 8, 64, False, False) == before
+        assert configs.prefill(interpreter, 64, False) == configs.Launch(16, 4, 1)
+        (tmp_path / "launches.json").write_text('{"architecture": "sm_1"}')
+        with pytest.raises(ConfigError, match=r"^launches: expected a file that benchmarks/gpu/day.py wrote, got"):
+            configs.load(tmp_path / "launches.json")
+    finally:
+        for cached in (configs.decode, configs.prefill, configs.restored_prefill):
+            cached.cache_clear()
 
 
 def test_what_was_compiled_is_one_file(imported, tmp_path, monkeypatch):

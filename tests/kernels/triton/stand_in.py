@@ -172,6 +172,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         patch.setattr(GridExecutor, "__call__", launched)
         patch.setattr(configs, "architecture_of", lambda device: interpreter)
         patch.setattr(configs, "_processors", lambda device: 1)
+        patch.setattr(configs, "_shared_memory", lambda device: 1 << 20)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(dispatch, "quantizer_on", lambda device: triton_quantizer if _is_device(device) else None)
         nothing: Callable[[torch.device], Any] = lambda device: contextlib.nullcontext()  # noqa: E731

@@ -20,7 +20,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from turboattention.kernels.triton import widths
+import torch
+
+from turboattention.kernels.triton import configs, widths
 
 pytestmark = pytest.mark.long
 
@@ -59,17 +61,15 @@ def of(target: str, kernel: str) -> list[dict[str, Any]]:
 
 
 # Of a thread, with Triton 3.6 as on GPUs so far, and with later releases.
-MOST_SPILLED = 96 if LATER else 16
+MOST_SPILLED = 96 if LATER else 0
 
 
 @every_target
-def test_kernels_spill_no_more_than_a_few_registers_and_in_no_loop(target):
-    """A few words that are stored before a loop and read after it cost less than launches that spill nothing: decode in
-    two warps takes 1.2 to 1.9 times as long as in one on an H100. Later releases of Triton spill more."""
+def test_no_launch_spills(target):
+    """Later releases of Triton spill a few words of decode in one warp, which cost less than launches that spill
+    nothing: two warps take 1.2 to 1.9 times as long on an H100."""
     rows = compiled(target)
     assert {row["purpose"]: row["spill_bytes"] for row in rows if row["spill_bytes"] > MOST_SPILLED} == {}
-    if not LATER:
-        assert {row["purpose"]: row["spills_in_loops"] for row in rows if row["spills_in_loops"]} == {}
     plain = [row for row in rows if row["kernel"] == "prefill" and not row["constants"]["MASK"]]
     assert all(row["spill_bytes"] == 0 for row in plain)
     assert all(0 < row["registers"] <= (512 if target == "gfx942" else 255) for row in rows)
@@ -80,6 +80,33 @@ def test_programs_take_no_more_shared_memory_than_there_is(target):
     """Configurations of sm_80 also run on sm_86, sm_89 and sm_120, whose programs can have less."""
     most = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}[target]
     assert {row["purpose"]: row["shared"] for row in compiled(target) if row["shared"] > most} == {}
+
+
+@every_target
+def test_resident_programs_of_decode_are_counted_from_what_its_launches_take(target, monkeypatch):
+    """`configs.resident`, from which splits follow, against the compiled registers and shared memory of kernels without
+    masks, which take no more than it says. A processor: A100's, H100's or MI300's."""
+    shared = {"sm_80": 164 << 10, "sm_90": 228 << 10, "gfx942": 64 << 10}[target]
+    monkeypatch.setattr(configs, "architecture_of", lambda device: configs.ARCHITECTURES[target])
+    monkeypatch.setattr(configs, "_processors", lambda device: 1)
+    monkeypatch.setattr(configs, "_shared_memory", lambda device: shared)
+    configs.resident.cache_clear()
+    wrong = {}
+    for row in (*of(target, "decode"), *of(target, "paged_decode")):
+        c = row["constants"]
+        if c.get("MASK"):
+            continue
+        launch = configs.Launch(c["R"], row["warps"], row["stages"])
+        wide = max(c["WIDE"], c.get("V_WIDE", 0))
+        pairs = tuple((k, v) for k in range(16) for v in range(9) if c["PAIRS"] & widths.pair_of(k, v))
+        said = configs.resident(launch, wide, pairs, torch.device("meta"))
+        registers = -(-row["registers"] // 8) * 8
+        fitting = min(2048 // registers // row["warps"], shared // (row["shared"] + 1024))
+        # Later releases exchange more through shared memory; what counts is how many programs fit.
+        if said > fitting or (not LATER and configs.shared_bytes(launch, wide, pairs) < row["shared"]):
+            wrong[row["purpose"]] = said, fitting, row["shared"]
+    configs.resident.cache_clear()
+    assert wrong == {}
 
 
 @every_target
@@ -100,6 +127,7 @@ def test_both_products_of_decode_are_integer_matrix_instructions(target):
     rows = of(target, "decode")
     shipped = [(d, bits, mask) for d in (128, 256) for bits in (4, 3, 2) for mask in MASKS]
     shipped += [(128, bits, "") for bits in (4, 4, 4, 3, 3, 3, 2, 2, 2)]
+    shipped += [(128, bits, "") for bits in (4, 3, 2)]  # with a softcap
     found = [(row["constants"]["D"], PAIRS[row["constants"]["PAIRS"]], row["constants"]["MASK"]) for row in rows]
     assert found == shipped
     for row in rows:

@@ -27,7 +27,7 @@ SIGHTS = (
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch):
     """As a device with many processors cuts."""
-    monkeypatch.setattr(configs, "splits", lambda blocks, programs, launch, device: max(1, min(blocks, 3)))
+    monkeypatch.setattr(configs, "splits", lambda blocks, programs, held: max(1, min(blocks, 3)))
 
 
 def tokens_for(cache: KVCache, heads: int, tokens: int, dtype: torch.dtype = torch.float32):
@@ -193,7 +193,7 @@ def test_dtypes():
 @pytest.mark.parametrize("bits", [4, 2])
 def test_splits(parts, bits, monkeypatch):
     """Some see nothing, and what their memory holds is not read."""
-    monkeypatch.setattr(configs, "splits", lambda blocks, programs, launch, device: parts)
+    monkeypatch.setattr(configs, "splits", lambda blocks, programs, held: parts)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan"))
                         if k.get("dtype") == torch.float32 else empty(*a, **k))  # fmt: skip

@@ -60,7 +60,7 @@ def test_keys_in_their_order(dims):
 
 
 def test_splits(monkeypatch):
-    monkeypatch.setattr(configs, "splits", lambda blocks, programs, launch, device: max(1, min(blocks, 3)))
+    monkeypatch.setattr(configs, "splits", lambda blocks, programs, held: max(1, min(blocks, 3)))
     both(*of_cache((24, 40), 4, 2, held=400))
     both(*of_cache((40, 24), 4, 2, held=400), window=90)
 

@@ -2,19 +2,25 @@
 
 The entries of sm_90 at head_dim 128, for decode with up to four rows and for prefill, were within 5 % of the fastest of
 a sweep on an H100 at every width (benchmarks/gpu/sweeping.py; benchmarks/results/gpu-h100/after.jsonl). The others were
-chosen by reading the assembly. The configurations that benchmarks/gpu/kernels.py lists as quick spill at most 16 bytes
-per thread with Triton 3.6, none in a loop, and 96 with later releases, and prefill without masks none
-(tests/kernels/triton/test_assembly.py). Decode with two warps spills less but took 1.2 to 1.3 times as long at 4 bits
-and 1.8 to 1.9 times at 3 (metadata.jsonl there). An architecture also represents later ones with as much shared memory
-(`architecture_of`).
+chosen by reading the assembly. The configurations that benchmarks/gpu/kernels.py lists as quick spill nothing with
+Triton 3.6, at most 96 bytes per thread with later releases, and prefill without masks nothing with either
+(tests/kernels/triton/test_assembly.py). On sm_90 decode with two warps spills nothing with later releases, but took 1.2
+to 1.3 times as long at 4 bits and 1.8 to 1.9 times at 3 (metadata.jsonl there). An architecture also represents later
+ones with as much shared memory (`architecture_of`).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import torch
+
+from ...errors import ConfigError
+from .widths import TWO_WIDTHS
 
 FUSION = {"enable_fp_fusion": True}
 """For kernels whose results need not be bit-identical across backends. Explicit, since Triton's default will change."""
@@ -47,7 +53,8 @@ class Architecture:
     assembly: "ptx" if inline PTX may be used, else "". slow_int_to_float: whether integer conversion has low
     throughput, so that adding a magic number is faster. skips_rescaling: whether prefill skips rescaling if no row max
     increased. restores_pages: whether prefill over a server's pages restores them once per step (`restored_pages`).
-    warps: resident decode warps per processor.
+    registers: of a thread in decode at most, up to head_dim 128 and beyond
+    (tests/kernels/triton/test_assembly.py).
     """
 
     name: str
@@ -55,17 +62,16 @@ class Architecture:
     slow_int_to_float: bool
     skips_rescaling: bool
     restores_pages: bool
-    warps: int
+    registers: tuple[int, int]
 
 
-# Warps: NVIDIA's processors have 64 Ki registers, and decode uses 255 per thread; AMD's have four SIMDs with 512
-# registers per lane, and decode on gfx942 uses more than half of them. On an H100, limits of 168 and 128 registers
-# gained 4 % at INT3 and were slower otherwise: more warps run, but their spills cost as much as the latency they hide.
+# On an H100, limits of 168 and 128 registers gained 4 % at INT3 and were slower otherwise: more warps run, but their
+# spills cost as much as the latency they hide.
 ARCHITECTURES = {
-    "sm_80": Architecture("sm_80", "ptx", True, False, True, 8),
-    "sm_90": Architecture("sm_90", "ptx", False, False, True, 8),
-    "gfx942": Architecture("gfx942", "", False, False, True, 4),
-    "interpreter": Architecture("interpreter", "", False, True, False, 8),
+    "sm_80": Architecture("sm_80", "ptx", True, False, True, (256, 256)),
+    "sm_90": Architecture("sm_90", "ptx", False, False, True, (256, 256)),
+    "gfx942": Architecture("gfx942", "", False, False, True, (256, 512)),
+    "interpreter": Architecture("interpreter", "", False, True, False, (256, 256)),
 }
 
 # By head_dim, up to and including the key.
@@ -97,7 +103,7 @@ _PAGED_PREFILL = {
 # By head_dim, and by columns of the product: query rows per KV head, a power of two.
 _DECODE = {
     "sm_80": {
-        128: {4: Launch(4, 1, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 3)},
+        128: {4: Launch(4, 1, 2), 8: Launch(8, 4, 3), 16: Launch(16, 4, 3)},
         256: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3)},
     },
     "sm_90": {
@@ -108,11 +114,15 @@ _DECODE = {
     "interpreter": {256: {4: Launch(4, 1, 1), 8: Launch(8, 1, 1), 16: Launch(16, 1, 1)}},
 }
 
-# With a mask or softcap; other entries are as above.
+# With a mask or softcap; other entries are as above. Without a limit, the compiler takes 168 registers where there is a
+# softcap on sm_90, and spills 16 bytes.
 _ADJUSTED_DECODE = {
     "sm_80": {128: {4: Launch(4, 2, 3)}},
-    "sm_90": {128: {4: Launch(4, 2, 3), 8: Launch(8, 4, 3), 16: Launch(16, 4, 2)}},
+    "sm_90": {128: {4: Launch(4, 2, 3, 255), 8: Launch(8, 4, 3, 255), 16: Launch(16, 4, 2)}},
 }
+
+# Over heads of several pairs of widths, whose loops follow each other; other entries are as above.
+_MIXED_DECODE = {"sm_80": {128: {4: Launch(4, 2, 3)}}}
 
 
 @functools.cache
@@ -160,15 +170,18 @@ def restored_prefill(architecture: Architecture, head_dim: int) -> Launch:
 
 
 @functools.cache
-def decode(architecture: Architecture, rows: int, head_dim: int, adjusted: bool) -> Launch:
+def decode(architecture: Architecture, rows: int, head_dim: int, adjusted: bool, mixed: bool) -> Launch:
     """Configuration of decode. rows: query rows per KV head, split into programs of at most `Launch.rows`.
-    adjusted: with an `attn_mask` or a softcap."""
+    adjusted: with an `attn_mask` or a softcap; mixed: over heads of several pairs of widths."""
     widths = _DECODE[architecture.name]
     size = min(size for size in widths if size >= head_dim)
     fitting = [columns for columns in widths[size] if columns >= rows]
     columns = min(fitting) if fitting else max(widths[size])
-    plain = widths[size][columns]
-    return _ADJUSTED_DECODE.get(architecture.name, {}).get(size, {}).get(columns, plain) if adjusted else plain
+    launch = widths[size][columns]
+    for applies, table in ((mixed, _MIXED_DECODE), (adjusted, _ADJUSTED_DECODE)):
+        if applies:
+            launch = table.get(architecture.name, {}).get(size, {}).get(columns, launch)
+    return launch
 
 
 LARGEST_GRID = 65535
@@ -185,12 +198,11 @@ _SPLIT_BLOCKS = 2
 
 
 @functools.lru_cache(maxsize=4096)
-def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> int:
+def splits(blocks: int, programs: int, held: int) -> int:
     """The number of splits of a sequence of `blocks` blocks that minimizes the estimated time.
 
-    There are `programs` programs per split, which run in rounds of as many programs as are resident on the device.
+    There are `programs` programs per split, which run in rounds of `held`, as many as are resident on the device.
     """
-    held = max(1, architecture_of(device).warps // launch.warps) * _processors(device)
     most = max(1, min(-(-held // max(1, programs)) + 1, -(-blocks // 2), LARGEST_SPLITS))
 
     def time(splits: int) -> int:
@@ -199,6 +211,74 @@ def splits(blocks: int, programs: int, launch: Launch, device: torch.device) -> 
     return min(range(1, most + 1), key=time)
 
 
+_LANE_REGISTERS = 2048
+"""Registers of a processor per lane of a warp: 64 Ki over 32 lanes (NVIDIA), four SIMDs of 512 (AMD)."""
+
+_RESERVED_SHARED = 1024
+"""Bytes of shared memory that the driver takes for every program."""
+
+
+@functools.lru_cache(maxsize=1024)
+def resident(launch: Launch, wide: int, widths: tuple[tuple[int, int], ...], device: torch.device) -> int:
+    """Programs of a decode launch that run on a device at once, as its registers and shared memory allow.
+
+    wide: padded head_dim, of K or V if larger; widths: the pairs of widths of K (`page_offsets.key_widths`) and V."""
+    registers = launch.registers or architecture_of(device).registers[wide > 128]
+    by_registers = _LANE_REGISTERS // registers // launch.warps
+    by_shared = _shared_memory(device) // (shared_bytes(launch, wide, widths) + _RESERVED_SHARED)
+    return max(1, min(by_registers, by_shared)) * _processors(device)
+
+
+def shared_bytes(launch: Launch, wide: int, widths: tuple[tuple[int, int], ...]) -> int:
+    """Shared memory of a decode program without a mask, at most: codes of the pages that are copied ahead, and what
+    its threads exchange."""
+    bits = [(k_bits % TWO_WIDTHS or k_bits, v_bits) for k_bits, v_bits in widths]
+    copied = (launch.stages - 1) * max((8 * wide * (k + v) for k, v in bits), default=0)
+    two = any(k_bits > TWO_WIDTHS for k_bits, _ in widths)
+    if launch.warps > 2 or wide < 128 or two or any(3 in pair for pair in bits):
+        # Words of values change threads on their way to the product.
+        return copied + 64 * wide + launch.warps * launch.rows * max(64, wide // 2)
+    return max(copied, 64 * wide) + launch.warps * launch.rows * wide
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Of a processor, in bytes."""
+    if device.type != "cuda":
+        return 1 << 20
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+def load(path: Path) -> None:
+    """Use the launches that a sweep chose (`launches.json` of benchmarks/gpu/day.py) instead of the table's, for calls
+    without masks and softcaps on devices of that architecture, up to that head_dim and number of query rows per KV
+    head. Called on import with the file that TURBOATTENTION_LAUNCHES names. Raises ConfigError."""
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+        name, head_dim, rows = chosen["architecture"], chosen["head_dim"], chosen["rows"]
+        launches = {work: Launch(**chosen[work]) for work in ("decode", "prefill") if work in chosen}
+        if not all(type(x) is int and x >= 0 for launch in launches.values() for x in astuple(launch)):
+            raise ValueError("expected sizes of launches")
+        tables = _DECODE[name], _PREFILL[name]
+        decode_size, prefill_size = (min(size for size in table if size >= head_dim) for table in tables)
+        if "decode" in launches:
+            columns = tables[0][decode_size]
+            columns[min(size for size in columns if size >= rows)] = launches["decode"]
+        if "prefill" in launches:
+            tables[1][prefill_size] = launches["prefill"]
+    except (OSError, KeyError, TypeError, ValueError) as problem:
+        raise ConfigError(
+            f"launches: expected a file that benchmarks/gpu/day.py wrote, got {path}: {problem}"
+        ) from None
+    decode.cache_clear()
+    prefill.cache_clear()
+    restored_prefill.cache_clear()
+
+
+if _file := os.environ.get("TURBOATTENTION_LAUNCHES"):
+    load(Path(_file))

@@ -14,7 +14,7 @@ from . import configs
 from .call import AttentionCall, ordered_arguments
 from .combine import combine
 from .decode import decode
-from .page_offsets import all_page_offsets, pairs_mask
+from .page_offsets import all_page_offsets, pairs_mask, widths_of
 
 
 def attend_decode_rows(call: AttentionCall) -> None:
@@ -25,10 +25,14 @@ def attend_decode_rows(call: AttentionCall) -> None:
 
 def _attend(call: AttentionCall) -> None:
     adjusted = call.params.attn_mask is not None or call.params.softcap is not None
-    launch = configs.decode(call.architecture, call.rows, max(call.head_dim, call.v_head_dim), adjusted)
-    tiles = -(-call.rows // launch.rows)
     device, pages, tail = call.out.device, call.pages, call.tail
-    splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, launch, device)
+    widths = widths_of(pages.compressed) if pages and pages.compressed else ()
+    launch = configs.decode(
+        call.architecture, call.rows, max(call.head_dim, call.v_head_dim), adjusted, len(widths) > 1
+    )
+    tiles = -(-call.rows // launch.rows)
+    held = configs.resident(launch, max(call.wide, call.v_wide), widths, device)
+    splits = configs.splits(call.blocks, call.batch * call.kv_heads * tiles, held)
     shape = call.batch, call.kv_heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, call.v_wide, dtype=torch.float32, device=device)
     row_max, row_sum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))

@@ -75,9 +75,23 @@ def pairs_of_widths(layout: PageLayout) -> tuple[tuple[tuple[int, int], tuple[in
 
 
 @functools.lru_cache(maxsize=1024)
+def widths_of(layout: PageLayout) -> tuple[tuple[int, int], ...]:
+    """The pairs of widths that occur."""
+    return tuple(pair for pair, _ in pairs_of_widths(layout))
+
+
+@functools.lru_cache(maxsize=1024)
 def pairs_mask(layout: PageLayout) -> int:
     """Bit mask of the pairs of widths that occur (`widths.pair_of`)."""
-    return sum(pair_of(k_bits, v_bits) for (k_bits, v_bits), _ in pairs_of_widths(layout))
+    return sum(pair_of(k_bits, v_bits) for k_bits, v_bits in widths_of(layout))
+
+
+@functools.lru_cache(maxsize=1024)
+def widths_masks(layout: PageLayout) -> dict[str, int]:
+    """Constexpr arguments of kernels that choose code by a head's width of K and of V: bit n is set if some head's has
+    the number n."""
+    k_bits, v_bits = zip(*widths_of(layout), strict=True)
+    return {"K_WIDTHS": sum(1 << bits for bits in {*k_bits}), "V_WIDTHS": sum(1 << bits for bits in {*v_bits})}
 
 
 @triton.jit

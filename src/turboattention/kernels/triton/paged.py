@@ -21,7 +21,7 @@ from . import configs
 from .arguments import float_rows, means, pair_shape
 from .call import padded, query_arguments, softmax_arguments, with_positive_unit
 from .combine import combine
-from .page_offsets import all_page_offsets, head_page_offsets, pairs_mask, pairs_of_widths
+from .page_offsets import all_page_offsets, head_page_offsets, pairs_mask, pairs_of_widths, widths_of
 from .paged_decode import paged_decode
 from .paged_prefill import paged_prefill
 from .pages import layout_facts
@@ -170,10 +170,11 @@ def _decode_rows(
     rows = min(batch.most * group, few)
     # If one sequence has too many rows for this kernel, (nearly) all others have one token each.
     usual = rows if batch.most * group <= few else group
-    launch = configs.decode(architecture, usual, layout.head_dim, softcap)
+    widths = widths_of(layout)
+    launch = configs.decode(architecture, usual, layout.head_dim, softcap, len(widths) > 1)
     tiles = -(-rows // launch.rows)
     programs = batch.sequences * heads * -(-usual // launch.rows)
-    splits = configs.splits(batch.table.shape[1], programs, launch, device)
+    splits = configs.splits(batch.table.shape[1], programs, configs.resident(launch, wide, widths, device))
     shape = batch.sequences, heads, tiles, splits, launch.rows
     acc = torch.empty(*shape, wide, dtype=torch.float32, device=device)
     row_max, row_sum = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))

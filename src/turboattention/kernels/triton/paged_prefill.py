@@ -67,9 +67,8 @@ def _fold_page(
         v_scale = tl.load(v_scales + at * 64 + t)
         k = tl.load(k_ptr + at * (64 * WIDE) + t[None, :] * WIDE + tl.arange(0, WIDE)[:, None])
     else:
-        pages, page_stride, table, head_ptr = source
+        pages, page_stride, table, k_offsets, v_offsets = source
         page = tl.multiple_of(pages + tl.load(table + block).to(tl.int64) * page_stride, 16)
-        k_offsets, v_offsets = section_offsets(head_ptr, D, D)
         k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
         v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
         k = tl.trans(page_keys(page, k_offsets, WIDE, D, K_BITS, ASM))
@@ -190,7 +189,8 @@ def paged_prefill(
             first = h.to(tl.int64) * capacity + tl.load(origins + b) - first_block(before, window, WINDOW)
             source = restored_k, restored_v, restored_k_scales, restored_v_scales, first
         else:
-            source = pages, page_stride, table + b.to(tl.int64) * table_stride, head_ptr
+            k_offsets, v_offsets = section_offsets(head_ptr, D, D)
+            source = pages, page_stride, table + b.to(tl.int64) * table_stride, k_offsets, v_offsets
         for block in tl.range(clear, oldest):
             state = _fold_page(
                 state, source, block, queries, sees, own, cap, threshold,

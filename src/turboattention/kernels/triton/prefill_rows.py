@@ -11,7 +11,7 @@ from ..inputs import BLOCK
 from . import configs
 from .call import AttentionCall, ordered_arguments
 from .fresh import quantize_and_unpack
-from .page_offsets import head_page_offsets, pairs_of_widths
+from .page_offsets import all_page_offsets, widths_masks
 from .prefill import prefill
 from .unpacked_kv import bytes_per_block, unpack_pages, unpack_rows
 
@@ -87,14 +87,11 @@ def _unpack(call: AttentionCall, sequences: range, heads: range, unpacked: tuple
         for layout, first, last in ((pages.sinks, 0, sinks), (pages.compressed, sinks, columns)):
             if layout is None or first == last:
                 continue
-            for (k_bits, v_bits), chosen in pairs_of_widths(layout):
-                chosen = tuple(h for h in chosen if h in heads)
-                if chosen:
-                    unpack_pages[last - first, len(chosen), len(sequences)](
-                        pages.addresses, pages.counts, head_page_offsets(layout, chosen, device), *unpacked,
-                        pages.addresses.stride(0), first, heads=len(heads), **sizes, **shape,
-                        K_BITS=k_bits, V_BITS=v_bits, BY_TOKEN=layout.token_scales, **configs.FUSION,
-                    )  # fmt: skip
+            unpack_pages[last - first, len(heads), len(sequences)](
+                pages.addresses, pages.counts, all_page_offsets(layout, device), *unpacked, pages.addresses.stride(0),
+                first, heads=len(heads), **sizes, **shape, **widths_masks(layout), BY_TOKEN=layout.token_scales,
+                **configs.FUSION,
+            )  # fmt: skip
     if tail is not None:
         unpack_rows[-(-tail.k8.shape[2] // BLOCK), len(heads), len(sequences)](
             tail.k8, tail.v8, tail.k_scale, tail.v_scale, tail.start, call.query_positions.lengths, *unpacked,

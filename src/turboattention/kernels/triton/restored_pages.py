@@ -16,10 +16,11 @@ import triton.language as tl
 
 from ...kv.layout import PageLayout
 from ..inputs import BLOCK
-from .page_offsets import OFFSETS, head_page_offsets, pairs_of_widths, section_offsets
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, all_page_offsets, section_offsets, widths_masks
 from .ragged import sequence_at, span_of
 from .restoring import page_keys, page_values
 from .unpacked_kv import by_value_columns, token_scales
+from .widths import K_NUMBERS, V_NUMBERS
 
 RESTORED_BYTES = 1 << 28
 """Limit of the memory for restored pages."""
@@ -67,17 +68,18 @@ def number_blocks(
 def restore_pages(
     starts, lengths, table, table_stride, pages, page_stride, page_offsets_ptr, origins,
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sequences, bisections, capacity, window,
-    D: tl.constexpr, WIDE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, K_WIDTHS: tl.constexpr, V_WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr,
     WINDOW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (any number, heads of one pair of widths). K int8 [Hkv, capacity, 64, WIDE], channels as in
-    `restoring.halves`; V^T int8 [Hkv, capacity, WIDE, 64], tokens as in `unpacked_kv.value_column`; undefined in octets
-    past D; scales float32 [Hkv, capacity, 64]."""
+    """Grid (any number, KV heads). K_WIDTHS, V_WIDTHS: `page_offsets.widths_masks`. K int8 [Hkv, capacity, 64, WIDE],
+    channels as in `restoring.halves`; V^T int8 [Hkv, capacity, WIDE, 64], tokens as in `unpacked_kv.value_column`;
+    undefined in octets past D; scales float32 [Hkv, capacity, 64]."""
     head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
-    head = tl.load(head_ptr).to(tl.int64) * capacity
+    head = tl.program_id(1).to(tl.int64) * capacity
+    k_bits = tl.load(head_ptr + OF_KEYS)
+    v_bits = tl.load(head_ptr + OF_VALUES)
     k_offsets, v_offsets = section_offsets(head_ptr, D, D)
     t = tl.arange(0, 64)
-    d = tl.arange(0, WIDE)
     for i in tl.range(tl.program_id(0), tl.minimum(tl.load(origins + sequences), capacity), tl.num_programs(0)):
         b = sequence_at(origins, sequences, bisections, i, 1, 1, 0)
         if are_restored(origins, b, capacity):
@@ -86,12 +88,37 @@ def restore_pages(
             number = tl.load(table + b.to(tl.int64) * table_stride + block)
             page = tl.multiple_of(pages + number.to(tl.int64) * page_stride, 16)
             at = head + i
-            k = page_keys(page, k_offsets, WIDE, D, K_BITS, ASM)
-            tl.store(k_ptr + at * (64 * WIDE) + t[:, None] * WIDE + d[None, :], k)
-            v = page_values(page, v_offsets, 0, WIDE, D, V_BITS, ASM)
-            tl.store(v_ptr + at * (64 * WIDE) + d[:, None] * 64 + t[None, :], by_value_columns(v))
+            # Of several widths the head's is chosen here, so that one launch restores all heads.
+            for BITS in tl.static_range(K_NUMBERS):
+                if K_WIDTHS == 1 << BITS:
+                    _restore_keys(page, k_offsets, k_ptr + at * (64 * WIDE), WIDE, D, BITS, ASM)
+                elif K_WIDTHS >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
+                    if k_bits == BITS:
+                        _restore_keys(page, k_offsets, k_ptr + at * (64 * WIDE), WIDE, D, BITS, ASM)
+            for BITS in tl.static_range(V_NUMBERS):
+                if V_WIDTHS == 1 << BITS:
+                    _restore_values(page, v_offsets, v_ptr + at * (64 * WIDE), WIDE, D, BITS, ASM)
+                elif V_WIDTHS >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
+                    if v_bits == BITS:
+                        _restore_values(page, v_offsets, v_ptr + at * (64 * WIDE), WIDE, D, BITS, ASM)
             tl.store(k_scale_ptr + at * 64 + t, token_scales(page, k_offsets, t, BY_TOKEN))
             tl.store(v_scale_ptr + at * 64 + t, token_scales(page, v_offsets, t, BY_TOKEN))
+
+
+@triton.jit
+def _restore_keys(
+    page, offsets, to, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    k = page_keys(page, offsets, WIDE, D, BITS, ASM)
+    tl.store(to + tl.arange(0, 64)[:, None] * WIDE + tl.arange(0, WIDE)[None, :], k)
+
+
+@triton.jit
+def _restore_values(
+    page, offsets, to, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    v = page_values(page, offsets, 0, WIDE, D, BITS, ASM)
+    tl.store(to + tl.arange(0, WIDE)[:, None] * 64 + tl.arange(0, 64)[None, :], by_value_columns(v))
 
 
 def restored(
@@ -112,12 +139,11 @@ def restored(
     )
     common |= {name: arguments[name] for name in ("table", "table_stride", "pages", "page_stride")}
     common |= {name: arguments[name] for name in ("D", "WIDE", "BY_TOKEN")}
-    for (k_bits, v_bits), chosen in pairs_of_widths(layout):
-        restore_pages[min(capacity, _PROGRAMS), len(chosen)](
-            **common, page_offsets_ptr=head_page_offsets(layout, chosen, device), origins=origins, k_ptr=k, v_ptr=v,
-            k_scale_ptr=k_scales, v_scale_ptr=v_scales, sequences=sequences, bisections=bisections, capacity=capacity,
-            K_BITS=k_bits, V_BITS=v_bits, ASM=assembly,
-        )  # fmt: skip
+    restore_pages[min(capacity, _PROGRAMS), heads](
+        **common, **widths_masks(layout), page_offsets_ptr=all_page_offsets(layout, device), origins=origins, k_ptr=k,
+        v_ptr=v, k_scale_ptr=k_scales, v_scale_ptr=v_scales, sequences=sequences, bisections=bisections,
+        capacity=capacity, ASM=assembly,
+    )  # fmt: skip
     return {
         "origins": origins, "restored_k": k, "restored_v": v, "restored_k_scales": k_scales,
         "restored_v_scales": v_scales, "capacity": capacity,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .page_offsets import OFFSETS, section_offsets
+from .page_offsets import OF_KEYS, OF_VALUES, OFFSETS, section_offsets
 from .softmax import LEVELS
-from .widths import lower_plane, narrower, wider
+from .widths import K_NUMBERS, V_NUMBERS, lower_plane, narrower, wider
 
 
 def bytes_per_block(wide: int, v_wide: int) -> int:
@@ -98,6 +98,25 @@ def _restored(code, page, offsets, channel, inside, BITS: tl.constexpr):
 
 
 @triton.jit
+def _unpacked_keys(page, offsets, WIDE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """A head's keys, int8 [64, WIDE]; zero from D on."""
+    d = tl.arange(0, WIDE)
+    inside = d < D
+    code = _key_codes(page + offsets[0], tl.arange(0, 64), d, inside, D, BITS)
+    return _restored(code, page, offsets, d[None, :], inside[None, :], BITS)
+
+
+@triton.jit
+def _unpacked_values(page, offsets, V_WIDE: tl.constexpr, DV: tl.constexpr, BITS: tl.constexpr):
+    """A head's values, int8 [V_WIDE, 64]; zero from DV on."""
+    t = tl.arange(0, 64)
+    c = tl.arange(0, V_WIDE)[:, None]
+    index = c % 8 * 4 + (t // 4 * 32 + t % 4)[None, :]
+    code = _codes(page + offsets[0] + c // 8 * (64 * BITS), index, c < DV, BITS)
+    return _restored(code, page, offsets, c, c < DV, BITS)
+
+
+@triton.jit
 def _store(
     k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t,
     WIDE: tl.constexpr, V_WIDE: tl.constexpr,
@@ -115,33 +134,43 @@ def _store(
 def unpack_pages(
     table_ptr, counts_ptr, page_offsets_ptr, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr,
     table_stride, first_block, first_head, heads, first_sequence, blocks,
-    D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, V_WIDE: tl.constexpr, K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, V_WIDE: tl.constexpr, K_WIDTHS: tl.constexpr,
+    V_WIDTHS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks from first_block on, heads of one pair of widths, sequences from first_sequence on).
+    """Grid (blocks from first_block on, KV heads from first_head on, sequences from first_sequence on).
 
-    table: int64 [B, table_stride], page addresses (0: evicted, skipped). counts: int64 [B], pages per sequence. The
-    unpacked have `heads` heads from first_head on and `blocks` blocks.
+    K_WIDTHS, V_WIDTHS: `page_offsets.widths_masks`. table: int64 [B, table_stride], page addresses (0: evicted,
+    skipped). counts: int64 [B], pages per sequence. The unpacked have `heads` heads from first_head on and `blocks`
+    blocks.
     """
     block = first_block + tl.program_id(0)
     b = first_sequence + tl.program_id(2)
     address = tl.load(table_ptr + b.to(tl.int64) * table_stride + block)
     if (block < tl.load(counts_ptr + b)) & (address != 0):
         page = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-        head_ptr = page_offsets_ptr + tl.program_id(1) * OFFSETS
+        head_ptr = page_offsets_ptr + (first_head + tl.program_id(1)) * OFFSETS
         k_offsets, v_offsets = section_offsets(head_ptr, D, DV)
+        k_bits = tl.load(head_ptr + OF_KEYS)
+        v_bits = tl.load(head_ptr + OF_VALUES)
+        # Of several widths the head's is chosen here, so that one launch unpacks all heads.
+        k = tl.zeros((64, WIDE), tl.int8)
+        for BITS in tl.static_range(K_NUMBERS):
+            if K_WIDTHS == 1 << BITS:
+                k = _unpacked_keys(page, k_offsets, WIDE, D, BITS)
+            elif K_WIDTHS >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
+                if k_bits == BITS:
+                    k = _unpacked_keys(page, k_offsets, WIDE, D, BITS)
+        v = tl.zeros((V_WIDE, 64), tl.int8)
+        for BITS in tl.static_range(V_NUMBERS):
+            if V_WIDTHS == 1 << BITS:
+                v = _unpacked_values(page, v_offsets, V_WIDE, DV, BITS)
+            elif V_WIDTHS >> BITS & 1:  # noqa: SIM102 (only the outer condition is constexpr)
+                if v_bits == BITS:
+                    v = _unpacked_values(page, v_offsets, V_WIDE, DV, BITS)
         t = tl.arange(0, 64)
-        d = tl.arange(0, WIDE)
-        inside = d < D
-        k = _key_codes(page + k_offsets[0], t, d, inside, D, K_BITS)
-        k = _restored(k, page, k_offsets, d[None, :], inside[None, :], K_BITS)
-        c = tl.arange(0, V_WIDE)[:, None]
-        index = c % 8 * 4 + (t // 4 * 32 + t % 4)[None, :]
-        v = _codes(page + v_offsets[0] + c // 8 * (64 * V_BITS), index, c < DV, V_BITS)
-        v = _restored(v, page, v_offsets, c, c < DV, V_BITS)
         k_scale = token_scales(page, k_offsets, t, BY_TOKEN)
         v_scale = token_scales(page, v_offsets, t, BY_TOKEN)
-        at = (tl.program_id(2) * heads + tl.load(head_ptr) - first_head) * blocks + block
+        at = (tl.program_id(2) * heads + tl.program_id(1)) * blocks + block
         _store(k, v, k_scale, v_scale, at, k_ptr, v_ptr, k_scale_ptr, v_level_ptr, v_scale_ptr, t, WIDE, V_WIDE)
 
 
