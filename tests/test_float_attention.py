@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turboattention.float_attention import float_attention, visible
+from turboattention.float_attention import float_attention, float_lse, visible
 from turboattention.params import AttentionParams
 from turboattention.reference.exact import exact_attention
 
@@ -24,7 +24,7 @@ def test_equals_the_reference(dtype, causal, window, softcap, kind):
         mask[:, 3, 5] = False if kind == "bool" else -torch.inf  # a row that sees nothing
     params = AttentionParams(causal, 0.3, window, softcap, None)
     seen = visible(10 + torch.arange(30), 40, params)
-    out, lse = float_attention(q, k, v, seen, params, mask)
+    out, lse = float_attention(q, k, v, seen, params, mask), float_lse(q, k, seen, params, mask)
     want = exact_attention(q, k, v, mask, causal, 0.3, window_size=window, softcap=softcap)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     assert out.dtype == lse.dtype == kept

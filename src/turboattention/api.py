@@ -136,7 +136,8 @@ def turbo_attention(
             check_finite(name, x)
     params = AttentionParams(is_causal, logit_scale(scale, q.shape[3]), window_size, softcap, mask)
     result = chosen.prefill(q, k, v, config, params)
-    result = with_exact_rows(config, result, q, k, v, params, torch.ones(len(q), dtype=torch.bool))
+    begins = torch.ones(len(q), dtype=torch.bool)
+    result = with_exact_rows(config, result, q, k, v, params, begins, with_lse=return_lse)
     out, lse = with_exact_heads(config, result, q, k, v, params)
     return (out, lse) if return_lse else out
 
@@ -241,7 +242,8 @@ def turbo_attention_with_kvcache(
         positions, valid = _rows(call, cache.lengths - _counts(call), cache.lengths)
         observe(cache, _energy(q, cache, positions, valid))
     if call.k is not None and call.v is not None:
-        result = with_exact_rows(cache.config, result, q, call.k, call.v, call.params, begins, call.counts)
+        new = call.k, call.v, call.params, begins, call.counts
+        result = with_exact_rows(cache.config, result, q, *new, with_lse=return_lse)
     return result if return_lse else result[0]
 
 

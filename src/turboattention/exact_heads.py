@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import TurboConfig
 from .errors import GuardWarning
-from .float_attention import float_attention, visible
+from .float_attention import float_attention, float_lse, visible
 from .guard import BOUNDS, lose_too_much, stacklevel_outside
 from .guard_sample import QUERIES, relative_errors
 from .params import AttentionParams
@@ -82,7 +82,7 @@ def _queries_of(heads: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, heads: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`float_attention` of the queries `rows` of KV `heads`."""
+    """`float_attention` and `float_lse` of the queries `rows` of KV `heads`."""
     of_q = _queries_of(heads, q, k)
     seen = visible(k.shape[2] - q.shape[2] + rows, k.shape[2], params)
     mask = params.attn_mask
@@ -90,4 +90,5 @@ def _attend(
         mask = mask[:, of_q]
     if mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, rows]
-    return float_attention(q[:, of_q][:, :, rows], k[:, heads], v[:, heads], seen, params, mask)
+    q, k = q[:, of_q][:, :, rows], k[:, heads]
+    return float_attention(q, k, v[:, heads], seen, params, mask), float_lse(q, k, seen, params, mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .config import TurboConfig
-from .float_attention import float_attention, visible
+from .float_attention import float_attention, float_lse, visible
 from .params import AttentionParams
 from .uploads import upload
 
@@ -26,8 +26,11 @@ def with_exact_rows(
     params: AttentionParams,
     begins: Tensor,
     counts: Tensor | None = None,
+    *,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`result` (out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]) with its first rows computed in floating point, in place.
+    """`result` (out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]) with its first rows computed in floating point, in place; lse
+    only `with_lse`.
 
     Args:
         q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D], v: [B, Hkv, Lk, Dv]. The last query is at the last key unless there are
@@ -48,19 +51,26 @@ def with_exact_rows(
     seen = visible(position, size, params) & (at < keys)
     if counts is not None:
         seen = seen & (torch.maximum(at, position[:, None]) < counts[:, None, None])
-    device, short = q.device, size - (rows.stop - rows.start)
-    first_q = pad(q[:, :, rows], (0, 0, 0, short))
-    first_k, first_v = (pad(x[:, :, :size], (0, 0, 0, max(0, size - keys))) for x in (k, v))
+    device, seen = q.device, upload(seen, q.device)
+    first_q, first_k, first_v = _padded(q[:, :, rows], size), _padded(k, size), _padded(v, size)
     if counts is not None:  # padding may hold NaN, which a weight of 0 would not remove
-        first_v = first_v.masked_fill(upload(at >= counts[:, None], device)[:, None, :, None], 0)
+        unused = upload(at >= counts[:, None], device)[:, None, :, None]
+        first_k, first_v = first_k.masked_fill(unused, 0), first_v.masked_fill(unused, 0)
     mask = _first(params.attn_mask, rows, size)
-    found = float_attention(first_q, first_k, first_v, upload(seen, device), params, mask)
-    chosen = upload(begins, device)
-    for target, values in zip(result, found, strict=True):
+    found = [float_attention(first_q, first_k, first_v, seen, params, mask)]
+    found += [float_lse(first_q, first_k, seen, params, mask)] if with_lse else []
+    for target, values in zip(result, found, strict=False):
         part, values = target[:, :, rows], values[:, :, : rows.stop - rows.start].to(target.dtype)
-        replaced = chosen.view(-1, *[1] * (part.dim() - 1)) & _finite(part) & _finite(values)
-        part.copy_(torch.where(replaced, values, part))
+        if device.type != "cpu" or counts is not None or not bool(begins.all()):
+            chosen = upload(begins, device).view(-1, *[1] * (part.dim() - 1))
+            values = torch.where(chosen & _finite(part) & _finite(values), values, part)
+        part.copy_(values)
     return result
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """The first rows of x [B, H, n, D], padded with zeros to `size`."""
+    return x[:, :, :size] if x.shape[2] >= size else pad(x, (0, 0, 0, size - x.shape[2]))
 
 
 def _first(mask: Tensor | None, rows: slice, size: int) -> Tensor | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from .params import AttentionParams
 
 
 def float_attention(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, params: AttentionParams, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`softmax(scale q k^T) v` in float32 (float64 for float64 q), whose error is far below that of INT8.
 
     Args:
@@ -20,11 +21,32 @@ def float_attention(
         mask: bool or additive, broadcastable to [B, Hq, Lq, Lk], or None.
 
     Returns:
-        out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] (natural log). Rows without a visible key give 0 and -inf.
+        [B, Hq, Lq, Dv]; rows without a visible key give 0.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    # The queries of a GQA group are rows of one product, so that keys and values are not copied for each head.
+    if params.softcap is None:
+        shown = seen[:, None] if seen.dim() == 3 else seen
+        if mask is not None and mask.dtype == torch.bool:
+            shown = shown & mask
+        elif mask is not None:
+            shown = mask.to(q.dtype).masked_fill(~shown, -torch.inf)
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, attn_mask=shown, scale=params.scale, enable_gqa=grouped)
+    weights = torch.softmax(_logits(q, k, seen, params, mask), -1).nan_to_num(0.0)  # NaN in rows that see nothing
+    group = q.shape[1] // k.shape[1]
+    return (weights.unflatten(1, (-1, group)).flatten(2, 3) @ v).unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def float_lse(q: Tensor, k: Tensor, seen: Tensor, params: AttentionParams, mask: Tensor | None = None) -> Tensor:
+    """The log-sum-exp of the logits of `float_attention`, [B, Hq, Lq]; -inf in rows without a visible key."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _logits(q.to(dtype), k.to(dtype), seen, params, mask).logsumexp(-1)
+
+
+def _logits(q: Tensor, k: Tensor, seen: Tensor, params: AttentionParams, mask: Tensor | None) -> Tensor:
+    """[B, Hq, Lq, Lk], -inf where a key is not visible."""
+    # The queries of a GQA group are rows of one product, so that keys are not copied for each head.
     group, queries = q.shape[1] // k.shape[1], q.shape[2]
     logits = (q.unflatten(1, (-1, group)).flatten(2, 3) @ k.transpose(-1, -2)) * params.scale
     if params.softcap is not None:
@@ -34,13 +56,8 @@ def float_attention(
     if mask is not None and mask.dtype == torch.bool:
         unseen = unseen | ~mask
     elif mask is not None:
-        logits, unseen = logits + mask.to(dtype), unseen | (mask == -torch.inf)
-    logits = logits.masked_fill_(unseen, -torch.inf)
-    weights = torch.softmax(logits, -1).masked_fill_(unseen, 0.0)  # not NaN in rows that see nothing
-    out = (weights.unflatten(1, (-1, group)).flatten(2, 3) @ v).unflatten(2, (group, queries)).flatten(1, 2)
-    # The largest weight is exp(its logit - lse): no second pass of exponentials.
-    largest = weights.amax(-1)
-    return out, torch.where(largest > 0, logits.amax(-1) - largest.log(), -torch.inf)
+        logits = logits + mask.to(logits.dtype)
+    return logits.masked_fill_(unseen, -torch.inf)
 
 
 def visible(positions: Tensor, keys: int, params: AttentionParams) -> Tensor:

@@ -40,7 +40,7 @@ def causal_attention(
     of k [B, Hkv, L, D] and v [B, Hkv, L, Dv] -> [B, Hq, Lq, Dv]. The mask of `params` does not apply."""
     seen = visible(positions, k.shape[2], replace(params, is_causal=True))
     seen &= torch.arange(k.shape[2]) < lengths[:, None, None]
-    return float_attention(q, k, v, upload(seen, q.device), params)[0]
+    return float_attention(q, k, v, upload(seen, q.device), params)
 
 
 class Sample:

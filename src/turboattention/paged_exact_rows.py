@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .float_attention import float_attention, visible
+from .float_attention import float_attention, float_lse, visible
 from .kv.paged import PagedBatch, TailBlocks
 from .params import AttentionParams
 from .uploads import upload
@@ -58,8 +58,10 @@ def write_exact_rows(
         first[layer][firsts.slots] = rows
         kept.append(rows.transpose(1, 2))
     seen = upload(visible(torch.arange(size), size, replace(params, is_causal=True)), q.device)
-    got, lse = float_attention(q[firsts.tokens].transpose(1, 2), kept[0], kept[1], seen, params)
+    first_q = q[firsts.tokens].transpose(1, 2)
+    got = float_attention(first_q, kept[0], kept[1], seen, params)
     if sinks is not None:  # a column of the softmax without a value
+        lse = float_lse(first_q, kept[0], seen, params)
         got = got * torch.sigmoid(lse - sinks.to(lse)[None, :, None])[..., None]
     got = got.transpose(1, 2).to(out.dtype)
     here = firsts.here & got.isfinite().flatten(2).all(2)
