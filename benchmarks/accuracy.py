@@ -177,9 +177,9 @@ def _short(unit: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         for name in ("begin", "dtype")
         if name in given["facts"] and given["facts"][name] != facts.get(name)
     }
-    return {name: unit[name] for name in unit if name not in ("settings", "version", "shown")} | {
-        "settings": given["task"] | own
-    }
+    numerics = {"numerics": given["numerics"]} if "numerics" in given else {}
+    kept = {name: unit[name] for name in unit if name not in ("settings", "version", "shown")}
+    return kept | numerics | {"settings": given["task"] | own}
 
 
 def rounded(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from accuracy_claims import MOST_KL, against, aims, lengths, real_aims
 from accuracy_questions import questions
 
+from turboattention.evaluation.baselines import METHODS
 from turboattention.evaluation.report import summary
 
 TITLES = {
@@ -49,7 +50,7 @@ def _chapter(label: str, document: Document) -> str:
     for name, units in document["stages"].items():
         stage = {"units": units, "methods": methods(units)}
         if name in STAGES:
-            parts += [f"### {STAGES[name]}", _what(units), markdown(*_text_table(stage, name))]
+            parts += [f"### {STAGES[name]}", _what(units), *_earlier(units), markdown(*_text_table(stage, name))]
             if name == FIRST:
                 parts += ["#### Aims", markdown(*real_aims(label, stage))] if label in MOST_KL else []
                 parts += _rivals(stage)
@@ -58,7 +59,12 @@ def _chapter(label: str, document: Document) -> str:
         else:
             dtype = units[0].get("settings", {}).get("dtype")
             weights = [f"Weights in {dtype}."] if dtype else []
-            parts += [f"### {name.upper()}", *weights, *(markdown(*table) for table in questions(stage))]
+            parts += [
+                f"### {name.upper()}",
+                *weights,
+                *_earlier(units),
+                *(markdown(*table) for table in questions(stage)),
+            ]
     return "\n\n".join(parts)
 
 
@@ -75,6 +81,13 @@ def _rivals(stage: Document) -> list[str]:
         without,
         markdown(*against(stage, lag=False)),
     ]
+
+
+def _earlier(units: Sequence[dict[str, Any]]) -> list[str]:
+    """A note on the methods whose numerics have changed since they were measured."""
+    known = [(unit, METHODS[unit["method"]]) for unit in units if unit["method"] in METHODS]
+    old = [unit["title"] for unit, method in known if unit.get("numerics", 0) != method.numerics]
+    return [wrapped(f"Measured with an earlier version of the numerics: {', '.join(old)}.")] if old else []
 
 
 def _what(units: Sequence[dict[str, Any]]) -> str:

@@ -8,7 +8,9 @@ import torch
 import turboattention as ta
 from turboattention.config import TurboConfig
 from turboattention.errors import ConfigError
+from turboattention.exact_rows import with_exact_rows
 from turboattention.paged import TailBlocks
+from turboattention.params import AttentionParams
 from turboattention.reference.exact import exact_attention
 
 from .helpers import normals, qkv
@@ -221,3 +223,20 @@ def test_of_pages_with_values_that_are_not_finite():
 def test_slots_count_what_they_keep():
     plain, more = TailBlocks(2, 3, HEADS, 16), TailBlocks(2, 3, HEADS, 16, exact_rows=ROWS, dtype=torch.bfloat16)
     assert more.nbytes - plain.nbytes == 2 * 2 * (3 + 1) * ROWS * HEADS * 16 * 2
+
+
+def test_rows_that_are_not_finite_stay_as_the_kernel_left_them():
+    """Kernels on a GPU read such values as zeros, or make the whole result NaN, and the host learns of it later."""
+    q, k, v = qkv(2, 2, 2, 8, 8, 16)
+    q[0, 0, 3] = torch.nan
+    out, lse = torch.ones(2, 2, 8, 16), torch.ones(2, 2, 8)
+    out[0, 1, 5], lse[0, 1, 5] = torch.nan, torch.nan
+    params = AttentionParams(True, 0.25, None, None, None)
+    begins = torch.tensor([True, False])
+    got, got_lse = with_exact_rows(OFF, (out.clone(), lse.clone()), q, k, v, params, begins, with_lse=True)
+    want = exact_attention(q, k, v, is_causal=True)
+    kept = torch.zeros(2, 2, 8, dtype=torch.bool)
+    kept[1], kept[0, 0, 3], kept[0, 1, 5] = True, True, True
+    assert close((got[~kept], got_lse[~kept]), (want[0][~kept], want[1][~kept]))
+    assert torch.equal(got[kept].nan_to_num(7), out[kept].nan_to_num(7))
+    assert torch.equal(got_lse[kept].nan_to_num(7), lse[kept].nan_to_num(7))
