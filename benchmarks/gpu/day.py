@@ -2,7 +2,8 @@
 
 From the plain source tree, with the machine's own Python, PyTorch and Triton; nothing is built or installed. Steps in
 order of their worth (`--list`), each a process with a time limit. The output folder gets `results.jsonl`, written
-row by row, and `log.txt`. Run again with the same folder, it goes on with what is not done.
+row by row, `log.txt`, `launches.json`, `compiled.tar.xz`, and `reports.txt` of profilers. Run again with the same folder,
+it goes on with what is not done.
 
 --rehearse runs every step without a GPU, on tiny shapes through Triton's interpreter, with a step that crashes and one
 that hangs among them: nothing is measured.

@@ -224,13 +224,20 @@ def _throughput(shapes: Any, which: str, results: Results) -> Rows:
 
 
 def _trace(shapes: Any, which: str, results: Results) -> Rows:
-    """Where a call's time goes: PyTorch's profile of kernels and host calls, as text beside the results."""
+    """Where a call's time goes: PyTorch's profile of kernels and host calls, as a report."""
     import profiling
 
     for work in ("prefill", "decode"):
-        path = results.path.parent / f"trace-{work}.txt"
-        write_text(path, profiling.traced(work))
-        yield {"work": work, "log": path.name}
+        yield {"work": work, "log": _report(results, f"trace {work}", profiling.traced(work))}
+
+
+def _report(results: Results, title: str, text: str) -> str:
+    """Append a text to the one file of reports, whose name is returned: a machine that is lent may return only a few
+    files."""
+    path = results.path.with_name("reports.txt")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"==== {title} ====\n{text.rstrip()}\n\n")
+    return path.name
 
 
 def _flex(shapes: Any, which: str, results: Results) -> Rows:
@@ -240,7 +247,7 @@ def _flex(shapes: Any, which: str, results: Results) -> Rows:
 
 
 def _profile(shapes: Any, which: str, results: Results) -> Rows:
-    """Nsight Compute's report of the kernel as text, beside the results."""
+    """Nsight Compute's report of the kernel."""
     work, _, bits = which.partition(" ")
     sections = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy",
                 "InstructionStats", "LaunchStats", "ComputeWorkloadAnalysis")  # fmt: skip
@@ -248,21 +255,20 @@ def _profile(shapes: Any, which: str, results: Results) -> Rows:
     command += ["--print-details", "all"]  # what warps wait for, each by itself
     for section in sections:
         command += ["--section", section]
-    yield from _tool(command, [work, bits or "4"], results.path.parent / f"ncu-{which.replace(' ', '-')}.txt")
+    yield from _tool(command, [work, bits or "4"], results, f"ncu {which}")
 
 
 def _sanitizer(shapes: Any, which: str, results: Results) -> Rows:
-    out = results.path.parent
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", str(_ERRORS)]
     for work in ("decode", "prefill"):
-        yield from _tool(command, [work, "3", "--small"], out / f"sanitizer-{work}.txt")
+        yield from _tool(command, [work, "3", "--small"], results, f"sanitizer {work}")
 
 
 _ERRORS = 9
 """Exit status of compute-sanitizer where it found errors."""
 
 
-def _tool(command: list[str], arguments: list[str], log: Path) -> Rows:
+def _tool(command: list[str], arguments: list[str], results: Results, title: str) -> Rows:
     script = str(Path(__file__).with_name("profiling.py"))
     try:
         done = subprocess.run(
@@ -271,8 +277,8 @@ def _tool(command: list[str], arguments: list[str], log: Path) -> Rows:
     except FileNotFoundError:
         yield {"missing": command[0]}
         return
-    write_text(log, done.stdout + done.stderr)
-    row = {"tool": command[0], "arguments": arguments, "status": done.returncode, "log": log.name}
+    log = _report(results, title, done.stdout + done.stderr)
+    row = {"tool": command[0], "arguments": arguments, "status": done.returncode, "log": log}
     if done.returncode == _ERRORS:
         row["passed"] = False
     elif done.returncode:
