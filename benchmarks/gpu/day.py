@@ -1,8 +1,8 @@
 """A session on a GPU, unattended: `PYTHONPATH=src python3 benchmarks/gpu/day.py`, or `make gpu-day`.
 
 From the plain source tree, with the machine's own Python, PyTorch and Triton; nothing is built or installed. Steps in
-order of their worth (`--list`), each a process with a time limit. The output folder gets `results.jsonl`, written
-row by row, `log.txt`, `launches.json`, `compiled.tar.xz`, and `reports.txt` of profilers. Run again with the same folder,
+order of their worth (`--list`), each a process with a time limit. The output folder gets `results.jsonl`, written row
+by row, `log.txt`, `launches.json`, `compiled.tar.xz`, and `reports.txt` of profilers. Run again with the same folder,
 it goes on with what is not done.
 
 --rehearse runs every step without a GPU, on tiny shapes through Triton's interpreter, with a step that crashes and one
