@@ -17,6 +17,11 @@ from .params import AttentionParams
 from .uploads import upload
 
 
+def rows_of(config: TurboConfig) -> int:
+    """How many first queries calls over tensors and caches compute in floating point."""
+    return 0 if config.stored_prefill else config.exact_rows
+
+
 def with_exact_rows(
     config: TurboConfig,
     result: tuple[Tensor, Tensor],
@@ -41,11 +46,11 @@ def with_exact_rows(
     """
     queries, keys = q.shape[2], k.shape[2]
     ahead = 0 if counts is not None else keys - queries  # keys before the first query
-    rows = slice(max(0, -ahead), max(0, min(queries, config.exact_rows - ahead)))
-    if config.stored_prefill or not params.is_causal or rows.start >= rows.stop or not bool(begins.any()):
+    size = rows_of(config)
+    rows = slice(max(0, -ahead), max(0, min(queries, size - ahead)))
+    if not params.is_causal or rows.start >= rows.stop or not bool(begins.any()):
         return result
-    # Always as many rows, so that a row is the same in any batch: a product's rounding depends on its shape.
-    size = config.exact_rows
+    # Always `size` rows, so that a row is the same in any batch: a product's rounding depends on its shape.
     at = torch.arange(size)
     position = at + rows.start + ahead
     seen = visible(position, size, params) & (at < keys)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .answers import MOVED_BY_SHAPE, Answer, answer, assert_same, metric, prompts
+from .answers import MOVED_BY_LIBRARY, MOVED_BY_SHAPE, Answer, answer, assert_same, metric, prompts
 from .models import MODEL, load
 
 LENGTHS = (5, 64, 100, 190, 300)
@@ -50,8 +50,9 @@ def test_two_ranks_with_widths_and_means_of_their_heads_preempted(start, token_i
         max_model_len=512,
         **calibrated,
     )
+    # Ranks add up in another order, and codes of 2 and 3 bits lie far apart: 0.14 were seen, preempted or not.
     for order in (1, -1):
-        assert_same(answer(halves, asked[::order]), wanted[::order], MOVED_BY_SHAPE)
+        assert_same(answer(halves, asked[::order]), wanted[::order], MOVED_BY_LIBRARY[3])
     assert metric(halves, "num_preemptions") > 0
     assert metric(halves, "prefix_cache_hits") > 0
 
