@@ -73,8 +73,9 @@ def test_kernels_and_reference_agree(isa, dims, bits, monkeypatch):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("options", [{}, {"token_scales": False, "reorder_k": False}, {"flush_lag": 64}], ids=str)
 def test_the_same_as_values_padded_by_zeros(options, backend):
-    """Without the rotation, channels of zeros change nothing, to the last bit."""
-    config, (q, k, v) = OFF.replace(rotate=False, bits=4, **options), tensors((48, 32))
+    """Without the rotation, channels of zeros change nothing, to the last bit. (In floating point, PyTorch computes the
+    first queries in another order.)"""
+    config, (q, k, v) = OFF.replace(rotate=False, exact_rows=0, bits=4, **options), tensors((48, 32))
     own = run(ta.KVCache(2, 2, 48, v_head_dim=32, config=config), q, k, v, backend)
     padded = run(ta.KVCache(2, 2, 48, config=config), q, k, F.pad(v, (0, 16)), backend)
     assert torch.equal(padded[0][..., :32], own[0])
