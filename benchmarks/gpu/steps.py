@@ -232,8 +232,8 @@ def _trace(shapes: Any, which: str, results: Results) -> Rows:
 
 
 def _report(results: Results, title: str, text: str) -> str:
-    """Append a text to the one file of reports, whose name is returned: a machine that is lent may return only a few
-    files."""
+    """Append a text to the one file of reports, whose name is returned: one file is easier to copy from a
+    machine than many."""
     path = results.path.with_name("reports.txt")
     with path.open("a", encoding="utf-8") as file:
         file.write(f"==== {title} ====\n{text.rstrip()}\n\n")
