@@ -138,7 +138,7 @@ def turbo_attention(
     result = chosen.prefill(q, k, v, config, params)
     begins = torch.ones(len(q), dtype=torch.bool)
     result = with_exact_rows(config, result, q, k, v, params, begins, with_lse=return_lse)
-    out, lse = with_exact_heads(config, result, q, k, v, params)
+    out, lse = with_exact_heads(config, result, q, k, v, params, with_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -231,7 +231,7 @@ def turbo_attention_with_kvcache(
     call = check_call(q, cache, k_new, v_new, lengths, attn_mask, is_causal, scale, window_size, softcap)
     head_dims = cache.head_dim, cache.v_head_dim
     chosen = dispatch.choose(backend, dispatch.CallTraits(cache.config, q.dtype, q.device, q.shape[2], head_dims))
-    begins = cache.lengths == 0
+    begins = cache.lengths == 0 if 0 in cache.lengths.tolist() else None
     # Queries without new tokens may need keys that a window has evicted; the general path checks this.
     result = chosen.step(call, cache) if k_new is not None or cache.window_size is None else None
     if result is None and k_new is not None:
@@ -241,7 +241,7 @@ def turbo_attention_with_kvcache(
     elif k_new is not None and cache.learns_order:
         positions, valid = _rows(call, cache.lengths - _counts(call), cache.lengths)
         observe(cache, _energy(q, cache, positions, valid))
-    if call.k is not None and call.v is not None:
+    if begins is not None and call.k is not None and call.v is not None:
         new = call.k, call.v, call.params, begins, call.counts
         result = with_exact_rows(cache.config, result, q, *new, with_lse=return_lse)
     return result if return_lse else result[0]

@@ -25,10 +25,17 @@ _LOGITS = 1 << 24  # computed at once: 64 MiB in float32
 
 
 def with_exact_heads(
-    config: TurboConfig, result: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, params: AttentionParams
+    config: TurboConfig,
+    result: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: AttentionParams,
+    *,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`result` (out [B, Hq, Lq, Dv], lse [B, Hq, Lq]) with the KV heads computed in floating point, in place, whose
-    relative error exceeds the bound of 8 bits.
+    relative error exceeds the bound of 8 bits; lse only `with_lse`.
 
     With `guard="warn"`, warns `GuardWarning` about these heads instead; with "off", nothing is compared. Tensors on a
     GPU are not compared, since the host would have to wait for the device.
@@ -43,7 +50,7 @@ def with_exact_heads(
         return result
     queries = q.shape[2]
     sampled = torch.linspace(queries // 2, queries - 1, min(QUERIES, queries - queries // 2)).long()
-    exact, _ = _attend(q, k, v, params, heads, sampled)
+    (exact,) = _attend(q, k, v, params, heads, sampled, with_lse=False)
     got = result[0].index_select(1, _queries_of(heads, q, k)).index_select(2, sampled)
     heads = heads[relative_errors(got, exact, len(heads)) > BOUNDS[8]]
     if not len(heads):
@@ -59,7 +66,7 @@ def with_exact_heads(
     at = _queries_of(heads, q, k)[:, None]
     rows = max(1, _LOGITS // (len(q) * len(at) * k.shape[2]))
     for part in torch.arange(queries).split(rows):
-        for target, values in zip(result, _attend(q, k, v, params, heads, part), strict=True):
+        for target, values in zip(result, _attend(q, k, v, params, heads, part, with_lse), strict=False):
             target[:, at, part] = values.to(target.dtype)
     return result
 
@@ -80,9 +87,9 @@ def _queries_of(heads: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, heads: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`float_attention` and `float_lse` of the queries `rows` of KV `heads`."""
+    q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, heads: Tensor, rows: Tensor, with_lse: bool
+) -> list[Tensor]:
+    """`float_attention` of the queries `rows` of KV `heads`, and `with_lse` also their `float_lse`."""
     of_q = _queries_of(heads, q, k)
     seen = visible(k.shape[2] - q.shape[2] + rows, k.shape[2], params)
     mask = params.attn_mask
@@ -91,4 +98,5 @@ def _attend(
     if mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, rows]
     q, k = q[:, of_q][:, :, rows], k[:, heads]
-    return float_attention(q, k, v[:, heads], seen, params, mask), float_lse(q, k, seen, params, mask)
+    found = [float_attention(q, k, v[:, heads], seen, params, mask)]
+    return [*found, float_lse(q, k, seen, params, mask)] if with_lse else found

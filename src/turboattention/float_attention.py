@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .flashq.symmetric import compute_dtype
 from .params import AttentionParams
 
 
@@ -23,8 +24,8 @@ def float_attention(
     Returns:
         [B, Hq, Lq, Dv]; rows without a visible key give 0.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q = compute_dtype(q)
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if params.softcap is None:
         shown = seen[:, None] if seen.dim() == 3 else seen
         if mask is not None and mask.dtype == torch.bool:
@@ -40,8 +41,8 @@ def float_attention(
 
 def float_lse(q: Tensor, k: Tensor, seen: Tensor, params: AttentionParams, mask: Tensor | None = None) -> Tensor:
     """The log-sum-exp of the logits of `float_attention`, [B, Hq, Lq]; -inf in rows without a visible key."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _logits(q.to(dtype), k.to(dtype), seen, params, mask).logsumexp(-1)
+    q = compute_dtype(q)
+    return _logits(q, k.to(q.dtype), seen, params, mask).logsumexp(-1)
 
 
 def _logits(q: Tensor, k: Tensor, seen: Tensor, params: AttentionParams, mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .float_attention import float_attention, float_lse, visible
 from .kv.paged import PagedBatch, TailBlocks
 from .params import AttentionParams
+from .softmax import sink_share
 from .uploads import upload
 
 
@@ -60,9 +61,8 @@ def write_exact_rows(
     seen = upload(visible(torch.arange(size), size, replace(params, is_causal=True)), q.device)
     first_q = q[firsts.tokens].transpose(1, 2)
     got = float_attention(first_q, kept[0], kept[1], seen, params)
-    if sinks is not None:  # a column of the softmax without a value
-        lse = float_lse(first_q, kept[0], seen, params)
-        got = got * torch.sigmoid(lse - sinks.to(lse)[None, :, None])[..., None]
+    if sinks is not None:
+        got = got * sink_share(float_lse(first_q, kept[0], seen, params), sinks)
     got = got.transpose(1, 2).to(out.dtype)
     here = firsts.here & got.isfinite().flatten(2).all(2)
     if not q.is_cuda:

@@ -45,6 +45,13 @@ def logit_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else float(scale)
 
 
+def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """The factor [..., Hq, L, 1] for outputs with log-sum-exp lse [..., Hq, L] if there are learned sink logits [Hq].
+
+    A softmax with an additional column of logit s is the softmax without it times sigmoid(lse - s)."""
+    return torch.sigmoid(lse - sinks.to(lse)[:, None])[..., None]
+
+
 def sas(x: Tensor, threshold: float = -6.0) -> Tensor:
     """Approximate e^x for x <= 0; 0 where x < threshold.
 

@@ -17,6 +17,7 @@ from ..flashq import head_priority
 from ..kv.cache import KVCache
 from ..kv.channel_order import ChannelOrder, key_spread, order_by, query_energy
 from ..reference.exact import exact_attention
+from ..softmax import sink_share
 
 OUTLIER = 4.0
 """A channel of K is an outlier if its largest magnitude is this many times that of the head's median channel."""
@@ -183,5 +184,5 @@ class _Place:
             q, k, v, is_causal=True, scale=self.scale, softcap=self.softcap, window_size=self.window_size
         )
         if self.sinks is not None:
-            out = out * torch.sigmoid(lse - self.sinks.double()[:, None])[..., None]
+            out = out * sink_share(lse, self.sinks)
         return out[0].unflatten(0, (self.kv_heads, -1))

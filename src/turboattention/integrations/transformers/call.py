@@ -11,6 +11,7 @@ from torch import Tensor
 from ...api import turbo_attention, turbo_attention_with_kvcache
 from ...config import TurboConfig
 from ...kv.cache import KVCache
+from ...softmax import sink_share
 
 
 def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -79,11 +80,8 @@ class LayerCall:
         }
 
     def with_sinks(self, result: Any) -> Tensor:
-        """The output of a call with the options of `_shared`, with the learned sinks applied.
-
-        A softmax with an additional column of logit s is the softmax without it times sigmoid(lse - s)."""
+        """The output of a call with the options of `_shared`, with the learned sinks applied."""
         if self.sinks is None:
             return result
         out, lse = result
-        share = torch.sigmoid(lse.float() - self.sinks.float().to(lse.device)[None, :, None])
-        return (out * share[..., None]).to(out.dtype)
+        return (out * sink_share(lse.float(), self.sinks)).to(out.dtype)
